@@ -1,0 +1,8 @@
+"""GLM-Image engines and their Triton backends: request -> conditioning -> tokens -> latents -> pixels."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("glm-image-triton")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0.0.0+checkout"

@@ -1,0 +1,1 @@
+"""The first stage: an autoregressive decoder that writes image tokens."""

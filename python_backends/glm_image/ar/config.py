@@ -1,0 +1,115 @@
+"""The decoder's numbers, all of them from the checkpoint's configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from glm_image.checkpoint import Checkpoint
+from glm_image.errors import CheckpointError
+from glm_image.request import Sampling
+
+# What the model's authors sample with, where a checkpoint does not say.
+DEFAULT_TEMPERATURE = 0.9
+DEFAULT_TOP_P = 0.75
+
+
+@dataclass(frozen=True)
+class ArConfig:
+    """The decoder's sizes and token ids.
+
+    Attributes:
+        layers: number of decoder layers.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
+        heads: query heads.
+        kv_heads: key and value heads; divides ``heads``.
+        head_dim: width of a head.
+        rotary_dim: leading channels of a head that are rotated.
+        rotary_theta: base of the rotary frequencies.
+        mrope_section: how many frequencies each run of an axis takes; run i belongs to axis i % 3.
+        norm_eps: epsilon of the RMS norms.
+        attention_bias: whether q, k and v have a bias.
+        vocab_size: rows of the embedding.
+        vision_vocab_size: rows of the head: image tokens and their marks.
+        codebook_size: ids below it are picture content.
+        end_ids: ids that end a sequence in the reference.
+        sampling: the checkpoint's own sampling.
+    """
+
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rotary_theta: float
+    mrope_section: tuple[int, ...]
+    norm_eps: float
+    attention_bias: bool
+    vocab_size: int
+    vision_vocab_size: int
+    codebook_size: int
+    end_ids: tuple[int, ...]
+    sampling: Sampling
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> ArConfig:
+        """Reads ``vision_language_encoder/config.json`` and ``generation_config.json``.
+
+        Raises:
+            CheckpointError: a value is missing, or one this decoder does not compute.
+        """
+        path = checkpoint.path("vision_language_encoder") / "config.json"
+        config = checkpoint.config("vision_language_encoder")
+        generation = checkpoint.optional_json("vision_language_encoder", "generation_config.json")
+        try:
+            return cls._from_json(config, generation)
+        except KeyError as error:
+            raise CheckpointError(f"{path}: {error.args[0]} is missing") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_json(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ArConfig:
+        text = config["text_config"]
+        rope = text["rope_parameters"]
+        _require("text_config.hidden_act", text.get("hidden_act", "silu"), "silu")
+        _require("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
+        heads = text["num_attention_heads"]
+        head_dim = text.get("head_dim") or text["hidden_size"] // heads
+        vision_vocab_size = text["vision_vocab_size"]
+        end_ids = generation.get("eos_token_id", config["image_end_token_id"])
+        rotary_dim = int(head_dim * rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)))
+        mrope_section = tuple(rope.get("mrope_section", (8, 12, 12)))
+        if sum(mrope_section) * 2 != rotary_dim:
+            raise ValueError(f"mrope_section {mrope_section} does not fill {rotary_dim} rotary channels")
+        return cls(
+            layers=text["num_hidden_layers"],
+            hidden_size=text["hidden_size"],
+            intermediate_size=text["intermediate_size"],
+            heads=heads,
+            kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            rotary_dim=rotary_dim,
+            rotary_theta=float(rope.get("rope_theta", 10000.0)),
+            mrope_section=mrope_section,
+            norm_eps=text["rms_norm_eps"],
+            attention_bias=text.get("attention_bias", True),
+            vocab_size=text["vocab_size"],
+            vision_vocab_size=vision_vocab_size,
+            codebook_size=config["vq_config"]["num_embeddings"],
+            end_ids=tuple(end_ids) if isinstance(end_ids, list) else (end_ids,),
+            sampling=Sampling(
+                temperature=generation.get("temperature") or DEFAULT_TEMPERATURE,
+                top_p=generation.get("top_p") or DEFAULT_TOP_P,
+                top_k=generation.get("top_k") or vision_vocab_size,
+            ),
+        )
+
+
+def _require(name: str, value: object, allowed: object) -> None:
+    if value != allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed!r}")

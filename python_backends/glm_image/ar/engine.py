@@ -1,0 +1,141 @@
+"""The first stage, put together: a validated request becomes tokens."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from glm_image.ar.config import ArConfig
+from glm_image.ar.executor import Executor
+from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.model import Decoder
+from glm_image.ar.scheduler import Scheduler
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import Device
+from glm_image.errors import ConfigurationError, InvalidInputError
+from glm_image.job import Job
+from glm_image.prompts import PromptTokenizer
+from glm_image.request import ResolvedRequest, Sampling
+
+
+@dataclass(frozen=True)
+class ArSettings:
+    """How the first stage runs.
+
+    Attributes:
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        max_num_seqs: sequences that decode together.
+        max_sequence_tokens: prompt and image tokens of one sequence.
+        max_queue: requests that may wait.
+        graph_mode: ``NONE`` or ``FULL_DECODE_ONLY``.
+        memory_utilization: share of the device's memory this stage may use.
+    """
+
+    dtype: torch.dtype | None = None
+    max_num_seqs: int = 8
+    max_sequence_tokens: int = 8192
+    max_queue: int = 64
+    graph_mode: str = "FULL_DECODE_ONLY"
+    memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True)
+class ArResult:
+    """What the first stage hands on.
+
+    Attributes:
+        prior_token_ids: int32 [pictures, tokens of the picture's grid], before upsampling.
+        tokens: how many of each kind: prompt, source, preview, image.
+    """
+
+    prior_token_ids: NDArray[np.int32]
+    tokens: dict[str, int]
+
+
+class ArEngine:
+    """The decoder, its slots and its queue on one device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: Device, settings: ArSettings) -> None:
+        from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
+
+        device.bind()
+        dtype = settings.dtype or device.default_dtype
+        self.config = ArConfig.read(checkpoint)
+        self._settings = settings
+        self._tokenizer = PromptTokenizer(GlmImageProcessor.from_pretrained(checkpoint.path("processor")))
+        _check_memory(self.config, device, settings, dtype)
+        source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
+        executor = Executor(
+            Decoder.load(self.config, source),
+            device,
+            settings.max_num_seqs,
+            settings.max_sequence_tokens,
+            capture=settings.graph_mode != "NONE",
+        )
+        self._scheduler = Scheduler(executor.run, settings.max_num_seqs, settings.max_queue)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The checkpoint's own sampling."""
+        return self.config.sampling
+
+    def submit(self, job: Job, request: ResolvedRequest) -> Future[ArResult]:
+        """Queues a request.
+
+        Raises:
+            InvalidInputError: the prompt and the picture have more tokens than a slot holds.
+            UnavailableError: the queue is full.
+        """
+        preview, target = request.grids
+        prompt_ids = self._tokenizer.text_to_image(request.parameters.prompt, target, preview)
+        most = self._settings.max_sequence_tokens - preview.tokens - target.tokens
+        if len(prompt_ids) > most:
+            raise InvalidInputError.of(
+                "prompt", f"{len(prompt_ids)} tokens long", f"at most {most} beside the picture's (max_sequence_tokens)"
+            )
+        counts = {
+            "prompt": len(prompt_ids),
+            "source": 0,
+            "preview": preview.tokens,
+            "image": target.tokens,
+        }
+        result: Future[ArResult] = Future()
+        tokens = self._scheduler.submit(job, tuple(prompt_ids), request)
+        tokens.add_done_callback(lambda done: _hand_on(done, preview.tokens, counts, result))
+        return result
+
+    def close(self) -> None:
+        """Ends what runs and what waits, and stops the engine's thread."""
+        self._scheduler.close()
+
+
+def _hand_on(
+    tokens: Future[NDArray[np.int32]], preview_tokens: int, counts: dict[str, int], result: Future[ArResult]
+) -> None:
+    error = tokens.exception()
+    if error is not None:
+        result.set_exception(error)
+    else:
+        result.set_result(ArResult(tokens.result()[:, preview_tokens:], counts))
+
+
+def _check_memory(config: ArConfig, device: Device, settings: ArSettings, dtype: torch.dtype) -> None:
+    layer = config.hidden_size * (
+        (2 * config.heads + 2 * config.kv_heads) * config.head_dim + 3 * config.intermediate_size
+    )
+    tables = config.hidden_size * (config.vocab_size + config.vision_vocab_size)
+    weights = (layer * config.layers + tables) * dtype.itemsize
+    cache = KvCache.bytes_needed(config, settings.max_num_seqs, settings.max_sequence_tokens, dtype)
+    memory = device.memory()
+    allowed = min(memory.free, int(memory.total * settings.memory_utilization))
+    if weights + cache > allowed:
+        raise ConfigurationError(
+            f"glm_ar needs {weights / 1e9:.1f} GB for weights and {cache / 1e9:.1f} GB for {settings.max_num_seqs} x "
+            f"{settings.max_sequence_tokens} cached tokens; {device} has {memory.free / 1e9:.1f} GB free and "
+            f"memory_utilization {settings.memory_utilization:g} allows {allowed / 1e9:.1f} GB: "
+            "lower max_num_seqs or max_sequence_tokens, or give the stage another device"
+        )

@@ -1,0 +1,39 @@
+"""Keys and values of every slot, at fixed places."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm_image.ar.config import ArConfig
+
+
+class KvCache:
+    """A static cache: it never grows, so a captured step finds it where it was.
+
+    Attributes:
+        keys: [layers, slots, kv_heads, positions, head_dim].
+        values: as ``keys``.
+    """
+
+    def __init__(self, config: ArConfig, slots: int, positions: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.layers, slots, config.kv_heads, positions, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._slots = torch.arange(slots, device=device)
+
+    @staticmethod
+    def bytes_needed(config: ArConfig, slots: int, positions: int, dtype: torch.dtype) -> int:
+        """Returns the memory a cache takes."""
+        return 2 * config.layers * slots * config.kv_heads * positions * config.head_dim * dtype.itemsize
+
+    def write_prompt(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Writes a prompt's keys and values [kv_heads, tokens, head_dim] from position 0."""
+        self.keys[layer, slot, :, : keys.shape[1]] = keys
+        self.values[layer, slot, :, : values.shape[1]] = values
+
+    def append(self, layer: int, lengths: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one token a slot, [slots, kv_heads, head_dim], at position ``lengths``; returns the layer's cache."""
+        self.keys[layer][self._slots, :, lengths] = keys
+        self.values[layer][self._slots, :, lengths] = values
+        return self.keys[layer], self.values[layer]

@@ -1,0 +1,199 @@
+"""The decoder: a Transformer with grouped heads, partial M-RoPE and four norms a layer.
+
+Two ways through it: ``prefill`` reads one prompt, ``decode`` adds one token to every slot. Arithmetic as in
+transformers' ``modeling_glm_image.py``; q, k and v are one matrix here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm_image.ar.config import ArConfig
+from glm_image.ar.kv_cache import KvCache
+from glm_image.checkpoint import TensorSource, fill
+
+# Attends from queries [rows, heads, tokens, head_dim] to keys and values [rows, kv_heads, tokens, head_dim] of one
+# layer, after storing them; returns [rows, heads, tokens, head_dim].
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden.dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the leading channels of each head by its position (Su et al., 2021), halves paired.
+
+    Args:
+        heads: [..., head_dim].
+        cos: [..., rotary_dim], broadcast over heads.
+        sin: as ``cos``.
+    """
+    turned, kept = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, kept], dim=-1)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each between two norms."""
+
+    def __init__(self, config: ArConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.head_dim
+        self.widths = [config.heads * width, config.kv_heads * width, config.kv_heads * width]
+        self.head_dim = width
+        self.qkv = nn.Linear(hidden, sum(self.widths), bias=config.attention_bias)
+        self.out = nn.Linear(config.heads * width, hidden, bias=False)
+        self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, hidden, bias=False)
+        self.before_attention = RmsNorm(hidden, config.norm_eps)
+        self.after_attention = RmsNorm(hidden, config.norm_eps)
+        self.before_mlp = RmsNorm(hidden, config.norm_eps)
+        self.after_mlp = RmsNorm(hidden, config.norm_eps)
+
+    def forward(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """Runs the layer on ``hidden`` [rows, tokens, hidden]; cos and sin are [rows, 1, tokens, rotary_dim]."""
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in self.qkv(self.before_attention(hidden)).split(self.widths, dim=-1)
+        )
+        attended = attend(index, rotate(query, cos, sin), rotate(key, cos, sin), value)
+        hidden = hidden + self.after_attention(self.out(attended.transpose(1, 2).flatten(2)))
+        gate, up = self.gate_up(self.before_mlp(hidden)).chunk(2, dim=-1)
+        output: Tensor = hidden + self.after_mlp(self.down(up * F.silu(gate)))
+        return output
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and a head over the image vocabulary."""
+
+    def __init__(self, config: ArConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RmsNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vision_vocab_size, bias=False)
+
+    @classmethod
+    def load(cls, config: ArConfig, source: TensorSource) -> Decoder:
+        """Builds the decoder on the source's device."""
+        with torch.device("meta"):
+            decoder = cls(config)
+        fill(decoder, CheckpointNames(source, config))
+        return decoder
+
+    @torch.inference_mode()
+    def prefill(self, token_ids: Tensor, cos: Tensor, sin: Tensor, cache: KvCache, slot: int) -> Tensor:
+        """Reads a prompt into a slot.
+
+        Args:
+            token_ids: int64 [tokens].
+            cos: [tokens, rotary_dim].
+            sin: as ``cos``.
+            cache: written from position 0.
+            slot: the slot.
+
+        Returns:
+            fp32 logits of the token after the prompt, [1, vision_vocab_size].
+        """
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache.write_prompt(layer, slot, key[0], value[0])
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+        hidden = self._layers(self.embedding(token_ids)[None], cos[None, None], sin[None, None], attend)
+        return self._logits(hidden[:, -1])
+
+    def decode(
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KvCache,
+        attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Adds one token to every slot; reads nothing on the host.
+
+        Args:
+            token_ids: int64 [slots].
+            lengths: int64 [slots]: how many positions a slot has before this token.
+            cos: [slots, rotary_dim], at this token's position.
+            sin: as ``cos``.
+            cache: read and written.
+            attention: the device's ``decode_attention``.
+
+        Returns:
+            fp32 logits [slots, vision_vocab_size].
+        """
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = cache.append(layer, lengths, key.squeeze(2), value.squeeze(2))
+            return attention(query.squeeze(2), keys, values, lengths + 1).unsqueeze(2)
+
+        hidden = self._layers(self.embedding(token_ids)[:, None], cos[:, None, None], sin[:, None, None], attend)
+        return self._logits(hidden[:, 0])
+
+    def _layers(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            hidden = layer(index, hidden, cos, sin, attend)
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits.float()
+
+
+CHECKPOINT_NAMES = {
+    "out.weight": "self_attn.o_proj.weight",
+    "gate_up.weight": "mlp.gate_up_proj.weight",
+    "down.weight": "mlp.down_proj.weight",
+    "before_attention.weight": "input_layernorm.weight",
+    "after_attention.weight": "post_self_attn_layernorm.weight",
+    "before_mlp.weight": "post_attention_layernorm.weight",
+    "after_mlp.weight": "post_mlp_layernorm.weight",
+    "embedding.weight": "model.language_model.embed_tokens.weight",
+    "norm.weight": "model.language_model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+
+
+class CheckpointNames:
+    """Reads the decoder's tensors under the names they have in a checkpoint."""
+
+    def __init__(self, source: TensorSource, config: ArConfig) -> None:
+        self._source = source
+        self._config = config
+
+    def has(self, name: str) -> bool:
+        """Tells that every tensor is wanted from the checkpoint."""
+        return True
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Reads one parameter of the decoder, or three that are one here."""
+        if not name.startswith("layers."):
+            return self._source.read(CHECKPOINT_NAMES[name], shape)
+        _, layer, part = name.split(".", maxsplit=2)
+        prefix = f"model.language_model.layers.{layer}."
+        if not part.startswith("qkv."):
+            return self._source.read(prefix + CHECKPOINT_NAMES[part], shape)
+        kind = part.removeprefix("qkv.")
+        rows = [heads * self._config.head_dim for heads in (self._config.heads, *[self._config.kv_heads] * 2)]
+        names = (f"{prefix}self_attn.{letter}_proj.{kind}" for letter in "qkv")
+        return torch.cat([self._source.read(n, (r, *shape[1:])) for n, r in zip(names, rows, strict=True)])

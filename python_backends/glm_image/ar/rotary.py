@@ -1,0 +1,30 @@
+"""M-RoPE tables: each frequency turns with the time, the row or the column of a token."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glm_image.ar.config import ArConfig
+
+
+def rotary_tables(
+    config: ArConfig, positions: NDArray[np.int64], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns cosines and sines, each [tokens, rotary_dim] in ``dtype``, worked out in fp32.
+
+    Args:
+        config: theta, sections and the number of rotated channels.
+        positions: int64 [3, tokens]: axes T, H, W.
+        device: where the tables go.
+        dtype: what they are rounded to at the end.
+    """
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
+    frequencies = 1.0 / (config.rotary_theta**exponents)
+    angles = torch.from_numpy(positions).float()[:, :, None] * frequencies
+    runs = torch.split(angles, list(config.mrope_section), dim=-1)
+    mixed = torch.cat([run[index % 3] for index, run in enumerate(runs)], dim=-1)
+    both_halves = torch.cat([mixed, mixed], dim=-1)
+    return both_halves.cos().to(device, dtype), both_halves.sin().to(device, dtype)

@@ -1,0 +1,94 @@
+"""Drawing image tokens: temperature, top-k, top-p and a race against exponential noise, row by row.
+
+As transformers' logits warpers and ``torch.multinomial`` do it, with the noise drawn ahead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glm_image.ar.config import ArConfig
+from glm_image.request import Sampling
+
+NOISE_BLOCK = 64
+"""Steps for which noise is drawn at once."""
+
+
+@dataclass(frozen=True)
+class SamplerRows:
+    """The sampling of every slot, on the device.
+
+    Attributes:
+        temperature: fp32 [slots, 1].
+        cut: fp32 [slots, 1]: 1 - top_p.
+        kth: int64 [slots, 1]: place of the k-th best in ascending order.
+        preview_tokens: int64 [slots]: how many tokens come before the picture's own grid.
+    """
+
+    temperature: Tensor
+    cut: Tensor
+    kth: Tensor
+    preview_tokens: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, device: torch.device) -> SamplerRows:
+        """Makes rows for idle slots."""
+        return cls(
+            temperature=torch.ones(slots, 1, device=device),
+            cut=torch.zeros(slots, 1, device=device),
+            kth=torch.zeros(slots, 1, device=device, dtype=torch.int64),
+            preview_tokens=torch.zeros(slots, device=device, dtype=torch.int64),
+        )
+
+    def set(self, slot: int, sampling: Sampling, preview_tokens: int, vocabulary: int) -> None:
+        """Sets one slot's row."""
+        self.temperature[slot] = sampling.temperature
+        self.cut[slot] = 1 - sampling.top_p
+        self.kth[slot] = vocabulary - min(sampling.top_k, vocabulary)
+        self.preview_tokens[slot] = preview_tokens
+
+    def row(self, slot: int) -> SamplerRows:
+        """Returns one slot's row, as rows."""
+        at = slice(slot, slot + 1)
+        return SamplerRows(self.temperature[at], self.cut[at], self.kth[at], self.preview_tokens[at])
+
+
+def allowed_ids(config: ArConfig, device: torch.device) -> Tensor:
+    """Returns which ids may come, bool [2, vision_vocab_size]: row 0 in the preview, row 1 in the picture's grid.
+
+    The reference stops at an end id and fails on ids beyond the codebook in the picture's grid.
+    """
+    ids = torch.arange(config.vision_vocab_size, device=device)
+    ends = torch.tensor(config.end_ids, device=device)
+    return torch.stack([~torch.isin(ids, ends), ids < config.codebook_size])
+
+
+def draw(logits: Tensor, noise: Tensor, rows: SamplerRows, allowed: Tensor) -> Tensor:
+    """Draws one token a row.
+
+    Ids that may not come are left out of the race only at its end, so that wherever the reference draws an allowed id,
+    this draws the same. Where they were the only ones left, the best allowed id is taken.
+
+    Args:
+        logits: fp32 [rows, vocabulary].
+        noise: fp32 [rows, vocabulary], exponentially distributed.
+        rows: the rows' sampling.
+        allowed: bool [rows, vocabulary].
+
+    Returns:
+        int64 [rows].
+    """
+    scores = logits / rows.temperature
+    ascending, order = scores.sort(dim=-1)
+    ascending = ascending.masked_fill(ascending < ascending.gather(1, rows.kth), -torch.inf)
+    dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= rows.cut
+    dropped[:, -1] = False
+    kept = ascending.masked_fill(dropped, -torch.inf)
+    probabilities = torch.empty_like(scores).scatter_(1, order, kept).softmax(dim=-1)
+    race = (probabilities / noise).masked_fill(~allowed, 0.0)
+    # A race nobody may win falls to the best allowed logit; all scores below 0 keep it behind any real winner.
+    behind = scores - scores.amax(dim=-1, keepdim=True) - 1.0
+    return torch.where(race > 0, race, behind.masked_fill(~allowed, -torch.inf)).argmax(dim=-1)

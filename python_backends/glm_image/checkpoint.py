@@ -1,0 +1,235 @@
+"""A checkpoint folder: its parts, their configs, and their tensors straight to a device, each fault named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from glm_image.errors import CheckpointError
+
+PIPELINE_CLASS = "GlmImagePipeline"
+
+# Folder -> (its class as model_index.json names it, its config file). The processor and tokenizer have no tensors.
+COMPONENTS: dict[str, tuple[str, str]] = {
+    "vision_language_encoder": ("GlmImageForConditionalGeneration", "config.json"),
+    "processor": ("GlmImageProcessor", "tokenizer_config.json"),
+    "text_encoder": ("T5EncoderModel", "config.json"),
+    "tokenizer": ("ByT5Tokenizer", "tokenizer_config.json"),
+    "transformer": ("GlmImageTransformer2DModel", "config.json"),
+    "vae": ("AutoencoderKL", "config.json"),
+    "scheduler": ("FlowMatchEulerDiscreteScheduler", "scheduler_config.json"),
+}
+
+# The names transformers and diffusers give the single file of a component; "<name>.index.json" lists its shards.
+WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+
+DUMMY_STD = 0.02
+
+
+class TensorSource(Protocol):
+    """Where a component's tensors come from."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns the tensor ``name`` on the source's device and in its dtype.
+
+        Raises:
+            CheckpointError: it is missing or has another shape.
+        """
+
+    def has(self, name: str) -> bool:
+        """Tells whether there is a tensor ``name``."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of ``GlmImagePipeline.save_pretrained``.
+
+    Attributes:
+        folder: where it is.
+        load_format: ``auto`` reads the tensors; ``dummy`` draws random ones of the configured shapes.
+    """
+
+    folder: Path
+    load_format: str = "auto"
+
+    @classmethod
+    def open(cls, folder: Path, load_format: str = "auto") -> Checkpoint:
+        """Opens a folder.
+
+        Raises:
+            CheckpointError: the folder or a part of it is missing, or belongs to another model.
+        """
+        checkpoint = cls(folder, load_format)
+        index = checkpoint._json(folder / "model_index.json")
+        if index.get("_class_name") != PIPELINE_CLASS:
+            raise CheckpointError(
+                f"{folder / 'model_index.json'}: _class_name is {index.get('_class_name')!r}; allowed: {PIPELINE_CLASS}"
+            )
+        for component, (class_name, _) in COMPONENTS.items():
+            checkpoint.config(component)
+            named = (index.get(component) or [None, None])[1]
+            if named != class_name:
+                raise CheckpointError(f"{folder / 'model_index.json'}: {component} is {named!r}; allowed: {class_name}")
+        return checkpoint
+
+    def path(self, component: str) -> Path:
+        """Returns a component's folder."""
+        return self.folder / component
+
+    def config(self, component: str) -> dict[str, Any]:
+        """Returns a component's config."""
+        return self._json(self.path(component) / COMPONENTS[component][1])
+
+    def optional_json(self, component: str, file: str) -> dict[str, Any]:
+        """Returns a JSON file of a component, {} where it has none."""
+        path = self.path(component) / file
+        return self._json(path) if path.is_file() else {}
+
+    @property
+    def name(self) -> str:
+        """The name to report: that of the folder, or of the repository in a hub's cache."""
+        folder = self.folder.resolve()
+        if folder.parent.name == "snapshots":
+            return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return folder.name
+
+    @cached_property
+    def revision(self) -> str:
+        """The revision to report: a hub's commit, else 12 hex digits over the configs and the weight files' sizes."""
+        folder = self.folder.resolve()
+        if folder.parent.name == "snapshots":
+            return folder.name
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            weights = path.suffix == ".safetensors"
+            content = str(path.stat().st_size).encode() if weights else path.read_bytes()
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + content + b"\0")
+        return digest.hexdigest()[:12]
+
+    def tensors(self, component: str, device: torch.device, dtype: torch.dtype) -> TensorSource:
+        """Opens a component's tensors.
+
+        Raises:
+            CheckpointError: a weight file is missing or cannot be read.
+        """
+        if self.load_format == "dummy":
+            return RandomTensors(device, dtype)
+        return FileTensors(self.path(component), self._weight_map(component), device, dtype)
+
+    def _weight_map(self, component: str) -> dict[str, Path]:
+        folder = self.path(component)
+        for file in WEIGHT_FILES:
+            index = folder / f"{file}.index.json"
+            if index.is_file():
+                weight_map = self._json(index).get("weight_map", {})
+                return {name: folder / shard for name, shard in weight_map.items()}
+            if (folder / file).is_file():
+                with _opened(folder / file) as tensors:
+                    return dict.fromkeys(tensors.keys(), folder / file)
+        raise CheckpointError(f"{folder}: no {' or '.join(WEIGHT_FILES)}, whole or with an index")
+
+    @staticmethod
+    def _json(path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: no such file; a checkpoint has it") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds a {type(content).__name__}; allowed: a JSON object")
+        return content
+
+
+def _opened(path: Path, device: str = "cpu") -> Any:
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+class FileTensors:
+    """Tensors read from safetensors files, one at a time, straight to the device."""
+
+    def __init__(self, folder: Path, weight_map: dict[str, Path], device: torch.device, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._weight_map = weight_map
+        self._device = device
+        self._dtype = dtype
+        self._files: dict[Path, Any] = {}
+
+    def has(self, name: str) -> bool:
+        """Tells whether a file holds ``name``."""
+        return name in self._weight_map
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Reads one tensor; see ``TensorSource.read``."""
+        path = self._weight_map.get(name)
+        if path is None:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing")
+        if path not in self._files:
+            self._files[path] = _opened(path, str(self._device))
+        try:
+            found = tuple(self._files[path].get_slice(name).get_shape())
+            if found != shape:
+                raise CheckpointError(f"{path}: tensor {name} has shape {found}; by the config it is {shape}")
+            tensor: Tensor = self._files[path].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
+        return tensor.to(self._dtype)
+
+
+class RandomTensors:
+    """Random tensors of any name and shape, the same at each load: for benchmarks."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def has(self, name: str) -> bool:
+        """Tells that every tensor is there."""
+        return True
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Draws one tensor: around 1 for the scales of norms, else around 0 with a spread that keeps signals finite."""
+        tensor = torch.empty(shape, device=self._device, dtype=self._dtype)
+        is_scale = len(shape) == 1 and name.endswith("weight")
+        std = DUMMY_STD if len(shape) < 2 else min(DUMMY_STD, 1 / math.sqrt(math.prod(shape[1:])))  # noqa: PLR2004
+        return tensor.normal_(1.0 if is_scale else 0.0, std, generator=self._generator)
+
+
+def fill(module: nn.Module, source: TensorSource, prefix: str = "") -> None:
+    """Gives a module built on the meta device its parameters and buffers, by their names.
+
+    Args:
+        module: frozen by this.
+        source: where the tensors come from.
+        prefix: what stands before the module's names in the source.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    ties = getattr(module, "_tied_weights_keys", None) or {}
+    for path, owner in module.named_modules():
+        dotted = f"{path}." if path else ""
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            full = dotted + name
+            if full in ties and not source.has(prefix + full):
+                continue
+            tensor = source.read(prefix + full, tuple(parameter.shape))
+            setattr(owner, name, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            owner.register_buffer(name, source.read(prefix + dotted + name, tuple(buffer.shape)))
+    if ties:
+        module.tie_weights()  # type: ignore[operator]
+    module.eval()

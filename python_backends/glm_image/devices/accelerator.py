@@ -1,0 +1,91 @@
+"""CUDA GPUs and Ascend NPUs: one code over ``torch.cuda`` and ``torch.npu``, which mirror each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm_image.devices.attention import masked_decode_attention
+from glm_image.devices.base import Device, Mark, Memory
+
+WARM_UP_STEPS = 2  # libraries make their handles and choose their kernels outside the capture
+
+
+class _Event:
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class AcceleratorDevice(Device):
+    """A device with its own memory and a queue of work."""
+
+    def __init__(self, torch_device: torch.device, runtime: ModuleType) -> None:
+        super().__init__(torch_device)
+        self._runtime: Any = runtime
+
+    def bind(self) -> None:
+        """Makes this the calling thread's current device."""
+        self._runtime.set_device(self.torch_device)
+
+    def memory(self) -> Memory:
+        """Returns the card's memory, whoever uses it."""
+        return Memory(*self._runtime.mem_get_info(self.torch_device))
+
+    def mark(self) -> Mark:
+        """Records an event on the calling thread's stream."""
+        event = self._runtime.Event()
+        event.record()
+        return _Event(event)
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Captures ``step`` in a graph, after running it on a side stream."""
+        self.bind()
+        side = self._runtime.Stream()
+        side.wait_stream(self._runtime.current_stream())
+        with self._runtime.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                step()
+        self._runtime.current_stream().wait_stream(side)
+        graph = self._new_graph()
+        with self._recording(graph):
+            step()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def _new_graph(self) -> Any:
+        return self._runtime.CUDAGraph()
+
+    def _recording(self, graph: Any) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._runtime.graph(graph)
+        return context
+
+    def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        """See ``masked_decode_attention``."""
+        return masked_decode_attention(query, keys, values, lengths)
+
+
+class NpuDevice(AcceleratorDevice):
+    """An Ascend NPU through torch_npu; written to its published interface, never run on one."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        import torch_npu  # noqa: F401, PLC0415 - registers torch.npu; needs CANN's libraries
+
+        super().__init__(torch_device, torch.npu)  # type: ignore[attr-defined]
+
+    def _new_graph(self) -> Any:
+        return self._runtime.NPUGraph()
+
+
+class CudaDevice(AcceleratorDevice):
+    """An NVIDIA GPU."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        super().__init__(torch_device, torch.cuda)

@@ -1,0 +1,81 @@
+"""The interface every kind of device has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Mark(Protocol):
+    """A point in a device's queue of work."""
+
+    def wait(self) -> None:
+        """Blocks the host until the device has passed the point."""
+
+
+class Memory(NamedTuple):
+    """A device's memory in bytes."""
+
+    free: int
+    total: int
+
+
+class Device(ABC):
+    """One device and what the engines ask of it.
+
+    Attributes:
+        torch_device: where tensors are placed.
+        default_dtype: what ``dtype: auto`` stands for.
+    """
+
+    default_dtype = torch.bfloat16
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+
+    def __str__(self) -> str:
+        return str(self.torch_device)
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Returns a generator on this device, seeded with any signed or unsigned 64-bit integer."""
+        return torch.Generator(self.torch_device).manual_seed(seed)
+
+    @abstractmethod
+    def bind(self) -> None:
+        """Makes this the calling thread's current device."""
+
+    @abstractmethod
+    def memory(self) -> Memory:
+        """Returns the free and total memory."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """Marks the end of the work enqueued so far by this thread."""
+
+    @abstractmethod
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Returns a callable that does what ``step`` does, with as few launches as the device can.
+
+        Args:
+            step: reads and writes only tensors that stay where they are, and never waits for the device.
+        """
+
+    @abstractmethod
+    def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        """Attends from one new token a slot to the slot's cache.
+
+        What a slot gets depends on nothing in the others.
+
+        Args:
+            query: [slots, heads, head_dim].
+            keys: [slots, kv_heads, positions, head_dim]; heads are a multiple of kv_heads.
+            values: as ``keys``.
+            lengths: int64 [slots]; slot i sees positions 0 to lengths[i] - 1, at least one.
+
+        Returns:
+            [slots, heads, head_dim].
+        """

@@ -1,0 +1,126 @@
+"""All that stays the same from one denoising step to the next, computed once a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glm_image import geometry, prompts
+from glm_image.dit.schedule import Schedule
+from glm_image.geometry import Grid, Size
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What one branch of classifier-free guidance adds to a step.
+
+    Attributes:
+        glyphs: projected hidden states of the quoted strings, [1, glyph tokens, width].
+        prior: projected embeddings of the prior tokens, [1, image tokens, width]; added to the image tokens.
+    """
+
+    glyphs: Tensor
+    prior: Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A picture's conditions.
+
+    Attributes:
+        conditional: the prompt's branch.
+        unconditional: the negative prompt's, its prior left out; None without guidance.
+        guidance_scale: how far from the one to the other.
+        times: silu(time + size embedding) of every step, each [1, time width].
+        rotary: cosines and sines, fp32 [image tokens, head_dim] each, on the device.
+    """
+
+    conditional: Branch
+    unconditional: Branch | None
+    guidance_scale: float
+    times: tuple[Tensor, ...]
+    rotary: tuple[Tensor, Tensor]
+
+
+class Conditioner:
+    """Prepares conditions with the modules of a checkpoint.
+
+    Args:
+        transformer: diffusers' ``GlmImageTransformer2DModel``.
+        glyph_encoder: transformers' ``T5EncoderModel``.
+        glyph_tokenizer: the ByT5 tokenizer.
+    """
+
+    def __init__(self, transformer: Any, glyph_encoder: Any, glyph_tokenizer: Any) -> None:
+        self._transformer = transformer
+        self._glyph_encoder = glyph_encoder
+        self._glyph_tokenizer = glyph_tokenizer
+        self._device: torch.device = transformer.proj_out.weight.device
+        self._dtype: torch.dtype = transformer.proj_out.weight.dtype
+
+    def prepare(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        prior_token_ids: NDArray[np.int32],
+        grid: Grid,
+        guidance_scale: float,
+        schedule: Schedule,
+    ) -> Conditioning:
+        """Prepares one picture.
+
+        Args:
+            prompt: its quoted strings are drawn as glyphs.
+            negative_prompt: its quoted strings are the unconditional branch's.
+            prior_token_ids: int32 [grid.tokens].
+            grid: the grid they fill.
+            guidance_scale: above 1 there is an unconditional branch.
+            schedule: the picture's steps.
+        """
+        upsampled = torch.from_numpy(geometry.upsample_tokens(prior_token_ids, grid)).long().to(self._device)
+        embedded = self._transformer.prior_token_embedding(upsampled[None])
+        unconditional = None
+        if guidance_scale > 1:
+            unconditional = self._branch(negative_prompt, torch.zeros_like(embedded))
+        return Conditioning(
+            conditional=self._branch(prompt, embedded),
+            unconditional=unconditional,
+            guidance_scale=guidance_scale,
+            times=self._times(Size(*(side * geometry.PIXELS_PER_TOKEN for side in grid)), schedule),
+            rotary=self._rotary(grid),
+        )
+
+    def _branch(self, prompt: str, prior_embedding: Tensor) -> Branch:
+        model = self._transformer
+        return Branch(
+            glyphs=model.glyph_projector(self._glyph_states(prompt)), prior=model.prior_projector(prior_embedding)
+        )
+
+    def _glyph_states(self, prompt: str) -> Tensor:
+        rows = prompts.glyph_token_ids(prompt, self._glyph_tokenizer)
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(row) for row in rows], batch_first=True, padding_value=self._glyph_tokenizer.pad_token_id
+        )
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(self._device)
+        states = self._glyph_encoder(ids.to(self._device), attention_mask=mask.long()).last_hidden_state
+        packed: Tensor = states[mask][None].to(self._dtype)
+        return packed
+
+    def _times(self, size: Size, schedule: Schedule) -> tuple[Tensor, ...]:
+        # Step by step rather than as one batch: the reference multiplies matrices of one row, and so do we.
+        embed = self._transformer.time_condition_embed
+        target_size = torch.tensor([size], dtype=self._dtype, device=self._device)
+        crop = torch.zeros_like(target_size)
+        return tuple(embed(time[None], target_size, crop, self._dtype) for time in schedule.timesteps)
+
+    def _rotary(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        # The module only looks at the shape of the latents, whose sides are four times the grid's.
+        latents = torch.empty(1, 1, grid.height * 4, grid.width * 4, device="meta")
+        cos, sin = self._transformer.rope(latents)
+        return cos.to(self._device), sin.to(self._device)

@@ -1,0 +1,35 @@
+"""From latents to pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Vae:
+    """The decoder of a checkpoint's variational autoencoder.
+
+    Args:
+        autoencoder: diffusers' ``AutoencoderKL``; its config has the mean and deviation of each latent channel.
+    """
+
+    def __init__(self, autoencoder: Any) -> None:
+        weight = autoencoder.decoder.conv_in.weight
+        self._autoencoder = autoencoder
+        self._dtype: torch.dtype = weight.dtype
+        self._mean, self._std = (
+            torch.tensor(values, device=weight.device, dtype=weight.dtype).view(1, -1, 1, 1)
+            for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
+        )
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Decodes normalised latents [1, channels, H/8, W/8] to a picture uint8 [H, W, 3] on the host."""
+        scaled = latents.to(self._dtype) * self._std + self._mean
+        decoded = self._autoencoder.decode(scaled, return_dict=False)[0][0]
+        levels = (decoded * 0.5 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
+        pixels: NDArray[np.uint8] = levels.permute(1, 2, 0).cpu().numpy()
+        return pixels

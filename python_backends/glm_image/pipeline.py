@@ -1,0 +1,129 @@
+"""Both engines in one process, without Triton: for tests, and for pictures made offline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_image.ar.engine import ArEngine, ArResult, ArSettings
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import open_device, placement
+from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.job import Job
+from glm_image.metadata import ar_metadata, request_metadata
+from glm_image.request import GenerationParameters, Limits, PaintRequest, ResolvedRequest
+
+
+@dataclass(frozen=True)
+class GeneratedPictures:
+    """Finished pictures.
+
+    Attributes:
+        pixels: uint8 [n, height, width, 3].
+        encoded: their files, empty for the output format ``raw``.
+        metadata: as the server's ``metadata`` output.
+    """
+
+    pixels: NDArray[np.uint8]
+    encoded: list[bytes]
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How the pipeline runs.
+
+    Attributes:
+        ar: the first stage.
+        dit: the second stage.
+        limits: the largest request.
+        load_format: ``auto``, or ``dummy`` for random weights.
+    """
+
+    ar: ArSettings = field(default_factory=ArSettings)
+    dit: DitSettings = field(default_factory=DitSettings)
+    limits: Limits = field(default_factory=Limits)
+    load_format: str = "auto"
+
+
+class LocalPipeline:
+    """A prompt becomes a picture in this process.
+
+    Args:
+        checkpoint: a folder with ``model_index.json``.
+        device: ``auto``, ``cpu``, ``cuda:0`` or ``npu:0``; holds both stages.
+        settings: how the stages run.
+
+    Raises:
+        CheckpointError: the folder is not a whole GLM-Image checkpoint.
+        ConfigurationError: the device is not there, or too small.
+    """
+
+    def __init__(self, checkpoint: Path, device: str = "auto", settings: LocalSettings | None = None) -> None:
+        settings = settings or LocalSettings()
+        self._limits = settings.limits
+        self.checkpoint = Checkpoint.open(Path(checkpoint), settings.load_format)
+        opened = open_device(placement(device, 0))
+        self.dit = DitEngine(self.checkpoint, opened, settings.dit)
+        self.ar = ArEngine(self.checkpoint, opened, settings.ar)
+
+    def __enter__(self) -> LocalPipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the engines."""
+        self.ar.close()
+
+    def resolve(self, parameters: GenerationParameters) -> ResolvedRequest:
+        """Validates a request; see ``GenerationParameters.resolve``."""
+        return parameters.resolve(self._limits, self.ar.sampling)
+
+    def prior(self, request: ResolvedRequest, job: Job | None = None) -> ArResult:
+        """Runs the first stage."""
+        return self.ar.submit(job or Job(), request).result()
+
+    def generate(self, parameters: GenerationParameters, job: Job | None = None) -> GeneratedPictures:
+        """Runs both stages.
+
+        Raises:
+            InvalidInputError: an input is not allowed.
+            UnsupportedError: source images were given.
+        """
+        job = job or Job()
+        resolved = self.resolve(parameters)
+        prior = self.prior(resolved, job)
+        return self.paint(paint_request(resolved, prior, ar_metadata(job, prior.tokens)), job)
+
+    def paint(self, request: PaintRequest, job: Job | None = None) -> GeneratedPictures:
+        """Runs the second stage."""
+        job = job or Job()
+        request.check(self._limits, self.dit.codebook_size)
+        result = self.dit.finish(job, request, self.dit.denoise(job, request))
+        return GeneratedPictures(result.pixels, result.encoded, request_metadata(self.checkpoint, job, request))
+
+
+def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: dict[str, Any]) -> PaintRequest:
+    """Makes the second stage's request from the first's and its tokens."""
+    asked = resolved.parameters
+    return PaintRequest(
+        prompt=asked.prompt,
+        negative_prompt=asked.negative_prompt,
+        prior_token_ids=prior.prior_token_ids,
+        grid=resolved.target,
+        requested=resolved.requested,
+        seeds=resolved.seeds,
+        num_inference_steps=asked.num_inference_steps,
+        guidance_scale=asked.guidance_scale,
+        output_format=asked.output_format,
+        ar_metadata=metadata,
+    )

@@ -1,0 +1,102 @@
+"""A prompt's way into the two models: quoted strings for the glyph encoder, token ids for the AR."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from glm_image.errors import CheckpointError
+from glm_image.geometry import Grid
+
+# In this order: the strings of one kind come before those of the next (diffusers pipeline_glm_image.py).
+QUOTED = tuple(re.compile(pattern) for pattern in (r"'([^']*)'", r"“([^“”]*)”", r'"([^"]*)"', r"「([^「」]*)」"))
+
+# Stands for the prompt while the chat template is rendered; a private-use code point no template contains.
+PROMPT_MARK = "\ue0a5"
+
+
+def quoted_strings(prompt: str) -> list[str]:
+    """Returns the strings in quotes whose glyphs the picture is to show, kind of quote by kind of quote."""
+    return [string for pattern in QUOTED for string in pattern.findall(prompt)]
+
+
+def glyph_token_count(prompt: str) -> int:
+    """Returns how many tokens the quoted strings of ``prompt`` give: a byte each, an end each, a pad if they are even.
+
+    No quoted string counts as one empty one.
+    """
+    strings = quoted_strings(prompt) or [""]
+    return sum(len(string.encode("utf-8")) for string in strings) + len(strings) * (1 + _pads(strings))
+
+
+def glyph_token_ids(prompt: str, tokenizer: Any) -> list[list[int]]:
+    """Returns the byte tokens of each quoted string, not padded.
+
+    One pad token comes first in each when the number of strings is even: the model was trained with it.
+
+    Args:
+        prompt: the prompt.
+        tokenizer: the checkpoint's ByT5 tokenizer.
+    """
+    strings = quoted_strings(prompt) or [""]
+    pads = [tokenizer.pad_token_id] * _pads(strings)
+    return [pads + ids for ids in tokenizer(strings).input_ids]
+
+
+def _pads(strings: Sequence[str]) -> int:
+    return (len(strings) + 1) % 2
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Turns prompts into the AR's input ids, with the checkpoint's own chat template and tokenizer.
+
+    Attributes:
+        processor: the checkpoint's ``GlmImageProcessor``.
+    """
+
+    processor: Any
+
+    def text_to_image(self, prompt: str, target: Grid, preview: Grid) -> list[int]:
+        """Returns the input ids of a text-to-image prompt; the last one is the start of the image.
+
+        Text in ``prompt`` that spells a special token is tokenised as text.
+        """
+        before, after = self._template
+        grids = "".join(self._grid(grid) for grid in (target, preview))
+        return self._encode(before, prompt, after + grids + self.processor.bos_token)
+
+    def _grid(self, grid: Grid) -> str:
+        return f"{self.processor.grid_bos_token}{grid.height} {grid.width}{self.processor.grid_eos_token}"
+
+    @cached_property
+    def _template(self) -> tuple[str, str]:
+        message = {"role": "user", "content": [{"type": "text", "text": PROMPT_MARK}]}
+        parts = self.processor.apply_chat_template([message], tokenize=False).split(PROMPT_MARK)
+        if len(parts) != 2:  # noqa: PLR2004
+            raise CheckpointError(
+                f"processor/chat_template: shows the user's text {len(parts) - 1} times; allowed: once"
+            )
+        return parts[0], parts[1]
+
+    @cached_property
+    def _special_text(self) -> re.Pattern[str]:
+        added = self.processor.tokenizer.added_tokens_decoder.values()
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(re.escape(text) for text in special) or r"(?!)")
+
+    def _encode(self, before: str, prompt: str, after: str) -> list[int]:
+        # A tokenizer cuts text at special tokens before anything else, so the run of text that holds the prompt can be
+        # encoded on its own: from the last special token before it to the first one after it.
+        tokenizer = self.processor.tokenizer
+        left = max((match.end() for match in self._special_text.finditer(before)), default=0)
+        right_match = self._special_text.search(after)
+        right = right_match.start() if right_match else len(after)
+        text = before[left:] + prompt + after[:right]
+        head: list[int] = tokenizer(before[:left]).input_ids
+        body: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        tail: list[int] = tokenizer(after[right:], add_special_tokens=False).input_ids
+        return head + body + tail

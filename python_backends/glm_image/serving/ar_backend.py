@@ -1,0 +1,114 @@
+"""``glm_ar``: hands requests to the engine and answers them when their tokens are there."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from glm_image.job import Job
+from glm_image.metadata import ar_metadata
+from glm_image.request import GenerationParameters, ResolvedRequest
+from glm_image.serving.answer import Answer
+from glm_image.serving.declaration import AR_PARAMETERS
+from glm_image.serving.instance import Instance
+from glm_image.serving.tensors import Inputs, text_array
+
+if TYPE_CHECKING:
+    from glm_image.ar.engine import ArResult
+
+logger = logging.getLogger(__name__)
+
+
+class ArBackend:
+    """The Triton Python model of the first stage."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Loads the engine on this instance's device."""
+        instance = Instance.read(args, AR_PARAMETERS)
+        self._limits = instance.limits
+        self._engine = _load(instance)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hands requests over; the answers go out later, from the engine's thread."""
+        for request in requests:
+            answer = Answer(request)
+            try:
+                self._accept(request, answer)
+            except Exception as error:  # whatever it is, the client must get an answer
+                answer.fail(error)
+
+    def finalize(self) -> None:
+        """Ends what runs, with an answer to each."""
+        self._engine.close()
+
+    def _accept(self, request: Any, answer: Answer) -> None:
+        job = Job.with_timeout(request.request_id(), request.timeout())
+        resolved = read_request(request).resolve(self._limits, self._engine.sampling)
+        self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(answer, job, resolved, done))
+
+
+def _load(instance: Instance) -> Any:
+    # The engine imports torch and transformers, which must not happen before the instance's device is known.
+    from glm_image.ar.engine import ArEngine, ArSettings  # noqa: PLC0415
+    from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
+    from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
+
+    parameters = instance.parameters
+    device = open_device(placement(parameters["devices"], instance.index))
+    settings = ArSettings(
+        dtype=named_dtype(parameters["dtype"]),
+        max_num_seqs=instance.integer("max_num_seqs", 1),
+        max_sequence_tokens=instance.integer("max_sequence_tokens", 1),
+        max_queue=instance.integer("max_queue", 1),
+        graph_mode=parameters["graph_mode"],
+        memory_utilization=instance.share("memory_utilization"),
+    )
+    logger.info("loading the decoder on %s", device)
+    return ArEngine(Checkpoint.open(instance.checkpoint, parameters["load_format"]), device, settings)
+
+
+def read_request(request: Any) -> GenerationParameters:
+    """Reads what a client asks for, not yet validated."""
+    inputs = Inputs(request)
+    return GenerationParameters(
+        prompt=inputs.text("prompt") or "",
+        images=inputs.files("image"),
+        **inputs.given(
+            height=inputs.integer("height"),
+            width=inputs.integer("width"),
+            num_inference_steps=inputs.integer("num_inference_steps"),
+            guidance_scale=inputs.real("guidance_scale"),
+            seed=inputs.integer("seed"),
+            num_images=inputs.integer("num_images"),
+            negative_prompt=inputs.text("negative_prompt"),
+            temperature=inputs.real("temperature"),
+            top_p=inputs.real("top_p"),
+            top_k=inputs.integer("top_k"),
+            output_format=inputs.text("output_format"),
+        ),
+    )
+
+
+def _reply(answer: Answer, job: Job, resolved: ResolvedRequest, done: Future[ArResult]) -> None:
+    error = done.exception()
+    if error is not None:
+        answer.fail(error)
+        return
+    result = done.result()
+    answer.send(
+        {
+            "prior_token_ids": result.prior_token_ids,
+            "prior_grid": np.array(resolved.target),
+            "source_token_ids": np.zeros(0),
+            "source_grids": np.zeros((0, 2)),
+            "resolved_seed": np.array([resolved.seeds[0]]),
+            "resolved_size": np.array(resolved.requested),
+            "deadline_ns": np.array([job.deadline_ns]),
+            "ar_metadata": text_array(json.dumps(ar_metadata(job, result.tokens))),
+        }
+    )

@@ -1,0 +1,121 @@
+"""Writes the models' ``config.pbtxt`` files from their declaration.
+
+Run as ``python -m glm_image.serving.configs MODEL_REPOSITORY``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from glm_image.request import Limits
+from glm_image.serving import declaration
+from glm_image.serving.declaration import ParameterSpec, TensorSpec
+
+HEADER = """\
+# Edit instance_group and the parameters to place and size the model. The rest is declared in
+# glm_image/serving/declaration.py and written by `python -m glm_image.serving.configs model_repository`.
+"""
+
+
+def _stage(
+    name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], parameters: tuple[ParameterSpec, ...]
+) -> Any:
+    config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=0)
+    _add_tensors(config, inputs, outputs)
+    kind = model_config_pb2.ModelInstanceGroup.KIND_CPU  # the devices are chosen by the parameter: Triton knows no NPU
+    config.instance_group.add(count=1, kind=kind)
+    values = {spec.name: spec.default for spec in parameters} | Limits().parameters()
+    for parameter, value in values.items():
+        config.parameters[parameter].string_value = value
+    return config
+
+
+def _ensemble() -> Any:
+    config = model_config_pb2.ModelConfig(name="glm_image", platform="ensemble", max_batch_size=0)
+    _add_tensors(config, declaration.REQUEST_INPUTS, declaration.OUTPUTS)
+    steps = (
+        ("glm_ar", declaration.REQUEST_INPUTS, declaration.STAGE_TENSORS),
+        ("glm_dit", (*declaration.PAINTING_INPUTS, *declaration.STAGE_INPUTS), declaration.OUTPUTS),
+    )
+    for model, inputs, outputs in steps:
+        step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
+        for spec in inputs:
+            step.input_map[spec.name] = spec.name
+        for spec in outputs:
+            step.output_map[spec.name] = spec.name
+    return config
+
+
+def _add_tensors(config: Any, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
+    for spec in inputs:
+        data_type = model_config_pb2.DataType.Value(f"TYPE_{spec.data_type}")
+        config.input.add(name=spec.name, data_type=data_type, dims=spec.dims, optional=spec.optional)
+    for spec in outputs:
+        config.output.add(
+            name=spec.name, data_type=model_config_pb2.DataType.Value(f"TYPE_{spec.data_type}"), dims=spec.dims
+        )
+
+
+def model_configs() -> dict[str, Any]:
+    """Returns every model's ``ModelConfig`` message."""
+    painting = (*declaration.PAINTING_INPUTS, *declaration.STAGE_INPUTS)
+    return {
+        "glm_image": _ensemble(),
+        "glm_ar": _stage("glm_ar", declaration.REQUEST_INPUTS, declaration.STAGE_TENSORS, declaration.AR_PARAMETERS),
+        "glm_dit": _stage("glm_dit", painting, declaration.OUTPUTS, declaration.DIT_PARAMETERS),
+    }
+
+
+def config_text(config: Any) -> str:
+    """Returns a message in protobuf's text format: what operators edit first, one entry a line."""
+    lines = [
+        f'{field}: "{getattr(config, field)}"' for field in ("name", "backend", "platform") if getattr(config, field)
+    ]
+    lines += _entries("instance_group", config.instance_group)
+    declared = [spec.name for spec in (*declaration.AR_PARAMETERS, *declaration.DIT_PARAMETERS)]
+    for key in [*dict.fromkeys(declared), *Limits().parameters()]:
+        if key in config.parameters:
+            lines.append(f'parameters {{ key: "{key}" value {{ {_one_line(config.parameters[key])} }} }}')
+    lines += _entries("input", config.input) + _entries("output", config.output)
+    if config.ensemble_scheduling.step:
+        lines += ["ensemble_scheduling {", *map(_step_text, config.ensemble_scheduling.step), "}"]
+    return "\n".join(lines) + "\n"
+
+
+def _step_text(step: Any) -> str:
+    lines = [f'  step {{ model_name: "{step.model_name}" model_version: {step.model_version}']
+    for field in ("input_map", "output_map"):
+        tensors = getattr(step, field)
+        lines += [f'    {field} {{ key: "{name}" value: "{tensors[name]}" }}' for name in sorted(tensors)]
+    return "\n".join([*lines, "  }"])
+
+
+def _entries(field: str, messages: Iterable[Any]) -> list[str]:
+    return [f"{field} {{ {_one_line(message)} }}" for message in messages]
+
+
+def _one_line(message: Any) -> str:
+    text: str = text_format.MessageToString(message, as_one_line=True)
+    return text
+
+
+def config_files() -> dict[Path, str]:
+    """Returns the text of every configuration file, by its path in the model repository."""
+    return {Path(name, "config.pbtxt"): HEADER + config_text(config) for name, config in model_configs().items()}
+
+
+def main() -> None:
+    """Writes the files into the model repository named on the command line."""
+    (repository,) = sys.argv[1:]
+    for path, text in config_files().items():
+        (Path(repository) / path).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

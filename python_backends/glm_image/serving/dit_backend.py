@@ -1,0 +1,113 @@
+"""``glm_dit``: blocks while a picture is denoised, so that Triton queues for it; the rest goes on in a thread."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
+from glm_image.job import Job
+from glm_image.metadata import queued_seconds, request_metadata
+from glm_image.request import PaintRequest, consecutive_seeds, random_seed
+from glm_image.serving.answer import Answer
+from glm_image.serving.declaration import DIT_PARAMETERS
+from glm_image.serving.instance import Instance
+from glm_image.serving.tensors import Inputs, text_array
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED_REQUESTS = 2
+"""Requests that may wait for the VAE and the encoder, their latents in the device's memory."""
+
+
+class DitBackend:
+    """The Triton Python model of the second stage."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Loads the engine on this instance's device."""
+        # The engine imports torch and diffusers, which must not happen before the instance's device is known.
+        from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
+        from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
+        from glm_image.dit.engine import DitEngine, DitSettings  # noqa: PLC0415
+
+        instance = Instance.read(args, DIT_PARAMETERS)
+        parameters = instance.parameters
+        self._limits = instance.limits
+        self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
+        # Where there are several cards, the first one is the other stage's.
+        device = open_device(placement(parameters["devices"], instance.index, first=1))
+        logger.info("loading the transformer on %s", device)
+        self._engine = DitEngine(self._checkpoint, device, DitSettings(dtype=named_dtype(parameters["dtype"])))
+        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
+        self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Denoises requests one after the other; each is answered when its pictures are decoded and encoded."""
+        for request in requests:
+            answer = Answer(request)
+            try:
+                self._paint(request, answer)
+            except Exception as error:  # whatever it is, the client must get an answer
+                answer.fail(error)
+
+    def finalize(self) -> None:
+        """Finishes what is denoised."""
+        self._finisher.shutdown(wait=True)
+
+    def _paint(self, request: Any, answer: Answer) -> None:
+        inputs = Inputs(request)
+        paint = read_request(inputs)
+        job = Job.with_timeout(request.request_id(), 0)
+        job.deadline_ns = inputs.integer("deadline_ns") or 0
+        job.add_seconds("dit_queue", queued_seconds(paint.ar_metadata))
+        paint.check(self._limits, self._engine.codebook_size)
+        pictures = self._engine.denoise(job, paint)
+        self._may_wait.acquire()
+        self._finisher.submit(self._finish, answer, job, paint, pictures)
+
+    def _finish(self, answer: Answer, job: Job, paint: PaintRequest, pictures: list[int]) -> None:
+        try:
+            result = self._engine.finish(job, paint, pictures)
+            raw = paint.output_format == "raw"
+            answer.send(
+                {
+                    "images": result.pixels if raw else np.zeros((0, 0, 0, 3)),
+                    "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),
+                    "metadata": text_array(json.dumps(request_metadata(self._checkpoint, job, paint))),
+                }
+            )
+        except Exception as error:  # whatever it is, the client must get an answer
+            answer.fail(error)
+        finally:
+            self._may_wait.release()
+
+
+def read_request(inputs: Inputs) -> PaintRequest:
+    """Reads what the first stage, or a client with tokens of its own, asks for; not yet validated."""
+    tokens, sides = inputs.array("prior_token_ids"), inputs.array("prior_grid")
+    assert tokens is not None
+    assert sides is not None
+    grid = Grid(*map(int, sides))
+    size = inputs.array("resolved_size")
+    seed = inputs.integer("resolved_seed")
+    return PaintRequest(
+        prompt=inputs.text("prompt") or "",
+        prior_token_ids=tokens,
+        grid=grid,
+        requested=Size(*(side * PIXELS_PER_TOKEN for side in grid) if size is None else map(int, size)),
+        seeds=consecutive_seeds(random_seed() if seed is None else seed, len(tokens)),
+        ar_metadata=inputs.json_object("ar_metadata"),
+        **inputs.given(
+            negative_prompt=inputs.text("negative_prompt"),
+            num_inference_steps=inputs.integer("num_inference_steps"),
+            guidance_scale=inputs.real("guidance_scale"),
+            output_format=inputs.text("output_format"),
+        ),
+    )

@@ -1,0 +1,29 @@
+"""What went wrong, as Triton's status codes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from glm_image import errors
+
+logger = logging.getLogger(__name__)
+
+CODES = {
+    errors.InvalidInputError: pb_utils.TritonError.INVALID_ARG,
+    errors.UnsupportedError: pb_utils.TritonError.UNSUPPORTED,
+    errors.UnavailableError: pb_utils.TritonError.UNAVAILABLE,
+    errors.CancelledError: pb_utils.TritonError.CANCELLED,
+    errors.DeadlineExceededError: pb_utils.TritonError.UNAVAILABLE,  # as Triton answers its own queue's time-outs
+}
+
+
+def triton_error(error: BaseException) -> Any:
+    """Returns the ``TritonError`` for an exception; what was not raised on purpose is INTERNAL, and logged."""
+    for kind, code in CODES.items():
+        if isinstance(error, kind):
+            return pb_utils.TritonError(str(error), code)
+    logger.error("a request failed", exc_info=error)
+    return pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)

@@ -1,0 +1,87 @@
+"""Between Triton's tensors and plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from glm_image.errors import InvalidInputError
+from glm_image.serving.declaration import OUTPUTS, STAGE_TENSORS
+
+NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING": np.object_}
+
+
+class Inputs:
+    """The inputs of a request; each getter gives None for one that was left out.
+
+    Triton has checked types and shapes against the configuration.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def array(self, name: str) -> NDArray[Any] | None:
+        """Returns an input as it is."""
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        return None if tensor is None else tensor.as_numpy()
+
+    def integer(self, name: str) -> int | None:
+        """Returns an INT32 or INT64 [1]."""
+        array = self.array(name)
+        return None if array is None else int(array[0])
+
+    def real(self, name: str) -> float | None:
+        """Returns an FP32 [1] as the shortest decimal that is it: 0.9 stays 0.9, not 0.8999999762."""
+        array = self.array(name)
+        return None if array is None else float(str(np.float32(array[0])))
+
+    def text(self, name: str) -> str | None:
+        """Returns a BYTES [1] that must be UTF-8."""
+        array = self.array(name)
+        if array is None:
+            return None
+        try:
+            text: str = array[0].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidInputError.of(name, repr(array[0])[2:-1], "UTF-8") from error
+        return text
+
+    def files(self, name: str) -> tuple[bytes, ...]:
+        """Returns a BYTES [k]; () when it was left out."""
+        array = self.array(name)
+        return () if array is None else tuple(bytes(file) for file in array)
+
+    def json_object(self, name: str) -> dict[str, Any]:
+        """Returns a BYTES [1] that must hold a JSON object; {} when it was left out or is empty."""
+        text = self.text(name)
+        if not text:
+            return {}
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidInputError.of(name, text, "a JSON object") from error
+        if not isinstance(value, dict):
+            raise InvalidInputError.of(name, text, "a JSON object")
+        return value
+
+    def given(self, **values: Any) -> dict[str, Any]:
+        """Returns those values that are not None, so that defaults hold for the others."""
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def text_array(*texts: str) -> NDArray[np.object_]:
+    """Returns texts as a BYTES tensor's array."""
+    return np.array([text.encode("utf-8") for text in texts], dtype=np.object_)
+
+
+def response(values: Mapping[str, NDArray[Any]]) -> Any:
+    """Returns an ``InferenceResponse`` with outputs of their declared types."""
+    types = {spec.name: NUMPY_TYPES[spec.data_type] for spec in (*STAGE_TENSORS, *OUTPUTS)}
+    return pb_utils.InferenceResponse(
+        output_tensors=[pb_utils.Tensor(name, value.astype(types[name], copy=False)) for name, value in values.items()]
+    )
