@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.ar.executor import Admit, Command, Release, Step
-from glm_image.errors import CancelledError, GlmImageError, UnavailableError
+from glm_image.errors import GlmImageError, UnavailableError
 from glm_image.job import Job
 from glm_image.request import ResolvedRequest
 
@@ -93,14 +93,14 @@ class Scheduler:
         return request.future
 
     def close(self) -> None:
-        """Ends all requests with CancelledError and stops the thread."""
+        """Ends all requests with UnavailableError and stops the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
     def _loop(self) -> None:
-        reason: Exception = CancelledError("the request was cancelled: glm_ar is stopping")
+        reason: Exception = UnavailableError("glm_ar is stopping; send the request again")
         try:
             while self._wait_for_work():
                 self._drop_unwanted()

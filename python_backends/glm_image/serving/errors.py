@@ -11,12 +11,13 @@ from glm_image import errors
 
 logger = logging.getLogger(__name__)
 
+# By name: the stub adds TritonError to pb_utils only after it has imported the model.
 CODES = {
-    errors.InvalidInputError: pb_utils.TritonError.INVALID_ARG,
-    errors.UnsupportedError: pb_utils.TritonError.UNSUPPORTED,
-    errors.UnavailableError: pb_utils.TritonError.UNAVAILABLE,
-    errors.CancelledError: pb_utils.TritonError.CANCELLED,
-    errors.DeadlineExceededError: pb_utils.TritonError.UNAVAILABLE,  # as Triton answers its own queue's time-outs
+    errors.InvalidInputError: "INVALID_ARG",
+    errors.UnsupportedError: "UNSUPPORTED",
+    errors.UnavailableError: "UNAVAILABLE",
+    errors.CancelledError: "CANCELLED",
+    errors.DeadlineExceededError: "UNAVAILABLE",  # as Triton answers its own queue's time-outs
 }
 
 
@@ -24,6 +25,6 @@ def triton_error(error: BaseException) -> Any:
     """Returns the ``TritonError`` for an exception; what was not raised on purpose is INTERNAL, and logged."""
     for kind, code in CODES.items():
         if isinstance(error, kind):
-            return pb_utils.TritonError(str(error), code)
+            return pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, code))
     logger.error("a request failed", exc_info=error)
     return pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)

@@ -1,0 +1,185 @@
+"""The command ``glm-image``."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from glm_image_client.client import GlmImageClient, OutputFormat
+from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
+from glm_image_client.offline import generate_offline
+from glm_image_client.result import GenerationResult, format_of
+from glm_image_client.tensors import source_bytes
+
+EXIT_REFUSED: Final = 2
+EXIT_UNREACHABLE: Final = 3
+EXIT_SERVER: Final = 4
+EXIT_INTERRUPTED: Final = 130
+
+DEFAULT_OUTPUT: Final = "output_{width}x{height}.png"
+
+_SIZE: Final = re.compile(r"(\d{1,6})x(\d{1,6})", re.IGNORECASE | re.ASCII)
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+class ProtocolChoice(str, Enum):
+    """How to talk to the server."""
+
+    grpc = "grpc"
+    http = "http"
+
+
+def main() -> NoReturn:
+    """The entry point; exits 0 done, 2 refused input, 3 server unreachable, 4 server error, 130 interrupted."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)
+
+
+@app.callback()
+def glm_image() -> None:
+    """GLM-Image: a prompt becomes a picture."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to paint; text in quotation marks is lettered.")],
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 and below is off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same picture.")] = None,
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help=".png, .jpg, .jpeg or .webp.")
+    ] = DEFAULT_OUTPUT,
+    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A source image; several times.")] = None,
+    count: Annotated[int | None, typer.Option("-n", "--num-images", help="Pictures to make.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to letter.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling of image tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sampling of image tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sampling of image tokens.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(envvar="GLM_IMAGE_URL", metavar="HOST:PORT", help="The server; default 127.0.0.1:8001 or :8000."),
+    ] = None,
+    protocol: Annotated[ProtocolChoice, typer.Option(help="Where the URL has no scheme.")] = ProtocolChoice.grpc,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after this long.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Run the engines here, without a server.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="What --offline loads.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where --offline runs: auto, cpu, cuda:0, npu:0.")] = None,
+) -> None:
+    """Generates pictures. What is not given is left to the server's defaults."""
+    with _exit_codes():
+        width, height = _parse_size(size)
+        output_format = cast("OutputFormat", format_of(output))
+        _check_folder(output)
+        _check_offline(offline, checkpoint, device)
+        images = [source_bytes(path) for path in image or ()]
+        values: dict[str, Any] = {
+            "prompt": prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "seed": seed,
+            "num_images": count,
+            "negative_prompt": negative_prompt,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+        }
+        began = time.perf_counter()
+        with _progress(shown=not as_json and sys.stderr.isatty()):
+            if checkpoint is not None:
+                result = generate_offline(checkpoint, device or "auto", values, images)
+            else:
+                with GlmImageClient(url, protocol.value, timeout=timeout) as client:
+                    result = client.generate(**values, images=images, output_format=output_format)
+        waited = time.perf_counter() - began
+        files = _save(result, output)
+        print(_as_json(result, files) if as_json else _as_text(result, files, waited))
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except GlmImageClientError as error:
+        print(f"glm-image: {error}", file=sys.stderr)
+        if isinstance(error, (BadArgumentError, RefusedError)):
+            raise typer.Exit(EXIT_REFUSED) from error
+        raise typer.Exit(EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_SERVER) from error
+
+
+@contextmanager
+def _progress(*, shown: bool) -> Iterator[None]:
+    if not shown:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task("generating", total=None)
+        yield
+
+
+def _parse_size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    found = _SIZE.fullmatch(size)
+    if found is None:
+        raise BadArgumentError(f"--size is {size!r}; allowed: WIDTHxHEIGHT in pixels, as in 1024x768")
+    return int(found[1]), int(found[2])
+
+
+def _check_folder(output: str) -> None:
+    # Before the wait, not after it.
+    if not Path(output).parent.is_dir():
+        raise BadArgumentError(f"--output is {output!r}; allowed: a file in a folder that exists")
+
+
+def _check_offline(offline: bool, checkpoint: Path | None, device: str | None) -> None:
+    if offline and checkpoint is None:
+        raise BadArgumentError("--offline needs --checkpoint DIR")
+    if not offline and (checkpoint, device) != (None, None):
+        raise BadArgumentError("--checkpoint and --device belong to --offline; a server has its own")
+
+
+def _save(result: GenerationResult, output: str) -> list[Path]:
+    try:
+        return result.save(output)
+    except OSError as error:
+        raise BadArgumentError(f"--output {output!r} cannot be written: {error.strerror}") from error
+
+
+def _as_json(result: GenerationResult, files: list[Path]) -> str:
+    shown = {"files": [str(file) for file in files], "seeds": result.seeds, "metadata": result.metadata.raw}
+    return json.dumps(shown)
+
+
+def _as_text(result: GenerationResult, files: list[Path], waited: float) -> str:
+    told = result.metadata
+    stages = "".join(f"{name} {seconds:.2f}, " for name, seconds in told.seconds.items())
+    seeds = ", ".join(map(str, told.seeds))
+    return "\n".join(
+        [
+            *map(str, files),
+            f"{told.width}x{told.height}, {told.steps} steps, seed {seeds}",
+            f"seconds: {stages}all in all {waited:.2f}",
+        ]
+    )

@@ -1,0 +1,244 @@
+"""What a server answers, as Python objects."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from glm_image_client.errors import BadArgumentError, ServerFailure
+
+SUFFIX_FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+_ENCODER_OPTIONS: Final[Mapping[str, Mapping[str, int]]] = {
+    "png": {"compress_level": 1},
+    "jpeg": {"quality": 95, "subsampling": 0},
+    "webp": {"quality": 95},
+}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the server tells of a picture; a field it left out has the default.
+
+    Attributes:
+        version: the server's version.
+        seeds: the seed used for each picture.
+        width: the pictures' width in pixels.
+        height: the pictures' height in pixels.
+        generated_width: the width before cropping, a multiple of 32.
+        generated_height: the height before cropping, a multiple of 32.
+        steps: denoising steps.
+        cached_steps: for each picture, what the residual cache skipped.
+        tokens: counts: prompt, source, preview, image.
+        seconds: time spent in each stage: ar_queue, prefill, decode, dit_queue, condition, denoise, vae, encode.
+        model: name and revision of the checkpoint.
+        extra: the fields this version of the client does not know.
+        raw: the whole JSON object.
+    """
+
+    version: str | int | None = None
+    seeds: tuple[int, ...] = ()
+    width: int = 0
+    height: int = 0
+    generated_width: int = 0
+    generated_height: int = 0
+    steps: int = 0
+    cached_steps: tuple[Any, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_mapping(cls, raw: Mapping[str, Any]) -> Metadata:
+        """Reads the metadata's JSON object."""
+        known = {one.name for one in fields(cls)} - {"extra", "raw"}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in raw.items() if name in known
+        }
+        return cls(
+            **values,
+            extra={name: value for name, value in raw.items() if name not in known},
+            raw=dict(raw),
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Metadata:
+        """Reads the metadata's text.
+
+        Raises:
+            ServerFailure: it is no JSON object.
+        """
+        return cls.from_mapping(json_object(text, "metadata"))
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationResult:
+    """The pictures of one request.
+
+    Attributes:
+        metadata: what the server tells of them.
+        encoded: the bytes of each picture's file as the server wrote it; empty when raw pixels were asked for.
+        pixels: uint8 [n, height, width, 3] when raw pixels were asked for, else None.
+    """
+
+    metadata: Metadata
+    encoded: list[bytes] = field(default_factory=list, repr=False)
+    pixels: NDArray[np.uint8] | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> GenerationResult:
+        """Reads the output tensors ``images``, ``images_base64`` and ``metadata``.
+
+        Raises:
+            ServerFailure: an output is missing or is not what it should be.
+        """
+        try:
+            metadata = Metadata.from_json(outputs["metadata"][0])
+            encoded = [base64.b64decode(picture, validate=True) for picture in outputs["images_base64"].ravel()]
+            return cls(metadata, encoded, None if encoded else outputs["images"])
+        except KeyError as error:
+            raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
+        except binascii.Error as error:
+            raise ServerFailure("the server's images_base64 is not base64") from error
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The pictures as PIL images, RGB; decoded on first use."""
+        if self.pixels is not None:
+            return [Image.fromarray(picture) for picture in self.pixels]
+        return [Image.open(io.BytesIO(file)).convert("RGB") for file in self.encoded]
+
+    @cached_property
+    def arrays(self) -> list[NDArray[np.uint8]]:
+        """The pictures as uint8 [height, width, 3] each; decoded on first use."""
+        if self.pixels is not None:
+            return list(self.pixels)
+        return [np.asarray(image) for image in self.images]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed used for each picture."""
+        return self.metadata.seeds
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Writes every picture and returns the files.
+
+        A picture that the server encoded in the suffix's format is written byte for byte.
+
+        Args:
+            path: ``.png``, ``.jpg``, ``.jpeg`` or ``.webp``; ``{width}``, ``{height}``, ``{seed}`` and ``{index}`` are
+                filled in. Several pictures without one of the last two go to ``NAME_0.png``, ``NAME_1.png``, ...
+
+        Raises:
+            BadArgumentError: the suffix is none of these.
+            OSError: a file cannot be written.
+        """
+        suffix_format = format_of(path)
+        count = len(self.encoded) if self.pixels is None else len(self.pixels)
+        files = [Path(name) for name in file_names(str(path), count, self.metadata)]
+        for index, file in enumerate(files):
+            file.write_bytes(self._file_bytes(index, suffix_format))
+        return files
+
+    def _file_bytes(self, index: int, wanted: str) -> bytes:
+        if self.encoded and (Image.open(io.BytesIO(self.encoded[index])).format or "").lower() == wanted:
+            return self.encoded[index]
+        buffer = io.BytesIO()
+        self.images[index].save(buffer, wanted, **_ENCODER_OPTIONS[wanted])
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True, eq=False)
+class PriorTokens:
+    """What the first stage makes of a prompt: keep it, edit it, paint it again.
+
+    Attributes:
+        prior_token_ids: int32 [n, rows * columns], one row a picture.
+        prior_grid: int32 [2], rows and columns; a token stands for 32x32 pixels.
+        source_token_ids: int32 [s], the source images' tokens; [0] without any.
+        source_grids: int32 [k, 2], rows and columns of each source; [0, 2] without any.
+        resolved_seed: int64 [1], the first picture's seed.
+        resolved_size: int32 [2], the height and width asked for.
+        deadline_ns: int64 [1], on the server's clock; it holds for the request that made the tokens, so it is not
+            sent when they are painted.
+        ar_metadata: the first stage's metadata, a JSON object.
+    """
+
+    prior_token_ids: NDArray[np.int32]
+    prior_grid: NDArray[np.int32]
+    source_token_ids: NDArray[np.int32]
+    source_grids: NDArray[np.int32]
+    resolved_seed: NDArray[np.int64]
+    resolved_size: NDArray[np.int32]
+    deadline_ns: NDArray[np.int64]
+    ar_metadata: Mapping[str, Any]
+
+    @classmethod
+    def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> PriorTokens:
+        """Reads the output tensors of ``glm_ar``.
+
+        Raises:
+            ServerFailure: an output is missing or is not what it should be.
+        """
+        try:
+            values: dict[str, Any] = {one.name: outputs[one.name] for one in fields(cls)}
+        except KeyError as error:
+            raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
+        values["ar_metadata"] = json_object(values["ar_metadata"][0], "ar_metadata")
+        return cls(**values)
+
+
+def json_object(text: bytes | str, name: str) -> dict[str, Any]:
+    """Returns the JSON object in an output's text.
+
+    Raises:
+        ServerFailure: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ServerFailure(f"the server's {name} is not JSON") from error
+    if not isinstance(value, dict):
+        raise ServerFailure(f"the server's {name} is not a JSON object")
+    return value
+
+
+def format_of(path: str | Path) -> str:
+    """Returns the picture format that a file's suffix names: ``png``, ``jpeg`` or ``webp``.
+
+    Raises:
+        BadArgumentError: it names none of them.
+    """
+    suffix = Path(path).suffix
+    if suffix.lower() not in SUFFIX_FORMATS:
+        raise BadArgumentError(f"output {str(path)!r} ends in {suffix!r}; allowed: {', '.join(SUFFIX_FORMATS)}")
+    return SUFFIX_FORMATS[suffix.lower()]
+
+
+def file_names(template: str, count: int, metadata: Metadata) -> list[str]:
+    """Returns the names of ``count`` files; see ``GenerationResult.save``."""
+    if count > 1 and not any(field in template for field in ("{index}", "{seed}")):
+        path = Path(template)
+        template = str(path.with_name(path.stem + "_{index}" + path.suffix))
+    names = []
+    for index in range(count):
+        seed = metadata.seeds[index] if index < len(metadata.seeds) else index
+        known = {"index": index, "seed": seed, "width": metadata.width, "height": metadata.height}
+        name = template
+        for placeholder, value in known.items():
+            name = name.replace(f"{{{placeholder}}}", str(value))
+        names.append(name)
+    return names

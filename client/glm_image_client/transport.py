@@ -1,0 +1,143 @@
+"""Tensors to a server and back, over gRPC or HTTP, behind one interface."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, cast
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_image_client.errors import BadArgumentError
+
+ProtocolName = Literal["grpc", "http"]
+
+PROTOCOLS: dict[str, tuple[ProtocolName, bool]] = {
+    "grpc": ("grpc", False),
+    "grpcs": ("grpc", True),
+    "http": ("http", False),
+    "https": ("http", True),
+}
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORTS: dict[ProtocolName, int] = {"grpc": 8001, "http": 8000}
+TLS_PORT = 443
+CONNECT_SECONDS = 10.0
+LIVENESS_SECONDS = 2.0
+
+
+class Tensor(NamedTuple):
+    """A named input: ``datatype`` is KServe's (BYTES, INT32, ...), ``data`` an array of the matching dtype."""
+
+    name: str
+    datatype: str
+    data: NDArray[Any]
+
+
+class Endpoint(NamedTuple):
+    """Where a server listens: ``address`` is ``HOST:PORT``, over HTTP perhaps with a base path."""
+
+    protocol: ProtocolName
+    address: str
+    tls: bool
+
+    @classmethod
+    def parse(cls, url: str | None, protocol: str = "grpc") -> Endpoint:
+        """Reads ``HOST[:PORT]`` or ``SCHEME://HOST[:PORT][/PATH]``; a scheme decides the protocol.
+
+        Args:
+            url: None = this machine and the protocol's own port.
+            protocol: ``grpc`` or ``http``, used where the URL has no scheme.
+
+        Raises:
+            BadArgumentError: the URL or the protocol is none of these.
+        """
+        if protocol not in DEFAULT_PORTS:
+            raise BadArgumentError(f"protocol is {protocol!r}; allowed: grpc, http")
+        scheme, separator, rest = (url or DEFAULT_HOST).strip().rpartition("://")
+        scheme = scheme.lower() if separator else protocol
+        refused = BadArgumentError(f"url is {url!r}; allowed: HOST:PORT, or grpc, grpcs, http or https://HOST:PORT")
+        try:
+            parts = urlsplit(f"//{rest}")
+            port = parts.port
+        except ValueError:
+            raise refused from None
+        if scheme not in PROTOCOLS or not parts.hostname or any((parts.username, parts.query, parts.fragment)):
+            raise refused
+        name, tls = PROTOCOLS[scheme]
+        path = parts.path.rstrip("/")
+        if path and name == "grpc":
+            raise refused
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        port = port if port is not None else TLS_PORT if tls else DEFAULT_PORTS[name]
+        return cls(name, f"{host}:{port}{path}", tls)
+
+
+class Transport(Protocol):
+    """What a client needs of a server; safe to use from several threads."""
+
+    def infer(
+        self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Sends one request and returns every output by its name.
+
+        Args:
+            model: the model's name.
+            inputs: the tensors to send, as binary data.
+            request_id: shows in the server's log.
+            timeout: seconds to wait; the server is told them too.
+
+        Raises:
+            RefusedError: the server does not take this request.
+            UnreachableError: no server, or the connection broke.
+            ServerFailure: anything else the server answered, or an answer that is none.
+        """
+
+    def ready(self, timeout: float | None) -> bool:
+        """Tells whether a server answers and all its models are ready; never raises for a server that is not there."""
+
+    def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
+        """Returns KServe's model metadata: name, versions, platform, inputs, outputs. Raises as ``infer`` does."""
+
+    def close(self) -> None:
+        """Closes every connection."""
+
+
+def connect(endpoint: Endpoint) -> Transport:
+    """Returns a transport for the endpoint; no connection is made before the first call."""
+    # Each half of tritonclient is an optional part of it and slow to import: only the one in use has to be there.
+    if endpoint.protocol == "http":
+        from glm_image_client.http_transport import HttpTransport  # noqa: PLC0415
+
+        return HttpTransport(endpoint)
+    from glm_image_client.grpc_transport import GrpcTransport  # noqa: PLC0415
+
+    return GrpcTransport(endpoint)
+
+
+def microseconds(timeout: float | None) -> int | None:
+    """Returns seconds as KServe's ``timeout`` parameter; None stays None.
+
+    Raises:
+        BadArgumentError: the timeout is not a positive number.
+    """
+    if timeout is None:
+        return None
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise BadArgumentError(f"timeout is {timeout}; allowed: seconds above 0")
+    return max(1, round(timeout * 1e6))
+
+
+def with_integer_shapes(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns model metadata with shapes as integers: protobuf's JSON writes 64-bit integers as strings."""
+    for tensor in cast("list[dict[str, Any]]", [*metadata.get("inputs", ()), *metadata.get("outputs", ())]):
+        tensor["shape"] = [int(side) for side in tensor.get("shape", ())]
+    return metadata
+
+
+def object_array(values: Sequence[bytes]) -> NDArray[np.object_]:
+    """Returns a BYTES tensor [len(values)]; numpy's own bytes dtype would drop trailing NULs."""
+    array = np.empty(len(values), dtype=np.object_)
+    array[:] = values
+    return array

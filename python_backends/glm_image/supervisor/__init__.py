@@ -1,0 +1,8 @@
+"""The parent of a Triton process: finds a server, starts it, waits for it, leaves nothing behind."""
+
+from __future__ import annotations
+
+from glm_image.supervisor.server import ServerStartError, TritonServer
+from glm_image.supervisor.settings import ServerSettings
+
+__all__ = ["ServerSettings", "ServerStartError", "TritonServer"]

@@ -1,0 +1,127 @@
+"""Finds a Triton and lays out a private view of it, in which model processes import this very package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from glm_image.errors import ConfigurationError
+from glm_image.supervisor.requirements import (
+    CONTAINER_SERVER,
+    check_bundled_server,
+    has_container_server,
+    libpython_directory,
+)
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_STUB = "triton_python_backend_stub"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where the parts of a Triton lie: its folder, the stub for this Python, and folders for the dynamic linker."""
+
+    folder: Path
+    stub: Path
+    library_folders: tuple[Path, ...]
+
+    @property
+    def binary(self) -> Path:
+        """The server's program."""
+        return self.folder / "bin" / "tritonserver"
+
+    @property
+    def caches(self) -> Path:
+        """The folder of response cache libraries."""
+        return self.folder / "caches"
+
+    def lay_out_backends(self, run_directory: Path) -> Path:
+        """Builds the folder of backends, of links, in ``run_directory``; the installation itself is never written to.
+
+        Returns:
+            The folder for ``--backend-directory``. Its ``python`` holds a link to this package beside Triton's own
+            ``triton_python_backend_utils``: the Python backend puts that folder on the path of every model.
+        """
+        backends = run_directory / "backends"
+        (backends / "python").mkdir(parents=True)
+        for backend in (self.folder / "backends").iterdir():
+            if backend.name != "python":
+                (backends / backend.name).symlink_to(backend)
+        for part in (self.folder / "backends" / "python").iterdir():
+            if part.name not in {_STUB, "__pycache__"}:
+                (backends / "python" / part.name).symlink_to(part)
+        (backends / "python" / _STUB).symlink_to(self.stub)
+        (backends / "python" / _PACKAGE.name).symlink_to(_PACKAGE)
+        return backends
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment, the running Python first on PATH: the stub takes its packages from there."""
+        libraries = [str(folder) for folder in self.library_folders]
+        return {
+            **os.environ,
+            "PATH": _joined([str(Path(sys.executable).parent)], os.environ.get("PATH")),
+            "LD_LIBRARY_PATH": _joined(libraries, os.environ.get("LD_LIBRARY_PATH")),
+        }
+
+
+def find_installation() -> Installation:
+    """Finds the Triton of a container, else the one that the nvidia-pytriton package carries.
+
+    Raises:
+        ConfigurationError: there is none, or it does not go with this machine or this Python.
+    """
+    return _container_server() if has_container_server() else _bundled_server()
+
+
+def _container_server() -> Installation:
+    stub = CONTAINER_SERVER / "backends" / "python" / _STUB
+    if not stub.is_file():
+        raise ConfigurationError(f"{stub} is missing: use a Triton container with the Python backend")
+    linked = re.search(rb"libpython(\d+\.\d+)\.so", stub.read_bytes())
+    running = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if linked is not None and linked[1].decode() != running:
+        raise ConfigurationError(
+            f"this container's Python backend is for Python {linked[1].decode()}, and this is Python {running}: "
+            f"start it with python{linked[1].decode()}"
+        )
+    return Installation(CONTAINER_SERVER, stub, (CONTAINER_SERVER / "lib",))
+
+
+def _bundled_server() -> Installation:
+    check_bundled_server()
+    package = importlib.util.find_spec("pytriton")
+    if package is None or not package.submodule_search_locations:
+        raise ConfigurationError(
+            f"no Triton: there is no {CONTAINER_SERVER}, and the package nvidia-pytriton is not installed; "
+            "install this project with its extra 'triton', or run in a Triton container"
+        )
+    folder = Path(package.submodule_search_locations[0]) / "tritonserver"
+    stubs = folder / "python_backend_stubs"
+    stub = stubs / f"{sys.version_info.major}.{sys.version_info.minor}" / _STUB
+    if not stub.is_file():
+        known = ", ".join(sorted((path.name for path in stubs.iterdir()), key=lambda name: int(name.split(".")[1])))
+        raise ConfigurationError(
+            f"this is Python {stub.parent.name}, and nvidia-pytriton serves Python {known}: use one of these"
+        )
+    _check_numpy()
+    libpython = libpython_directory()
+    libraries = [folder.parents[1] / "nvidia_pytriton.libs", *([libpython] if libpython else [])]
+    return Installation(folder, stub, tuple(libraries))
+
+
+def _check_numpy() -> None:
+    version = importlib.metadata.version("numpy")
+    if int(version.split(".")[0]) >= 2:  # noqa: PLR2004
+        raise ConfigurationError(
+            f"numpy is {version}, and the Python backend of nvidia-pytriton needs a numpy below 2: install 'numpy<2', "
+            "or run in a Triton container"
+        )
+
+
+def _joined(first: list[str], rest: str | None) -> str:
+    return os.pathsep.join([*first, *([rest] if rest else [])])

@@ -1,0 +1,143 @@
+"""One tritonserver process under its guard: its command line, its log, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from pathlib import Path
+from typing import TextIO
+
+from glm_image.supervisor import guard
+from glm_image.supervisor.installation import Installation
+from glm_image.supervisor.log import SERVICES, StartFailure, start_failure, started_service
+from glm_image.supervisor.settings import ServerSettings
+
+LOG_TAIL_LINES = 200
+# What Triton takes to end after its drain, before it is killed.
+STOP_GRACE_SECONDS = 10
+
+
+class ServerProcess:
+    """Starts a tritonserver and follows its log; every port of ``settings`` is a real one."""
+
+    def __init__(self, installation: Installation, settings: ServerSettings, log: TextIO | None) -> None:
+        self.shm_prefix = f"glm_image_{secrets.token_hex(8)}_"
+        self._run_directory = Path(tempfile.mkdtemp(prefix="glm-image-serve-"))
+        self._log = log
+        self._tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        self._changed = threading.Condition()
+        self._started: set[str] = set()
+        self._failure: StartFailure | None = None
+        self._ended = False
+        try:
+            self._guard = self._launch(installation, settings)
+        except BaseException:
+            guard.remove_leftovers(self.shm_prefix, self._run_directory)
+            raise
+        self._reader = threading.Thread(target=self._follow_log, name="triton-log", daemon=True)
+        self._reader.start()
+
+    @property
+    def log_tail(self) -> str:
+        """The last lines of the server's log."""
+        with self._changed:
+            return "".join(self._tail)
+
+    @property
+    def returncode(self) -> int | None:
+        """The server's exit code, 128 + n when signal n ended it, None while it runs."""
+        return self._guard.poll()
+
+    def wait_started(self) -> StartFailure | None:
+        """Waits until every service listens (None) or the log says why that will not be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._failure is not None or self._started >= SERVICES)
+            if self._failure is None and self._ended:
+                lines = [line.strip() for line in self._tail if line.strip()]
+                return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'it said nothing'}")
+            return self._failure
+
+    def request_stop(self) -> None:
+        """Asks for the end after what is in flight; returns at once, safe in a signal handler."""
+        self._order(b"stop\n")
+
+    def request_kill(self) -> None:
+        """Asks for the end now; returns at once, safe in a signal handler."""
+        self._order(b"kill\n")
+
+    def wait(self) -> int:
+        """Waits for the end and for the last line of the log; returns the exit code."""
+        code = self._guard.wait()
+        self._reader.join()
+        # The guard has done this, unless it was killed itself.
+        guard.remove_leftovers(self.shm_prefix, self._run_directory)
+        return code
+
+    def _launch(self, installation: Installation, settings: ServerSettings) -> subprocess.Popen[bytes]:
+        backends = installation.lay_out_backends(self._run_directory)
+        return subprocess.Popen(
+            [*self._guard_command(settings), "--", *self._server_command(installation, settings, backends)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            # A model's import path begins with the server's working directory, where this package lies.
+            cwd=backends / "python",
+            env={**installation.environment(), "GLM_IMAGE_CHECKPOINT": str(settings.checkpoint)},
+            start_new_session=True,  # a terminal's Ctrl-C is for this process alone, which then stops the server
+        )
+
+    def _guard_command(self, settings: ServerSettings) -> list[str]:
+        return [
+            *(sys.executable, "-I", "-S", str(Path(guard.__file__).resolve())),
+            *("--shm-prefix", self.shm_prefix, "--run-directory", str(self._run_directory)),
+            *("--stop-seconds", str(settings.drain_seconds + STOP_GRACE_SECONDS)),
+        ]
+
+    def _server_command(self, installation: Installation, settings: ServerSettings, backends: Path) -> list[str]:
+        return [
+            str(installation.binary),
+            f"--model-repository={settings.model_repository}",
+            f"--backend-directory={backends}",
+            f"--cache-directory={installation.caches}",
+            *(f"--{service}-address={settings.host}" for service in ("http", "grpc", "metrics")),
+            *(f"{flag}={port}" for flag, port in settings.ports().items()),
+            "--allow-metrics=true",
+            f"--exit-timeout-secs={settings.drain_seconds}",
+            "--model-control-mode=none",
+            "--disable-auto-complete-config",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            *([f"--model-config-name={settings.profile}"] if settings.profile else []),
+        ]
+
+    def _follow_log(self) -> None:
+        assert self._guard.stderr is not None
+        with self._guard.stderr as stream:
+            for line in stream:
+                self._take_line(line.decode(errors="replace"))
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def _take_line(self, line: str) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone; the server goes on
+                self._log.write(line)
+                self._log.flush()
+        with self._changed:
+            self._tail.append(line)
+            if service := started_service(line):
+                self._started.add(service)
+            self._failure = self._failure or start_failure(line)
+            self._changed.notify_all()
+
+    def _order(self, order: bytes) -> None:
+        assert self._guard.stdin is not None
+        # Not through the buffered file, which a signal handler may not enter twice.
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            os.write(self._guard.stdin.fileno(), order)

@@ -1,0 +1,104 @@
+"""What the Triton of the nvidia-pytriton wheel needs of a machine; asked before anything is installed."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+from glm_image.errors import ConfigurationError
+
+CONTAINER_SERVER = Path("/opt/tritonserver")
+OLDEST_GLIBC = (2, 35)
+_CONTAINER_ADVICE = f"run in a Triton container, whose server lies in {CONTAINER_SERVER}"
+
+
+def has_container_server() -> bool:
+    """Whether this is a Triton container."""
+    return (CONTAINER_SERVER / "bin" / "tritonserver").is_file()
+
+
+def check_bundled_server(machine: str | None = None, libc: str | None = None) -> None:
+    """Refuses a machine on which the Triton of the nvidia-pytriton wheel cannot run.
+
+    Args:
+        machine: the processor architecture; this machine's when None.
+        libc: name and version as in ``glibc 2.36``; this machine's when None.
+
+    Raises:
+        ConfigurationError: names what is missing and what to do about it.
+    """
+    machine = machine or platform.machine()
+    if machine != "x86_64":
+        raise ConfigurationError(
+            f"the Triton of the nvidia-pytriton package runs on x86_64, this machine is {machine}: {_CONTAINER_ADVICE}"
+        )
+    libc = _libc() if libc is None else libc
+    version = re.fullmatch(r"glibc (\d+)\.(\d+).*", libc)
+    if version is None or (int(version[1]), int(version[2])) < OLDEST_GLIBC:
+        needed = ".".join(map(str, OLDEST_GLIBC))
+        raise ConfigurationError(
+            f"the Triton of the nvidia-pytriton package needs glibc {needed} or newer, and this machine has {libc}: "
+            f"use a newer system (Debian 12, Ubuntu 22.04) or {_CONTAINER_ADVICE}"
+        )
+    libpython_directory()
+
+
+def _libc() -> str:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or "an unknown C library"
+    except (ValueError, OSError):
+        return "another C library"
+
+
+def libpython_directory(candidates: list[Path] | None = None) -> Path | None:
+    """Finds the folder of the running Python's shared library, which Triton's Python stub links.
+
+    Args:
+        candidates: folders to look in; where this Python's own build says it is, when None.
+
+    Returns:
+        The folder, or None when the dynamic linker finds the library without help.
+
+    Raises:
+        ConfigurationError: the library is nowhere.
+    """
+    major_minor = f"{sys.version_info.major}.{sys.version_info.minor}"
+    name = f"libpython{major_minor}.so.1.0"
+    # The running Python's own folders come first: the linker may know the library of another build of the same version.
+    for folder in _libpython_candidates() if candidates is None else candidates:
+        if (folder / name).exists():
+            return folder
+    if candidates is None and ctypes.util.find_library(f"python{major_minor}") == name:
+        return None
+    raise ConfigurationError(
+        f"{name}, the shared library of {sys.executable}, is missing and Triton's Python backend links it: "
+        f"install libpython{major_minor} (Debian, Ubuntu) or use a Python built with --enable-shared"
+    )
+
+
+def _libpython_candidates() -> list[Path]:
+    library, multiarch = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("MULTIARCH")
+    folders = [Path(sys.base_prefix) / "lib", Path(sys.base_prefix) / "lib64"]
+    if library:
+        folders = [Path(library), *folders, *([Path(library) / multiarch] if multiarch else [])]
+    return folders
+
+
+def main() -> int:
+    """Says what is missing, if anything: 0 when a server can run here, else 1."""
+    try:
+        if not has_container_server():
+            check_bundled_server()
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

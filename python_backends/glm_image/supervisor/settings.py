@@ -1,0 +1,151 @@
+"""What a server is started with, and the refusals that need no server."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from glm_image.errors import CheckpointError, ConfigurationError, shown
+
+LARGEST_PORT = 65535
+REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The flags of ``serve``. Port 0 asks for a free one; ``profile`` names a file of a model's ``configs`` folder."""
+
+    checkpoint: Path
+    model_repository: Path
+    profile: str | None = None
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    drain_seconds: int = 60
+
+    def check(self) -> None:
+        """Refuses what a server could not be started with.
+
+        Raises:
+            CheckpointError: the checkpoint folder is missing or not a checkpoint.
+            ConfigurationError: the repository, the profile, a port or the drain time is not usable.
+        """
+        _check_checkpoint(self.checkpoint)
+        models = model_folders(self.model_repository)
+        if not models:
+            raise ConfigurationError(
+                f"the model repository is {shown(str(self.model_repository))}; allowed: "
+                "a folder that holds a folder with a config.pbtxt for each model"
+            )
+        if self.profile is not None:
+            _check_profile(self.profile, known_profiles(models))
+        if self.drain_seconds < 0:
+            raise ConfigurationError(f"--drain-seconds is {self.drain_seconds}; allowed: 0 or more")
+        self._check_ports()
+
+    def _check_ports(self) -> None:
+        taken: dict[int, str] = {}
+        for flag, port in self.ports().items():
+            if not 0 <= port <= LARGEST_PORT:
+                raise ConfigurationError(f"{flag} is {port}; allowed: 0 (any free one) to {LARGEST_PORT}")
+            if port in taken:
+                raise ConfigurationError(f"{flag} is {port}, which is also {taken[port]}; allowed: a port of its own")
+            if port:
+                taken[port] = flag
+                _check_port_is_free(self.host, port, flag)
+
+    def ports(self) -> dict[str, int]:
+        """The three ports by the flag that sets each."""
+        return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
+
+    def with_free_ports(self) -> ServerSettings:
+        """The same settings with every port 0 replaced by one that is free now."""
+        free = free_ports(self.host, 3)
+        http, grpc, metrics = (port or free.pop() for port in self.ports().values())
+        return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
+
+
+def default_model_repository() -> Path:
+    """The repository named by GLM_IMAGE_MODEL_REPOSITORY, else the one of the checkout this package lies in.
+
+    Raises:
+        ConfigurationError: neither is there.
+    """
+    if named := os.environ.get(REPOSITORY_VARIABLE):
+        return Path(named).absolute()
+    folder = Path(__file__).resolve().parents[3] / "model_repository"
+    if folder.is_dir():
+        return folder
+    raise ConfigurationError(
+        "no model repository: this package does not lie in a checkout; "
+        f"give --model-repository or set {REPOSITORY_VARIABLE}"
+    )
+
+
+def model_folders(repository: Path) -> list[Path]:
+    """The models of a repository: its folders that hold a ``config.pbtxt``."""
+    return sorted(config.parent for config in repository.glob("*/config.pbtxt"))
+
+
+def known_profiles(models: list[Path]) -> list[str]:
+    """The names of the profiles that at least one of the models has."""
+    return sorted({profile.stem for model in models for profile in model.glob("configs/*.pbtxt")})
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Returns ``count`` different ports of ``host`` on which nobody listens now."""
+    sockets = [_bound_socket(host, 0) for _ in range(count)]
+    ports = [int(bound.getsockname()[1]) for bound in sockets]
+    for bound in sockets:
+        bound.close()
+    return ports
+
+
+def _check_checkpoint(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"--checkpoint is {shown(str(checkpoint))}, which is not a folder; allowed: a checkpoint")
+    if not (checkpoint / "model_index.json").is_file():
+        raise CheckpointError(
+            f"--checkpoint is {shown(str(checkpoint))}, which has no model_index.json; allowed: a checkpoint folder"
+        )
+
+
+def _check_profile(profile: str, known: list[str]) -> None:
+    if profile not in known:
+        raise ConfigurationError(
+            f"--profile is {shown(profile)}; allowed: {', '.join(known) or 'none, no model has any'}"
+        )
+
+
+def _check_port_is_free(host: str, port: int, flag: str) -> None:
+    try:
+        _bound_socket(host, port).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(
+                f"{flag} is {port}, on which {host} already listens; allowed: a free port, or 0"
+            ) from None
+        if error.errno == errno.EACCES:
+            raise ConfigurationError(
+                f"{flag} is {port}, which this user may not listen on; allowed: 1024 and up"
+            ) from None
+        raise
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    # As a server binds it: a port whose last connections are still closing down is free.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigurationError(f"--host is {shown(host)}; allowed: an address of this machine") from None
+        raise
+    return bound

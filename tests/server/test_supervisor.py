@@ -1,0 +1,393 @@
+"""The supervisor over a real Triton with a small Python model: starts, refusals, every kind of end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from glm_image.supervisor import ServerStartError, TritonServer
+from glm_image.supervisor.guard import SHARED_MEMORY
+
+REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
+END_TIMEOUT_SECONDS = 60
+
+CONFIG = """
+backend: "python"
+max_batch_size: 0
+input [{ name: "order" data_type: TYPE_STRING dims: [1] }]
+output [{ name: "answer" data_type: TYPE_STRING dims: [1] }]
+instance_group [{ count: 1 kind: KIND_CPU }]
+"""
+
+MODEL = """
+import json, os, subprocess
+from pathlib import Path
+import numpy as np
+import triton_python_backend_utils as pb_utils
+import glm_image
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.profile = json.loads(args["model_config"]).get("parameters", {}).get("profile", {}).get("string_value")
+
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse([self.answer(request)]) for request in requests]
+
+    def answer(self, request):
+        order = json.loads(pb_utils.get_input_tensor_by_name(request, "order").as_numpy()[0])
+        answer = getattr(self, order["do"])(**order.get("with", {}))
+        return pb_utils.Tensor("answer", np.array([json.dumps(answer).encode()], dtype=object))
+
+    def tell(self):
+        return {
+            "package": str(Path(glm_image.__file__).resolve().parent),
+            "checkpoint": os.environ["GLM_IMAGE_CHECKPOINT"],
+            "profile": self.profile,
+        }
+
+    def hold(self, entered, go):
+        Path(entered).write_text("entered")
+        return Path(go).read_text()
+
+    def spawn(self):
+        return subprocess.Popen(["sleep", "3600"], start_new_session=True).pid
+"""
+
+FAILING_MODEL = """
+from glm_image.errors import CheckpointError
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        raise CheckpointError('vae/config.json has no "latents_mean"')
+"""
+
+# Says that it loads, and then loads until it is killed.
+HANGING_MODEL = """
+import os, signal
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        print("loading without end", flush=True)
+        signal.pause()
+"""
+
+
+def write_model(repository: Path, name: str, source: str) -> None:
+    (repository / name / "1").mkdir(parents=True)
+    (repository / name / "config.pbtxt").write_text(CONFIG)
+    (repository / name / "1" / "model.py").write_text(source)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    write_model(tmp_path / "models", "worker", MODEL)
+    profile = tmp_path / "models" / "worker" / "configs" / "special.pbtxt"
+    profile.parent.mkdir()
+    profile.write_text(CONFIG + 'parameters { key: "profile" value: { string_value: "special" } }')
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "model_index.json").write_text("{}")
+    return tmp_path / "checkpoint"
+
+
+def ask(http_url: str, do: str, **arguments: object) -> object:
+    order = json.dumps({"do": do, "with": arguments})
+    body = {"inputs": [{"name": "order", "shape": [1], "datatype": "BYTES", "data": [order]}]}
+    request = urllib.request.Request(f"http://{http_url}/v2/models/worker/infer", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=END_TIMEOUT_SECONDS) as response:
+        return json.loads(json.load(response)["outputs"][0]["data"][0])
+
+
+class Served:
+    """``python -m glm_image.supervisor`` as a process, and what it started."""
+
+    def __init__(self, checkpoint: Path, repository: Path, *flags: str) -> None:
+        ports = [flag for kind in ("http", "grpc", "metrics") for flag in (f"--{kind}-port", "0")]
+        self.log = repository.parent / f"log{len(list(repository.parent.glob('log*')))}"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "glm_image.supervisor", "--checkpoint", str(checkpoint)),
+                    *("--model-repository", str(repository), *ports, *flags),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY_ROOT / "python_backends")},
+            )
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        self.ready_line = self.process.stdout.readline()
+        assert self.ready_line.startswith("ready: http://127.0.0.1:"), self.log.read_text()
+        self.http_url = self.ready_line.split()[1].removeprefix("http://")
+        self.family = descendants(self.process.pid)
+        # Supervisor, then guard, tritonserver and stub.
+        assert len(self.family) == 3
+        self.guard, self.triton, self.stub = self.family
+        self.regions = regions_of(self.triton)
+        assert self.regions
+        self.run_directory = Path(os.readlink(f"/proc/{self.triton}/cwd")).parents[1]
+
+    def stop(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(END_TIMEOUT_SECONDS)
+
+    def assert_gone(self) -> None:
+        for pid in self.family:
+            wait_gone(pid)
+        assert not [region for region in self.regions if region.exists()]
+        assert not self.run_directory.exists()
+
+
+@pytest.fixture
+def served(checkpoint: Path, repository: Path) -> Iterator[Served]:
+    served = Served(checkpoint, repository, "--drain-seconds", "30")
+    with ended(served.process):
+        served.wait_ready()
+        yield served
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Whatever a test does, its supervisor ends with it, and the rest with the supervisor."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below ``pid``, parents before children."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found[1:]
+
+
+def regions_of(pid: int) -> list[Path]:
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return sorted({Path(line.split()[-1]) for line in maps if f"{SHARED_MEMORY}/glm_image_" in line})
+
+
+def wait_gone(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], END_TIMEOUT_SECONDS)[0], f"process {pid} lingers"
+    finally:
+        os.close(descriptor)
+
+
+class HeldRequest:
+    """A request that is inside the model until ``release``."""
+
+    def __init__(self, http_url: str, folder: Path) -> None:
+        self._entered, self._go = folder / "entered", folder / "go"
+        os.mkfifo(self._entered)
+        os.mkfifo(self._go)
+        self.answer: object = None
+        self._thread = threading.Thread(target=self._ask, args=(http_url,))
+        self._thread.start()
+        assert self._entered.read_text() == "entered"
+
+    def _ask(self, http_url: str) -> None:
+        try:
+            self.answer = ask(http_url, "hold", entered=str(self._entered), go=str(self._go))
+        except OSError as error:
+            self.answer = error
+
+    def release(self) -> object:
+        self._go.write_text("done")
+        return self.wait()
+
+    def wait(self) -> object:
+        self._thread.join(END_TIMEOUT_SECONDS)
+        return self.answer
+
+
+def test_models_get_the_package_the_checkpoint_and_the_profile(checkpoint: Path, repository: Path) -> None:
+    with TritonServer(checkpoint, model_repository=repository, profile="special") as server:
+        assert ask(server.http_url, "tell") == {
+            "package": str(REPOSITORY_ROOT / "python_backends" / "glm_image"),
+            "checkpoint": str(checkpoint),
+            "profile": "special",
+        }
+        with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=END_TIMEOUT_SECONDS) as response:
+            assert b"nv_inference_request_success" in response.read()
+        with socket.create_connection(tuple(server.grpc_url.split(":")), timeout=END_TIMEOUT_SECONDS):
+            pass
+        prefix = server.shm_prefix
+        assert list(SHARED_MEMORY.glob(f"{prefix}*"))
+        assert server.returncode is None
+    assert server.returncode == 0
+    assert not list(SHARED_MEMORY.glob(f"{prefix}*"))
+
+
+def test_servers_stand_side_by_side_and_stop_alone(checkpoint: Path, repository: Path, served: Served) -> None:
+    with TritonServer(checkpoint, model_repository=repository) as other:
+        assert other.http_url != served.http_url
+        assert served.stop(signal.SIGTERM) == 0
+        served.assert_gone()
+        assert isinstance(ask(other.http_url, "tell"), dict)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_lets_the_request_in_flight_end(served: Served, number: signal.Signals, tmp_path: Path) -> None:
+    held = HeldRequest(served.http_url, tmp_path)
+    served.process.send_signal(number)
+    assert held.release() == "done"
+    assert served.process.wait(END_TIMEOUT_SECONDS) == 0
+    served.assert_gone()
+
+
+def test_a_second_signal_kills(served: Served, tmp_path: Path) -> None:
+    held = HeldRequest(served.http_url, tmp_path)
+    served.process.send_signal(signal.SIGTERM)
+    wait_for_log(served, "Waiting for in-flight requests")
+    assert served.stop(signal.SIGTERM) == 0
+    served.assert_gone()
+    assert isinstance(held.wait(), OSError)
+
+
+def test_a_request_that_outlasts_the_drain_is_cut(checkpoint: Path, repository: Path, tmp_path: Path) -> None:
+    served = Served(checkpoint, repository, "--drain-seconds", "1")
+    with ended(served.process):
+        served.wait_ready()
+        held = HeldRequest(served.http_url, tmp_path)
+        assert served.stop(signal.SIGTERM) == 0
+        served.assert_gone()
+        assert isinstance(held.wait(), OSError)
+
+
+def test_nothing_outlives_a_killed_supervisor(served: Served) -> None:
+    orphan = ask(served.http_url, "spawn")
+    assert isinstance(orphan, int)
+    assert served.stop(signal.SIGKILL) == -signal.SIGKILL
+    served.assert_gone()
+    wait_gone(orphan)
+
+
+def test_nothing_outlives_a_killed_guard(served: Served) -> None:
+    os.kill(served.guard, signal.SIGKILL)
+    assert served.process.wait(END_TIMEOUT_SECONDS) == 1
+    served.assert_gone()
+
+
+def test_a_process_that_a_model_left_ends_with_the_server(served: Served) -> None:
+    orphan = ask(served.http_url, "spawn")
+    assert isinstance(orphan, int)
+    assert served.stop(signal.SIGTERM) == 0
+    wait_gone(orphan)
+
+
+def test_a_server_that_dies_is_told_of(served: Served) -> None:
+    os.kill(served.triton, signal.SIGKILL)
+    assert served.process.wait(END_TIMEOUT_SECONDS) == 1
+    assert served.log.read_text().splitlines()[-1] == "error: tritonserver ended by itself, by SIGKILL"
+    served.assert_gone()
+
+
+def test_a_failing_model_is_told_in_its_own_words(checkpoint: Path, repository: Path) -> None:
+    write_model(repository, "broken", FAILING_MODEL)
+    served = Served(checkpoint, repository)
+    with ended(served.process):
+        assert served.process.wait(END_TIMEOUT_SECONDS) == 1
+        told = served.log.read_text().splitlines()[-1]
+        assert told == 'error: broken failed to load: vae/config.json has no "latents_mean"'
+        with pytest.raises(ServerStartError, match="broken failed to load: vae"):
+            TritonServer(checkpoint, model_repository=repository).__enter__()
+
+
+def test_a_model_without_code_is_told_of(checkpoint: Path, repository: Path) -> None:
+    write_model(repository, "empty", "")
+    (repository / "empty" / "1" / "model.py").unlink()
+    with pytest.raises(ServerStartError, match=r"Python model file not found in '.*/empty/1/model\.py'"):
+        TritonServer(checkpoint, model_repository=repository).__enter__()
+
+
+def test_a_stop_while_loading(checkpoint: Path, repository: Path) -> None:
+    write_model(repository, "slow", HANGING_MODEL)
+    served = Served(checkpoint, repository)
+    with ended(served.process):
+        wait_for_log(served, "loading without end")
+        family = descendants(served.process.pid)
+        assert len(family) == 4
+        assert served.stop(signal.SIGTERM) == 0
+        for pid in family:
+            wait_gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--profile", "tpu"], "error: --profile is tpu; allowed: special"),
+        (["--http-port", "{busy}"], "error: --http-port is {busy}, on which 127.0.0.1 already listens"),
+        (["--checkpoint", "/nowhere"], "error: --checkpoint is /nowhere, which is not a folder"),
+    ],
+)
+def test_refusals_before_a_start(checkpoint: Path, repository: Path, flags: list[str], told: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        busy = str(listener.getsockname()[1])
+        served = Served(checkpoint, repository, *(flag.format(busy=busy) for flag in flags))
+        with ended(served.process):
+            assert served.process.wait(END_TIMEOUT_SECONDS) == 2
+    (line,) = served.log.read_text().splitlines()
+    assert line.startswith(told.format(busy=busy))
+
+
+def test_another_port_is_taken_when_a_chosen_one_is_lost(
+    checkpoint: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        lost = listener.getsockname()[1]
+        choices = iter([[lost, *free(2)], free(3)])
+        monkeypatch.setattr("glm_image.supervisor.settings.free_ports", lambda *_: next(choices))
+        with TritonServer(checkpoint, model_repository=repository) as server:
+            assert str(lost) not in {
+                url.split(":")[1] for url in (server.http_url, server.grpc_url, server.metrics_url)
+            }
+
+
+def free(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    return ports
+
+
+def wait_for_log(served: Served, words: str) -> None:
+    """Follows the supervisor's log until it says ``words``."""
+    with subprocess.Popen(["tail", "-n", "+1", "-F", str(served.log)], stdout=subprocess.PIPE, text=True) as tail:
+        assert tail.stdout is not None
+        try:
+            assert any(words in line for line in tail.stdout)
+        finally:
+            tail.kill()

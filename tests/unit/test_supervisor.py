@@ -1,0 +1,229 @@
+"""The parts of the supervisor that need no server: refusals, the reading of the log, the layout of a server."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from glm_image.errors import CheckpointError, ConfigurationError
+from glm_image.supervisor import guard
+from glm_image.supervisor.cli import parse_arguments
+from glm_image.supervisor.installation import Installation
+from glm_image.supervisor.log import SERVICES, start_failure, started_service
+from glm_image.supervisor.requirements import check_bundled_server, libpython_directory
+from glm_image.supervisor.settings import ServerSettings, default_model_repository, free_ports
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> ServerSettings:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "model_index.json").write_text("{}")
+    for model, profiles in {"glm_ar": ["cuda", "ascend"], "glm_dit": ["cuda"]}.items():
+        (tmp_path / "models" / model / "configs").mkdir(parents=True)
+        for config in ["config", *(f"configs/{profile}" for profile in profiles)]:
+            (tmp_path / "models" / model / f"{config}.pbtxt").write_text("")
+    return ServerSettings(checkpoint, tmp_path / "models", http_port=0, grpc_port=0, metrics_port=0)
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def changed(settings: ServerSettings, **values: object) -> ServerSettings:
+    return ServerSettings(**{**vars(settings), **values})
+
+
+class TestSettings:
+    def test_usable_settings_pass(self, settings: ServerSettings) -> None:
+        settings.check()
+        changed(settings, profile="ascend").check()
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"profile": "tpu"}, "--profile is tpu; allowed: ascend, cuda"),
+            ({"profile": "../cuda"}, "--profile is ../cuda; allowed: ascend, cuda"),
+            ({"http_port": -1}, r"--http-port is -1; allowed: 0 \(any free one\) to 65535"),
+            ({"metrics_port": 65536}, "--metrics-port is 65536; allowed: 0"),
+            ({"drain_seconds": -1}, "--drain-seconds is -1; allowed: 0 or more"),
+            ({"host": "192.0.2.1", "http_port": 8000}, "--host is 192.0.2.1; allowed: an address of this machine"),
+        ],
+    )
+    def test_refusals_name_flag_value_and_what_is_allowed(
+        self, settings: ServerSettings, values: dict[str, object], message: str
+    ) -> None:
+        with pytest.raises(ConfigurationError, match=message):
+            changed(settings, **values).check()
+
+    def test_one_port_for_two_services(self, settings: ServerSettings) -> None:
+        (port,) = free_ports("127.0.0.1", 1)
+        with pytest.raises(ConfigurationError, match=f"--grpc-port is {port}, which is also --http-port"):
+            changed(settings, http_port=port, grpc_port=port).check()
+
+    def test_busy_port(self, settings: ServerSettings, busy_port: int) -> None:
+        with pytest.raises(ConfigurationError, match=f"--grpc-port is {busy_port}, on which 127.0.0.1 already listens"):
+            changed(settings, grpc_port=busy_port).check()
+
+    def test_checkpoint_folder_missing(self, settings: ServerSettings, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="nowhere, which is not a folder"):
+            changed(settings, checkpoint=tmp_path / "nowhere").check()
+
+    def test_folder_is_no_checkpoint(self, settings: ServerSettings, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
+            changed(settings, checkpoint=tmp_path).check()
+
+    def test_repository_without_models(self, settings: ServerSettings, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match=r"the model repository is .*checkpoint; allowed:"):
+            changed(settings, model_repository=tmp_path / "checkpoint").check()
+
+    def test_free_ports_replace_zeros_only(self, settings: ServerSettings) -> None:
+        chosen = changed(settings, grpc_port=1234).with_free_ports()
+        assert chosen.grpc_port == 1234
+        assert len({chosen.http_port, chosen.grpc_port, chosen.metrics_port, 0}) == 4
+
+    def test_repository_of_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("GLM_IMAGE_MODEL_REPOSITORY", str(tmp_path))
+        assert default_model_repository() == tmp_path
+
+    def test_flags_match_the_contract(self) -> None:
+        flags = parse_arguments(["--checkpoint", "weights"])
+        assert vars(flags) == {
+            "checkpoint": Path("weights"),
+            "profile": None,
+            "host": "127.0.0.1",
+            "http_port": 8000,
+            "grpc_port": 8001,
+            "metrics_port": 8002,
+            "drain_seconds": 60,
+            "model_repository": None,
+        }
+
+
+class TestLog:
+    def test_services(self) -> None:
+        lines = [
+            'I1122 02:09:40.037922 4840 grpc_server.cc:2558] "Started GRPCInferenceService at 127.0.0.1:18001"\n',
+            'I1122 02:09:40.038247 4840 http_server.cc:4713] "Started HTTPService at 127.0.0.1:18000"\n',
+            'I1122 02:09:40.079904 4840 http_server.cc:362] "Started Metrics Service at 127.0.0.1:18002"\n',
+            "I1122 02:09:39.079904 4840 model_lifecycle.cc:839] \"successfully loaded 'good'\"\n",
+        ]
+        assert [started_service(line) for line in lines[3:]] == [None]
+        assert {started_service(line) for line in lines[:3]} == SERVICES
+
+    @pytest.mark.parametrize(
+        ("reason", "told"),
+        [
+            (
+                r"Internal: CheckpointError: /x has no\nvae/config.json\n\nAt:\n  /m/1/model.py(3): initialize\n",
+                "/x has no\nvae/config.json",
+            ),
+            (r"Internal: KeyError: 'width'\n\nAt:\n  /m/1/model.py(3): initialize\n", "KeyError: 'width'"),
+            (r"Internal: ConfigurationError: devices is \"gpu\"; allowed: cpu", 'devices is "gpu"; allowed: cpu'),
+            ("Internal: Stub process 'glm_ar_0_0' is not healthy.", "Stub process 'glm_ar_0_0' is not healthy."),
+            ("Invalid argument: unable to find backend library", "unable to find backend library"),
+        ],
+    )
+    def test_a_model_fails_in_its_own_words(self, reason: str, told: str) -> None:
+        line = f"E1122 02:06:43.4 4474 model_lifecycle.cc:642] \"failed to load 'glm_ar' version 1: {reason}\"\n"
+        failure = start_failure(line)
+        assert failure is not None
+        assert failure.message == f"glm_ar failed to load: {told}"
+        assert not failure.port_lost
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (
+                "E1122 02:11:53.3 5387 model_repository_manager.cc:1460] \"Poll failed for model directory 'cfg': "
+                'failed to read text proto from /r/cfg/config.pbtxt"',
+                "cfg failed to load: failed to read text proto from /r/cfg/config.pbtxt",
+            ),
+            (
+                'E1122 02:11:55.4 5428 model_repository_manager.cc:703] "Invalid argument: ensemble ens contains models '
+                'that are not available or ambiguous: imp"',
+                "ens failed to load: ensemble ens contains models that are not available or ambiguous: imp",
+            ),
+            (
+                "I1122 02:10:17.0 5157 pb_stub.cc:2105]  Failed to preinitialize Python stub: "
+                "Python model file not found in '/r/nofile/1/model.py'",
+                "a model failed to load: Python model file not found in '/r/nofile/1/model.py'",
+            ),
+        ],
+    )
+    def test_other_failures(self, line: str, message: str) -> None:
+        failure = start_failure(line + "\n")
+        assert failure is not None
+        assert failure.message == message
+
+    def test_a_lost_port(self) -> None:
+        failure = start_failure(
+            'E1122 02:11:17.7 5269 main.cc:245] "failed to start GRPC service: Unavailable - '
+            "Socket '127.0.0.1:18001' already in use \"\n"
+        )
+        assert failure is not None
+        assert failure.port_lost
+        assert failure.message == "Socket '127.0.0.1:18001' already in use"
+
+    def test_an_ordinary_line(self) -> None:
+        assert start_failure("I1122 02:06:43.2 4474 model_lifecycle.cc:839] \"successfully loaded 'good'\"\n") is None
+
+
+class TestRequirements:
+    @pytest.mark.parametrize(
+        ("machine", "libc", "message"),
+        [
+            ("aarch64", "glibc 2.39", "runs on x86_64, this machine is aarch64: run in a Triton container"),
+            ("x86_64", "glibc 2.31", r"needs glibc 2\.35 or newer, and this machine has glibc 2\.31"),
+            ("x86_64", "another C library", r"needs glibc 2\.35 or newer, and this machine has another C library"),
+        ],
+    )
+    def test_a_machine_without_a_server(self, machine: str, libc: str, message: str) -> None:
+        with pytest.raises(ConfigurationError, match=message):
+            check_bundled_server(machine, libc)
+
+    def test_libpython_is_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match=r"libpython3\.\d+\.so\.1\.0, .* is missing .* install libpython3"):
+            libpython_directory([tmp_path])
+
+    def test_libpython_is_found(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError) as missing:
+            libpython_directory([])
+        (tmp_path / str(missing.value).split(",")[0]).touch()
+        assert libpython_directory([tmp_path / "elsewhere", tmp_path]) == tmp_path
+
+
+def test_a_server_is_laid_out_in_links(tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    for part in ("python/libtriton_python.so", "python/triton_python_backend_stub", "onnx/libtriton_onnx.so"):
+        (installed / "backends" / part).parent.mkdir(parents=True, exist_ok=True)
+        (installed / "backends" / part).write_text(part)
+    (tmp_path / "stub").write_text("the stub of this Python")
+
+    backends = Installation(installed, tmp_path / "stub", ()).lay_out_backends(tmp_path / "run")
+
+    assert (backends / "python" / "triton_python_backend_stub").read_text() == "the stub of this Python"
+    assert (backends / "python" / "libtriton_python.so").resolve().is_relative_to(installed)
+    assert (backends / "onnx" / "libtriton_onnx.so").is_file()
+    assert (backends / "python" / "glm_image" / "errors.py").samefile(Path(guard.__file__).parents[1] / "errors.py")
+    assert not (installed / "backends" / "python" / "glm_image").exists()
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    mine, other = (guard.SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
+    (tmp_path / "run" / "backends").mkdir(parents=True)
+    try:
+        mine.touch()
+        other.touch()
+        guard.remove_leftovers(mine.name, tmp_path / "run")
+        assert not mine.exists()
+        assert other.exists()
+        assert not (tmp_path / "run").exists()
+        guard.remove_leftovers(mine.name, tmp_path / "run")
+    finally:
+        other.unlink()
