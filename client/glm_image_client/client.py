@@ -209,12 +209,14 @@ def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
     Raises:
         BadArgumentError: an array holds no integers, or the seed is none.
     """
+    # When the tokens were made says nothing about how long this painting waited.
+    kept = {name: value for name, value in prior.ar_metadata.items() if name != "finished_ns"}
     return [
         _integers("prior_token_ids", "INT32", prior.prior_token_ids),
         _integers("prior_grid", "INT32", prior.prior_grid),
         _integers("resolved_size", "INT32", prior.resolved_size),
         _integers("resolved_seed", "INT64", prior.resolved_seed if seed is None else [seed]),
-        Tensor("ar_metadata", "BYTES", object_array([json.dumps(dict(prior.ar_metadata)).encode()])),
+        Tensor("ar_metadata", "BYTES", object_array([json.dumps(kept).encode()])),
         _integers("source_token_ids", "INT32", prior.source_token_ids),
         _integers("source_grids", "INT32", prior.source_grids),
     ]

@@ -69,7 +69,7 @@ class ArConfig:
             return cls._from_json(config, generation)
         except KeyError as error:
             raise CheckpointError(f"{path}: {error.args[0]} is missing") from error
-        except ValueError as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
     @classmethod

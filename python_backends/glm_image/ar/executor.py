@@ -6,6 +6,7 @@ Every rank that runs the same commands has the same tokens, so commands are plai
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from glm_image import geometry
-from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
-from glm_image.ar.sampler import NOISE_BLOCK, SamplerRows, allowed_ids, draw
+from glm_image.ar.sampler import NOISE_BLOCK, draw
+from glm_image.ar.state import DecodeState
+from glm_image.ar.step import TorchStep
 from glm_image.devices import Device, Mark
 from glm_image.geometry import Grid
 from glm_image.request import Sampling
@@ -53,6 +55,17 @@ class Release:
 Command = Admit | Step | Release
 
 
+def decode_step(decoder: Decoder, state: DecodeState, device: Device) -> Callable[[], None]:
+    """Returns the fastest step the device has for a decoder."""
+    if device.runs_triton:
+        from glm_image.kernels.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
+        from glm_image.kernels.step import FusedStep  # noqa: PLC0415
+
+        if supports(decoder, len(state.tokens)):
+            return FusedStep(decoder, state)
+    return TorchStep(decoder, state, device)
+
+
 @dataclass
 class _Sequence:
     generator: torch.Generator
@@ -75,22 +88,15 @@ class Executor:
     """
 
     def __init__(self, decoder: Decoder, device: Device, slots: int, positions: int, *, capture: bool) -> None:
-        config, place = decoder.config, device.torch_device
         self._decoder = decoder
         self._device = device
-        self._dtype = decoder.embedding.weight.dtype
-        self._cache = KvCache(config, slots, positions, place, self._dtype)
-        self._rows = torch.arange(slots, device=place)
-        self._tokens, self._lengths, self._drawn, self._active = torch.zeros(4, slots, device=place, dtype=torch.int64)
-        self._output = torch.zeros(slots, positions, device=place, dtype=torch.int64)
-        self._cos, self._sin = torch.zeros(2, slots, positions, config.rotary_dim, device=place, dtype=self._dtype)
-        self._noise = torch.ones(slots, NOISE_BLOCK, config.vision_vocab_size, device=place)
-        self._sampler = SamplerRows.empty(slots, place)
-        self._allowed = allowed_ids(config, place)
+        self._dtype = decoder.head.weight.dtype
+        self._state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
         self._sequences: dict[int, _Sequence] = {}
         self._queue: deque[Mark] = deque()
+        step = decode_step(decoder, self._state, device)
         with torch.inference_mode():
-            self._step_once = device.capture(self._decode_once) if capture else self._decode_once
+            self._step_once = device.capture(step) if capture else step
 
     def run(self, command: Command) -> NDArray[np.int32] | None:
         """Runs one command; ``Release`` returns the tokens drawn, int32 [tokens]."""
@@ -105,24 +111,23 @@ class Executor:
             return None
 
     def _admit(self, command: Admit) -> None:
-        config, place = self._decoder.config, self._device.torch_device
+        config, place, state = self._decoder.config, self._device.torch_device, self._state
         slot, length = command.slot, len(command.prompt_ids)
         total = sum(grid.tokens for grid in command.grids)
-        prompt_cos, prompt_sin = rotary_tables(config, geometry.text_positions(length), place, self._dtype)
+        cos, sin = rotary_tables(config, geometry.text_positions(length), place, self._dtype)
         positions = geometry.decode_positions(command.grids, length)
-        cos, sin = rotary_tables(config, positions, place, self._dtype)
-        self._cos[slot, length : length + total], self._sin[slot, length : length + total] = cos, sin
-        self._sampler.set(slot, command.sampling, total - command.grids[-1].tokens, config.vision_vocab_size)
+        own = slice(length, length + total)
+        state.cos[slot, own], state.sin[slot, own] = rotary_tables(config, positions, place, self._dtype)
+        state.sampler.set(slot, command.sampling, total - command.grids[-1].tokens, config.vision_vocab_size)
         sequence = _Sequence(self._device.generator(command.seed), drawn=0, total=total)
         self._sequences[slot] = sequence
         self._refill_noise(slot, sequence)
         token_ids = torch.tensor(command.prompt_ids, device=place)
-        logits = self._decoder.prefill(token_ids, prompt_cos, prompt_sin, self._cache, slot)
-        row = self._sampler.row(slot)
-        allowed = self._allowed[(row.preview_tokens <= 0).long()]
-        token = draw(logits, self._noise[slot, :1], row, allowed)
-        self._tokens[slot] = self._output[slot, 0] = token[0]
-        self._lengths[slot], self._drawn[slot], self._active[slot] = length, 1, 1
+        logits = self._decoder.prefill(token_ids, cos, sin, state.cache, slot)
+        row = state.sampler.row(slot)
+        token = draw(logits, state.noise[slot, :1], row, state.allowed[(row.preview_tokens <= 0).long()])
+        state.tokens[slot] = state.output[slot, 0] = token[0]
+        state.lengths[slot], state.drawn[slot], state.active[slot] = length, 1, 1
         sequence.drawn = 1
         self._device.mark().wait()
 
@@ -139,23 +144,12 @@ class Executor:
 
     def _release(self, slot: int) -> NDArray[np.int32]:
         drawn = self._sequences.pop(slot).drawn if slot in self._sequences else 0
-        self._lengths[slot], self._drawn[slot], self._active[slot] = 0, 0, 0
-        tokens: NDArray[np.int32] = self._output[slot, :drawn].to("cpu", torch.int32).numpy()
+        state = self._state
+        state.lengths[slot], state.drawn[slot], state.active[slot] = 0, 0, 0
+        tokens: NDArray[np.int32] = state.output[slot, :drawn].to("cpu", torch.int32).numpy()
         return tokens.copy()
 
     def _refill_noise(self, slot: int, sequence: _Sequence) -> None:
         # Row by row, as the reference draws it: on CUDA one larger draw would give other numbers.
         for row in range(min(NOISE_BLOCK, sequence.total - sequence.drawn)):
-            self._noise[slot, row].exponential_(generator=sequence.generator)
-
-    def _decode_once(self) -> None:
-        rows, lengths, drawn = self._rows, self._lengths, self._drawn
-        cos, sin = self._cos[rows, lengths], self._sin[rows, lengths]
-        attention = self._device.decode_attention
-        logits = self._decoder.decode(self._tokens, lengths, cos, sin, self._cache, attention)
-        allowed = self._allowed[(drawn >= self._sampler.preview_tokens).long()]
-        token = draw(logits, self._noise[rows, drawn % NOISE_BLOCK], self._sampler, allowed)
-        self._output[rows, drawn] = token
-        self._tokens.copy_(token)
-        lengths += self._active
-        drawn += self._active
+            self._state.noise[slot, row].exponential_(generator=sequence.generator)

@@ -176,6 +176,8 @@ class Scheduler:
 
     def _finish_done(self) -> None:
         for slot, running in [item for item in self._running.items() if item[1].left == 0]:
+            if slot not in self._running:  # its request has just ended with another slot's error
+                continue
             request = running.request
             try:
                 tokens = self._run(Release(slot))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -22,6 +23,16 @@ class _Event:
 
     def wait(self) -> None:
         self._event.synchronize()
+
+
+class _Replay:
+    """A captured step. The graph knows only addresses, so whatever the step holds must live as long as it does."""
+
+    def __init__(self, graph: Any, step: Callable[[], None]) -> None:
+        self._graph, self._step = graph, step
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
 class AcceleratorDevice(Device):
@@ -57,8 +68,7 @@ class AcceleratorDevice(Device):
         graph = self._new_graph()
         with self._recording(graph):
             step()
-        replay: Callable[[], None] = graph.replay
-        return replay
+        return _Replay(graph, step)
 
     def _new_graph(self) -> Any:
         return self._runtime.CUDAGraph()
@@ -86,6 +96,8 @@ class NpuDevice(AcceleratorDevice):
 
 class CudaDevice(AcceleratorDevice):
     """An NVIDIA GPU."""
+
+    runs_triton = importlib.util.find_spec("triton") is not None
 
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device, torch.cuda)

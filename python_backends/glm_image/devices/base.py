@@ -30,9 +30,11 @@ class Device(ABC):
     Attributes:
         torch_device: where tensors are placed.
         default_dtype: what ``dtype: auto`` stands for.
+        runs_triton: whether the kernels of ``glm_image.kernels`` run here.
     """
 
     default_dtype = torch.bfloat16
+    runs_triton = False
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device

@@ -1,0 +1,174 @@
+"""Attention of one new token a slot: bias, rotary embedding, write to the cache and attention, in two passes.
+
+A slot's positions are dealt in tiles to a fixed number of programs, so how its sums are formed depends on its own
+length alone. The heads that share a KV head are one tile's rows: the cache is read once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
+
+PROGRAMS = 16
+"""Programs a slot and KV head are dealt to."""
+
+TILE = 64
+"""Positions read at a time."""
+
+
+@triton.jit
+def _projected(parts_ptr, bias_ptr, at, rows, width, row, mask, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    # Sums the parts of a projection in order, adds the bias, and rounds as the layer's own operator does.
+    sums = tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(at).to(tl.float32)
+    for split in tl.static_range(SPLITS):
+        sums += tl.load(parts_ptr + (split * rows + row) * width + at, mask=mask, other=0.0)
+    return sums.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def _attend_kernel(
+    parts_ptr, bias_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, lengths_ptr, acc_ptr, top_ptr, sum_ptr,
+    rows, positions, scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr,
+    PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    pair, program = tl.program_id(0), tl.program_id(1)
+    row, kv_head = pair // KV_HEADS, pair % KV_HEADS
+    width: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
+    length = tl.load(lengths_ptr + row).to(tl.int32)
+    dim = tl.arange(0, DIM)
+    group = tl.arange(0, GROUP_BLOCK)
+    in_group = group < GROUP
+
+    # Rotary embedding: channel d of the first half pairs with d + ROTARY / 2.
+    turned = dim < ROTARY
+    partner = tl.where(dim < ROTARY // 2, dim + ROTARY // 2, dim - ROTARY // 2)
+    partner = tl.where(turned, partner, dim)
+    sign = tl.where(dim < ROTARY // 2, -1.0, 1.0)
+    table = (row * positions + length) * ROTARY + dim
+    cos = tl.load(cos_ptr + table, mask=turned, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + table, mask=turned, other=0.0).to(tl.float32) * sign
+
+    head = (kv_head * GROUP + group) * DIM
+    mask = in_group[:, None] & (dim[None, :] < DIM)
+    query = _projected(parts_ptr, bias_ptr, head[:, None] + dim[None, :], rows, width, row, mask, SPLITS, HAS_BIAS)
+    other = _projected(parts_ptr, bias_ptr, head[:, None] + partner[None, :], rows, width, row, mask, SPLITS, HAS_BIAS)
+    query = (query * cos[None, :] + other * sin[None, :]).to(tl.bfloat16)
+    key_at = (HEADS + kv_head) * DIM
+    new_key = _projected(parts_ptr, bias_ptr, key_at + dim, rows, width, row, dim < DIM, SPLITS, HAS_BIAS)
+    other_key = _projected(parts_ptr, bias_ptr, key_at + partner, rows, width, row, dim < DIM, SPLITS, HAS_BIAS)
+    new_key = (new_key * cos + other_key * sin).to(tl.bfloat16)
+    value_at = (HEADS + KV_HEADS + kv_head) * DIM
+    new_value = _projected(parts_ptr, bias_ptr, value_at + dim, rows, width, row, dim < DIM, SPLITS, HAS_BIAS)
+    new_value = new_value.to(tl.bfloat16)
+
+    cache = (row * KV_HEADS + kv_head).to(tl.int64) * positions * DIM
+    if (length // TILE) % PROGRAMS == program:
+        tl.store(keys_ptr + cache + length * DIM + dim, new_key)
+        tl.store(values_ptr + cache + length * DIM + dim, new_value)
+
+    top = tl.full([GROUP_BLOCK], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([GROUP_BLOCK], dtype=tl.float32)
+    acc = tl.zeros([GROUP_BLOCK, DIM], dtype=tl.float32)
+    for tile in range(program, length // TILE + 1, PROGRAMS):
+        at = tile * TILE + tl.arange(0, TILE)
+        place = cache + at[:, None] * DIM + dim[None, :]
+        stored = at[:, None] < length
+        is_new = at[:, None] == length
+        keys = tl.where(is_new, new_key[None, :], tl.load(keys_ptr + place, mask=stored, other=0.0))
+        values = tl.where(is_new, new_value[None, :], tl.load(values_ptr + place, mask=stored, other=0.0))
+        scores = tl.dot(query, tl.trans(keys)) * scale
+        scores = tl.where(at[None, :] <= length, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp(scores - new_top[:, None])
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(tl.bfloat16), values)
+        top = new_top
+
+    out = (pair * PROGRAMS + program) * GROUP + group
+    tl.store(top_ptr + out, top, mask=in_group)
+    tl.store(sum_ptr + out, total, mask=in_group)
+    tl.store(acc_ptr + out[:, None] * DIM + dim[None, :], acc, mask=in_group[:, None])
+
+
+@triton.jit
+def _combine_kernel(
+    acc_ptr, top_ptr, sum_ptr, out_ptr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PROGRAMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
+    pair = row * KV_HEADS + head // GROUP
+    dim = tl.arange(0, DIM)
+    at = (pair * PROGRAMS + tl.arange(0, PROGRAMS)) * GROUP + head % GROUP
+    top = tl.load(top_ptr + at)
+    share = tl.exp(top - tl.max(top))
+    total = tl.sum(share * tl.load(sum_ptr + at))
+    acc = tl.load(acc_ptr + at[:, None] * DIM + dim[None, :])
+    attended = tl.sum(acc * share[:, None], axis=0) / total
+    tl.store(out_ptr + (row * HEADS + head) * DIM + dim, attended.to(tl.bfloat16))
+
+
+class DecodeAttention:
+    """Attention of one layer after the other over the same slots.
+
+    Args:
+        slots: rows.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: a power of two.
+        rotary_dim: leading channels of a head that are rotated.
+        device: where the buffers are.
+    """
+
+    def __init__(
+        self, slots: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, device: torch.device
+    ) -> None:
+        self._slots, self._heads, self._kv_heads = slots, heads, kv_heads
+        self._dim, self._rotary = head_dim, rotary_dim
+        parts = (slots * kv_heads, PROGRAMS, heads // kv_heads)
+        self._top, self._sum = torch.empty(2, *parts, device=device)
+        self._acc = torch.empty(*parts, head_dim, device=device)
+
+    def __call__(
+        self,
+        parts: Tensor,
+        bias: Tensor | None,
+        tables: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        lengths: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Attends, after adding the new token to the cache.
+
+        Args:
+            parts: fp32 [splits, slots, (heads + 2 * kv_heads) * head_dim]: q, k and v before the bias.
+            bias: bf16 [(heads + 2 * kv_heads) * head_dim], or None.
+            tables: cosines and sines, [slots, positions, rotary_dim] each.
+            cache: the layer's keys and values, bf16 [slots, kv_heads, positions, head_dim] each.
+            lengths: int64 [slots]: the new token's position.
+            out: bf16 [slots, heads * head_dim], written.
+        """
+        group = self._heads // self._kv_heads
+        keys, values = cache
+        _attend_kernel[(self._slots * self._kv_heads, PROGRAMS)](
+            parts, parts if bias is None else bias, *tables, keys, values, lengths, self._acc, self._top, self._sum,
+            self._slots, keys.shape[2], self._dim**-0.5,
+            self._heads, self._kv_heads, group, self._dim, self._rotary, max(16, triton.next_power_of_2(group)),
+            parts.shape[0], bias is not None, TILE, PROGRAMS, can_overlap(),
+            num_warps=4, num_stages=2, launch_pdl=can_overlap(),
+        )  # fmt: skip
+        _combine_kernel[(self._slots * self._heads,)](
+            self._acc, self._top, self._sum, out, self._heads, self._kv_heads, group, self._dim, PROGRAMS,
+            can_overlap(), num_warps=2, launch_pdl=can_overlap(),
+        )  # fmt: skip

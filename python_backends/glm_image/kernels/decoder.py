@@ -1,0 +1,91 @@
+"""The decode step with as few launches as its data needs: eight a layer, each reading its weights once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.model import Decoder, DecoderLayer
+from glm_image.kernels.decode_attention import DecodeAttention
+from glm_image.kernels.residual_norm import embed_norm, residual_norm
+from glm_image.kernels.skinny_linear import ROWS, Plan, gate_up, linear_parts, parts_buffer
+
+
+@dataclass(frozen=True)
+class Plans:
+    """How each linear of a layer, and the head, is cut up."""
+
+    # The best of a sweep on an H100 at the real sizes, 8 rows.
+    qkv: Plan = Plan(64, 128, splits=2, warps=4, stages=4, fetch=256)
+    out: Plan = Plan(64, 128, splits=2, warps=4, stages=4, fetch=256)
+    gate_up: Plan = Plan(64, 128, splits=1, warps=4, stages=4, fetch=512)
+    down: Plan = Plan(64, 128, splits=4, warps=4, stages=3, fetch=256)
+    head: Plan = Plan(64, 128, splits=1, warps=4, stages=4, fetch=256)
+
+
+def supports(decoder: Decoder, slots: int) -> bool:
+    """Tells whether the kernels can run a decoder: bf16 weights, at most 16 slots, heads a power of two wide."""
+    dim = decoder.config.head_dim
+    return decoder.head.weight.dtype == torch.bfloat16 and slots <= ROWS and dim >= ROWS and dim & (dim - 1) == 0
+
+
+class FusedDecoder:
+    """Runs a decoder's step with the kernels of this package; ``Decoder.decode`` is its twin.
+
+    Args:
+        decoder: holds the weights, bf16.
+        slots: rows of the batch, at most 16.
+        plans: how the linears are cut up.
+    """
+
+    def __init__(self, decoder: Decoder, slots: int, plans: Plans | None = None) -> None:
+        config, device = decoder.config, decoder.head.weight.device
+        self._decoder, self._plans = decoder, plans or Plans()
+        qkv_width = (config.heads + 2 * config.kv_heads) * config.head_dim
+
+        def rows(width: int) -> Tensor:
+            return torch.empty(slots, width, device=device, dtype=torch.bfloat16)
+
+        self._residual, self._normed = rows(config.hidden_size), rows(config.hidden_size)
+        self._attended, self._product = rows(config.heads * config.head_dim), rows(config.intermediate_size)
+        self._qkv = parts_buffer(self._plans.qkv, slots, qkv_width, device)
+        self._out = parts_buffer(self._plans.out, slots, config.hidden_size, device)
+        self._down = parts_buffer(self._plans.down, slots, config.hidden_size, device)
+        self._logits = parts_buffer(self._plans.head, slots, config.vision_vocab_size, device)
+        self._attention = DecodeAttention(
+            slots, config.heads, config.kv_heads, config.head_dim, config.rotary_dim, device
+        )
+
+    def decode(self, tokens: Tensor, lengths: Tensor, tables: tuple[Tensor, Tensor], cache: KvCache) -> Tensor:
+        """Adds one token to every slot.
+
+        Args:
+            tokens: int64 [slots].
+            lengths: int64 [slots]: positions a slot has before this token.
+            tables: cosines and sines of every position, [slots, positions, rotary_dim] each.
+            cache: read and written.
+
+        Returns:
+            fp32 logits [slots, vision_vocab_size], overwritten by the next step.
+        """
+        decoder, plans, eps = self._decoder, self._plans, self._decoder.config.norm_eps
+        layers = cast("list[DecoderLayer]", list(decoder.layers))
+        befores = [layer.before_attention.weight for layer in layers[1:]] + [decoder.norm.weight]
+        first = layers[0].before_attention.weight
+        embed_norm(tokens, decoder.embedding.weight, first, self._residual, self._normed, eps)
+        for index, (layer, next_before) in enumerate(zip(layers, befores, strict=True)):
+            linear_parts(self._normed, layer.qkv.weight, self._qkv, plans.qkv)
+            layer_cache = (cache.keys[index], cache.values[index])
+            self._attention(self._qkv, layer.qkv.bias, tables, layer_cache, lengths, self._attended)
+            linear_parts(self._attended, layer.out.weight, self._out, plans.out)
+            after, before = layer.after_attention.weight, layer.before_mlp.weight
+            residual_norm(self._out, self._residual, after, before, self._normed, eps)
+            gate_up(self._normed, layer.gate_up.weight, self._product, plans.gate_up)
+            linear_parts(self._product, layer.down.weight, self._down, plans.down)
+            residual_norm(self._down, self._residual, layer.after_mlp.weight, next_before, self._normed, eps)
+        linear_parts(self._normed, decoder.head.weight, self._logits, plans.head, rounded=True)
+        return self._logits[0]

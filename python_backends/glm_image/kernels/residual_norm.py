@@ -1,0 +1,94 @@
+"""The way from one linear of the decoder to the next: sum, norm, residual, norm, in one pass over a row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
+
+
+@triton.jit
+def _rms(values, weight, width, eps):
+    inverse = tl.rsqrt(tl.sum(values * values) / width + eps)
+    normed = (values * inverse).to(tl.bfloat16).to(tl.float32)
+    return (normed * weight).to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def _embed_norm_kernel(
+    tokens_ptr, table_ptr, weight_ptr, residual_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    start_next(OVERLAP)
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    wait_for_previous(OVERLAP)
+    token = tl.load(tokens_ptr + row)
+    values = tl.load(table_ptr + token * width + at, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(residual_ptr + row * width + at, values, mask=inside)
+    normed = _rms(values.to(tl.float32), weight, width, eps)
+    tl.store(out_ptr + row * width + at, normed.to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def _residual_norm_kernel(
+    parts_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, rows, width, eps,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_next(OVERLAP)
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    after = tl.load(after_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    before = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(OVERLAP)
+    residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        sums += tl.load(parts_ptr + (split * rows + row) * width + at, mask=inside, other=0.0)
+    branch = _rms(sums.to(tl.bfloat16).to(tl.float32), after, width, eps)
+    residual = (residual + branch).to(tl.bfloat16)
+    tl.store(residual_ptr + row * width + at, residual, mask=inside)
+    normed = _rms(residual.to(tl.float32), before, width, eps)
+    tl.store(out_ptr + row * width + at, normed.to(tl.bfloat16), mask=inside)
+
+
+def embed_norm(tokens: Tensor, table: Tensor, weight: Tensor, residual: Tensor, out: Tensor, eps: float) -> None:
+    """Looks tokens up and norms them.
+
+    Args:
+        tokens: int64 [rows].
+        table: bf16 [vocabulary, width].
+        weight: bf16 [width], the first norm's.
+        residual: bf16 [rows, width], written: the embeddings.
+        out: bf16 [rows, width], written: the norm of them.
+        eps: the norm's epsilon.
+    """
+    rows, width = out.shape
+    block = triton.next_power_of_2(width)
+    overlap = can_overlap()
+    _embed_norm_kernel[(rows,)](
+        tokens, table, weight, residual, out, width, eps, block, overlap, num_warps=8, launch_pdl=overlap
+    )
+
+
+def residual_norm(parts: Tensor, residual: Tensor, after: Tensor, before: Tensor, out: Tensor, eps: float) -> None:
+    """Ends one branch and begins the next: ``residual += norm(sum of parts)``, then ``out = norm(residual)``.
+
+    Args:
+        parts: fp32 [splits, rows, width], summed in order.
+        residual: bf16 [rows, width], updated.
+        after: bf16 [width], the scale of the branch's last norm.
+        before: bf16 [width], the scale of the next branch's first norm.
+        out: bf16 [rows, width], written.
+        eps: the norms' epsilon.
+    """
+    splits, rows, width = parts.shape
+    block = triton.next_power_of_2(width)
+    _residual_norm_kernel[(rows,)](
+        parts, residual, after, before, out, rows, width, eps, splits, block, can_overlap(),
+        num_warps=16, launch_pdl=can_overlap(),
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""Drawing a token a slot without sorting the vocabulary: the twin of ``ar.sampler.draw`` and ``DecodeState.advance``.
+
+The cut of top-k and that of top-p are values, and a value is found by bisection over the order of floats: 32 sums over
+a row that stays in registers. Equal logits fall on the same side of a cut.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glm_image.ar.state import DecodeState
+from glm_image.kernels.overlap import can_overlap, wait_for_previous
+
+LARGEST = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _load_scores(logits_ptr, at, vocabulary, temperature):
+    return tl.load(logits_ptr + at, mask=at < vocabulary, other=float("-inf")) / temperature
+
+
+@triton.jit
+def _ordered(scores, at, vocabulary):
+    # Maps fp32 to int32 so that integers compare as the floats do; what is beyond the vocabulary comes first.
+    bits = scores.to(tl.int32, bitcast=True)
+    return tl.where(at < vocabulary, tl.where(bits < 0, bits ^ LARGEST, bits), -LARGEST)
+
+
+@triton.jit
+def _upper_middle(low, high):
+    # (low + high + 1) // 2 without leaving int32.
+    return (low >> 1) + (high >> 1) + ((low | high) & 1)
+
+
+@triton.jit
+def _race(weights, scores, peak, noise_ptr, allowed_ptr, at, vocabulary):
+    allowed = tl.load(allowed_ptr + at, mask=at < vocabulary, other=0) != 0
+    noise = tl.load(noise_ptr + at, mask=at < vocabulary, other=1.0)
+    race = tl.where(allowed, weights / noise, 0.0)
+    # A race nobody may win falls to the best allowed score.
+    return tl.where(race > 0, race, tl.where(allowed, scores - peak - 1.0, float("-inf")))
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr, noise_ptr, allowed_ptr, temperature_ptr, cut_ptr, kth_ptr, preview_ptr,
+    drawn_ptr, tokens_ptr, lengths_ptr, active_ptr, output_ptr, vocabulary, positions,
+    NOISE_STEPS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(OVERLAP)
+    row = tl.program_id(0)
+    # The vocabulary in two blocks, whose sizes must be powers of two.
+    at, at2 = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
+    logits_ptr += row * vocabulary
+    temperature = tl.load(temperature_ptr + row)
+    scores = _load_scores(logits_ptr, at, vocabulary, temperature)
+    scores2 = _load_scores(logits_ptr, at2, vocabulary, temperature)
+    order, order2 = _ordered(scores, at, vocabulary), _ordered(scores2, at2, vocabulary)
+    peak = tl.maximum(tl.max(scores), tl.max(scores2))
+    best = tl.maximum(tl.max(order), tl.max(order2))
+
+    # The k-th best: the largest value that at least k scores reach.
+    low, high = -LARGEST, best
+    wanted = vocabulary - tl.load(kth_ptr + row)
+    if wanted < vocabulary:
+        while low < high:
+            middle = _upper_middle(low, high)
+            enough = tl.sum((order >= middle).to(tl.int32)) + tl.sum((order2 >= middle).to(tl.int32)) >= wanted
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+    weights = tl.where(order >= low, tl.exp(scores - peak), 0.0)
+    weights2 = tl.where(order2 >= low, tl.exp(scores2 - peak), 0.0)
+
+    # Top-p: the largest value up to which the probabilities sum to no more than the cut; all up to it are dropped.
+    limit = tl.load(cut_ptr + row) * (tl.sum(weights) + tl.sum(weights2))
+    low, high = -LARGEST, best - 1
+    while low < high:
+        middle = _upper_middle(low, high)
+        below = tl.sum(tl.where(order <= middle, weights, 0.0)) + tl.sum(tl.where(order2 <= middle, weights2, 0.0))
+        low = tl.where(below <= limit, middle, low)
+        high = tl.where(below <= limit, high, middle - 1)
+    weights = tl.where(order > low, weights, 0.0)
+    weights2 = tl.where(order2 > low, weights2, 0.0)
+
+    drawn = tl.load(drawn_ptr + row)
+    noise_ptr += (row * NOISE_STEPS + drawn % NOISE_STEPS) * vocabulary
+    allowed_ptr += (drawn >= tl.load(preview_ptr + row)).to(tl.int64) * vocabulary
+    race = _race(weights, scores, peak, noise_ptr, allowed_ptr, at, vocabulary)
+    race2 = _race(weights2, scores2, peak, noise_ptr, allowed_ptr, at2, vocabulary)
+    token = tl.where(tl.max(race) >= tl.max(race2), tl.argmax(race, axis=0), MAIN + tl.argmax(race2, axis=0))
+
+    active = tl.load(active_ptr + row)
+    tl.store(tokens_ptr + row, token.to(tl.int64))
+    tl.store(output_ptr + row * positions + drawn, token.to(tl.int64))
+    tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + active)
+    tl.store(drawn_ptr + row, drawn + active)
+
+
+def draw_tokens(logits: Tensor, state: DecodeState) -> None:
+    """Draws one token a slot, notes it and moves the active slots on.
+
+    Args:
+        logits: fp32 [slots, vocabulary].
+        state: its tokens, output, lengths and drawn are written.
+    """
+    slots, vocabulary = logits.shape
+    main = triton.next_power_of_2(vocabulary + 1) // 2
+    rest = triton.next_power_of_2(max(16, vocabulary - main))
+    rows = state.sampler
+    _draw_kernel[(slots,)](
+        logits, state.noise, state.allowed, rows.temperature, rows.cut, rows.kth, rows.preview_tokens,
+        state.drawn, state.tokens, state.lengths, state.active, state.output, vocabulary, state.output.shape[1],
+        state.noise.shape[1], main, rest, can_overlap(), num_warps=32, launch_pdl=can_overlap(),
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Linear layers of a few rows: all they cost is reading the weights once.
+
+The weights' rows are the wide side of the tile, the few rows of the input its narrow side. Where a layer has too few
+rows of weights to keep every multiprocessor reading, the reduction is split, and whatever comes next adds the parts up,
+always in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glm_image.kernels.overlap import can_overlap, fetch, start_next, wait_for_previous
+
+ROWS = 16
+"""The narrow side of a tile; the most rows an input may have."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a linear is cut up.
+
+    Attributes:
+        block_n: rows of weights a program reads.
+        block_k: columns it reads at a time.
+        splits: programs that share a row of weights.
+        warps: warps of a program.
+        stages: tiles in flight.
+        fetch: bytes of each row of weights that are brought into the cache ahead of the input.
+    """
+
+    block_n: int
+    block_k: int
+    splits: int
+    warps: int
+    stages: int
+    fetch: int
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, weight_ptr, out_ptr, rows, n, k,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    ROUND: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    block, split = tl.program_id(0), tl.program_id(1)
+    at_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    at_m = tl.arange(0, ROWS)
+    at_k = tl.arange(0, BLOCK_K)
+    tiles = tl.cdiv(k, BLOCK_K)
+    share = tl.cdiv(tiles, SPLITS)
+    weight = weight_ptr + at_n[:, None].to(tl.int64) * k + at_k[None, :]
+    x = x_ptr + at_m[None, :] * k + at_k[:, None]
+    sums = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    fetch(weight_ptr + tl.minimum(at_n, n - 1).to(tl.int64) * k + split * share * BLOCK_K, FETCH, OVERLAP)
+    wait_for_previous(OVERLAP)
+    for tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
+        inside = tile * BLOCK_K + at_k < k
+        w_tile = tl.load(
+            weight + tile * BLOCK_K,
+            mask=(at_n[:, None] < n) & inside[None, :], other=0.0, eviction_policy="evict_first",
+        )  # fmt: skip
+        x_tile = tl.load(x + tile * BLOCK_K, mask=(at_m[None, :] < rows) & inside[:, None], other=0.0)
+        sums = tl.dot(w_tile, x_tile, sums)
+    start_next(OVERLAP)
+    if ROUND:
+        sums = sums.to(tl.bfloat16).to(tl.float32)
+    out = out_ptr + (split * rows + at_m[None, :]) * n + at_n[:, None]
+    tl.store(out, sums, mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_ptr, weight_ptr, out_ptr, rows, n, k,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    at_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at_m = tl.arange(0, ROWS)
+    at_k = tl.arange(0, BLOCK_K)
+    gate = weight_ptr + at_n[:, None].to(tl.int64) * k + at_k[None, :]
+    up = gate + n.to(tl.int64) * k
+    x = x_ptr + at_m[None, :] * k + at_k[:, None]
+    gate_sums = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    up_sums = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    first = weight_ptr + tl.minimum(at_n, n - 1).to(tl.int64) * k
+    fetch(first, FETCH, OVERLAP)
+    fetch(first + n.to(tl.int64) * k, FETCH, OVERLAP)
+    wait_for_previous(OVERLAP)
+    for tile in range(tl.cdiv(k, BLOCK_K)):
+        inside = tile * BLOCK_K + at_k < k
+        mask = (at_n[:, None] < n) & inside[None, :]
+        gate_tile = tl.load(gate + tile * BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
+        up_tile = tl.load(up + tile * BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
+        x_tile = tl.load(x + tile * BLOCK_K, mask=(at_m[None, :] < rows) & inside[:, None], other=0.0)
+        gate_sums = tl.dot(gate_tile, x_tile, gate_sums)
+        up_sums = tl.dot(up_tile, x_tile, up_sums)
+    start_next(OVERLAP)
+    # Rounded where the layer's own operators round.
+    gated = gate_sums.to(tl.bfloat16).to(tl.float32)
+    silu = (gated * tl.sigmoid(gated)).to(tl.bfloat16).to(tl.float32)
+    product = up_sums.to(tl.bfloat16).to(tl.float32) * silu
+    out = out_ptr + at_m[None, :] * n + at_n[:, None]
+    tl.store(out, product.to(tl.bfloat16), mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
+
+
+def linear_parts(x: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, rounded: bool = False) -> None:
+    """Multiplies ``x`` [rows, k] by ``weight`` [n, k], both bf16, in parts.
+
+    Args:
+        x: at most ``ROWS`` rows.
+        weight: as ``nn.Linear`` holds it.
+        out: fp32 [plan.splits, rows, n]; the sum over the first dimension is the product.
+        plan: how it is cut up.
+        rounded: rounds each part to bf16, which is what ``nn.Linear`` returns where there is one part.
+    """
+    rows, k = x.shape
+    n = weight.shape[0]
+    _linear_kernel[(triton.cdiv(n, plan.block_n), plan.splits)](
+        x, weight, out, rows, n, k, plan.block_n, plan.block_k, plan.splits, ROWS, rounded, plan.fetch, can_overlap(),
+        num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
+    )  # fmt: skip
+
+
+def gate_up(x: Tensor, weight: Tensor, out: Tensor, plan: Plan) -> None:
+    """Computes ``up * silu(gate)``, gate and up being the two halves of ``x @ weight.T``.
+
+    Args:
+        x: bf16 [rows, k], at most ``ROWS`` rows.
+        weight: bf16 [2 * n, k]: gate, then up.
+        out: bf16 [rows, n].
+        plan: how it is cut up; one split.
+    """
+    rows, k = x.shape
+    n = weight.shape[0] // 2
+    _gate_up_kernel[(triton.cdiv(n, plan.block_n),)](
+        x, weight, out, rows, n, k, plan.block_n, plan.block_k, ROWS, plan.fetch, can_overlap(),
+        num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
+    )  # fmt: skip
+
+
+def parts_buffer(plan: Plan, rows: int, n: int, device: torch.device) -> Tensor:
+    """Makes the fp32 [splits, rows, n] buffer ``linear_parts`` writes to."""
+    return torch.empty(plan.splits, rows, n, device=device, dtype=torch.float32)
