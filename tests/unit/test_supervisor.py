@@ -145,8 +145,8 @@ class TestLog:
                 "cfg failed to load: failed to read text proto from /r/cfg/config.pbtxt",
             ),
             (
-                'E1122 02:11:55.4 5428 model_repository_manager.cc:703] "Invalid argument: ensemble ens contains models '
-                'that are not available or ambiguous: imp"',
+                'E1122 02:11:55.4 5428 model_repository_manager.cc:703] "Invalid argument: ensemble ens contains '
+                'models that are not available or ambiguous: imp"',
                 "ens failed to load: ensemble ens contains models that are not available or ambiguous: imp",
             ),
             (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from glm_image import errors
 
+# In the order in which they start. HTTP is said to be up before its port is bound; the next one's start proves it.
 SERVICES = frozenset({"GRPCInferenceService", "HTTPService", "Metrics Service"})
 _STARTED = re.compile(r'"Started (GRPCInferenceService|HTTPService|Metrics Service) at ')
 _PORT_LOST = re.compile(r'"failed to start \w+ service: \w+ - (?P<reason>.*)"')

@@ -119,7 +119,8 @@ class ServerProcess:
         assert self._guard.stderr is not None
         with self._guard.stderr as stream:
             for line in stream:
-                self._take_line(line.decode(errors="replace"))
+                # Triton writes the end of a line apart from it, and may end in between.
+                self._take_line(line.decode(errors="replace").removesuffix("\n") + "\n")
         with self._changed:
             self._ended = True
             self._changed.notify_all()

@@ -33,7 +33,8 @@ class TritonServer:
         http_port: 0 takes a free one, as do ``grpc_port`` and ``metrics_port``.
         grpc_port: see ``http_port``.
         metrics_port: see ``http_port``.
-        drain_seconds: how long requests in flight may go on when the server is stopped.
+        drain_seconds: how long requests in flight may go on when the server is stopped. Triton waits as long for an
+            HTTP client that keeps an idle connection open.
         model_repository: when None, the one GLM_IMAGE_MODEL_REPOSITORY names, else the checkout's.
         log: where the server's log is passed on to; its tail is kept in any case.
 

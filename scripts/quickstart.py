@@ -1,0 +1,153 @@
+"""From a prompt to a PNG on this machine: a checkpoint, a server over it, one request, and the server is gone again."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from glm_image.errors import GlmImageError
+from glm_image.supervisor import TritonServer
+from glm_image_client import BadArgumentError, GenerationResult, GlmImageClient, GlmImageClientError, RefusedError
+
+REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
+TINY_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "tiny"
+TINY_SIZE, TINY_STEPS = (256, 256), 20
+OUTPUT = "output_{width}x{height}.png"
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+
+console = Console(stderr=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="quickstart", description="Paints one picture with a server of its own.")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to paint; text in quotation marks is lettered")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="default: a tiny one, made here, of random weights"
+    )
+    parser.add_argument("--size", type=parse_size, metavar="WxH", help="width and height in pixels")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    parser.add_argument("--seed", type=int, metavar="N", help="same seed, same picture")
+    parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
+    return parser.parse_args()
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, as in 1024x768")
+    return int(found[1]), int(found[2])
+
+
+def tiny_checkpoint() -> Path:
+    """The built-in checkpoint, made anew when the scripts that make it have changed."""
+    sources = sorted(Path(__file__).parent.glob("*tiny_checkpoint*.py"))
+    fingerprint = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    stamp = TINY_CHECKPOINT.with_suffix(".sha256")
+    if TINY_CHECKPOINT.is_dir() and stamp.is_file() and stamp.read_text() == fingerprint:
+        return TINY_CHECKPOINT
+    with progress("Making the tiny checkpoint"):
+        from make_tiny_checkpoint import make_tiny_checkpoint  # noqa: PLC0415 - it imports torch
+
+        TINY_CHECKPOINT.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=TINY_CHECKPOINT.parent) as folder:
+            make_tiny_checkpoint(Path(folder) / "tiny")
+            shutil.rmtree(TINY_CHECKPOINT, ignore_errors=True)
+            (Path(folder) / "tiny").rename(TINY_CHECKPOINT)
+        stamp.write_text(fingerprint)
+    return TINY_CHECKPOINT
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Shows on a terminal that, and for how long, something goes on; elsewhere writes one line about it."""
+    if not console.is_terminal:
+        console.print(f"{what} ...")
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as shown:
+        task = shown.add_task(what, total=1)
+        yield
+        shown.update(task, completed=1)
+
+
+def generate(server: TritonServer, arguments: argparse.Namespace) -> GenerationResult:
+    size, steps = arguments.size, arguments.steps
+    if arguments.checkpoint is None:
+        size, steps = size or TINY_SIZE, steps or TINY_STEPS
+    width, height = size or (None, None)
+    shown = " x ".join(map(str, size)) + " pixels" if size else "the default size"
+    with GlmImageClient(server.grpc_url) as client, progress(f"Painting {shown}"):
+        return client.generate(
+            arguments.prompt, width=width, height=height, num_inference_steps=steps, seed=arguments.seed
+        )
+
+
+def told(result: GenerationResult, files: list[Path]) -> str:
+    """The files, their seeds and sizes, and the seconds of every stage."""
+    metadata = result.metadata
+    lines = [
+        f"{file.resolve()}  ({metadata.width} x {metadata.height}, seed {seed}, {metadata.steps} steps)"
+        for file, seed in zip(files, result.seeds, strict=True)
+    ]
+    return "\n".join([*lines, *(f"  {stage:<10} {seconds:8.3f} s" for stage, seconds in metadata.seconds.items())])
+
+
+def keep(server: TritonServer) -> None:
+    """Leaves the server running until Ctrl-C, or until it ends by itself."""
+    installed = Path(sys.executable).with_name("glm-image")
+    command = installed if installed.exists() else "glm-image"
+    print(f"ready: http://{server.http_url} grpc://{server.grpc_url}")
+    print(
+        f"another picture: {command} generate PROMPT --url {server.grpc_url}    (Ctrl-C stops the server)", flush=True
+    )
+    server.wait()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    checkpoint = arguments.checkpoint or tiny_checkpoint()
+    server = TritonServer(checkpoint)
+    try:
+        with progress("Starting Triton and loading the models"):
+            server.start()
+            server.wait_ready()
+        result = generate(server, arguments)
+        print(told(result, result.save(OUTPUT)), flush=True)
+        if arguments.keep:
+            keep(server)
+    finally:
+        with progress("Stopping Triton"):
+            server.stop()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    # Both as Ctrl-C, also in the background of a shell, which would have SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    began = time.perf_counter()
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        return 0 if arguments.keep else EXIT_INTERRUPTED
+    except (GlmImageError, GlmImageClientError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED if isinstance(error, (BadArgumentError, RefusedError)) else EXIT_FAILED
+    console.print(f"{time.perf_counter() - began:.1f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
