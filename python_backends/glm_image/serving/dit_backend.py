@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from glm_image.errors import UnsupportedError
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.job import Job
 from glm_image.metadata import queued_seconds, request_metadata
@@ -32,12 +33,12 @@ class DitBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the engine on this instance's device."""
+        instance = Instance.read(args, DIT_PARAMETERS)
         # The engine imports torch and diffusers, which must not happen before the instance's device is known.
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
         from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine, DitSettings  # noqa: PLC0415
 
-        instance = Instance.read(args, DIT_PARAMETERS)
         parameters = instance.parameters
         self._limits = instance.limits
         self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
@@ -64,8 +65,9 @@ class DitBackend:
     def _paint(self, request: Any, answer: Answer) -> None:
         inputs = Inputs(request)
         paint = read_request(inputs)
-        job = Job.with_timeout(request.request_id(), 0)
-        job.deadline_ns = inputs.integer("deadline_ns") or 0
+        # As a step of the ensemble it is told the whole request's timeout again; the first stage knows what is left.
+        job = Job.with_timeout(request.request_id(), request.timeout())
+        job.deadline_ns = inputs.integer("deadline_ns") or job.deadline_ns
         job.add_seconds("dit_queue", queued_seconds(paint.ar_metadata))
         paint.check(self._limits, self._engine.codebook_size)
         pictures = self._engine.denoise(job, paint)
@@ -90,7 +92,15 @@ class DitBackend:
 
 
 def read_request(inputs: Inputs) -> PaintRequest:
-    """Reads what the first stage, or a client with tokens of its own, asks for; not yet validated."""
+    """Reads what the first stage, or a client with tokens of its own, asks for; not yet validated.
+
+    Raises:
+        UnsupportedError: source images, or tokens of some, were given.
+    """
+    for name in ("image", "source_token_ids", "source_grids"):
+        given = inputs.array(name)
+        if given is not None and given.size:
+            raise UnsupportedError(f"{name}: image-to-image is not available in this version; leave the input out")
     tokens, sides = inputs.array("prior_token_ids"), inputs.array("prior_grid")
     assert tokens is not None
     assert sides is not None

@@ -1,0 +1,143 @@
+"""What an operator edits in ``config.pbtxt``: where instances run, what they load, and what is refused at the start."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glm_image.supervisor import ServerStartError, TritonServer
+from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
+
+REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
+
+ASKED: Values = {"prompt": "A fox reading 'NEWS'", "height": 96, "width": 96, "num_inference_steps": 200, "seed": 1}
+
+
+def copy_repository(folder: Path, *models: str) -> Path:
+    for model in models:
+        shutil.copytree(REPOSITORY / model, folder / model, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def edit(repository: Path, model: str, old: str, new: str) -> None:
+    """Replaces the one place where ``old`` stands."""
+    path = repository / model / "config.pbtxt"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def set_parameter(repository: Path, model: str, name: str, value: str) -> None:
+    path = repository / model / "config.pbtxt"
+    line = re.compile(rf'^(parameters {{ key: "{name}" value {{ string_value: )".*"( }} }})$', re.MULTILINE)
+    text, count = line.subn(lambda found: f'{found[1]}"{value}"{found[2]}', path.read_text())
+    assert count == 1
+    path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def two_instances(
+    tiny_checkpoint: Path, same_threads: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """Two second stages over a checkpoint named in the configuration; what the environment names cannot be loaded."""
+    folder = tmp_path_factory.mktemp("placed")
+    repository = copy_repository(folder / "models", "glm_image", "glm_ar", "glm_dit")
+    edit(repository, "glm_dit", "count: 1", "count: 2")
+    set_parameter(repository, "glm_dit", "devices", "cpu;cpu")
+    for model in ("glm_ar", "glm_dit"):
+        set_parameter(repository, model, "checkpoint", str(tiny_checkpoint))
+    unusable = folder / "unusable"
+    unusable.mkdir()
+    (unusable / "model_index.json").write_text("{}")
+    with TritonServer(unusable, model_repository=repository, drain_seconds=5) as server:
+        yield server
+
+
+def paint_four(server: TritonServer, prior: Outputs) -> Burst:
+    asked = {name: value for name, value in ASKED.items() if name in {"prompt", "num_inference_steps"}}
+    return at_once(
+        [partial(grpc_infer, server, {**asked, **prior, "resolved_seed": [seed]}, "glm_dit") for seed in range(4)]
+    )
+
+
+def denoising_seconds(burst: Burst) -> float:
+    return sum(float(metadata(outputs)["seconds"]["denoise"]) for outputs in burst.outputs)
+
+
+def test_both_instances_get_work(triton: TritonServer, two_instances: TritonServer) -> None:
+    """An instance denoises one picture at a time: only two of them can denoise longer than the clock on the wall."""
+    prior = grpc_infer(triton, ASKED, "glm_ar")
+    one, two = paint_four(triton, prior), paint_four(two_instances, prior)
+    assert denoising_seconds(one) <= one.seconds
+    assert denoising_seconds(two) > two.seconds
+    for alone, beside in zip(one.outputs, two.outputs, strict=True):
+        np.testing.assert_array_equal(alone["images"], beside["images"])
+
+
+def test_a_checkpoint_named_in_the_configuration_is_loaded(
+    triton: TritonServer, two_instances: TritonServer, tiny_checkpoint: Path
+) -> None:
+    requests = [{**ASKED, "seed": seed, "num_inference_steps": 3} for seed in range(4)]
+    alone = [grpc_infer(triton, request) for request in requests]
+    crowd = at_once([partial(grpc_infer, two_instances, request) for request in requests])
+    for expected, outputs in zip(alone, crowd.outputs, strict=True):
+        np.testing.assert_array_equal(outputs["images"], expected["images"])
+        assert metadata(outputs)["model"] == metadata(expected)["model"]
+        assert metadata(outputs)["model"]["name"] == tiny_checkpoint.name
+
+
+# Model, parameter, value, what the model says.
+REFUSALS = {
+    "no device": ("glm_dit", "devices", "gpu:0", "devices has the entry 'gpu:0'; allowed: auto, or cpu, npu:N, cuda:N"),
+    "misspelt dtype": ("glm_dit", "dtype", "bf16", "dtype is 'bf16'; allowed: auto, float32, bfloat16"),
+    "no number": ("glm_ar", "max_num_seqs", "many", "max_num_seqs is 'many'; allowed: a whole number of at least 1"),
+    "no limit": ("glm_ar", "limit_max_side", "2k", "limit_max_side is '2k'; allowed: a number"),
+    "no variable": ("glm_ar", "checkpoint", "${NO_SUCH_FOLDER}", "the environment has no NO_SUCH_FOLDER; set it"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_wrong_parameter_ends_the_start_with_the_models_words(
+    tiny_checkpoint: Path, tmp_path: Path, refusal: str
+) -> None:
+    model, parameter, value, sentence = REFUSALS[refusal]
+    repository = copy_repository(tmp_path, model)
+    set_parameter(repository, model, parameter, value)
+    with pytest.raises(ServerStartError, match=re.escape(sentence)) as refused:
+        TritonServer(tiny_checkpoint, model_repository=repository).__enter__()
+    assert str(refused.value).startswith(f"{model} failed to load: {parameter.removesuffix('s')}")
+
+
+def test_an_unknown_parameter_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    repository = copy_repository(tmp_path, "glm_dit")
+    edit(repository, "glm_dit", 'key: "devices"', 'key: "device"')
+    with pytest.raises(ServerStartError, match="glm_dit failed to load: parameter 'device' is not known; allowed: "):
+        TritonServer(tiny_checkpoint, model_repository=repository).__enter__()
+
+
+def test_an_instance_takes_the_entry_of_its_index(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    repository = copy_repository(tmp_path, "glm_dit")
+    edit(repository, "glm_dit", "count: 1", "count: 2")
+    set_parameter(repository, "glm_dit", "devices", "cpu;cuda:99")
+    log = io.StringIO()
+    with pytest.raises(ServerStartError, match="glm_dit failed to load: device is 'cuda:99'; found on this machine: "):
+        TritonServer(tiny_checkpoint, model_repository=repository, log=log).__enter__()
+    assert "glm_dit_0_0 loading the transformer on cpu" in log.getvalue()
+
+
+def test_what_a_checkpoint_lacks_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "partial"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    config = checkpoint / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 9}))
+    repository = copy_repository(tmp_path / "models", "glm_dit")
+    with pytest.raises(ServerStartError, match=r"glm_dit failed to load: .*vae.*shape"):
+        TritonServer(checkpoint, model_repository=repository).__enter__()

@@ -1,0 +1,175 @@
+"""Every way to ask the server: the same picture, the same declared tensors, the same refusals."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+
+from glm_image.pipeline import LocalPipeline
+from glm_image.request import GenerationParameters
+from glm_image.supervisor import TritonServer
+from server.kserve import (
+    OUTPUTS,
+    REQUEST_INPUTS,
+    STAGE_TENSORS,
+    WAYS,
+    KServeError,
+    Tensors,
+    Values,
+    decoded,
+    files,
+    generate,
+    grpc_infer,
+    http_binary_infer,
+    http_json_infer,
+    metadata,
+    post,
+)
+
+REQUEST: Values = {
+    "prompt": "A fox reading 'NEWS'",
+    "height": 64,
+    "width": 96,
+    "num_inference_steps": 3,
+    "guidance_scale": 1.5,
+    "seed": 11,
+    "output_format": "png",
+}
+
+PAINTING_INPUTS = ("prompt", "image", "num_inference_steps", "guidance_scale", "negative_prompt", "output_format")
+MODELS: dict[str, tuple[Tensors, Tensors]] = {
+    "glm_image": (REQUEST_INPUTS, OUTPUTS),
+    "glm_ar": (REQUEST_INPUTS, STAGE_TENSORS),
+    "glm_dit": ({name: REQUEST_INPUTS[name] for name in PAINTING_INPUTS} | STAGE_TENSORS, OUTPUTS),
+}
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "low": ({"height": 0}, "height is 0; allowed: 32 to 2048"),
+    "high": ({"num_inference_steps": 201}, "num_inference_steps is 201; allowed: 1 to 200"),
+    "blank": ({"prompt": " \n"}, r"prompt is  \n; allowed: text with something other than white space"),
+    "word": ({"output_format": "bmp"}, "output_format is bmp; allowed: raw, png, jpeg, webp"),
+    "float": ({"top_p": 0.0}, "top_p is 0.0; allowed: above 0, at most 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def png(pipeline: LocalPipeline) -> bytes:
+    """The picture of ``REQUEST``, made without a server."""
+    (file,) = pipeline.generate(GenerationParameters(**REQUEST)).encoded
+    return file
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_seed_gives_the_same_bytes(triton: TritonServer, png: bytes, way: str) -> None:
+    outputs = WAYS[way](triton, REQUEST)
+    assert files(outputs) == [png]
+    assert metadata(outputs)["seeds"] == [11]
+
+
+@pytest.mark.parametrize("infer", [grpc_infer, http_binary_infer, http_json_infer])
+def test_raw_pixels_are_those_of_the_png(triton: TritonServer, png: bytes, infer: Any) -> None:
+    outputs = infer(triton, {**REQUEST, "output_format": "raw"})
+    assert outputs["images"].dtype == np.uint8
+    np.testing.assert_array_equal(outputs["images"], decoded(png)[None])
+
+
+def test_generate_needs_no_more_than_a_prompt_and_a_format(triton: TritonServer) -> None:
+    """The shortest request there is: a picture of the default size, in the default number of steps."""
+    outputs = generate(triton, {"prompt": "a fox", "output_format": "jpeg"})
+    told = metadata(outputs)
+    assert decoded(files(outputs)[0]).shape == (1024, 1024, 3)
+    assert (told["height"], told["width"], told["steps"], len(told["seeds"])) == (1024, 1024, 50, 1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_declare_these_tensors_and_no_others(triton: TritonServer, model: str) -> None:
+    with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
+        over_grpc = client.get_model_metadata(model)
+        config = client.get_model_config(model).config
+    with closing(tritonclient.http.InferenceServerClient(triton.http_url)) as client:
+        over_http = client.get_model_metadata(model)
+    told = {
+        "grpc": [{one.name: (one.datatype, list(one.shape)) for one in group} for group in _groups(over_grpc)],
+        "http": [
+            {one["name"]: (one["datatype"], one["shape"]) for one in over_http[group]}
+            for group in ("inputs", "outputs")
+        ],
+    }
+    assert told["grpc"] == told["http"] == list(MODELS[model])
+    assert config.max_batch_size == 0
+    assert not config.model_transaction_policy.decoupled
+    required = {"prompt", "prior_token_ids", "prior_grid"} if model == "glm_dit" else {"prompt"}
+    assert {one.name for one in config.input if not one.optional} == required
+
+
+def _groups(told: Any) -> tuple[Any, Any]:
+    return told.inputs, told.outputs
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refusal_is_one_sentence(triton: TritonServer, way: str, refusal: str) -> None:
+    changed, sentence = REFUSALS[refusal]
+    with pytest.raises(KServeError) as refused:
+        WAYS[way](triton, {**REQUEST, **changed})
+    assert refused.value.status == ("INVALID_ARGUMENT" if way == "grpc" else "400")
+    assert refused.value.message.removeprefix("in ensemble 'glm_image', ") == sentence
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_source_images_are_declined_in_words(triton: TritonServer, way: str) -> None:
+    with pytest.raises(KServeError) as refused:
+        WAYS[way](triton, {**REQUEST, "image": ["not looked at"]})
+    # Triton's generate knows only one status for errors.
+    expected = {"grpc": "UNIMPLEMENTED", "generate": "400"}.get(way, "501")
+    assert refused.value.status == expected
+    assert "image: image-to-image is not available in this version" in refused.value.message
+
+
+@pytest.mark.parametrize("way", ["grpc", "http-binary", "http-json"])
+def test_an_unknown_input_is_refused_by_triton(triton: TritonServer, way: str) -> None:
+    with pytest.raises(KServeError, match="unexpected inference input 'hoight'") as refused:
+        WAYS[way](triton, {**REQUEST, "hoight": 64})
+    assert refused.value.status == ("INVALID_ARGUMENT" if way == "grpc" else "400")
+
+
+@pytest.mark.parametrize("shape", [[2], [1, 1]])
+def test_a_wrong_shape_is_refused_by_triton(triton: TritonServer, shape: list[int]) -> None:
+    with pytest.raises(KServeError, match="unexpected shape for input 'height'") as refused:
+        grpc_infer(triton, {**REQUEST, "height": np.full(shape, 64)})
+    assert refused.value.status == "INVALID_ARGUMENT"
+
+
+def test_unknown_parameters_are_ignored(triton: TritonServer, png: bytes) -> None:
+    inputs = [
+        {"name": name, "datatype": REQUEST_INPUTS[name][0], "shape": [1], "data": [value]}
+        for name, value in REQUEST.items()
+    ]
+    body = {"id": "seven", "parameters": {"colour": "red", "weight": 3}, "inputs": inputs}
+    answer = post(triton, "/v2/models/glm_image/infer", body)
+    (text,) = next(output["data"] for output in answer["outputs"] if output["name"] == "images_base64")
+    assert answer["id"] == "seven"
+    np.testing.assert_array_equal(decoded(files({"images_base64": np.array([text])})[0]), decoded(png))
+
+
+def test_health_and_metrics(triton: TritonServer) -> None:
+    for path in ("/v2/health/live", "/v2/health/ready", *(f"/v2/models/{model}/ready" for model in MODELS)):
+        with urllib.request.urlopen(f"http://{triton.http_url}{path}", timeout=10) as response:
+            assert response.status == 200
+    with urllib.request.urlopen(f"http://{triton.http_url}/v2", timeout=10) as response:
+        assert json.load(response)["name"] == "triton"
+
+
+def test_refused_requests_leave_nothing_behind(triton: TritonServer, png: bytes) -> None:
+    """After every refusal there is, the picture is the one from before."""
+    for changed in ({"height": 0}, {"image": ["x"]}, {"hoight": 64}, {"prompt": "a\0b"}, {"seed": 2, "top_k": 0}):
+        with pytest.raises(KServeError):
+            grpc_infer(triton, {**REQUEST, **changed})
+    assert files(grpc_infer(triton, REQUEST)) == [png]

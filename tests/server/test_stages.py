@@ -1,0 +1,156 @@
+"""The stages on their own: tokens that are kept, edited, and painted again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glm_image.pipeline import LocalPipeline
+from glm_image.supervisor import TritonServer
+from glm_image_client import GlmImageClient
+from server.kserve import (
+    KServeError,
+    Outputs,
+    Values,
+    grpc_infer,
+    http_binary_infer,
+    http_json_infer,
+    metadata,
+)
+
+ASKED: Values = {"prompt": "A fox reading 'NEWS'", "height": 70, "width": 128, "seed": 21, "num_images": 2}
+PAINTING: Values = {"num_inference_steps": 3, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def prior(triton: TritonServer) -> Outputs:
+    """What the first stage makes of ``ASKED``."""
+    return grpc_infer(triton, ASKED, "glm_ar")
+
+
+def paint(triton: TritonServer, prior: Outputs, **changed: Any) -> Outputs:
+    return grpc_infer(triton, {"prompt": ASKED["prompt"], **prior, **PAINTING, **changed}, "glm_dit")
+
+
+def test_the_first_stage_tells_all_that_the_second_needs(prior: Outputs, pipeline: LocalPipeline) -> None:
+    assert {name: (str(array.dtype), array.shape) for name, array in prior.items()} == {
+        "prior_token_ids": ("int32", (2, 12)),
+        "prior_grid": ("int32", (2,)),
+        "source_token_ids": ("int32", (0,)),
+        "source_grids": ("int32", (0, 2)),
+        "resolved_seed": ("int64", (1,)),
+        "resolved_size": ("int32", (2,)),
+        "deadline_ns": ("int64", (1,)),
+        "ar_metadata": ("object", (1,)),
+    }
+    assert prior["prior_grid"].tolist() == [3, 4]
+    assert prior["resolved_size"].tolist() == [70, 128]
+    assert prior["resolved_seed"].tolist() == [21]
+    assert prior["deadline_ns"].tolist() == [0]
+    assert prior["prior_token_ids"].min() >= 0
+    assert prior["prior_token_ids"].max() < pipeline.dit.codebook_size
+
+
+@pytest.mark.parametrize("infer", [grpc_infer, http_binary_infer, http_json_infer])
+def test_one_stage_after_the_other_is_the_ensemble(triton: TritonServer, prior: Outputs, infer: Any) -> None:
+    whole = infer(triton, {**ASKED, **PAINTING})
+    tokens = infer(triton, ASKED, "glm_ar")
+    for name in ("prior_token_ids", "prior_grid", "resolved_seed", "resolved_size"):
+        np.testing.assert_array_equal(tokens[name], prior[name])
+    painted = infer(triton, {"prompt": ASKED["prompt"], **tokens, **PAINTING}, "glm_dit")
+    np.testing.assert_array_equal(painted["images"], whole["images"])
+    told = [metadata(outputs) for outputs in (painted, whole)]
+    for one in told:
+        del one["seconds"]
+    assert told[0] == told[1]
+
+
+def test_tokens_and_their_grid_are_enough(triton: TritonServer, prior: Outputs) -> None:
+    """The size is then that of the grid, the seed random and reported."""
+    values = {"prompt": ASKED["prompt"], "prior_grid": prior["prior_grid"], **PAINTING}
+    first_row = prior["prior_token_ids"][:1]
+    painted = grpc_infer(triton, {**values, "prior_token_ids": first_row}, "glm_dit")
+    told = metadata(painted)
+    assert painted["images"].shape == (1, 96, 128, 3)
+    assert told["tokens"]["image"] == 12
+    assert 0 <= told["seeds"][0] < 2**53
+    with_seed = {**values, "prior_token_ids": first_row, "resolved_seed": told["seeds"][0]}
+    np.testing.assert_array_equal(grpc_infer(triton, with_seed, "glm_dit")["images"], painted["images"])
+    of_the_ensemble = grpc_infer(triton, {**values, "prior_token_ids": first_row, "resolved_seed": 21}, "glm_dit")
+    whole = paint(triton, prior)["images"][:1]
+    np.testing.assert_array_equal(of_the_ensemble["images"][:, :70], whole)
+
+
+def test_edited_tokens_are_another_picture(triton: TritonServer, prior: Outputs) -> None:
+    edited = prior["prior_token_ids"].copy()
+    edited[1] = edited[1, ::-1]
+    before, after = paint(triton, prior)["images"], paint(triton, prior, prior_token_ids=edited)["images"]
+    np.testing.assert_array_equal(after[0], before[0])
+    assert (after[1] != before[1]).mean() > 0.1
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_the_client_runs_the_stages(triton: TritonServer, prior: Outputs, protocol: Any) -> None:
+    url = triton.grpc_url if protocol == "grpc" else triton.http_url
+    with GlmImageClient(url, protocol) as client:
+        tokens = client.prior_tokens(**ASKED)
+        result = client.paint(ASKED["prompt"], tokens, **PAINTING)
+    for picture, expected in zip(result.arrays, paint(triton, prior)["images"], strict=True):
+        np.testing.assert_array_equal(picture, expected)
+    assert result.seeds == (21, 22)
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "wrong count": ({"prior_token_ids": np.zeros((1, 11))}, "number of columns is 11; allowed: 12, as prior_grid"),
+    "no rows": ({"prior_token_ids": np.zeros((0, 12))}, "number of rows is 0; allowed: 1 to 8"),
+    "too many rows": ({"prior_token_ids": np.zeros((9, 12))}, "number of rows is 9; allowed: 1 to 8"),
+    "wrong grid": ({"prior_grid": [3, 5]}, r"number of columns is 12; allowed: 15, as prior_grid \(3, 5\)"),
+    "no grid": ({"prior_grid": [0, 4]}, r"prior_grid is \(0, 4\); allowed: two sides of 1 to 64"),
+    "huge grid": ({"prior_grid": [2**31 - 1, 4]}, r"prior_grid is \(2147483647, 4\); allowed: two sides of 1 to 64"),
+    "negative token": ({"prior_token_ids": np.full((1, 12), -1)}, "a tensor with -1; allowed: 0 to"),
+    "other size": ({"resolved_size": [64, 128]}, r"resolved_size is \(64, 128\); allowed: a size that rounds up to 96"),
+    "no steps": ({"num_inference_steps": 0}, "num_inference_steps is 0; allowed: 1 to 200"),
+    "no JSON": ({"ar_metadata": "[1"}, r"ar_metadata is \[1; allowed: a JSON object"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_the_second_stage_validates_what_it_is_given(triton: TritonServer, prior: Outputs, refusal: str) -> None:
+    changed, sentence = REFUSALS[refusal]
+    with pytest.raises(KServeError, match=sentence) as refused:
+        paint(triton, prior, **changed)
+    assert refused.value.status == "INVALID_ARGUMENT"
+
+
+def test_the_codebook_ends_where_the_checkpoint_says(
+    triton: TritonServer, prior: Outputs, pipeline: LocalPipeline
+) -> None:
+    size = pipeline.dit.codebook_size
+    last = np.full((1, 12), size - 1)
+    assert paint(triton, prior, prior_token_ids=last)["images"].shape == (1, 70, 128, 3)
+    with pytest.raises(KServeError, match=f"a tensor with {size}; allowed: 0 to {size - 1}"):
+        paint(triton, prior, prior_token_ids=np.full((1, 12), size))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [{"image": ["x"]}, {"source_token_ids": np.zeros(4)}, {"source_grids": np.full((1, 2), 2)}],
+    ids=["image", "source_token_ids", "source_grids"],
+)
+def test_source_images_are_declined_by_the_second_stage_too(
+    triton: TritonServer, prior: Outputs, source: dict[str, Any]
+) -> None:
+    with pytest.raises(KServeError, match="image-to-image is not available") as refused:
+        paint(triton, prior, **source)
+    assert refused.value.status == "UNIMPLEMENTED"
+
+
+def test_a_timeout_holds_for_the_ensemble_and_for_each_stage_alone(triton: TritonServer, prior: Outputs) -> None:
+    large = {**ASKED, "height": 1024, "width": 1024}
+    painting = {"prompt": ASKED["prompt"], **prior, "num_inference_steps": 200}
+    for model, asked in (("glm_image", large), ("glm_ar", large), ("glm_dit", painting)):
+        with pytest.raises(KServeError, match="past its deadline") as late:
+            grpc_infer(triton, asked, model, timeout_seconds=0.05)
+        assert late.value.status == "UNAVAILABLE"
