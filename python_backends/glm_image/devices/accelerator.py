@@ -85,6 +85,8 @@ class AcceleratorDevice(Device):
 class NpuDevice(AcceleratorDevice):
     """An Ascend NPU through torch_npu; written to its published interface, never run on one."""
 
+    attention_backend = "_native_npu"
+
     def __init__(self, torch_device: torch.device) -> None:
         import torch_npu  # noqa: F401, PLC0415 - registers torch.npu; needs CANN's libraries
 
@@ -97,6 +99,7 @@ class NpuDevice(AcceleratorDevice):
 class CudaDevice(AcceleratorDevice):
     """An NVIDIA GPU."""
 
+    attention_backend = "_native_cudnn"
     runs_triton = importlib.util.find_spec("triton") is not None
 
     def __init__(self, torch_device: torch.device) -> None:

@@ -31,10 +31,12 @@ class Device(ABC):
         torch_device: where tensors are placed.
         default_dtype: what ``dtype: auto`` stands for.
         runs_triton: whether the kernels of ``glm_image.kernels`` run here.
+        attention_backend: diffusers' name of the best attention here.
     """
 
     default_dtype = torch.bfloat16
     runs_triton = False
+    attention_backend = "native"
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device

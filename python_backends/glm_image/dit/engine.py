@@ -14,9 +14,9 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from glm_image import images
 from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device
+from glm_image.dit.blocks import best_blocks
 from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import Executor
-from glm_image.dit.forward import eager_blocks
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.vae import Vae
 from glm_image.job import Job
@@ -62,7 +62,6 @@ class DitEngine:
     def __init__(self, checkpoint: Checkpoint, device: Device, settings: DitSettings) -> None:
         device.bind()
         dtype = settings.dtype or device.default_dtype
-        self.codebook_size: int = checkpoint.config("transformer")["prior_vq_quantizer_codebook_size"]
 
         def load(component: str, build: Any, config: Any) -> Any:
             with torch.device("meta"):
@@ -71,12 +70,13 @@ class DitEngine:
             return module
 
         transformer = load("transformer", GlmImageTransformer2DModel.from_config, checkpoint.config("transformer"))
+        self.codebook_size: int = transformer.config.prior_vq_quantizer_codebook_size
         autoencoder = load("vae", AutoencoderKL.from_config, checkpoint.config("vae"))
         glyph_encoder = load("text_encoder", T5EncoderModel, T5Config(**checkpoint.config("text_encoder")))
         glyph_tokenizer = ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))
         executor = Executor(
             transformer,
-            eager_blocks(transformer),
+            best_blocks(transformer, device),
             Conditioner(transformer, glyph_encoder, glyph_tokenizer),
             Vae(autoencoder),
             checkpoint.config("scheduler"),

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glm_image.devices import Device, Mark
+from glm_image.dit.blocks import Blocks
 from glm_image.dit.conditioning import Conditioner, Conditioning
-from glm_image.dit.forward import Blocks, denoise_step
+from glm_image.dit.forward import denoise_step
 from glm_image.dit.schedule import Schedule, schedule
 from glm_image.dit.vae import Vae
 from glm_image.geometry import Grid

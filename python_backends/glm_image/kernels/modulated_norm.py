@@ -1,0 +1,110 @@
+"""From one linear of a diffusion block to the next: gated residual, norm and modulation in one pass over a row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SHIFT_ATTENTION, SCALE_ATTENTION, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
+"""Rows of a modulation table, each for image tokens and for text tokens."""
+
+
+@triton.jit
+def is_text_row(row, first_text, first_rows, second_text):
+    """Tells text rows from image rows in one or two sequences, each of which has its text first."""
+    return tl.where(row < first_rows, row < first_text, row - first_rows < second_text)
+
+
+@triton.jit
+def _modulated_norm_kernel(
+    residual_ptr, branch_ptr, gates_ptr, table_ptr, out_ptr, width, eps, first_text, first_rows, second_text,
+    GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    stream = is_text_row(row, first_text, first_rows, second_text).to(tl.int32)
+    place = row.to(tl.int64) * width + at
+    values = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        gate = tl.load(gates_ptr + (GATE * 2 + stream) * width + at, mask=inside, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        # Rounded where diffusers' operators round.
+        rounded = (values + (branch * gate).to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
+        tl.store(residual_ptr + place, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+    if HAS_NORM:
+        centred = tl.where(inside, values - tl.sum(values) / width, 0.0)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
+        scale = tl.load(table_ptr + (SCALE * 2 + stream) * width + at, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(table_ptr + (SHIFT * 2 + stream) * width + at, mask=inside, other=0.0).to(tl.float32)
+        modulated = normed.to(tl.bfloat16).to(tl.float32) * (1.0 + scale) + shift
+        tl.store(out_ptr + place, modulated.to(tl.bfloat16), mask=inside)
+
+
+def modulated_norm(
+    residual: Tensor, table: Tensor, out: Tensor, eps: float, segments: tuple[int, int, int], shift: int, scale: int
+) -> None:
+    """Computes ``out = norm(residual) * (1 + scale) + shift``.
+
+    Args:
+        residual: bf16 [rows, width].
+        table: bf16 [12 * width]: shift, scale and gate of attention, then of the MLP, each for image then text rows.
+        out: bf16 [rows, width], written.
+        eps: the norm's epsilon.
+        segments: text rows of the first sequence, all its rows, text rows of the second.
+        shift: row of the table.
+        scale: row of the table.
+    """
+    _launch(residual, None, table, table, out, eps, segments, 0, shift, scale)
+
+
+def gated_modulated_norm(
+    residual: Tensor,
+    branch: Tensor,
+    gates: Tensor,
+    gate: int,
+    table: Tensor | None,
+    out: Tensor,
+    eps: float,
+    segments: tuple[int, int, int],
+    shift: int = 0,
+    scale: int = 0,
+) -> None:
+    """Computes ``residual += branch * gate`` and then, with a table, what ``modulated_norm`` does.
+
+    Args:
+        residual: bf16 [rows, width], updated.
+        branch: bf16 [rows, width].
+        gates: the table that holds the gate.
+        gate: row of ``gates``.
+        table: the table that holds shift and scale, or None for the residual alone.
+        out: bf16 [rows, width], written with a table.
+        eps: see ``modulated_norm``.
+        segments: see ``modulated_norm``.
+        shift: see ``modulated_norm``.
+        scale: see ``modulated_norm``.
+    """
+    _launch(residual, branch, gates, table, out, eps, segments, gate, shift, scale)
+
+
+def _launch(
+    residual: Tensor,
+    branch: Tensor | None,
+    gates: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    eps: float,
+    segments: tuple[int, int, int],
+    gate: int,
+    shift: int,
+    scale: int,
+) -> None:
+    rows, width = residual.shape
+    _modulated_norm_kernel[(rows,)](
+        residual, residual if branch is None else branch, gates, gates if table is None else table, out,
+        width, eps, *segments, gate, shift, scale, branch is not None, table is not None,
+        triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
