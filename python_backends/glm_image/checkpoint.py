@@ -76,8 +76,8 @@ class Checkpoint:
             )
         for component, (class_name, _) in COMPONENTS.items():
             checkpoint.config(component)
-            named = (index.get(component) or [None, None])[1]
-            if named != class_name:
+            named = index.get(component)  # [library, class]
+            if not isinstance(named, list) or named[1:] != [class_name]:
                 raise CheckpointError(f"{folder / 'model_index.json'}: {component} is {named!r}; allowed: {class_name}")
         return checkpoint
 
@@ -130,7 +130,9 @@ class Checkpoint:
         for file in WEIGHT_FILES:
             index = folder / f"{file}.index.json"
             if index.is_file():
-                weight_map = self._json(index).get("weight_map", {})
+                weight_map = self._json(index).get("weight_map")
+                if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                    raise CheckpointError(f"{index}: weight_map names no shard for each tensor")
                 return {name: folder / shard for name, shard in weight_map.items()}
             if (folder / file).is_file():
                 with _opened(folder / file) as tensors:
@@ -143,7 +145,7 @@ class Checkpoint:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; a checkpoint has it") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         if not isinstance(content, dict):
             raise CheckpointError(f"{path}: holds a {type(content).__name__}; allowed: a JSON object")

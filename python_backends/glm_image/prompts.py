@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +36,8 @@ def glyph_token_count(prompt: str) -> int:
 def glyph_token_ids(prompt: str, tokenizer: Any) -> list[list[int]]:
     """Returns the byte tokens of each quoted string, not padded.
 
-    One pad token comes first in each when the number of strings is even: the model was trained with it.
+    One pad token comes first in each when the number of strings is even: the model was trained with it. Text that
+    spells a special token is tokenised as text.
 
     Args:
         prompt: the prompt.
@@ -43,7 +45,7 @@ def glyph_token_ids(prompt: str, tokenizer: Any) -> list[list[int]]:
     """
     strings = quoted_strings(prompt) or [""]
     pads = [tokenizer.pad_token_id] * _pads(strings)
-    return [pads + ids for ids in tokenizer(strings).input_ids]
+    return [pads + ids for ids in tokenizer(strings, split_special_tokens=True).input_ids]
 
 
 def _pads(strings: Sequence[str]) -> int:
@@ -54,11 +56,15 @@ def _pads(strings: Sequence[str]) -> int:
 class PromptTokenizer:
     """Turns prompts into the AR's input ids, with the checkpoint's own chat template and tokenizer.
 
+    Threads may share one.
+
     Attributes:
         processor: the checkpoint's ``GlmImageProcessor``.
     """
 
     processor: Any
+    # A fast tokenizer keeps the options of a call, split_special_tokens among them, until the next call.
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def text_to_image(self, prompt: str, target: Grid, preview: Grid) -> list[int]:
         """Returns the input ids of a text-to-image prompt; the last one is the start of the image.
@@ -67,7 +73,8 @@ class PromptTokenizer:
         """
         before, after = self._template
         grids = "".join(self._grid(grid) for grid in (target, preview))
-        return self._encode(before, prompt, after + grids + self.processor.bos_token)
+        with self._one_at_a_time:
+            return self._encode(before, prompt, after + grids + self.processor.bos_token)
 
     def _grid(self, grid: Grid) -> str:
         return f"{self.processor.grid_bos_token}{grid.height} {grid.width}{self.processor.grid_eos_token}"

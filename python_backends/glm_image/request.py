@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -43,9 +44,12 @@ class Limits:
             if text is None:
                 continue
             try:
-                values[limit.name] = float(text) if isinstance(limit.default, float) else int(text)
+                value = float(text) if isinstance(limit.default, float) else int(text)
             except ValueError:
-                raise ConfigurationError(f"{cls.PREFIX}{limit.name} is {text!r}; allowed: a number") from None
+                value = math.nan
+            if not 0 < value < math.inf:
+                raise ConfigurationError(f"{cls.PREFIX}{limit.name} is {text!r}; allowed: a number above 0")
+            values[limit.name] = value
         return cls(**values)  # type: ignore[arg-type] # each value has its field's type
 
     def parameters(self) -> dict[str, str]:
@@ -206,7 +210,7 @@ class PaintRequest:
 
 
 def check_prompt(name: str, prompt: str, limits: Limits, *, may_be_blank: bool = False) -> None:
-    """Refuses a prompt that is too long, blank, has a NUL, or more quoted text than the glyph encoder takes."""
+    """Refuses a prompt that is too long, blank, no text, or has more quoted text than the glyph encoder takes."""
     if len(prompt) > limits.prompt_characters:
         raise InvalidInputError.of(
             name, f"{len(prompt)} characters long", f"1 to {limits.prompt_characters} characters"
@@ -215,6 +219,8 @@ def check_prompt(name: str, prompt: str, limits: Limits, *, may_be_blank: bool =
         raise InvalidInputError.of(name, prompt or "empty", "text with something other than white space")
     if "\0" in prompt:
         raise InvalidInputError.of(name, prompt, "text without NUL characters")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python keeps bytes that are not UTF-8
+        raise InvalidInputError.of(name, prompt, "UTF-8")
     quoted = len(prompts.quoted_strings(prompt))
     if quoted > limits.quoted_strings:
         raise InvalidInputError.of(name, f"text with {quoted} quoted strings", f"at most {limits.quoted_strings}")

@@ -57,7 +57,12 @@ class ArResult:
 
 
 class ArEngine:
-    """The decoder, its slots and its queue on one device."""
+    """The decoder, its slots and its queue on one device.
+
+    Attributes:
+        config: the decoder's numbers.
+        executor: what runs on the device; the scheduler's while the engine is open.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: Device, settings: ArSettings) -> None:
         from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
@@ -69,14 +74,14 @@ class ArEngine:
         self._tokenizer = PromptTokenizer(GlmImageProcessor.from_pretrained(checkpoint.path("processor")))
         _check_memory(self.config, device, settings, dtype)
         source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
-        executor = Executor(
+        self.executor = Executor(
             Decoder.load(self.config, source),
             device,
             settings.max_num_seqs,
             settings.max_sequence_tokens,
             capture=settings.graph_mode != "NONE",
         )
-        self._scheduler = Scheduler(executor.run, settings.max_num_seqs, settings.max_queue)
+        self._scheduler = Scheduler(self.executor.run, settings.max_num_seqs, settings.max_queue)
 
     @property
     def sampling(self) -> Sampling:

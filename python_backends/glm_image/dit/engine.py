@@ -55,6 +55,10 @@ class DitEngine:
         device: where they run.
         settings: how.
 
+    Attributes:
+        codebook_size: prior token ids are below it.
+        executor: what runs on the device.
+
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
     """
@@ -74,7 +78,7 @@ class DitEngine:
         autoencoder = load("vae", AutoencoderKL.from_config, checkpoint.config("vae"))
         glyph_encoder = load("text_encoder", T5EncoderModel, T5Config(**checkpoint.config("text_encoder")))
         glyph_tokenizer = ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))
-        executor = Executor(
+        self.executor = Executor(
             transformer,
             best_blocks(transformer, device),
             Conditioner(transformer, glyph_encoder, glyph_tokenizer),
@@ -82,7 +86,7 @@ class DitEngine:
             checkpoint.config("scheduler"),
             device,
         )
-        self._scheduler = Scheduler(executor.run)
+        self._scheduler = Scheduler(self.executor.run)
 
     def denoise(self, job: Job, request: PaintRequest) -> list[int]:
         """Denoises a request's pictures, blocking until the device is free for the next; see ``finish``.

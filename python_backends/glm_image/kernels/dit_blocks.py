@@ -32,7 +32,7 @@ MOST_SEQUENCES = 2
 def supports(transformer: Any) -> bool:
     """Tells whether the kernels can run a transformer: bf16 weights, heads a power of two wide."""
     dim = transformer.config.attention_head_dim
-    return transformer.proj_out.weight.dtype == torch.bfloat16 and dim & (dim - 1) == 0
+    return bool(transformer.proj_out.weight.dtype == torch.bfloat16 and dim & (dim - 1) == 0)
 
 
 class FusedBlock:

@@ -1,0 +1,240 @@
+"""Measures the second stage at engine level, against the time its arithmetic takes.
+
+Prints JSON lines. For the real size without its weights:
+
+    scripts/make_tiny_checkpoint.py --preset full --weights none FULL
+    scripts/bench/dit.py --checkpoint FULL --sizes 1024x1024 --reference
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import GlmImageTransformer2DModel
+from measure import arguments, matmul_rate, say, seconds
+
+from glm_image.checkpoint import Checkpoint, fill
+from glm_image.devices import Device, open_device, placement
+from glm_image.dit.blocks import best_blocks, eager_blocks
+from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.executor import Decode, Drop, Prepare, Step
+from glm_image.geometry import Grid, Size
+from glm_image.job import Job
+from glm_image.request import PaintRequest
+
+STEPS = 50
+GUIDANCE = 1.5
+PROMPT = "A red fox reading a newspaper that says 'NEWS'"
+
+
+def forward_flop(config: Any, tokens: int) -> float:
+    """Returns the floating-point operations of one forward over ``tokens`` tokens: linears and attention."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return config["num_layers"] * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
+
+
+def build(checkpoint: Checkpoint, device: Device) -> Any:
+    """Loads diffusers' transformer."""
+    with torch.device("meta"):
+        transformer = GlmImageTransformer2DModel.from_config(checkpoint.config("transformer"))
+    fill(transformer, checkpoint.tensors("transformer", device.torch_device, device.default_dtype))
+    return transformer
+
+
+def forward_arguments(transformer: Any, grid: Grid, device: Device) -> dict[str, Any]:
+    """Returns the arguments of one reference forward for a picture of ``grid``."""
+    place, dtype = device.torch_device, device.default_dtype
+    return {
+        "hidden_states": torch.randn(1, 16, grid.height * 4, grid.width * 4, device=place, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, 6, transformer.config.text_embed_dim, device=place, dtype=dtype),
+        "prior_token_id": torch.randint(0, 1000, (1, grid.tokens * 4), device=place),
+        "prior_token_drop": torch.zeros(1, grid.tokens * 4, device=place, dtype=torch.bool),
+        "timestep": torch.full((1,), 500.0, device=place),
+        "target_size": torch.tensor([[grid.height * 32, grid.width * 32]], device=place, dtype=dtype),
+        "crop_coords": torch.zeros(1, 2, device=place, dtype=dtype),
+        "return_dict": False,
+    }
+
+
+def measure_reference(checkpoint: Checkpoint, device: Device, grids: list[Grid]) -> None:
+    """Times of diffusers' own forward, eager and with compiled blocks, and how far ours is from it."""
+    transformer = build(checkpoint, device)
+    synchronize = lambda: device.mark().wait()  # noqa: E731
+    with torch.inference_mode():
+        for grid in grids:
+            given = forward_arguments(transformer, grid, device)
+            took = seconds(lambda g=given: transformer(**g), synchronize)
+            say("diffusers eager", size=size_of(grid), forward_ms=took * 1e3, seconds_50_steps=took * 2 * STEPS)
+        transformer.compile_repeated_blocks()
+        for grid in grids[:1]:
+            given = forward_arguments(transformer, grid, device)
+            started = time.perf_counter()
+            transformer(**given)
+            synchronize()
+            compile_seconds = time.perf_counter() - started
+            took = seconds(lambda g=given: transformer(**g), synchronize)
+            say(
+                "diffusers compiled blocks",
+                size=size_of(grid),
+                forward_ms=took * 1e3,
+                seconds_50_steps=took * 2 * STEPS,
+                compile_seconds=compile_seconds,
+            )
+    torch.compiler.reset()
+
+
+def measure_difference(checkpoint: Checkpoint, device: Device) -> None:
+    """How far our blocks are from diffusers' own, in bf16 and against fp32, on the same inputs."""
+    transformer = build(checkpoint, device)
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    with torch.inference_mode():
+        place, dtype = device.torch_device, device.default_dtype
+        cos, sin = transformer.rope(torch.empty(1, 1, 64, 96))
+        rotary = (cos.to(place), sin.to(place))
+        time_embedding = torch.randn(1, transformer.config.time_embed_dim, device=place, dtype=dtype)
+        sequences = [
+            (
+                torch.randn(1, 32 * 48, width, device=place, dtype=dtype),
+                torch.randn(1, n, width, device=place, dtype=dtype),
+            )
+            for n in (6, 1)
+        ]
+        theirs = eager_blocks(transformer)(sequences, time_embedding, rotary)
+        exact_of = transformer.float()
+        exact = eager_blocks(exact_of)([(i.float(), t.float()) for i, t in sequences], time_embedding.float(), rotary)
+        del exact_of, transformer
+        gc.collect()
+        torch.cuda.empty_cache()
+        ours = best_blocks(build(checkpoint, device), device)(sequences, time_embedding, rotary)
+
+    def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+        return max(((x.float() - y.float()).norm() / y.float().norm()).item() for x, y in zip(a, b, strict=True))
+
+    say(
+        "difference of the blocks",
+        ours_to_diffusers=apart(ours, theirs),
+        ours_to_fp32=apart(ours, exact),
+        diffusers_to_fp32=apart(theirs, exact),
+    )
+
+
+def size_of(grid: Grid) -> str:
+    """Returns WIDTHxHEIGHT in pixels."""
+    return f"{grid.width * 32}x{grid.height * 32}"
+
+
+def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> tuple[float, dict[str, float]]:
+    """Paints one picture; returns all its seconds, and those of each part."""
+    tokens = np.random.default_rng(0).integers(0, engine.codebook_size, (1, grid.tokens), dtype=np.int32)
+    size = Size(grid.height * 32, grid.width * 32)
+    request = PaintRequest(
+        prompt=PROMPT,
+        prior_token_ids=tokens,
+        grid=grid,
+        requested=size,
+        seeds=(1,),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    )
+    job = Job()
+    started = time.perf_counter()
+    engine.finish(job, request, engine.denoise(job, request))
+    return time.perf_counter() - started, job.seconds
+
+
+def measure_pictures(engine: DitEngine, grids: list[Grid], config: Any, rate: float) -> None:
+    """Whole pictures: the first of its size, and a warm one."""
+    for grid in grids:
+        first, _ = paint(engine, grid, 2, GUIDANCE)
+        whole, parts = paint(engine, grid, STEPS, GUIDANCE)
+        floor = STEPS * 2 * forward_flop(config, grid.tokens * 4 + 4) / rate
+        say(
+            "picture, 50 steps, guidance 1.5",
+            size=size_of(grid),
+            seconds=whole,
+            denoise_seconds=parts["denoise"],
+            floor_seconds=floor,
+            to_floor=parts["denoise"] / floor,
+            vae_seconds=parts["vae"],
+            condition_seconds=parts["condition"],
+            first_two_steps_of_the_size_seconds=first,
+        )
+
+
+def measure_host(engine: DitEngine, device: Device, grid: Grid) -> None:
+    """Host time of a step: what it takes to enqueue while the device is not waited for."""
+    executor = engine.executor
+    tokens = np.zeros(grid.tokens, dtype=np.int32)
+    executor.run(Prepare(-1, PROMPT, "", tokens, grid, STEPS, GUIDANCE, 0))
+    times, whole = [], []
+    for _ in range(9):
+        device.mark().wait()
+        started = time.perf_counter()
+        executor.run(Step(-1))
+        times.append(time.perf_counter() - started)
+        device.mark().wait()
+        whole.append(time.perf_counter() - started)
+    executor.run(Drop(-1))
+    host, step = statistics.median(times), statistics.median(whole)
+    say("host time of a step", size=size_of(grid), ms=host * 1e3, step_ms=step * 1e3, share=host / step)
+
+
+def profile(engine: DitEngine, device: Device, grid: Grid) -> None:
+    """Prints the kernels of one step."""
+    from torch.profiler import ProfilerActivity  # noqa: PLC0415
+    from torch.profiler import profile as record  # noqa: PLC0415
+
+    executor = engine.executor
+    executor.run(Prepare(-2, PROMPT, "", np.zeros(grid.tokens, dtype=np.int32), grid, STEPS, GUIDANCE, 0))
+    executor.run(Step(-2))
+    device.mark().wait()
+    with record(activities=[ProfilerActivity.CUDA]) as recorded:
+        executor.run(Step(-2))
+        device.mark().wait()
+    kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in kernels[:14]:
+        say("kernel", name=event.key[:60], ms=event.self_device_time_total / 1e3, calls=event.count)
+    executor.run(Decode(-2))
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Runs all measures."""
+    device = open_device(placement(flags.device, 0))
+    device.bind()
+    checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
+    sizes = [tuple(map(int, size.split("x"))) for size in flags.sizes.split(",")]
+    grids = [Grid(height // 32, width // 32) for width, height in sizes]
+    rate = matmul_rate(device.torch_device, lambda: device.mark().wait())
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    say("ceiling", device=name, matmul_tflop_s=rate / 1e12)
+    if flags.reference:
+        measure_reference(checkpoint, device, grids)
+        gc.collect()
+        torch.cuda.empty_cache()
+    if flags.difference:
+        measure_difference(checkpoint, device)
+        gc.collect()
+        torch.cuda.empty_cache()
+    started = time.perf_counter()
+    engine = DitEngine(checkpoint, device, DitSettings())
+    say("start to ready", seconds=time.perf_counter() - started)
+    measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
+    say("memory", allocated_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)
+    measure_host(engine, device, grids[0])
+    if flags.profile:
+        profile(engine, device, grids[0])
+
+
+if __name__ == "__main__":
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--sizes", default="1024x1024", help="WIDTHxHEIGHT, with commas between them")
+    parser.add_argument("--reference", action="store_true", help="also measure diffusers' own forward")
+    parser.add_argument("--difference", action="store_true", help="also compare the blocks with diffusers' own")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
+    main(parser.parse_args())

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from glm_image.ar.engine import ArSettings
+from glm_image.pipeline import LocalPipeline, LocalSettings
+from helpers import MakeCheckpoint
+from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint
+from parity.reference import load_reference
+
+# Layers of this size lose more to handing work between threads than they win.
+torch.set_num_threads(1)
+
+settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Makes a checkpoint of other sizes, once a session for each."""
+    made: dict[tuple[TinyConfig, bool], Path] = {}
+
+    def make(weights: bool = True, **sizes: Any) -> Path:
+        key = (TinyConfig(**sizes), weights)
+        if key not in made:
+            made[key] = make_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", *key)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint_folder: Path) -> Any:
+    """diffusers' pipeline on the tiny checkpoint."""
+    return load_reference(checkpoint_folder)
+
+
+@pytest.fixture(scope="session")
+def pipeline(checkpoint_folder: Path) -> Iterator[LocalPipeline]:
+    """This project's pipeline on the same checkpoint."""
+    settings = LocalSettings(ar=ArSettings(max_sequence_tokens=2048))
+    with LocalPipeline(checkpoint_folder, "cpu", settings) as opened:
+        yield opened

@@ -1,0 +1,285 @@
+"""The same request gives the same tokens, whatever else is in flight."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glm_image.ar.engine import ArEngine, ArResult, ArSettings
+from glm_image.ar.executor import Admit, Command, Release, Step
+from glm_image.ar.scheduler import Scheduler
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import open_device
+from glm_image.devices.attention import masked_decode_attention
+from glm_image.devices.cpu import CpuDevice
+from glm_image.errors import CancelledError, DeadlineExceededError
+from glm_image.job import Job, Progress
+from glm_image.request import GenerationParameters, Limits, ResolvedRequest
+from helpers import MakeCheckpoint, OpenExecutor, sequence_length
+from parity.reference import reference_tokens
+
+SIZES = [(256, 256), (32, 32), (64, 256), (256, 64), (96, 160), (128, 128), (32, 256), (160, 64)]
+SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 2.0, "top_p": 1.0}, {"top_k": 5}, {}]
+REQUESTS = [
+    GenerationParameters(
+        prompt="a fox " * (1 + 5 * (index % 3)),
+        height=SIZES[index % len(SIZES)][0],
+        width=SIZES[index % len(SIZES)][1],
+        seed=100 + index,
+        **SAMPLINGS[index % len(SAMPLINGS)],
+    )
+    for index in range(12)
+]
+WAIT_SECONDS = 120
+
+Tokens = NDArray[np.int32]
+
+
+@pytest.fixture(scope="module")
+def opened(make_checkpoint: MakeCheckpoint) -> OpenExecutor:
+    return OpenExecutor(make_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def alone(opened: OpenExecutor) -> list[Tokens]:
+    """Each request's tokens when nothing else runs."""
+    return [opened.alone(opened.admit(0, asked)) for asked in REQUESTS]
+
+
+def test_alone_they_are_the_references(alone: list[Tokens], reference: Any) -> None:
+    for asked, tokens in zip(REQUESTS[:4], alone, strict=False):
+        names = [name for name in ("temperature", "top_p", "top_k") if getattr(asked, name) is not None]
+        sampling = {name: getattr(asked, name) for name in names}
+        theirs = reference_tokens(reference, asked.prompt, asked.height, asked.width, asked.seed, **sampling)
+        assert tokens[-len(theirs) :].tolist() == theirs.tolist()
+
+
+@dataclass
+class Sequence:
+    index: int
+    left: int
+
+
+def run_together(
+    opened: OpenExecutor, arrivals: list[tuple[int, int]], slots: int, stride: int, cancel: dict[int, int] | None = None
+) -> dict[int, Tokens]:
+    """Drives the executor as a scheduler would.
+
+    Args:
+        opened: the executor.
+        arrivals: (step, index of a request), in order.
+        slots: how many to use.
+        stride: the most steps a command takes.
+        cancel: index of a request -> step at which it is released unfinished.
+    """
+    waiting, running, done, now = list(arrivals), dict[int, Sequence](), dict[int, Tokens](), 0
+    while waiting or running:
+        for slot, sequence in list(running.items()):
+            if sequence.left == 0 or (cancel or {}).get(sequence.index, now + 1) <= now:
+                done[sequence.index] = opened.release(slot)
+                del running[slot]
+        # From the last slot down, so that slots are taken in another order than by the sequences run alone.
+        for slot in reversed(range(slots)):
+            if slot not in running and waiting and waiting[0][0] <= now:
+                index = waiting.pop(0)[1]
+                command = opened.admit(slot, REQUESTS[index])
+                opened.run(command)
+                running[slot] = Sequence(index, sequence_length(command) - 1)
+        count = min([stride, *(sequence.left for sequence in running.values())])
+        if running and count:
+            opened.run(Step(count))
+        for sequence in running.values():
+            sequence.left -= count
+        now += stride if not running else count
+    return done
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "slots", "stride"),
+    [
+        ([(0, 5)], 8, 7),
+        ([(0, 0), (1, 1), (130, 2)], 8, 1),
+        ([(9 * index, index) for index in range(8)], 8, 5),
+        ([(0, index) for index in range(8)], 8, 64),
+        ([(31 * (index // 3), index) for index in range(12)], 8, 4),
+        ([(0, index) for index in range(4)], 2, 100),
+    ],
+    ids=["1", "3", "8 joining", "8 at once", "12 on 8 slots", "4 on 2 slots"],
+)
+def test_each_gives_the_tokens_it_gives_alone(
+    opened: OpenExecutor, alone: list[Tokens], arrivals: list[tuple[int, int]], slots: int, stride: int
+) -> None:
+    done = run_together(opened, arrivals, slots, stride)
+    assert done.keys() == {index for _, index in arrivals}
+    for index, tokens in done.items():
+        assert tokens.tolist() == alone[index].tolist(), f"request {index}"
+
+
+def test_every_slot_gives_the_same_tokens(opened: OpenExecutor, alone: list[Tokens]) -> None:
+    commands = [opened.admit(slot, REQUESTS[4]) for slot in range(8)]
+    for command in commands:
+        opened.run(command)
+    opened.run(Step(sequence_length(commands[0]) - 1))
+    for command in commands:
+        assert opened.release(command.slot).tolist() == alone[4].tolist(), f"slot {command.slot}"
+
+
+def test_one_that_is_cancelled_leaves_the_others_and_its_slot_as_they_were(
+    opened: OpenExecutor, alone: list[Tokens]
+) -> None:
+    # Two slots: request 2 is let into the one that request 1 leaves unfinished.
+    done = run_together(opened, [(0, 0), (0, 1), (50, 2)], slots=2, stride=10, cancel={1: 100})
+    assert done[1].tolist() == alone[1][:101].tolist()
+    assert [done[index].tolist() for index in (0, 2)] == [alone[index].tolist() for index in (0, 2)]
+
+
+class MaskedDevice(CpuDevice):
+    """The CPU, attending as accelerators do: over the whole cache, under a mask."""
+
+    def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        return masked_decode_attention(query, keys, values, lengths)
+
+
+def test_attention_under_a_mask_gives_the_same_tokens(make_checkpoint: MakeCheckpoint, alone: list[Tokens]) -> None:
+    masked = OpenExecutor(make_checkpoint(), device=MaskedDevice(torch.device("cpu")))
+    for index, tokens in run_together(masked, [(31 * (index // 3), index) for index in range(12)], 8, 4).items():
+        assert tokens.tolist() == alone[index].tolist(), f"request {index}"
+
+
+def test_an_idle_slot_gives_nothing(opened: OpenExecutor) -> None:
+    assert opened.release(3).tolist() == []
+
+
+@pytest.fixture(scope="module")
+def engine(make_checkpoint: MakeCheckpoint) -> Iterator[ArEngine]:
+    settings = ArSettings(max_sequence_tokens=640)
+    made = ArEngine(Checkpoint.open(make_checkpoint()), open_device("cpu"), settings)
+    yield made
+    made.close()
+
+
+def resolved(asked: GenerationParameters, engine: ArEngine) -> ResolvedRequest:
+    return asked.resolve(Limits(), engine.sampling)
+
+
+def expected(alone: list[Tokens], index: int) -> list[int]:
+    asked = REQUESTS[index]
+    assert asked.height is not None
+    assert asked.width is not None
+    return alone[index][-(asked.height // 32 * asked.width // 32) :].tolist()
+
+
+def at(tokens: int, act: Callable[[], None]) -> Callable[[Progress], None]:
+    """Returns a progress sink that acts, in the engine's own thread, once a request has come so far."""
+    left = [act]
+
+    def sink(progress: Progress) -> None:
+        if progress.done >= tokens and left:
+            left.pop()()
+
+    return sink
+
+
+def test_the_engine_serves_many_threads_at_once(engine: ArEngine, alone: list[Tokens]) -> None:
+    ready = threading.Barrier(len(REQUESTS))
+    results: dict[int, ArResult] = {}
+
+    def ask(index: int) -> None:
+        ready.wait(WAIT_SECONDS)
+        future = engine.submit(Job(), resolved(REQUESTS[index], engine))
+        results[index] = future.result(WAIT_SECONDS)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(REQUESTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_SECONDS)
+    assert {index: result.prior_token_ids[0].tolist() for index, result in results.items()} == {
+        index: expected(alone, index) for index in range(len(REQUESTS))
+    }
+
+
+def test_requests_may_join_the_engine_while_others_run(engine: ArEngine, alone: list[Tokens]) -> None:
+    futures: list[Future[ArResult]] = []
+    for index in range(4):
+        far = threading.Event()
+        futures.append(engine.submit(Job(on_progress=at(40, far.set)), resolved(REQUESTS[index], engine)))
+        assert far.wait(WAIT_SECONDS)
+    for index, future in enumerate(futures):
+        assert future.result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, index)
+
+
+def test_pictures_of_one_request_take_slots_of_their_own(engine: ArEngine, alone: list[Tokens]) -> None:
+    others = [engine.submit(Job(), resolved(REQUESTS[index], engine)) for index in range(4)]
+    asked = replace(REQUESTS[4], num_images=8)
+    several = engine.submit(Job(), resolved(asked, engine)).result(WAIT_SECONDS).prior_token_ids
+    assert several.shape == (8, 15)
+    assert several[0].tolist() == expected(alone, 4)
+    for index, future in enumerate(others):
+        assert future.result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, index)
+    assert asked.seed is not None
+    single = engine.submit(Job(), resolved(replace(REQUESTS[4], seed=asked.seed + 7), engine)).result(WAIT_SECONDS)
+    assert several[7].tolist() == single.prior_token_ids[0].tolist()
+
+
+def test_the_engine_drops_what_is_cancelled_or_late_and_nothing_else(engine: ArEngine, alone: list[Tokens]) -> None:
+    unwanted, late = Job(), Job()
+    unwanted.on_progress = at(40, unwanted.cancel)
+    late.on_progress = at(60, lambda: setattr(late, "deadline_ns", 1))
+    futures = [
+        engine.submit(job, resolved(REQUESTS[index], engine)) for index, job in enumerate([unwanted, Job(), late])
+    ]
+    with pytest.raises(CancelledError):
+        futures[0].result(WAIT_SECONDS)
+    with pytest.raises(DeadlineExceededError):
+        futures[2].result(WAIT_SECONDS)
+    assert futures[1].result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, 1)
+    again = engine.submit(Job(), resolved(REQUESTS[0], engine)).result(WAIT_SECONDS)
+    assert again.prior_token_ids[0].tolist() == expected(alone, 0)
+
+
+class Faulty:
+    """Runs commands, and fails after one of them was half done."""
+
+    def __init__(self, opened: OpenExecutor) -> None:
+        self._opened = opened
+        self.fail_at: type[Command] | None = None
+
+    def run(self, command: Command) -> Tokens | None:
+        done = self._opened.run(command)
+        if self.fail_at is not None and isinstance(command, self.fail_at):
+            self.fail_at = None
+            raise RuntimeError(f"{type(command).__name__} failed")
+        return done
+
+
+@pytest.mark.parametrize("fail_at", [Admit, Step, Release])
+def test_after_a_fault_the_same_slots_give_the_same_tokens(
+    opened: OpenExecutor, alone: list[Tokens], fail_at: type[Command]
+) -> None:
+    faulty = Faulty(opened)
+    scheduler = Scheduler(faulty.run, slots=2, max_queue=8)
+
+    def submit(index: int) -> Future[Tokens]:
+        asked = REQUESTS[index]
+        ids = opened.admit(0, asked).prompt_ids
+        return scheduler.submit(Job(), ids, asked.resolve(Limits(), opened.config.sampling))
+
+    try:
+        faulty.fail_at = fail_at
+        with pytest.raises(RuntimeError, match=f"{fail_at.__name__} failed"):
+            submit(1).result(WAIT_SECONDS)
+        futures = [submit(index) for index in range(3)]
+        for index, future in enumerate(futures):
+            assert future.result(WAIT_SECONDS)[0].tolist() == alone[index].tolist()
+    finally:
+        scheduler.close()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from glm_image.ar.engine import ArEngine, ArSettings
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import Device, open_device
+from glm_image.devices.base import Memory
+from glm_image.devices.cpu import CpuDevice
+from glm_image.errors import ConfigurationError, InvalidInputError, UnavailableError
+from glm_image.job import Job
+from glm_image.request import GenerationParameters, Limits, ResolvedRequest
+
+WAIT_SECONDS = 60
+
+
+def engine_of(folder: Path, device: Device | None = None, **settings: object) -> ArEngine:
+    return ArEngine(Checkpoint.open(folder), device or open_device("cpu"), ArSettings(**settings))  # type: ignore[arg-type]
+
+
+def resolved(engine: ArEngine, prompt: str) -> ResolvedRequest:
+    return GenerationParameters(prompt=prompt, height=32, width=64, seed=1).resolve(Limits(), engine.sampling)
+
+
+def test_a_prompt_may_fill_what_the_picture_leaves(checkpoint_folder: Path) -> None:
+    # Preview 11 x 22, picture 1 x 2, and the 13 tokens around the prompt.
+    engine = engine_of(checkpoint_folder, max_sequence_tokens=11 * 22 + 2 + 13 + 5, max_num_seqs=1)
+    with pytest.raises(
+        InvalidInputError, match=r"^prompt is 19 tokens long; allowed: at most 18 .*max_sequence_tokens"
+    ):
+        engine.submit(Job(), resolved(engine, "x" * 6))
+    result = engine.submit(Job(), resolved(engine, "x" * 5)).result(WAIT_SECONDS)
+    assert result.tokens == {"prompt": 18, "source": 0, "preview": 242, "image": 2}
+    assert result.prior_token_ids.shape == (1, 2)
+    assert result.prior_token_ids.dtype.name == "int32"
+    engine.close()
+
+
+def test_a_closed_engine_takes_nothing(checkpoint_folder: Path) -> None:
+    engine = engine_of(checkpoint_folder, max_num_seqs=1, max_sequence_tokens=512)
+    running = engine.submit(Job(), resolved(engine, "x"))
+    engine.close()
+    assert running.done()
+    with pytest.raises(UnavailableError, match="stopping"):
+        engine.submit(Job(), resolved(engine, "x"))
+
+
+class SmallDevice(CpuDevice):
+    def memory(self) -> Memory:
+        return Memory(free=4_000_000, total=8_000_000)
+
+
+def test_a_device_too_small_is_refused_before_anything_is_loaded(checkpoint_folder: Path) -> None:
+    small = SmallDevice(torch.device("cpu"))
+    with pytest.raises(ConfigurationError, match=r"memory_utilization 0\.9 allows.*lower max_num_seqs"):
+        engine_of(checkpoint_folder, small, max_sequence_tokens=8192)
+    engine_of(checkpoint_folder, small, max_sequence_tokens=256, max_num_seqs=1).close()
+    with pytest.raises(ConfigurationError, match=r"memory_utilization 0\.01 allows"):
+        engine_of(checkpoint_folder, small, max_sequence_tokens=256, max_num_seqs=1, memory_utilization=0.01)
+
+
+def test_bfloat16_runs_on_the_cpu(checkpoint_folder: Path) -> None:
+    engine = engine_of(checkpoint_folder, dtype=torch.bfloat16, max_num_seqs=2, max_sequence_tokens=512)
+    first, again = (engine.submit(Job(), resolved(engine, "x")).result(WAIT_SECONDS) for _ in range(2))
+    assert first.prior_token_ids.tolist() == again.prior_token_ids.tolist()
+    assert first.prior_token_ids.max() < engine.config.codebook_size
+    engine.close()

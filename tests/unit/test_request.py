@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glm_image import geometry, prompts
+from glm_image.errors import ConfigurationError, InvalidInputError, UnsupportedError
+from glm_image.geometry import Grid, Size
+from glm_image.request import (
+    OUTPUT_FORMATS,
+    GenerationParameters,
+    Limits,
+    PaintRequest,
+    ResolvedRequest,
+    Sampling,
+    consecutive_seeds,
+    random_seed,
+)
+
+LIMITS = Limits()
+DEFAULTS = Sampling(temperature=0.9, top_p=0.75, top_k=16512)
+SHOWN = 80
+SENTENCE = 200
+"""Longer than any error sentence about one value."""
+
+
+def resolve(**asked: Any) -> ResolvedRequest:
+    return GenerationParameters(**({"prompt": "a fox"} | asked)).resolve(LIMITS, DEFAULTS)
+
+
+IN = [
+    ("prompt", "x"),
+    ("prompt", " 狐狸 "),
+    ("prompt", "x" * 8192),
+    ("prompt", "\u200b"),
+    ("prompt", "<sop>32 32<eop><|image|>"),
+    ("prompt", "'a'" * 64),
+    ("prompt", "'" + "x" * 2047 + "'"),
+    ("prompt", "'" + "x" * 2043 + "' 'x'"),
+    ("negative_prompt", ""),
+    ("negative_prompt", " \n"),
+    ("negative_prompt", "x" * 8192),
+    ("height", 32),
+    ("height", 33),
+    ("height", 2048),
+    ("width", 32),
+    ("width", 2048),
+    ("num_inference_steps", 1),
+    ("num_inference_steps", 200),
+    ("guidance_scale", 0.0),
+    ("guidance_scale", -0.0),
+    ("guidance_scale", 20.0),
+    ("seed", -(2**63)),
+    ("seed", 2**63 - 1),
+    ("num_images", 1),
+    ("num_images", 8),
+    ("temperature", 0.01),
+    ("temperature", 2.0),
+    ("top_p", 5e-324),
+    ("top_p", 1.0),
+    ("top_k", 1),
+    ("top_k", 2**31 - 1),
+    *(("output_format", name) for name in OUTPUT_FORMATS),
+]
+
+OUT = [
+    ("prompt", "", "white space"),
+    ("prompt", " \t\n\u3000", "white space"),
+    ("prompt", "x" * 8193, "1 to 8192 characters"),
+    ("prompt", "a\0b", "NUL"),
+    ("prompt", "a \udcff b", "UTF-8"),
+    ("prompt", "'a'" * 65, "at most 64"),
+    ("prompt", "'" + "x" * 2048 + "'", "at most 2048"),
+    ("prompt", "'" + "x" * 2044 + "' 'x'", "at most 2048"),
+    ("prompt", "'" + "狐" * 683 + "'", "at most 2048"),
+    ("negative_prompt", "x" * 8193, "1 to 8192 characters"),
+    ("negative_prompt", "\0", "NUL"),
+    ("negative_prompt", "'\udcff'", "UTF-8"),
+    ("negative_prompt", "''" * 65, "at most 64"),
+    *((side, value, "32 to 2048") for side in ("height", "width") for value in (-(2**31), -1, 0, 31, 2049, 2**31 - 1)),
+    *(("num_inference_steps", value, "1 to 200") for value in (-1, 0, 201)),
+    *(("guidance_scale", value, "0 to 20") for value in (-1e-9, 20.0001, math.nan, math.inf, -math.inf)),
+    *(("num_images", value, "1 to 8") for value in (-1, 0, 9)),
+    *(("temperature", value, "0.01 to 2") for value in (0.0, 0.0099, 2.0001, math.nan, math.inf, -math.inf)),
+    *(("top_p", value, "above 0, at most 1") for value in (0.0, -0.5, 1.0001, math.nan, math.inf, -math.inf)),
+    *(("top_k", value, "1 and above") for value in (0, -1, -(2**31))),
+    *(("output_format", value, "raw, png, jpeg, webp") for value in ("", "PNG", "gif", "png ", "x" * 9999, "\x1b[2J")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), IN)
+def test_what_is_just_in_is_taken(name: str, value: Any) -> None:
+    assert getattr(resolve(**{name: value}).parameters, name) == value
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), OUT)
+def test_what_is_just_out_is_refused_in_a_sentence(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises(InvalidInputError) as refused:
+        resolve(**{name: value})
+    message = str(refused.value)
+    assert message.startswith(f"{name} is ")
+    shown, said = message.removeprefix(f"{name} is ").rsplit("; allowed: ", 1)
+    assert allowed in said
+    assert len(shown) <= SHOWN
+    assert message.isprintable()
+    assert len(message) < SENTENCE
+
+
+def test_the_sentence_shows_the_value() -> None:
+    with pytest.raises(InvalidInputError, match=r"^height is 31; allowed: 32 to 2048$"):
+        resolve(height=31)
+    with pytest.raises(InvalidInputError, match=r"^guidance_scale is nan; allowed: 0 to 20$"):
+        resolve(guidance_scale=math.nan)
+    with pytest.raises(InvalidInputError, match=r"^prompt is a\\x00b; allowed: text without NUL characters$"):
+        resolve(prompt="a\0b")
+    with pytest.raises(InvalidInputError, match=r"^output_format is x{77}\.\.\.; allowed"):
+        resolve(output_format="x" * 81)
+
+
+def test_source_images_are_not_supported_but_the_rest_is_validated_first() -> None:
+    with pytest.raises(UnsupportedError, match="image-to-image"):
+        resolve(images=(b"",))
+    with pytest.raises(InvalidInputError, match="height"):
+        resolve(images=(b"",), height=0)
+
+
+def test_defaults() -> None:
+    resolved = resolve()
+    assert resolved.requested == (1024, 1024)
+    assert resolved.grids == (Grid(16, 16), Grid(32, 32))
+    assert resolved.sampling == DEFAULTS
+    assert len(resolved.seeds) == 1
+    given = resolve(temperature=0.5, top_p=0.25, top_k=7, height=100, width=64, seed=-3, num_images=2)
+    assert given.sampling == Sampling(0.5, 0.25, 7)
+    assert given.requested == (100, 64)
+    assert given.target == (4, 2)
+    assert given.seeds == (-3, -2)
+
+
+def test_a_random_seed_is_one_that_json_holds() -> None:
+    seeds = {random_seed() for _ in range(100)}
+    assert len(seeds) == 100
+    assert all(0 <= seed < 2**53 for seed in seeds)
+    assert resolve().seeds != resolve().seeds
+
+
+def test_seeds_wrap_at_the_end_of_64_bits() -> None:
+    assert consecutive_seeds(2**63 - 1, 3) == (2**63 - 1, -(2**63), -(2**63) + 1)
+    assert consecutive_seeds(-1, 2) == (-1, 0)
+
+
+ANY_INT = st.one_of(st.none(), st.integers(-(2**31), 2**31 - 1), st.integers(1, 64))
+ANY_FLOAT = st.one_of(st.floats(width=32), st.floats(0, 2))
+ANY_TEXT = st.one_of(st.text(), st.text("'\"“”「」 a\0\ud800", max_size=300), st.text("'x", min_size=2000))
+
+
+@given(
+    st.fixed_dictionaries(
+        {"prompt": ANY_TEXT},
+        optional={
+            "height": ANY_INT,
+            "width": ANY_INT,
+            "num_inference_steps": ANY_INT.filter(lambda value: value is not None),
+            "guidance_scale": ANY_FLOAT,
+            "seed": st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)),
+            "num_images": st.one_of(st.integers(-(2**31), 2**31 - 1), st.integers(1, 8)),
+            "negative_prompt": ANY_TEXT,
+            "temperature": st.one_of(st.none(), ANY_FLOAT),
+            "top_p": st.one_of(st.none(), ANY_FLOAT),
+            "top_k": ANY_INT,
+            "output_format": st.one_of(st.text(), st.sampled_from(OUTPUT_FORMATS)),
+            "images": st.lists(st.binary(), max_size=2).map(tuple),
+        },
+    )
+)
+def test_whatever_is_asked_is_refused_in_words_or_resolved_to_sane_values(asked: dict[str, Any]) -> None:
+    try:
+        resolved = GenerationParameters(**asked).resolve(LIMITS, DEFAULTS)
+    except (InvalidInputError, UnsupportedError) as error:
+        refusal = str(error)
+    else:
+        assert_sane(resolved)
+        return
+    assert refusal.split(" ", maxsplit=1)[0].rstrip(":") in {*asked, "image"}
+    assert refusal.isprintable()
+    assert len(refusal) < SENTENCE
+
+
+def assert_sane(resolved: ResolvedRequest) -> None:
+    assert geometry.generated_size(resolved.requested) == tuple(32 * side for side in resolved.target)
+    assert all(1 <= side <= 64 for side in resolved.target)
+    assert all(32 <= side <= 2048 for side in resolved.requested)
+    assert all(-(2**63) <= seed < 2**63 for seed in resolved.seeds)
+    assert len(set(resolved.seeds)) == resolved.parameters.num_images <= 8
+    sampling = resolved.sampling
+    assert 0.01 <= sampling.temperature <= 2
+    assert 0 < sampling.top_p <= 1
+    assert sampling.top_k >= 1
+    for prompt in (resolved.parameters.prompt, resolved.parameters.negative_prompt):
+        assert prompts.glyph_token_count(prompt) <= LIMITS.glyph_tokens
+        assert len(prompt.encode()) <= 4 * LIMITS.prompt_characters
+
+
+PAINT = PaintRequest(
+    prompt="a 'fox'",
+    prior_token_ids=np.arange(12, dtype=np.int32).reshape(2, 6),
+    grid=Grid(2, 3),
+    requested=Size(64, 70),
+    seeds=(1, 2),
+)
+
+
+def ids(shape: tuple[int, ...], extreme: int = 0) -> np.ndarray:
+    made = np.zeros(shape, dtype=np.int32)
+    made[-1, -1] = extreme
+    return made
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"prior_token_ids": ids((1, 6), 255)},
+        {"prior_token_ids": ids((8, 6))},
+        {"requested": Size(33, 65)},
+        {"requested": Size(64, 96)},
+        {"grid": Grid(64, 64), "prior_token_ids": ids((1, 4096)), "requested": Size(2048, 2048)},
+        {"negative_prompt": " "},
+    ],
+)
+def test_tokens_of_ones_own_are_taken(changed: dict[str, Any]) -> None:
+    paint = replace(PAINT, **changed)
+    paint.check(LIMITS, codebook_size=256)
+    assert paint.generated == tuple(32 * side for side in paint.grid)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"prompt": ""}, "prompt is"),
+        ({"negative_prompt": "\0"}, "negative_prompt is"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"output_format": "bmp"}, "output_format is bmp"),
+        ({"grid": Grid(0, 3)}, "prior_grid is (0, 3)"),
+        ({"grid": Grid(-2, -3)}, "prior_grid is (-2, -3)"),
+        ({"grid": Grid(65, 1)}, "prior_grid is (65, 1)"),
+        ({"prior_token_ids": ids((1, 6))[:0]}, "prior_token_ids' number of rows is 0"),
+        ({"prior_token_ids": ids((9, 6))}, "prior_token_ids' number of rows is 9"),
+        ({"prior_token_ids": ids((1, 5))}, "prior_token_ids' number of columns is 5"),
+        ({"prior_token_ids": ids((1, 6), -1)}, "prior_token_ids is a tensor with -1"),
+        ({"prior_token_ids": ids((1, 6), 256)}, "prior_token_ids is a tensor with 256"),
+        ({"requested": Size(64, 64)}, "resolved_size is (64, 64)"),
+        ({"requested": Size(64, 97)}, "resolved_size is (64, 97)"),
+        ({"requested": Size(0, 0)}, "resolved_size is (0, 0)"),
+        ({"requested": Size(-64, -96)}, "resolved_size is (-64, -96)"),
+    ],
+)
+def test_tokens_of_ones_own_are_refused_in_words(changed: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidInputError) as refused:
+        replace(PAINT, **changed).check(LIMITS, codebook_size=256)
+    assert str(refused.value).startswith(named)
+    assert "; allowed: " in str(refused.value)
+
+
+def test_limits_go_into_parameters_and_back() -> None:
+    assert Limits.from_parameters(LIMITS.parameters()) == LIMITS
+    assert Limits.from_parameters({"limit_max_side": "512", "other": "x"}) == replace(LIMITS, max_side=512)
+    assert set(LIMITS.parameters()) == {f"limit_{limit.name}" for limit in fields(Limits)}
+    assert json.dumps(LIMITS.parameters())
+
+
+@pytest.mark.parametrize("limit", [limit.name for limit in fields(Limits)])
+@pytest.mark.parametrize("text", ["", "many", "0", "-1", "nan", "inf"])
+def test_a_limit_must_be_a_positive_number(limit: str, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"limit_{limit}"):
+        Limits.from_parameters({f"limit_{limit}": text})
+
+
+def test_other_limits_hold() -> None:
+    small = replace(LIMITS, max_side=64, num_images=2, guidance_scale=3.5)
+    asked = GenerationParameters(prompt="x", height=64, width=64, num_images=2, guidance_scale=3.5)
+    asked.resolve(small, DEFAULTS)
+    for changed in ({"width": 65}, {"num_images": 3}, {"guidance_scale": 3.6}):
+        with pytest.raises(InvalidInputError, match=next(iter(changed))):
+            replace(asked, **changed).resolve(small, DEFAULTS)
