@@ -175,7 +175,7 @@ def write_configs(folder: Path, c: TinyConfig) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", configs.scheduler_config())
     write_json(folder / "tokenizer" / "tokenizer_config.json", configs.glyph_tokenizer_config())
     processor = folder / "processor"
-    write_json(processor / "preprocessor_config.json", configs.image_processor_config())
+    write_json(processor / "preprocessor_config.json", configs.image_processor_config(c))
     write_json(processor / "tokenizer.json", configs.bpe_tokenizer(c))
     write_json(processor / "tokenizer_config.json", configs.bpe_tokenizer_config(c))
     (processor / "chat_template.jinja").write_text(configs.chat_template(c), encoding="utf-8")

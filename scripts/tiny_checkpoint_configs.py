@@ -32,7 +32,8 @@ class TinyConfig:
 
     The vocabulary is laid out as codes, image start, image end, ``reserved_ids``, 256 bytes, ``unused_ids``, special
     tokens, ``trailing_ids``. ``reserved_logit`` is added to the head's logits of every id that is no code, which keeps
-    random weights from sampling them (0 lets them). ``max_shard_size`` is in bytes.
+    random weights from sampling them (0 lets them). ``max_shard_size`` is in bytes. Source images are
+    enlarged until their shorter side is the root of ``source_min_pixels``.
     """
 
     seed: int = 0
@@ -74,6 +75,7 @@ class TinyConfig:
     vae_norm_groups: int = 8
     temperature: float = 0.9
     top_p: float = 0.75
+    source_min_pixels: int = 512 * 512
 
     def __post_init__(self) -> None:
         checks = {
@@ -223,14 +225,14 @@ def model_index() -> Json:
     }
 
 
-def image_processor_config() -> Json:
+def image_processor_config(c: TinyConfig) -> Json:
     """preprocessor_config.json of ``processor``; ``size`` holds areas in pixels."""
     return {
         "image_processor_type": "GlmImageImageProcessor", "processor_class": "GlmImageProcessor",
         "patch_size": 16, "merge_size": 1, "temporal_patch_size": 1, "do_resize": True, "do_rescale": True,
         "do_normalize": True, "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "size": {"shortest_edge": 512 * 512, "longest_edge": 2048 * 2048},
+        "size": {"shortest_edge": c.source_min_pixels, "longest_edge": 2048 * 2048},
     }  # fmt: skip
 
 

@@ -1,10 +1,13 @@
-"""Client of a GLM-Image server: ``GlmImageClient`` and the command ``glm-image``."""
+"""Client of a GLM-Image server: ``GlmImageClient``, ``AsyncGlmImageClient`` and the command ``glm-image``."""
 
 from __future__ import annotations
 
-from glm_image_client.client import GlmImageClient, OutputFormat
+from glm_image_client.async_client import AsyncGlmImageClient
+from glm_image_client.calls import OutputFormat
+from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import (
     BadArgumentError,
+    BusyError,
     GlmImageClientError,
     RefusedError,
     RequestTimeout,
@@ -12,10 +15,13 @@ from glm_image_client.errors import (
     UnreachableError,
 )
 from glm_image_client.result import GenerationResult, Metadata, PriorTokens
+from glm_image_client.retries import Retries
 from glm_image_client.tensors import SourceImage
 
 __all__ = [
+    "AsyncGlmImageClient",
     "BadArgumentError",
+    "BusyError",
     "GenerationResult",
     "GlmImageClient",
     "GlmImageClientError",
@@ -24,6 +30,7 @@ __all__ = [
     "PriorTokens",
     "RefusedError",
     "RequestTimeout",
+    "Retries",
     "ServerFailure",
     "SourceImage",
     "UnreachableError",

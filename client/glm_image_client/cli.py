@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from glm_image_client.client import GlmImageClient, OutputFormat
+from glm_image_client.calls import OutputFormat
+from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
 from glm_image_client.offline import generate_offline
 from glm_image_client.result import GenerationResult, format_of

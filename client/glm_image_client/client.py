@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+from glm_image_client import calls
+from glm_image_client.calls import ENSEMBLE, Call, described
+from glm_image_client.errors import GlmImageClientError
+from glm_image_client.retries import NO_RETRIES, Attempts, Retries
+from glm_image_client.transport import Endpoint, ProtocolName, connect, microseconds
 
-from glm_image_client.errors import BadArgumentError
-from glm_image_client.result import GenerationResult, PriorTokens
-from glm_image_client.tensors import SourceImage, request_tensors
-from glm_image_client.transport import Endpoint, ProtocolName, Tensor, connect, microseconds, object_array
-
-OutputFormat = Literal["raw", "png", "jpeg", "webp"]
-
-ENSEMBLE: Final = "glm_image"
-FIRST_STAGE: Final = "glm_ar"
-SECOND_STAGE: Final = "glm_dit"
 READY_SECONDS: Final = 5.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _method(prepare: Callable[P, Call[T]]) -> Callable[Concatenate[GlmImageClient, P], T]:
+    def method(self: GlmImageClient, /, *arguments: P.args, **named: P.kwargs) -> T:
+        return self._answer(prepare(*arguments, **named))
+
+    return described(method, prepare)
 
 
 class GlmImageClient:
@@ -31,17 +34,24 @@ class GlmImageClient:
             None = 127.0.0.1:8001 (gRPC) or 127.0.0.1:8000 (HTTP).
         protocol: ``grpc`` or ``http``.
         timeout: seconds to wait for an answer where a call does not say; None = as long as it takes.
+        retries: whether and when a request is sent again; by default it never is.
 
     Raises:
         BadArgumentError: an argument is none of these.
     """
 
     def __init__(
-        self, url: str | None = None, protocol: ProtocolName = "grpc", *, timeout: float | None = None
+        self,
+        url: str | None = None,
+        protocol: ProtocolName = "grpc",
+        *,
+        timeout: float | None = None,
+        retries: Retries = NO_RETRIES,
     ) -> None:
         microseconds(timeout)
         self.endpoint = Endpoint.parse(url, protocol)
         self._timeout = timeout
+        self._retries = retries
         self._transport = connect(self.endpoint)
 
     def __enter__(self) -> GlmImageClient:
@@ -68,167 +78,18 @@ class GlmImageClient:
         """
         return self._transport.model_metadata(model, self._timeout)
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        seed: int | None = None,
-        num_images: int | None = None,
-        negative_prompt: str | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        images: Sequence[SourceImage] | None = None,
-        output_format: OutputFormat | None = "png",
-        request_id: str | None = None,
-        timeout: float | None = None,
-    ) -> GenerationResult:
-        """Generates pictures. None = not sent, so that the server's default holds.
+    generate = _method(calls.generate)
+    prior_tokens = _method(calls.prior_tokens)
+    paint = _method(calls.paint)
 
-        Args:
-            prompt: what to paint; quoted text is lettered.
-            height: pixels.
-            width: pixels.
-            num_inference_steps: denoising steps.
-            guidance_scale: classifier-free guidance; 1 and below = off.
-            seed: any signed 64-bit integer; image i is that of ``seed + i``.
-            num_images: pictures to make.
-            negative_prompt: its quoted text is the glyph condition of the unconditional branch.
-            temperature: of the image tokens' sampling.
-            top_p: of the image tokens' sampling.
-            top_k: of the image tokens' sampling.
-            images: source images for image-to-image: paths, bytes of image files, or PIL images.
-            output_format: what the server sends; ``raw`` = uint8 pixels.
-            request_id: shows in the server's log.
-            timeout: seconds; the wait here, and what the server is told of it.
-
-        Raises:
-            BadArgumentError: a value cannot be sent; nothing was.
-            RefusedError: the server does not take this request.
-            UnreachableError: no server answers, or the connection broke.
-            RequestTimeout: the time ran out.
-            ServerFailure: the server failed.
-        """
-        values = {
-            "prompt": prompt,
-            "height": height,
-            "width": width,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "seed": seed,
-            "num_images": num_images,
-            "negative_prompt": negative_prompt,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "output_format": output_format,
-        }
-        outputs = self._infer(ENSEMBLE, request_tensors(values, images), request_id, timeout)
-        return GenerationResult.from_outputs(outputs)
-
-    def prior_tokens(
-        self,
-        prompt: str,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        seed: int | None = None,
-        num_images: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        images: Sequence[SourceImage] | None = None,
-        request_id: str | None = None,
-        timeout: float | None = None,
-    ) -> PriorTokens:
-        """Runs the first stage alone, for ``paint``. Arguments and errors are those of ``generate``."""
-        values = {
-            "prompt": prompt,
-            "height": height,
-            "width": width,
-            "seed": seed,
-            "num_images": num_images,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-        }
-        return PriorTokens.from_outputs(self._infer(FIRST_STAGE, request_tensors(values, images), request_id, timeout))
-
-    def paint(
-        self,
-        prompt: str,
-        prior: PriorTokens,
-        *,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        seed: int | None = None,
-        images: Sequence[SourceImage] | None = None,
-        output_format: OutputFormat | None = "png",
-        request_id: str | None = None,
-        timeout: float | None = None,
-    ) -> GenerationResult:
-        """Runs the second stage alone on tokens that were kept, perhaps edited. Errors are those of ``generate``.
-
-        Args:
-            prompt: only its quoted text matters here.
-            prior: the tokens; one picture for each row of ``prior_token_ids``.
-            num_inference_steps: as in ``generate``.
-            guidance_scale: as in ``generate``.
-            negative_prompt: as in ``generate``.
-            seed: of the noise; None = that of ``prior``.
-            images: the source images that ``prior`` was made with, if any.
-            output_format: as in ``generate``.
-            request_id: as in ``generate``.
-            timeout: as in ``generate``.
-        """
-        values = {
-            "prompt": prompt,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "output_format": output_format,
-        }
-        tensors = request_tensors(values, images) + prior_inputs(prior, seed)
-        return GenerationResult.from_outputs(self._infer(SECOND_STAGE, tensors, request_id, timeout))
-
-    def _infer(
-        self, model: str, tensors: Sequence[Tensor], request_id: str | None, timeout: float | None
-    ) -> dict[str, NDArray[Any]]:
-        wait = self._timeout if timeout is None else timeout
-        return self._transport.infer(model, tensors, request_id=request_id or "", timeout=wait)
-
-
-def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
-    """Returns the inputs of ``glm_dit`` that come from ``glm_ar``; a seed takes the place of the prior's.
-
-    Raises:
-        BadArgumentError: an array holds no integers, or the seed is none.
-    """
-    # When the tokens were made says nothing about how long this painting waited.
-    kept = {name: value for name, value in prior.ar_metadata.items() if name != "finished_ns"}
-    return [
-        _integers("prior_token_ids", "INT32", prior.prior_token_ids),
-        _integers("prior_grid", "INT32", prior.prior_grid),
-        _integers("resolved_size", "INT32", prior.resolved_size),
-        _integers("resolved_seed", "INT64", prior.resolved_seed if seed is None else [seed]),
-        Tensor("ar_metadata", "BYTES", object_array([json.dumps(kept).encode()])),
-        _integers("source_token_ids", "INT32", prior.source_token_ids),
-        _integers("source_grids", "INT32", prior.source_grids),
-    ]
-
-
-def _integers(name: str, datatype: str, values: object) -> Tensor:
-    dtype = np.int32 if datatype == "INT32" else np.int64
-    try:
-        given = np.asarray(values)
-        array = given.astype(dtype, casting="same_kind")
-    except (TypeError, OverflowError) as error:
-        raise BadArgumentError(f"{name} is no array of integers") from error
-    if not np.array_equal(array, given):
-        raise BadArgumentError(f"{name} holds a number that {datatype} cannot")
-    return Tensor(name, datatype, np.ascontiguousarray(array))
+    def _answer(self, call: Call[T]) -> T:
+        attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)
+        while True:
+            try:
+                outputs = self._transport.infer(
+                    call.model, call.tensors, request_id=call.request_id or "", timeout=attempts.timeout
+                )
+            except GlmImageClientError as error:
+                time.sleep(attempts.pause_after(error))
+            else:
+                return call.read(outputs)

@@ -57,6 +57,10 @@ class ServerFailure(GlmImageClientError):  # noqa: N818 - says what it is
         self.status = status
 
 
+class BusyError(ServerFailure):
+    """The server's queue is full, or it is about to stop: the same request may succeed in a while."""
+
+
 class RequestTimeout(ServerFailure):
     """The time given to the request ran out."""
 
@@ -89,6 +93,8 @@ def answered(status: str | None, message: str | None) -> RefusedError | ServerFa
         return RefusedError(text)
     if name == "DEADLINE_EXCEEDED" or (name in _PERHAPS_TOO_LATE and _TOO_LATE.search(text)):
         return RequestTimeout(text, name)
+    if name == "UNAVAILABLE":
+        return BusyError(text, name)
     return ServerFailure(text, name)
 
 

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from glm_image_client.errors import GlmImageClientError, answered, status_name, timed_out, unreachable
-from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Tensor, microseconds, with_integer_shapes
+from glm_image_client.transport import (
+    LIVENESS_SECONDS,
+    Endpoint,
+    Tensor,
+    infer_inputs,
+    microseconds,
+    with_integer_shapes,
+)
 
 T = TypeVar("T")
 
@@ -30,18 +37,8 @@ class GrpcTransport:
         self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
     ) -> dict[str, NDArray[Any]]:
         """See ``Transport.infer``."""
-        server_timeout = microseconds(timeout)
-        tensors = [triton.InferInput(name, list(data.shape), datatype) for name, datatype, data in inputs]
-        for tensor, (_, _, data) in zip(tensors, inputs, strict=True):
-            tensor.set_data_from_numpy(data)
-
-        def call() -> dict[str, NDArray[Any]]:
-            result = self._client.infer(
-                model, tensors, request_id=request_id, timeout=server_timeout, client_timeout=timeout
-            )
-            return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
-
-        return self._told(call, timeout)
+        arguments = infer_arguments(inputs, request_id, timeout)
+        return self._told(lambda: outputs_of(self._client.infer(model, **arguments)), timeout)
 
     def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""
@@ -66,22 +63,47 @@ class GrpcTransport:
         try:
             return call()
         except InferenceServerException as error:
-            raise self._error(error, timeout) from error
-
-    def _error(self, error: InferenceServerException, timeout: float | None) -> GlmImageClientError:
-        status, message = status_name(error.status()), error.message() or ""
-        # gRPC says UNAVAILABLE both for a full queue and for a connection that cannot be made, and DEADLINE_EXCEEDED
-        # both for a slow answer and for a host that swallows packets.
-        if status in ("UNAVAILABLE", "DEADLINE_EXCEEDED") and not self._live():
-            late = status == "DEADLINE_EXCEEDED"
-            return unreachable(self._address, "the connection timed out" if late else connection_fault(message))
-        return timed_out(timeout) if status == "DEADLINE_EXCEEDED" else answered(status, message)
+            live = not may_be_unreachable(error) or self._live()
+            raise told(error, self._address, timeout, live=live) from error
 
     def _live(self) -> bool:
         try:
             return bool(self._client.is_server_live(client_timeout=LIVENESS_SECONDS))
         except InferenceServerException:
             return False
+
+
+def infer_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
+    """Returns what ``infer`` of tritonclient's clients takes beside the model's name."""
+    return {
+        "inputs": infer_inputs(triton, inputs),
+        "request_id": request_id,
+        "timeout": microseconds(timeout),
+        "client_timeout": timeout,
+    }
+
+
+def outputs_of(result: Any) -> dict[str, NDArray[Any]]:
+    """Returns every output of an ``InferResult`` by its name."""
+    return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+
+
+def may_be_unreachable(error: InferenceServerException) -> bool:
+    """Tells whether only a look at the server shows if it answered.
+
+    gRPC says UNAVAILABLE both for a full queue and for a connection that cannot be made, and DEADLINE_EXCEEDED both for
+    a slow answer and for a host that swallows packets.
+    """
+    return status_name(error.status()) in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
+
+
+def told(error: InferenceServerException, address: str, timeout: float | None, *, live: bool) -> GlmImageClientError:
+    """Returns tritonclient's error as one of this package; ``live`` = there is a server at the address."""
+    status, message = status_name(error.status()), error.message() or ""
+    late = status == "DEADLINE_EXCEEDED"
+    if not live:
+        return unreachable(address, "the connection timed out" if late else connection_fault(message))
+    return timed_out(timeout) if late else answered(status, message)
 
 
 def connection_fault(message: str) -> str:

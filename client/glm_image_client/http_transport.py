@@ -17,6 +17,7 @@ from glm_image_client.transport import (
     LIVENESS_SECONDS,
     Endpoint,
     Tensor,
+    infer_inputs,
     microseconds,
     with_integer_shapes,
 )
@@ -38,17 +39,8 @@ class HttpTransport:
         self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
     ) -> dict[str, NDArray[Any]]:
         """See ``Transport.infer``."""
-        server_timeout = microseconds(timeout)
-        tensors = [triton.InferInput(name, list(data.shape), datatype) for name, datatype, data in inputs]
-        for tensor, (_, _, data) in zip(tensors, inputs, strict=True):
-            tensor.set_data_from_numpy(data, binary_data=True)
-
-        def call(client: Any) -> dict[str, NDArray[Any]]:
-            result = client.infer(model, tensors, request_id=request_id, timeout=server_timeout)
-            names = [output["name"] for output in result.get_response()["outputs"]]
-            return {name: result.as_numpy(name) for name in names}
-
-        return self._told(call, timeout)
+        arguments = infer_arguments(inputs, request_id, timeout)
+        return self._told(lambda client: outputs_of(client.infer(model, **arguments)), timeout)
 
     def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""
@@ -78,19 +70,13 @@ class HttpTransport:
             with closing(self._client(timeout)) as client:
                 return call(client)
         except InferenceServerException as error:
-            raise self._answered(error) from error
+            raise told(error, self._address) from error
         except TimeoutError as error:
             raise self._late(timeout) from error
         except (OSError, HTTPException) as error:
             raise unreachable(self._address, _reason(error)) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ServerFailure(f"what {self._address} answered is not KServe's protocol") from error
-
-    def _answered(self, error: InferenceServerException) -> GlmImageClientError:
-        status, message = error.status(), error.message() or ""
-        if message.startswith(_NOT_KSERVE):
-            return ServerFailure(f"{self._address} answered HTTP {status}, not in KServe's protocol", status)
-        return answered(status, message)
+            raise not_kserve(self._address) from error
 
     def _late(self, timeout: float | None) -> GlmImageClientError:
         # A host that swallows packets and a slow answer both end in a timeout.
@@ -100,6 +86,34 @@ class HttpTransport:
         except (OSError, HTTPException):
             return unreachable(self._address, "the connection timed out")
         return timed_out(timeout)
+
+
+def infer_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
+    """Returns what ``infer`` of tritonclient's clients takes beside the model's name; they know no wait."""
+    return {
+        "inputs": infer_inputs(triton, inputs, binary_data=True),
+        "request_id": request_id,
+        "timeout": microseconds(timeout),
+    }
+
+
+def outputs_of(result: Any) -> dict[str, NDArray[Any]]:
+    """Returns every output of an ``InferResult`` by its name."""
+    names = [output["name"] for output in result.get_response()["outputs"]]
+    return {name: result.as_numpy(name) for name in names}
+
+
+def told(error: InferenceServerException, address: str) -> GlmImageClientError:
+    """Returns tritonclient's error as one of this package."""
+    status, message = error.status(), error.message() or ""
+    if message.startswith(_NOT_KSERVE):
+        return ServerFailure(f"{address} answered HTTP {status}, not in KServe's protocol", status)
+    return answered(status, message)
+
+
+def not_kserve(address: str) -> ServerFailure:
+    """Returns the error for an answer that is none."""
+    return ServerFailure(f"what {address} answered is not KServe's protocol")
 
 
 def _reason(error: OSError | HTTPException) -> str:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -198,6 +199,35 @@ class PriorTokens:
         except KeyError as error:
             raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
         values["ar_metadata"] = json_object(values["ar_metadata"][0], "ar_metadata")
+        return cls(**values)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes everything into one ``.npz`` file and returns it.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        arrays = {one.name: getattr(self, one.name) for one in fields(self)}
+        arrays["ar_metadata"] = np.array(json.dumps(self.ar_metadata))
+        with Path(path).open("wb") as file:  # numpy would put its own suffix to a name without one
+            np.savez(file, **arrays)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PriorTokens:
+        """Reads what ``save`` wrote; nothing in the file is executed.
+
+        Raises:
+            BadArgumentError: the file cannot be read, or is none of these.
+        """
+        try:
+            with np.load(Path(path), allow_pickle=False) as file:
+                values: dict[str, Any] = {one.name: file[one.name] for one in fields(cls)}
+            values["ar_metadata"] = json.loads(str(values["ar_metadata"]))
+        except OSError as error:
+            raise BadArgumentError(f"tokens {str(path)!r} cannot be read: {error.strerror or error}") from error
+        except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            raise BadArgumentError(f"tokens {str(path)!r} is no file of PriorTokens.save") from error
         return cls(**values)
 
 

@@ -104,6 +104,24 @@ class Transport(Protocol):
         """Closes every connection."""
 
 
+class AsyncTransport(Protocol):
+    """``Transport`` for asyncio: the same methods, to be awaited, from one loop."""
+
+    async def infer(
+        self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """See ``Transport.infer``."""
+
+    async def ready(self, timeout: float | None) -> bool:
+        """See ``Transport.ready``."""
+
+    async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
+        """See ``Transport.model_metadata``."""
+
+    async def close(self) -> None:
+        """See ``Transport.close``."""
+
+
 def connect(endpoint: Endpoint) -> Transport:
     """Returns a transport for the endpoint; no connection is made before the first call."""
     # Each half of tritonclient is an optional part of it and slow to import: only the one in use has to be there.
@@ -114,6 +132,25 @@ def connect(endpoint: Endpoint) -> Transport:
     from glm_image_client.grpc_transport import GrpcTransport  # noqa: PLC0415
 
     return GrpcTransport(endpoint)
+
+
+def connect_async(endpoint: Endpoint) -> AsyncTransport:
+    """Returns a transport for asyncio; see ``connect``."""
+    if endpoint.protocol == "http":
+        from glm_image_client.async_http_transport import AsyncHttpTransport  # noqa: PLC0415
+
+        return AsyncHttpTransport(endpoint)
+    from glm_image_client.async_grpc_transport import AsyncGrpcTransport  # noqa: PLC0415
+
+    return AsyncGrpcTransport(endpoint)
+
+
+def infer_inputs(triton: Any, inputs: Sequence[Tensor], **options: bool) -> list[Any]:
+    """Returns tensors as the ``InferInput`` of a half of tritonclient; ``options`` are its own."""
+    made = [triton.InferInput(name, list(data.shape), datatype) for name, datatype, data in inputs]
+    for one, (_, _, data) in zip(made, inputs, strict=True):
+        one.set_data_from_numpy(data, **options)
+    return made
 
 
 def microseconds(timeout: float | None) -> int | None:

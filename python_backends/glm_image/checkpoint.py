@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from glm_image.errors import CheckpointError
+from glm_image.geometry import PIXELS_PER_TOKEN, SourceRule
 
 PIPELINE_CLASS = "GlmImagePipeline"
 
@@ -93,6 +94,37 @@ class Checkpoint:
         """Returns a JSON file of a component, {} where it has none."""
         path = self.path(component) / file
         return self._json(path) if path.is_file() else {}
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """The processor of source images, in the kind that is the same on every machine.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        from transformers import GlmImageImageProcessorPil  # noqa: PLC0415 - seconds to import
+
+        try:
+            return GlmImageImageProcessorPil.from_pretrained(self.path("processor"))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.path('processor')}: the image processor cannot be read: {error}") from error
+
+    @cached_property
+    def source_rule(self) -> SourceRule:
+        """How source images are sized.
+
+        Raises:
+            CheckpointError: the image processor is not one of this model.
+        """
+        processor = self.image_processor
+        patch = processor.patch_size * processor.merge_size
+        shortest, longest = (round(math.sqrt(processor.size[edge] or 0)) for edge in ("shortest_edge", "longest_edge"))
+        if patch * 2 != PIXELS_PER_TOKEN or not PIXELS_PER_TOKEN <= shortest <= longest:
+            raise CheckpointError(
+                f"{self.path('processor')}: the image processor has patches of {patch} pixels and sides of {shortest} "
+                f"to {longest}; allowed: patches of {PIXELS_PER_TOKEN // 2}, sides of {PIXELS_PER_TOKEN} and above"
+            )
+        return SourceRule(patch, shortest, longest, int(processor.resample))
 
     @property
     def name(self) -> str:

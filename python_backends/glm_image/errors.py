@@ -7,7 +7,7 @@ MAX_SHOWN_CHARACTERS = 80
 
 def shown(value: object) -> str:
     """Returns ``value`` escaped and cut to 80 characters, safe to print in a message or a log line."""
-    text = value if isinstance(value, str) else repr(value)
+    text = (value if isinstance(value, str) else repr(value))[: MAX_SHOWN_CHARACTERS + 1]  # it may be huge
     escaped = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
     return escaped if len(escaped) <= MAX_SHOWN_CHARACTERS else escaped[: MAX_SHOWN_CHARACTERS - 3] + "..."
 

@@ -13,11 +13,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_image.errors import InvalidInputError
+
 PIXELS_PER_TOKEN = 32
 """Side of the square of pixels that one prior token stands for."""
 
 PREVIEW_SIDE = PIXELS_PER_TOKEN // 2
 """Side of the preview grid of a square picture, in tokens."""
+
+MAX_SOURCE_ASPECT = 4
+"""The longer side of a source image over its shorter one, at most."""
 
 
 class Grid(NamedTuple):
@@ -39,6 +44,29 @@ class Size(NamedTuple):
     width: int
 
 
+class PlacedGrid(NamedTuple):
+    """A source image in a prompt: the index of its first token, and its grid."""
+
+    start: int
+    grid: Grid
+
+
+class SourceRule(NamedTuple):
+    """How a checkpoint sizes source images; the defaults are the published one's.
+
+    Attributes:
+        patch: pixels of the vision tower's picture, which has half the painted size, to a side of a token.
+        shortest_edge: pixels; images with a shorter side are enlarged to it.
+        longest_edge: pixels; images with a longer side are reduced to it.
+        resample: Pillow's number of the filter that scales the vision tower's picture.
+    """
+
+    patch: int = PIXELS_PER_TOKEN // 2
+    shortest_edge: int = 512
+    longest_edge: int = 2048
+    resample: int = 3
+
+
 def generated_size(requested: Size) -> Size:
     """Rounds both sides up to the multiples of 32 that the model can make."""
     return Size(*(-(-side // PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for side in requested))
@@ -47,6 +75,44 @@ def generated_size(requested: Size) -> Size:
 def target_grid(generated: Size) -> Grid:
     """Returns the token grid of a picture whose sides are multiples of 32."""
     return Grid(generated.height // PIXELS_PER_TOKEN, generated.width // PIXELS_PER_TOKEN)
+
+
+def painted_size(grid: Grid) -> Size:
+    """Returns the size in pixels of the picture that a grid of tokens stands for."""
+    return Size(grid.height * PIXELS_PER_TOKEN, grid.width * PIXELS_PER_TOKEN)
+
+
+def check_aspect(size: Size, name: str = "image") -> None:
+    """Refuses a source image that is too long and narrow for the model.
+
+    Raises:
+        InvalidInputError: names the image, its size and what is allowed.
+    """
+    if max(size) > MAX_SOURCE_ASPECT * min(size):
+        raise InvalidInputError.of(
+            name,
+            f"{size.width} x {size.height} pixels",
+            f"the longer side at most {MAX_SOURCE_ASPECT} times the shorter one",
+        )
+
+
+def source_grid(original: Size, rule: SourceRule, name: str = "image") -> Grid:
+    """Returns the token grid of a source image, from the size of the original alone.
+
+    As transformers' ``smart_resize``, which halves first and rounds halves to even. Images with a side below ``patch``,
+    which it does not take, are halved exactly, so that they keep their aspect.
+
+    Raises:
+        InvalidInputError: the aspect is beyond the limit.
+    """
+    check_aspect(original, name)
+    scale = 1.0
+    if min(original) < rule.shortest_edge:
+        scale = rule.shortest_edge / min(original)
+    if max(original) * scale > rule.longest_edge:
+        scale = rule.longest_edge / max(original)
+    halves = (side // 2 if min(original) >= rule.patch else side / 2 for side in original)
+    return Grid(*(max(1, round(half * scale / rule.patch)) for half in halves))
 
 
 def preview_grid(target: Grid) -> Grid:
@@ -81,17 +147,40 @@ def decode_positions(grids: Sequence[Grid], start: int) -> NDArray[np.int64]:
         from there, row by row; the next grid starts after the longer side.
     """
     parts = []
-    base = start
     for grid in grids:
-        rows, columns = np.divmod(np.arange(grid.tokens, dtype=np.int64), grid.width)
-        parts.append(np.stack([np.full_like(rows, base), base + rows, base + columns]))
-        base += max(grid)
+        parts.append(_grid_positions(grid, start))
+        start += max(grid)
     return np.concatenate(parts, axis=1)
 
 
-def text_positions(length: int) -> NDArray[np.int64]:
+def _grid_positions(grid: Grid, start: int) -> NDArray[np.int64]:
+    rows, columns = np.divmod(np.arange(grid.tokens, dtype=np.int64), grid.width)
+    return np.stack([np.full_like(rows, start), start + rows, start + columns])
+
+
+def text_positions(length: int, start: int = 0) -> NDArray[np.int64]:
     """Returns the M-RoPE positions of ``length`` text tokens: int64 [3, length], one ramp on all three axes."""
-    return np.tile(np.arange(length, dtype=np.int64), (3, 1))
+    return np.tile(np.arange(start, start + length, dtype=np.int64), (3, 1))
+
+
+def prompt_positions(length: int, sources: Sequence[PlacedGrid] = ()) -> NDArray[np.int64]:
+    """Returns the M-RoPE positions of a prompt, int64 [3, length].
+
+    Args:
+        length: tokens of the prompt, those of its source images included.
+        sources: its source images in order; each takes as many positions as its longer side, the text between them one
+            a token.
+    """
+    parts = []
+    token = position = 0
+    for start, grid in sources:
+        parts.append(text_positions(start - token, position))
+        position += start - token
+        parts.append(_grid_positions(grid, position))
+        position += max(grid)
+        token = start + grid.tokens
+    parts.append(text_positions(length - token, position))
+    return np.concatenate(parts, axis=1)
 
 
 def upsample_tokens(token_ids: NDArray[np.int32], grid: Grid) -> NDArray[np.int32]:

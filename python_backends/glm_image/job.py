@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -11,7 +12,11 @@ from dataclasses import dataclass, field
 
 from glm_image.errors import CancelledError, DeadlineExceededError
 
+logger = logging.getLogger(__name__)
+
 NANOSECONDS = 1_000_000_000
+LATEST_DEADLINE_NS = 2**63 - 1
+"""What a deadline's INT64 tensor holds; a timeout of centuries comes to this."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Job:
     @classmethod
     def with_timeout(cls, request_id: str, timeout_us: int) -> Job:
         """Makes a job from a KServe request: its id ("" = make one) and its timeout in microseconds (0 = none)."""
-        deadline_ns = time.monotonic_ns() + timeout_us * 1000 if timeout_us > 0 else 0
+        deadline_ns = min(time.monotonic_ns() + timeout_us * 1000, LATEST_DEADLINE_NS) if timeout_us > 0 else 0
         return cls(id=request_id or uuid.uuid4().hex, deadline_ns=deadline_ns)
 
     def cancel(self) -> None:
@@ -63,8 +68,11 @@ class Job:
             raise DeadlineExceededError(f"request {self.id} is {late / NANOSECONDS:.3f} s past its deadline")
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Publishes progress."""
-        self.on_progress(Progress(stage, done, total))
+        """Publishes progress; a sink that fails is no reason for the engine to stop."""
+        try:
+            self.on_progress(Progress(stage, done, total))
+        except Exception:
+            logger.exception("the progress of request %s cannot be published", self.id)
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to a stage's time."""

@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from glm_image import __version__
 from glm_image.checkpoint import Checkpoint
+from glm_image.errors import InvalidInputError
 from glm_image.job import NANOSECONDS, Job
 from glm_image.request import PaintRequest
 
 STAGES = ("ar_queue", "prefill", "decode", "dit_queue", "condition", "denoise", "vae", "encode")
 """The parts of a request's time, in the order of its way."""
 
+TOKENS = ("prompt", "source", "preview", "image")
+"""The parts of a sequence of the first stage, in their order."""
+
 
 def ar_metadata(job: Job, tokens: Mapping[str, int]) -> dict[str, Any]:
     """Returns what the first stage tells the second about a request."""
     return {"tokens": dict(tokens), "seconds": dict(job.seconds), "finished_ns": time.monotonic_ns()}
+
+
+def read_ar_metadata(text: str) -> dict[str, Any]:
+    """Reads what ``ar_metadata`` gave, or what a client sends in its place; "" is nothing.
+
+    Entries of other names are left alone, for the sake of other versions.
+
+    Raises:
+        InvalidInputError: it is no JSON object, or an entry that is read has another type than the first stage gives.
+    """
+    if not text:
+        return {}
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError.of("ar_metadata", text, "a JSON object") from error
+    if not isinstance(told, dict):
+        raise InvalidInputError.of("ar_metadata", text, "a JSON object")
+    for name, is_allowed, allowed in (
+        ("tokens", _numbers(TOKENS, _is_count), f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}"),
+        ("seconds", _numbers(STAGES, _is_duration), f"an object of numbers of at least 0 for {', '.join(STAGES)}"),
+        ("finished_ns", _is_count, "a whole number of at least 0, below 2^63"),
+    ):
+        if name in told and not is_allowed(told[name]):
+            raise InvalidInputError.of(f"ar_metadata's {name}", json.dumps(told[name]), allowed)
+    return told
+
+
+def _numbers(names: Collection[str], is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def are_allowed(value: Any) -> bool:
+        return isinstance(value, dict) and all(name in names and is_allowed(value[name]) for name in value)
+
+    return are_allowed
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63  # a bool is an int too
+
+
+def _is_duration(value: Any) -> bool:
+    return _is_count(value) or (type(value) is float and 0 <= value < math.inf)
 
 
 def queued_seconds(metadata: Mapping[str, Any]) -> float:
@@ -28,9 +75,7 @@ def queued_seconds(metadata: Mapping[str, Any]) -> float:
 
 def request_metadata(checkpoint: Checkpoint, job: Job, request: PaintRequest) -> dict[str, Any]:
     """Returns the ``metadata`` output of a finished request."""
-    first_stage = request.ar_metadata.get("seconds")
-    seconds = {**(first_stage if isinstance(first_stage, Mapping) else {}), **job.seconds}
-    tokens = request.ar_metadata.get("tokens")
+    seconds = {**request.ar_metadata.get("seconds", {}), **job.seconds}
     return {
         "version": __version__,
         "seeds": list(request.seeds),
@@ -40,7 +85,7 @@ def request_metadata(checkpoint: Checkpoint, job: Job, request: PaintRequest) ->
         "generated_height": request.generated.height,
         "steps": request.num_inference_steps,
         "cached_steps": [0] * len(request.seeds),
-        "tokens": tokens if isinstance(tokens, Mapping) else {"image": request.grid.tokens},
+        "tokens": request.ar_metadata.get("tokens", {"image": request.grid.tokens}),
         "seconds": {stage: round(float(seconds.get(stage, 0.0)), 6) for stage in STAGES},
         "model": {"name": checkpoint.name, "revision": checkpoint.revision},
     }

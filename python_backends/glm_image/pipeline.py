@@ -86,7 +86,7 @@ class LocalPipeline:
 
     def resolve(self, parameters: GenerationParameters) -> ResolvedRequest:
         """Validates a request; see ``GenerationParameters.resolve``."""
-        return parameters.resolve(self._limits, self.ar.sampling)
+        return parameters.resolve(self._limits, self.ar.sampling, self.ar.source_rule)
 
     def prior(self, request: ResolvedRequest, job: Job | None = None) -> ArResult:
         """Runs the first stage."""
@@ -97,7 +97,6 @@ class LocalPipeline:
 
         Raises:
             InvalidInputError: an input is not allowed.
-            UnsupportedError: source images were given.
         """
         job = job or Job()
         resolved = self.resolve(parameters)
@@ -108,7 +107,8 @@ class LocalPipeline:
         """Runs the second stage."""
         job = job or Job()
         request.check(self._limits, self.dit.codebook_size)
-        result = self.dit.finish(job, request, self.dit.denoise(job, request))
+        sources = request.read_sources(self._limits, self.dit.source_rule)
+        result = self.dit.finish(job, request, self.dit.denoise(job, request, sources))
         return GeneratedPictures(result.pixels, result.encoded, request_metadata(self.checkpoint, job, request))
 
 
@@ -125,5 +125,8 @@ def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: dict[str
         num_inference_steps=asked.num_inference_steps,
         guidance_scale=asked.guidance_scale,
         output_format=asked.output_format,
+        images=asked.images,
+        source_token_ids=prior.source_token_ids,
+        source_grids=prior.source_grids,
         ar_metadata=metadata,
     )

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from glm_image.errors import CheckpointError
-from glm_image.geometry import Grid
+from glm_image.geometry import Grid, PlacedGrid
 
 # In this order: the strings of one kind come before those of the next (diffusers pipeline_glm_image.py).
 QUOTED = tuple(re.compile(pattern) for pattern in (r"'([^']*)'", r"“([^“”]*)”", r'"([^"]*)"', r"「([^「」]*)」"))
@@ -65,29 +65,57 @@ class PromptTokenizer:
     processor: Any
     # A fast tokenizer keeps the options of a call, split_special_tokens among them, until the next call.
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _templates: dict[int, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def text_to_image(self, prompt: str, target: Grid, preview: Grid) -> list[int]:
         """Returns the input ids of a text-to-image prompt; the last one is the start of the image.
 
         Text in ``prompt`` that spells a special token is tokenised as text.
         """
-        before, after = self._template
-        grids = "".join(self._grid(grid) for grid in (target, preview))
+        return self._with_template(0, prompt, target, preview)
+
+    def image_to_image(
+        self, prompt: str, target: Grid, sources: Sequence[Grid]
+    ) -> tuple[list[int], tuple[PlacedGrid, ...]]:
+        """Returns the input ids of an image-to-image prompt, and where in it the source images are.
+
+        Their places hold image tokens, to be replaced by the ids that the vision tower gives. The marks that the chat
+        template puts around each image are kept.
+        """
+        ids: list[int] = []
+        placed: list[PlacedGrid] = []
+        left = list(sources)
+        image_token: int = self.processor.image_token_id
+        for token in self._with_template(len(sources), prompt, target):
+            if token != image_token:
+                ids.append(token)
+            elif left:
+                placed.append(PlacedGrid(len(ids), left.pop(0)))
+                ids += [image_token] * placed[-1].grid.tokens
+            else:
+                raise _wrong_template("more images than there are")
+        if left:
+            raise _wrong_template(f"{len(placed)} of {len(sources)} images")
+        return ids, tuple(placed)
+
+    def _with_template(self, images: int, prompt: str, *grids: Grid) -> list[int]:
+        before, after = self._template(images)
+        tail = "".join(self._grid(grid) for grid in grids) + self.processor.bos_token
         with self._one_at_a_time:
-            return self._encode(before, prompt, after + grids + self.processor.bos_token)
+            return self._encode(before, prompt, after + tail)
 
     def _grid(self, grid: Grid) -> str:
         return f"{self.processor.grid_bos_token}{grid.height} {grid.width}{self.processor.grid_eos_token}"
 
-    @cached_property
-    def _template(self) -> tuple[str, str]:
-        message = {"role": "user", "content": [{"type": "text", "text": PROMPT_MARK}]}
-        parts = self.processor.apply_chat_template([message], tokenize=False).split(PROMPT_MARK)
-        if len(parts) != 2:  # noqa: PLR2004
-            raise CheckpointError(
-                f"processor/chat_template: shows the user's text {len(parts) - 1} times; allowed: once"
-            )
-        return parts[0], parts[1]
+    def _template(self, images: int) -> tuple[str, str]:
+        if images not in self._templates:
+            content = [{"type": "image"}] * images + [{"type": "text", "text": PROMPT_MARK}]
+            message = {"role": "user", "content": content}
+            parts = self.processor.apply_chat_template([message], tokenize=False).split(PROMPT_MARK)
+            if len(parts) != 2:  # noqa: PLR2004
+                raise _wrong_template(f"the user's text {len(parts) - 1} times; allowed: once")
+            self._templates[images] = (parts[0], parts[1])
+        return self._templates[images]
 
     @cached_property
     def _special_text(self) -> re.Pattern[str]:
@@ -107,3 +135,7 @@ class PromptTokenizer:
         body: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         tail: list[int] = tokenizer(after[right:], add_special_tokens=False).input_ids
         return head + body + tail
+
+
+def _wrong_template(shows: str) -> CheckpointError:
+    return CheckpointError(f"processor/chat_template: shows {shows}")

@@ -6,14 +6,15 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image import geometry, prompts
-from glm_image.errors import ConfigurationError, InvalidInputError, UnsupportedError
-from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
+from glm_image import geometry, prompts, sources
+from glm_image.errors import ConfigurationError, InvalidInputError
+from glm_image.geometry import Grid, Size, SourceRule
+from glm_image.sources import Source, SourcePicture
 
 OUTPUT_FORMATS: Final = ("raw", "png", "jpeg", "webp")
 DEFAULT_SIDE: Final = 1024
@@ -22,7 +23,11 @@ RANDOM_SEED_BELOW: Final = 2**53  # every JSON client can hold it exactly
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest request the server takes; the same block stands in the configuration of both stages."""
+    """The largest request the server takes; the same block stands in the configuration of both stages.
+
+    Of source images, ``source_bytes`` and ``source_decoded_pixels`` hold for each file as it comes, and
+    ``max_source_pixels`` for all of them together as the model scales them.
+    """
 
     prompt_characters: int = 8192
     quoted_strings: int = 64
@@ -32,6 +37,10 @@ class Limits:
     num_inference_steps: int = 200
     guidance_scale: float = 20.0
     num_images: int = 8
+    source_images: int = 4
+    source_bytes: int = 32 * 1024 * 1024
+    source_decoded_pixels: int = 50_000_000
+    max_source_pixels: int = 4 * 1024 * 1024
 
     PREFIX: ClassVar[str] = "limit_"
 
@@ -54,7 +63,8 @@ class Limits:
 
     def parameters(self) -> dict[str, str]:
         """Returns the limits as configuration parameters."""
-        return {self.PREFIX + limit.name: f"{getattr(self, limit.name):g}" for limit in fields(self)}
+        values = {self.PREFIX + limit.name: getattr(self, limit.name) for limit in fields(self)}
+        return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -82,34 +92,50 @@ class GenerationParameters:
     top_p: float | None = None
     top_k: int | None = None
     output_format: str = "raw"
-    images: tuple[bytes, ...] = ()
+    images: tuple[bytes, ...] | None = None
 
-    def resolve(self, limits: Limits, defaults: Sampling) -> ResolvedRequest:
+    def resolve(self, limits: Limits, defaults: Sampling, rule: SourceRule | None = None) -> ResolvedRequest:
         """Validates everything and works out sizes, grids and seeds.
+
+        Args:
+            limits: the largest request.
+            defaults: the checkpoint's own sampling.
+            rule: how the checkpoint sizes source images; None = as the published one.
 
         Raises:
             InvalidInputError: names the input, its value and what is allowed.
-            UnsupportedError: source images were given.
         """
         check_prompt("prompt", self.prompt, limits)
         if self.negative_prompt:
             check_prompt("negative_prompt", self.negative_prompt, limits, may_be_blank=True)
-        requested = Size(*(DEFAULT_SIDE if side is None else side for side in (self.height, self.width)))
-        for name, side in zip(("height", "width"), requested, strict=True):
-            check_range(name, side, limits.min_side, limits.max_side)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side is not None:
+                check_range(name, side, limits.min_side, limits.max_side)
         check_painting(self.num_inference_steps, self.guidance_scale, self.output_format, limits)
         check_range("num_images", self.num_images, 1, limits.num_images)
         sampling = self._sampling(defaults)
-        if self.images:
-            raise UnsupportedError("image: image-to-image is not available in this version; leave the input out")
+        # Last, since decoding takes longer than all the rest.
+        given = () if self.images is None else sources.for_vision(self.images, limits, rule or SourceRule())
+        requested = self._requested(given, limits)
         target = geometry.target_grid(geometry.generated_size(requested))
         return ResolvedRequest(
             parameters=self,
             requested=requested,
-            grids=geometry.output_grids(target, image_to_image=False),
+            grids=geometry.output_grids(target, image_to_image=bool(given)),
             sampling=sampling,
             seeds=consecutive_seeds(random_seed() if self.seed is None else self.seed, self.num_images),
+            sources=given,
         )
+
+    def _requested(self, given: tuple[Source, ...], limits: Limits) -> Size:
+        # What is left out is the first source's, as the model scales it.
+        usual = geometry.painted_size(given[0].grid) if given else Size(DEFAULT_SIDE, DEFAULT_SIDE)
+        requested = Size(
+            usual.height if self.height is None else self.height, usual.width if self.width is None else self.width
+        )
+        for name, side in zip(("height", "width"), requested, strict=True):
+            check_range(name, side, limits.min_side, limits.max_side)
+        return requested
 
     def _sampling(self, defaults: Sampling) -> Sampling:
         temperature = defaults.temperature if self.temperature is None else self.temperature
@@ -133,6 +159,7 @@ class ResolvedRequest:
         grids: the grids the AR writes, in order; the last one is the picture's.
         sampling: how tokens are drawn.
         seeds: one for each picture, signed 64-bit.
+        sources: source images as the vision tower reads them.
     """
 
     parameters: GenerationParameters
@@ -140,6 +167,7 @@ class ResolvedRequest:
     grids: tuple[Grid, ...]
     sampling: Sampling
     seeds: tuple[int, ...]
+    sources: tuple[Source, ...] = ()
 
     @property
     def target(self) -> Grid:
@@ -161,6 +189,9 @@ class PaintRequest:
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; at most 1 = off.
         output_format: one of ``OUTPUT_FORMATS``.
+        images: source images, as files; None = no image-to-image.
+        source_token_ids: int32 [tokens of all source grids], ids of the codebook.
+        source_grids: the grid of each source image.
     """
 
     prompt: str
@@ -172,15 +203,18 @@ class PaintRequest:
     num_inference_steps: int = 50
     guidance_scale: float = 1.5
     output_format: str = "raw"
-    ar_metadata: Mapping[str, object] = field(default_factory=dict)
+    images: tuple[bytes, ...] | None = None
+    source_token_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    source_grids: tuple[Grid, ...] = ()
+    ar_metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def generated(self) -> Size:
         """The size in pixels that the model paints."""
-        return Size(*(side * PIXELS_PER_TOKEN for side in self.grid))
+        return geometry.painted_size(self.grid)
 
     def check(self, limits: Limits, codebook_size: int) -> None:
-        """Validates everything.
+        """Validates everything but what is in the source images' files; see ``read_sources``.
 
         Raises:
             InvalidInputError: names the input, its value and what is allowed.
@@ -189,7 +223,7 @@ class PaintRequest:
         if self.negative_prompt:
             check_prompt("negative_prompt", self.negative_prompt, limits, may_be_blank=True)
         check_painting(self.num_inference_steps, self.guidance_scale, self.output_format, limits)
-        largest = limits.max_side // PIXELS_PER_TOKEN
+        largest = limits.max_side // geometry.PIXELS_PER_TOKEN
         if not all(1 <= side <= largest for side in self.grid):
             raise InvalidInputError.of("prior_grid", tuple(self.grid), f"two sides of 1 to {largest}")
         images, tokens = self.prior_token_ids.shape
@@ -198,15 +232,50 @@ class PaintRequest:
             raise InvalidInputError.of(
                 "prior_token_ids' number of columns", tokens, f"{self.grid.tokens}, as prior_grid {tuple(self.grid)}"
             )
-        for extreme in (self.prior_token_ids.min(), self.prior_token_ids.max()):
-            if not 0 <= extreme < codebook_size:
-                raise InvalidInputError.of("prior_token_ids", f"a tensor with {extreme}", f"0 to {codebook_size - 1}")
+        check_token_ids("prior_token_ids", self.prior_token_ids, codebook_size)
+        self._check_sources(limits, codebook_size)
         if geometry.generated_size(self.requested) != self.generated:
             raise InvalidInputError.of(
                 "resolved_size",
                 tuple(self.requested),
                 f"a size that rounds up to {self.generated.height} x {self.generated.width}, as prior_grid",
             )
+
+    def _check_sources(self, limits: Limits, codebook_size: int) -> None:
+        if self.images is None and not self.source_grids and not self.source_token_ids.size:
+            return
+        count = len(self.images or ())
+        sources.check_count(count, limits)
+        if len(self.source_grids) != count:
+            raise InvalidInputError.of(
+                "source_grids' number of rows", len(self.source_grids), f"{count}, one for each image"
+            )
+        for index, grid in enumerate(self.source_grids):
+            if min(grid) < 1:
+                raise InvalidInputError.of(f"source_grids[{index}]", tuple(grid), "two sides of 1 and above")
+        tokens = sum(grid.tokens for grid in self.source_grids)
+        if self.source_token_ids.shape != (tokens,):
+            raise InvalidInputError.of(
+                "source_token_ids' number", self.source_token_ids.size, f"{tokens}, as source_grids"
+            )
+        check_token_ids("source_token_ids", self.source_token_ids, codebook_size)
+
+    def read_sources(self, limits: Limits, rule: SourceRule) -> tuple[SourcePicture, ...]:
+        """Decodes the source images of a request that ``check`` let through.
+
+        Raises:
+            InvalidInputError: an image is not allowed, or is not the one that the tokens are of.
+        """
+        if self.images is None:
+            return ()
+        return sources.for_painting(self.images, self.source_token_ids, self.source_grids, limits, rule)
+
+
+def check_token_ids(name: str, token_ids: NDArray[np.int32], codebook_size: int) -> None:
+    """Refuses ids that are not of the codebook; there is at least one."""
+    for extreme in (token_ids.min(), token_ids.max()):
+        if not 0 <= extreme < codebook_size:
+            raise InvalidInputError.of(name, f"a tensor with {extreme}", f"0 to {codebook_size - 1}")
 
 
 def check_prompt(name: str, prompt: str, limits: Limits, *, may_be_blank: bool = False) -> None:

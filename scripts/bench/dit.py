@@ -19,6 +19,7 @@ import torch
 from diffusers import GlmImageTransformer2DModel
 from measure import arguments, matmul_rate, say, seconds
 
+from glm_image import geometry
 from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device, open_device, placement
 from glm_image.dit.blocks import best_blocks, eager_blocks
@@ -53,7 +54,9 @@ def forward_arguments(transformer: Any, grid: Grid, device: Device) -> dict[str,
     return {
         "hidden_states": torch.randn(1, 16, grid.height * 4, grid.width * 4, device=place, dtype=dtype),
         "encoder_hidden_states": torch.randn(1, 6, transformer.config.text_embed_dim, device=place, dtype=dtype),
-        "prior_token_id": torch.randint(0, 1000, (1, grid.tokens * 4), device=place),
+        "prior_token_id": torch.randint(
+            0, transformer.config.prior_vq_quantizer_codebook_size, (1, grid.tokens * 4), device=place
+        ),
         "prior_token_drop": torch.zeros(1, grid.tokens * 4, device=place, dtype=torch.bool),
         "timestep": torch.full((1,), 500.0, device=place),
         "target_size": torch.tensor([[grid.height * 32, grid.width * 32]], device=place, dtype=dtype),
@@ -222,7 +225,7 @@ def main(flags: argparse.Namespace) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     started = time.perf_counter()
-    engine = DitEngine(checkpoint, device, DitSettings())
+    engine = DitEngine(checkpoint, device, DitSettings(warmup_sizes=tuple(map(geometry.painted_size, grids))))
     say("start to ready", seconds=time.perf_counter() - started)
     measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
     say("memory", allocated_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)

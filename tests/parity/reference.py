@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import GlmImagePipeline
 from numpy.typing import NDArray
+from PIL import Image
 
 
 def load_reference(folder: Path) -> GlmImagePipeline:
@@ -56,7 +57,13 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def reference_tokens(
-    pipe: GlmImagePipeline, prompt: str, height: int, width: int, seed: int, **sampling: float | int
+    pipe: GlmImagePipeline,
+    prompt: str,
+    height: int,
+    width: int,
+    seed: int,
+    images: Sequence[Image.Image] = (),
+    **sampling: float | int,
 ) -> NDArray[np.int64]:
     """The prior tokens of the large grid, [height/32 * width/32], row-major, before upsampling.
 
@@ -66,13 +73,50 @@ def reference_tokens(
         height: Pixels, a multiple of 32.
         width: Pixels, a multiple of 32.
         seed: Seeds the global generator that the reference samples with.
+        images: Source images.
         **sampling: ``temperature``, ``top_p``, ``top_k`` in place of the checkpoint's.
     """
+    return _prior(pipe, prompt, height, width, seed, images, sampling)[0]
+
+
+def reference_source_tokens(
+    pipe: GlmImagePipeline, images: Sequence[Image.Image]
+) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    """The tokens of source images, one after the other before upsampling, and the grid of each."""
+    _, tokens, grids = _prior(pipe, "x", 32, 32, 0, images, {})
+    return tokens, grids
+
+
+def _prior(
+    pipe: GlmImagePipeline,
+    prompt: str,
+    height: int,
+    width: int,
+    seed: int,
+    images: Sequence[Image.Image],
+    sampling: dict[str, float | int],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[tuple[int, int]]]:
     with _sampling(pipe, sampling), torch.no_grad():
-        upsampled, _, _ = pipe.generate_prior_tokens(
-            prompt=prompt, height=height, width=width, device=torch.device("cpu"), generator=_generator(seed)
+        upsampled, sources, grids = pipe.generate_prior_tokens(
+            prompt=prompt,
+            height=height,
+            width=width,
+            image=[list(images)] if images else None,
+            device=torch.device("cpu"),
+            generator=_generator(seed),
         )
-    grid = upsampled.view(height // 16, width // 16)[::2, ::2]
+    sizes = [(rows // 2, columns // 2) for _, rows, columns in grids[0].tolist()] if images else []
+    parts = torch.split(sources[0], [4 * rows * columns for rows, columns in sizes]) if images else []
+    source_tokens = [_downsample(part, *size) for part, size in zip(parts, sizes, strict=True)]
+    return (
+        _downsample(upsampled, height // 32, width // 32),
+        np.concatenate([*source_tokens, np.zeros(0, np.int64)]),
+        sizes,
+    )
+
+
+def _downsample(upsampled: torch.Tensor, rows: int, columns: int) -> NDArray[np.int64]:
+    grid = upsampled.view(rows * 2, columns * 2)[::2, ::2]
     tokens: NDArray[np.int64] = grid.reshape(-1).numpy().astype(np.int64)
     return tokens
 
@@ -119,6 +163,7 @@ def reference_image(
     steps: int,
     guidance: float,
     prior_token_ids: NDArray[np.int64] | None = None,
+    images: Sequence[Image.Image] = (),
     **sampling: float | int,
 ) -> NDArray[np.uint8]:
     """The picture, [height, width, 3].
@@ -131,13 +176,16 @@ def reference_image(
         seed: Seeds the AR model's sampling and the latents' noise.
         steps: Denoising steps.
         guidance: Guidance scale; above 1 the unconditional branch is computed too.
-        prior_token_ids: Tokens as :func:`reference_tokens` gives them; without, the AR model makes them.
+        prior_token_ids: Tokens as :func:`reference_tokens` gives them; without, the AR model makes them. None with
+            source images.
+        images: Source images.
         **sampling: As for :func:`reference_tokens`.
     """
     prior = None if prior_token_ids is None else _upsample(prior_token_ids, height, width)
     with _sampling(pipe, sampling):
-        images = pipe(
+        pictures = pipe(
             prompt=prompt,
+            image=list(images) or None,
             height=height,
             width=width,
             num_inference_steps=steps,
@@ -145,7 +193,7 @@ def reference_image(
             generator=_generator(seed),
             prior_token_ids=prior,
         ).images
-    return np.array(images[0], dtype=np.uint8)
+    return np.array(pictures[0], dtype=np.uint8)
 
 
 def _upsample(tokens: NDArray[np.int64], height: int, width: int) -> torch.Tensor:

@@ -123,16 +123,6 @@ def test_a_refusal_is_one_sentence(triton: TritonServer, way: str, refusal: str)
     assert refused.value.message.removeprefix("in ensemble 'glm_image', ") == sentence
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_source_images_are_declined_in_words(triton: TritonServer, way: str) -> None:
-    with pytest.raises(KServeError) as refused:
-        WAYS[way](triton, {**REQUEST, "image": ["not looked at"]})
-    # Triton's generate knows only one status for errors.
-    expected = {"grpc": "UNIMPLEMENTED", "generate": "400"}.get(way, "501")
-    assert refused.value.status == expected
-    assert "image: image-to-image is not available in this version" in refused.value.message
-
-
 @pytest.mark.parametrize("way", ["grpc", "http-binary", "http-json"])
 def test_an_unknown_input_is_refused_by_triton(triton: TritonServer, way: str) -> None:
     with pytest.raises(KServeError, match="unexpected inference input 'hoight'") as refused:

@@ -6,10 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +26,18 @@ from glm_image.serving.declaration import (
 )
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.cli import parse_arguments
+from server.documents import BLOCK, REPOSITORY_ROOT, check_links, examples_of
 from server.kserve import KServeError, generate, grpc_infer, metadata
 
-REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 README = (REPOSITORY_ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(
-    r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
-)
 RUNNABLE = {"bash", "python"}
-EXAMPLE_SECONDS = 120
 
 PICTURE = GenerationParameters(
     "A red fox reading a newspaper that says “NEWS”", height=256, width=256, num_inference_steps=20, seed=42
 )
 
 
-@dataclass(frozen=True)
-class Example:
-    """A fenced block that writes a picture, as the comment before it says."""
-
-    language: str
-    text: str
-    file: str
-    size: tuple[int, int]
-
-
-def examples() -> dict[str, Example]:
-    found = {}
-    for block in BLOCK.finditer(README):
-        if mark := re.fullmatch(r"writes (\S+) (\d+)x(\d+)", block["mark"] or ""):
-            found[mark[1]] = Example(block["language"], block["text"], mark[1], (int(mark[2]), int(mark[3])))
-    return found
-
-
-EXAMPLES = examples()
+EXAMPLES = examples_of(README)
 
 
 def marked_block(mark: str) -> str:
@@ -85,38 +59,19 @@ def pixels(pipeline: LocalPipeline) -> NDArray[np.uint8]:
 
 
 @pytest.fixture
-def run(triton: TritonServer, tiny_checkpoint: Path, tmp_path: Path) -> Callable[[Example], Path]:
-    """Runs an example in a folder of its own; only the default ports become those of the test's server."""
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A folder of its own for an example, with the checkpoint where the README has it."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "tiny").symlink_to(tiny_checkpoint)
-
-    def run(example: Example) -> Path:
-        text = example.text.replace("127.0.0.1:8000", triton.http_url).replace("127.0.0.1:8001", triton.grpc_url)
-        command = (
-            ["bash", "-euo", "pipefail", "-c", text] if example.language == "bash" else [sys.executable, "-c", text]
-        )
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        ended = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=EXAMPLE_SECONDS,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stderr
-        return tmp_path / example.file
-
-    return run
+    return tmp_path
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_makes_its_picture(run: Callable[[Example], Path], pixels: NDArray[np.uint8], name: str) -> None:
+def test_an_example_makes_its_picture(triton: TritonServer, folder: Path, pixels: NDArray[np.uint8], name: str) -> None:
     example = EXAMPLES[name]
     if "curl" in example.text and shutil.which("curl") is None:
         pytest.skip("this machine has no curl")
-    with Image.open(run(example)) as picture:
+    with Image.open(example.run(triton, folder)) as picture:
         assert picture.format == "PNG"
         assert picture.size == example.size
         # The examples differ in how they ask, not in what they ask for; but one edits its tokens.
@@ -204,9 +159,4 @@ def test_the_tree_is_there() -> None:
 
 
 def test_links_and_pictures_are_there() -> None:
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        elif not target.startswith("https://"):
-            assert (REPOSITORY_ROOT / target).is_file()
+    check_links(REPOSITORY_ROOT / "README.md")

@@ -134,19 +134,6 @@ def test_the_codebook_ends_where_the_checkpoint_says(
         paint(triton, prior, prior_token_ids=np.full((1, 12), size))
 
 
-@pytest.mark.parametrize(
-    "source",
-    [{"image": ["x"]}, {"source_token_ids": np.zeros(4)}, {"source_grids": np.full((1, 2), 2)}],
-    ids=["image", "source_token_ids", "source_grids"],
-)
-def test_source_images_are_declined_by_the_second_stage_too(
-    triton: TritonServer, prior: Outputs, source: dict[str, Any]
-) -> None:
-    with pytest.raises(KServeError, match="image-to-image is not available") as refused:
-        paint(triton, prior, **source)
-    assert refused.value.status == "UNIMPLEMENTED"
-
-
 def test_a_timeout_holds_for_the_ensemble_and_for_each_stage_alone(triton: TritonServer, prior: Outputs) -> None:
     large = {**ASKED, "height": 1024, "width": 1024}
     painting = {"prompt": ASKED["prompt"], **prior, "num_inference_steps": 200}

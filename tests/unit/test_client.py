@@ -16,6 +16,7 @@ from PIL import Image
 
 from glm_image_client import (
     BadArgumentError,
+    BusyError,
     GenerationResult,
     GlmImageClient,
     Metadata,
@@ -24,7 +25,7 @@ from glm_image_client import (
     RequestTimeout,
     ServerFailure,
 )
-from glm_image_client.client import prior_inputs
+from glm_image_client.calls import prior_inputs
 from glm_image_client.errors import answered, sentence
 from glm_image_client.grpc_transport import connection_fault
 from glm_image_client.result import file_names
@@ -258,6 +259,23 @@ class TestPriorTokens:
         assert tensors["resolved_seed"].data.tolist() == [-5]
         assert tensors["resolved_seed"].data.dtype == np.int64
 
+    def test_tokens_are_kept_in_a_file(self, prior: PriorTokens, tmp_path: Path) -> None:
+        kept = PriorTokens.load(prior.save(tmp_path / "tokens.npz"))
+        assert kept.ar_metadata == prior.ar_metadata
+        for name in set(vars(prior)) - {"ar_metadata"}:
+            np.testing.assert_array_equal(getattr(kept, name), getattr(prior, name), strict=True)
+
+    @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 broken"])
+    def test_a_file_of_something_else_is_refused_by_name(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "tokens.npz").write_bytes(content)
+        with pytest.raises(BadArgumentError, match=r"tokens\.npz' is no file of PriorTokens\.save"):
+            PriorTokens.load(tmp_path / "tokens.npz")
+        np.savez(tmp_path / "tokens.npz", prior_grid=np.zeros(2))
+        with pytest.raises(BadArgumentError, match="is no file of"):
+            PriorTokens.load(tmp_path / "tokens.npz")
+        with pytest.raises(BadArgumentError, match="cannot be read: No such file"):
+            PriorTokens.load(tmp_path / "none.npz")
+
     @pytest.mark.parametrize("edited", [np.full((2, 4), 0.5), np.full((2, 4), 2**40), np.full((2, 4), "a")])
     def test_edited_tokens_must_stay_integers(self, prior: PriorTokens, edited: Any) -> None:
         changed = PriorTokens(**{**vars(prior), "prior_token_ids": edited})
@@ -274,8 +292,8 @@ class TestErrors:
             ("StatusCode.UNIMPLEMENTED", RefusedError),
             ("501", RefusedError),
             ("StatusCode.DEADLINE_EXCEEDED", RequestTimeout),
-            ("StatusCode.UNAVAILABLE", ServerFailure),
-            ("503", ServerFailure),
+            ("StatusCode.UNAVAILABLE", BusyError),
+            ("503", BusyError),
             ("500", ServerFailure),
             ("404", ServerFailure),
             ("StatusCode.INTERNAL", ServerFailure),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_image import geometry, prompts
-from glm_image.errors import ConfigurationError, InvalidInputError, UnsupportedError
+from glm_image.errors import ConfigurationError, InvalidInputError
 from glm_image.geometry import Grid, Size
 from glm_image.request import (
     OUTPUT_FORMATS,
@@ -124,8 +124,8 @@ def test_the_sentence_shows_the_value() -> None:
         resolve(output_format="x" * 81)
 
 
-def test_source_images_are_not_supported_but_the_rest_is_validated_first() -> None:
-    with pytest.raises(UnsupportedError, match="image-to-image"):
+def test_source_images_are_looked_at_last() -> None:
+    with pytest.raises(InvalidInputError, match="^image is empty; allowed: the bytes of"):
         resolve(images=(b"",))
     with pytest.raises(InvalidInputError, match="height"):
         resolve(images=(b"",), height=0)
@@ -183,7 +183,7 @@ ANY_TEXT = st.one_of(st.text(), st.text("'\"“”「」 a\0\ud800", max_size=30
 def test_whatever_is_asked_is_refused_in_words_or_resolved_to_sane_values(asked: dict[str, Any]) -> None:
     try:
         resolved = GenerationParameters(**asked).resolve(LIMITS, DEFAULTS)
-    except (InvalidInputError, UnsupportedError) as error:
+    except InvalidInputError as error:
         refusal = str(error)
     else:
         assert_sane(resolved)

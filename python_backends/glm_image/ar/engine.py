@@ -11,13 +11,17 @@ from numpy.typing import NDArray
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.executor import Executor
-from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.measures import KV_CACHE_BYTES
+from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
 from glm_image.ar.model import Decoder
-from glm_image.ar.scheduler import Scheduler
+from glm_image.ar.scheduler import Scheduler, Sources
+from glm_image.ar.vision import Vision, patches_of
 from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device
+from glm_image.devices import Device, check_budget
 from glm_image.errors import ConfigurationError, InvalidInputError
+from glm_image.geometry import Grid, PlacedGrid
 from glm_image.job import Job
+from glm_image.measures import Record, keep_nothing
 from glm_image.prompts import PromptTokenizer
 from glm_image.request import ResolvedRequest, Sampling
 
@@ -31,7 +35,8 @@ class ArSettings:
         max_num_seqs: sequences that decode together.
         max_sequence_tokens: prompt and image tokens of one sequence.
         max_queue: requests that may wait.
-        graph_mode: ``NONE`` or ``FULL_DECODE_ONLY``.
+        graph_mode: ``NONE``, ``FULL_DECODE_ONLY``, or ``FULL``, which runs as the latter.
+        graph_capture_sizes: sequences of the captured step; () = max_num_seqs, the only size there is.
         memory_utilization: share of the device's memory this stage may use.
     """
 
@@ -40,6 +45,7 @@ class ArSettings:
     max_sequence_tokens: int = 8192
     max_queue: int = 64
     graph_mode: str = "FULL_DECODE_ONLY"
+    graph_capture_sizes: tuple[int, ...] = ()
     memory_utilization: float = 0.9
 
 
@@ -50,17 +56,22 @@ class ArResult:
     Attributes:
         prior_token_ids: int32 [pictures, tokens of the picture's grid], before upsampling.
         tokens: how many of each kind: prompt, source, preview, image.
+        source_token_ids: int32 [tokens of all source images].
+        source_grids: the grid of each source image.
     """
 
     prior_token_ids: NDArray[np.int32]
     tokens: dict[str, int]
+    source_token_ids: NDArray[np.int32]
+    source_grids: tuple[Grid, ...]
 
 
 class ArEngine:
-    """The decoder, its slots and its queue on one device.
+    """The decoder and the vision tower, their slots and their queue on one device.
 
     Attributes:
         config: the decoder's numbers.
+        source_rule: how source images are sized.
         executor: what runs on the device; the scheduler's while the engine is open.
     """
 
@@ -72,7 +83,9 @@ class ArEngine:
         self.config = ArConfig.read(checkpoint)
         self._settings = settings
         self._tokenizer = PromptTokenizer(GlmImageProcessor.from_pretrained(checkpoint.path("processor")))
-        _check_memory(self.config, device, settings, dtype)
+        self._image_processor = checkpoint.image_processor
+        self.source_rule = checkpoint.source_rule
+        _check_memory(self.config, device, settings, dtype, Vision.bytes_needed(checkpoint, dtype))
         source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
         self.executor = Executor(
             Decoder.load(self.config, source),
@@ -80,6 +93,7 @@ class ArEngine:
             settings.max_num_seqs,
             settings.max_sequence_tokens,
             capture=settings.graph_mode != "NONE",
+            vision=Vision.load(checkpoint, device.torch_device, dtype),
         )
         self._scheduler = Scheduler(self.executor.run, settings.max_num_seqs, settings.max_queue)
 
@@ -95,23 +109,41 @@ class ArEngine:
             InvalidInputError: the prompt and the picture have more tokens than a slot holds.
             UnavailableError: the queue is full.
         """
-        preview, target = request.grids
-        prompt_ids = self._tokenizer.text_to_image(request.parameters.prompt, target, preview)
-        most = self._settings.max_sequence_tokens - preview.tokens - target.tokens
+        prompt_ids, placed = self._prompt(request)
+        source_tokens = sum(grid.tokens for _, grid in placed)
+        target = request.target
+        preview_tokens = sum(grid.tokens for grid in request.grids) - target.tokens
+        most = self._settings.max_sequence_tokens - preview_tokens - target.tokens
+        if most < 1:
+            raise InvalidInputError.of(
+                "height x width",
+                f"{request.requested.height} x {request.requested.width}",
+                f"pictures of less than {self._settings.max_sequence_tokens} tokens (max_sequence_tokens)",
+            )
         if len(prompt_ids) > most:
             raise InvalidInputError.of(
-                "prompt", f"{len(prompt_ids)} tokens long", f"at most {most} beside the picture's (max_sequence_tokens)"
+                "prompt",
+                f"{len(prompt_ids)} tokens long" + f", {source_tokens} of them of image" * bool(placed),
+                f"at most {most} beside the picture's (max_sequence_tokens)",
             )
         counts = {
-            "prompt": len(prompt_ids),
-            "source": 0,
-            "preview": preview.tokens,
+            "prompt": len(prompt_ids) - source_tokens,
+            "source": source_tokens,
+            "preview": preview_tokens,
             "image": target.tokens,
         }
+        sources = Sources(patches_of(self._image_processor, request.sources), placed) if placed else None
         result: Future[ArResult] = Future()
-        tokens = self._scheduler.submit(job, tuple(prompt_ids), request)
-        tokens.add_done_callback(lambda done: _hand_on(done, preview.tokens, counts, result))
+        tokens = self._scheduler.submit(job, tuple(prompt_ids), request, sources)
+        tokens.add_done_callback(lambda done: _hand_on(done, preview_tokens, counts, sources, result))
         return result
+
+    def _prompt(self, request: ResolvedRequest) -> tuple[list[int], tuple[PlacedGrid, ...]]:
+        prompt = request.parameters.prompt
+        if request.sources:
+            return self._tokenizer.image_to_image(prompt, request.target, [source.grid for source in request.sources])
+        preview, target = request.grids
+        return self._tokenizer.text_to_image(prompt, target, preview), ()
 
     def close(self) -> None:
         """Ends what runs and what waits, and stops the engine's thread."""
@@ -119,21 +151,31 @@ class ArEngine:
 
 
 def _hand_on(
-    tokens: Future[NDArray[np.int32]], preview_tokens: int, counts: dict[str, int], result: Future[ArResult]
+    tokens: Future[NDArray[np.int32]],
+    preview_tokens: int,
+    counts: dict[str, int],
+    sources: Sources | None,
+    result: Future[ArResult],
 ) -> None:
     error = tokens.exception()
     if error is not None:
         result.set_exception(error)
-    else:
-        result.set_result(ArResult(tokens.result()[:, preview_tokens:], counts))
+        return
+    source_ids: NDArray[np.int32] = np.zeros(0, np.int32)
+    grids: tuple[Grid, ...] = ()
+    if sources is not None and sources.token_ids is not None:
+        source_ids, grids = sources.token_ids, tuple(placed.grid for placed in sources.placed)
+    result.set_result(ArResult(tokens.result()[:, preview_tokens:], counts, source_ids, grids))
 
 
-def _check_memory(config: ArConfig, device: Device, settings: ArSettings, dtype: torch.dtype) -> None:
+def _check_memory(
+    config: ArConfig, device: Device, settings: ArSettings, dtype: torch.dtype, vision_bytes: int
+) -> None:
     layer = config.hidden_size * (
         (2 * config.heads + 2 * config.kv_heads) * config.head_dim + 3 * config.intermediate_size
     )
     tables = config.hidden_size * (config.vocab_size + config.vision_vocab_size)
-    weights = (layer * config.layers + tables) * dtype.itemsize
+    weights = (layer * config.layers + tables) * dtype.itemsize + vision_bytes
     cache = KvCache.bytes_needed(config, settings.max_num_seqs, settings.max_sequence_tokens, dtype)
     memory = device.memory()
     allowed = min(memory.free, int(memory.total * settings.memory_utilization))

@@ -19,12 +19,21 @@ from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.sampler import NOISE_BLOCK, draw
 from glm_image.ar.state import DecodeState
 from glm_image.ar.step import TorchStep
+from glm_image.ar.vision import Vision
 from glm_image.devices import Device, Mark
-from glm_image.geometry import Grid
+from glm_image.geometry import Grid, PlacedGrid
 from glm_image.request import Sampling
 
 STEPS_AHEAD = 2
 """Step commands that may wait in the device's queue: enough to keep it busy, few enough to join and leave soon."""
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Turn source images into their tokens."""
+
+    patches: NDArray[np.float32]
+    grids: tuple[Grid, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Admit:
     grids: tuple[Grid, ...]
     sampling: Sampling
     seed: int
+    sources: tuple[PlacedGrid, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Release:
     slot: int
 
 
-Command = Admit | Step | Release
+Command = Encode | Admit | Step | Release
 
 
 def decode_step(decoder: Decoder, state: DecodeState, device: Device) -> Callable[[], None]:
@@ -85,10 +95,21 @@ class Executor:
         slots: sequences at once.
         positions: prompt and image tokens a slot can hold.
         capture: whether steps are captured.
+        vision: what turns source images into tokens; None where there are none.
     """
 
-    def __init__(self, decoder: Decoder, device: Device, slots: int, positions: int, *, capture: bool) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        device: Device,
+        slots: int,
+        positions: int,
+        *,
+        capture: bool,
+        vision: Vision | None = None,
+    ) -> None:
         self._decoder = decoder
+        self._vision = vision
         self._device = device
         self._dtype = decoder.head.weight.dtype
         self._state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
@@ -97,25 +118,36 @@ class Executor:
         step = decode_step(decoder, self._state, device)
         with torch.inference_mode():
             self._step_once = device.capture(step) if capture else step
+        self._warm_up()
 
     def run(self, command: Command) -> NDArray[np.int32] | None:
-        """Runs one command; ``Release`` returns the tokens drawn, int32 [tokens]."""
+        """Runs one command; ``Encode`` and ``Release`` return tokens, int32 [tokens]."""
         self._device.bind()
         with torch.inference_mode():
             if isinstance(command, Release):
                 return self._release(command.slot)
+            if isinstance(command, Encode):
+                assert self._vision is not None
+                return self._vision.encode(command.patches, command.grids)
             if isinstance(command, Admit):
                 self._admit(command)
             else:
                 self._step(command.count)
             return None
 
+    def _warm_up(self) -> None:
+        # Libraries load their kernels when they are first called; the first request should not wait for that.
+        self.run(Admit(0, (0,), (Grid(1, 2),), self._decoder.config.sampling, seed=0))
+        self.run(Step(1))
+        self.run(Release(0))
+
     def _admit(self, command: Admit) -> None:
         config, place, state = self._decoder.config, self._device.torch_device, self._state
         slot, length = command.slot, len(command.prompt_ids)
         total = sum(grid.tokens for grid in command.grids)
-        cos, sin = rotary_tables(config, geometry.text_positions(length), place, self._dtype)
-        positions = geometry.decode_positions(command.grids, length)
+        prompt_positions = geometry.prompt_positions(length, command.sources)
+        cos, sin = rotary_tables(config, prompt_positions, place, self._dtype)
+        positions = geometry.decode_positions(command.grids, int(prompt_positions[0, -1]) + 1)
         own = slice(length, length + total)
         state.cos[slot, own], state.sin[slot, own] = rotary_tables(config, positions, place, self._dtype)
         state.sampler.set(slot, command.sampling, total - command.grids[-1].tokens, config.vision_vocab_size)

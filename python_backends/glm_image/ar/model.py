@@ -31,6 +31,9 @@ class RmsNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalises the last dimension."""
+        if hidden.dtype != torch.float32:
+            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        # In fp32 to the last bit as the reference computes it.
         wide = hidden.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(hidden.dtype)
@@ -55,9 +58,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ArConfig) -> None:
         super().__init__()
         hidden, width = config.hidden_size, config.head_dim
-        self.widths = [config.heads * width, config.kv_heads * width, config.kv_heads * width]
-        self.head_dim = width
-        self.qkv = nn.Linear(hidden, sum(self.widths), bias=config.attention_bias)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, width
+        self.qkv = nn.Linear(hidden, (config.heads + 2 * config.kv_heads) * width, bias=config.attention_bias)
         self.out = nn.Linear(config.heads * width, hidden, bias=False)
         self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, hidden, bias=False)
@@ -68,11 +70,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Runs the layer on ``hidden`` [rows, tokens, hidden]; cos and sin are [rows, 1, tokens, rotary_dim]."""
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in self.qkv(self.before_attention(hidden)).split(self.widths, dim=-1)
-        )
-        attended = attend(index, rotate(query, cos, sin), rotate(key, cos, sin), value)
+        heads = self.qkv(self.before_attention(hidden)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        turned, value = heads.tensor_split([self.heads + self.kv_heads], dim=1)
+        query, key = rotate(turned, cos, sin).tensor_split([self.heads], dim=1)
+        attended = attend(index, query, key, value)
         hidden = hidden + self.after_attention(self.out(attended.transpose(1, 2).flatten(2)))
         gate, up = self.gate_up(self.before_mlp(hidden)).chunk(2, dim=-1)
         output: Tensor = hidden + self.after_mlp(self.down(up * F.silu(gate)))

@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.ar.executor import Admit, Command, Release, Step
+from glm_image.ar.executor import Admit, Command, Encode, Release, Step
+from glm_image.ar.measures import OCCUPANCY, PREFILL_SECONDS, RUNNING, STEP_SECONDS, TOKENS, WAITING
 from glm_image.errors import GlmImageError, UnavailableError
+from glm_image.geometry import PlacedGrid
 from glm_image.job import Job
+from glm_image.measures import Record, keep_nothing
 from glm_image.request import ResolvedRequest
 
 STEPS_A_LOOK = 4
@@ -28,11 +31,36 @@ Run = Callable[[Command], "NDArray[np.int32] | None"]
 
 
 @dataclass
+class Sources:
+    """The source images of a request.
+
+    Attributes:
+        patches: fp32 [tokens, channels of a patch], what the vision tower reads.
+        placed: where in the prompt they are.
+        token_ids: int32 [tokens], what the vision tower made of them; None before the request's first turn.
+    """
+
+    patches: NDArray[np.float32]
+    placed: tuple[PlacedGrid, ...]
+    token_ids: NDArray[np.int32] | None = None
+
+    def fill(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the prompt with the images' tokens at their places."""
+        assert self.token_ids is not None
+        filled, begin = list(prompt_ids), 0
+        for start, grid in self.placed:
+            filled[start : start + grid.tokens] = self.token_ids[begin : begin + grid.tokens].tolist()
+            begin += grid.tokens
+        return tuple(filled)
+
+
+@dataclass
 class _Request:
     job: Job
     prompt_ids: tuple[int, ...]
     resolved: ResolvedRequest
     submitted: float
+    sources: Sources | None = None
     future: Future[NDArray[np.int32]] = field(default_factory=Future)
     waiting: deque[int] = field(default_factory=deque)
     tokens: dict[int, NDArray[np.int32]] = field(default_factory=dict)
@@ -61,26 +89,38 @@ class Scheduler:
         run: the executor, or what sends commands to all of its ranks.
         slots: sequences at once.
         max_queue: requests that may wait for a slot.
+        record: takes what ``ar.measures`` names.
     """
 
-    def __init__(self, run: Run, slots: int, max_queue: int) -> None:
+    def __init__(self, run: Run, slots: int, max_queue: int, record: Record = keep_nothing) -> None:
         self._run = run
+        self._record = record
         self._slots = slots
         self._max_queue = max_queue
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Running] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._load = (0, 0)
         self._thread = threading.Thread(target=self._loop, name="ar-scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job, prompt_ids: tuple[int, ...], resolved: ResolvedRequest) -> Future[NDArray[np.int32]]:
+    def submit(
+        self, job: Job, prompt_ids: tuple[int, ...], resolved: ResolvedRequest, sources: Sources | None = None
+    ) -> Future[NDArray[np.int32]]:
         """Queues a request; its future gives int32 [pictures, tokens of all grids], or the error it ended with.
+
+        Args:
+            job: looked at between steps.
+            prompt_ids: the prompt.
+            resolved: what is asked for.
+            sources: source images; encoded once for all pictures, and their tokens noted.
 
         Raises:
             UnavailableError: the queue is full, or the engine is closed.
         """
-        request = _Request(job, prompt_ids, resolved, time.monotonic(), waiting=deque(range(len(resolved.seeds))))
+        waiting = deque(range(len(resolved.seeds)))
+        request = _Request(job, prompt_ids, resolved, time.monotonic(), sources, waiting=waiting)
         with self._changed:
             if self._closed:
                 raise UnavailableError("glm_ar is stopping; no new requests are taken")
@@ -89,6 +129,7 @@ class Scheduler:
                     f"glm_ar has {len(self._waiting)} requests waiting, as many as max_queue allows; try again later"
                 )
             self._waiting.append(request)
+            self._record_load()
             self._changed.notify()
         return request.future
 
@@ -107,6 +148,7 @@ class Scheduler:
                 self._admit()
                 if self._running:
                     self._step()
+                self._record_load()
         except Exception as error:  # a fault of this loop; whoever waits must still be told
             reason = error
             raise
@@ -115,6 +157,7 @@ class Scheduler:
                 self._closed = True
             for request in self._requests():
                 self._end(request, reason)
+            self._record_load()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -150,18 +193,33 @@ class Scheduler:
             request.job.add_seconds("ar_queue", time.monotonic() - request.submitted)
         slot = next(slot for slot in range(self._slots) if slot not in self._running)
         resolved = request.resolved
-        self._running[slot] = _Running(request, index, request.length - 1, time.monotonic())
+        started = time.monotonic()
+        self._running[slot] = _Running(request, index, request.length - 1, started)
+        self._record_load()
         try:
             with request.job.timed("prefill"):
-                self._run(Admit(slot, request.prompt_ids, resolved.grids, resolved.sampling, resolved.seeds[index]))
+                self._encode(request)
+                placed = request.sources.placed if request.sources else ()
+                seed = resolved.seeds[index]
+                self._run(Admit(slot, request.prompt_ids, resolved.grids, resolved.sampling, seed, placed))
         except Exception as error:  # this request alone ends with it
             self._end(request, error)
             return
         self._running[slot].since = time.monotonic()
+        self._record(PREFILL_SECONDS, self._running[slot].since - started)
+        self._record(TOKENS, 1)
         self._finish_done()
+
+    def _encode(self, request: _Request) -> None:
+        sources = request.sources
+        if sources is not None and sources.token_ids is None:
+            grids = tuple(placed.grid for placed in sources.placed)
+            sources.token_ids = self._run(Encode(sources.patches, grids))
+            request.prompt_ids = sources.fill(request.prompt_ids)
 
     def _step(self) -> None:
         count = min(STEPS_A_LOOK, *(running.left for running in self._running.values()))
+        started = time.monotonic()
         try:
             self._run(Step(count))
         except Exception as error:  # the batch ends with it, the engine goes on
@@ -169,6 +227,8 @@ class Scheduler:
                 if any(running.request is request for running in self._running.values()):
                     self._end(request, error)
             return
+        self._record(STEP_SECONDS, (time.monotonic() - started) / count, count)
+        self._record(TOKENS, count * len(self._running))
         for running in self._running.values():
             running.left -= count
         self._finish_done()
@@ -190,6 +250,16 @@ class Scheduler:
             request.job.add_seconds("decode", time.monotonic() - running.since)
             if len(request.tokens) == len(request.resolved.seeds):
                 request.future.set_result(np.stack([request.tokens[index] for index in sorted(request.tokens)]))
+
+    def _record_load(self) -> None:
+        with self._changed:  # recorded in the order in which it changes
+            load = (len(self._running), sum(len(request.waiting) for request in self._waiting))
+            if load == self._load:
+                return
+            self._load = load
+            self._record(RUNNING, load[0])
+            self._record(OCCUPANCY, load[0] / self._slots)
+            self._record(WAITING, load[1])
 
     def _report(self) -> None:
         left: dict[int, int] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.base import Device, Mark, Memory
+from glm_image.geometry import Size
 
 WARM_UP_STEPS = 2  # libraries make their handles and choose their kernels outside the capture
 
@@ -38,6 +39,8 @@ class _Replay:
 class AcceleratorDevice(Device):
     """A device with its own memory and a queue of work."""
 
+    warmup_sizes = (Size(1024, 1024),)
+
     def __init__(self, torch_device: torch.device, runtime: ModuleType) -> None:
         super().__init__(torch_device)
         self._runtime: Any = runtime
@@ -50,21 +53,27 @@ class AcceleratorDevice(Device):
         """Returns the card's memory, whoever uses it."""
         return Memory(*self._runtime.mem_get_info(self.torch_device))
 
+    def peak_memory(self) -> int:
+        """Returns the most that tensors have taken."""
+        peak: int = self._runtime.max_memory_allocated(self.torch_device)
+        return peak
+
     def mark(self) -> Mark:
         """Records an event on the calling thread's stream."""
         event = self._runtime.Event()
         event.record()
         return _Event(event)
 
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Captures ``step`` in a graph, after running it on a side stream."""
+    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+        """Captures ``step`` in a graph, after running it on a side stream unless it is warm."""
         self.bind()
-        side = self._runtime.Stream()
-        side.wait_stream(self._runtime.current_stream())
-        with self._runtime.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                step()
-        self._runtime.current_stream().wait_stream(side)
+        if not warm:
+            side = self._runtime.Stream()
+            side.wait_stream(self._runtime.current_stream())
+            with self._runtime.stream(side):
+                for _ in range(WARM_UP_STEPS):
+                    step()
+            self._runtime.current_stream().wait_stream(side)
         graph = self._new_graph()
         with self._recording(graph):
             step()
@@ -74,7 +83,8 @@ class AcceleratorDevice(Device):
         return self._runtime.CUDAGraph()
 
     def _recording(self, graph: Any) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._runtime.graph(graph)
+        # Only this thread's calls are held to the rules of a capture: another may be decoding or loading meanwhile.
+        context: AbstractContextManager[None] = self._runtime.graph(graph, capture_error_mode="thread_local")
         return context
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -99,7 +109,6 @@ class NpuDevice(AcceleratorDevice):
 class CudaDevice(AcceleratorDevice):
     """An NVIDIA GPU."""
 
-    attention_backend = "_native_cudnn"
     runs_triton = importlib.util.find_spec("triton") is not None
 
     def __init__(self, torch_device: torch.device) -> None:

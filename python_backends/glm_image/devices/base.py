@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from glm_image.geometry import Size
+
 
 class Mark(Protocol):
     """A point in a device's queue of work."""
@@ -31,12 +33,14 @@ class Device(ABC):
         torch_device: where tensors are placed.
         default_dtype: what ``dtype: auto`` stands for.
         runs_triton: whether the kernels of ``glm_image.kernels`` run here.
-        attention_backend: diffusers' name of the best attention here.
+        attention_backend: diffusers' name of the attention to use here; None where torch's own choice is right.
+        warmup_sizes: pictures painted at load, because libraries load and choose kernels at first use.
     """
 
     default_dtype = torch.bfloat16
     runs_triton = False
-    attention_backend = "native"
+    attention_backend: str | None = None
+    warmup_sizes: tuple[Size, ...] = ()
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
@@ -57,15 +61,20 @@ class Device(ABC):
         """Returns the free and total memory."""
 
     @abstractmethod
+    def peak_memory(self) -> int:
+        """Returns the most memory in bytes that this process has held here."""
+
+    @abstractmethod
     def mark(self) -> Mark:
         """Marks the end of the work enqueued so far by this thread."""
 
     @abstractmethod
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
         """Returns a callable that does what ``step`` does, with as few launches as the device can.
 
         Args:
             step: reads and writes only tensors that stay where they are, and never waits for the device.
+            warm: whether ``step`` has run before; otherwise it may be run here, more than once.
         """
 
     @abstractmethod

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from glm_image.devices.attention import ragged_decode_attention
 from glm_image.devices.base import Device, Mark, Memory
+
+KIBIBYTE = 1024
 
 
 class _Passed:
@@ -26,15 +29,20 @@ class CpuDevice(Device):
         """Nothing to choose."""
 
     def memory(self) -> Memory:
-        """Returns the host's memory."""
-        page = os.sysconf("SC_PAGE_SIZE")
-        return Memory(os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page)
+        """Returns the host's memory; what only caches files counts as free."""
+        lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        sizes = {name: int(size) * KIBIBYTE for name, size, *_ in lines}
+        return Memory(sizes["MemAvailable:"], sizes["MemTotal:"])
+
+    def peak_memory(self) -> int:
+        """Returns the largest resident set of the process."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
 
     def mark(self) -> Mark:
         """Returns a mark already passed."""
         return _Passed()
 
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
         """Returns ``step`` itself: there are no launches to save."""
         return step
 

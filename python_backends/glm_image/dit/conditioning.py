@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glm_image import geometry, prompts
 from glm_image.dit.schedule import Schedule
+from glm_image.dit.sources import SourceCache
 from glm_image.geometry import Grid, Size
 
 
@@ -36,14 +37,33 @@ class Conditioning:
         conditional: the prompt's branch.
         unconditional: the negative prompt's, its prior left out; None without guidance.
         guidance_scale: how far from the one to the other.
-        times: silu(time + size embedding) of every step, each [1, time width].
+        times: silu(time + size embedding) of every step, [steps, time width].
         rotary: cosines and sines, fp32 [image tokens, head_dim] each, on the device.
+        sources: what the conditional branch reads of source images; None without any.
     """
 
     conditional: Branch
     unconditional: Branch | None
     guidance_scale: float
-    times: tuple[Tensor, ...]
+    times: Tensor
+    rotary: tuple[Tensor, Tensor]
+    sources: SourceCache | None = None
+
+
+@dataclass(frozen=True)
+class SourceConditioning:
+    """A source image's conditions.
+
+    Attributes:
+        latents: normalised, [1, channels, H/8, W/8].
+        prior: projected embeddings of its tokens, [1, image tokens, width]; added to the image tokens.
+        time: silu(time + size embedding) of time 0, [1, time width].
+        rotary: as a picture's.
+    """
+
+    latents: Tensor
+    prior: Tensor
+    time: Tensor
     rotary: tuple[Tensor, Tensor]
 
 
@@ -71,6 +91,7 @@ class Conditioner:
         grid: Grid,
         guidance_scale: float,
         schedule: Schedule,
+        sources: SourceCache | None = None,
     ) -> Conditioning:
         """Prepares one picture.
 
@@ -81,9 +102,9 @@ class Conditioner:
             grid: the grid they fill.
             guidance_scale: above 1 there is an unconditional branch.
             schedule: the picture's steps.
+            sources: what the conditional branch reads of source images.
         """
-        upsampled = torch.from_numpy(geometry.upsample_tokens(prior_token_ids, grid)).long().to(self._device)
-        embedded = self._transformer.prior_token_embedding(upsampled[None])
+        embedded = self._embedded(prior_token_ids, grid)
         unconditional = None
         if guidance_scale > 1:
             unconditional = self._branch(negative_prompt, torch.zeros_like(embedded))
@@ -91,9 +112,30 @@ class Conditioner:
             conditional=self._branch(prompt, embedded),
             unconditional=unconditional,
             guidance_scale=guidance_scale,
-            times=self._times(Size(*(side * geometry.PIXELS_PER_TOKEN for side in grid)), schedule),
+            times=self._times(geometry.painted_size(grid), schedule.timesteps),
+            rotary=self._rotary(grid),
+            sources=sources,
+        )
+
+    def prepare_source(self, latents: Tensor, token_ids: NDArray[np.int32], grid: Grid) -> SourceConditioning:
+        """Prepares one source image.
+
+        Args:
+            latents: normalised, [1, channels, H/8, W/8].
+            token_ids: int32 [grid.tokens].
+            grid: the grid they fill.
+        """
+        return SourceConditioning(
+            latents=latents,
+            prior=self._transformer.prior_projector(self._embedded(token_ids, grid)),
+            time=self._times(geometry.painted_size(grid), torch.zeros(1, device=self._device)),
             rotary=self._rotary(grid),
         )
+
+    def _embedded(self, token_ids: NDArray[np.int32], grid: Grid) -> Tensor:
+        upsampled = torch.from_numpy(geometry.upsample_tokens(token_ids, grid)).long().to(self._device)
+        embedded: Tensor = self._transformer.prior_token_embedding(upsampled[None])
+        return embedded
 
     def _branch(self, prompt: str, prior_embedding: Tensor) -> Branch:
         model = self._transformer
@@ -112,12 +154,12 @@ class Conditioner:
         packed: Tensor = states[mask][None].to(self._dtype)
         return packed
 
-    def _times(self, size: Size, schedule: Schedule) -> tuple[Tensor, ...]:
+    def _times(self, size: Size, timesteps: Tensor) -> Tensor:
         # Step by step rather than as one batch: the reference multiplies matrices of one row, and so do we.
         embed = self._transformer.time_condition_embed
         target_size = torch.tensor([size], dtype=self._dtype, device=self._device)
         crop = torch.zeros_like(target_size)
-        return tuple(embed(time[None], target_size, crop, self._dtype) for time in schedule.timesteps)
+        return torch.cat([embed(time[None], target_size, crop, self._dtype) for time in timesteps])
 
     def _rotary(self, grid: Grid) -> tuple[Tensor, Tensor]:
         # The module only looks at the shape of the latents, whose sides are four times the grid's.

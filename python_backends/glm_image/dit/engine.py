@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, GlmImageTransformer2DModel
 from numpy.typing import NDArray
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from glm_image import images
+from glm_image import geometry, images
 from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device
 from glm_image.dit.blocks import best_blocks
@@ -19,8 +19,10 @@ from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import Executor
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.vae import Vae
+from glm_image.geometry import Grid, Size
 from glm_image.job import Job
 from glm_image.request import PaintRequest
+from glm_image.sources import SourcePicture
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,11 @@ class DitSettings:
 
     Attributes:
         dtype: None = the device's default.
+        warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
     """
 
     dtype: torch.dtype | None = None
+    warmup_sizes: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class DitEngine:
 
     Attributes:
         codebook_size: prior token ids are below it.
+        source_rule: how source images are sized.
         executor: what runs on the device.
 
     Raises:
@@ -75,6 +80,7 @@ class DitEngine:
 
         transformer = load("transformer", GlmImageTransformer2DModel.from_config, checkpoint.config("transformer"))
         self.codebook_size: int = transformer.config.prior_vq_quantizer_codebook_size
+        self.source_rule = checkpoint.source_rule
         autoencoder = load("vae", AutoencoderKL.from_config, checkpoint.config("vae"))
         glyph_encoder = load("text_encoder", T5EncoderModel, T5Config(**checkpoint.config("text_encoder")))
         glyph_tokenizer = ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))
@@ -87,15 +93,29 @@ class DitEngine:
             device,
         )
         self._scheduler = Scheduler(self.executor.run)
+        for size in settings.warmup_sizes:
+            self._warm_up(geometry.target_grid(geometry.generated_size(size)))
 
-    def denoise(self, job: Job, request: PaintRequest) -> list[int]:
+    def _warm_up(self, grid: Grid) -> None:
+        tokens = np.zeros((1, grid.tokens), dtype=np.int32)
+        size = geometry.painted_size(grid)
+        request = PaintRequest("", tokens, grid, size, seeds=(0,), num_inference_steps=2)
+        self.finish(Job(), request, self.denoise(Job(), request))
+
+    def denoise(self, job: Job, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()) -> list[int]:
         """Denoises a request's pictures, blocking until the device is free for the next; see ``finish``.
+
+        Args:
+            job: looked at between steps.
+            request: what to paint.
+            sources: its source images, as ``PaintRequest.read_sources`` gives them.
 
         Raises:
             CancelledError: the job was cancelled.
             DeadlineExceededError: its time ran out.
+            InvalidInputError: the sources need more memory than the device has.
         """
-        return self._scheduler.denoise(job, request)
+        return self._scheduler.denoise(job, request, sources)
 
     def finish(self, job: Job, request: PaintRequest, pictures: list[int]) -> DitResult:
         """Makes pixels and files of denoised pictures; may run in a thread while others are denoised."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,37 @@ from torch import Tensor
 from glm_image.devices import Device, Mark
 from glm_image.dit.blocks import Blocks
 from glm_image.dit.conditioning import Conditioner, Conditioning
-from glm_image.dit.forward import denoise_step
-from glm_image.dit.schedule import Schedule, schedule
+from glm_image.dit.forward import denoise_step, read_sources
+from glm_image.dit.schedule import schedule
+from glm_image.dit.sources import SourceCache
 from glm_image.dit.vae import Vae
+from glm_image.errors import InvalidInputError
 from glm_image.geometry import Grid
+from glm_image.sources import SourcePicture
 
 STEPS_AHEAD = 2
 """Steps that may wait in the device's queue: enough to keep it busy, few enough to stop within a step or two."""
 
+FEWEST_STEPS_TO_CAPTURE = 8
+"""Capturing a step costs the host about what taking one does, and pays with each later one."""
+
 LATENTS_PER_TOKEN = 4
 IMAGE_TOKENS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class ReadSources:
+    """Read a request's source images, for all its pictures, until they are forgotten."""
+
+    request: int
+    sources: tuple[SourcePicture, ...]
+
+
+@dataclass(frozen=True)
+class ForgetSources:
+    """Forget a request's source images."""
+
+    request: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,7 @@ class Prepare:
     num_inference_steps: int
     guidance_scale: float
     seed: int
+    sources_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,15 +85,26 @@ class Drop:
     picture: int
 
 
-Command = Prepare | Step | Decode | Drop
+Command = ReadSources | ForgetSources | Prepare | Step | Decode | Drop
 
 
 @dataclass
 class _Picture:
+    """A picture being painted.
+
+    Attributes:
+        latents: fp32, updated in place.
+        step: int64 [1] on the device.
+        steps: how many there are.
+        taken: steps taken so far, on the host.
+        advance: takes a step; None when all are taken.
+    """
+
     latents: Tensor
-    conditioning: Conditioning | None
-    schedule: Schedule
-    step: int = 0
+    step: Tensor
+    steps: int
+    taken: int = 0
+    advance: Callable[[], None] | None = None
 
 
 class Executor:
@@ -103,6 +137,7 @@ class Executor:
         self._scheduler_config = scheduler_config
         self._device = device
         self._pictures: dict[int, _Picture] = {}
+        self._sources: dict[int, SourceCache] = {}
         self._queue: deque[Mark] = deque()
 
     def run(self, command: Command) -> NDArray[np.uint8] | None:
@@ -115,9 +150,33 @@ class Executor:
                 self._step(self._pictures[command.picture])
             elif isinstance(command, Decode):
                 return self._vae.decode(self._pictures.pop(command.picture).latents)
+            elif isinstance(command, ReadSources):
+                self._sources[command.request] = self._read_sources(command.sources)
+            elif isinstance(command, ForgetSources):
+                self._sources.pop(command.request, None)
             else:
                 self._pictures.pop(command.picture, None)
             return None
+
+    def _read_sources(self, sources: tuple[SourcePicture, ...]) -> SourceCache:
+        dtype, config = self._transformer.proj_out.weight.dtype, self._transformer.config
+        tokens = sum(source.grid.tokens for source in sources) * IMAGE_TOKENS_PER_TOKEN
+        needed, free = SourceCache.bytes_needed(config, tokens, dtype), self._device.memory().free
+        if needed > free:
+            raise InvalidInputError.of(
+                "image",
+                f"{sum(source.pixels.size for source in sources) / 3e6:.1f} megapixels in all, "
+                f"which take {needed / 1e9:.1f} GB",
+                f"what fits the {free / 1e9:.1f} GB that are free on {self._device}",
+            )
+        cache = SourceCache(config, tokens, self._device.torch_device, dtype)
+        prepared = (
+            self._conditioner.prepare_source(self._vae.encode(source.pixels), source.token_ids, source.grid)
+            for source in sources
+        )
+        read_sources(self._transformer, self._blocks, prepared, cache)
+        self._device.mark().wait()
+        return cache
 
     def _prepare(self, command: Prepare) -> None:
         place, grid = self._device.torch_device, command.grid
@@ -140,24 +199,29 @@ class Executor:
             grid,
             command.guidance_scale,
             steps,
+            None if command.sources_of is None else self._sources[command.sources_of],
         )
-        self._pictures[command.picture] = _Picture(noise.to(place), conditioning, steps)
+        picture = _Picture(
+            noise.to(place, torch.float32), torch.zeros(1, device=place, dtype=torch.int64), command.num_inference_steps
+        )
+        picture.advance = partial(self._advance, picture, conditioning, steps.sigmas)
+        self._pictures[command.picture] = picture
         self._device.mark().wait()
 
+    def _advance(self, picture: _Picture, conditioning: Conditioning, sigmas: Tensor) -> None:
+        latents = denoise_step(self._transformer, self._blocks, picture.latents, conditioning, picture.step, sigmas)
+        picture.latents.copy_(latents)
+        picture.step.add_(1)
+
     def _step(self, picture: _Picture) -> None:
-        assert picture.conditioning is not None
-        picture.latents = denoise_step(
-            self._transformer,
-            self._blocks,
-            picture.latents,
-            picture.conditioning,
-            picture.step,
-            picture.schedule.sigmas,
-        )
-        picture.step += 1
-        done = picture.step == len(picture.schedule.timesteps)
-        if done:
-            picture.conditioning = None
+        assert picture.advance is not None
+        if picture.taken == 1 and picture.steps >= FEWEST_STEPS_TO_CAPTURE:
+            picture.advance = self._device.capture(picture.advance, warm=True)
+        picture.advance()
+        picture.taken += 1
+        done = picture.taken == picture.steps
         self._queue.append(self._device.mark())
         while len(self._queue) > (0 if done else STEPS_AHEAD):
             self._queue.popleft().wait()
+        if done:
+            picture.advance = None

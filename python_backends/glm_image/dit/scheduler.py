@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.dit.executor import Command, Decode, Drop, Prepare, Step
+from glm_image.dit.executor import Command, Decode, Drop, ForgetSources, Prepare, ReadSources, Step
+from glm_image.dit.measures import STEP_SECONDS, VAE_SECONDS
 from glm_image.job import Job
+from glm_image.measures import Record, keep_nothing
 from glm_image.request import PaintRequest
+from glm_image.sources import SourcePicture
 
 Run = Callable[[Command], "NDArray[np.uint8] | None"]
 
@@ -21,32 +26,54 @@ class Scheduler:
 
     Args:
         run: the executor, or what sends commands to all of its ranks.
+        record: takes what ``dit.measures`` names.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, record: Record = keep_nothing) -> None:
         self._run = run
+        self._record = record
         self._names = itertools.count()
         self._device_is_free = threading.Lock()
 
-    def denoise(self, job: Job, request: PaintRequest) -> list[int]:
+    def denoise(self, job: Job, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()) -> list[int]:
         """Denoises all pictures of a request; returns their names for ``decode``.
+
+        Args:
+            job: looked at between steps.
+            request: what to paint.
+            sources: its source images, read once for all its pictures.
 
         Raises:
             CancelledError: the job was cancelled.
             DeadlineExceededError: its time ran out.
+            InvalidInputError: the sources need more memory than the device has.
         """
         pictures: list[int] = []
         try:
-            with self._device_is_free:
+            with self._device_is_free, self._read(job, sources) as sources_of:
                 for row in range(len(request.seeds)):
                     pictures.append(next(self._names))
-                    self._denoise_one(job, request, row, pictures[-1])
+                    self._denoise_one(job, request, row, pictures[-1], sources_of)
         except BaseException:
             self.drop(pictures)
             raise
         return pictures
 
-    def _denoise_one(self, job: Job, request: PaintRequest, row: int, picture: int) -> None:
+    @contextmanager
+    def _read(self, job: Job, sources: tuple[SourcePicture, ...]) -> Iterator[int | None]:
+        if not sources:
+            yield None
+            return
+        job.check()
+        name = next(self._names)
+        try:
+            with job.timed("condition"):
+                self._run(ReadSources(name, sources))
+            yield name
+        finally:
+            self._run(ForgetSources(name))
+
+    def _denoise_one(self, job: Job, request: PaintRequest, row: int, picture: int, sources_of: int | None) -> None:
         job.check()
         with job.timed("condition"):
             self._run(
@@ -59,23 +86,39 @@ class Scheduler:
                     num_inference_steps=request.num_inference_steps,
                     guidance_scale=request.guidance_scale,
                     seed=request.seeds[row],
+                    sources_of=sources_of,
                 )
             )
-        steps = request.num_inference_steps
         with job.timed("denoise"):
-            for step in range(steps):
+            self._take_steps(job, request, row, picture)
+
+    def _take_steps(self, job: Job, request: PaintRequest, row: int, picture: int) -> None:
+        steps, taken, started = request.num_inference_steps, 0, time.monotonic()
+        try:
+            for _ in range(steps):
                 job.check()
                 self._run(Step(picture))
-                job.report("denoise", row * steps + step + 1, len(request.seeds) * steps)
+                taken += 1
+                job.report("denoise", row * steps + taken, len(request.seeds) * steps)
+        finally:
+            # The host runs ahead of the device, so only all of a picture's steps together can be timed from here.
+            if taken:
+                self._record(STEP_SECONDS, (time.monotonic() - started) / taken, taken)
 
     def decode(self, job: Job, pictures: list[int]) -> NDArray[np.uint8]:
         """Makes pixels of denoised pictures: uint8 [pictures, height, width, 3]."""
         try:
             with job.timed("vae"):
-                decoded = [self._run(Decode(picture)) for picture in pictures]
+                decoded = [self._decode_one(picture) for picture in pictures]
         finally:
             self.drop(pictures)
         return np.stack([pixels for pixels in decoded if pixels is not None])
+
+    def _decode_one(self, picture: int) -> NDArray[np.uint8] | None:
+        started = time.monotonic()
+        pixels = self._run(Decode(picture))
+        self._record(VAE_SECONDS, time.monotonic() - started)
+        return pixels
 
     def drop(self, pictures: list[int]) -> None:
         """Forgets pictures, those already forgotten included."""

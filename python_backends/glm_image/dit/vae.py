@@ -1,4 +1,4 @@
-"""From latents to pixels."""
+"""From latents to pixels, and from pixels to latents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Vae:
-    """The decoder of a checkpoint's variational autoencoder.
+    """A checkpoint's variational autoencoder.
 
     Args:
         autoencoder: diffusers' ``AutoencoderKL``; its config has the mean and deviation of each latent channel.
@@ -33,3 +33,14 @@ class Vae:
         levels = (decoded * 0.5 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
         pixels: NDArray[np.uint8] = levels.permute(1, 2, 0).cpu().numpy()
         return pixels
+
+    def encode(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Encodes a picture uint8 [H, W, 3], sides multiples of 32, to normalised latents [1, channels, H/8, W/8].
+
+        They are the mode of the distribution: nothing is drawn.
+        """
+        # Channels stay last in memory, as in the reference: convolutions sum in another order otherwise.
+        levels = torch.from_numpy(pixels[None].astype(np.float32) / 255.0).permute(0, 3, 1, 2)
+        encoded = self._autoencoder.encode((2.0 * levels - 1.0).to(self._mean.device, self._dtype))
+        latents: Tensor = (encoded.latent_dist.mode() - self._mean) / self._std
+        return latents

@@ -7,13 +7,15 @@ and norms run over all of it and only attention is done sequence by sequence. Th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from glm_image.dit.sources import Join
 from glm_image.kernels.head_norm_rotary import head_norm_rotary
 from glm_image.kernels.modulated_norm import (
     GATE_ATTENTION,
@@ -27,6 +29,9 @@ from glm_image.kernels.modulated_norm import (
 )
 
 MOST_SEQUENCES = 2
+
+# cuDNN's is the fastest at these lengths. diffusers' dispatch would copy queries, keys and values before calling it.
+ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def supports(transformer: Any) -> bool:
@@ -56,18 +61,21 @@ class FusedBlocks:
 
     Args:
         transformer: bf16, on a device that runs Triton.
-        attention_backend: diffusers' name of the attention to use.
     """
 
-    def __init__(self, transformer: Any, attention_backend: str) -> None:
+    def __init__(self, transformer: Any) -> None:
         config, first = transformer.config, transformer.transformer_blocks[0]
         self._heads, self._head_dim = config.num_attention_heads, config.attention_head_dim
         self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
-        self._attention_backend = attention_backend
         self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
 
     def __call__(
-        self, sequences: list[tuple[Tensor, Tensor]], time: Tensor, rotary: tuple[Tensor, Tensor]
+        self,
+        sequences: list[tuple[Tensor, Tensor]],
+        time: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        joins: Sequence[Join] | None = None,
+        /,
     ) -> list[Tensor]:
         """Runs the blocks over one or two sequences at the same time step.
 
@@ -75,6 +83,7 @@ class FusedBlocks:
             sequences: image tokens [1, image tokens, width] and text tokens [1, text tokens, width] of each.
             time: silu(time embedding), [1, time width].
             rotary: cosines and sines, fp32 [image tokens, head_dim] each.
+            joins: for each block, what happens to the first sequence's keys and values before its attention.
 
         Returns:
             The image tokens of each sequence.
@@ -88,12 +97,15 @@ class FusedBlocks:
         normed = torch.empty_like(residual)
         modulated_norm(residual, tables[0], normed, self._norm_eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
         for index, block in enumerate(self._blocks):
-            branch = block.out(self._attend(block, normed, rotary, segments, [sum(length) for length in lengths]))
+            join = joins[index] if joins else None
+            branch = block.out(self._attend(block, normed, rotary, segments, [sum(length) for length in lengths], join))
             table = tables[index]
             gated_modulated_norm(
                 residual, branch, table, GATE_ATTENTION, table, normed, self._norm_eps, segments, SHIFT_MLP, SCALE_MLP
             )
-            branch = block.down(F.gelu(block.up(normed), approximate="tanh"))
+            # The GELU of the GEMM's epilogue is the approximation by tanh, as the model's.
+            product = torch._addmm_activation(block.up.bias, normed, block.up.weight.T, use_gelu=True)
+            branch = block.down(product)
             following = tables[index + 1] if index + 1 < len(tables) else None
             gated_modulated_norm(
                 residual,
@@ -117,11 +129,16 @@ class FusedBlocks:
         rotary: tuple[Tensor, Tensor],
         segments: tuple[int, int, int],
         lengths: list[int],
+        join: Join | None,
     ) -> Tensor:
         qkv = F.linear(normed, block.qkv_weight, block.qkv_bias)
         head_norm_rotary(qkv, self._heads, self._head_dim, rotary, self._head_eps, segments)
-        attended = []
+        attended: list[Tensor] = []
         for sequence in qkv.split(lengths):
             query, key, value = sequence.view(1, -1, 3, self._heads, self._head_dim).unbind(2)
-            attended.append(dispatch_attention_fn(query, key, value, backend=self._attention_backend)[0].flatten(1))
+            if join is not None and not attended:
+                key, value = join(key, value)
+            heads_first = (part.transpose(1, 2) for part in (query, key, value))
+            with sdpa_kernel(list(ATTENTION), set_priority=True):
+                attended.append(F.scaled_dot_product_attention(*heads_first)[0].transpose(0, 1).flatten(1))
         return torch.cat(attended) if len(attended) > 1 else attended[0]

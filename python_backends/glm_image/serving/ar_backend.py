@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glm_image.errors import UnavailableError
 from glm_image.job import Job
 from glm_image.metadata import ar_metadata
 from glm_image.request import GenerationParameters, ResolvedRequest
+from glm_image.serving import strings
 from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import AR_PARAMETERS
 from glm_image.serving.instance import Instance
@@ -23,18 +26,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DECODING_THREADS = 2
+"""Requests whose source images are decoded at once."""
+
 
 class ArBackend:
     """The Triton Python model of the first stage."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the engine on this instance's device."""
+        strings.install()
         instance = Instance.read(args, AR_PARAMETERS)
         self._limits = instance.limits
         self._engine = _load(instance)
+        self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
+        self._max_decoding = instance.integer("max_queue", 1)
+        self._may_decode = threading.Semaphore(self._max_decoding)
 
     def execute(self, requests: list[Any]) -> None:
-        """Hands requests over; the answers go out later, from the engine's thread."""
+        """Hands requests over; the answers go out later, from the engine's thread.
+
+        Source images are decoded in threads, so that requests without them do not wait.
+        """
         for request in requests:
             answer = Answer(request)
             try:
@@ -44,11 +57,33 @@ class ArBackend:
 
     def finalize(self) -> None:
         """Ends what runs, with an answer to each."""
+        self._decoder.shutdown(wait=True)
         self._engine.close()
 
     def _accept(self, request: Any, answer: Answer) -> None:
         job = Job.with_timeout(request.request_id(), request.timeout())
-        resolved = read_request(request).resolve(self._limits, self._engine.sampling)
+        asked = read_request(request)
+        if asked.images is None:
+            self._submit(asked, job, answer)
+        elif self._may_decode.acquire(blocking=False):
+            self._decoder.submit(self._decode, asked, job, answer)
+        else:
+            raise UnavailableError(
+                f"glm_ar decodes the source images of {self._max_decoding} requests, as many as max_queue allows; "
+                "try again later"
+            )
+
+    def _decode(self, asked: GenerationParameters, job: Job, answer: Answer) -> None:
+        try:
+            job.check()
+            self._submit(asked, job, answer)
+        except Exception as error:  # whatever it is, the client must get an answer
+            answer.fail(error)
+        finally:
+            self._may_decode.release()
+
+    def _submit(self, asked: GenerationParameters, job: Job, answer: Answer) -> None:
+        resolved = asked.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
         self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(answer, job, resolved, done))
 
 
@@ -104,8 +139,8 @@ def _reply(answer: Answer, job: Job, resolved: ResolvedRequest, done: Future[ArR
         {
             "prior_token_ids": result.prior_token_ids,
             "prior_grid": np.array(resolved.target),
-            "source_token_ids": np.zeros(0),
-            "source_grids": np.zeros((0, 2)),
+            "source_token_ids": result.source_token_ids,
+            "source_grids": np.array(result.source_grids).reshape(-1, 2),
             "resolved_seed": np.array([resolved.seeds[0]]),
             "resolved_size": np.array(resolved.requested),
             "deadline_ns": np.array([job.deadline_ns]),

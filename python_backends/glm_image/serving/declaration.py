@@ -119,6 +119,7 @@ DIT_PARAMETERS: Final = (
     *STAGE_PARAMETERS,
     ParameterSpec("cache", "off", ("off",)),
     ParameterSpec("parallel", "none", ("none",)),
+    ParameterSpec("warmup_sizes", "auto"),
 )
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from glm_image.errors import UnsupportedError
+from glm_image.errors import InvalidInputError
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.job import Job
-from glm_image.metadata import queued_seconds, request_metadata
+from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadata
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
+from glm_image.serving import strings
 from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
@@ -33,6 +34,7 @@ class DitBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the engine on this instance's device."""
+        strings.install()
         instance = Instance.read(args, DIT_PARAMETERS)
         # The engine imports torch and diffusers, which must not happen before the instance's device is known.
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
@@ -45,7 +47,13 @@ class DitBackend:
         # Where there are several cards, the first one is the other stage's.
         device = open_device(placement(parameters["devices"], instance.index, first=1))
         logger.info("loading the transformer on %s", device)
-        self._engine = DitEngine(self._checkpoint, device, DitSettings(dtype=named_dtype(parameters["dtype"])))
+        self._engine = DitEngine(
+            self._checkpoint,
+            device,
+            DitSettings(
+                dtype=named_dtype(parameters["dtype"]), warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes)
+            ),
+        )
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
         self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
 
@@ -67,10 +75,14 @@ class DitBackend:
         paint = read_request(inputs)
         # As a step of the ensemble it is told the whole request's timeout again; the first stage knows what is left.
         job = Job.with_timeout(request.request_id(), request.timeout())
-        job.deadline_ns = inputs.integer("deadline_ns") or job.deadline_ns
+        deadline_ns = inputs.integer("deadline_ns") or 0
+        if deadline_ns < 0:
+            raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
+        job.deadline_ns = deadline_ns or job.deadline_ns
         job.add_seconds("dit_queue", queued_seconds(paint.ar_metadata))
         paint.check(self._limits, self._engine.codebook_size)
-        pictures = self._engine.denoise(job, paint)
+        sources = paint.read_sources(self._limits, self._engine.source_rule)
+        pictures = self._engine.denoise(job, paint, sources)
         self._may_wait.acquire()
         self._finisher.submit(self._finish, answer, job, paint, pictures)
 
@@ -92,29 +104,25 @@ class DitBackend:
 
 
 def read_request(inputs: Inputs) -> PaintRequest:
-    """Reads what the first stage, or a client with tokens of its own, asks for; not yet validated.
-
-    Raises:
-        UnsupportedError: source images, or tokens of some, were given.
-    """
-    for name in ("image", "source_token_ids", "source_grids"):
-        given = inputs.array(name)
-        if given is not None and given.size:
-            raise UnsupportedError(f"{name}: image-to-image is not available in this version; leave the input out")
+    """Reads what the first stage, or a client with tokens of its own, asks for; not yet validated."""
     tokens, sides = inputs.array("prior_token_ids"), inputs.array("prior_grid")
     assert tokens is not None
     assert sides is not None
     grid = Grid(*map(int, sides))
     size = inputs.array("resolved_size")
     seed = inputs.integer("resolved_seed")
+    source_grids = inputs.array("source_grids")
     return PaintRequest(
         prompt=inputs.text("prompt") or "",
         prior_token_ids=tokens,
         grid=grid,
         requested=Size(*(side * PIXELS_PER_TOKEN for side in grid) if size is None else map(int, size)),
         seeds=consecutive_seeds(random_seed() if seed is None else seed, len(tokens)),
-        ar_metadata=inputs.json_object("ar_metadata"),
+        ar_metadata=read_ar_metadata(inputs.text("ar_metadata") or ""),
+        source_grids=() if source_grids is None else tuple(Grid(*map(int, pair)) for pair in source_grids),
         **inputs.given(
+            images=inputs.files("image"),
+            source_token_ids=inputs.array("source_token_ids"),
             negative_prompt=inputs.text("negative_prompt"),
             num_inference_steps=inputs.integer("num_inference_steps"),
             guidance_scale=inputs.real("guidance_scale"),

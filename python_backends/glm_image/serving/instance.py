@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_image.errors import ConfigurationError
+from glm_image.geometry import Size
 from glm_image.request import Limits
 from glm_image.serving.declaration import ParameterSpec, read_parameters
 
@@ -65,6 +66,19 @@ class Instance:
         if not re.fullmatch(r"\d{1,9}", text) or int(text) < low:
             raise ConfigurationError(f"{name} is {text!r}; allowed: a whole number of at least {low}")
         return int(text)
+
+    def sizes(self, name: str, default: tuple[Size, ...]) -> tuple[Size, ...]:
+        """Returns a parameter that is ``auto``, ``none`` or sizes such as ``1024x1024,1920x1024`` (width first)."""
+        text = self.parameters[name]
+        if text in {"auto", "none"}:
+            return default if text == "auto" else ()
+        sizes = [re.fullmatch(r"(\d{1,4})x(\d{1,4})", part.strip()) for part in text.split(",")]
+        low, high = self.limits.min_side, self.limits.max_side
+        if not all(size and all(low <= int(side) <= high for side in size.groups()) for size in sizes):
+            raise ConfigurationError(
+                f"{name} is {text!r}; allowed: auto, none, or WIDTHxHEIGHT of {low} to {high}, with commas between"
+            )
+        return tuple(Size(height=int(size[2]), width=int(size[1])) for size in sizes if size)
 
     def share(self, name: str) -> float:
         """Returns a parameter that is a number above 0 and at most 1."""

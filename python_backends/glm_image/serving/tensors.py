@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from glm_image.errors import InvalidInputError
+from glm_image.errors import MAX_SHOWN_CHARACTERS, InvalidInputError
 from glm_image.serving.declaration import OUTPUTS, STAGE_TENSORS
 
 NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING": np.object_}
@@ -48,26 +47,13 @@ class Inputs:
         try:
             text: str = array[0].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InvalidInputError.of(name, repr(array[0])[2:-1], "UTF-8") from error
+            raise InvalidInputError.of(name, repr(array[0][: MAX_SHOWN_CHARACTERS + 1])[2:-1], "UTF-8") from error
         return text
 
-    def files(self, name: str) -> tuple[bytes, ...]:
-        """Returns a BYTES [k]; () when it was left out."""
+    def files(self, name: str) -> tuple[bytes, ...] | None:
+        """Returns a BYTES [k]; None when it was left out, which is not the same as none of them."""
         array = self.array(name)
-        return () if array is None else tuple(bytes(file) for file in array)
-
-    def json_object(self, name: str) -> dict[str, Any]:
-        """Returns a BYTES [1] that must hold a JSON object; {} when it was left out or is empty."""
-        text = self.text(name)
-        if not text:
-            return {}
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InvalidInputError.of(name, text, "a JSON object") from error
-        if not isinstance(value, dict):
-            raise InvalidInputError.of(name, text, "a JSON object")
-        return value
+        return None if array is None else tuple(bytes(file) for file in array)
 
     def given(self, **values: Any) -> dict[str, Any]:
         """Returns those values that are not None, so that defaults hold for the others."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm_image.errors import GlmImageError
+from glm_image.supervisor.access import CLOSABLE_APIS
 from glm_image.supervisor.server import ServerStartError, TritonServer
 from glm_image.supervisor.settings import ServerSettings
 
@@ -36,6 +37,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="N",
         help="how long requests in flight may go on after a stop (default: %(default)s)",
     )
+    parser.add_argument(
+        "--open-apis",
+        default=(),
+        type=lambda names: tuple(names.split(",")),
+        metavar="NAME,...",
+        help=f"of {', '.join(CLOSABLE_APIS)}, which are closed (default: none)",
+    )
+    parser.add_argument(
+        "--max-request-bytes",
+        default=defaults.max_request_bytes,
+        type=int,
+        metavar="N",
+        help="largest body of an HTTP request, where Triton has such a limit (default: %(default)s)",
+    )
     parser.add_argument("--model-repository", type=Path, metavar="DIR", help="default: the checkout's model_repository")
     return parser.parse_args(arguments)
 
@@ -48,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GlmImageError as error:
         return _fail(str(error), EXIT_REFUSED)
     _stop_on_signals(server)
+    if server.exposure:
+        print(f"warning: {server.exposure}", file=sys.stderr, flush=True)
     try:
         server.start()
         server.wait_ready()

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import shutil
 import signal
@@ -21,14 +22,24 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SHARED_MEMORY = Path("/dev/shm")
+# Triton 2.51 walks down nested JSON by recursion, some 300 bytes of stack a level: with the usual 8 MiB a request of
+# 50 kB ends the server, with this much one of 1.6 MB does. Memory that is not used is not taken.
+SERVER_STACK_BYTES = 256 * 1024 * 1024
 
 
 def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def _die_with_parent() -> None:
+def _prepare_server() -> None:
+    """Runs in the server's process before its program: it dies with this one, and its threads get large stacks."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    # No limit is the usual 2 MiB for threads.
+    wanted = SERVER_STACK_BYTES if soft == resource.RLIM_INFINITY else max(soft, SERVER_STACK_BYTES)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
 def remove_leftovers(shm_prefix: str, run_directory: Path) -> None:
@@ -71,7 +82,7 @@ class Guard:
         self._signals = self._catch_signals()
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         # Safe here, and only here: this process has one thread. The server's standard output joins its log.
-        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, preexec_fn=_die_with_parent)  # noqa: PLW1509
+        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, preexec_fn=_prepare_server)  # noqa: PLW1509
 
     @staticmethod
     def _catch_signals() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import mmap
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from glm_image.supervisor.requirements import (
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _STUB = "triton_python_backend_stub"
+_INPUT_LIMIT_FLAG = "--http-max-input-size"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,17 @@ class Installation:
     def caches(self) -> Path:
         """The folder of response cache libraries."""
         return self.folder / "caches"
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it is the one that the nvidia-pytriton package carries, for this machine alone."""
+        return self.folder != CONTAINER_SERVER
+
+    def input_limit_flags(self, max_bytes: int) -> list[str]:
+        """The flags that limit the body of an HTTP request; none where this Triton has no such limit."""
+        with self.binary.open("rb") as binary, mmap.mmap(binary.fileno(), 0, access=mmap.ACCESS_READ) as program:
+            known = program.find(_INPUT_LIMIT_FLAG.lstrip("-").encode()) >= 0
+        return [f"{_INPUT_LIMIT_FLAG}={max_bytes}"] if known else []
 
     def lay_out_backends(self, run_directory: Path) -> Path:
         """Builds the folder of backends, of links, in ``run_directory``; the installation itself is never written to.

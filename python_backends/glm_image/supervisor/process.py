@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from glm_image.supervisor import guard
+from glm_image.supervisor.access import closing_flags
 from glm_image.supervisor.installation import Installation
 from glm_image.supervisor.log import SERVICES, StartFailure, start_failure, started_service
 from glm_image.supervisor.settings import ServerSettings
@@ -111,6 +112,10 @@ class ServerProcess:
             f"--exit-timeout-secs={settings.drain_seconds}",
             "--model-control-mode=none",
             "--disable-auto-complete-config",
+            *closing_flags(settings.open_apis),
+            *installation.input_limit_flags(settings.max_request_bytes),
+            # Triton would keep the buffers of its largest gRPC requests for later ones.
+            "--grpc-infer-allocation-pool-size=0",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *([f"--model-config-name={settings.profile}"] if settings.profile else []),
         ]

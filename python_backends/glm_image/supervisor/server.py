@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import http.client
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 from glm_image.errors import GlmImageError
+from glm_image.supervisor.access import is_loopback
 from glm_image.supervisor.installation import find_installation
 from glm_image.supervisor.process import ServerProcess
 from glm_image.supervisor.settings import ServerSettings, default_model_repository
@@ -36,6 +38,8 @@ class TritonServer:
         drain_seconds: how long requests in flight may go on when the server is stopped. Triton waits as long for an
             HTTP client that keeps an idle connection open.
         model_repository: when None, the one GLM_IMAGE_MODEL_REPOSITORY names, else the checkout's.
+        open_apis: those of ``access.CLOSABLE_APIS`` that are not to be closed.
+        max_request_bytes: the largest body of an HTTP request, where the server has such a limit.
         log: where the server's log is passed on to; its tail is kept in any case.
 
     Raises:
@@ -54,11 +58,22 @@ class TritonServer:
         metrics_port: int = 0,
         drain_seconds: int = ServerSettings.drain_seconds,
         model_repository: Path | str | None = None,
+        open_apis: Sequence[str] = (),
+        max_request_bytes: int = ServerSettings.max_request_bytes,
         log: TextIO | None = None,
     ) -> None:
         repository = default_model_repository() if model_repository is None else Path(model_repository).absolute()
         self._asked = ServerSettings(
-            Path(checkpoint).absolute(), repository, profile, host, http_port, grpc_port, metrics_port, drain_seconds
+            Path(checkpoint).absolute(),
+            repository,
+            profile,
+            host,
+            http_port,
+            grpc_port,
+            metrics_port,
+            drain_seconds,
+            tuple(open_apis),
+            max_request_bytes,
         )
         self._asked.check()
         self._installation = find_installation()
@@ -94,6 +109,16 @@ class TritonServer:
     def metrics_url(self) -> str:
         """``HOST:PORT`` of the Prometheus metrics."""
         return self._address(self._settings.metrics_port)
+
+    @property
+    def exposure(self) -> str | None:
+        """What is unsafe about the address it listens on, or None."""
+        if is_loopback(self._settings.host) or not self._installation.is_bundled:
+            return None
+        return (
+            f"{self._settings.host} is not a loopback address, and the Triton of nvidia-pytriton has known "
+            "vulnerabilities: whoever reaches it may take it over; see SECURITY.md"
+        )
 
     @property
     def shm_prefix(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glm_image.errors import CheckpointError, ConfigurationError, shown
+from glm_image.supervisor.access import DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 
 LARGEST_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -16,7 +17,12 @@ REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The flags of ``serve``. Port 0 asks for a free one; ``profile`` names a file of a model's ``configs`` folder."""
+    """The flags of ``serve``.
+
+    Port 0 asks for a free one; ``profile`` names a file of a model's ``configs`` folder; ``open_apis`` are those of
+    ``access.CLOSABLE_APIS`` that are not to be closed; ``max_request_bytes`` is the largest body of an HTTP request,
+    where the server has such a limit.
+    """
 
     checkpoint: Path
     model_repository: Path
@@ -26,13 +32,15 @@ class ServerSettings:
     grpc_port: int = 8001
     metrics_port: int = 8002
     drain_seconds: int = 60
+    open_apis: tuple[str, ...] = ()
+    max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
 
     def check(self) -> None:
         """Refuses what a server could not be started with.
 
         Raises:
             CheckpointError: the checkpoint folder is missing or not a checkpoint.
-            ConfigurationError: the repository, the profile, a port or the drain time is not usable.
+            ConfigurationError: the repository, the profile, a port or another flag is not usable.
         """
         _check_checkpoint(self.checkpoint)
         models = model_folders(self.model_repository)
@@ -45,6 +53,9 @@ class ServerSettings:
             _check_profile(self.profile, known_profiles(models))
         if self.drain_seconds < 0:
             raise ConfigurationError(f"--drain-seconds is {self.drain_seconds}; allowed: 0 or more")
+        if self.max_request_bytes < 1:
+            raise ConfigurationError(f"--max-request-bytes is {self.max_request_bytes}; allowed: 1 or more")
+        check_open_apis(self.open_apis)
         self._check_ports()
 
     def _check_ports(self) -> None:

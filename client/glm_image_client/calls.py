@@ -1,0 +1,220 @@
+"""The requests a client can send, apart from how it sends them: the methods of both clients are made from these."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glm_image_client.errors import BadArgumentError
+from glm_image_client.result import GenerationResult, PriorTokens
+from glm_image_client.tensors import SourceImage, request_tensors
+from glm_image_client.transport import Tensor, object_array
+
+OutputFormat = Literal["raw", "png", "jpeg", "webp"]
+
+ENSEMBLE: Final = "glm_image"
+FIRST_STAGE: Final = "glm_ar"
+SECOND_STAGE: Final = "glm_dit"
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A request, ready to be sent.
+
+    Attributes:
+        model: which model takes it.
+        tensors: its inputs.
+        read: makes the answer of the model's outputs.
+        request_id: shows in the server's log.
+        timeout: seconds; None = the client's own.
+    """
+
+    model: str
+    tensors: Sequence[Tensor]
+    read: Callable[[Mapping[str, NDArray[Any]]], T]
+    request_id: str | None
+    timeout: float | None
+
+
+def described(method: M, prepare: Callable[..., Call[Any]]) -> M:
+    """Gives a client's method the name, the documentation and the arguments of the function behind it."""
+    signature = inspect.signature(prepare)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    answer = str(signature.return_annotation).removeprefix("Call[").removesuffix("]")
+    told = {
+        "__name__": prepare.__name__,
+        "__doc__": prepare.__doc__,
+        "__signature__": inspect.Signature([itself, *signature.parameters.values()], return_annotation=answer),
+    }
+    for name, value in told.items():
+        setattr(method, name, value)
+    return method
+
+
+def generate(
+    prompt: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int | None = None,
+    num_images: int | None = None,
+    negative_prompt: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    images: Sequence[SourceImage] | None = None,
+    output_format: OutputFormat | None = "png",
+    request_id: str | None = None,
+    timeout: float | None = None,
+) -> Call[GenerationResult]:
+    """Generates pictures. None = not sent, so that the server's default holds.
+
+    Args:
+        prompt: what to paint; quoted text is lettered.
+        height: pixels.
+        width: pixels.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 and below = off.
+        seed: any signed 64-bit integer; image i is that of ``seed + i``.
+        num_images: pictures to make.
+        negative_prompt: its quoted text is the glyph condition of the unconditional branch.
+        temperature: of the image tokens' sampling.
+        top_p: of the image tokens' sampling.
+        top_k: of the image tokens' sampling.
+        images: source images for image-to-image: paths, bytes of image files, or PIL images.
+        output_format: what the server sends; ``raw`` = uint8 pixels.
+        request_id: shows in the server's log.
+        timeout: seconds for all attempts; the wait here, and what the server is told of it.
+
+    Raises:
+        BadArgumentError: a value cannot be sent; nothing was.
+        RefusedError: the server does not take this request.
+        UnreachableError: no server answers, or the connection broke.
+        BusyError: the server's queue is full, or it is about to stop.
+        RequestTimeout: the time ran out.
+        ServerFailure: the server failed.
+    """
+    values = {
+        "prompt": prompt,
+        "height": height,
+        "width": width,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "num_images": num_images,
+        "negative_prompt": negative_prompt,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "output_format": output_format,
+    }
+    tensors = request_tensors(values, images)
+    return Call(ENSEMBLE, tensors, GenerationResult.from_outputs, request_id, timeout)
+
+
+def prior_tokens(
+    prompt: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int | None = None,
+    num_images: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    images: Sequence[SourceImage] | None = None,
+    request_id: str | None = None,
+    timeout: float | None = None,
+) -> Call[PriorTokens]:
+    """Runs the first stage alone, for ``paint``. Arguments and errors are those of ``generate``."""
+    values = {
+        "prompt": prompt,
+        "height": height,
+        "width": width,
+        "seed": seed,
+        "num_images": num_images,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+    }
+    return Call(FIRST_STAGE, request_tensors(values, images), PriorTokens.from_outputs, request_id, timeout)
+
+
+def paint(
+    prompt: str,
+    prior: PriorTokens,
+    *,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    seed: int | None = None,
+    images: Sequence[SourceImage] | None = None,
+    output_format: OutputFormat | None = "png",
+    request_id: str | None = None,
+    timeout: float | None = None,
+) -> Call[GenerationResult]:
+    """Runs the second stage alone on tokens that were kept, perhaps edited. Errors are those of ``generate``.
+
+    Args:
+        prompt: only its quoted text matters here.
+        prior: the tokens; one picture for each row of ``prior_token_ids``.
+        num_inference_steps: as in ``generate``.
+        guidance_scale: as in ``generate``.
+        negative_prompt: as in ``generate``.
+        seed: of the noise; None = that of ``prior``.
+        images: the source images that ``prior`` was made with, if any.
+        output_format: as in ``generate``.
+        request_id: as in ``generate``.
+        timeout: as in ``generate``.
+    """
+    values = {
+        "prompt": prompt,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "output_format": output_format,
+    }
+    tensors = request_tensors(values, images) + prior_inputs(prior, seed)
+    return Call(SECOND_STAGE, tensors, GenerationResult.from_outputs, request_id, timeout)
+
+
+def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
+    """Returns the inputs of ``glm_dit`` that come from ``glm_ar``; a seed takes the place of the prior's.
+
+    Raises:
+        BadArgumentError: an array holds no integers, or the seed is none.
+    """
+    # When the tokens were made says nothing about how long this painting waited.
+    kept = {name: value for name, value in prior.ar_metadata.items() if name != "finished_ns"}
+    return [
+        _integers("prior_token_ids", "INT32", prior.prior_token_ids),
+        _integers("prior_grid", "INT32", prior.prior_grid),
+        _integers("resolved_size", "INT32", prior.resolved_size),
+        _integers("resolved_seed", "INT64", prior.resolved_seed if seed is None else [seed]),
+        Tensor("ar_metadata", "BYTES", object_array([json.dumps(kept).encode()])),
+        _integers("source_token_ids", "INT32", prior.source_token_ids),
+        _integers("source_grids", "INT32", prior.source_grids),
+    ]
+
+
+def _integers(name: str, datatype: str, values: object) -> Tensor:
+    dtype = np.int32 if datatype == "INT32" else np.int64
+    try:
+        given = np.asarray(values)
+        array = given.astype(dtype, casting="same_kind")
+    except (TypeError, OverflowError) as error:
+        raise BadArgumentError(f"{name} is no array of integers") from error
+    if not np.array_equal(array, given):
+        raise BadArgumentError(f"{name} holds a number that {datatype} cannot")
+    return Tensor(name, datatype, np.ascontiguousarray(array))

@@ -1,0 +1,85 @@
+"""When to ask again, and after how long."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass
+
+from glm_image_client.errors import BadArgumentError, BusyError, GlmImageClientError, UnreachableError
+
+
+@dataclass(frozen=True)
+class Retries:
+    """Asks again when the server is busy: after ``first_seconds``, then ``factor`` times as long, and so on.
+
+    Each pause is shortened by a random share of up to ``jitter``, so that clients turned away together do not come
+    back together. Pauses count towards a request's timeout: none is begun that would outlast it.
+
+    Attributes:
+        attempts: how often to ask again; 0 = never.
+        first_seconds: the first pause.
+        factor: how much longer each pause is than the one before it.
+        longest_seconds: no pause is longer.
+        jitter: 0 = none, 1 = a pause of any length up to the full one.
+        unreachable: ask again also where no server answers, as while one is restarted.
+
+    Raises:
+        BadArgumentError: a value is out of its range.
+    """
+
+    attempts: int = 5
+    first_seconds: float = 0.5
+    factor: float = 2.0
+    longest_seconds: float = 30.0
+    jitter: float = 0.5
+    unreachable: bool = False
+
+    def __post_init__(self) -> None:
+        lowest = {"attempts": 0, "first_seconds": 0, "factor": 1, "longest_seconds": 0, "jitter": 0}
+        for name, low in lowest.items():
+            value, high = getattr(self, name), 1 if name == "jitter" else math.inf
+            if not (math.isfinite(value) and low <= value <= high):
+                raise BadArgumentError(f"{name} is {value}; allowed: {low} {'to 1' if name == 'jitter' else 'or more'}")
+
+    def pause(self, index: int) -> float:
+        """Returns the seconds of pause ``index``, counted from 0; drawn anew at each call."""
+        # The exponent is bounded: a power that overflows would be an error, not a long pause.
+        full = min(self.longest_seconds, self.first_seconds * self.factor ** min(index, 64))
+        return full * (1 - self.jitter * random.random())
+
+
+NO_RETRIES = Retries(attempts=0)
+
+
+class Attempts:
+    """One request's attempts: what is left of its time, and how long to wait before the next."""
+
+    def __init__(self, retries: Retries, timeout: float | None) -> None:
+        self._retries = retries
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._timeout = timeout
+        self._failed = 0
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that the next attempt may take; None = as long as it takes."""
+        if self._deadline is None or not self._failed:
+            return self._timeout
+        return self._deadline - time.monotonic()
+
+    def pause_after(self, error: GlmImageClientError) -> float:
+        """Returns the seconds to wait after a failed attempt.
+
+        Raises:
+            GlmImageClientError: ``error``, when there is to be no other attempt.
+        """
+        kinds = (BusyError, UnreachableError) if self._retries.unreachable else (BusyError,)
+        if not isinstance(error, kinds) or self._failed >= self._retries.attempts:
+            raise error
+        seconds = self._retries.pause(self._failed)
+        if self._deadline is not None and time.monotonic() + seconds >= self._deadline:
+            raise error
+        self._failed += 1
+        return seconds

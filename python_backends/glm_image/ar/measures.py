@@ -1,0 +1,31 @@
+"""What the first stage measures."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from glm_image.measures import Kind, Measure
+
+RUNNING: Final = Measure("glm_image_ar_running_sequences", Kind.GAUGE, "Sequences in a slot, one an image")
+WAITING: Final = Measure("glm_image_ar_waiting_sequences", Kind.GAUGE, "Sequences that wait for a slot, one an image")
+OCCUPANCY: Final = Measure("glm_image_ar_slot_occupancy_ratio", Kind.GAUGE, "Running sequences over slots, 0 to 1")
+TOKENS: Final = Measure(
+    "glm_image_ar_tokens_total", Kind.COUNTER, "Image tokens drawn, those of previews included, prompts not"
+)
+STEP_SECONDS: Final = Measure(
+    "glm_image_ar_step_seconds",
+    Kind.HISTOGRAM,
+    "Seconds of a decode step of all slots; a few steps are timed together, and each counts with their mean",
+    (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
+)
+PREFILL_SECONDS: Final = Measure(
+    "glm_image_ar_prefill_seconds",
+    Kind.HISTOGRAM,
+    "Seconds in which a sequence's prompt was read, and before the first of a request its source images",
+    (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+KV_CACHE_BYTES: Final = Measure(
+    "glm_image_ar_kv_cache_bytes", Kind.GAUGE, "Memory of the keys and values of all slots, set aside at load"
+)
+
+AR_MEASURES: Final = (RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, KV_CACHE_BYTES)

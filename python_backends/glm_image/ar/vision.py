@@ -1,0 +1,99 @@
+"""From source images to tokens: transformers' vision tower, and the nearest code of each of its patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glm_image.checkpoint import Checkpoint, fill
+from glm_image.errors import CheckpointError
+from glm_image.geometry import Grid
+from glm_image.sources import Source
+
+# Codes are told apart by distances that bfloat16 rounds to the same number.
+QUANTIZER_DTYPE = torch.float32
+
+
+class Vision:
+    """The vision tower and the vector quantizer.
+
+    Args:
+        tower: transformers' ``GlmImageVisionModel``.
+        quantizer: transformers' ``GlmImageVQVAE``, in fp32.
+    """
+
+    def __init__(self, tower: Any, quantizer: Any) -> None:
+        self._tower = tower
+        self._quantizer = quantizer
+        weight = tower.patch_embed.proj.weight
+        self._device: torch.device = weight.device
+        self._dtype: torch.dtype = weight.dtype
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Vision:
+        """Loads both from ``vision_language_encoder``.
+
+        Raises:
+            CheckpointError: a config or a tensor is missing or has a wrong value or shape.
+        """
+        tower, quantizer = _build(checkpoint)
+        component = "vision_language_encoder"
+        fill(tower, checkpoint.tensors(component, device, dtype), "model.visual.")
+        fill(quantizer, checkpoint.tensors(component, device, QUANTIZER_DTYPE), "model.vqmodel.")
+        return cls(tower, quantizer)
+
+    @staticmethod
+    def bytes_needed(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+        """Returns the memory the weights take."""
+        tower, quantizer = (sum(weight.numel() for weight in module.parameters()) for module in _build(checkpoint))
+        return int(tower * dtype.itemsize + quantizer * QUANTIZER_DTYPE.itemsize)
+
+    def encode(self, patches: NDArray[np.float32], grids: Sequence[Grid]) -> NDArray[np.int32]:
+        """Returns the tokens of a request's source images, int32 [tokens of all grids].
+
+        Args:
+            patches: fp32 [tokens of all grids, channels of a patch], image by image, row by row; see ``patches_of``.
+            grids: the images' grids.
+        """
+        values = torch.from_numpy(patches).to(self._device, self._dtype)
+        sides = torch.tensor([(1, *grid) for grid in grids], device=self._device)
+        features: Tensor = self._tower(values, grid_thw=sides).last_hidden_state
+        tokens = []
+        for image, grid in zip(torch.split(features, [grid.tokens for grid in grids]), grids, strict=True):
+            laid_out = image.view(1, *grid, -1).permute(0, 3, 1, 2).contiguous()
+            tokens.append(self._quantizer.encode(laid_out.to(QUANTIZER_DTYPE)).image_tokens)
+        ids: NDArray[np.int32] = torch.cat(tokens).to("cpu", torch.int32).numpy()
+        return ids
+
+
+def patches_of(processor: Any, sources: Sequence[Source]) -> NDArray[np.float32]:
+    """Returns what the vision tower reads of source images, fp32 [tokens, channels of a patch].
+
+    Args:
+        processor: the checkpoint's image processor.
+        sources: already of their size.
+    """
+    images = [source.pixels for source in sources]
+    made = processor(images=images, do_resize=False, input_data_format="channels_last", return_tensors="np")
+    patches: NDArray[np.float32] = made["pixel_values"].astype(np.float32, copy=False)
+    return patches
+
+
+def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    from transformers import GlmImageConfig, GlmImageVisionModel, GlmImageVQVAE  # noqa: PLC0415 - seconds to import
+
+    json: Mapping[str, Any] = checkpoint.config("vision_language_encoder")
+    try:
+        config = GlmImageConfig(**json)
+        with torch.device("meta"):
+            tower, quantizer = GlmImageVisionModel(config.vision_config), GlmImageVQVAE(config.vq_config)
+    except (KeyError, TypeError, ValueError) as error:
+        path = checkpoint.path("vision_language_encoder") / "config.json"
+        raise CheckpointError(f"{path}: vision_config and vq_config cannot be read: {error}") from error
+    del quantizer.post_quant_conv  # the way back to features, which nothing takes
+    return tower, quantizer

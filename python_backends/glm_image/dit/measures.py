@@ -1,0 +1,35 @@
+"""What the second stage measures."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from glm_image.measures import Kind, Measure
+
+STEP_SECONDS: Final = Measure(
+    "glm_image_dit_step_seconds",
+    Kind.HISTOGRAM,
+    "Seconds of a denoising step, both branches of guidance together; each counts with the mean of its image's steps",
+    (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
+)
+CACHED_STEPS: Final = Measure("glm_image_dit_cached_steps_total", Kind.COUNTER, "Denoising steps that a cache skipped")
+VAE_SECONDS: Final = Measure(
+    "glm_image_dit_vae_seconds",
+    Kind.HISTOGRAM,
+    "Seconds in which an image's latents became pixels on the host",
+    (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+ENCODE_SECONDS: Final = Measure(
+    "glm_image_dit_encode_seconds",
+    Kind.HISTOGRAM,
+    "Seconds in which an image became a PNG, JPEG or WebP file; raw images have none",
+    (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
+)
+IMAGES: Final = Measure("glm_image_dit_images_total", Kind.COUNTER, "Images finished")
+PEAK_MEMORY: Final = Measure(
+    "glm_image_dit_peak_memory_bytes",
+    Kind.GAUGE,
+    "The most memory that the instance has held: of tensors on an accelerator, of the whole process on the CPU",
+)
+
+DIT_MEASURES: Final = (STEP_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PEAK_MEMORY)

@@ -1,0 +1,58 @@
+"""What source images leave in the transformer: keys and values of every block, which the conditional branch reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What happens to the keys and values, [1, tokens, heads, head_dim] each, that a block has just computed, before its
+# attention reads them.
+Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class SourceCache:
+    """Keys (after rotation) and values of all image tokens of a request's sources, one source after the other.
+
+    Args:
+        config: the transformer's.
+        tokens: image tokens of all sources.
+        device: where they are kept.
+        dtype: the transformer's.
+    """
+
+    def __init__(self, config: Any, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_layers, 1, tokens, config.num_attention_heads, config.attention_head_dim)
+        self._keys = torch.empty(shape, device=device, dtype=dtype)
+        self._values = torch.empty(shape, device=device, dtype=dtype)
+
+    @staticmethod
+    def bytes_needed(config: Any, tokens: int, dtype: torch.dtype) -> int:
+        """Returns the memory that the cache of ``tokens`` image tokens takes, one block's copies beside it included."""
+        width = config.num_attention_heads * config.attention_head_dim
+        return int(2 * (config.num_layers + 1) * tokens * width * dtype.itemsize)
+
+    def recorders(self, start: int) -> list[Join]:
+        """Returns for each block what keeps the keys and values of a source whose tokens begin at ``start``."""
+        return [self._recorder(block, start) for block in range(len(self._keys))]
+
+    def readers(self) -> list[Join]:
+        """Returns for each block what puts the sources before the picture's own keys and values."""
+        return [self._reader(block) for block in range(len(self._keys))]
+
+    def _recorder(self, block: int, start: int) -> Join:
+        def record(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            own = slice(start, start + keys.shape[1])
+            self._keys[block, :, own] = keys
+            self._values[block, :, own] = values
+            return keys, values
+
+        return record
+
+    def _reader(self, block: int) -> Join:
+        def read(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.cat([self._keys[block], keys], dim=1), torch.cat([self._values[block], values], dim=1)
+
+        return read

@@ -1,0 +1,295 @@
+"""Clients that people really use: each gets the picture that the engines make without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from queue import Queue
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.grpc.aio
+import tritonclient.http
+import tritonclient.http.aio
+from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException, shared_memory
+
+from glm_image.pipeline import LocalPipeline
+from glm_image.request import GenerationParameters
+from glm_image.supervisor import TritonServer
+from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
+from server.kserve import REQUEST_INPUTS, decoded
+
+REQUEST: dict[str, Any] = {
+    "prompt": "A fox reading “NEWS” 雪",
+    "height": 64,
+    "width": 96,
+    "num_inference_steps": 2,
+    "guidance_scale": 1.5,
+    "seed": 23,
+    "output_format": "png",
+}
+PROTOCOLS = ("grpc", "http")
+THREADS = 8
+PROGRAM_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def png(pipeline: LocalPipeline) -> bytes:
+    (file,) = pipeline.generate(GenerationParameters(**REQUEST)).encoded
+    return file
+
+
+def request_inputs(triton: Any, values: dict[str, Any] = REQUEST, **options: bool) -> list[Any]:
+    """A request as tritonclient's inputs; ``binary_data=False`` has HTTP write them as JSON."""
+    dtypes = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BYTES": np.object_}
+    inputs = []
+    for name, value in values.items():
+        datatype = REQUEST_INPUTS[name][0]
+        inputs.append(triton.InferInput(name, [1], datatype))
+        data = value.encode() if isinstance(value, str) else value
+        inputs[-1].set_data_from_numpy(np.array([data], dtype=dtypes[datatype]), **options)
+    return inputs
+
+
+def file_of(result: Any) -> bytes:
+    return base64.b64decode(result.as_numpy("images_base64")[0])
+
+
+def address(server: TritonServer, protocol: str) -> str:
+    return server.grpc_url if protocol == "grpc" else server.http_url
+
+
+class TestTritonclient:
+    @pytest.mark.parametrize("binary", [True, False])
+    def test_http_with_binary_and_json_data_both_ways(self, triton: TritonServer, png: bytes, binary: bool) -> None:
+        outputs = [tritonclient.http.InferRequestedOutput("images_base64", binary_data=binary)]
+        inputs = request_inputs(tritonclient.http, binary_data=binary)
+        with closing(tritonclient.http.InferenceServerClient(triton.http_url)) as client:
+            result = client.infer("glm_image", inputs, outputs=outputs)
+        assert file_of(result) == png
+        assert [output["name"] for output in result.get_response()["outputs"]] == ["images_base64"]
+
+    def test_grpc_answers_a_callback(self, triton: TritonServer, png: bytes) -> None:
+        with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
+            answers: Queue[tuple[Any, Any]] = Queue()
+            client.async_infer(
+                "glm_image", request_inputs(tritonclient.grpc), lambda result, error: answers.put((result, error))
+            )
+            result, error = answers.get(timeout=PROGRAM_SECONDS)
+        assert error is None
+        assert file_of(result) == png
+
+    @pytest.mark.parametrize("compression", ["gzip", "deflate"])
+    def test_grpc_compression(self, triton: TritonServer, png: bytes, compression: str) -> None:
+        with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
+            inputs = request_inputs(tritonclient.grpc)
+            assert file_of(client.infer("glm_image", inputs, compression_algorithm=compression)) == png
+
+    @pytest.mark.parametrize("compression", ["gzip", "deflate"])
+    def test_http_compression(self, triton: TritonServer, png: bytes, compression: str) -> None:
+        with closing(tritonclient.http.InferenceServerClient(triton.http_url)) as client:
+            result = client.infer(
+                "glm_image",
+                request_inputs(tritonclient.http),
+                request_compression_algorithm=compression,
+                response_compression_algorithm=compression,
+            )
+        assert file_of(result) == png
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_asyncio_with_requests_at_once(self, triton: TritonServer, png: bytes, protocol: str) -> None:
+        half = tritonclient.grpc.aio if protocol == "grpc" else tritonclient.http.aio
+
+        async def ask() -> list[bytes]:
+            async with half.InferenceServerClient(address(triton, protocol)) as client:
+                calls = [client.infer("glm_image", request_inputs(half)) for _ in range(4)]
+                return [file_of(result) for result in await asyncio.gather(*calls)]
+
+        assert asyncio.run(ask()) == [png] * 4
+
+    def test_asyncio_with_json_data(self, triton: TritonServer, png: bytes) -> None:
+        half = tritonclient.http.aio
+
+        async def ask() -> bytes:
+            async with half.InferenceServerClient(triton.http_url) as client:
+                outputs = [half.InferRequestedOutput("images_base64", binary_data=False)]
+                inputs = request_inputs(half, binary_data=False)
+                return file_of(await client.infer("glm_image", inputs, outputs=outputs))
+
+        assert asyncio.run(ask()) == png
+
+    def test_threads_share_one_grpc_client(self, triton: TritonServer, png: bytes) -> None:
+        with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
+            answers = at_once(lambda: client.infer("glm_image", request_inputs(tritonclient.grpc)))
+        assert [file_of(answer) for answer in answers] == [png] * THREADS
+
+
+class TestSharedMemory:
+    @pytest.fixture
+    def region(self) -> Iterator[tuple[str, Any]]:
+        key = f"/glm_image_test_{secrets.token_hex(8)}"
+        made = shared_memory.create_shared_memory_region(key[1:], key, 64 * 96 * 3)
+        yield key, made
+        shared_memory.destroy_shared_memory_region(made)
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_pixels_come_through_system_shared_memory(
+        self, triton: TritonServer, png: bytes, region: tuple[str, Any], protocol: str
+    ) -> None:
+        half = tritonclient.grpc if protocol == "grpc" else tritonclient.http
+        key, handle = region
+        name, size = key[1:], 64 * 96 * 3
+        with closing(half.InferenceServerClient(address(triton, protocol))) as client:
+            client.register_system_shared_memory(name, key, size)
+            try:
+                output = half.InferRequestedOutput("images")
+                output.set_shared_memory(name, size)
+                inputs = request_inputs(half, {**REQUEST, "output_format": "raw"})
+                client.infer("glm_image", inputs, outputs=[output])
+                shared: NDArray[Any] = shared_memory.get_contents_as_numpy(handle, np.uint8, [64, 96, 3])
+                np.testing.assert_array_equal(shared, decoded(png))
+            finally:
+                client.unregister_system_shared_memory(name)
+
+    def test_a_region_that_is_too_small_is_refused(self, triton: TritonServer, region: tuple[str, Any]) -> None:
+        key, _ = region
+        with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
+            client.register_system_shared_memory(key[1:], key, 64 * 96 * 3)
+            try:
+                output = tritonclient.grpc.InferRequestedOutput("images")
+                output.set_shared_memory(key[1:], 64)
+                inputs = request_inputs(tritonclient.grpc, {**REQUEST, "output_format": "raw"})
+                with pytest.raises(InferenceServerException, match="shared memory size"):
+                    client.infer("glm_image", inputs, outputs=[output])
+            finally:
+                client.unregister_system_shared_memory(key[1:])
+
+
+class TestOurClient:
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_threads_share_one_client(self, triton: TritonServer, png: bytes, protocol: str) -> None:
+        with GlmImageClient(f"{protocol}://{address(triton, protocol)}", timeout=PROGRAM_SECONDS) as client:
+            answers = at_once(lambda: client.generate(**REQUEST))
+        assert [answer.encoded for answer in answers] == [[png]] * THREADS
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_asyncio_has_the_same_surface_and_the_same_answers(
+        self, triton: TritonServer, png: bytes, protocol: str
+    ) -> None:
+        async def ask() -> None:
+            url = f"{protocol}://{address(triton, protocol)}"
+            async with AsyncGlmImageClient(url, timeout=PROGRAM_SECONDS) as client:
+                assert await client.server_ready()
+                assert (await client.model_metadata())["name"] == "glm_image"
+                first = {name: REQUEST[name] for name in ("prompt", "height", "width", "seed")}
+                prior, *answers = await asyncio.gather(
+                    client.prior_tokens(**first), *(client.generate(**REQUEST) for _ in range(3))
+                )
+                painted = await client.paint(REQUEST["prompt"], prior, num_inference_steps=2, guidance_scale=1.5)
+                assert [answer.encoded for answer in (painted, *answers)] == [[png]] * 4
+
+        asyncio.run(ask())
+        methods = {name for name in vars(GlmImageClient) if not name.startswith("_")}
+        assert methods == {name for name in vars(AsyncGlmImageClient) if not name.startswith("_")}
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_both_tell_a_refusal_in_the_same_words(self, triton: TritonServer, protocol: str) -> None:
+        url = f"{protocol}://{address(triton, protocol)}"
+
+        async def ask() -> None:
+            async with AsyncGlmImageClient(url) as client:
+                await client.generate("x", height=0)
+
+        with pytest.raises(RefusedError, match=r"^height is 0; allowed: 32 to 2048$"):
+            asyncio.run(ask())
+        with GlmImageClient(url) as client, pytest.raises(RefusedError, match=r"^height is 0; allowed: 32 to 2048$"):
+            client.generate("x", height=0)
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_time_runs_out_on_both(self, triton: TritonServer, protocol: str) -> None:
+        """By this side's clock or the server's, whichever is first; the server goes on to be well."""
+        url, long = f"{protocol}://{address(triton, protocol)}", {"width": 512, "height": 512, "timeout": 0.1}
+
+        async def ask() -> None:
+            async with AsyncGlmImageClient(url) as client:
+                await client.generate("x", **long)
+
+        with pytest.raises(RequestTimeout):
+            asyncio.run(ask())
+        with GlmImageClient(url) as client:
+            with pytest.raises(RequestTimeout):
+                client.generate("x", **long)
+            assert client.server_ready()
+
+
+class TestPrograms:
+    def test_curl_with_json_from_a_file(self, triton: TritonServer, png: bytes, tmp_path: Path) -> None:
+        body = tmp_path / "body.json"
+        body.write_text(json.dumps(REQUEST))
+        url = f"http://{triton.http_url}/v2/models/glm_image/generate"
+        answer = json.loads(run("curl", "-sSf", "--data-binary", f"@{body}", url))
+        assert base64.b64decode(answer["images_base64"]) == png
+
+    def test_curl_says_why_a_request_is_refused(self, triton: TritonServer) -> None:
+        url = f"http://{triton.http_url}/v2/models/glm_image/generate"
+        answer = run("curl", "-sS", "-w", " %{http_code}", "-d", '{"prompt": "x", "height": 0}', url)
+        assert answer.endswith(" 400")
+        assert "height is 0; allowed: 32 to 2048" in answer
+
+    def test_node_without_a_library(self, triton: TritonServer, png: bytes, tmp_path: Path) -> None:
+        program = str(Path(__file__).with_name("client.mjs"))
+        told = run("node", program, f"http://{triton.http_url}", json.dumps(REQUEST), str(tmp_path / "node.png"))
+        assert (tmp_path / "node.png").read_bytes() == png
+        assert json.loads(told)["seeds"] == [REQUEST["seed"]]
+
+    def test_node_is_told_what_is_wrong(self, triton: TritonServer, tmp_path: Path) -> None:
+        program, request = str(Path(__file__).with_name("client.mjs")), json.dumps({**REQUEST, "height": 31})
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            run("node", program, f"http://{triton.http_url}", request, str(tmp_path / "none.png"))
+        assert "height is 31; allowed: 32 to 2048" in failed.value.stderr
+
+    @pytest.mark.parametrize("protocol", PROTOCOLS)
+    def test_perf_analyzer(self, triton: TritonServer, tmp_path: Path, protocol: str) -> None:
+        data, report = tmp_path / "data.json", tmp_path / "report.csv"
+        data.write_text(json.dumps({"data": [{name: [value] for name, value in REQUEST.items()}]}))
+        run(
+            *(os.environ.get("PERF_ANALYZER") or "perf_analyzer", "-m", "glm_image"),
+            *("-i", protocol, "-u", address(triton, protocol), "--input-data", str(data), "-f", str(report)),
+            *("--concurrency-range", "2", "--request-count", "8"),
+        )
+        _, row = report.read_text().splitlines()[:2]
+        assert float(row.split(",")[1]) > 0
+
+
+def run(program: str, *arguments: str) -> str:
+    """Runs a program to its end and returns what it printed; skips the test where there is none of the name."""
+    found = shutil.which(program)
+    if found is None:
+        pytest.skip(f"this machine has no {program}")
+    return subprocess.run(
+        [found, *arguments], capture_output=True, text=True, check=True, timeout=PROGRAM_SECONDS
+    ).stdout
+
+
+def at_once(call: Callable[[], Any]) -> list[Any]:
+    barrier = Barrier(THREADS)
+
+    def one(_: int) -> Any:
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(one, range(THREADS)))
