@@ -20,14 +20,18 @@ from measure import arguments, copy_bandwidth, say, seconds
 from glm_image.ar.config import ArConfig
 from glm_image.ar.engine import ArEngine, ArSettings
 from glm_image.ar.executor import Admit, Executor, Release, Step
+from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.model import Decoder
+from glm_image.ar.rotary import rotary_tables
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device, placement
-from glm_image.geometry import Grid, output_grids
+from glm_image.geometry import Grid, output_grids, text_positions
 from glm_image.job import Job
 from glm_image.request import GenerationParameters, Limits
 
 PROMPT_TOKENS = 64
 SEEDS = range(8)
+SAMENESS_GRIDS = (Grid(8, 8), Grid(8, 16), Grid(16, 16))
 
 
 def synchronizer(device: Device) -> Any:
@@ -35,11 +39,11 @@ def synchronizer(device: Device) -> Any:
     return lambda: device.mark().wait()
 
 
-def decoder_bytes(config: ArConfig, dtype: torch.dtype) -> int:
-    """Returns the bytes of weights that one step reads: the layers and the head."""
+def decoder_weights(config: ArConfig) -> int:
+    """Returns how many weights one step reads: the layers' and the head's."""
     projections = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     layer = config.hidden_size * (projections + 3 * config.intermediate_size)
-    return (layer * config.layers + config.hidden_size * config.vision_vocab_size) * dtype.itemsize
+    return layer * config.layers + config.hidden_size * config.vision_vocab_size
 
 
 def prompt_ids(config: ArConfig) -> tuple[int, ...]:
@@ -103,7 +107,7 @@ def measure_admission(executor: Executor, config: ArConfig, device: Device) -> N
 
 def measure_sameness(executor: Executor, config: ArConfig) -> None:
     """Tokens of eight seeds decoded together against each decoded alone, at three sizes."""
-    for grid in (Grid(8, 8), Grid(8, 16), Grid(16, 16)):
+    for grid in SAMENESS_GRIDS:
         together, alone = [], []
         for seed in SEEDS:
             count = admit(executor, config, seed, grid, seed)
@@ -150,6 +154,22 @@ def measure_reference(checkpoint: Checkpoint, device: Device) -> None:
     say("transformers generate", ms_a_token=(whole - first) / 64 * 1e3, sample_tokens=64)
 
 
+def measure_int8_error(checkpoint: Checkpoint, config: ArConfig, device: Device) -> None:
+    """Logits of one prompt with int8 weights against those with the weights they were made of."""
+    place, dtype = device.torch_device, device.default_dtype
+    tables = rotary_tables(config, text_positions(PROMPT_TOKENS), place, dtype)
+    ids = torch.tensor(prompt_ids(config), device=place)
+    logits, sizes = [], []
+    for int8 in (False, True):
+        decoder = Decoder.load(config, checkpoint.tensors("vision_language_encoder", place, dtype), int8=int8)
+        sizes.append(sum(tensor.nbytes for tensor in decoder.parameters()))
+        logits.append(decoder.prefill(ids, *tables, KvCache(config, 1, PROMPT_TOKENS, place, dtype), 0))
+        del decoder
+        gc.collect()
+    error = ((logits[1] - logits[0]).norm() / logits[0].norm()).item()
+    say("int8 weights", logit_error=error, gigabytes_before=sizes[0] / 1e9, gigabytes_after=sizes[1] / 1e9)
+
+
 def measure_engine(engine: ArEngine, floor: float) -> None:
     """One request from its arrival to its tokens, and eight at once."""
     for count in (1, 8):
@@ -169,8 +189,9 @@ def main(flags: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     bandwidth = copy_bandwidth(device.torch_device, synchronizer(device))
     config = ArConfig.read(checkpoint)
-    settings = ArSettings()
-    bytes_a_step = decoder_bytes(config, device.default_dtype)
+    settings = ArSettings(int8=flags.quantization == "int8")
+    bytes_a_weight = 1 if flags.quantization == "int8" else device.default_dtype.itemsize
+    bytes_a_step = decoder_weights(config) * bytes_a_weight
     floor = bytes_a_step / bandwidth
     say(
         "ceiling",
@@ -178,6 +199,8 @@ def main(flags: argparse.Namespace) -> None:
         copy_tb_s=bandwidth / 1e12,
     )
     say("floor of a step", gigabytes=bytes_a_step / 1e9, ms=floor * 1e3)
+    if flags.quantization == "int8":
+        measure_int8_error(checkpoint, config, device)
     started = time.perf_counter()
     engine = ArEngine(checkpoint, device, settings)
     say("start to ready", seconds=time.perf_counter() - started)
@@ -185,6 +208,10 @@ def main(flags: argparse.Namespace) -> None:
     say("memory", allocated_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)
     engine.close()
     executor = engine.executor
+    if flags.brief:
+        took = step_seconds(executor, config, device, 1, Grid(32, 32), 600)
+        say("decode step", size=1024, running=1, tokens_before=600, ms=took * 1e3, to_floor=took / floor)
+        return
     measure_steps(executor, config, device, floor)
     measure_host(executor, config, device)
     measure_admission(executor, config, device)
@@ -198,5 +225,7 @@ def main(flags: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = arguments(__doc__ or "")
+    parser.add_argument("--quantization", default="none", choices=("none", "int8"))
+    parser.add_argument("--brief", action="store_true", help="stop after the engine and one step")
     parser.add_argument("--reference", action="store_true", help="also measure transformers' generate")
     main(parser.parse_args())

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.executor import Executor
+from glm_image.ar.graphs import captured
+from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.measures import KV_CACHE_BYTES
 from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
 from glm_image.ar.model import Decoder
@@ -18,7 +20,7 @@ from glm_image.ar.scheduler import Scheduler, Sources
 from glm_image.ar.vision import Vision, patches_of
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, check_budget
-from glm_image.errors import ConfigurationError, InvalidInputError
+from glm_image.errors import InvalidInputError
 from glm_image.geometry import Grid, PlacedGrid
 from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
@@ -38,6 +40,7 @@ class ArSettings:
         graph_mode: ``NONE``, ``FULL_DECODE_ONLY``, or ``FULL``, which runs as the latter.
         graph_capture_sizes: sequences of the captured step; () = max_num_seqs, the only size there is.
         memory_utilization: share of the device's memory this stage may use.
+        int8: whether the decoder's linear layers keep int8 weights.
     """
 
     dtype: torch.dtype | None = None
@@ -47,6 +50,7 @@ class ArSettings:
     graph_mode: str = "FULL_DECODE_ONLY"
     graph_capture_sizes: tuple[int, ...] = ()
     memory_utilization: float = 0.9
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,29 +77,39 @@ class ArEngine:
         config: the decoder's numbers.
         source_rule: how source images are sized.
         executor: what runs on the device; the scheduler's while the engine is open.
+
+    Raises:
+        CheckpointError: a tensor is missing or has a wrong shape.
+        ConfigurationError: a setting is not allowed, or the device is too small.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: Device, settings: ArSettings) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: Device, settings: ArSettings, record: Record = keep_nothing
+    ) -> None:
         from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
 
         device.bind()
         dtype = settings.dtype or device.default_dtype
         self.config = ArConfig.read(checkpoint)
         self._settings = settings
+        slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
+        capture = captured(settings.graph_mode, settings.graph_capture_sizes, slots)
         self._tokenizer = PromptTokenizer(GlmImageProcessor.from_pretrained(checkpoint.path("processor")))
         self._image_processor = checkpoint.image_processor
         self.source_rule = checkpoint.source_rule
         _check_memory(self.config, device, settings, dtype, Vision.bytes_needed(checkpoint, dtype))
         source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
         self.executor = Executor(
-            Decoder.load(self.config, source),
+            Decoder.load(self.config, source, int8=settings.int8),
             device,
-            settings.max_num_seqs,
-            settings.max_sequence_tokens,
-            capture=settings.graph_mode != "NONE",
+            slots,
+            positions,
+            capture=capture,
             vision=Vision.load(checkpoint, device.torch_device, dtype),
         )
-        self._scheduler = Scheduler(self.executor.run, settings.max_num_seqs, settings.max_queue)
+        record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
+        self._tokenizer.text_to_image("warm-up", Grid(1, 1), Grid(1, 1))  # what is imported at first use is so now
+        self._scheduler = Scheduler(self.executor.run, slots, settings.max_queue, record)
 
     @property
     def sampling(self) -> Sampling:
@@ -171,18 +185,13 @@ def _hand_on(
 def _check_memory(
     config: ArConfig, device: Device, settings: ArSettings, dtype: torch.dtype, vision_bytes: int
 ) -> None:
-    layer = config.hidden_size * (
-        (2 * config.heads + 2 * config.kv_heads) * config.head_dim + 3 * config.intermediate_size
+    shape = (config, settings.max_num_seqs, settings.max_sequence_tokens, dtype)
+    check_budget(
+        "glm_ar",
+        fixed={"weights": weight_bytes(config, dtype, int8=settings.int8) + vision_bytes},
+        scaled={**state_bytes(*shape), "the longest prompt": activation_bytes(*shape, int8=settings.int8)},
+        memory=device.memory(),
+        utilization=settings.memory_utilization,
+        device=str(device),
+        lower="max_num_seqs or max_sequence_tokens",
     )
-    tables = config.hidden_size * (config.vocab_size + config.vision_vocab_size)
-    weights = (layer * config.layers + tables) * dtype.itemsize + vision_bytes
-    cache = KvCache.bytes_needed(config, settings.max_num_seqs, settings.max_sequence_tokens, dtype)
-    memory = device.memory()
-    allowed = min(memory.free, int(memory.total * settings.memory_utilization))
-    if weights + cache > allowed:
-        raise ConfigurationError(
-            f"glm_ar needs {weights / 1e9:.1f} GB for weights and {cache / 1e9:.1f} GB for {settings.max_num_seqs} x "
-            f"{settings.max_sequence_tokens} cached tokens; {device} has {memory.free / 1e9:.1f} GB free and "
-            f"memory_utilization {settings.memory_utilization:g} allows {allowed / 1e9:.1f} GB: "
-            "lower max_num_seqs or max_sequence_tokens, or give the stage another device"
-        )

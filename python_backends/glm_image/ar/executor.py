@@ -111,7 +111,7 @@ class Executor:
         self._decoder = decoder
         self._vision = vision
         self._device = device
-        self._dtype = decoder.head.weight.dtype
+        self._dtype = decoder.dtype
         self._state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
         self._sequences: dict[int, _Sequence] = {}
         self._queue: deque[Mark] = deque()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.model import Decoder
@@ -15,15 +15,22 @@ FP32_BYTES = 4
 SAMPLER_COPIES = 12
 """Scores as wide as the vocabulary that are alive in the plain sampler at once, counted as fp32."""
 
+NORM_COPIES = 5
+"""fp32 copies of a norm's input that are alive in it at once, where it is not fused."""
+
 DISTANCE_COPIES = 3
 """fp32 tables of every patch's distance to every code that are alive in the quantizer at once."""
 
 
-def weight_bytes(config: ArConfig, dtype: torch.dtype) -> int:
-    """Returns the memory of the decoder's weights."""
+def weight_bytes(config: ArConfig, dtype: torch.dtype, *, int8: bool = False) -> int:
+    """Returns the memory of the decoder's weights; with ``int8``, of the weights and scales of its linear layers."""
     with torch.device("meta"):
         decoder = Decoder(config)
-    return sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
+    size = sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
+    if int8:
+        for linear in (module for module in decoder.modules() if isinstance(module, nn.Linear)):
+            size += linear.weight.numel() * (torch.int8.itemsize - dtype.itemsize) + linear.out_features * FP32_BYTES
+    return size
 
 
 def state_bytes(config: ArConfig, slots: int, positions: int, dtype: torch.dtype) -> dict[str, int]:
@@ -41,13 +48,20 @@ def state_bytes(config: ArConfig, slots: int, positions: int, dtype: torch.dtype
     }
 
 
-def activation_bytes(config: ArConfig, slots: int, positions: int, dtype: torch.dtype) -> int:
-    """Returns the most that is alive between two layers' worth of kernels.
+def activation_bytes(config: ArConfig, slots: int, positions: int, dtype: torch.dtype, *, int8: bool = False) -> int:
+    """Returns the most that is alive at once of what is computed on the way.
 
-    It is at its highest in the MLP of the longest prompt: the residual stream and its norm; gate and up, the activated
-    gate, and their product. Or in the quantizer, where all of a prompt is one source image.
+    It is at its highest in the MLP of the longest prompt, or in the quantizer, where a prompt is all source image.
     """
-    prompt = positions * (2 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize
+    hidden, inner, queries = config.hidden_size, config.intermediate_size, config.heads * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    attention = (queries + 2 * keys) + (queries + keys) + queries  # as they come, turned, and what was attended to
+    # Gate and up, then the activated gate and its product, or the norm of the outcome.
+    token = (2 * hidden + attention + 2 * inner) * dtype.itemsize
+    token += max(2 * inner * dtype.itemsize, NORM_COPIES * hidden * FP32_BYTES)
+    prompt = positions * token
+    if int8:  # the widest matrix in the activations' dtype, before and after its scale
+        prompt += 2 * config.hidden_size * 2 * config.intermediate_size * dtype.itemsize
     quantizer = positions * config.codebook_size * FP32_BYTES * DISTANCE_COPIES
     sampler = slots * config.vision_vocab_size * FP32_BYTES * SAMPLER_COPIES
     return max(prompt, quantizer) + sampler

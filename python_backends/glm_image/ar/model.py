@@ -7,12 +7,14 @@ transformers' ``modeling_glm_image.py``; q, k and v are one matrix here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
+from glm_image.ar.int8 import AnyLinear, Int8Linear, quantize_linears
 from glm_image.ar.kv_cache import KvCache
 from glm_image.checkpoint import TensorSource, fill
 
@@ -59,10 +61,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         hidden, width = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, width
-        self.qkv = nn.Linear(hidden, (config.heads + 2 * config.kv_heads) * width, bias=config.attention_bias)
-        self.out = nn.Linear(config.heads * width, hidden, bias=False)
-        self.gate_up = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, hidden, bias=False)
+        self.qkv: AnyLinear = nn.Linear(
+            hidden, (config.heads + 2 * config.kv_heads) * width, bias=config.attention_bias
+        )
+        self.out: AnyLinear = nn.Linear(config.heads * width, hidden, bias=False)
+        self.gate_up: AnyLinear = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
+        self.down: AnyLinear = nn.Linear(config.intermediate_size, hidden, bias=False)
         self.before_attention = RmsNorm(hidden, config.norm_eps)
         self.after_attention = RmsNorm(hidden, config.norm_eps)
         self.before_mlp = RmsNorm(hidden, config.norm_eps)
@@ -89,15 +93,34 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vision_vocab_size, bias=False)
+        self.head: AnyLinear = nn.Linear(config.hidden_size, config.vision_vocab_size, bias=False)
 
     @classmethod
-    def load(cls, config: ArConfig, source: TensorSource) -> Decoder:
-        """Builds the decoder on the source's device."""
+    def load(cls, config: ArConfig, source: TensorSource, *, int8: bool = False) -> Decoder:
+        """Builds the decoder on the source's device.
+
+        Args:
+            config: its numbers.
+            source: its tensors.
+            int8: whether its linear layers keep int8 weights; a layer's others are freed before the next is read.
+        """
         with torch.device("meta"):
             decoder = cls(config)
-        fill(decoder, CheckpointNames(source, config))
+        names = CheckpointNames(source, config)
+        parts = {name: part for name, part in decoder.named_children() if name != "layers"}
+        parts.update((f"layers.{index}", layer) for index, layer in enumerate(decoder.layers))
+        for name, part in parts.items():
+            fill(part, names, f"{name}.")
+            if int8:
+                quantize_linears(part)
+        if int8:
+            decoder.head = Int8Linear(cast(nn.Linear, decoder.head))
         return decoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations and of the cache."""
+        return self.embedding.weight.dtype
 
     @torch.inference_mode()
     def prefill(self, token_ids: Tensor, cos: Tensor, sin: Tensor, cache: KvCache, slot: int) -> Tensor:

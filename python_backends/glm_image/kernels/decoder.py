@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from glm_image.ar.int8 import Int8Linear
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder, DecoderLayer
 from glm_image.kernels.decode_attention import DecodeAttention
@@ -27,24 +28,34 @@ class Plans:
     head: Plan = Plan(64, 128, splits=1, warps=4, stages=4, fetch=256)
 
 
+INT8_PLANS = Plans(
+    qkv=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
+    out=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
+    gate_up=Plan(64, 128, splits=1, warps=4, stages=3, fetch=256),
+    down=Plan(32, 256, splits=2, warps=4, stages=5, fetch=256),
+    head=Plan(32, 256, splits=1, warps=4, stages=3, fetch=256),
+)
+
+
 def supports(decoder: Decoder, slots: int) -> bool:
-    """Tells whether the kernels can run a decoder: bf16 weights, at most 16 slots, heads a power of two wide."""
+    """Tells whether the kernels can run a decoder: bf16 activations, at most 16 slots, heads a power of two wide."""
     dim = decoder.config.head_dim
-    return decoder.head.weight.dtype == torch.bfloat16 and slots <= ROWS and dim >= ROWS and dim & (dim - 1) == 0
+    return decoder.dtype == torch.bfloat16 and slots <= ROWS and dim >= ROWS and dim & (dim - 1) == 0
 
 
 class FusedDecoder:
     """Runs a decoder's step with the kernels of this package; ``Decoder.decode`` is its twin.
 
     Args:
-        decoder: holds the weights, bf16.
+        decoder: holds the weights, bf16 or int8.
         slots: rows of the batch, at most 16.
         plans: how the linears are cut up.
     """
 
     def __init__(self, decoder: Decoder, slots: int, plans: Plans | None = None) -> None:
         config, device = decoder.config, decoder.head.weight.device
-        self._decoder, self._plans = decoder, plans or Plans()
+        default = INT8_PLANS if isinstance(decoder.head, Int8Linear) else Plans()
+        self._decoder, self._plans = decoder, plans or default
         qkv_width = (config.heads + 2 * config.kv_heads) * config.head_dim
 
         def rows(width: int) -> Tensor:
@@ -78,14 +89,14 @@ class FusedDecoder:
         first = layers[0].before_attention.weight
         embed_norm(tokens, decoder.embedding.weight, first, self._residual, self._normed, eps)
         for index, (layer, next_before) in enumerate(zip(layers, befores, strict=True)):
-            linear_parts(self._normed, layer.qkv.weight, self._qkv, plans.qkv)
+            linear_parts(self._normed, layer.qkv, self._qkv, plans.qkv)
             layer_cache = (cache.keys[index], cache.values[index])
             self._attention(self._qkv, layer.qkv.bias, tables, layer_cache, lengths, self._attended)
-            linear_parts(self._attended, layer.out.weight, self._out, plans.out)
+            linear_parts(self._attended, layer.out, self._out, plans.out)
             after, before = layer.after_attention.weight, layer.before_mlp.weight
             residual_norm(self._out, self._residual, after, before, self._normed, eps)
-            gate_up(self._normed, layer.gate_up.weight, self._product, plans.gate_up)
-            linear_parts(self._product, layer.down.weight, self._down, plans.down)
+            gate_up(self._normed, layer.gate_up, self._product, plans.gate_up)
+            linear_parts(self._product, layer.down, self._down, plans.down)
             residual_norm(self._down, self._residual, layer.after_mlp.weight, next_before, self._normed, eps)
-        linear_parts(self._normed, decoder.head.weight, self._logits, plans.head, rounded=True)
+        linear_parts(self._normed, decoder.head, self._logits, plans.head, rounded=True)
         return self._logits[0]

@@ -20,7 +20,7 @@ OVERLAP_CAPABILITY = 9
 @functools.cache
 def can_overlap() -> bool:
     """Tells whether the current device launches dependents early."""
-    return torch.cuda.get_device_capability()[0] >= OVERLAP_CAPABILITY
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= OVERLAP_CAPABILITY
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glm_image.ar.int8 import AnyLinear, Int8Linear
 from glm_image.kernels.overlap import can_overlap, fetch, start_next, wait_for_previous
 
 ROWS = 16
@@ -43,9 +44,9 @@ class Plan:
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, weight_ptr, out_ptr, rows, n, k,
+    x_ptr, weight_ptr, scale_ptr, out_ptr, rows, n, k,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-    ROUND: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
+    ROUND: tl.constexpr, SCALED: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0), tl.program_id(1)
     at_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,11 +63,13 @@ def _linear_kernel(
         inside = tile * BLOCK_K + at_k < k
         w_tile = tl.load(
             weight + tile * BLOCK_K,
-            mask=(at_n[:, None] < n) & inside[None, :], other=0.0, eviction_policy="evict_first",
+            mask=(at_n[:, None] < n) & inside[None, :], other=0, eviction_policy="evict_first",
         )  # fmt: skip
         x_tile = tl.load(x + tile * BLOCK_K, mask=(at_m[None, :] < rows) & inside[:, None], other=0.0)
-        sums = tl.dot(w_tile, x_tile, sums)
+        sums = tl.dot(w_tile.to(tl.bfloat16), x_tile, sums)
     start_next(OVERLAP)
+    if SCALED:
+        sums *= tl.load(scale_ptr + at_n, mask=at_n < n, other=0.0)[:, None]
     if ROUND:
         sums = sums.to(tl.bfloat16).to(tl.float32)
     out = out_ptr + (split * rows + at_m[None, :]) * n + at_n[:, None]
@@ -75,8 +78,9 @@ def _linear_kernel(
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr, weight_ptr, out_ptr, rows, n, k,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, out_ptr, rows, n, k,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr, FETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     at_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     at_m = tl.arange(0, ROWS)
@@ -93,12 +97,15 @@ def _gate_up_kernel(
     for tile in range(tl.cdiv(k, BLOCK_K)):
         inside = tile * BLOCK_K + at_k < k
         mask = (at_n[:, None] < n) & inside[None, :]
-        gate_tile = tl.load(gate + tile * BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
-        up_tile = tl.load(up + tile * BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
+        gate_tile = tl.load(gate + tile * BLOCK_K, mask=mask, other=0, eviction_policy="evict_first")
+        up_tile = tl.load(up + tile * BLOCK_K, mask=mask, other=0, eviction_policy="evict_first")
         x_tile = tl.load(x + tile * BLOCK_K, mask=(at_m[None, :] < rows) & inside[:, None], other=0.0)
-        gate_sums = tl.dot(gate_tile, x_tile, gate_sums)
-        up_sums = tl.dot(up_tile, x_tile, up_sums)
+        gate_sums = tl.dot(gate_tile.to(tl.bfloat16), x_tile, gate_sums)
+        up_sums = tl.dot(up_tile.to(tl.bfloat16), x_tile, up_sums)
     start_next(OVERLAP)
+    if SCALED:
+        gate_sums *= tl.load(scale_ptr + at_n, mask=at_n < n, other=0.0)[:, None]
+        up_sums *= tl.load(scale_ptr + n + at_n, mask=at_n < n, other=0.0)[:, None]
     # Rounded where the layer's own operators round.
     gated = gate_sums.to(tl.bfloat16).to(tl.float32)
     silu = (gated * tl.sigmoid(gated)).to(tl.bfloat16).to(tl.float32)
@@ -107,39 +114,46 @@ def _gate_up_kernel(
     tl.store(out, product.to(tl.bfloat16), mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
 
 
-def linear_parts(x: Tensor, weight: Tensor, out: Tensor, plan: Plan, *, rounded: bool = False) -> None:
-    """Multiplies ``x`` [rows, k] by ``weight`` [n, k], both bf16, in parts.
+def linear_parts(x: Tensor, linear: AnyLinear, out: Tensor, plan: Plan, *, rounded: bool = False) -> None:
+    """Multiplies ``x`` by a linear layer's matrix, in parts; its bias is left to what comes next.
 
     Args:
-        x: at most ``ROWS`` rows.
-        weight: as ``nn.Linear`` holds it.
+        x: bf16 [rows, k], at most ``ROWS`` rows.
+        linear: bf16 or int8 weights [n, k].
         out: fp32 [plan.splits, rows, n]; the sum over the first dimension is the product.
         plan: how it is cut up.
         rounded: rounds each part to bf16, which is what ``nn.Linear`` returns where there is one part.
     """
     rows, k = x.shape
-    n = weight.shape[0]
+    n, scale = linear.weight.shape[0], scale_of(linear)
     _linear_kernel[(triton.cdiv(n, plan.block_n), plan.splits)](
-        x, weight, out, rows, n, k, plan.block_n, plan.block_k, plan.splits, ROWS, rounded, plan.fetch, can_overlap(),
+        x, linear.weight, x if scale is None else scale, out, rows, n, k,
+        plan.block_n, plan.block_k, plan.splits, ROWS, rounded, scale is not None, plan.fetch, can_overlap(),
         num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
     )  # fmt: skip
 
 
-def gate_up(x: Tensor, weight: Tensor, out: Tensor, plan: Plan) -> None:
-    """Computes ``up * silu(gate)``, gate and up being the two halves of ``x @ weight.T``.
+def gate_up(x: Tensor, linear: AnyLinear, out: Tensor, plan: Plan) -> None:
+    """Computes ``up * silu(gate)``, gate and up being the two halves of what a linear layer gives.
 
     Args:
         x: bf16 [rows, k], at most ``ROWS`` rows.
-        weight: bf16 [2 * n, k]: gate, then up.
+        linear: bf16 or int8 weights [2 * n, k]: gate, then up; no bias.
         out: bf16 [rows, n].
         plan: how it is cut up; one split.
     """
     rows, k = x.shape
-    n = weight.shape[0] // 2
+    n, scale = linear.weight.shape[0] // 2, scale_of(linear)
     _gate_up_kernel[(triton.cdiv(n, plan.block_n),)](
-        x, weight, out, rows, n, k, plan.block_n, plan.block_k, ROWS, plan.fetch, can_overlap(),
+        x, linear.weight, x if scale is None else scale, out, rows, n, k,
+        plan.block_n, plan.block_k, ROWS, scale is not None, plan.fetch, can_overlap(),
         num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
     )  # fmt: skip
+
+
+def scale_of(linear: AnyLinear) -> Tensor | None:
+    """Returns the scales of int8 weights, None for bf16 ones."""
+    return linear.scale if isinstance(linear, Int8Linear) else None
 
 
 def parts_buffer(plan: Plan, rows: int, n: int, device: torch.device) -> Tensor:
