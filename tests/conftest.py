@@ -14,11 +14,11 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from glm_image.ar.engine import ArSettings  # noqa: E402
-from glm_image.pipeline import LocalPipeline, LocalSettings  # noqa: E402
-from helpers import MakeCheckpoint  # noqa: E402
-from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint  # noqa: E402
-from parity.reference import load_reference  # noqa: E402
+from glm_image.ar.engine import ArSettings
+from glm_image.pipeline import LocalPipeline, LocalSettings
+from helpers import MakeCheckpoint
+from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint
+from parity.reference import load_reference
 
 # Layers of this size lose more to handing work between threads than they win.
 torch.set_num_threads(1)
