@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from glm_image_client.calls import OutputFormat
 from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
-from glm_image_client.offline import generate_offline
+from glm_image_client.offline import generate_offline, inspect_checkpoint
 from glm_image_client.result import GenerationResult, format_of
 from glm_image_client.tensors import source_bytes
 
@@ -113,6 +114,20 @@ def generate(
         waited = time.perf_counter() - began
         files = _save(result, output)
         print(_as_json(result, files) if as_json else _as_text(result, files, waited))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, complete or not.")],
+    card: Annotated[float | None, typer.Option(metavar="GB", help="Tell what fits a card of this memory.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tells what a checkpoint holds, and the memory that serving it takes. Reads no weights."""
+    with _exit_codes():
+        if card is not None and not (math.isfinite(card) and card > 0):
+            raise BadArgumentError(f"--card is {card}; allowed: GB above 0")
+        found = inspect_checkpoint(folder)
+        print(json.dumps(found.to_json(card)) if as_json else found.to_text(card))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The engines in this process, without a server: what ``glm-image generate --offline`` does."""
+"""What the command does in its own process, without a server: ``generate --offline`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -46,3 +46,19 @@ def generate_offline(
     except errors.GlmImageError as error:
         raise ServerFailure(str(error)) from error
     return GenerationResult(Metadata.from_mapping(result.metadata), pixels=np.asarray(result.pixels))
+
+
+def inspect_checkpoint(folder: Path) -> Any:
+    """Returns a ``glm_image.inspection.Inspection``.
+
+    Raises:
+        BadArgumentError: the server's package is not installed, or the folder is no checkpoint.
+    """
+    try:
+        inspection, errors = (import_module(f"glm_image.{part}") for part in ("inspection", "errors"))
+    except ModuleNotFoundError as error:
+        raise BadArgumentError(f"inspect needs the server's package, and {error.name!r} is not installed") from error
+    try:
+        return inspection.inspect(folder)
+    except errors.CheckpointError as error:
+        raise BadArgumentError(str(error)) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,22 +15,7 @@ from torch import Tensor, nn
 
 from glm_image.errors import CheckpointError
 from glm_image.geometry import PIXELS_PER_TOKEN, SourceRule
-
-PIPELINE_CLASS = "GlmImagePipeline"
-
-# Folder -> (its class as model_index.json names it, its config file). The processor and tokenizer have no tensors.
-COMPONENTS: dict[str, tuple[str, str]] = {
-    "vision_language_encoder": ("GlmImageForConditionalGeneration", "config.json"),
-    "processor": ("GlmImageProcessor", "tokenizer_config.json"),
-    "text_encoder": ("T5EncoderModel", "config.json"),
-    "tokenizer": ("ByT5Tokenizer", "tokenizer_config.json"),
-    "transformer": ("GlmImageTransformer2DModel", "config.json"),
-    "vae": ("AutoencoderKL", "config.json"),
-    "scheduler": ("FlowMatchEulerDiscreteScheduler", "scheduler_config.json"),
-}
-
-# The names transformers and diffusers give the single file of a component; "<name>.index.json" lists its shards.
-WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+from glm_image.layout import COMPONENTS, WEIGHT_FILES, check_model_index, read_json, read_weight_map
 
 DUMMY_STD = 0.02
 
@@ -70,16 +54,9 @@ class Checkpoint:
             CheckpointError: the folder or a part of it is missing, or belongs to another model.
         """
         checkpoint = cls(folder, load_format)
-        index = checkpoint._json(folder / "model_index.json")
-        if index.get("_class_name") != PIPELINE_CLASS:
-            raise CheckpointError(
-                f"{folder / 'model_index.json'}: _class_name is {index.get('_class_name')!r}; allowed: {PIPELINE_CLASS}"
-            )
-        for component, (class_name, _) in COMPONENTS.items():
+        check_model_index(folder)
+        for component in COMPONENTS:
             checkpoint.config(component)
-            named = index.get(component)  # [library, class]
-            if not isinstance(named, list) or named[1:] != [class_name]:
-                raise CheckpointError(f"{folder / 'model_index.json'}: {component} is {named!r}; allowed: {class_name}")
         return checkpoint
 
     def path(self, component: str) -> Path:
@@ -88,12 +65,12 @@ class Checkpoint:
 
     def config(self, component: str) -> dict[str, Any]:
         """Returns a component's config."""
-        return self._json(self.path(component) / COMPONENTS[component][1])
+        return read_json(self.path(component) / COMPONENTS[component][1])
 
     def optional_json(self, component: str, file: str) -> dict[str, Any]:
         """Returns a JSON file of a component, {} where it has none."""
         path = self.path(component) / file
-        return self._json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def image_processor(self) -> Any:
@@ -162,26 +139,11 @@ class Checkpoint:
         for file in WEIGHT_FILES:
             index = folder / f"{file}.index.json"
             if index.is_file():
-                weight_map = self._json(index).get("weight_map")
-                if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-                    raise CheckpointError(f"{index}: weight_map names no shard for each tensor")
-                return {name: folder / shard for name, shard in weight_map.items()}
+                return {name: folder / shard for name, shard in read_weight_map(index).items()}
             if (folder / file).is_file():
                 with _opened(folder / file) as tensors:
                     return dict.fromkeys(tensors.keys(), folder / file)
         raise CheckpointError(f"{folder}: no {' or '.join(WEIGHT_FILES)}, whole or with an index")
-
-    @staticmethod
-    def _json(path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file; a checkpoint has it") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: holds a {type(content).__name__}; allowed: a JSON object")
-        return content
 
 
 def _opened(path: Path, device: str = "cpu") -> Any:

@@ -42,7 +42,7 @@ ensure_environment() {
   fi
   local base
   base=$(find_python)
-  if ! in_triton_container; then
+  if [[ " $* " == *" triton "* ]]; then
     PYTHONPATH="$repository/python_backends" "$base" -c \
       'import sys; from glm_image.supervisor.requirements import main; sys.exit(main())' || exit 1
   fi

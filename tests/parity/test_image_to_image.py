@@ -86,7 +86,7 @@ def theirs(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> Iterator[LocalPipeline]:
-    with LocalPipeline(folder, "cpu", LocalSettings(ar=ArSettings(max_sequence_tokens=1024))) as opened:
+    with LocalPipeline(folder, "cpu", LocalSettings(ar=ArSettings(max_sequence_tokens=2048))) as opened:
         yield opened
 
 

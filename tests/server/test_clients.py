@@ -30,6 +30,7 @@ from glm_image.pipeline import LocalPipeline
 from glm_image.request import GenerationParameters
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
+from server.conftest import DRAIN_SECONDS
 from server.kserve import REQUEST_INPUTS, decoded
 
 REQUEST: dict[str, Any] = {
@@ -138,6 +139,13 @@ class TestTritonclient:
 
 
 class TestSharedMemory:
+    """For clients on the server's own machine; closed unless the operator opens it."""
+
+    @pytest.fixture(scope="class")
+    def opened(self, tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
+        with TritonServer(tiny_checkpoint, drain_seconds=DRAIN_SECONDS, open_apis=["shared-memory"]) as server:
+            yield server
+
     @pytest.fixture
     def region(self) -> Iterator[tuple[str, Any]]:
         key = f"/glm_image_test_{secrets.token_hex(8)}"
@@ -147,12 +155,12 @@ class TestSharedMemory:
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
     def test_pixels_come_through_system_shared_memory(
-        self, triton: TritonServer, png: bytes, region: tuple[str, Any], protocol: str
+        self, opened: TritonServer, png: bytes, region: tuple[str, Any], protocol: str
     ) -> None:
         half = tritonclient.grpc if protocol == "grpc" else tritonclient.http
         key, handle = region
         name, size = key[1:], 64 * 96 * 3
-        with closing(half.InferenceServerClient(address(triton, protocol))) as client:
+        with closing(half.InferenceServerClient(address(opened, protocol))) as client:
             client.register_system_shared_memory(name, key, size)
             try:
                 output = half.InferRequestedOutput("images")
@@ -164,9 +172,9 @@ class TestSharedMemory:
             finally:
                 client.unregister_system_shared_memory(name)
 
-    def test_a_region_that_is_too_small_is_refused(self, triton: TritonServer, region: tuple[str, Any]) -> None:
+    def test_a_region_that_is_too_small_is_refused(self, opened: TritonServer, region: tuple[str, Any]) -> None:
         key, _ = region
-        with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
+        with closing(tritonclient.grpc.InferenceServerClient(opened.grpc_url)) as client:
             client.register_system_shared_memory(key[1:], key, 64 * 96 * 3)
             try:
                 output = tritonclient.grpc.InferRequestedOutput("images")

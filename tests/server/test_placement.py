@@ -99,6 +99,18 @@ REFUSALS = {
     "no device": ("glm_dit", "devices", "gpu:0", "devices has the entry 'gpu:0'; allowed: auto, or cpu, npu:N, cuda:N"),
     "misspelt dtype": ("glm_dit", "dtype", "bf16", "dtype is 'bf16'; allowed: auto, float32, bfloat16"),
     "no number": ("glm_ar", "max_num_seqs", "many", "max_num_seqs is 'many'; allowed: a whole number of at least 1"),
+    "pieces": (
+        "glm_ar",
+        "graph_mode",
+        "PIECEWISE",
+        "allowed: NONE, FULL_DECODE_ONLY, FULL; the decode step has no part",
+    ),
+    "sizes": (
+        "glm_ar",
+        "graph_capture_sizes",
+        "[1,8]",
+        "graph_capture_sizes is '1,8'; allowed: 8, which is max_num_seqs",
+    ),
     "no limit": ("glm_ar", "limit_max_side", "2k", "limit_max_side is '2k'; allowed: a number"),
     "no variable": ("glm_ar", "checkpoint", "${NO_SUCH_FOLDER}", "the environment has no NO_SUCH_FOLDER; set it"),
 }

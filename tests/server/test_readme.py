@@ -116,7 +116,7 @@ def test_a_table_names_the_declared_tensors(mark: str, specs: tuple[TensorSpec, 
 
 
 def test_the_table_of_parameters_has_the_declared_defaults() -> None:
-    declared = {spec.name: f"`{spec.default}`" for spec in (*AR_PARAMETERS, *DIT_PARAMETERS)}
+    declared = {spec.name: f"`{spec.default}`" * bool(spec.default) for spec in (*AR_PARAMETERS, *DIT_PARAMETERS)}
     assert {name: cells[0] for name, cells in table("parameters").items()} == declared
 
 

@@ -86,7 +86,7 @@ def test_the_stages_hand_on_plain_host_tensors() -> None:
         "ar_metadata": ("STRING", (1,), False),
     }
     required = {name for name, (_, _, optional) in tensors(parsed("glm_dit").input).items() if not optional}
-    assert required == {"prompt", "prior_token_ids", "prior_grid"}
+    assert required == {"prior_token_ids", "prior_grid"}
 
 
 def test_no_two_tensors_of_the_ensemble_share_a_name() -> None:
@@ -147,7 +147,7 @@ def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
     [
         (AR_PARAMETERS, "dtype", "fp16"),
         (AR_PARAMETERS, "load_format", ""),
-        (AR_PARAMETERS, "quantization", "int8"),
+        (AR_PARAMETERS, "quantization", "int4"),
         (AR_PARAMETERS, "graph_mode", "full"),
         (DIT_PARAMETERS, "cache", "cache_dit"),
         (DIT_PARAMETERS, "parallel", "cfg=2"),

@@ -125,7 +125,7 @@ def test_the_sentence_shows_the_value() -> None:
 
 
 def test_source_images_are_looked_at_last() -> None:
-    with pytest.raises(InvalidInputError, match="^image is empty; allowed: the bytes of"):
+    with pytest.raises(InvalidInputError, match=r"^image is empty; allowed: the bytes of"):
         resolve(images=(b"",))
     with pytest.raises(InvalidInputError, match="height"):
         resolve(images=(b"",), height=0)

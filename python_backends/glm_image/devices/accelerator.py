@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -29,11 +30,11 @@ class _Event:
 class _Replay:
     """A captured step. The graph knows only addresses, so whatever the step holds must live as long as it does."""
 
-    def __init__(self, graph: Any, step: Callable[[], None]) -> None:
-        self._graph, self._step = graph, step
+    def __init__(self, graph: Any, launch: Callable[[Any], None], step: Callable[[], None]) -> None:
+        self._graph, self._launch, self._step = graph, launch, step
 
     def __call__(self) -> None:
-        self._graph.replay()
+        self._launch(self._graph)
 
 
 class AcceleratorDevice(Device):
@@ -50,8 +51,10 @@ class AcceleratorDevice(Device):
         self._runtime.set_device(self.torch_device)
 
     def memory(self) -> Memory:
-        """Returns the card's memory, whoever uses it."""
-        return Memory(*self._runtime.mem_get_info(self.torch_device))
+        """Returns the card's memory; free is what nobody uses, and what this process holds but has no tensors in."""
+        free, total = self._runtime.mem_get_info(self.torch_device)
+        held = self._runtime.memory_reserved(self.torch_device) - self._runtime.memory_allocated(self.torch_device)
+        return Memory(free + held, total)
 
     def peak_memory(self) -> int:
         """Returns the most that tensors have taken."""
@@ -77,15 +80,21 @@ class AcceleratorDevice(Device):
         graph = self._new_graph()
         with self._recording(graph):
             step()
-        return _Replay(graph, step)
+        return _Replay(graph, self._launch, step)
 
+    @abstractmethod
     def _new_graph(self) -> Any:
-        return self._runtime.CUDAGraph()
+        """Returns an empty graph."""
 
+    @abstractmethod
     def _recording(self, graph: Any) -> AbstractContextManager[None]:
-        # Only this thread's calls are held to the rules of a capture: another may be decoding or loading meanwhile.
-        context: AbstractContextManager[None] = self._runtime.graph(graph, capture_error_mode="thread_local")
-        return context
+        """Returns a context whose work goes into a graph.
+
+        Only the calling thread is held to the rules of a capture: another may be decoding or loading meanwhile.
+        """
+
+    def _launch(self, graph: Any) -> None:
+        graph.replay()
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         """See ``masked_decode_attention``."""
@@ -105,6 +114,18 @@ class NpuDevice(AcceleratorDevice):
     def _new_graph(self) -> Any:
         return self._runtime.NPUGraph()
 
+    def _recording(self, graph: Any) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._runtime.graph(
+            graph, auto_dispatch_capture=True, capture_error_mode="thread_local"
+        )
+        return context
+
+    def _launch(self, graph: Any) -> None:
+        # Operators with arguments on the host wait for an update in every replay. A step keeps its lengths on the
+        # device, so there is nothing to change, but one that torch chooses for it must not wait forever.
+        graph.update(cpu_update_input=[{}])
+        graph.replay()
+
 
 class CudaDevice(AcceleratorDevice):
     """An NVIDIA GPU."""
@@ -113,3 +134,10 @@ class CudaDevice(AcceleratorDevice):
 
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device, torch.cuda)
+
+    def _new_graph(self) -> Any:
+        return self._runtime.CUDAGraph()
+
+    def _recording(self, graph: Any) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._runtime.graph(graph, capture_error_mode="thread_local")
+        return context

@@ -44,8 +44,9 @@ def check_budget(
     if share < memory.free and utilization < 1:
         remedies.append("raise memory_utilization")
     remedies.append("give the stage another device")
+    parts = ", ".join(f"{shown(size)} for {of}" for of, size in {**fixed, **scaled}.items())
     raise ConfigurationError(
-        f"{stage} needs {shown(needed)}: {', '.join(f'{shown(size)} for {of}' for of, size in (fixed | scaled).items())}; "
+        f"{stage} needs {shown(needed)}: {parts}; "
         f"{device} has {shown(memory.free)} free of {shown(memory.total)}, of which "
         f"memory_utilization {utilization:g} allows {shown(allowed)}: {', or '.join(remedies)}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,16 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from glm_image import geometry, images
 from glm_image.checkpoint import Checkpoint, fill
-from glm_image.devices import Device
+from glm_image.devices import Device, check_budget
 from glm_image.dit.blocks import best_blocks
 from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import Executor
+from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.vae import Vae
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job
+from glm_image.measures import Record, keep_nothing
 from glm_image.request import PaintRequest
 from glm_image.sources import SourcePicture
 
@@ -31,10 +34,12 @@ class DitSettings:
 
     Attributes:
         dtype: None = the device's default.
+        memory_utilization: share of the device's memory this stage may use.
         warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
     """
 
     dtype: torch.dtype | None = None
+    memory_utilization: float = 0.9
     warmup_sizes: tuple[Size, ...] = ()
 
 
@@ -58,6 +63,7 @@ class DitEngine:
         checkpoint: where they come from.
         device: where they run.
         settings: how.
+        record: takes what ``dit.measures`` names.
 
     Attributes:
         codebook_size: prior token ids are below it.
@@ -66,23 +72,29 @@ class DitEngine:
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
+        ConfigurationError: the device is too small.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: Device, settings: DitSettings) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: Device, settings: DitSettings, record: Record = keep_nothing
+    ) -> None:
         device.bind()
+        self._device, self._record = device, record
         dtype = settings.dtype or device.default_dtype
-
-        def load(component: str, build: Any, config: Any) -> Any:
-            with torch.device("meta"):
-                module = build(config)
+        modules = _empty_modules(checkpoint)
+        check_budget(
+            "glm_dit",
+            fixed={f"the weights of {name}": _bytes(module, dtype) for name, module in modules.items()},
+            scaled={},
+            memory=device.memory(),
+            utilization=settings.memory_utilization,
+            device=str(device),
+        )
+        for component, module in modules.items():
             fill(module, checkpoint.tensors(component, device.torch_device, dtype))
-            return module
-
-        transformer = load("transformer", GlmImageTransformer2DModel.from_config, checkpoint.config("transformer"))
+        transformer, autoencoder, glyph_encoder = modules.values()
         self.codebook_size: int = transformer.config.prior_vq_quantizer_codebook_size
         self.source_rule = checkpoint.source_rule
-        autoencoder = load("vae", AutoencoderKL.from_config, checkpoint.config("vae"))
-        glyph_encoder = load("text_encoder", T5EncoderModel, T5Config(**checkpoint.config("text_encoder")))
         glyph_tokenizer = ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))
         self.executor = Executor(
             transformer,
@@ -92,15 +104,17 @@ class DitEngine:
             checkpoint.config("scheduler"),
             device,
         )
-        self._scheduler = Scheduler(self.executor.run)
+        self._scheduler = Scheduler(self.executor.run, record)
         for size in settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
+        record(PEAK_MEMORY, device.peak_memory())
 
     def _warm_up(self, grid: Grid) -> None:
         tokens = np.zeros((1, grid.tokens), dtype=np.int32)
         size = geometry.painted_size(grid)
         request = PaintRequest("", tokens, grid, size, seeds=(0,), num_inference_steps=2)
-        self.finish(Job(), request, self.denoise(Job(), request))
+        scheduler = Scheduler(self.executor.run)  # one of its own, whose steps nobody counts
+        scheduler.decode(Job(), scheduler.denoise(Job(), request))
 
     def denoise(self, job: Job, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()) -> list[int]:
         """Denoises a request's pictures, blocking until the device is free for the next; see ``finish``.
@@ -124,5 +138,26 @@ class DitEngine:
         encoded: list[bytes] = []
         with job.timed("encode"):
             if request.output_format != "raw":
-                encoded = [images.encode(picture, request.output_format) for picture in pixels]
+                encoded = [self._encode(picture, request.output_format) for picture in pixels]
+        self._record(IMAGES, len(pixels))
+        self._record(PEAK_MEMORY, self._device.peak_memory())
         return DitResult(pixels, encoded)
+
+    def _encode(self, picture: NDArray[np.uint8], output_format: str) -> bytes:
+        started = time.monotonic()
+        encoded = images.encode(picture, output_format)
+        self._record(ENCODE_SECONDS, time.monotonic() - started)
+        return encoded
+
+
+def _empty_modules(checkpoint: Checkpoint) -> dict[str, Any]:
+    with torch.device("meta"):
+        return {
+            "transformer": GlmImageTransformer2DModel.from_config(checkpoint.config("transformer")),
+            "vae": AutoencoderKL.from_config(checkpoint.config("vae")),
+            "text_encoder": T5EncoderModel(T5Config(**checkpoint.config("text_encoder"))),
+        }
+
+
+def _bytes(module: Any, dtype: torch.dtype) -> int:
+    return int(sum(weight.numel() for weight in module.parameters()) * dtype.itemsize)

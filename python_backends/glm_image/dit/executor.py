@@ -169,11 +169,12 @@ class Executor:
                 f"which take {needed / 1e9:.1f} GB",
                 f"what fits the {free / 1e9:.1f} GB that are free on {self._device}",
             )
-        cache = SourceCache(config, tokens, self._device.torch_device, dtype)
-        prepared = (
+        # All of them before the cache is made, which then gets the memory that the VAE worked in.
+        prepared = [
             self._conditioner.prepare_source(self._vae.encode(source.pixels), source.token_ids, source.grid)
             for source in sources
-        )
+        ]
+        cache = SourceCache(config, tokens, self._device.torch_device, dtype)
         read_sources(self._transformer, self._blocks, prepared, cache)
         self._device.mark().wait()
         return cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +45,7 @@ def predict_velocities(
     ]
 
 
-def read_sources(transformer: Any, blocks: Blocks, sources: Iterable[SourceConditioning], cache: SourceCache) -> None:
+def read_sources(transformer: Any, blocks: Blocks, sources: Sequence[SourceConditioning], cache: SourceCache) -> None:
     """Passes source images through the blocks, which leave their keys and values in ``cache``.
 
     Args:

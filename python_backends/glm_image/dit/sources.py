@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Tensors as wide as the image tokens that a pass over sources needs at once: the MLP's four, queries, keys, values, ...
+WORKING_TENSORS = 12
+
 # What happens to the keys and values, [1, tokens, heads, head_dim] each, that a block has just computed, before its
 # attention reads them.
 Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -30,9 +33,9 @@ class SourceCache:
 
     @staticmethod
     def bytes_needed(config: Any, tokens: int, dtype: torch.dtype) -> int:
-        """Returns the memory that the cache of ``tokens`` image tokens takes, one block's copies beside it included."""
+        """Returns the memory for the cache of ``tokens`` image tokens, and for the pass that fills it."""
         width = config.num_attention_heads * config.attention_head_dim
-        return int(2 * (config.num_layers + 1) * tokens * width * dtype.itemsize)
+        return int((2 * config.num_layers + WORKING_TENSORS) * tokens * width * dtype.itemsize)
 
     def recorders(self, start: int) -> list[Join]:
         """Returns for each block what keeps the keys and values of a source whose tokens begin at ``start``."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glm_image.ar.measures import AR_MEASURES
 from glm_image.errors import UnavailableError
 from glm_image.job import Job
 from glm_image.metadata import ar_metadata
@@ -19,6 +20,7 @@ from glm_image.serving import strings
 from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import AR_PARAMETERS
 from glm_image.serving.instance import Instance
+from glm_image.serving.metrics import Metrics
 from glm_image.serving.tensors import Inputs, text_array
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class ArBackend:
         strings.install()
         instance = Instance.read(args, AR_PARAMETERS)
         self._limits = instance.limits
-        self._engine = _load(instance)
+        self._metrics = Metrics(AR_MEASURES, instance)
+        self._engine = _load(instance, self._metrics)
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
         self._max_decoding = instance.integer("max_queue", 1)
         self._may_decode = threading.Semaphore(self._max_decoding)
@@ -59,6 +62,7 @@ class ArBackend:
         """Ends what runs, with an answer to each."""
         self._decoder.shutdown(wait=True)
         self._engine.close()
+        self._metrics.close()
 
     def _accept(self, request: Any, answer: Answer) -> None:
         job = Job.with_timeout(request.request_id(), request.timeout())
@@ -87,7 +91,7 @@ class ArBackend:
         self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(answer, job, resolved, done))
 
 
-def _load(instance: Instance) -> Any:
+def _load(instance: Instance, metrics: Metrics) -> Any:
     # The engine imports torch and transformers, which must not happen before the instance's device is known.
     from glm_image.ar.engine import ArEngine, ArSettings  # noqa: PLC0415
     from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
@@ -101,10 +105,13 @@ def _load(instance: Instance) -> Any:
         max_sequence_tokens=instance.integer("max_sequence_tokens", 1),
         max_queue=instance.integer("max_queue", 1),
         graph_mode=parameters["graph_mode"],
+        graph_capture_sizes=instance.integers("graph_capture_sizes"),
         memory_utilization=instance.share("memory_utilization"),
+        int8=parameters["quantization"] == "int8",
     )
     logger.info("loading the decoder on %s", device)
-    return ArEngine(Checkpoint.open(instance.checkpoint, parameters["load_format"]), device, settings)
+    checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
+    return ArEngine(checkpoint, device, settings, metrics.record)
 
 
 def read_request(request: Any) -> GenerationParameters:

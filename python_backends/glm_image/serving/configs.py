@@ -5,6 +5,7 @@ Run as ``python -m glm_image.serving.configs MODEL_REPOSITORY``.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +82,8 @@ def config_text(config: Any) -> str:
     declared = [spec.name for spec in (*declaration.AR_PARAMETERS, *declaration.DIT_PARAMETERS)]
     for key in [*dict.fromkeys(declared), *Limits().parameters()]:
         if key in config.parameters:
-            lines.append(f'parameters {{ key: "{key}" value {{ {_one_line(config.parameters[key])} }} }}')
+            value = json.dumps(config.parameters[key].string_value)
+            lines.append(f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}')
     lines += _entries("input", config.input) + _entries("output", config.output)
     if config.ensemble_scheduling.step:
         lines += ["ensemble_scheduling {", *map(_step_text, config.ensemble_scheduling.step), "}"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from glm_image.ar.graphs import GRAPH_MODES, WHY_NOT_PIECEWISE
 from glm_image.errors import ConfigurationError
 from glm_image.request import Limits
 
@@ -31,7 +32,8 @@ def _optional(name: str, data_type: str, dims: tuple[int, ...] = (1,)) -> Tensor
     return TensorSpec(name, data_type, dims, optional=True)
 
 
-PROMPT: Final = TensorSpec("prompt", "STRING")
+# Optional to Triton alone, which for an ensemble tells of a deadlock when it is missing; the stages name it.
+PROMPT: Final = _optional("prompt", "STRING")
 
 REQUEST_INPUTS: Final = (
     PROMPT,
@@ -91,11 +93,13 @@ class ParameterSpec:
         name: its name.
         default: what holds where it is left out, and what the checked-in files say.
         allowed: the only values, or () for free ones.
+        declined: values that are known elsewhere, and why they are not allowed here.
     """
 
     name: str
     default: str
     allowed: tuple[str, ...] = ()
+    declined: tuple[tuple[str, str], ...] = ()
 
 
 STAGE_PARAMETERS: Final = (
@@ -104,19 +108,21 @@ STAGE_PARAMETERS: Final = (
     ParameterSpec("dtype", "auto", ("auto", "float32", "bfloat16")),
     ParameterSpec("load_format", "auto", ("auto", "dummy")),
     ParameterSpec("memory_utilization", "0.9"),
-    ParameterSpec("quantization", "none", ("none",)),
 )
 
 AR_PARAMETERS: Final = (
     *STAGE_PARAMETERS,
+    ParameterSpec("quantization", "none", ("none", "int8")),
     ParameterSpec("max_num_seqs", "8"),
     ParameterSpec("max_sequence_tokens", "8192"),
     ParameterSpec("max_queue", "64"),
-    ParameterSpec("graph_mode", "FULL_DECODE_ONLY", ("NONE", "FULL_DECODE_ONLY")),
+    ParameterSpec("graph_mode", "FULL_DECODE_ONLY", GRAPH_MODES, (("PIECEWISE", WHY_NOT_PIECEWISE),)),
+    ParameterSpec("graph_capture_sizes", ""),
 )
 
 DIT_PARAMETERS: Final = (
     *STAGE_PARAMETERS,
+    ParameterSpec("quantization", "none", ("none",)),
     ParameterSpec("cache", "off", ("off",)),
     ParameterSpec("parallel", "none", ("none",)),
     ParameterSpec("warmup_sizes", "auto"),
@@ -140,5 +146,6 @@ def read_parameters(specs: tuple[ParameterSpec, ...], given: Mapping[str, str]) 
             raise ConfigurationError(f"parameter {name!r} is not known; allowed: {', '.join([*values, *limits])}")
     for spec in specs:
         if spec.allowed and values[spec.name] not in spec.allowed:
-            raise ConfigurationError(f"{spec.name} is {values[spec.name]!r}; allowed: {', '.join(spec.allowed)}")
+            why = "".join(f"; {reason}" for value, reason in spec.declined if value == values[spec.name])
+            raise ConfigurationError(f"{spec.name} is {values[spec.name]!r}; allowed: {', '.join(spec.allowed)}{why}")
     return values

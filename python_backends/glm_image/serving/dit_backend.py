@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from glm_image.dit.measures import DIT_MEASURES
 from glm_image.errors import InvalidInputError
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.job import Job
@@ -21,6 +23,7 @@ from glm_image.serving import strings
 from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
+from glm_image.serving.metrics import Metrics
 from glm_image.serving.tensors import Inputs, text_array
 
 logger = logging.getLogger(__name__)
@@ -47,12 +50,16 @@ class DitBackend:
         # Where there are several cards, the first one is the other stage's.
         device = open_device(placement(parameters["devices"], instance.index, first=1))
         logger.info("loading the transformer on %s", device)
+        self._metrics = Metrics(DIT_MEASURES, instance)
         self._engine = DitEngine(
             self._checkpoint,
             device,
             DitSettings(
-                dtype=named_dtype(parameters["dtype"]), warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes)
+                dtype=named_dtype(parameters["dtype"]),
+                memory_utilization=instance.share("memory_utilization"),
+                warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
             ),
+            self._metrics.record,
         )
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
         self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
@@ -69,6 +76,7 @@ class DitBackend:
     def finalize(self) -> None:
         """Finishes what is denoised."""
         self._finisher.shutdown(wait=True)
+        self._metrics.close()
 
     def _paint(self, request: Any, answer: Answer) -> None:
         inputs = Inputs(request)
@@ -105,21 +113,19 @@ class DitBackend:
 
 def read_request(inputs: Inputs) -> PaintRequest:
     """Reads what the first stage, or a client with tokens of its own, asks for; not yet validated."""
-    tokens, sides = inputs.array("prior_token_ids"), inputs.array("prior_grid")
-    assert tokens is not None
-    assert sides is not None
+    tokens, sides = _required(inputs, "prior_token_ids"), _required(inputs, "prior_grid")
     grid = Grid(*map(int, sides))
     size = inputs.array("resolved_size")
     seed = inputs.integer("resolved_seed")
-    source_grids = inputs.array("source_grids")
     return PaintRequest(
         prompt=inputs.text("prompt") or "",
         prior_token_ids=tokens,
         grid=grid,
         requested=Size(*(side * PIXELS_PER_TOKEN for side in grid) if size is None else map(int, size)),
-        seeds=consecutive_seeds(random_seed() if seed is None else seed, len(tokens)),
+        # Of more rows than that, ``check`` refuses the number.
+        seeds=consecutive_seeds(random_seed() if seed is None else seed, min(len(tokens), strings.MAX_STRINGS)),
         ar_metadata=read_ar_metadata(inputs.text("ar_metadata") or ""),
-        source_grids=() if source_grids is None else tuple(Grid(*map(int, pair)) for pair in source_grids),
+        source_grids=_source_grids(inputs),
         **inputs.given(
             images=inputs.files("image"),
             source_token_ids=inputs.array("source_token_ids"),
@@ -129,3 +135,20 @@ def read_request(inputs: Inputs) -> PaintRequest:
             output_format=inputs.text("output_format"),
         ),
     )
+
+
+def _source_grids(inputs: Inputs) -> tuple[Grid, ...]:
+    array = inputs.array("source_grids")
+    if array is None:
+        return ()
+    if len(array) > strings.MAX_STRINGS:  # before a loop over millions
+        raise InvalidInputError.of("source_grids' number of rows", len(array), "one for each image")
+    return tuple(Grid(*map(int, pair)) for pair in array)
+
+
+def _required(inputs: Inputs, name: str) -> NDArray[Any]:
+    # Triton refuses too few inputs, and does not look which they are.
+    array = inputs.array(name)
+    if array is None:
+        raise InvalidInputError(f"{name} is missing; allowed: the tensor that glm_ar gives")
+    return array

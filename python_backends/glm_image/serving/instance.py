@@ -67,6 +67,17 @@ class Instance:
             raise ConfigurationError(f"{name} is {text!r}; allowed: a whole number of at least {low}")
         return int(text)
 
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Returns a parameter that is a list of whole numbers such as ``8`` or ``[1, 8]``; () when it is empty."""
+        text = self.parameters[name].strip()
+        inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        if not inner.strip():
+            return ()
+        numbers = [number.strip() for number in inner.split(",")]
+        if not all(re.fullmatch(r"\d{1,9}", number) for number in numbers):
+            raise ConfigurationError(f"{name} is {text!r}; allowed: empty, or whole numbers with commas between")
+        return tuple(int(number) for number in numbers)
+
     def sizes(self, name: str, default: tuple[Size, ...]) -> tuple[Size, ...]:
         """Returns a parameter that is ``auto``, ``none`` or sizes such as ``1024x1024,1920x1024`` (width first)."""
         text = self.parameters[name]

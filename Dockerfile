@@ -1,0 +1,59 @@
+# syntax=docker/dockerfile:1
+# GLM-Image on Triton, for x86_64 and aarch64:
+#   docker build --target cuda   -t glm-image:cuda .
+#   docker build --target ascend -t glm-image:ascend .
+# Weights are mounted at /checkpoint when a container runs; no image holds any. docs/containers.md says more.
+
+# A Triton of 26.07 or newer with its Python backend; its own Python is the one that the backend links.
+ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
+# A CANN of the card's kind (910b, a3, ...) that goes with the torch-npu of constraints.txt.
+ARG CANN_IMAGE=quay.io/ascend/cann:8.5.0-910b-ubuntu22.04-py3.11
+
+FROM ${CANN_IMAGE} AS cann
+
+# What both kinds share: the system's packages, the project, a user of no rights.
+# hadolint ignore=DL3006
+FROM ${TRITON_IMAGE} AS base
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+# A compiler and Python's headers: kernels written in Triton, the language, are compiled when they are first used.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin glm-image \
+    && python3 -m venv --system-site-packages /opt/venv
+ENV PATH=/opt/venv/bin:$PATH \
+    VIRTUAL_ENV=/opt/venv \
+    HOME=/tmp \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /opt/glm-image
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY python_backends python_backends
+COPY client client
+COPY model_repository model_repository
+COPY scripts/serve scripts/serve
+COPY scripts/lib scripts/lib
+COPY containers containers
+EXPOSE 8000 8001 8002
+# A load of the whole checkpoint takes minutes.
+HEALTHCHECK --interval=15s --timeout=10s --start-period=15m --retries=3 \
+    CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=5)"]
+ENTRYPOINT ["/opt/glm-image/containers/serve", "--checkpoint", "/checkpoint", "--host", "0.0.0.0"]
+
+FROM base AS cuda
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 containers/constraints.py constraints.txt > /tmp/constraints.txt \
+    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server]' \
+    && rm /tmp/constraints.txt
+USER 10001:10001
+
+# Triton's image takes CANN in, not the other way round: CANN's libraries are built for older systems than this one and
+# run on it, while this Triton asks for a newer C library and another Python than CANN's images have.
+FROM base AS ascend
+COPY --from=cann /usr/local/Ascend /usr/local/Ascend
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 containers/constraints.py constraints.txt > /tmp/constraints.txt \
+    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,npu]' \
+    && rm /tmp/constraints.txt
+USER 10001:10001

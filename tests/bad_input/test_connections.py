@@ -1,0 +1,130 @@
+"""Connections that break off, speak nonsense or only wait: the server goes on as before."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2
+
+from bad_input.wire import INFER, json_body
+from bench.soak import processes
+from glm_image.supervisor import TritonServer
+from server.kserve import Values, grpc_infer, http_binary_infer
+
+PICTURE: Values = {"prompt": "a fox", "height": 40, "width": 64, "num_inference_steps": 2, "seed": 3}
+SECONDS = 30
+HEAD = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n".encode()
+BODY = json_body()
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+BROKEN_OFF = {
+    "nothing": b"",
+    "half a word": b"PO",
+    "no body": HEAD + b"Content-Length: 1000000000\r\n\r\n",
+    "half a body": HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY[: len(BODY) // 2],
+    "before the answer": HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY,
+    "half a chunk": CHUNKED + b"5\r\nab",
+    "half an HTTP/2 preface": b"PRI * HTTP/2.0\r\n",
+}
+NONSENSE = {
+    "negative length": HEAD + b"Content-Length: -5\r\n\r\n",
+    "length of words": HEAD + b"Content-Length: abc\r\n\r\n",
+    "length beyond 64 bits": HEAD + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n",
+    "no HTTP": b"\x00\xff" * 1000 + b"\r\n\r\n",
+    "no chunk": CHUNKED + b"zz\r\nab",
+    "200,000 chunks of one byte": CHUNKED + b"1\r\n[\r\n" * 200_000 + b"0\r\n\r\n",
+    "header of 1 MB": HEAD + b"A: " + b"a" * 1_000_000 + b"\r\n\r\n",
+    "path of 1 MB": b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\n\r\n",
+    "frames of no meaning": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 1000,
+}
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.split(":")
+    return socket.create_connection((host, int(port)), timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def picture(triton: TritonServer) -> NDArray[np.uint8]:
+    return grpc_infer(triton, PICTURE)["images"]
+
+
+@pytest.fixture(autouse=True)
+def unharmed(triton: TritonServer, picture: NDArray[np.uint8]) -> Iterator[None]:
+    """After each test the same processes give the same picture over both protocols."""
+    pids = processes(triton)
+    yield
+    assert processes(triton) == pids
+    for infer in (grpc_infer, http_binary_infer):
+        np.testing.assert_array_equal(infer(triton, PICTURE)["images"], picture)
+
+
+def urls(triton: TritonServer) -> list[str]:
+    return [triton.http_url, triton.grpc_url]
+
+
+@pytest.mark.parametrize("name", BROKEN_OFF)
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_client_goes_away(triton: TritonServer, name: str, reset: bool) -> None:
+    for url in urls(triton) * 3:
+        with connect(url) as connection:
+            connection.sendall(BROKEN_OFF[name])
+            if reset:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_answered_or_hung_up_on(triton: TritonServer, name: str) -> None:
+    for url in urls(triton):
+        with connect(url) as connection:
+            try:
+                connection.sendall(NONSENSE[name])
+                # Nothing more comes, for which a server could wait.
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 16):
+                    pass
+            except TimeoutError:
+                raise
+            except OSError as error:  # hung up, sooner or later
+                assert error.errno in {errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN}  # noqa: PT017
+
+
+def test_hundreds_of_idle_connections(triton: TritonServer, picture: NDArray[np.uint8]) -> None:
+    with ExitStack() as stack:
+        for _ in range(150):
+            for url in urls(triton):
+                stack.enter_context(connect(url))
+        np.testing.assert_array_equal(grpc_infer(triton, PICTURE)["images"], picture)
+
+
+def test_calls_that_are_cancelled(triton: TritonServer) -> None:
+    """At any moment of their way."""
+    request = service_pb2.ModelInferRequest(model_name="glm_image")
+    request.inputs.add(name="prompt", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a fox")
+    for name in ("height", "width", "num_inference_steps"):
+        request.inputs.add(name=name, datatype="INT32", shape=[1]).contents.int_contents.append(32)
+    with grpc.insecure_channel(triton.grpc_url) as channel:
+        infer = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer", request_serializer=lambda message: message.SerializeToString()
+        )
+        for milliseconds in (1, 5, 20, 80, 150, 300):
+            with pytest.raises(grpc.RpcError) as ended:
+                infer(request, timeout=milliseconds / 1000)
+            assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("message", [b"\xff" * 10, b"\x0a\xff\xff\xff\xff\x0f", b"\x2a\x80\x80\x80\x80\x08"])
+def test_messages_that_are_none(triton: TritonServer, message: bytes) -> None:
+    with grpc.insecure_channel(triton.grpc_url) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        with pytest.raises(grpc.RpcError) as refused:
+            infer(message, timeout=SECONDS)
+    assert refused.value.code() in {grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT}

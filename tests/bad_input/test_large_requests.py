@@ -1,0 +1,121 @@
+"""Requests of 100 MB: refused within seconds, and no more kept than the largest of them takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bad_input.wire import (
+    GENERATE,
+    Case,
+    Tensor,
+    binary_send,
+    grpc_send,
+    http_send,
+    json_body,
+    json_input,
+    numbers,
+    strings,
+    tensor,
+    with_small,
+)
+from bench.soak import processes, resident_bytes
+from glm_image.supervisor import TritonServer
+from server.kserve import Values, grpc_infer
+
+BYTES = 100_000_000
+SECONDS = 10
+LOADED_MACHINE = 3
+"""How many times slower a machine may be that has other things to do."""
+
+PICTURE: Values = {"prompt": "a fox", "height": 40, "width": 64, "num_inference_steps": 2, "seed": 3}
+TOKENS = Tensor("prior_token_ids", "INT32", [1, BYTES // 4], bytes(BYTES))
+GRID = tensor("prior_grid", "INT32", 1, 1)
+TEXT = b"x" * BYTES
+TOO_LONG = "prompt is 100000000 characters long; allowed: 1 to 8192 characters"
+INVALID, BAD_REQUEST = ("INVALID_ARGUMENT",), ("400", "500")
+
+
+def _large() -> dict[str, Case]:
+    text = tensor("prompt", "BYTES", TEXT)
+    height = Tensor("height", "INT32", [BYTES // 4], bytes(BYTES))
+    files = Tensor("image", "BYTES", [BYTES // 4], bytes(BYTES))
+    told = tensor("ar_metadata", "BYTES", b"[" * BYTES)
+    one_token = Tensor("prior_token_ids", "INT32", [1, 1], numbers("INT32", 0))
+    prompt = tensor("prompt", "BYTES", b"a fox")
+    return {
+        "prompt grpc": Case(grpc_send(with_small(text)), TOO_LONG, INVALID),
+        "prompt http": Case(binary_send(with_small(text)), TOO_LONG, BAD_REQUEST),
+        "prompt json": Case(
+            http_send(json_body(json_input("prompt", "BYTES", [TEXT.decode()]))), TOO_LONG, BAD_REQUEST
+        ),
+        "prompt generate": Case(
+            http_send(json.dumps({"prompt": TEXT.decode()}).encode(), GENERATE), TOO_LONG, BAD_REQUEST
+        ),
+        "quotes": Case(
+            grpc_send(with_small(tensor("negative_prompt", "BYTES", b"'" * BYTES))), "negative_prompt is", INVALID
+        ),
+        "no text": Case(grpc_send(with_small(tensor("prompt", "BYTES", b"\xff" * BYTES))), "prompt is", INVALID),
+        "format": Case(
+            grpc_send(with_small(tensor("output_format", "BYTES", TEXT))), "output_format is x+...; allowed", INVALID
+        ),
+        "numbers": Case(grpc_send(with_small(height)), "input 'height'", INVALID),
+        "files without a byte": Case(grpc_send(with_small(files)), "image is 25000000 files; allowed: 1 to 4", INVALID),
+        "files without a byte, second stage": Case(
+            grpc_send([prompt, one_token, GRID, files], "glm_dit"), "image is 25000000 files; allowed: 1 to 4", INVALID
+        ),
+        "string longer than the request": Case(
+            grpc_send(with_small(Tensor("prompt", "BYTES", [1], struct.pack("<I", 2**31) + TEXT))), "'prompt'", INVALID
+        ),
+        "strings for one": Case(
+            grpc_send(with_small(Tensor("prompt", "BYTES", [1], strings(b"abcd") * (BYTES // 8)))), "'prompt'", INVALID
+        ),
+        "tokens": Case(grpc_send([prompt, TOKENS, GRID], "glm_dit"), "columns is 25000000; allowed: 1", INVALID),
+        "rows of tokens": Case(
+            grpc_send([prompt, Tensor("prior_token_ids", "INT32", [BYTES // 4, 1], bytes(BYTES)), GRID], "glm_dit"),
+            "rows is 25000000; allowed: 1 to 8",
+            INVALID,
+        ),
+        "ar_metadata": Case(grpc_send([prompt, one_token, GRID, told], "glm_dit"), "ar_metadata is", INVALID),
+        "source_grids": Case(
+            grpc_send(
+                [prompt, one_token, GRID, Tensor("source_grids", "INT32", [BYTES // 8, 2], bytes(BYTES))], "glm_dit"
+            ),
+            "source_grids. number of rows is 12500000; allowed: one for each image",
+            INVALID,
+        ),
+        "not JSON": Case(http_send(TEXT), "JSON", BAD_REQUEST),
+        "blanks": Case(http_send(b" " * BYTES), "JSON", BAD_REQUEST),
+    }
+
+
+@pytest.fixture(scope="module")
+def large() -> dict[str, Case]:
+    return _large()
+
+
+def test_large_requests_are_refused_and_leave_nothing_behind(triton: TritonServer, large: dict[str, Case]) -> None:
+    """After the first time through, /dev/shm and the stages are as large as one such request made them, for good."""
+    picture = grpc_infer(triton, PICTURE)["images"]
+    pids = processes(triton)
+    curve = []
+    for _ in range(2):
+        for name, case in large.items():
+            answer = case.send(triton)
+            assert answer.status in case.statuses, (name, answer)
+            assert re.search(case.words, answer.message), (name, answer)
+            assert answer.seconds < SECONDS * LOADED_MACHINE, (name, answer)
+        memory = {name: resident_bytes(pid) for name, pid in pids.items()}
+        shared = {path.name: path.stat().st_size for path in Path("/dev/shm").glob(f"{triton.shm_prefix}*")}
+        curve.append((memory, shared))
+    assert processes(triton) == pids
+    assert curve[1][1] == curve[0][1]
+    for name in pids:
+        assert curve[1][0][name] - curve[0][0][name] < BYTES, curve
+    assert all(size < 2.5 * BYTES for size in curve[1][1].values())
+    np.testing.assert_array_equal(grpc_infer(triton, PICTURE)["images"], picture)

@@ -1,0 +1,187 @@
+"""The engines' metrics on the metrics port of a real server, and the page that explains them."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from glm_image.ar.config import ArConfig
+from glm_image.ar.measures import AR_MEASURES
+from glm_image.checkpoint import Checkpoint
+from glm_image.dit.measures import DIT_MEASURES
+from glm_image.measures import Kind, Measure
+from glm_image.serving.declaration import AR_PARAMETERS
+from glm_image.supervisor import TritonServer
+from server.kserve import KServeError, Values, at_once, grpc_infer, metadata
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+TOLD = re.compile(r"^# (?P<what>TYPE|HELP) (?P<name>\w+) (?P<text>.*)$")
+SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
+LABELS = re.compile(r'(\w+)="([^"]*)"')
+MEASURES: dict[str, tuple[Measure, ...]] = {"glm_ar": AR_MEASURES, "glm_dit": DIT_MEASURES}
+SETTLE_SECONDS = 30
+SLOTS = 8
+STEPS = 3
+ASKED: Values = {"prompt": "A fox reading 'NEWS'", "height": 64, "width": 64, "num_inference_steps": STEPS}
+
+
+class Page:
+    """What the metrics port says at one moment."""
+
+    def __init__(self, text: str) -> None:
+        self.types: dict[str, str] = {}
+        self.helps: dict[str, str] = {}
+        self.samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for line in text.splitlines():
+            if told := TOLD.match(line):
+                (self.types if told["what"] == "TYPE" else self.helps)[told["name"]] = told["text"]
+            elif sample := SAMPLE.match(line):
+                labels = dict(LABELS.findall(sample["labels"]))
+                self.samples.setdefault(sample["name"], []).append((labels, float(sample["value"])))
+
+    def __getitem__(self, name: str) -> float:
+        """The one sample of an engine's metric."""
+        ((_, value),) = self.samples[f"glm_image_{name}"]
+        return value
+
+    def load(self) -> tuple[float, float]:
+        """Running and waiting sequences."""
+        return self["ar_running_sequences"], self["ar_waiting_sequences"]
+
+
+def page_when(server: TritonServer, expected: Callable[[Page], bool]) -> Page:
+    """Asks until the page is as expected: metrics follow the answers at some distance, and their port the others."""
+    end = time.monotonic() + SETTLE_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=SETTLE_SECONDS) as answer:
+                page = Page(answer.read().decode())
+        except urllib.error.URLError:
+            if time.monotonic() > end:
+                raise
+            continue
+        if expected(page) or time.monotonic() > end:
+            return page
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
+    """A server that has had no requests of others: what is still on its way of theirs would be counted here."""
+    with TritonServer(tiny_checkpoint, drain_seconds=5) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def fresh(watched: TritonServer) -> Page:
+    return page_when(watched, lambda page: page["dit_peak_memory_bytes"] > 0 and page["ar_kv_cache_bytes"] > 0)
+
+
+def documented(mark: str) -> dict[str, list[str]]:
+    """The rows of the table after a comment: the code in the first cell, and the other cells."""
+    lines = DOCUMENT.split(f"<!-- {mark} -->\n")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("model", MEASURES)
+def test_the_page_has_what_is_documented_and_nothing_else(fresh: Page, model: str) -> None:
+    rows = documented(model)
+    assert rows == {m.name: [m.kind.value, rows[m.name][1], m.meaning] for m in MEASURES[model]}
+    prefix = model.replace("glm_", "glm_image_")
+    assert {name: kind for name, kind in fresh.types.items() if name.startswith(prefix)} == {
+        name: cells[0] for name, cells in rows.items()
+    }
+    for measure in MEASURES[model]:
+        assert fresh.helps[measure.name] == measure.meaning
+        suffix = "_count" if measure.kind is Kind.HISTOGRAM else ""
+        ((labels, _),) = fresh.samples[measure.name + suffix]
+        assert labels == {"model": model, "instance": "0"}
+
+
+@pytest.mark.parametrize("measure", [*AR_MEASURES, *DIT_MEASURES], ids=lambda measure: measure.name)
+def test_a_name_ends_in_its_unit(measure: Measure) -> None:
+    unit = {**documented("glm_ar"), **documented("glm_dit")}[measure.name][1]
+    assert measure.name.endswith(f"_{unit}" + "_total" * (measure.kind is Kind.COUNTER))
+    assert list(measure.bounds) == sorted(set(measure.bounds))
+    assert bool(measure.bounds) == (measure.kind is Kind.HISTOGRAM)
+
+
+def test_tritons_own_that_the_document_names_are_there(fresh: Page) -> None:
+    for name, cells in documented("Triton's").items():
+        assert fresh.types[name] == cells[0]
+        assert {"glm_ar", "glm_dit"} <= {labels["model"] for labels, _ in fresh.samples[name]}
+
+
+def test_histograms_have_their_bounds(fresh: Page) -> None:
+    for measure in (*AR_MEASURES, *DIT_MEASURES):
+        if measure.kind is Kind.HISTOGRAM:
+            bounds = [float(labels["le"]) for labels, _ in fresh.samples[f"{measure.name}_bucket"]]
+            assert bounds == [*measure.bounds, float("inf")]
+
+
+def test_memory_is_told_from_the_start(fresh: Page, tiny_checkpoint: Path) -> None:
+    config = ArConfig.read(Checkpoint.open(tiny_checkpoint))
+    positions = int({spec.name: spec.default for spec in AR_PARAMETERS}["max_sequence_tokens"])
+    fp32 = 4
+    keys = config.layers * SLOTS * config.kv_heads * positions * config.head_dim * fp32
+    assert fresh["ar_kv_cache_bytes"] == 2 * keys
+    assert fresh["dit_peak_memory_bytes"] > sum(file.stat().st_size for file in tiny_checkpoint.rglob("*.safetensors"))
+
+
+def test_the_counters_move_by_what_requests_took(watched: TritonServer, fresh: Page) -> None:
+    started = time.monotonic()
+    with pytest.raises(KServeError):
+        grpc_infer(watched, {**ASKED, "height": 0})
+    requests = [{**ASKED, "seed": 1}, {**ASKED, "seed": 2, "num_images": 3, "output_format": "png"}]
+    told = [
+        metadata(outputs) for outputs in at_once([partial(grpc_infer, watched, asked) for asked in requests]).outputs
+    ]
+    lengths = [answer["tokens"]["preview"] + answer["tokens"]["image"] for answer in told]
+    images, tokens = 4, lengths[0] + 3 * lengths[1]
+
+    page = page_when(
+        watched,
+        lambda page: page.load() == (0, 0) and (page["dit_images_total"], page["ar_tokens_total"]) == (images, tokens),
+    )
+    assert page["dit_images_total"] == images
+    assert page["ar_tokens_total"] == tokens
+    assert page["ar_prefill_seconds_count"] == images
+    assert page["dit_step_seconds_count"] == images * STEPS
+    assert page["dit_vae_seconds_count"] == images
+    assert page["dit_encode_seconds_count"] == 3
+    assert page["dit_cached_steps_total"] == 0
+    # Sequences decode together: at least the steps of one, at most those of all.
+    assert max(lengths) - 1 <= page["ar_step_seconds_count"] <= tokens - images
+    for name, stage in (
+        ("ar_prefill", "prefill"),
+        ("dit_step", "denoise"),
+        ("dit_vae", "vae"),
+        ("dit_encode", "encode"),
+    ):
+        seconds = sum(answer["seconds"][stage] for answer in told)
+        assert page[f"{name}_seconds_sum"] == pytest.approx(seconds, rel=0.1, abs=0.01)
+    assert 0 < page["ar_step_seconds_sum"] < time.monotonic() - started
+    assert page["dit_peak_memory_bytes"] >= fresh["dit_peak_memory_bytes"]
+
+
+def test_the_load_is_told_while_it_lasts(watched: TritonServer) -> None:
+    asked = {"prompt": "A fox", "height": 1024, "width": 1024, "num_images": SLOTS}
+    with ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(grpc_infer, watched, {**asked, "seed": seed}, "glm_ar") for seed in range(2)]
+        page = page_when(watched, lambda page: page.load() == (SLOTS, SLOTS))
+        assert page.load() == (SLOTS, SLOTS)
+        assert page["ar_slot_occupancy_ratio"] == 1
+        assert not any(answer.done() for answer in answers)
+        for answer in answers:
+            answer.result()
+    page = page_when(watched, lambda page: page.load() == (0, 0))
+    assert page.load() == (0, 0)
+    assert page["ar_slot_occupancy_ratio"] == 0

@@ -1,0 +1,218 @@
+"""The container files, as far as they can be checked without building an image."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomllib
+import yaml
+
+from glm_image.supervisor.cli import parse_arguments
+from glm_image.supervisor.process import STOP_GRACE_SECONDS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+TARGETS = ("cuda", "ascend")
+ARCHITECTURES = ("x86_64", "aarch64")
+RESOLVE_SECONDS = 600
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile, each with its arguments on one line."""
+    joined = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.MULTILINE))
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines()) if word]
+
+
+def stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    """Stage -> what it is made from, and its instructions."""
+    found: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    name = ""
+    for word, rest in instructions():
+        if word == "FROM":
+            image, _, name = re.split(r"\s+", rest)
+            found[name] = (image, [])
+        elif name:
+            found[name][1].append((word, rest))
+    return found
+
+
+def copied() -> list[str]:
+    """What is copied out of the checkout."""
+    sources = []
+    for word, rest in instructions():
+        if word == "COPY" and "--from=" not in rest:
+            sources += rest.split()[:-1]
+    return sources
+
+
+def compose(target: str) -> dict[str, Any]:
+    (service,) = yaml.safe_load((ROOT / f"compose.{target}.yaml").read_text())["services"].values()
+    return dict(service)
+
+
+def seconds(duration: str) -> int:
+    return int(duration.removesuffix("s"))
+
+
+class TestDockerfile:
+    def test_what_is_copied_is_there_and_not_ignored(self) -> None:
+        kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+        assert len(copied()) >= 8
+        for source in copied():
+            assert (ROOT / source).exists(), source
+            assert source in kept
+        assert set(kept) == set(copied())
+
+    def test_no_weights_get_into_an_image(self) -> None:
+        ignored = (ROOT / ".dockerignore").read_text().splitlines()
+        assert "*" in ignored
+        assert any(fnmatch.fnmatch("a/model.safetensors", pattern) for pattern in ignored if pattern.startswith("**"))
+        assert not any("checkpoint" in source for source in copied())
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_a_target_has_no_rights_a_health_check_and_serve(self, target: str) -> None:
+        made_from, own = stages()[target]
+        assert made_from == "base"
+        assert own[-1] == ("USER", "10001:10001")
+        shared = dict(stages()["base"][1])
+        assert "/v2/health/ready" in shared["HEALTHCHECK"]
+        program, *flags = json.loads(shared["ENTRYPOINT"])
+        assert os.access(ROOT / Path(program).relative_to("/opt/glm-image"), os.X_OK)
+        assert vars(parse_arguments(flags))["checkpoint"] == Path("/checkpoint")
+        (health,) = re.findall(r"CMD (\[.*\])", shared["HEALTHCHECK"])
+        compile(json.loads(health)[2], "health", "exec")
+
+    def test_triton_is_new_enough(self) -> None:
+        (year, month) = re.findall(r"ARG TRITON_IMAGE=\S+:(\d\d)\.(\d\d)-py3", DOCKERFILE)[0]
+        assert (int(year), int(month)) >= (26, 7)
+
+    def test_every_stage_that_is_named_is_there(self) -> None:
+        assert set(TARGETS) < set(stages())
+        for stage in re.findall(r"--from=(\S+)", DOCKERFILE):
+            assert stage in stages()
+
+    def test_hadolint_finds_nothing(self, tmp_path: Path) -> None:
+        program = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if program is None:
+            pytest.skip("this environment has no hadolint")
+        (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp && sudo apt-get install gcc\n")
+        bad = subprocess.run([program, tmp_path / "Dockerfile"], capture_output=True, text=True, check=False)
+        assert "DL3004" in bad.stdout
+        found = subprocess.run([program, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+        assert (found.returncode, found.stdout) == (0, "")
+
+    def test_the_entry_point_is_good_shell(self) -> None:
+        subprocess.run(["bash", "-n", ROOT / "containers" / "serve"], check=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+class TestCompose:
+    def test_it_builds_its_target(self, target: str) -> None:
+        assert compose(target)["build"] == {"context": ".", "target": target}
+
+    def test_it_is_reached_from_this_machine_alone(self, target: str) -> None:
+        ports = compose(target)["ports"]
+        assert [port.rsplit(":", 1)[1] for port in ports] == ["8000", "8001", "8002"]
+        assert all(port.startswith("127.0.0.1:") for port in ports)
+
+    def test_weights_are_mounted_to_read(self, target: str) -> None:
+        (weights,) = [volume for volume in compose(target)["volumes"] if isinstance(volume, dict)]
+        assert (weights["target"], weights["read_only"]) == ("/checkpoint", True)
+        assert "GLM_IMAGE_CHECKPOINT:?" in weights["source"]
+
+    def test_it_may_do_little(self, target: str) -> None:
+        service = compose(target)
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert not {"privileged", "network_mode", "pid", "ipc"} & set(service)
+
+    def test_memory_and_time_suffice(self, target: str) -> None:
+        service = compose(target)
+        assert service["shm_size"].endswith("gb")
+        drain = parse_arguments(["--checkpoint", "x"]).drain_seconds
+        assert seconds(service["stop_grace_period"]) > drain + STOP_GRACE_SECONDS
+
+
+def test_the_ascend_container_gets_its_card_and_the_driver() -> None:
+    service = compose("ascend")
+    assert service["devices"] == [
+        "/dev/davinci${NPU_DEVICE:-0}",
+        "/dev/davinci_manager",
+        "/dev/devmm_svm",
+        "/dev/hisi_hdc",
+    ]
+    mounts = [volume for volume in service["volumes"] if isinstance(volume, str)]
+    driver = ("/usr/local/Ascend/driver", "/usr/local/dcmi", "/usr/local/bin/npu-smi")
+    assert mounts == [f"{path}:{path}:ro" for path in driver]
+
+
+def test_the_cuda_container_gets_its_card() -> None:
+    (device,) = compose("cuda")["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+
+
+class TestConstraints:
+    @pytest.fixture(scope="class")
+    def script(self) -> Any:
+        spec = importlib.util.spec_from_file_location("constraints", ROOT / "containers" / "constraints.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_a_vendors_torch_stays(self, script: Any) -> None:
+        text = "# Engines\nnumpy==1.26.4\ntorch==2.13.0\ntorch_npu==2.13.0\ntriton==3.7.1\n"
+        installed = {"torch": "2.13.0a0+vendor", "torch-npu": "2.13.0.post1"}
+        assert script.container_constraints(text, installed) == (
+            "# Engines\nnumpy==1.26.4\ntorch==2.13.0a0+vendor\ntorch-npu==2.13.0.post1\ntriton==3.7.1\n"
+        )
+
+    def test_without_one_the_pins_are_the_projects(self, script: Any) -> None:
+        text = (ROOT / "constraints.txt").read_text()
+        assert script.container_constraints(text, {}) == text
+
+    def test_it_looks_for_what_is_installed(self, script: Any) -> None:
+        assert {"numpy", "torch"} <= set(script.installed_by_the_vendor())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_pin_resolves(target: str, architecture: str, tmp_path: Path) -> None:
+    """What the image's pip is asked for, for its Python and its C library, from wheels alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ["client", "server", *(["npu"] if target == "ascend" else [])]
+    asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    platforms = [f"--platform=manylinux_2_{minor}_{architecture}" for minor in range(39, 4, -1)]
+    report = tmp_path / "report.json"
+    options = [
+        *("--dry-run", "--ignore-installed", "--quiet", "--only-binary=:all:"),
+        *(*platforms, f"--platform=manylinux2014_{architecture}", "--python-version=3.12", "--implementation=cp"),
+        *("--abi=cp312", "--abi=abi3", "--abi=none", "--target", str(tmp_path / "target"), "--report", str(report)),
+        *("-c", str(ROOT / "constraints.txt")),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, *asked],
+        capture_output=True,
+        text=True,
+        timeout=RESOLVE_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pins = (line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = {name.lower().replace("_", "-"): version for name, version in pins}
+    chosen = [one["metadata"] for one in json.loads(report.read_text())["install"]]
+    versions = {one["name"].lower().replace("_", "-"): one["version"] for one in chosen}
+    assert {name: pinned.get(name) for name in versions} == versions

@@ -1,0 +1,180 @@
+"""Source images on their way through both schedulers: encoded and read once a request, forgotten whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from glm_image.ar import executor as ar
+from glm_image.ar.scheduler import Scheduler as ArScheduler
+from glm_image.ar.scheduler import Sources
+from glm_image.dit import executor as dit
+from glm_image.dit.scheduler import Scheduler as DitScheduler
+from glm_image.errors import CancelledError
+from glm_image.geometry import Grid, PlacedGrid, Size
+from glm_image.job import Job
+from glm_image.request import GenerationParameters, PaintRequest, ResolvedRequest, Sampling
+from glm_image.sources import SourcePicture
+
+WAIT_SECONDS = 30
+PLACED = (PlacedGrid(1, Grid(1, 2)), PlacedGrid(4, Grid(2, 1)))
+PROMPT = (10, 99, 99, 11, 99, 99, 12)
+
+
+class ArExecutor:
+    """Keeps the books of the first stage's executor; token i of a source is its first patch's value + i."""
+
+    def __init__(self) -> None:
+        self.commands: list[Any] = []
+        self.fault: Callable[[Any], bool] = lambda _: False
+        self._drawn: dict[int, int] = {}
+
+    def run(self, command: Any) -> NDArray[np.int32] | None:
+        self.commands.append(command)
+        if self.fault(command):
+            raise RuntimeError("out of memory")
+        if isinstance(command, ar.Encode):
+            first, count = int(command.patches[0, 0]), sum(grid.tokens for grid in command.grids)
+            return np.arange(first, first + count, dtype=np.int32)
+        if isinstance(command, ar.Admit):
+            self._drawn[command.slot] = 1
+        elif isinstance(command, ar.Step):
+            self._drawn = {slot: drawn + command.count for slot, drawn in self._drawn.items()}
+        else:
+            return np.zeros(self._drawn.pop(command.slot, 0), dtype=np.int32)
+        return None
+
+    def of(self, kind: type) -> list[Any]:
+        return [command for command in self.commands if isinstance(command, kind)]
+
+
+def resolved(*seeds: int) -> ResolvedRequest:
+    grids = (Grid(2, 3),)
+    return ResolvedRequest(GenerationParameters(prompt="x"), Size(64, 96), grids, Sampling(1.0, 1.0, 1), seeds)
+
+
+def sources(first: int) -> Sources:
+    return Sources(np.full((4, 3), first, dtype=np.float32), PLACED)
+
+
+@pytest.fixture
+def executor() -> ArExecutor:
+    return ArExecutor()
+
+
+def test_sources_are_encoded_once_for_all_pictures_and_put_at_their_places(executor: ArExecutor) -> None:
+    scheduler, given = ArScheduler(executor.run, 2, 4), sources(20)
+    tokens = scheduler.submit(Job(), PROMPT, resolved(5, 6, 7), given).result(WAIT_SECONDS)
+    scheduler.close()
+    assert tokens.shape == (3, 6)
+    (encoded,) = executor.of(ar.Encode)
+    assert encoded.grids == (Grid(1, 2), Grid(2, 1))
+    assert given.token_ids is not None
+    assert given.token_ids.tolist() == [20, 21, 22, 23]
+    admitted = executor.of(ar.Admit)
+    assert [command.seed for command in admitted] == [5, 6, 7]
+    assert {command.prompt_ids for command in admitted} == {(10, 20, 21, 11, 22, 23, 12)}
+    assert {command.sources for command in admitted} == {PLACED}
+    assert executor.commands.index(encoded) < executor.commands.index(admitted[0])
+
+
+def test_requests_keep_their_own_sources(executor: ArExecutor) -> None:
+    scheduler = ArScheduler(executor.run, 3, 8)
+    futures = [scheduler.submit(Job(), PROMPT, resolved(seed), sources(seed)) for seed in (30, 40)]
+    futures.append(scheduler.submit(Job(), (1, 2), resolved(50)))
+    for future in futures:
+        future.result(WAIT_SECONDS)
+    scheduler.close()
+    prompts = {command.seed: command.prompt_ids for command in executor.of(ar.Admit)}
+    assert prompts == {30: (10, 30, 31, 11, 32, 33, 12), 40: (10, 40, 41, 11, 42, 43, 12), 50: (1, 2)}
+
+
+def test_a_request_whose_sources_cannot_be_encoded_ends_alone(executor: ArExecutor) -> None:
+    scheduler = ArScheduler(executor.run, 2, 8)
+    executor.fault = lambda command: isinstance(command, ar.Encode) and command.patches[0, 0] == 1
+    bad = scheduler.submit(Job(), PROMPT, resolved(1, 2), sources(1))
+    good = scheduler.submit(Job(), PROMPT, resolved(3), sources(3))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.result(WAIT_SECONDS)
+    assert good.result(WAIT_SECONDS).shape == (1, 6)
+    scheduler.close()
+    assert [command.seed for command in executor.of(ar.Admit)] == [3]
+
+
+class DitExecutor:
+    """Keeps the books of the second stage's executor."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+        self.held: set[int] = set()
+        self.before: Callable[[Any], None] = lambda _: None
+
+    def run(self, command: Any) -> None:
+        self.commands.append(type(command).__name__)
+        if isinstance(command, dit.ForgetSources):
+            self.held.discard(command.request)
+            return
+        if isinstance(command, dit.ReadSources):
+            self.held.add(command.request)
+        self.before(command)
+        if isinstance(command, dit.Prepare):
+            assert command.sources_of is None or command.sources_of in self.held
+
+
+SOURCE = SourcePicture(np.zeros((32, 32, 3), np.uint8), np.zeros(1, np.int32), Grid(1, 1))
+
+
+def request(*seeds: int) -> PaintRequest:
+    return PaintRequest(
+        "x", np.zeros((len(seeds), 1), np.int32), Grid(1, 1), Size(32, 32), seeds, num_inference_steps=2
+    )
+
+
+def test_sources_are_read_once_and_forgotten_when_all_pictures_are_denoised() -> None:
+    executor = DitExecutor()
+    DitScheduler(executor.run).denoise(Job(), request(1, 2), (SOURCE,))
+    assert executor.commands == ["ReadSources", *["Prepare", "Step", "Step"] * 2, "ForgetSources"]
+    assert not executor.held
+
+
+def test_without_sources_nothing_is_read() -> None:
+    executor = DitExecutor()
+    DitScheduler(executor.run).denoise(Job(), request(1))
+    assert executor.commands == ["Prepare", "Step", "Step"]
+
+
+@pytest.mark.parametrize("kind", [dit.ReadSources, dit.Prepare, dit.Step])
+def test_sources_are_forgotten_after_a_fault(kind: type) -> None:
+    executor = DitExecutor()
+    scheduler = DitScheduler(executor.run)
+
+    def fail(command: Any) -> None:
+        if isinstance(command, kind):
+            raise RuntimeError("out of memory")
+
+    executor.before = fail
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scheduler.denoise(Job(), request(1, 2), (SOURCE,))
+    assert not executor.held
+    executor.before = lambda _: None
+    assert len(scheduler.denoise(Job(), request(3), (SOURCE,))) == 1
+
+
+def test_sources_are_forgotten_when_the_request_is_cancelled() -> None:
+    executor, job = DitExecutor(), Job()
+    executor.before = lambda command: job.cancel() if isinstance(command, dit.Step) else None
+    with pytest.raises(CancelledError):
+        DitScheduler(executor.run).denoise(job, request(1, 2), (SOURCE,))
+    assert not executor.held
+
+
+def test_a_cancelled_request_reads_no_sources() -> None:
+    executor, job = DitExecutor(), Job()
+    job.cancel()
+    with pytest.raises(CancelledError):
+        DitScheduler(executor.run).denoise(job, request(1), (SOURCE,))
+    assert "ReadSources" not in executor.commands
