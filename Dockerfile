@@ -4,10 +4,11 @@
 #   docker build --target ascend -t glm-image:ascend .
 # Weights are mounted at /checkpoint when a container runs; no image holds any. docs/containers.md says more.
 
+# The vendors' images, by the names they have on the building machine; or name them with their registry.
 # A Triton of 26.07 or newer with its Python backend; its own Python is the one that the backend links.
-ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.07-py3
+ARG TRITON_IMAGE=tritonserver:26.07-py3
 # A CANN of the card's kind (910b, a3, ...) that goes with the torch-npu of constraints.txt.
-ARG CANN_IMAGE=quay.io/ascend/cann:8.5.0-910b-ubuntu22.04-py3.11
+ARG CANN_IMAGE=cann:8.5.0-910b-ubuntu22.04-py3.11
 
 FROM ${CANN_IMAGE} AS cann
 
