@@ -113,7 +113,7 @@ def test_parts_add_up_to_the_product(device: torch.device, n: int, k: int, split
     plan = Plan(block_n=32, block_k=32, splits=splits, warps=4, stages=2, fetch=16)
     with torch.inference_mode():
         linear_parts(x, linear, out, plan)
-        assert relative_error(out.sum(0), x.float() @ linear.weight.float().T) < 1e-3  # noqa: PLR2004
+        assert relative_error(out.sum(0), x.float() @ linear.weight.float().T) < 1e-3
 
 
 @needs_gpu
@@ -149,13 +149,13 @@ def test_tokens_are_those_of_the_sampler_with_a_sort(device: torch.device, seed:
     generator = torch.Generator().manual_seed(seed)
     vocabulary = CONFIG.vision_vocab_size
     logits = (3 * torch.randn(len(LENGTHS), vocabulary, generator=generator)).to(device)
-    if seed == 5:  # all that may come has been dropped by top-p in one row  # noqa: PLR2004
+    if seed == 5:  # all that may come has been dropped by top-p in one row
         logits[0, : CONFIG.codebook_size] -= 50.0
     state.noise.copy_(torch.empty(state.noise.shape).exponential_(generator=generator))
     state.drawn.fill_(seed)
     state.active.fill_(1)
     for slot, sampling in enumerate(SAMPLINGS):
-        state.sampler.set(slot, sampling, 4 if slot == 7 else 0, vocabulary)  # noqa: PLR2004
+        state.sampler.set(slot, sampling, 4 if slot == 7 else 0, vocabulary)
     rows = torch.arange(len(LENGTHS), device=device)
     allowed = state.allowed[(state.drawn >= state.sampler.preview_tokens).long()]
     want = draw(logits, state.noise[rows, state.drawn], state.sampler, allowed)

@@ -53,7 +53,7 @@ def test_files_parse_to_the_declared_message(model: str) -> None:
 def test_the_ensemble_takes_and_gives_what_clients_are_promised() -> None:
     config = parsed("glm_image")
     assert tensors(config.input) == {
-        "prompt": ("STRING", (1,), False),
+        "prompt": ("STRING", (1,), True),  # the stages say that it is missing
         "image": ("STRING", (-1,), True),
         "height": ("INT32", (1,), True),
         "width": ("INT32", (1,), True),

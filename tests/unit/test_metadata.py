@@ -40,7 +40,7 @@ def test_numbers_are_checked(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", ["now", -1, 1.5, True, 2**63, None])
 def test_the_end_of_the_first_stage_is_checked(value: Any) -> None:
-    with pytest.raises(InvalidInputError, match="^ar_metadata's finished_ns is .*; allowed: a whole number"):
+    with pytest.raises(InvalidInputError, match=r"^ar_metadata's finished_ns is .*; allowed: a whole number"):
         read_ar_metadata(json.dumps({"finished_ns": value}))
 
 

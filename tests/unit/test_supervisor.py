@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 
 from glm_image.errors import CheckpointError, ConfigurationError
 from glm_image.supervisor import guard
+from glm_image.supervisor.access import CLOSABLE_APIS, closing_flags, is_loopback
 from glm_image.supervisor.cli import parse_arguments
 from glm_image.supervisor.installation import Installation
 from glm_image.supervisor.log import SERVICES, start_failure, started_service
@@ -52,6 +56,8 @@ class TestSettings:
             ({"http_port": -1}, r"--http-port is -1; allowed: 0 \(any free one\) to 65535"),
             ({"metrics_port": 65536}, "--metrics-port is 65536; allowed: 0"),
             ({"drain_seconds": -1}, "--drain-seconds is -1; allowed: 0 or more"),
+            ({"max_request_bytes": 0}, "--max-request-bytes is 0; allowed: 1 or more"),
+            ({"open_apis": ("trace", "all")}, "--open-apis has all; allowed: model-repository, shared-memory, trace"),
             ({"host": "192.0.2.1", "http_port": 8000}, "--host is 192.0.2.1; allowed: an address of this machine"),
         ],
     )
@@ -101,6 +107,8 @@ class TestSettings:
             "grpc_port": 8001,
             "metrics_port": 8002,
             "drain_seconds": 60,
+            "open_apis": None,
+            "max_request_bytes": 192 * 1024 * 1024,
             "model_repository": None,
         }
 
@@ -227,3 +235,46 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
         guard.remove_leftovers(mine.name, tmp_path / "run")
     finally:
         other.unlink()
+
+
+class TestAccess:
+    def test_all_doors_are_closed_over_both_protocols(self) -> None:
+        http, grpc = closing_flags(())
+        assert http.startswith("--http-restricted-api=model-repository,shared-memory,trace,logging:")
+        assert grpc.removeprefix("--grpc-restricted-protocol=") == http.removeprefix("--http-restricted-api=")
+        assert http.endswith("\n")  # which no header can carry
+        assert closing_flags(())[0] != http
+
+    def test_doors_are_opened_one_by_one(self) -> None:
+        assert closing_flags(("trace", "shared-memory"))[0].startswith(
+            "--http-restricted-api=model-repository,logging:"
+        )
+        assert closing_flags(CLOSABLE_APIS) == []
+
+    def test_a_limit_of_input_is_set_where_the_server_has_one(self, tmp_path: Path) -> None:
+        installation = Installation(tmp_path, tmp_path / "stub", ())
+        installation.binary.parent.mkdir()
+        installation.binary.write_bytes(b"--http-port")
+        assert installation.input_limit_flags(5) == []
+        installation.binary.write_bytes(b"--http-port\0http-max-input-size\0")
+        assert installation.input_limit_flags(5) == ["--http-max-input-size=5"]
+
+    @pytest.mark.parametrize(
+        ("host", "loopback"),
+        [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),
+         ("::", False), ("192.0.2.1", False), ("no.such.host.invalid", False)],
+    )  # fmt: skip
+    def test_loopback_addresses(self, host: str, loopback: bool) -> None:
+        assert is_loopback(host) == loopback
+
+    def test_the_threads_of_a_server_get_large_stacks(self) -> None:
+        told = "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"
+        command = [sys.executable, guard.__file__, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
+                   "--stop-seconds", "1", "--", sys.executable, "-c", told]  # fmt: skip
+        # Its input stays open until it has ended: the end of it would be an order to kill.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+            assert running.stderr is not None
+            limit = int(running.stderr.read())
+        hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        expected = guard.SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(guard.SERVER_STACK_BYTES, hard)
+        assert limit >= expected

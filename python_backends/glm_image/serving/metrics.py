@@ -37,7 +37,7 @@ class Metrics:
         try:
             for measure in measures:
                 self._add(measure, labels)
-        except pb_utils.TritonModelException as error:  # a server may run without metrics
+        except pb_utils.TritonModelException as error:  # a Triton may be built without metrics
             logger.warning("no metrics of this instance: %s", error)
             self._metrics.clear()
         self._thread = threading.Thread(target=self._hand_on, name="metrics", daemon=True)

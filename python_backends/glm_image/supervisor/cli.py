@@ -39,7 +39,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--open-apis",
-        default=(),
         type=lambda names: tuple(names.split(",")),
         metavar="NAME,...",
         help=f"of {', '.join(CLOSABLE_APIS)}, which are closed (default: none)",

@@ -38,7 +38,7 @@ class TritonServer:
         drain_seconds: how long requests in flight may go on when the server is stopped. Triton waits as long for an
             HTTP client that keeps an idle connection open.
         model_repository: when None, the one GLM_IMAGE_MODEL_REPOSITORY names, else the checkout's.
-        open_apis: those of ``access.CLOSABLE_APIS`` that are not to be closed.
+        open_apis: those of ``access.CLOSABLE_APIS`` that are not to be closed; None: all are.
         max_request_bytes: the largest body of an HTTP request, where the server has such a limit.
         log: where the server's log is passed on to; its tail is kept in any case.
 
@@ -58,7 +58,7 @@ class TritonServer:
         metrics_port: int = 0,
         drain_seconds: int = ServerSettings.drain_seconds,
         model_repository: Path | str | None = None,
-        open_apis: Sequence[str] = (),
+        open_apis: Sequence[str] | None = None,
         max_request_bytes: int = ServerSettings.max_request_bytes,
         log: TextIO | None = None,
     ) -> None:
@@ -72,7 +72,7 @@ class TritonServer:
             grpc_port,
             metrics_port,
             drain_seconds,
-            tuple(open_apis),
+            tuple(open_apis or ()),
             max_request_bytes,
         )
         self._asked.check()
