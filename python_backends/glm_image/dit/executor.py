@@ -94,17 +94,15 @@ class _Picture:
 
     Attributes:
         latents: fp32, updated in place.
-        step: int64 [1] on the device.
         steps: how many there are.
-        taken: steps taken so far, on the host.
         advance: takes a step; None when all are taken.
+        taken: steps taken so far.
     """
 
     latents: Tensor
-    step: Tensor
     steps: int
+    advance: Callable[[], None] | None
     taken: int = 0
-    advance: Callable[[], None] | None = None
 
 
 class Executor:
@@ -155,7 +153,7 @@ class Executor:
             elif isinstance(command, ForgetSources):
                 self._sources.pop(command.request, None)
             else:
-                self._pictures.pop(command.picture, None)
+                self._drop(self._pictures.pop(command.picture, None))
             return None
 
     def _read_sources(self, sources: tuple[SourcePicture, ...]) -> SourceCache:
@@ -202,17 +200,15 @@ class Executor:
             steps,
             None if command.sources_of is None else self._sources[command.sources_of],
         )
-        picture = _Picture(
-            noise.to(place, torch.float32), torch.zeros(1, device=place, dtype=torch.int64), command.num_inference_steps
-        )
-        picture.advance = partial(self._advance, picture, conditioning, steps.sigmas)
-        self._pictures[command.picture] = picture
+        latents, step = noise.to(place, torch.float32), torch.zeros(1, device=place, dtype=torch.int64)
+        # Of tensors, not of the picture: a cycle would keep a dropped picture's graph until some later collection.
+        advance = partial(self._advance, latents, step, conditioning, steps.sigmas)
+        self._pictures[command.picture] = _Picture(latents, command.num_inference_steps, advance)
         self._device.mark().wait()
 
-    def _advance(self, picture: _Picture, conditioning: Conditioning, sigmas: Tensor) -> None:
-        latents = denoise_step(self._transformer, self._blocks, picture.latents, conditioning, picture.step, sigmas)
-        picture.latents.copy_(latents)
-        picture.step.add_(1)
+    def _advance(self, latents: Tensor, step: Tensor, conditioning: Conditioning, sigmas: Tensor) -> None:
+        latents.copy_(denoise_step(self._transformer, self._blocks, latents, conditioning, step, sigmas))
+        step.add_(1)
 
     def _step(self, picture: _Picture) -> None:
         assert picture.advance is not None
@@ -222,7 +218,14 @@ class Executor:
         picture.taken += 1
         done = picture.taken == picture.steps
         self._queue.append(self._device.mark())
-        while len(self._queue) > (0 if done else STEPS_AHEAD):
-            self._queue.popleft().wait()
+        self._wait(0 if done else STEPS_AHEAD)
         if done:
             picture.advance = None
+
+    def _wait(self, steps_ahead: int) -> None:
+        while len(self._queue) > steps_ahead:
+            self._queue.popleft().wait()
+
+    def _drop(self, picture: _Picture | None) -> None:
+        if picture is not None and picture.advance is not None:
+            self._wait(0)  # what a captured step works in must not be reused before the device is done with it

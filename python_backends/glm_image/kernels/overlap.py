@@ -16,6 +16,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 OVERLAP_CAPABILITY = 9
 
+FETCH_UNIT = 16
+"""Bytes that addresses and lengths of ``fetch`` are multiples of."""
+
 
 @functools.cache
 def can_overlap() -> bool:
@@ -40,7 +43,7 @@ def wait_for_previous(OVERLAP: tl.constexpr):
 @triton.jit
 def fetch(pointers, BYTES: tl.constexpr, OVERLAP: tl.constexpr):
     """Brings ``BYTES`` from each pointer on into the L2 cache; both are multiples of 16 bytes."""
-    if OVERLAP:
+    if OVERLAP and BYTES > 0:
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
             "=r,l,r",

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glm_image.ar.int8 import AnyLinear, Int8Linear
-from glm_image.kernels.overlap import can_overlap, fetch, start_next, wait_for_previous
+from glm_image.kernels.overlap import FETCH_UNIT, can_overlap, fetch, start_next, wait_for_previous
 
 ROWS = 16
 """The narrow side of a tile; the most rows an input may have."""
@@ -128,7 +128,7 @@ def linear_parts(x: Tensor, linear: AnyLinear, out: Tensor, plan: Plan, *, round
     n, scale = linear.weight.shape[0], scale_of(linear)
     _linear_kernel[(triton.cdiv(n, plan.block_n), plan.splits)](
         x, linear.weight, x if scale is None else scale, out, rows, n, k,
-        plan.block_n, plan.block_k, plan.splits, ROWS, rounded, scale is not None, plan.fetch, can_overlap(),
+        plan.block_n, plan.block_k, plan.splits, ROWS, rounded, scale is not None, bytes_ahead(plan, linear.weight), can_overlap(),
         num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
     )  # fmt: skip
 
@@ -146,9 +146,19 @@ def gate_up(x: Tensor, linear: AnyLinear, out: Tensor, plan: Plan) -> None:
     n, scale = linear.weight.shape[0] // 2, scale_of(linear)
     _gate_up_kernel[(triton.cdiv(n, plan.block_n),)](
         x, linear.weight, x if scale is None else scale, out, rows, n, k,
-        plan.block_n, plan.block_k, ROWS, scale is not None, plan.fetch, can_overlap(),
+        plan.block_n, plan.block_k, ROWS, scale is not None, bytes_ahead(plan, linear.weight), can_overlap(),
         num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
     )  # fmt: skip
+
+
+def bytes_ahead(plan: Plan, weight: Tensor) -> int:
+    """Returns how many bytes of each row of weights [n, k] may be fetched ahead: none beyond a row, 16 at a time."""
+    k, row_bytes = weight.shape[1], weight.shape[1] * weight.element_size()
+    if row_bytes % FETCH_UNIT:
+        return 0
+    share = triton.cdiv(triton.cdiv(k, plan.block_k), plan.splits) * plan.block_k
+    last = max(0, k - share * (plan.splits - 1)) * weight.element_size()
+    return min(plan.fetch, last) // FETCH_UNIT * FETCH_UNIT
 
 
 def scale_of(linear: AnyLinear) -> Tensor | None:
