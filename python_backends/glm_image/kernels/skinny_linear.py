@@ -128,7 +128,8 @@ def linear_parts(x: Tensor, linear: AnyLinear, out: Tensor, plan: Plan, *, round
     n, scale = linear.weight.shape[0], scale_of(linear)
     _linear_kernel[(triton.cdiv(n, plan.block_n), plan.splits)](
         x, linear.weight, x if scale is None else scale, out, rows, n, k,
-        plan.block_n, plan.block_k, plan.splits, ROWS, rounded, scale is not None, bytes_ahead(plan, linear.weight), can_overlap(),
+        plan.block_n, plan.block_k, plan.splits, ROWS, rounded, scale is not None,
+        bytes_ahead(plan, linear.weight), can_overlap(),
         num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
     )  # fmt: skip
 
@@ -158,7 +159,8 @@ def bytes_ahead(plan: Plan, weight: Tensor) -> int:
         return 0
     share = triton.cdiv(triton.cdiv(k, plan.block_k), plan.splits) * plan.block_k
     last = max(0, k - share * (plan.splits - 1)) * weight.element_size()
-    return min(plan.fetch, last) // FETCH_UNIT * FETCH_UNIT
+    ahead: int = min(plan.fetch, last) // FETCH_UNIT * FETCH_UNIT
+    return ahead
 
 
 def scale_of(linear: AnyLinear) -> Tensor | None:
