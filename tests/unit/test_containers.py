@@ -118,7 +118,13 @@ class TestDockerfile:
 @pytest.mark.parametrize("target", TARGETS)
 class TestCompose:
     def test_it_builds_its_target(self, target: str) -> None:
-        assert compose(target)["build"] == {"context": ".", "target": target}
+        build = compose(target)["build"]
+        assert (build["context"], build["target"]) == (".", target)
+        # The vendors' images can be named without an edit, and the defaults are the Dockerfile's.
+        for name, value in build["args"].items():
+            default = re.search(rf"^ARG {name}=(\S+)$", DOCKERFILE, re.MULTILINE)
+            assert default is not None
+            assert value == f"${{{name}:-{default[1]}}}"
 
     def test_it_is_reached_from_this_machine_alone(self, target: str) -> None:
         ports = compose(target)["ports"]
