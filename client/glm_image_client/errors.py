@@ -17,7 +17,9 @@ HTTP_STATUS_NAMES: Final = {
 }
 
 _REFUSED: Final = {"INVALID_ARGUMENT", "UNIMPLEMENTED"}
-_PERHAPS_TOO_LATE: Final = {"UNAVAILABLE", "CANCELLED"}
+_PERHAPS  # What Triton says, as NOT_FOUND, when it has unloaded its models and its ports are still open.
+_STOPPING: Final = re.compile(r"has no available versions$")
+_TOO_LATE: Final = {"UNAVAILABLE", "CANCELLED"}
 _TOO_LATE: Final = re.compile(r"time-?out|time ran out|deadline", re.IGNORECASE)
 _WRAPPING: Final = (
     re.compile(r"\[request id: [^\]]*\] "),
@@ -93,7 +95,7 @@ def answered(status: str | None, message: str | None) -> RefusedError | ServerFa
         return RefusedError(text)
     if name == "DEADLINE_EXCEEDED" or (name in _PERHAPS_TOO_LATE and _TOO_LATE.search(text)):
         return RequestTimeout(text, name)
-    if name == "UNAVAILABLE":
+    if name == "UNAVAILABLE" or _STOPPING.search(text):
         return BusyError(text, name)
     return ServerFailure(text, name)
 

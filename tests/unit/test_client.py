@@ -303,6 +303,11 @@ class TestErrors:
     def test_status_decides(self, status: str | None, error: type[Exception]) -> None:
         assert type(answered(status, "in ensemble 'glm_image', the queue is full")) is error
 
+    @pytest.mark.parametrize("status", ["StatusCode.NOT_FOUND", "404"])
+    def test_a_server_that_has_unloaded_its_models_is_stopping(self, status: str) -> None:
+        said = "Request for unknown model: 'glm_image' has no available versions"
+        assert type(answered(status, said)) is BusyError
+
     @pytest.mark.parametrize(
         ("grpc", "http"), [("UNAVAILABLE", "503"), ("INTERNAL", "500"), ("NOT_FOUND", "404"), ("CANCELLED", "499")]
     )

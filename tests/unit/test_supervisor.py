@@ -16,7 +16,7 @@ from glm_image.supervisor import guard
 from glm_image.supervisor.access import CLOSABLE_APIS, closing_flags, is_loopback
 from glm_image.supervisor.cli import parse_arguments
 from glm_image.supervisor.installation import Installation
-from glm_image.supervisor.log import SERVICES, start_failure, started_service
+from glm_image.supervisor.log import SERVICES, StartFailure, start_failure, started_service, syntax_error
 from glm_image.supervisor.requirements import check_bundled_server, libpython_directory
 from glm_image.supervisor.settings import ServerSettings, default_model_repository, free_ports
 
@@ -168,6 +168,18 @@ class TestLog:
         failure = start_failure(line + "\n")
         assert failure is not None
         assert failure.message == message
+
+    def test_a_file_that_cannot_be_read_comes_with_the_place_of_its_fault(self) -> None:
+        told = '[libprotobuf ERROR /b/text_format.cc:337] Error parsing text-format inference.ModelConfig: 12:11: No "x".\n'
+        failed = (
+            "E1122 02:10:17.0 5157 model_repository_manager.cc:1460] \"Poll failed for model directory 'glm_dit': "
+            'failed to read text proto from /r/glm_dit/config.pbtxt"\n'
+        )
+        message = "glm_dit failed to load: failed to read text proto from /r/glm_dit/config.pbtxt"
+        assert start_failure(failed) == StartFailure(message)
+        assert syntax_error(failed) is None
+        place = syntax_error(told)
+        assert start_failure(failed, place) == StartFailure(f'{message}, line and column 12:11: No "x".')
 
     def test_a_lost_port(self) -> None:
         failure = start_failure(

@@ -19,6 +19,9 @@ _MODEL_FAILURES = [
     # The server would wait for this stub without end.
     re.compile(r"Failed to preinitialize Python stub: (?P<reason>.*)$"),
 ]
+# What protobuf says of a config.pbtxt, a line before Triton says that it cannot read the file.
+_SYNTAX = re.compile(r"^\[libprotobuf ERROR .*\] Error parsing text-format \S+ (?P<place>\d+:\d+: .*)$")
+_UNREADABLE = "failed to read text proto from "
 _STATUS = re.compile(r"^(?:Internal|Invalid argument|Unavailable|Unknown|Not found|Unsupported|Already exists): ")
 _OWN_ERRORS = "|".join(name for name, value in vars(errors).items() if isinstance(value, type))
 _OWN_ERROR = re.compile(rf"^(?:[\w.]+\.)?(?:{_OWN_ERRORS}): ")
@@ -38,14 +41,28 @@ def started_service(line: str) -> str | None:
     return match[1] if match else None
 
 
-def start_failure(line: str) -> StartFailure | None:
-    """The failure that this line of the log tells of, in the model's own words, else None."""
+def syntax_error(line: str) -> str | None:
+    """Line, column and fault of a file in protobuf's text format, where this line of the log tells of one, else None."""
+    match = _SYNTAX.match(line.rstrip())
+    return match["place"] if match else None
+
+
+def start_failure(line: str, syntax: str | None = None) -> StartFailure | None:
+    """The failure that this line of the log tells of, in the model's own words, else None.
+
+    Args:
+        line: a line of the log.
+        syntax: the last ``syntax_error`` before it, which belongs to a file that cannot be read.
+    """
     if match := _PORT_LOST.search(line):
         return StartFailure(match["reason"].strip(), port_lost="already in use" in match["reason"])
     for pattern in _MODEL_FAILURES:
         if match := pattern.search(line.rstrip()):
             model = match.groupdict().get("model", "a model")
-            return StartFailure(f"{model} failed to load: {_own_words(match['reason'])}")
+            words = _own_words(match["reason"])
+            if syntax is not None and _UNREADABLE in words:
+                words = f"{words}, line and column {syntax}"
+            return StartFailure(f"{model} failed to load: {words}")
     return None
 
 

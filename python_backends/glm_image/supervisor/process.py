@@ -16,7 +16,7 @@ from typing import TextIO
 from glm_image.supervisor import guard
 from glm_image.supervisor.access import closing_flags
 from glm_image.supervisor.installation import Installation
-from glm_image.supervisor.log import SERVICES, StartFailure, start_failure, started_service
+from glm_image.supervisor.log import SERVICES, StartFailure, start_failure, started_service, syntax_error
 from glm_image.supervisor.settings import ServerSettings
 
 LOG_TAIL_LINES = 200
@@ -32,6 +32,7 @@ class ServerProcess:
         self._run_directory = Path(tempfile.mkdtemp(prefix="glm-image-serve-"))
         self._log = log
         self._tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        self._syntax_error: str | None = None
         self._changed = threading.Condition()
         self._started: set[str] = set()
         self._failure: StartFailure | None = None
@@ -139,7 +140,8 @@ class ServerProcess:
             self._tail.append(line)
             if service := started_service(line):
                 self._started.add(service)
-            self._failure = self._failure or start_failure(line)
+            self._syntax_error = syntax_error(line) or self._syntax_error
+            self._failure = self._failure or start_failure(line, self._syntax_error)
             self._changed.notify_all()
 
     def _order(self, order: bytes) -> None:
