@@ -17,9 +17,9 @@ HTTP_STATUS_NAMES: Final = {
 }
 
 _REFUSED: Final = {"INVALID_ARGUMENT", "UNIMPLEMENTED"}
-_PERHAPS  # What Triton says, as NOT_FOUND, when it has unloaded its models and its ports are still open.
+# What Triton says, as NOT_FOUND, when it has unloaded its models and its ports are still open.
 _STOPPING: Final = re.compile(r"has no available versions$")
-_TOO_LATE: Final = {"UNAVAILABLE", "CANCELLED"}
+_PERHAPS_TOO_LATE: Final = {"UNAVAILABLE", "CANCELLED"}
 _TOO_LATE: Final = re.compile(r"time-?out|time ran out|deadline", re.IGNORECASE)
 _WRAPPING: Final = (
     re.compile(r"\[request id: [^\]]*\] "),

@@ -170,7 +170,7 @@ class TestLog:
         assert failure.message == message
 
     def test_a_file_that_cannot_be_read_comes_with_the_place_of_its_fault(self) -> None:
-        told = '[libprotobuf ERROR /b/text_format.cc:337] Error parsing text-format inference.ModelConfig: 12:11: No "x".\n'
+        told = '[libprotobuf ERROR /b/t.cc:337] Error parsing text-format inference.ModelConfig: 12:11: No "x".\n'
         failed = (
             "E1122 02:10:17.0 5157 model_repository_manager.cc:1460] \"Poll failed for model directory 'glm_dit': "
             'failed to read text proto from /r/glm_dit/config.pbtxt"\n'

@@ -42,7 +42,7 @@ def started_service(line: str) -> str | None:
 
 
 def syntax_error(line: str) -> str | None:
-    """Line, column and fault of a file in protobuf's text format, where this line of the log tells of one, else None."""
+    """Line, column and fault of a text-format file, where this line of the log tells of one, else None."""
     match = _SYNTAX.match(line.rstrip())
     return match["place"] if match else None
 
