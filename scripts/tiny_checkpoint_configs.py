@@ -17,7 +17,6 @@ SPECIAL_TOKENS = (
     "<|observation|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>",
 )  # fmt: skip
 ROTARY_SHARE = 0.5
-SPATIAL_FACTOR = 8  # Picture pixels to a latent: three halvings, so four VAE widths.
 
 
 def uniform(seed: int, name: str, count: int) -> NDArray[np.float64]:

@@ -41,7 +41,7 @@ def generate_offline(
     try:
         with pipeline.LocalPipeline(checkpoint=checkpoint, device=device) as engines:
             result = engines.generate(request.GenerationParameters(**given))
-    except (errors.InvalidInputError, errors.UnsupportedError) as error:
+    except errors.InvalidInputError as error:
         raise RefusedError(str(error)) from error
     except errors.GlmImageError as error:
         raise ServerFailure(str(error)) from error

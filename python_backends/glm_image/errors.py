@@ -25,10 +25,6 @@ class InvalidInputError(GlmImageError):
         return cls(f"{name} is {shown(value)}; allowed: {allowed}")
 
 
-class UnsupportedError(GlmImageError):
-    """A request asks for what this version does not do."""
-
-
 class UnavailableError(GlmImageError):
     """The engine cannot take the request now; the same request may succeed later."""
 

@@ -33,7 +33,7 @@ class ArSettings:
     """How the first stage runs.
 
     Attributes:
-        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        dtype: None = the device's default.
         max_num_seqs: sequences that decode together.
         max_sequence_tokens: prompt and image tokens of one sequence.
         max_queue: requests that may wait.

@@ -35,10 +35,8 @@ class RmsNorm(nn.Module):
         """Normalises the last dimension."""
         if hidden.dtype != torch.float32:
             return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        # In fp32 to the last bit as the reference computes it.
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(hidden.dtype)
+        # As the reference computes it, to the last bit.
+        return self.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps))
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ logger = logging.getLogger(__name__)
 # By name: the stub adds TritonError to pb_utils only after it has imported the model.
 CODES = {
     errors.InvalidInputError: "INVALID_ARG",
-    errors.UnsupportedError: "UNSUPPORTED",
     errors.UnavailableError: "UNAVAILABLE",
     errors.CancelledError: "CANCELLED",
     errors.DeadlineExceededError: "UNAVAILABLE",  # as Triton answers its own queue's time-outs
