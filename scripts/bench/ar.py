@@ -160,7 +160,7 @@ def measure_int8_error(checkpoint: Checkpoint, config: ArConfig, device: Device)
     tables = rotary_tables(config, text_positions(PROMPT_TOKENS), place, dtype)
     ids = torch.tensor(prompt_ids(config), device=place)
     logits, sizes = [], []
-    for int8 in (False, True):
+    for int8 in (None, device.int8_product):
         decoder = Decoder.load(config, checkpoint.tensors("vision_language_encoder", place, dtype), int8=int8)
         sizes.append(sum(tensor.nbytes for tensor in decoder.parameters()))
         logits.append(decoder.prefill(ids, *tables, KvCache(config, 1, PROMPT_TOKENS, place, dtype), 0))

@@ -79,7 +79,7 @@ def residual_norm(parts: Tensor, residual: Tensor, after: Tensor, before: Tensor
     """Ends one branch and begins the next: ``residual += norm(sum of parts)``, then ``out = norm(residual)``.
 
     Args:
-        parts: fp32 [splits, rows, width], summed in order.
+        parts: fp32 or bf16 [splits, rows, width], summed in order.
         residual: bf16 [rows, width], updated.
         after: bf16 [width], the scale of the branch's last norm.
         before: bf16 [width], the scale of the next branch's first norm.
