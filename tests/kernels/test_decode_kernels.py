@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_image.ar.int8 import quantize_linears
+from glm_image.ar.int8 import Int8Product, quantize_linears
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import draw
 from glm_image.ar.state import DecodeState
 from glm_image.checkpoint import RandomTensors
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.int8 import widened_product
-from glm_image.kernels.decoder import FusedDecoder
+from glm_image.kernels.decoder import SPLIT_PLANS, WIDENING_PLANS, FusedDecoder, Plans
 from glm_image.kernels.sampling import draw_tokens
 from glm_image.kernels.skinny_linear import Plan, gate_up, linear_parts
 from glm_image.request import Sampling
@@ -50,14 +50,15 @@ def torch_logits(decoder: Decoder, state: DecodeState) -> Tensor:
 
 @needs_gpu
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, int8: bool) -> None:
+@pytest.mark.parametrize("plans", [Plans(), WIDENING_PLANS, SPLIT_PLANS])
+def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, plans: Plans) -> None:
     config = replace(CONFIG, attention_bias=bias)
-    decoder = Decoder.load(config, RandomTensors(device, torch.bfloat16), int8=widened_product if int8 else None)
+    product = None if plans == Plans() else widened_product
+    decoder = Decoder.load(config, RandomTensors(device, torch.bfloat16), int8=product)
     ours, theirs = random_state(device), random_state(device)
     with torch.inference_mode():
         want = torch_logits(decoder, theirs)
-        fused = FusedDecoder(decoder, len(LENGTHS))
+        fused = FusedDecoder(decoder, len(LENGTHS), plans)
         got = fused.decode(ours.tokens, ours.lengths, (ours.cos, ours.sin), ours.cache)
     assert torch.isfinite(got).all()
     assert relative_error(got, want) < BF16_ERROR
@@ -66,8 +67,9 @@ def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, 
 
 
 @needs_gpu
-def test_a_slot_depends_on_nothing_in_the_others(device: torch.device) -> None:
-    decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16))
+@pytest.mark.parametrize("product", [None, widened_product])
+def test_a_slot_depends_on_nothing_in_the_others(device: torch.device, product: Int8Product | None) -> None:
+    decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16), int8=product)
     one, other = random_state(device), random_state(device)
     other.tokens[1:] += 1
     other.lengths[1:] = 3
