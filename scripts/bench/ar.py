@@ -222,11 +222,16 @@ def measure_engine(engine: ArEngine, floor: float) -> None:
     for which, count in (("first", 1), ("second", 1), ("eight at once", 8)):
         started = time.perf_counter()
         asked = [GenerationParameters(prompt="a red fox", height=1024, width=1024, seed=seed) for seed in range(count)]
-        futures = [engine.submit(Job(), one.resolve(Limits(), engine.sampling)) for one in asked]
+        jobs = [Job() for _ in asked]
+        futures = [
+            engine.submit(job, one.resolve(Limits(), engine.sampling)) for job, one in zip(jobs, asked, strict=True)
+        ]
         for future in futures:
             future.result()
         took = time.perf_counter() - started
-        say("engine, 1024x1024", which=which, requests=count, seconds=took, to_floor=took / (floor * 1280))
+        to_floor = took / (floor * 1280)
+        parts = {f"{part}_seconds": value for part, value in jobs[0].seconds.items()}
+        say("engine, 1024x1024", which=which, requests=count, seconds=took, to_floor=to_floor, **parts)
 
 
 def main(flags: argparse.Namespace) -> None:

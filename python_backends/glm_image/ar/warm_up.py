@@ -17,7 +17,7 @@ STEPS = 3
 """Steps after a prompt, so that the host gets ahead of the device as it does in a request."""
 
 TEXT_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-"""Lengths of prompts for which matrix products are likely to choose different kernels."""
+"""Lengths of prompts for which matrix products may choose different kernels; ours know multiples of 16 from others."""
 
 
 def warm_up_commands(ids: Sequence[int], sources: Sequence[Encode], sampling: Sampling, longest: int) -> list[Command]:
