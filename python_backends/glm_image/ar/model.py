@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.int8 import AnyLinear, Int8Linear, quantize_linears
+from glm_image.ar.int8 import AnyLinear, Int8Linear, Int8Product, quantize_linears
 from glm_image.ar.kv_cache import KvCache
 from glm_image.checkpoint import TensorSource, fill
 
@@ -94,13 +94,14 @@ class Decoder(nn.Module):
         self.head: AnyLinear = nn.Linear(config.hidden_size, config.vision_vocab_size, bias=False)
 
     @classmethod
-    def load(cls, config: ArConfig, source: TensorSource, *, int8: bool = False) -> Decoder:
+    def load(cls, config: ArConfig, source: TensorSource, *, int8: Int8Product | None = None) -> Decoder:
         """Builds the decoder on the source's device.
 
         Args:
             config: its numbers.
             source: its tensors.
-            int8: whether its linear layers keep int8 weights; a layer's others are freed before the next is read.
+            int8: the device's product, for linear layers with int8 weights; a layer's others are freed before the next
+                is read.
         """
         with torch.device("meta"):
             decoder = cls(config)
@@ -109,10 +110,10 @@ class Decoder(nn.Module):
         parts.update((f"layers.{index}", layer) for index, layer in enumerate(decoder.layers))
         for name, part in parts.items():
             fill(part, names, f"{name}.")
-            if int8:
-                quantize_linears(part)
-        if int8:
-            decoder.head = Int8Linear(cast(nn.Linear, decoder.head))
+            if int8 is not None:
+                quantize_linears(part, int8)
+        if int8 is not None:
+            decoder.head = Int8Linear(cast(nn.Linear, decoder.head), int8)
         return decoder
 
     @property

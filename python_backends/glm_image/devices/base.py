@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from glm_image.devices.int8 import widened_product
 from glm_image.geometry import Size
 
 
@@ -34,7 +35,7 @@ class Device(ABC):
         default_dtype: what ``dtype: auto`` stands for.
         runs_triton: whether the kernels of ``glm_image.kernels`` run here.
         attention_backend: diffusers' name of the attention to use here; None where torch's own choice is right.
-        warmup_sizes: pictures painted at load, because libraries load and choose kernels at first use.
+        warmup_sizes: pictures painted and sources read at load, because libraries load and choose kernels at first use.
     """
 
     default_dtype = torch.bfloat16
@@ -92,3 +93,16 @@ class Device(ABC):
         Returns:
             [slots, heads, head_dim].
         """
+
+    def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """Multiplies activations by ``weight * scale[:, None]``.
+
+        Args:
+            hidden: [..., k].
+            weight: int8 [n, k].
+            scale: fp32 [n].
+
+        Returns:
+            [..., n] in the activations' dtype.
+        """
+        return widened_product(hidden, weight, scale)
