@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_image.dit.cache import CacheSettings
 from glm_image.dit.measures import DIT_MEASURES
 from glm_image.errors import InvalidInputError
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
@@ -44,7 +45,7 @@ class DitBackend:
         from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine, DitSettings  # noqa: PLC0415
 
-        parameters = instance.parameters
+        parameters, cache = instance.parameters, cache_settings(instance)
         self._limits = instance.limits
         self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
         # Where there are several cards, the first one is the other stage's.
@@ -58,6 +59,7 @@ class DitBackend:
                 dtype=named_dtype(parameters["dtype"]),
                 memory_utilization=instance.share("memory_utilization"),
                 warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
+                cache=cache,
             ),
             self._metrics.record,
         )
@@ -109,6 +111,28 @@ class DitBackend:
             answer.fail(error)
         finally:
             self._may_wait.release()
+
+
+def cache_settings(instance: Instance) -> CacheSettings | None:
+    """Reads the parameters of the residual cache; None when it is off.
+
+    Raises:
+        ConfigurationError: a value is not allowed, whether the cache is on or off.
+    """
+    settings = CacheSettings(
+        Fn_compute_blocks=instance.integer("cache_Fn_compute_blocks", low=1),
+        Bn_compute_blocks=instance.integer("cache_Bn_compute_blocks", low=0),
+        max_warmup_steps=instance.integer("cache_max_warmup_steps", low=0),
+        residual_diff_threshold=instance.threshold("cache_residual_diff_threshold"),
+        max_continuous_cached_steps=instance.count("cache_max_continuous_cached_steps"),
+        max_cached_steps=instance.count("cache_max_cached_steps"),
+        enable_taylorseer=instance.parameters["cache_enable_taylorseer"] == "true",
+        taylorseer_order=instance.integer("cache_taylorseer_order", low=1),
+        scm_steps_mask_policy=instance.parameters["cache_scm_steps_mask_policy"],
+        scm_steps_policy=instance.parameters["cache_scm_steps_policy"],
+        force_refresh_step_hint=instance.optional_integer("cache_force_refresh_step_hint", low=0),
+    )
+    return settings if instance.parameters["cache"] == "cache_dit" else None
 
 
 def read_request(inputs: Inputs) -> PaintRequest:
