@@ -136,7 +136,10 @@ class Executor:
         vae: makes pixels.
         scheduler_config: the checkpoint's ``scheduler_config.json``.
         device: where all of them are.
-        cache: what steps may reuse; None = nothing.
+        cache: see the attribute.
+
+    Attributes:
+        cache: what the steps of pictures prepared from now on may reuse; None = nothing.
     """
 
     def __init__(
@@ -149,13 +152,13 @@ class Executor:
         device: Device,
         cache: CacheSettings | None = None,
     ) -> None:
-        self._cache = cache
         self._transformer = transformer
         self._blocks = blocks
         self._conditioner = conditioner
         self._vae = vae
         self._scheduler_config = scheduler_config
         self._device = device
+        self.cache = cache
         self._pictures: dict[int, _Picture] = {}
         self._sources: dict[int, SourceCache] = {}
         self._queue: deque[Mark] = deque()
@@ -226,13 +229,13 @@ class Executor:
         # Of tensors, not of the picture: a cycle would keep a dropped picture's graph until some later collection.
         advance: Callable[[], bool | None]
         repeat = self._repeat(command.num_inference_steps)
-        if self._cache is None:
+        if self.cache is None:
             advance = repeat(partial(self._advance, latents, step, conditioning, steps.sigmas))
         else:
             tensors = (conditioning, latents, step, steps.sigmas)
-            halves = HalfSteps(self._transformer, self._blocks, self._cache, *tensors)
+            halves = HalfSteps(self._transformer, self._blocks, self.cache, *tensors)
             sources = conditioning.sources.passes if conditioning.sources else 0
-            advance = CachedSteps(halves, self._cache, command.num_inference_steps, sources, repeat)
+            advance = CachedSteps(halves, self.cache, command.num_inference_steps, sources, repeat)
         self._pictures[command.picture] = _Picture(latents, command.num_inference_steps, advance)
         self._device.mark().wait()
 
