@@ -42,9 +42,15 @@ class BranchState:
     @classmethod
     def of(cls, branch: Branch, with_text: bool) -> BranchState:
         """Makes the state of a branch with these conditions."""
-        image, text = branch.prior, branch.glyphs
-        residuals = (torch.zeros_like(image) for _ in range(4))
-        return cls(next(residuals), torch.zeros_like(text), *residuals, torch.zeros_like(text) if with_text else None)
+        image, text = torch.zeros_like(branch.prior), torch.zeros_like(branch.glyphs)
+        return cls(
+            image=image,
+            text=text,
+            front=torch.zeros_like(image),
+            computed_front=torch.zeros_like(image),
+            residual=torch.zeros_like(image),
+            text_residual=torch.zeros_like(text) if with_text else None,
+        )
 
     @property
     def reused(self) -> Tokens:
@@ -154,8 +160,8 @@ class CachedSteps:
     def __init__(self, halves: HalfSteps, settings: CacheSettings, steps: int, sources: int, repeat: Repeat) -> None:
         from glm_image.dit.cache_decisions import BranchDecisions  # noqa: PLC0415 - cache-dit is only for those who use it
 
-        # What is captured holds the halves and these hold what is captured: were it a circle, a dropped picture's graphs
-        # would stay until some later collection.
+        # What is captured holds the halves, and this holds what is captured: were it a circle, a dropped picture's
+        # graphs would stay until some later collection.
         self._repeat = repeat
         self._front = repeat(halves.front)
         self._backs: dict[tuple[bool, ...], Callable[[], None]] = {}

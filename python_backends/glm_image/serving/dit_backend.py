@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.dit.cache import CacheSettings
 from glm_image.dit.measures import DIT_MEASURES
 from glm_image.errors import InvalidInputError
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
@@ -22,6 +21,7 @@ from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadat
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
+from glm_image.serving.cache_parameters import cache_settings
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
@@ -111,28 +111,6 @@ class DitBackend:
             answer.fail(error)
         finally:
             self._may_wait.release()
-
-
-def cache_settings(instance: Instance) -> CacheSettings | None:
-    """Reads the parameters of the residual cache; None when it is off.
-
-    Raises:
-        ConfigurationError: a value is not allowed, whether the cache is on or off.
-    """
-    settings = CacheSettings(
-        Fn_compute_blocks=instance.integer("cache_Fn_compute_blocks", low=1),
-        Bn_compute_blocks=instance.integer("cache_Bn_compute_blocks", low=0),
-        max_warmup_steps=instance.integer("cache_max_warmup_steps", low=0),
-        residual_diff_threshold=instance.threshold("cache_residual_diff_threshold"),
-        max_continuous_cached_steps=instance.count("cache_max_continuous_cached_steps"),
-        max_cached_steps=instance.count("cache_max_cached_steps"),
-        enable_taylorseer=instance.parameters["cache_enable_taylorseer"] == "true",
-        taylorseer_order=instance.integer("cache_taylorseer_order", low=1),
-        scm_steps_mask_policy=instance.parameters["cache_scm_steps_mask_policy"],
-        scm_steps_policy=instance.parameters["cache_scm_steps_policy"],
-        force_refresh_step_hint=instance.optional_integer("cache_force_refresh_step_hint", low=0),
-    )
-    return settings if instance.parameters["cache"] == "cache_dit" else None
 
 
 def read_request(inputs: Inputs) -> PaintRequest:
