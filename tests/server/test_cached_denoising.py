@@ -66,5 +66,5 @@ def test_too_many_blocks_stop_the_load(tiny_checkpoint: Path, tmp_path: Path) ->
     repository = copy_repository(tmp_path, "glm_dit")
     set_parameter(repository, "glm_dit", "cache", "cache_dit")
     set_parameter(repository, "glm_dit", "cache_Fn_compute_blocks", "2")
-    with pytest.raises(ServerStartError, match="glm_dit failed to load: cache_Fn_compute_blocks .* allowed: fewer"):
+    with pytest.raises(ServerStartError, match=r"glm_dit failed to load: cache_Fn_compute_blocks .* allowed: fewer"):
         TritonServer(tiny_checkpoint, model_repository=repository).__enter__()
