@@ -84,7 +84,7 @@ def request_metadata(checkpoint: Checkpoint, job: Job, request: PaintRequest) ->
         "generated_width": request.generated.width,
         "generated_height": request.generated.height,
         "steps": request.num_inference_steps,
-        "cached_steps": [0] * len(request.seeds),
+        "cached_steps": list(job.cached_steps),
         "tokens": request.ar_metadata.get("tokens", {"image": request.grid.tokens}),
         "seconds": {stage: round(float(seconds.get(stage, 0.0)), 6) for stage in STAGES},
         "model": {"name": checkpoint.name, "revision": checkpoint.revision},

@@ -12,17 +12,20 @@ import argparse
 import gc
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import GlmImageTransformer2DModel
 from measure import arguments, matmul_rate, say, seconds
+from numpy.typing import NDArray
 
 from glm_image import geometry
 from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device, open_device, placement
 from glm_image.dit.blocks import best_blocks, eager_blocks
+from glm_image.dit.cache import CacheSettings
 from glm_image.dit.engine import DitEngine, DitSettings
 from glm_image.dit.executor import Decode, Drop, Prepare, Step
 from glm_image.geometry import Grid, Size
@@ -31,6 +34,9 @@ from glm_image.request import PaintRequest
 
 STEPS = 50
 GUIDANCE = 1.5
+ALWAYS = CacheSettings(residual_diff_threshold=1e9)  # skips whenever it may: 35 of 50 steps
+NEVER = CacheSettings(residual_diff_threshold=1e-9)  # asks in every step, and skips none
+FEW_STEPS = 12
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
 
 
@@ -132,8 +138,28 @@ def size_of(grid: Grid) -> str:
     return f"{grid.width * 32}x{grid.height * 32}"
 
 
-def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> tuple[float, dict[str, float]]:
-    """Paints one picture; returns all its seconds, and those of each part."""
+@dataclass(frozen=True)
+class Painted:
+    """A picture and what it took.
+
+    Attributes:
+        seconds: all of it.
+        job: the seconds of each part, and how many steps were cached.
+        pixels: uint8 [1, height, width, 3].
+    """
+
+    seconds: float
+    job: Job
+    pixels: NDArray[np.uint8]
+
+    @property
+    def denoise_seconds(self) -> float:
+        """The seconds of its steps."""
+        return self.job.seconds["denoise"]
+
+
+def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> Painted:
+    """Paints one picture."""
     tokens = np.random.default_rng(0).integers(0, engine.codebook_size, (1, grid.tokens), dtype=np.int32)
     size = Size(grid.height * 32, grid.width * 32)
     request = PaintRequest(
@@ -147,26 +173,63 @@ def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> tuple[f
     )
     job = Job()
     started = time.perf_counter()
-    engine.finish(job, request, engine.denoise(job, request))
-    return time.perf_counter() - started, job.seconds
+    result = engine.finish(job, request, engine.denoise(job, request))
+    return Painted(time.perf_counter() - started, job, result.pixels)
 
 
-def measure_pictures(engine: DitEngine, grids: list[Grid], config: Any, rate: float) -> None:
-    """Whole pictures: the first of its size, and a warm one."""
+def measure_pictures(engine: DitEngine, grids: list[Grid], config: Any, rate: float) -> dict[Grid, float]:
+    """Whole pictures: the first of its size, and a warm one. Returns the seconds of the warm one's steps."""
+    exact: dict[Grid, float] = {}
     for grid in grids:
-        first, _ = paint(engine, grid, 2, GUIDANCE)
-        whole, parts = paint(engine, grid, STEPS, GUIDANCE)
+        first = paint(engine, grid, 2, GUIDANCE).seconds
+        warm = paint(engine, grid, STEPS, GUIDANCE)
+        parts, exact[grid] = warm.job.seconds, warm.denoise_seconds
         floor = STEPS * 2 * forward_flop(config, grid.tokens * 4 + 4) / rate
         say(
             "picture, 50 steps, guidance 1.5",
             size=size_of(grid),
-            seconds=whole,
+            seconds=warm.seconds,
             denoise_seconds=parts["denoise"],
             floor_seconds=floor,
             to_floor=parts["denoise"] / floor,
             vae_seconds=parts["vae"],
             condition_seconds=parts["condition"],
             first_two_steps_of_the_size_seconds=first,
+        )
+    return exact
+
+
+def measure_cache(engine: DitEngine, exact: dict[Grid, float], layers: int) -> None:
+    """Pictures with cached steps, against those without: as many skipped as may be, and none though all are asked."""
+    for grid, exact_seconds in exact.items():
+        engine.executor.cache = ALWAYS
+        paint(engine, grid, FEW_STEPS, GUIDANCE)
+        cached = paint(engine, grid, STEPS, GUIDANCE)
+        (skipped,) = cached.job.cached_steps
+        always_run = ALWAYS.Fn_compute_blocks + ALWAYS.Bn_compute_blocks
+        share = 1 - skipped / STEPS * (1 - always_run / layers)
+        say(
+            "cached picture, 50 steps, guidance 1.5, skipped wherever it may be",
+            size=size_of(grid),
+            cached_steps=skipped,
+            seconds=cached.seconds,
+            denoise_seconds=cached.denoise_seconds,
+            exact_denoise_seconds=exact_seconds,
+            to_exact=cached.denoise_seconds / exact_seconds,
+            block_work_share=share,
+            to_block_work=cached.denoise_seconds / (share * exact_seconds),
+        )
+        engine.executor.cache = NEVER
+        asked = paint(engine, grid, FEW_STEPS, GUIDANCE)
+        engine.executor.cache = None
+        plain = paint(engine, grid, FEW_STEPS, GUIDANCE)
+        say(
+            f"cached picture, {FEW_STEPS} steps, guidance 1.5, none similar enough",
+            size=size_of(grid),
+            cached_steps=asked.job.cached_steps[0],
+            denoise_seconds=asked.denoise_seconds,
+            to_exact=asked.denoise_seconds / plain.denoise_seconds,
+            identical_to_exact=bool((asked.pixels == plain.pixels).all()),
         )
 
 
@@ -227,7 +290,9 @@ def main(flags: argparse.Namespace) -> None:
     started = time.perf_counter()
     engine = DitEngine(checkpoint, device, DitSettings(warmup_sizes=tuple(map(geometry.painted_size, grids))))
     say("start to ready", seconds=time.perf_counter() - started)
-    measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
+    exact = measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
+    if flags.cache:
+        measure_cache(engine, exact, checkpoint.config("transformer")["num_layers"])
     say("memory", allocated_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)
     measure_host(engine, device, grids[0])
     if flags.profile:
@@ -239,5 +304,6 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", default="1024x1024", help="WIDTHxHEIGHT, with commas between them")
     parser.add_argument("--reference", action="store_true", help="also measure diffusers' own forward")
     parser.add_argument("--difference", action="store_true", help="also compare the blocks with diffusers' own")
+    parser.add_argument("--cache", action="store_true", help="also measure cached denoising; needs cache-dit")
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
     main(parser.parse_args())

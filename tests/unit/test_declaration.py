@@ -149,7 +149,7 @@ def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
         (AR_PARAMETERS, "load_format", ""),
         (AR_PARAMETERS, "quantization", "int4"),
         (AR_PARAMETERS, "graph_mode", "full"),
-        (DIT_PARAMETERS, "cache", "cache_dit"),
+        (DIT_PARAMETERS, "cache", "on"),
         (DIT_PARAMETERS, "parallel", "cfg=2"),
     ],
 )

@@ -67,7 +67,14 @@ class AcceleratorDevice(Device):
         event.record()
         return _Event(event)
 
-    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+    def graph_pool(self) -> object:
+        """Returns a handle; the memory goes with the last step captured in it."""
+        handle: object = self._runtime.graph_pool_handle()
+        return handle
+
+    def capture(
+        self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
+    ) -> Callable[[], None]:
         """Captures ``step`` in a graph, after running it on a side stream unless it is warm."""
         self.bind()
         if not warm:
@@ -78,7 +85,7 @@ class AcceleratorDevice(Device):
                     step()
             self._runtime.current_stream().wait_stream(side)
         graph = self._new_graph()
-        with self._recording(graph):
+        with self._recording(graph, pool):
             step()
         return _Replay(graph, self._launch, step)
 
@@ -87,7 +94,7 @@ class AcceleratorDevice(Device):
         """Returns an empty graph."""
 
     @abstractmethod
-    def _recording(self, graph: Any) -> AbstractContextManager[None]:
+    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
         """Returns a context whose work goes into a graph.
 
         Only the calling thread is held to the rules of a capture: another may be decoding or loading meanwhile.
@@ -114,9 +121,9 @@ class NpuDevice(AcceleratorDevice):
     def _new_graph(self) -> Any:
         return self._runtime.NPUGraph()
 
-    def _recording(self, graph: Any) -> AbstractContextManager[None]:
+    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self._runtime.graph(
-            graph, auto_dispatch_capture=True, capture_error_mode="thread_local"
+            graph, pool=pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
         )
         return context
 
@@ -148,6 +155,6 @@ class CudaDevice(AcceleratorDevice):
     def _new_graph(self) -> Any:
         return self._runtime.CUDAGraph()
 
-    def _recording(self, graph: Any) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._runtime.graph(graph, capture_error_mode="thread_local")
+    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._runtime.graph(graph, pool=pool, capture_error_mode="thread_local")
         return context

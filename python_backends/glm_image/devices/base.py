@@ -69,13 +69,21 @@ class Device(ABC):
     def mark(self) -> Mark:
         """Marks the end of the work enqueued so far by this thread."""
 
+    def graph_pool(self) -> object | None:
+        """Returns memory for several captured steps; None where a step needs none of its own."""
+        return None
+
     @abstractmethod
-    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+    def capture(
+        self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
+    ) -> Callable[[], None]:
         """Returns a callable that does what ``step`` does, with as few launches as the device can.
 
         Args:
             step: reads and writes only tensors that stay where they are, and never waits for the device.
             warm: whether ``step`` has run before; otherwise it may be run here, more than once.
+            pool: from ``graph_pool``: what is captured with the same one works in the same memory, so it never runs at
+                the same time and hands nothing on but in tensors made before; None = memory of its own.
         """
 
     @abstractmethod

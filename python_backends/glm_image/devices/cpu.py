@@ -42,7 +42,9 @@ class CpuDevice(Device):
         """Returns a mark already passed."""
         return _Passed()
 
-    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+    def capture(
+        self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
+    ) -> Callable[[], None]:
         """Returns ``step`` itself: there are no launches to save."""
         return step
 

@@ -49,6 +49,11 @@ class Conditioning:
     rotary: tuple[Tensor, Tensor]
     sources: SourceCache | None = None
 
+    @property
+    def branches(self) -> list[Branch]:
+        """The conditional branch, and the unconditional one where there is guidance."""
+        return [self.conditional, self.unconditional] if self.unconditional else [self.conditional]
+
 
 @dataclass(frozen=True)
 class SourceConditioning:

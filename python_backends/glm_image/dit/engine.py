@@ -16,11 +16,13 @@ from glm_image import geometry, images
 from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device, check_budget
 from glm_image.dit.blocks import best_blocks
+from glm_image.dit.cache import CacheSettings
 from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import Executor
 from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.vae import Vae
+from glm_image.errors import ConfigurationError
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
@@ -36,11 +38,13 @@ class DitSettings:
         dtype: None = the device's default.
         memory_utilization: share of the device's memory this stage may use.
         warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
+        cache: when steps may reuse what earlier ones computed; None = never.
     """
 
     dtype: torch.dtype | None = None
     memory_utilization: float = 0.9
     warmup_sizes: tuple[Size, ...] = ()
+    cache: CacheSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class DitEngine:
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
-        ConfigurationError: the device is too small.
+        ConfigurationError: the device is too small, or the cache does not fit the transformer.
     """
 
     def __init__(
@@ -82,6 +86,8 @@ class DitEngine:
         self._device, self._record = device, record
         dtype = settings.dtype or device.default_dtype
         modules = _empty_modules(checkpoint)
+        if settings.cache is not None:
+            _check(settings.cache, len(modules["transformer"].transformer_blocks))
         check_budget(
             "glm_dit",
             fixed={f"the weights of {name}": _bytes(module, dtype) for name, module in modules.items()},
@@ -103,6 +109,7 @@ class DitEngine:
             Vae(autoencoder),
             checkpoint.config("scheduler"),
             device,
+            settings.cache,
         )
         self._scheduler = Scheduler(self.executor.run, record)
         for size in settings.warmup_sizes:
@@ -157,6 +164,15 @@ def _empty_modules(checkpoint: Checkpoint) -> dict[str, Any]:
             "vae": AutoencoderKL.from_config(checkpoint.config("vae")),
             "text_encoder": T5EncoderModel(T5Config(**checkpoint.config("text_encoder"))),
         }
+
+
+def _check(cache: CacheSettings, blocks: int) -> None:
+    cache.check(blocks)
+    try:
+        # Seconds, which the first picture need not wait for.
+        from glm_image.dit import cache_decisions  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigurationError(f"cache is 'cache_dit', but the package cache-dit cannot be used: {error}") from error
 
 
 def _bytes(module: Any, dtype: torch.dtype) -> int:

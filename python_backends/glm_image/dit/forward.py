@@ -7,41 +7,35 @@ from typing import Any
 
 from torch import Tensor
 
-from glm_image.dit.blocks import Blocks, Rotary
+from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.conditioning import Branch, Conditioning, SourceConditioning
 from glm_image.dit.sources import SourceCache
 
 
-def predict_velocities(
-    transformer: Any,
-    blocks: Blocks,
-    latents: Tensor,
-    branches: list[Branch],
-    time: Tensor,
-    rotary: Rotary,
-    sources: SourceCache | None = None,
-) -> list[Tensor]:
-    """Predicts the velocity of the latents for each branch.
+def project_in(transformer: Any, latents: Tensor, branches: Sequence[Branch]) -> list[Tokens]:
+    """Returns the tokens with which each branch enters the blocks.
 
     Args:
-        transformer: provides the projections in and out.
-        blocks: what is between them.
-        latents: [1, channels, height, width] in the model's dtype.
+        transformer: provides the projection.
+        latents: fp32 [1, channels, height, width].
         branches: the conditions of each.
-        time: the step's embedding, [1, time width].
-        rotary: rotary tables of the image tokens.
-        sources: what the first branch reads of source images.
-
-    Returns:
-        fp32, each shaped as ``latents``.
     """
-    patches = transformer.image_projector(latents)
-    sequences = [(patches + branch.prior, branch.glyphs) for branch in branches]
-    images = blocks(sequences, time, rotary, sources.readers() if sources else None)
+    patches = transformer.image_projector(latents.to(transformer.proj_out.weight.dtype))
+    return [(patches + branch.prior, branch.glyphs) for branch in branches]
+
+
+def project_out(transformer: Any, images: Sequence[Tensor], time: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
+    """Returns the velocity that each branch predicts, fp32 of ``shape``.
+
+    Args:
+        transformer: provides the norm and the projection.
+        images: each branch's image tokens after the blocks, [1, image tokens, width].
+        time: the step's embedding, [1, time width].
+        shape: the latents'.
+    """
     patch = transformer.config.patch_size
     return [
-        unpatchify(transformer.proj_out(transformer.norm_out(image, time)), latents.shape, patch).float()
-        for image in images
+        unpatchify(transformer.proj_out(transformer.norm_out(image, time)), shape, patch).float() for image in images
     ]
 
 
@@ -49,8 +43,8 @@ def read_sources(transformer: Any, blocks: Blocks, sources: Sequence[SourceCondi
     """Passes source images through the blocks, which leave their keys and values in ``cache``.
 
     Args:
-        transformer: see ``predict_velocities``.
-        blocks: see ``predict_velocities``.
+        transformer: provides the projection in.
+        blocks: what they pass through.
         sources: in order.
         cache: holds the image tokens of all of them.
     """
@@ -69,36 +63,46 @@ def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def denoise_step(
-    transformer: Any, blocks: Blocks, latents: Tensor, conditioning: Conditioning, step: Tensor, sigmas: Tensor
+def euler_step(
+    latents: Tensor, velocities: Sequence[Tensor], guidance_scale: float, step: Tensor, sigmas: Tensor
 ) -> Tensor:
     """Takes one Euler step of the flow (Lipman et al., 2023).
 
     Args:
-        transformer: see ``predict_velocities``.
-        blocks: see ``predict_velocities``.
         latents: fp32 [1, channels, height, width].
-        conditioning: the picture's.
+        velocities: the conditional branch's, and the unconditional one's if there is guidance, as ``latents``.
+        guidance_scale: how far from the one to the other.
         step: int64 [1], index of the step: on the device, so that a captured step can count.
         sigmas: fp32 [steps + 1].
 
     Returns:
         fp32 latents at the next noise level.
     """
-    model_input = latents.to(transformer.proj_out.weight.dtype)
-    branches = [conditioning.conditional]
-    if conditioning.unconditional is not None:
-        branches.append(conditioning.unconditional)
-    velocity, *rest = predict_velocities(
-        transformer,
-        blocks,
-        model_input,
-        branches,
-        conditioning.times.index_select(0, step),
-        conditioning.rotary,
-        conditioning.sources,
-    )
+    velocity, *rest = velocities
     for without in rest:  # classifier-free guidance (Ho and Salimans, 2022)
-        velocity = without + conditioning.guidance_scale * (velocity - without)
+        velocity = without + guidance_scale * (velocity - without)
     change = sigmas.index_select(0, step + 1) - sigmas.index_select(0, step)
     return latents + change * velocity
+
+
+def denoise_step(
+    transformer: Any, blocks: Blocks, latents: Tensor, conditioning: Conditioning, step: Tensor, sigmas: Tensor
+) -> Tensor:
+    """Predicts the velocity of the latents and takes a step along it.
+
+    Args:
+        transformer: provides the projections in and out.
+        blocks: what is between them.
+        latents: see ``euler_step``.
+        conditioning: the picture's.
+        step: see ``euler_step``.
+        sigmas: see ``euler_step``.
+
+    Returns:
+        See ``euler_step``.
+    """
+    time, sources = conditioning.times.index_select(0, step), conditioning.sources
+    sequences = project_in(transformer, latents, conditioning.branches)
+    images = blocks(sequences, time, conditioning.rotary, sources.readers() if sources else None)
+    velocities = project_out(transformer, images, time, latents.shape)
+    return euler_step(latents, velocities, conditioning.guidance_scale, step, sigmas)

@@ -24,9 +24,11 @@ class SourceCache:
         tokens: image tokens of all sources.
         device: where they are kept.
         dtype: the transformer's.
+        passes: how many sources there are; each passes through the blocks once.
     """
 
-    def __init__(self, config: Any, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, tokens: int, device: torch.device, dtype: torch.dtype, passes: int = 1) -> None:
+        self.passes = passes
         shape = (config.num_layers, 1, tokens, config.num_attention_heads, config.attention_head_dim)
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty(shape, device=device, dtype=dtype)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.sources import Join
 from glm_image.kernels.head_norm_rotary import head_norm_rotary
 from glm_image.kernels.modulated_norm import (
@@ -56,7 +57,7 @@ class FusedBlock:
         self.down: nn.Linear = block.ff.net[2]
 
 
-class FusedBlocks:
+class FusedBlocks(Blocks):
     """Runs all blocks of diffusers' ``GlmImageTransformer2DModel``, whose own forward can't be used afterwards.
 
     Args:
@@ -69,44 +70,37 @@ class FusedBlocks:
         self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
         self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
 
-    def __call__(
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def run(
         self,
-        sequences: list[tuple[Tensor, Tensor]],
+        which: range,
+        sequences: list[Tokens],
         time: Tensor,
         rotary: tuple[Tensor, Tensor],
         joins: Sequence[Join] | None = None,
         /,
-    ) -> list[Tensor]:
-        """Runs the blocks over one or two sequences at the same time step.
-
-        Args:
-            sequences: image tokens [1, image tokens, width] and text tokens [1, text tokens, width] of each.
-            time: silu(time embedding), [1, time width].
-            rotary: cosines and sines, fp32 [image tokens, head_dim] each.
-            joins: for each block, what happens to the first sequence's keys and values before its attention.
-
-        Returns:
-            The image tokens of each sequence.
-        """
+    ) -> list[Tokens]:
+        """Runs some of the blocks over one or two sequences at the same time step; see ``Blocks.run``."""
         if not 1 <= len(sequences) <= MOST_SEQUENCES:
             raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MOST_SEQUENCES}")
         residual = torch.cat([part for image, text in sequences for part in (text[0], image[0])])
         lengths = [(text.shape[1], image.shape[1]) for image, text in sequences]
         segments = (lengths[0][0], sum(lengths[0]), lengths[-1][0])
-        tables = [F.linear(time, block.modulation.weight, block.modulation.bias)[0] for block in self._blocks]
+        blocks = [self._blocks[index] for index in which]
+        tables = [F.linear(time, block.modulation.weight, block.modulation.bias)[0] for block in blocks]
         normed = torch.empty_like(residual)
         modulated_norm(residual, tables[0], normed, self._norm_eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
-        for index, block in enumerate(self._blocks):
+        for index, block, table, following in zip(which, blocks, tables, [*tables[1:], None], strict=True):
             join = joins[index] if joins else None
             branch = block.out(self._attend(block, normed, rotary, segments, [sum(length) for length in lengths], join))
-            table = tables[index]
             gated_modulated_norm(
                 residual, branch, table, GATE_ATTENTION, table, normed, self._norm_eps, segments, SHIFT_MLP, SCALE_MLP
             )
             # The GELU of the GEMM's epilogue is the approximation by tanh, as the model's.
             product = torch._addmm_activation(block.up.bias, normed, block.up.weight.T, use_gelu=True)
             branch = block.down(product)
-            following = tables[index + 1] if index + 1 < len(tables) else None
             gated_modulated_norm(
                 residual,
                 branch,
@@ -120,7 +114,7 @@ class FusedBlocks:
                 SCALE_ATTENTION,
             )
         parts = residual.split([rows for length in lengths for rows in length])
-        return [image[None] for image in parts[1::2]]
+        return [(image[None], text[None]) for text, image in zip(parts[::2], parts[1::2], strict=True)]
 
     def _attend(
         self,

@@ -21,6 +21,7 @@ from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadat
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
+from glm_image.serving.cache_parameters import cache_settings
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
@@ -44,7 +45,7 @@ class DitBackend:
         from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine, DitSettings  # noqa: PLC0415
 
-        parameters = instance.parameters
+        parameters, cache = instance.parameters, cache_settings(instance)
         self._limits = instance.limits
         self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
         # Where there are several cards, the first one is the other stage's.
@@ -58,6 +59,7 @@ class DitBackend:
                 dtype=named_dtype(parameters["dtype"]),
                 memory_utilization=instance.share("memory_utilization"),
                 warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
+                cache=cache,
             ),
             self._metrics.record,
         )

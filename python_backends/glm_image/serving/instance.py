@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -67,6 +68,22 @@ class Instance:
             raise ConfigurationError(f"{name} is {text!r}; allowed: a whole number of at least {low}")
         return int(text)
 
+    def optional_integer(self, name: str, low: int) -> int | None:
+        """Returns a parameter that is ``none`` or a whole number of at least ``low``."""
+        text = self.parameters[name]
+        if text == "none":
+            return None
+        if not re.fullmatch(r"\d{1,9}", text) or int(text) < low:
+            raise ConfigurationError(f"{name} is {text!r}; allowed: none, or a whole number of at least {low}")
+        return int(text)
+
+    def count(self, name: str) -> int:
+        """Returns a parameter that is a number of things, or -1 for any number."""
+        text = self.parameters[name]
+        if text != "-1" and not re.fullmatch(r"\d{1,9}", text):
+            raise ConfigurationError(f"{name} is {text!r}; allowed: a whole number of at least 0, or -1 (no limit)")
+        return int(text)
+
     def integers(self, name: str) -> tuple[int, ...]:
         """Returns a parameter that is a list of whole numbers such as ``8`` or ``[1, 8]``; () when it is empty."""
         text = self.parameters[name].strip()
@@ -93,11 +110,21 @@ class Instance:
 
     def share(self, name: str) -> float:
         """Returns a parameter that is a number above 0 and at most 1."""
-        text = self.parameters[name]
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
+        value = _number(self.parameters[name])
         if not 0 < value <= 1:
-            raise ConfigurationError(f"{name} is {text!r}; allowed: above 0, at most 1")
+            raise ConfigurationError(f"{name} is {self.parameters[name]!r}; allowed: above 0, at most 1")
         return value
+
+    def threshold(self, name: str) -> float:
+        """Returns a parameter that is a number of at least 0."""
+        value = _number(self.parameters[name])
+        if not 0 <= value < math.inf:
+            raise ConfigurationError(f"{name} is {self.parameters[name]!r}; allowed: a number of at least 0")
+        return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
