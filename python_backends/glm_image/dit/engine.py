@@ -19,6 +19,7 @@ from glm_image.dit.blocks import best_blocks
 from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import Executor
 from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
+from glm_image.dit.quantized import quantize_blocks, weight_bytes
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.vae import Vae
 from glm_image.geometry import Grid, Size
@@ -36,11 +37,13 @@ class DitSettings:
         dtype: None = the device's default.
         memory_utilization: share of the device's memory this stage may use.
         warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
+        quantization: ``int8`` or ``fp8`` for the products of the transformer's blocks, or ``none``.
     """
 
     dtype: torch.dtype | None = None
     memory_utilization: float = 0.9
     warmup_sizes: tuple[Size, ...] = ()
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class DitEngine:
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
-        ConfigurationError: the device is too small.
+        ConfigurationError: the device is too small, or can't multiply what ``quantization`` names.
     """
 
     def __init__(
@@ -82,9 +85,11 @@ class DitEngine:
         self._device, self._record = device, record
         dtype = settings.dtype or device.default_dtype
         modules = _empty_modules(checkpoint)
+        if settings.quantization != "none":
+            quantize_blocks(modules["transformer"], settings.quantization, device, dtype)
         check_budget(
             "glm_dit",
-            fixed={f"the weights of {name}": _bytes(module, dtype) for name, module in modules.items()},
+            fixed={f"the weights of {name}": weight_bytes(module, dtype) for name, module in modules.items()},
             scaled={},
             memory=device.memory(),
             utilization=settings.memory_utilization,
@@ -157,7 +162,3 @@ def _empty_modules(checkpoint: Checkpoint) -> dict[str, Any]:
             "vae": AutoencoderKL.from_config(checkpoint.config("vae")),
             "text_encoder": T5EncoderModel(T5Config(**checkpoint.config("text_encoder"))),
         }
-
-
-def _bytes(module: Any, dtype: torch.dtype) -> int:
-    return int(sum(weight.numel() for weight in module.parameters()) * dtype.itemsize)

@@ -122,7 +122,7 @@ AR_PARAMETERS: Final = (
 
 DIT_PARAMETERS: Final = (
     *STAGE_PARAMETERS,
-    ParameterSpec("quantization", "none", ("none",)),
+    ParameterSpec("quantization", "none", ("none", "int8", "fp8")),
     ParameterSpec("cache", "off", ("off",)),
     ParameterSpec("parallel", "none", ("none",)),
     ParameterSpec("warmup_sizes", "auto"),

@@ -58,6 +58,7 @@ class DitBackend:
                 dtype=named_dtype(parameters["dtype"]),
                 memory_utilization=instance.share("memory_utilization"),
                 warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
+                quantization=parameters["quantization"],
             ),
             self._metrics.record,
         )
