@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,11 @@ from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device, check_budget
 from glm_image.dit.blocks import best_blocks
 from glm_image.dit.conditioning import Conditioner
-from glm_image.dit.executor import Executor
+from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor
 from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
 from glm_image.dit.quantized import quantize_blocks, weight_bytes
 from glm_image.dit.scheduler import Scheduler
+from glm_image.dit.sources import SourceCache
 from glm_image.dit.vae import Vae
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job
@@ -38,12 +40,17 @@ class DitSettings:
         memory_utilization: share of the device's memory this stage may use.
         warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
         quantization: ``int8`` or ``fp8`` for the products of the transformer's blocks, or ``none``.
+        vae_tiling: whether the VAE does large pictures in tiles: ``off``, ``on``, or ``auto``, which is on where the
+            largest picture would not fit in one piece.
+        largest_side: of a picture, in pixels.
     """
 
     dtype: torch.dtype | None = None
     memory_utilization: float = 0.9
     warmup_sizes: tuple[Size, ...] = ()
     quantization: str = "none"
+    vae_tiling: str = "off"
+    largest_side: int = 2048
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,19 @@ class DitEngine:
         modules = _empty_modules(checkpoint)
         if settings.quantization != "none":
             quantize_blocks(modules["transformer"], settings.quantization, device, dtype)
+        weights = {name: weight_bytes(module, dtype) for name, module in modules.items()}
+        memory = device.memory()
         check_budget(
             "glm_dit",
-            fixed={f"the weights of {name}": weight_bytes(module, dtype) for name, module in modules.items()},
+            fixed={f"the weights of {name}": size for name, size in weights.items()},
             scaled={},
-            memory=device.memory(),
+            memory=memory,
             utilization=settings.memory_utilization,
             device=str(device),
+        )
+        share = int(memory.total * settings.memory_utilization) - sum(weights.values())
+        tiling = settings.vae_tiling == "on" or (
+            settings.vae_tiling == "auto" and share < _bytes_at_work(modules, settings.largest_side, dtype)
         )
         for component, module in modules.items():
             fill(module, checkpoint.tensors(component, device.torch_device, dtype))
@@ -105,7 +118,7 @@ class DitEngine:
             transformer,
             best_blocks(transformer, device),
             Conditioner(transformer, glyph_encoder, glyph_tokenizer),
-            Vae(autoencoder),
+            Vae(autoencoder, device, tiling=tiling),
             checkpoint.config("scheduler"),
             device,
         )
@@ -162,3 +175,12 @@ def _empty_modules(checkpoint: Checkpoint) -> dict[str, Any]:
             "vae": AutoencoderKL.from_config(checkpoint.config("vae")),
             "text_encoder": T5EncoderModel(T5Config(**checkpoint.config("text_encoder"))),
         }
+
+
+def _bytes_at_work(modules: Mapping[str, Any], side: int, dtype: torch.dtype) -> int:
+    """The memory of a step of a square picture, and of decoding another in one piece meanwhile."""
+    size = geometry.generated_size(Size(side, side))
+    tokens = geometry.target_grid(size).tokens * IMAGE_TOKENS_PER_TOKEN
+    branches = 2
+    step = SourceCache.bytes_at_work(modules["transformer"].config, tokens, dtype) * branches
+    return step + Vae.bytes_needed(modules["vae"].config, size, dtype)

@@ -49,7 +49,7 @@ class QuantizedLinear(nn.Module):
                 f"quantization is {quantization!r}, but the transformer has a linear layer of {linear.in_features} to "
                 f"{linear.out_features}; allowed: multiples of {ALIGNMENT}"
             )
-        self.weight, self.bias = linear.weight, nn.Parameter(linear.bias, requires_grad=False)
+        self.weight, self.bias = (nn.Parameter(own, requires_grad=False) for own in (linear.weight, linear.bias))
         self.dtype = DTYPES[quantization]
         self._device = device
 

@@ -126,6 +126,7 @@ DIT_PARAMETERS: Final = (
     ParameterSpec("cache", "off", ("off",)),
     ParameterSpec("parallel", "none", ("none",)),
     ParameterSpec("warmup_sizes", "auto"),
+    ParameterSpec("vae_tiling", "off", ("off", "on", "auto")),
 )
 
 
