@@ -244,7 +244,8 @@ def main(flags: argparse.Namespace) -> None:
     )
     started = time.perf_counter()
     engine = DitEngine(checkpoint, device, settings)
-    say("start to ready", seconds=time.perf_counter() - started, quantization=flags.quantization)
+    weights = torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    say("start to ready", seconds=time.perf_counter() - started, quantization=flags.quantization, weights_gb=weights)
     measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
     say("memory", allocated_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)
     measure_host(engine, device, grids[0])

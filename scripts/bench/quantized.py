@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,20 +27,33 @@ def say_linear_rates(config: Any, tokens: int, device: Device) -> None:
     for name, n, k in (("qkv", 3, 1), ("out", 1, 1), ("up", 4, 1), ("down", 1, 4)):
         left, right = (torch.randn(side, k * width, device=place, dtype=torch.bfloat16) for side in (rows, n * width))
         bias = torch.randn(n * width, device=place, dtype=torch.bfloat16)
-        ways = {"bf16": lambda a=left, b=right, c=bias: torch.nn.functional.linear(a, b, c)}
-        q_left, q_right = (quantize_rows(factor, torch.int8) for factor in (left, right))
-        ways["int8, sums alone"] = lambda a=q_left, b=q_right: int8_sums(a.values, b.values)
-        if device.without_quantization("fp8") is None:
-            f_left, f_right = (quantize_rows(factor, torch.float8_e4m3fn) for factor in (left, right))
-            ways["fp8, a scale a row"] = lambda a=f_left, b=f_right, c=bias: scaled_product(a, b, c, torch.bfloat16)
-            one = torch.ones((), device=place)
-            ways["fp8, one scale"] = lambda a=f_left, b=f_right, c=bias: torch._scaled_mm(
-                a.values, b.values.T, scale_a=one, scale_b=one, bias=c, out_dtype=torch.bfloat16, use_fast_accum=True
-            )
-        for way, work in ways.items():
+        for way, work in ways_to_multiply(left, right, bias, device).items():
             took = seconds(work, synchronize, repeats=15, warm_ups=3)
             rate = 2 * rows * n * k * width**2 / took / 1e12
             say("product", layer=name, way=way, rows=rows, ms=took * 1e3, tflop_s=rate)
+
+
+def ways_to_multiply(left: Tensor, right: Tensor, bias: Tensor, device: Device) -> dict[str, Callable[[], Tensor]]:
+    """The ways to compute ``left @ right.T + bias``, by name."""
+    q_left, q_right = (quantize_rows(factor, torch.int8) for factor in (left, right))
+    ways: dict[str, Callable[[], Tensor]] = {
+        "bf16": lambda: torch.nn.functional.linear(left, right, bias),
+        "int8, sums alone": lambda: int8_sums(q_left.values, q_right.values),
+    }
+    if device.without_quantization("fp8") is None:
+        f_left, f_right = (quantize_rows(factor, torch.float8_e4m3fn) for factor in (left, right))
+        one = torch.ones((), device=left.device)
+        ways["fp8, a scale a row"] = lambda: scaled_product(f_left, f_right, bias, torch.bfloat16)
+        ways["fp8, one scale"] = lambda: torch._scaled_mm(
+            f_left.values,
+            f_right.values.T,
+            scale_a=one,
+            scale_b=one,
+            bias=bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+    return ways
 
 
 def say_error(exact: Any, rounded: Any, device: Device, quantization: str) -> None:

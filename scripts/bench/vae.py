@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -76,13 +76,13 @@ def measure(vae: Vae, latents: torch.Tensor, exact: np.ndarray | None, device: D
     return picture.astype(int)
 
 
-def profile(work: Callable[[], object], device: Device, **named: Any) -> None:
+def profile(vae: Vae, latents: torch.Tensor, device: Device, **named: Any) -> None:
     """Prints the kernels of a decode that take longest."""
     from torch.profiler import ProfilerActivity  # noqa: PLC0415
     from torch.profiler import profile as record  # noqa: PLC0415
 
     with record(activities=[ProfilerActivity.CUDA]) as recorded:
-        work()
+        vae.decode(latents)
         device.mark().wait()
     kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
     for event in kernels[:KERNELS_SHOWN]:
@@ -115,8 +115,7 @@ def main(flags: argparse.Namespace) -> None:
                     say("vae decode", **named, how=how, error=str(error)[:120])
                     continue
                 if flags.profile and device.torch_device.type == "cuda" and size == sizes[0]:
-                    profile(lambda vae=vae: vae.decode(latents), device, **named, how=how)  # type: ignore[misc]
-                del vae
+                    profile(vae, latents, device, **named, how=how)
 
 
 if __name__ == "__main__":
