@@ -83,6 +83,7 @@ def test_own_load_at_a_rate_tells_failures(triton: TritonServer, tmp_path: Path)
     assert (told["rate"], told["failed"], told["errors"]) == (20, 2, ["width is 31; allowed: 32 to 2048"])
 
 
+@pytest.mark.full
 def test_a_steady_stream_with_other_parameters() -> None:
     program = PROGRAM.with_name("stream.py")
     brief = ["--size", "64x64", "--steps", "2", "--concurrency", "3", "--requests", "4", "--warm-ups", "1"]
