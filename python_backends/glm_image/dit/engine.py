@@ -104,9 +104,9 @@ class DitEngine:
             utilization=settings.memory_utilization,
             device=str(device),
         )
-        share = int(memory.total * settings.memory_utilization) - sum(weights.values())
+        left = int(memory.total * settings.memory_utilization) - sum(weights.values())
         tiling = settings.vae_tiling == "on" or (
-            settings.vae_tiling == "auto" and share < _bytes_at_work(modules, settings.largest_side, dtype)
+            settings.vae_tiling == "auto" and left < _bytes_at_work(modules, settings.largest_side, dtype)
         )
         for component, module in modules.items():
             fill(module, checkpoint.tensors(component, device.torch_device, dtype))
