@@ -20,6 +20,7 @@ import torch
 from diffusers import GlmImageTransformer2DModel
 from measure import arguments, matmul_rate, say, seconds
 from numpy.typing import NDArray
+from quantized import say_error, say_linear_rates
 
 from glm_image import geometry
 from glm_image.checkpoint import Checkpoint, fill
@@ -28,6 +29,7 @@ from glm_image.dit.blocks import best_blocks, eager_blocks
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.engine import DitEngine, DitSettings
 from glm_image.dit.executor import Decode, Drop, Prepare, Step
+from glm_image.dit.quantized import quantize_blocks
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job
 from glm_image.request import PaintRequest
@@ -46,10 +48,12 @@ def forward_flop(config: Any, tokens: int) -> float:
     return config["num_layers"] * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
 
 
-def build(checkpoint: Checkpoint, device: Device) -> Any:
+def build(checkpoint: Checkpoint, device: Device, quantization: str = "none") -> Any:
     """Loads diffusers' transformer."""
     with torch.device("meta"):
         transformer = GlmImageTransformer2DModel.from_config(checkpoint.config("transformer"))
+    if quantization != "none":
+        quantize_blocks(transformer, quantization, device, device.default_dtype)
     fill(transformer, checkpoint.tensors("transformer", device.torch_device, device.default_dtype))
     return transformer
 
@@ -287,9 +291,24 @@ def main(flags: argparse.Namespace) -> None:
         measure_difference(checkpoint, device)
         gc.collect()
         torch.cuda.empty_cache()
+    if flags.quantization != "none":
+        say_linear_rates(checkpoint.config("transformer"), grids[0].tokens * 4, device)
+        with_bf16, in_8_bits = build(checkpoint, device), build(checkpoint, device, flags.quantization)
+        say_error(with_bf16, in_8_bits, device, flags.quantization)
+        del with_bf16, in_8_bits
+        gc.collect()
+        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+    settings = DitSettings(
+        warmup_sizes=tuple(map(geometry.painted_size, grids)),
+        quantization=flags.quantization,
+        vae_tiling=flags.vae_tiling,
+    )
     started = time.perf_counter()
-    engine = DitEngine(checkpoint, device, DitSettings(warmup_sizes=tuple(map(geometry.painted_size, grids))))
-    say("start to ready", seconds=time.perf_counter() - started)
+    engine = DitEngine(checkpoint, device, settings)
+    weights = torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    say("start to ready", seconds=time.perf_counter() - started, quantization=flags.quantization, weights_gb=weights)
     exact = measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
     if flags.cache:
         measure_cache(engine, exact, checkpoint.config("transformer")["num_layers"])
@@ -306,4 +325,6 @@ if __name__ == "__main__":
     parser.add_argument("--difference", action="store_true", help="also compare the blocks with diffusers' own")
     parser.add_argument("--cache", action="store_true", help="also measure cached denoising; needs cache-dit")
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
+    parser.add_argument("--quantization", default="none", choices=("none", "int8", "fp8"), help="of the blocks")
+    parser.add_argument("--vae-tiling", default="off", choices=("off", "on", "auto"))
     main(parser.parse_args())

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.base import Device, Mark, Memory
+from glm_image.devices.quantized import Rows
 from glm_image.geometry import Size
 
 WARM_UP_STEPS = 2  # libraries make their handles and choose their kernels outside the capture
+
+
+FP8_CAPABILITY = (8, 9)
 
 
 class _Event:
@@ -143,6 +147,31 @@ class NpuDevice(AcceleratorDevice):
         )
         return product.view(*hidden.shape[:-1], -1)
 
+    def without_quantization(self, quantization: str) -> str | None:
+        """There is int8 alone."""
+        return "the products of fp8 are CUDA's" if quantization == "fp8" else None
+
+    def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> Rows:
+        """Rounds to int8 in one pass."""
+        import torch_npu  # noqa: PLC0415
+
+        values, scales = torch_npu.npu_dynamic_quant(matrix)
+        return Rows(values, scales.unsqueeze(1))
+
+    def scaled_product(self, rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiplies, scales and adds in one operator."""
+        import torch_npu  # noqa: PLC0415
+
+        product: Tensor = torch_npu.npu_quant_matmul(
+            rows.values,
+            weight.values.T,
+            weight.scales.squeeze(1),
+            pertoken_scale=rows.scales.squeeze(1),
+            bias=bias,
+            output_dtype=dtype,
+        )
+        return product
+
 
 class CudaDevice(AcceleratorDevice):
     """An NVIDIA GPU."""
@@ -158,3 +187,10 @@ class CudaDevice(AcceleratorDevice):
     def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self._runtime.graph(graph, pool=pool, capture_error_mode="thread_local")
         return context
+
+    def without_quantization(self, quantization: str) -> str | None:
+        """Products of fp8 came with compute capability 8.9 (Ada, Hopper)."""
+        capability = self._runtime.get_device_capability(self.torch_device)
+        if quantization == "fp8" and capability < FP8_CAPABILITY:
+            return f"{self} has compute capability {capability[0]}.{capability[1]}, and fp8 needs 8.9 or above"
+        return None

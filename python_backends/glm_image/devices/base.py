@@ -9,7 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from glm_image.devices import quantized
 from glm_image.devices.int8 import widened_product
+from glm_image.devices.quantized import Rows
 from glm_image.geometry import Size
 
 
@@ -114,3 +116,15 @@ class Device(ABC):
             [..., n] in the activations' dtype.
         """
         return widened_product(hidden, weight, scale)
+
+    @abstractmethod
+    def without_quantization(self, quantization: str) -> str | None:
+        """Returns why this device can't multiply ``int8`` or ``fp8`` matrices; None when it can."""
+
+    def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> Rows:
+        """See ``quantized.quantize_rows``."""
+        return quantized.quantize_rows(matrix, dtype)
+
+    def scaled_product(self, rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``quantized.scaled_product``."""
+        return quantized.scaled_product(rows, weight, bias, dtype)

@@ -51,3 +51,7 @@ class CpuDevice(Device):
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         """See ``ragged_decode_attention``."""
         return ragged_decode_attention(query, keys, values, lengths)
+
+    def without_quantization(self, quantization: str) -> str | None:
+        """There is int8 alone."""
+        return "a CPU has no fast products of fp8" if quantization == "fp8" else None

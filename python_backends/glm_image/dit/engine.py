@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ from glm_image.devices import Device, check_budget
 from glm_image.dit.blocks import best_blocks
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.conditioning import Conditioner
-from glm_image.dit.executor import Executor
+from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor
 from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
+from glm_image.dit.quantized import quantize_blocks, weight_bytes
 from glm_image.dit.scheduler import Scheduler
+from glm_image.dit.sources import SourceCache
 from glm_image.dit.vae import Vae
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import Grid, Size
@@ -39,12 +42,19 @@ class DitSettings:
         memory_utilization: share of the device's memory this stage may use.
         warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
         cache: when steps may reuse what earlier ones computed; None = never.
+        quantization: ``int8`` or ``fp8`` for the products of the transformer's blocks, or ``none``.
+        vae_tiling: whether the VAE does large pictures in tiles: ``off``, ``on``, or ``auto``, which is on where the
+            largest picture would not fit in one piece.
+        largest_side: of a picture, in pixels.
     """
 
     dtype: torch.dtype | None = None
     memory_utilization: float = 0.9
     warmup_sizes: tuple[Size, ...] = ()
     cache: CacheSettings | None = None
+    quantization: str = "none"
+    vae_tiling: str = "off"
+    largest_side: int = 2048
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,8 @@ class DitEngine:
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
-        ConfigurationError: the device is too small, or the cache does not fit the transformer.
+        ConfigurationError: the device is too small or can't multiply what ``quantization`` names, or the cache does not
+            fit the transformer.
     """
 
     def __init__(
@@ -88,13 +99,21 @@ class DitEngine:
         modules = _empty_modules(checkpoint)
         if settings.cache is not None:
             _check(settings.cache, len(modules["transformer"].transformer_blocks))
+        if settings.quantization != "none":
+            quantize_blocks(modules["transformer"], settings.quantization, device, dtype)
+        weights = {name: weight_bytes(module, dtype) for name, module in modules.items()}
+        memory = device.memory()
         check_budget(
             "glm_dit",
-            fixed={f"the weights of {name}": _bytes(module, dtype) for name, module in modules.items()},
+            fixed={f"the weights of {name}": size for name, size in weights.items()},
             scaled={},
-            memory=device.memory(),
+            memory=memory,
             utilization=settings.memory_utilization,
             device=str(device),
+        )
+        left = int(memory.total * settings.memory_utilization) - sum(weights.values())
+        tiling = settings.vae_tiling == "on" or (
+            settings.vae_tiling == "auto" and left < _bytes_at_work(modules, settings.largest_side, dtype)
         )
         for component, module in modules.items():
             fill(module, checkpoint.tensors(component, device.torch_device, dtype))
@@ -106,7 +125,7 @@ class DitEngine:
             transformer,
             best_blocks(transformer, device),
             Conditioner(transformer, glyph_encoder, glyph_tokenizer),
-            Vae(autoencoder),
+            Vae(autoencoder, device, tiling=tiling),
             checkpoint.config("scheduler"),
             device,
             settings.cache,
@@ -175,5 +194,10 @@ def _check(cache: CacheSettings, blocks: int) -> None:
         raise ConfigurationError(f"cache is 'cache_dit', but the package cache-dit cannot be used: {error}") from error
 
 
-def _bytes(module: Any, dtype: torch.dtype) -> int:
-    return int(sum(weight.numel() for weight in module.parameters()) * dtype.itemsize)
+def _bytes_at_work(modules: Mapping[str, Any], side: int, dtype: torch.dtype) -> int:
+    """The memory of a step of a square picture, and of decoding another in one piece meanwhile."""
+    size = geometry.generated_size(Size(side, side))
+    tokens = geometry.target_grid(size).tokens * IMAGE_TOKENS_PER_TOKEN
+    branches = 2
+    step = SourceCache.bytes_at_work(modules["transformer"].config, tokens, dtype) * branches
+    return step + Vae.bytes_needed(modules["vae"].config, size, dtype)

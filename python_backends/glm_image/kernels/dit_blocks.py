@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from glm_image.devices.quantized import Rows
 from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.sources import Join
+from glm_image.kernels.dit_linears import AnyLinear, joined, linears_of
 from glm_image.kernels.head_norm_rotary import head_norm_rotary
 from glm_image.kernels.modulated_norm import (
     GATE_ATTENTION,
@@ -46,22 +48,18 @@ class FusedBlock:
 
     def __init__(self, block: Any) -> None:
         attention = block.attn1
-        projections = (attention.to_q, attention.to_k, attention.to_v)
-        self.qkv_weight = torch.cat([projection.weight for projection in projections])
-        self.qkv_bias = torch.cat([projection.bias for projection in projections])
-        for projection in projections:  # their memory is the fused matrix's now
-            projection.weight = projection.bias = None
-        self.out: nn.Linear = attention.to_out[0]
+        self.qkv: AnyLinear = joined([attention.to_q, attention.to_k, attention.to_v])
+        self.out: AnyLinear = attention.to_out[0]
         self.modulation: nn.Linear = block.norm1.linear
-        self.up: nn.Linear = block.ff.net[0].proj
-        self.down: nn.Linear = block.ff.net[2]
+        self.up: AnyLinear = block.ff.net[0].proj
+        self.down: AnyLinear = block.ff.net[2]
 
 
 class FusedBlocks(Blocks):
     """Runs all blocks of diffusers' ``GlmImageTransformer2DModel``, whose own forward can't be used afterwards.
 
     Args:
-        transformer: bf16, on a device that runs Triton.
+        transformer: bf16, the linear layers of its blocks bf16 or ``QuantizedLinear``, on a device that runs Triton.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -69,6 +67,7 @@ class FusedBlocks(Blocks):
         self._heads, self._head_dim = config.num_attention_heads, config.attention_head_dim
         self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
         self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
+        self._linears = linears_of(self._blocks[0].qkv)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -90,17 +89,16 @@ class FusedBlocks(Blocks):
         segments = (lengths[0][0], sum(lengths[0]), lengths[-1][0])
         blocks = [self._blocks[index] for index in which]
         tables = [F.linear(time, block.modulation.weight, block.modulation.bias)[0] for block in blocks]
-        normed = torch.empty_like(residual)
+        normed = self._linears.room(residual)
         modulated_norm(residual, tables[0], normed, self._norm_eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
         for index, block, table, following in zip(which, blocks, tables, [*tables[1:], None], strict=True):
             join = joins[index] if joins else None
-            branch = block.out(self._attend(block, normed, rotary, segments, [sum(length) for length in lengths], join))
+            attended = self._attend(block, normed, rotary, segments, [sum(length) for length in lengths], join)
+            branch = self._linears.linear(block.out, self._linears.read(attended))
             gated_modulated_norm(
                 residual, branch, table, GATE_ATTENTION, table, normed, self._norm_eps, segments, SHIFT_MLP, SCALE_MLP
             )
-            # The GELU of the GEMM's epilogue is the approximation by tanh, as the model's.
-            product = torch._addmm_activation(block.up.bias, normed, block.up.weight.T, use_gelu=True)
-            branch = block.down(product)
+            branch = self._linears.linear(block.down, self._linears.linear_gelu(block.up, normed))
             gated_modulated_norm(
                 residual,
                 branch,
@@ -119,13 +117,13 @@ class FusedBlocks(Blocks):
     def _attend(
         self,
         block: FusedBlock,
-        normed: Tensor,
+        normed: Tensor | Rows,
         rotary: tuple[Tensor, Tensor],
         segments: tuple[int, int, int],
         lengths: list[int],
         join: Join | None,
     ) -> Tensor:
-        qkv = F.linear(normed, block.qkv_weight, block.qkv_bias)
+        qkv = self._linears.linear(block.qkv, normed)
         head_norm_rotary(qkv, self._heads, self._head_dim, rotary, self._head_eps, segments)
         attended: list[Tensor] = []
         for sequence in qkv.split(lengths):

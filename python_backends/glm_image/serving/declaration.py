@@ -138,11 +138,12 @@ CACHE_PARAMETERS: Final = (
 
 DIT_PARAMETERS: Final = (
     *STAGE_PARAMETERS,
-    ParameterSpec("quantization", "none", ("none",)),
+    ParameterSpec("quantization", "none", ("none", "int8", "fp8")),
     ParameterSpec("cache", "none", ("none", "cache_dit")),
     *CACHE_PARAMETERS,
     ParameterSpec("parallel", "none", ("none",)),
     ParameterSpec("warmup_sizes", "auto"),
+    ParameterSpec("vae_tiling", "off", ("off", "on", "auto")),
 )
 
 

@@ -60,6 +60,9 @@ class DitBackend:
                 memory_utilization=instance.share("memory_utilization"),
                 warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
                 cache=cache,
+                quantization=parameters["quantization"],
+                vae_tiling=parameters["vae_tiling"],
+                largest_side=self._limits.max_side,
             ),
             self._metrics.record,
         )
