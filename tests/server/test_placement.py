@@ -97,6 +97,14 @@ def test_a_checkpoint_named_in_the_configuration_is_loaded(
 # Model, parameter, value, what the model says.
 REFUSALS = {
     "no device": ("glm_dit", "devices", "gpu:0", "devices has the entry 'gpu:0'; allowed: auto, or cpu, npu:N, cuda:N"),
+    "unknown device": ("glm_dit", "devices", "cuda:99", "devices has the entry 'cuda:99'; found on this machine: "),
+    "too many devices": ("glm_ar", "devices", "cpu:0;cpu:1", "devices is 'cpu:0;cpu:1': 2 for 1 instances; allowed: "),
+    "several devices": (
+        "glm_ar",
+        "devices",
+        "cpu:0,cpu:1",
+        "devices has the entry 'cpu:0,cpu:1'; one instance over several devices comes later",
+    ),
     "misspelt dtype": ("glm_dit", "dtype", "bf16", "dtype is 'bf16'; allowed: auto, float32, bfloat16"),
     "no number": ("glm_ar", "max_num_seqs", "many", "max_num_seqs is 'many'; allowed: a whole number of at least 1"),
     "pieces": (
@@ -138,11 +146,12 @@ def test_an_unknown_parameter_is_named(tiny_checkpoint: Path, tmp_path: Path) ->
 def test_an_instance_takes_the_entry_of_its_index(tiny_checkpoint: Path, tmp_path: Path) -> None:
     repository = copy_repository(tmp_path, "glm_dit")
     edit(repository, "glm_dit", "count: 1", "count: 2")
-    set_parameter(repository, "glm_dit", "devices", "cpu;cuda:99")
+    set_parameter(repository, "glm_dit", "devices", "cpu:4;cpu:7")
     log = io.StringIO()
-    with pytest.raises(ServerStartError, match="glm_dit failed to load: device is 'cuda:99'; found on this machine: "):
-        TritonServer(tiny_checkpoint, model_repository=repository, log=log).__enter__()
-    assert "glm_dit_0_0 loading the transformer on cpu" in log.getvalue()
+    with TritonServer(tiny_checkpoint, model_repository=repository, log=log):
+        for index, device in enumerate(("cpu:4", "cpu:7")):
+            assert f"glm_dit_0_{index} instance {index} of 2 takes {device}: devices is cpu:4;cpu:7" in log.getvalue()
+            assert f"glm_dit_0_{index} loading the transformer on {device}" in log.getvalue()
 
 
 def test_what_a_checkpoint_lacks_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
