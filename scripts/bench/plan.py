@@ -2,18 +2,20 @@
 
     plan.py [--painters 2] [--size 128x128] [--steps 60] [--rate 0.7] [--requests 60]
 
-First single requests tell what each stage takes when nobody else is there; from these times alone the simulation
-predicts. Then the same arrivals that are simulated are sent, open loop: each at its time, whatever is unanswered.
-Prints JSON lines: the times, the prediction, the measurement, and the ratio of both.
+First single requests tell what each stage takes when nobody else is there. Then requests are sent open loop: each at
+its time, whatever is unanswered. The same arrivals are simulated twice: from the times of the single requests
+(``alone``), which is what a planner has, and from the seconds that each stage took in the run itself (``run``), which
+judges the queues apart from the times: on a machine that others use too, only that can hold. Prints JSON lines.
 
 Without --url it serves a tiny checkpoint with one first stage and ``--painters`` second ones on CPU cards, each with
-one thread. They share the cores, the client and Triton too; the simulation shares them in the same way (--cores).
+one thread. They share the cores; so does the simulation of ``alone`` (--cores).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import shutil
 import statistics
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import load
@@ -69,7 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [one.error for one in answers if one.error]
     if failed:
         raise SystemExit(f"{len(failed)} of {len(answers)} requests failed: {failed[0]}")
-    compare(simulate(layout, work, arrivals, flags.seed), answers)
+    apart = replace(layout, cores=math.inf)  # what instances take from each other is in the seconds of the run
+    predictions = {
+        "alone": simulate(layout, work, arrivals, flags.seed),
+        "run": simulate(apart, work_of_run(work, answers), arrivals, flags.seed),
+    }
+    for times, predicted in predictions.items():
+        compare(times, predicted, answers)
     return 0
 
 
@@ -127,6 +136,25 @@ def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) ->
     )
 
 
+def work_of_run(work: Work, answers: list[Answered]) -> Work:
+    """The same with the seconds that the stages took while all requests were there."""
+    told = [one.metadata["seconds"] for one in answers]
+    paints = [sum(seconds[part] for part in PAINTING) for seconds in told]
+    step = statistics.mean(seconds["decode"] for seconds in told) / (work.tokens - 1)
+    prefill, finish, encode = (
+        statistics.mean(seconds[part] for seconds in told) for part in ("prefill", "vae", "encode")
+    )
+    return replace(
+        work,
+        prefill=prefill,
+        step=lambda _: step,
+        paint=lambda source: source.choice(paints),
+        finish=finish,
+        encode=encode,
+        overhead=statistics.mean(one.seconds - sum(one.metadata["seconds"].values()) for one in answers),
+    )
+
+
 async def send(url: str, requests: list[Values], arrivals: list[float]) -> list[Answered]:
     """Sends each request at its time."""
     async with AsyncGlmImageClient(f"grpc://{url}") as client:
@@ -144,7 +172,7 @@ async def send(url: str, requests: list[Values], arrivals: list[float]) -> list[
         return await asyncio.gather(*(ask(index) for index in range(len(arrivals))))
 
 
-def compare(predicted: Outcome, answers: list[Answered]) -> None:
+def compare(times: str, predicted: Outcome, answers: list[Answered]) -> None:
     measured = [one.seconds for one in answers]
     span = max(one.answered for one in answers) - min(one.sent for one in answers)
     first = [sum(one.metadata["seconds"][part] for part in FIRST_STAGE_PARTS) for one in answers]
@@ -160,7 +188,7 @@ def compare(predicted: Outcome, answers: list[Answered]) -> None:
         "images_per_second": (predicted.throughput, len(answers) / span),
     }
     for name, (said, found) in rows.items():
-        say(name, predicted=said, measured=found, ratio=said / found if found else 0.0)
+        say(name, times=times, predicted=said, measured=found, ratio=said / found if found else 0.0)
 
 
 if __name__ == "__main__":

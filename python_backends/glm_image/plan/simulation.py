@@ -222,7 +222,10 @@ class _Server:
         self._first = [_FirstStage(self.clock, devices[name], layout.slots, work) for name in layout.ar]
         self._free = simpy.Store(self.clock)
         self._free.items.extend(_Painter(self.clock, devices[name]) for name in layout.dit)
-        self._work, self._random = work, random.Random(seed)
+        self._work = work
+        self._random = random.Random(
+            f"work {seed}"
+        )  # not the numbers that the arrivals of the same seed were drawn from
         self.outcome = Outcome(*([math.nan] * requests for _ in range(4)))
 
     def come(self, arrivals: Sequence[float]) -> Process:
