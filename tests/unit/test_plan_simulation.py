@@ -52,7 +52,7 @@ def test_constant_painting_waits_as_in_m_d_1(load: float) -> None:
     assert mean_wait(outcome) == pytest.approx(load / (2 * (1 - load)), rel=0.08)
 
 
-@pytest.mark.parametrize(("count", "load"), [(1, 0.5), (2, 0.5), (7, 0.6)])
+@pytest.mark.parametrize(("count", "load"), [(1, 0.5), (2, 0.5)])
 def test_exponential_painting_waits_as_in_m_m_c(count: int, load: float) -> None:
     rate = load * count
     outcome = simulate(painters(count), painting(exponential=True), poisson_arrivals(rate, REQUESTS, seed=2))

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
 from glm_image.plan.memory import card_bytes, shares
 from glm_image.plan.simulation import Layout, Work, percentile, poisson_arrivals, saturate, simulate
 from glm_image.plan.times import StageTimes, tokens_of
-from glm_image.serving.declaration import AR_PARAMETERS
+from glm_image.serving.declaration import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
 from glm_image.serving.profiles import PROFILES, Profile
 
 LOADS: Final = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -105,6 +106,8 @@ def _option(profile: Profile, machine: Machine, asked: Asked, times: StageTimes)
         refusal = f"needs cards of {most / min(1.0, max(shares(profile).values())):.0f} GB"
     elif profile.spans_devices:
         refusal = "instances over several cards have not been measured"
+    else:
+        refusal = _not_served(profile)
     if refusal:
         return Option(profile, most, refusal)
     layout, work = layout_of(profile), work_of(profile, asked, times)
@@ -115,10 +118,27 @@ def _option(profile: Profile, machine: Machine, asked: Asked, times: StageTimes)
     return Option(profile, most, "", kept_up, alone, feeds)
 
 
+def _not_served(profile: Profile) -> str:
+    """Returns the words with which a stage of this version refuses a profile, "" where both take it."""
+    try:
+        read_parameters(AR_PARAMETERS, profile.ar.values())
+        read_parameters(DIT_PARAMETERS, profile.dit.values())
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
 def recommended(found: Sequence[Option]) -> Option | None:
-    """Returns the option with the most pictures a second; of equals, the one with the fewest cards."""
+    """Returns the option with the most pictures a second; of equals, the one with the fewest cards.
+
+    Quantized weights are an approximation: they are recommended where nothing else fits.
+    """
     usable = [option for option in found if not option.refusal]
-    return max(usable, key=lambda option: (option.images_per_second, -len(option.profile.devices)), default=None)
+
+    def merit(option: Option) -> tuple[bool, float, int]:
+        return not option.profile.is_quantized, option.images_per_second, -len(option.profile.devices)
+
+    return max(usable, key=merit, default=None)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ HEADER = """\
 """
 
 PROFILE_HEADER = """\
-# Profile {name}: {meaning}. Declared in glm_image/serving/profiles.py, and written by
-# `python -m glm_image.serving.configs model_repository`; `serve --profile {name}` takes it.
+# Profile {name}: {meaning}.
+# `serve --profile {name}` takes it. Declared in glm_image/serving/profiles.py and written by
+# `python -m glm_image.serving.configs model_repository`.
 """
 
 

@@ -68,6 +68,11 @@ class Profile:
         """Whether an instance runs on several devices."""
         return any(len(entry) > 1 for entry in (*self.ar.entries, *self.dit.entries))
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a stage keeps its weights in fewer bits."""
+        return any(layout.parameters.get("quantization", "none") != "none" for layout in (self.ar, self.dit))
+
 
 def _every(kind: str, first: int, last: int, between: str) -> str:
     return between.join(f"{kind}:{index}" for index in range(first, last + 1))
