@@ -145,3 +145,24 @@ def test_memory_is_that_of_the_published_sizes(tmp_path: Path) -> None:
         part for part in _empty_modules(checkpoint)["transformer"].modules() if isinstance(part, torch.nn.Linear)
     ]
     assert sum(linear.weight.numel() for linear in linears) == memory.TRANSFORMER_LINEAR_PARAMETERS
+
+
+def rows_of_the_table() -> dict[str, list[str]]:
+    text = (REPOSITORY.parent / "docs" / "placement.md").read_text(encoding="utf-8")
+    lines = text.split("<!-- profiles -->\n")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def test_the_table_of_profiles_has_their_memory_and_what_is_not_there_yet() -> None:
+    rows = rows_of_the_table()
+    assert list(rows) == NAMES
+    for name, (_, card, ar, dit, served) in rows.items():
+        profile = PROFILES[name]
+        assert card == (str(profile.card_gigabytes) if profile.card_gigabytes else "host")
+        first = memory.first_stage_bytes(profile.ar, len(profile.ar.entries[0]))
+        second = memory.second_stage_bytes(profile.dit, Size(1024, 1024))
+        assert [ar, dit] == [f"{size / GB:.1f}" for size in (first, second)]
+        allowed = {spec.name: spec.allowed for spec in DIT_PARAMETERS}["quantization"]
+        lacking = profile.spans_devices or (profile.is_quantized and "int8" not in allowed)
+        assert served.startswith("not yet" if lacking else "yes"), name
