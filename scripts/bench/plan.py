@@ -5,7 +5,8 @@
 First single requests tell what each stage takes when nobody else is there. Then requests are sent open loop: each at
 its time, whatever is unanswered. The same arrivals are simulated twice: from the times of the single requests
 (``alone``), which is what a planner has, and from the seconds that each stage took in the run itself (``run``), which
-judges the queues apart from the times: on a machine that others use too, only that can hold. Prints JSON lines.
+judges the queues apart from the times: on a machine that others use too, only that can hold. Prints JSON lines;
+``host`` tells how many cores others used meanwhile, and only where that is next to none do the ratios mean something.
 
 Without --url it serves a tiny checkpoint with one first stage and ``--painters`` second ones on CPU cards, each with
 one thread. They share the cores; so does the simulation of ``alone`` (--cores).
@@ -23,14 +24,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import load
 from load import Answered, Level, Values
 from measure import say
-from served import Served, default_requests, tiny_checkpoint
+from served import PROC, Served, default_requests, descendants, tiny_checkpoint
 
 from glm_image.plan.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
 from glm_image.plan.times import read_size, tokens_of
@@ -68,7 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
         most = saturate(layout, work, 400).throughput
         arrivals = poisson_arrivals(flags.rate * most, flags.requests, flags.seed)
         say("plan", painters=flags.painters, most_a_second=most, rate=flags.rate * most, requests=flags.requests)
+        began, before = time.monotonic(), busy_seconds()
         answers = asyncio.run(send(server.grpc_url, requests, arrivals))
+        span = time.monotonic() - began
+        (every, own), (every_before, own_before) = busy_seconds(), before
+        say("host", cores_used=(own - own_before) / span, by_others=(every - every_before - own + own_before) / span)
     failed = [one.error for one in answers if one.error]
     if failed:
         raise SystemExit(f"{len(failed)} of {len(answers)} requests failed: {failed[0]}")
@@ -170,6 +175,18 @@ async def send(url: str, requests: list[Values], arrivals: list[float]) -> list[
             return Answered(due, time.monotonic(), None, dict(result.metadata.raw))
 
         return await asyncio.gather(*(ask(index) for index in range(len(arrivals))))
+
+
+def busy_seconds() -> tuple[float, float]:
+    """Seconds that this machine's cores have worked, and those of them for this process and its children."""
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, *interrupts = map(int, (PROC / "stat").read_text().splitlines()[0].split()[1:9])
+    own = 0
+    for pid in descendants(os.getpid()):
+        with suppress(OSError):  # it ended while we looked
+            fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+            own += int(fields[11]) + int(fields[12])
+    return (user + nice + system + sum(interrupts)) / tick, own / tick
 
 
 def compare(times: str, predicted: Outcome, answers: list[Answered]) -> None:
