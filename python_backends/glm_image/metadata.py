@@ -6,13 +6,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm_image import __version__
-from glm_image.checkpoint import Checkpoint
 from glm_image.errors import InvalidInputError
 from glm_image.job import NANOSECONDS, Job
 from glm_image.request import PaintRequest
+
+if TYPE_CHECKING:
+    from glm_image.checkpoint import Checkpoint  # which imports torch, before a stage has chosen its devices
 
 STAGES = ("ar_queue", "prefill", "decode", "dit_queue", "condition", "denoise", "vae", "encode")
 """The parts of a request's time, in the order of its way."""

@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     requests = load.read_input_data(flags.input_data) if flags.input_data else default_requests(flags)
     levels = [Level("concurrency", value, flags.requests) for value in flags.concurrency]
     levels += [Level("rate", value, flags.requests) for value in flags.request_rate]
+    if not flags.input_data:
+        say("request", size=flags.size, steps=flags.steps)
     with served(flags) as server:
         url = server.grpc_url if flags.protocol == "grpc" else server.http_url
         load.own_load(url, flags.protocol, requests, Level("concurrency", 1, flags.warm_ups))

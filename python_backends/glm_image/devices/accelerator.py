@@ -46,8 +46,8 @@ class AcceleratorDevice(Device):
 
     warmup_sizes = (Size(1024, 1024),)
 
-    def __init__(self, torch_device: torch.device, runtime: ModuleType) -> None:
-        super().__init__(torch_device)
+    def __init__(self, torch_device: torch.device, runtime: ModuleType, known_as: str | None = None) -> None:
+        super().__init__(torch_device, known_as)
         self._runtime: Any = runtime
 
     def bind(self) -> None:
@@ -117,10 +117,10 @@ class NpuDevice(AcceleratorDevice):
 
     attention_backend = "_native_npu"
 
-    def __init__(self, torch_device: torch.device) -> None:
+    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
         import torch_npu  # noqa: F401, PLC0415 - registers torch.npu; needs CANN's libraries
 
-        super().__init__(torch_device, torch.npu)  # type: ignore[attr-defined]
+        super().__init__(torch_device, torch.npu, known_as)  # type: ignore[attr-defined]
 
     def _new_graph(self) -> Any:
         return self._runtime.NPUGraph()
@@ -178,8 +178,8 @@ class CudaDevice(AcceleratorDevice):
 
     runs_triton = importlib.util.find_spec("triton") is not None
 
-    def __init__(self, torch_device: torch.device) -> None:
-        super().__init__(torch_device, torch.cuda)
+    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
+        super().__init__(torch_device, torch.cuda, known_as)
 
     def _new_graph(self) -> Any:
         return self._runtime.CUDAGraph()

@@ -45,11 +45,12 @@ class Device(ABC):
     attention_backend: str | None = None
     warmup_sizes: tuple[Size, ...] = ()
 
-    def __init__(self, torch_device: torch.device) -> None:
+    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
         self.torch_device = torch_device
+        self._known_as = known_as or str(torch_device)
 
     def __str__(self) -> str:
-        return str(self.torch_device)
+        return self._known_as
 
     def generator(self, seed: int) -> torch.Generator:
         """Returns a generator on this device, seeded with any signed or unsigned 64-bit integer."""

@@ -40,16 +40,16 @@ class DitBackend:
         """Loads the engine on this instance's device."""
         strings.install()
         instance = Instance.read(args, DIT_PARAMETERS)
-        # The engine imports torch and diffusers, which must not happen before the instance's device is known.
+        place = instance.take_place(spare_first=True)
+        # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
+        from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine, DitSettings  # noqa: PLC0415
 
         parameters, cache = instance.parameters, cache_settings(instance)
         self._limits = instance.limits
         self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
-        # Where there are several cards, the first one is the other stage's.
-        device = open_device(placement(parameters["devices"], instance.index, first=1))
+        device = open_device(place.inside[0], known_as=place.devices[0])
         logger.info("loading the transformer on %s", device)
         self._metrics = Metrics(DIT_MEASURES, instance)
         self._engine = DitEngine(
