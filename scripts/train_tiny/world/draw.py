@@ -153,8 +153,8 @@ def glyph_atlas(short: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.floa
     """
     board = Board.of(1, "bottom", short, short)
     font = ImageFont.load_default(0.175 * short)
-    stroke = 0.004 * short
-    ascent = -font.getbbox("H", anchor="ls")[1]
+    stroke = max(1, round(0.004 * short))
+    ascent = -round(font.getbbox("H", anchor="ls")[1])
     cells = []
     for letter in LETTERS:
         wide = Image.new("L", (2 * board.cell_width, board.cell_height))
@@ -164,6 +164,6 @@ def glyph_atlas(short: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.floa
         # The widest letters are squeezed; each is centred by its ink.
         ink = ink.resize((min(ink.width, round(0.9 * board.cell_width)), ink.height))
         cell = Image.new("L", (board.cell_width, board.cell_height))
-        cell.paste(ink, ((board.cell_width - ink.width) // 2, (board.cell_height - ascent) // 2 - round(stroke)))
+        cell.paste(ink, ((board.cell_width - ink.width) // 2, (board.cell_height - ascent) // 2 - stroke))
         cells.append(np.asarray(cell) / np.float32(255))
     return np.stack(cells).astype(np.float32)
