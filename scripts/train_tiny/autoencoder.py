@@ -36,6 +36,7 @@ class Autoencoder:
         return signed(pictures[self._choice.rows(group, count, self._device)])
 
     def losses(self, progress: float) -> dict[str, Tensor]:
+        """Draws a batch."""
         pictures = self._draw()
         posterior = self.module["vae"].encode(pictures).latent_dist
         made = self.module["vae"].decode(posterior.sample()).sample.float()

@@ -34,7 +34,7 @@ WEIGHTS = {
 }
 DRAWN_SIDE = 8
 """Pixels of a drawn cell's side."""
-USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.99, 0.03, 50
+USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.03, 50
 REVIVED_UNTIL = 0.7
 """Of the stage: then the codes settle."""
 
@@ -97,6 +97,7 @@ class Codes:
         return pictures[rows], CellLabels(*(label[rows] for label in self._labels[group]))
 
     def losses(self, progress: float) -> dict[str, Tensor]:
+        """Draws a batch."""
         self._progress = progress
         pictures, labels = self._batch_of()
         codes, vectors = quantize(self.module["quantizer"], tower_features(self.module["tower"], pictures))

@@ -33,7 +33,7 @@ OTHER_SIZES = tuple(
 )  # fmt: skip
 """Height and width."""
 ENGLISH = 0.65
-DRAWN_AT_ONCE = 256
+PIXELS_AT_ONCE = 1024 * 256 * 256
 CHUNK = 500
 
 
@@ -76,9 +76,10 @@ def by_size(items: Sequence[Item], main_share: float) -> Iterator[tuple[Size, Se
 
 
 def drawn(scenes: Sequence[Scene], size: Size, device: torch.device) -> Iterator[Tensor]:
-    """Draws scenes, a few hundred at a time: uint8 [n, 3, height, width]."""
-    for start in range(0, len(scenes), DRAWN_AT_ONCE):
-        yield draw(scenes[start : start + DRAWN_AT_ONCE], size.height, size.width, device)
+    """Draws scenes, as many at a time as have ``PIXELS_AT_ONCE``: uint8 [n, 3, height, width]."""
+    count = PIXELS_AT_ONCE // (size.height * size.width)
+    for start in range(0, len(scenes), count):
+        yield draw(scenes[start : start + count], size.height, size.width, device)
 
 
 def halved(pictures: Tensor) -> Tensor:
@@ -108,9 +109,11 @@ class Choice:
         self._shares = self._counts / self._counts.sum()
 
     def group(self) -> int:
+        """Chooses a group."""
         return int(self._rng.choice(len(self._counts), p=self._shares))
 
     def rows(self, group: int, count: int, device: torch.device) -> Tensor:
+        """Chooses rows of a group, int64 [count]."""
         picked = self._rng.integers(self._counts[group], size=count)
         return torch.from_numpy(picked).to(device, non_blocking=True)
 

@@ -16,7 +16,7 @@ SECONDS_BETWEEN_SAVES = 60.0
 STEPS_BETWEEN_LOGS = 50
 WARM_UP_STEPS = 200
 GRADIENT_NORM = 1.0
-AVERAGE_DECAY = 0.999
+AVERAGE_DECAY = 0.998
 
 
 class Stage(Protocol):
@@ -53,6 +53,7 @@ class Log:
         self._stage = stage
 
     def write(self, **values: Any) -> None:
+        """Writes a line."""
         line = json.dumps({"stage": self._stage} | {name: _rounded(value) for name, value in values.items()})
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -71,11 +72,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
+        """Takes in the parameters after a step; the first steps weigh more."""
         share = 1 - min(AVERAGE_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(self.values, [parameter.detach() for parameter in module.parameters()], share)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
+        """Replaces the parameters."""
         torch._foreach_copy_([parameter.detach() for parameter in module.parameters()], self.values)
 
 

@@ -51,7 +51,7 @@ def build_glyph_encoder() -> Any:
 
 
 def load(module: nn.Module, folder: Path, stage: str, prefix: str = "") -> None:
-    """Fills ``module`` with what a stage trained under ``prefix``, rounded as the checkpoint holds it, and freezes it."""
+    """Fills ``module`` with what a stage trained under ``prefix``, rounded as in the checkpoint, and freezes it."""
     weights: Mapping[str, Tensor] = finished(folder, stage)["weights"]
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     rounded = {n: v.to(torch.bfloat16).to(v.dtype) if v.is_floating_point() else v for n, v in own.items()}

@@ -82,14 +82,14 @@ class Painter:
 
     def _shown(self, scenes: Any, size: Size) -> Shown:
         latents, codes = [], []
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            for pictures in drawn(scenes, size, self._device):
-                latents.append(self._latents.encode(pictures).to(torch.bfloat16))
         for pictures in drawn(scenes, size, self._device):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+                latents.append(self._latents.encode(pictures).to(torch.bfloat16))
             codes.append(self._tokens.encode(halved(pictures)).to(torch.int16))
         return Shown(torch.cat(latents), torch.cat(codes))
 
     def losses(self, progress: float) -> dict[str, Tensor]:
+        """Draws a batch."""
         index = self._choice.group()
         group = self._groups[index]
         grid = geometry.target_grid(group.size)

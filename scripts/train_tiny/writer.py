@@ -94,6 +94,7 @@ class Writer:
         return torch.cat([self._tokens.encode(small) for small in pictures])
 
     def losses(self, progress: float) -> dict[str, Tensor]:
+        """Draws a batch."""
         index = self._choice.group()
         group = self._groups[index]
         tokens = group.targets.shape[1] + group.prompts.shape[1]
@@ -140,7 +141,7 @@ def sequences(group: Group, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def prompt_ids(processor: Any, texts: Sequence[str], target: Grid, sources: Sequence[Grid]) -> list[list[int]]:
-    """The AR's input ids of many prompts for one size, as ``glm_image.prompts.PromptTokenizer`` gives them one by one."""
+    """The AR's input ids of many prompts for one size, as ``glm_image.prompts.PromptTokenizer`` gives them singly."""
     one = PromptTokenizer(processor)
 
     def whole(text: str) -> list[int]:
