@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
@@ -180,7 +181,9 @@ def _pieces(classes: Tensor, least: float) -> list[tuple[str, Tensor]]:
         mask = classes == index
         if mask.sum() < least:
             continue
-        core = _grown(~_grown(~mask, THIN), THIN) & mask
+        core = _core(mask)
+        if core.sum() < least:
+            continue
         labels = connected_pieces(core.numpy())
         areas = np.bincount(labels.ravel())[1:]
         for label in np.flatnonzero(areas > least) + 1:
@@ -193,6 +196,11 @@ def _seen_through(piece: tuple[str, Tensor], larger: tuple[str, Tensor]) -> bool
     """Whether a piece is the larger one, seen through the hole of a third."""
     top, left, bottom, right = _ends(larger[1])
     return piece[0] == larger[0] and bool(piece[1].sum() == piece[1][top:bottom, left:right].sum())
+
+
+def _core(mask: Tensor) -> Tensor:
+    """Returns the mask without its thin parts, which are edges between other colours."""
+    return _grown(~_grown(~mask, THIN), THIN) & mask
 
 
 def _grown(mask: Tensor, by: int) -> Tensor:
@@ -214,20 +222,19 @@ def connected_pieces(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
             parents[run] = run = parents[parents[run]]
         return run
 
-    numbers = np.zeros(mask.shape, dtype=np.int64)
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    above: list[tuple[int, int, int]] = []
-    for row, changes in enumerate(edges):
-        runs = []
-        for start, end in zip(np.flatnonzero(changes > 0).tolist(), np.flatnonzero(changes < 0).tolist(), strict=True):
-            run = len(parents)
-            parents.append(run)
-            numbers[row, start:end] = run
-            runs.append((start, end, run))
-            for its_start, its_end, its_run in above:
-                if its_start <= end and start <= its_end:
-                    parents[root(its_run)] = root(run)
-        above = runs
+    rows, starts = (edges > 0).nonzero()
+    ends = (edges < 0).nonzero()[1]
+    numbers = np.zeros(mask.shape, dtype=np.int64)
+    runs: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+    for row, start, end in zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        run = len(parents)
+        parents.append(run)
+        numbers[row, start:end] = run
+        runs[row].append((start, end, run))
+        for its_start, its_end, its_run in runs.get(row - 1, ()):
+            if its_start <= end and start <= its_end:
+                parents[root(its_run)] = root(run)
     return np.array([root(run) for run in range(len(parents))])[numbers]
 
 
@@ -278,6 +285,6 @@ def _templates(colour: str) -> list[tuple[Tensor, float]]:
     stamps = []
     for shape in SHAPES:
         picture = _picture_of(Scene((Thing(shape, colour, "large"),)), WORK_SIDE, WORK_SIDE)
-        (_, mask), *_ = _pieces(_classes(picture, plain, [colour]), 0.0)
-        stamps.append(_stamp(mask))
+        mask = _classes(picture, plain, [colour]) >= 0
+        stamps.append(_stamp(_grown(_core(mask), THIN) & mask))
     return stamps

@@ -14,9 +14,10 @@ from eval.adherence import shares
 from eval.judge import judge, judge_edit
 from eval.questions import Request, drawn, edit_questions, scene_questions
 from eval.seeing import connected_pieces, look
-from eval.shortcuts import SHORTCUTS
+from eval.shortcuts import EXACT, SHORTCUTS, Shortcut
 from eval.similarity import psnr, ssim
 from glm_image.errors import ConfigurationError
+from glm_image.pipeline import LocalSettings
 from train_tiny.world.edits import KINDS, sample_edit
 from train_tiny.world.scene import Background, Scene, Sign, Thing, sample_scene
 
@@ -142,11 +143,8 @@ def test_similarity_follows_its_definition() -> None:
     assert psnr(np.zeros_like(one), np.full_like(one, 1)) == pytest.approx(48.13, abs=0.01)
 
 
-def test_every_shortcut_has_settings_or_says_what_is_missing() -> None:
-    for shortcut in SHORTCUTS.values():
-        try:
-            settings = shortcut.settings()
-        except ConfigurationError as error:
-            assert "has no" in str(error) or "not there" in str(error)
-        else:
-            assert all(getattr(settings.ar, name) == value for name, value in shortcut.ar.items())
+def test_the_exact_shortcut_is_the_default_and_an_unknown_setting_is_named() -> None:
+    assert SHORTCUTS[EXACT].settings() == LocalSettings()
+    assert SHORTCUTS["int8-ar"].settings().ar.int8
+    with pytest.raises(ConfigurationError, match="DitSettings has no tempo"):
+        Shortcut(dit={"tempo": "allegro"}).settings()
