@@ -24,7 +24,7 @@ FEWEST_INT8_ROWS = 17
 """The least height of a product of int8 on CUDA."""
 
 FEWEST_FP8_ROWS = 32
-"""The least height that products of fp8 are given on CUDA, where cuBLAS has none of a few rows with a scale each."""
+"""The least height that products of fp8 are given on CUDA: for fewer rows cuBLAS lacks some of the shapes."""
 
 
 class Rows(NamedTuple):
