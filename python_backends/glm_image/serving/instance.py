@@ -12,6 +12,7 @@ from pathlib import Path
 
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
+from glm_image.job import Timeouts
 from glm_image.request import Limits
 from glm_image.serving.declaration import ParameterSpec, read_parameters
 
@@ -59,6 +60,11 @@ class Instance:
             if not os.environ.get(name):
                 raise ConfigurationError(f"checkpoint is {text!r}, but the environment has no {name}; set it")
         return Path(VARIABLE.sub(lambda match: os.environ[match[1]], text))
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """How long requests may take."""
+        return Timeouts(*(self.integer(f"{name}_timeout_ms", 0) * 1000 for name in ("default", "max")))
 
     def integer(self, name: str, low: int) -> int:
         """Returns a parameter that is a whole number of at least ``low``."""
