@@ -230,10 +230,16 @@ def test_a_direct_call_that_is_broken_off_is_cancelled(triton: TritonServer, req
 
 
 def test_a_deadline_that_cannot_be_met_is_told_by_how_much(triton: TritonServer, requests: Requests) -> None:
-    whole = metadata(requests.send({**LONG_TOKENS, "num_inference_steps": 1}, "measured").result(WAIT_SECONDS))
-    half = (whole["seconds"]["decode"] / 2) or 1
-    began = time.monotonic()
-    with pytest.raises(KServeError, match=r"cannot meet its deadline: .* takes at least .* s too little$") as late:
-        grpc_infer(triton, LONG_TOKENS, timeout_seconds=half / 4)
-    assert late.value.status == "UNAVAILABLE"
-    assert time.monotonic() - began < half / 4
+    tokens = {**LONG_PAINTING, "height": 256, "width": 256}
+    prior = grpc_infer(triton, tokens, "glm_ar")
+    decode = json.loads(prior["ar_metadata"][0])["seconds"]["decode"]
+    painting = {"prompt": SMALL["prompt"], "num_inference_steps": 200} | {
+        name: prior[name] for name in ("prior_token_ids", "prior_grid", "resolved_seed")
+    }
+    denoise = metadata(grpc_infer(triton, painting, "glm_dit"))["seconds"]["denoise"]
+    for model, asked, seconds in (("glm_ar", tokens, decode), ("glm_dit", painting, denoise)):
+        sent = time.monotonic()
+        with pytest.raises(KServeError, match=r"cannot meet its deadline: .* takes at least .* s too little$") as late:
+            grpc_infer(triton, asked, model, timeout_seconds=seconds / 4)
+        assert late.value.status == "UNAVAILABLE"
+        assert time.monotonic() - sent < seconds / 2
