@@ -86,7 +86,6 @@ def request_metadata(checkpoint: Checkpoint, job: Job, request: PaintRequest) ->
     seconds = {**request.ar_metadata.get("seconds", {}), **job.seconds}
     return {
         "version": __version__,
-        "request_id": job.id,
         "seeds": list(request.seeds),
         "width": request.requested.width,
         "height": request.requested.height,

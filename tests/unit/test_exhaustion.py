@@ -90,11 +90,15 @@ def test_the_error_holds_nothing_of_what_failed() -> None:
 def test_other_errors_pass_and_an_allocation_behind_one_is_seen() -> None:
     device = open_device("cpu")
     assert not device.is_out_of_memory(RuntimeError("shapes do not match"))
-    with pytest.raises(ValueError, match="on the way out") as ended:
+
+    def fail_on_the_way_out() -> None:
         try:
             torch.empty(TOO_MUCH, dtype=torch.uint8)
         finally:
             raise ValueError("on the way out")
+
+    with pytest.raises(ValueError, match="on the way out") as ended:
+        fail_on_the_way_out()
     assert device.is_out_of_memory(ended.value)
     with pytest.raises(ZeroDivisionError):
         within_memory(device, lambda: 1 / 0, lambda: Lack("x", "y", "z"))
