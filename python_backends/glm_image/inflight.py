@@ -15,6 +15,7 @@ from glm_image.errors import CancelledError
 from glm_image.job import NANOSECONDS, Job, Progress
 
 MAX_REMEMBERED = 4096
+MAX_OF_AN_ID = 16
 REMEMBERED_SECONDS = 3600
 """Longer than a request may wait between two stages."""
 
@@ -76,7 +77,7 @@ class InFlight:
         self._outcome = outcome
         self._lock = Lock()
         self._entries: dict[bytes, list[_Entry]] = {}
-        self._ended: _Memory[tuple[bytes, int], Event] = _Memory()
+        self._ended: _Memory[bytes, list[Event]] = _Memory()
         self._cancels: _Memory[bytes, int] = _Memory()
 
     def begin(self, job: Job, is_gone: Callable[[], bool] = bool) -> None:
@@ -112,7 +113,7 @@ class InFlight:
             if not entries:
                 del self._entries[key]
             told = {**_told(entry), "state": outcome}
-            self._ended.note((key, job.arrived_ns), told)
+            self._ended.note(key, [*self._ended.get(key, (0.0, []))[1], told][-MAX_OF_AN_ID:])
         self.publish(key, lambda: told)
 
     def cancel(self, request_id: str, asked_ns: int) -> list[Event]:
@@ -160,7 +161,7 @@ class InFlight:
         return arrived_ns <= self._cancels.get(key, (0.0, -1))[1]
 
     def _ended_of(self, key: bytes) -> list[Event]:
-        ended = [dict(told) for (ended_key, _), (_, told) in self._ended.items() if ended_key == key]
+        ended = [dict(told) for told in self._ended.get(key, (0.0, []))[1]]
         for told in ended:
             if told["state"] == "handed_on" and self._is_cancelled(key, told["arrived_ns"]):
                 told["state"] = "cancelled"

@@ -16,6 +16,7 @@ from glm_image.pipeline import LocalPipeline
 from glm_image.request import GenerationParameters
 from glm_image.supervisor import TritonServer
 from server.kserve import (
+    CONTROL_INPUTS,
     OUTPUTS,
     REQUEST_INPUTS,
     STAGE_TENSORS,
@@ -48,6 +49,7 @@ MODELS: dict[str, tuple[Tensors, Tensors]] = {
     "glm_image": (REQUEST_INPUTS, OUTPUTS),
     "glm_ar": (REQUEST_INPUTS, STAGE_TENSORS),
     "glm_dit": ({name: REQUEST_INPUTS[name] for name in PAINTING_INPUTS} | STAGE_TENSORS, OUTPUTS),
+    "glm_control": (CONTROL_INPUTS, {"result": ("BYTES", [1])}),
 }
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {

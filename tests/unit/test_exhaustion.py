@@ -53,6 +53,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.full
 def test_a_picture_too_large_fails_alone(checkpoint_folder: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, checkpoint_folder], capture_output=True, text=True, check=False
