@@ -54,7 +54,7 @@ class Node:
         self._listened: set[bytes] = set()
         self._events: deque[tuple[bytes, Event]] = deque(maxlen=MAX_EVENTS)
         self._answers: deque[list[bytes]] = deque()
-        self._closing = False
+        self._closing = self._asleep = False
         self._paths = [directory / f"{name}{kind}" for kind in (CONTROL, EVENTS)]
         self._context = zmq.Context()
         self._control = self._context.socket(zmq.ROUTER)
@@ -91,7 +91,9 @@ class Node:
             path.unlink(missing_ok=True)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+        # Only where it sleeps: a write gives the interpreter's lock away, which an engine would have to wait for.
+        if self._asleep:
+            self._asleep = False
             os.eventfd_write(self._wake_up, 1)
 
     def _serve(self) -> None:
@@ -99,7 +101,10 @@ class Node:
         for source in (self._control, self._publisher, self._wake_up):
             poller.register(source, zmq.POLLIN)
         while not self._closing:
-            ready = dict(poller.poll())
+            self._asleep = True  # before the look at what there is to do, so that nothing comes unseen
+            has_work = self._closing or self._events or self._answers
+            ready = dict(poller.poll(0 if has_work else None))
+            self._asleep = False
             if self._wake_up in ready:
                 os.eventfd_read(self._wake_up)
             if self._publisher in ready:
