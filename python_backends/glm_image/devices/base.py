@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +20,13 @@ class Mark(Protocol):
 
     def wait(self) -> None:
         """Blocks the host until the device has passed the point."""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Gives an error and what it was raised in dealing with: a capture that runs out of memory ends with another."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class Memory(NamedTuple):
@@ -67,6 +74,14 @@ class Device(ABC):
     @abstractmethod
     def peak_memory(self) -> int:
         """Returns the most memory in bytes that this process has held here."""
+
+    @abstractmethod
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Tells whether an allocation here failed, be it while another error was dealt with."""
+
+    @abstractmethod
+    def release_unused(self) -> None:
+        """Gives memory back that this process holds and has no tensors in."""
 
     @abstractmethod
     def mark(self) -> Mark:

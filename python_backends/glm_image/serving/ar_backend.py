@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glm_image.ar.measures import AR_MEASURES
-from glm_image.errors import UnavailableError
+from glm_image.ar.measures import AR_ENDS, AR_MEASURES
+from glm_image.errors import QueueFullError
+from glm_image.inflight import InFlight
 from glm_image.job import Job
 from glm_image.metadata import ar_metadata
 from glm_image.request import GenerationParameters, ResolvedRequest
@@ -21,6 +22,7 @@ from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import AR_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
+from glm_image.serving.reception import Reception
 from glm_image.serving.tensors import Inputs, text_array
 
 if TYPE_CHECKING:
@@ -39,9 +41,10 @@ class ArBackend:
         """Loads the engine on this instance's device."""
         strings.install()
         instance = Instance.read(args, AR_PARAMETERS)
-        self._limits = instance.limits
+        self._limits, self._timeouts = instance.limits, instance.timeouts
         self._metrics = Metrics(AR_MEASURES, instance)
         self._engine = _load(instance, self._metrics)
+        self._reception = Reception(instance, InFlight("ar_queue", "handed_on"), AR_ENDS, self._metrics.record)
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
         self._max_decoding = instance.integer("max_queue", 1)
         self._may_decode = threading.Semaphore(self._max_decoding)
@@ -53,6 +56,7 @@ class ArBackend:
         """
         for request in requests:
             answer = Answer(request)
+            self._reception.expect(answer)
             try:
                 self._accept(request, answer)
             except Exception as error:  # whatever it is, the client must get an answer
@@ -62,17 +66,19 @@ class ArBackend:
         """Ends what runs, with an answer to each."""
         self._decoder.shutdown(wait=True)
         self._engine.close()
+        self._reception.close()
         self._metrics.close()
 
     def _accept(self, request: Any, answer: Answer) -> None:
-        job = Job.with_timeout(request.request_id(), request.timeout())
+        job = Job.with_timeout(request.request_id(), self._timeouts.of(request.timeout()))
+        self._reception.begin(job, answer)
         asked = read_request(request)
         if asked.images is None:
             self._submit(asked, job, answer)
         elif self._may_decode.acquire(blocking=False):
             self._decoder.submit(self._decode, asked, job, answer)
         else:
-            raise UnavailableError(
+            raise QueueFullError(
                 f"glm_ar decodes the source images of {self._max_decoding} requests, as many as max_queue allows; "
                 "try again later"
             )

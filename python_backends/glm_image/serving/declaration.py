@@ -85,6 +85,12 @@ OUTPUTS: Final = (
 )
 """What clients of ``glm_image`` get."""
 
+CONTROL_INPUTS: Final = (TensorSpec("request_id", "STRING"), TensorSpec("action", "STRING"))
+"""What clients of ``glm_control`` send."""
+
+CONTROL_OUTPUTS: Final = (TensorSpec("result", "STRING"),)
+"""What they get."""
+
 
 @dataclass(frozen=True)
 class ParameterSpec:
@@ -109,6 +115,8 @@ STAGE_PARAMETERS: Final = (
     ParameterSpec("dtype", "auto", ("auto", "float32", "bfloat16")),
     ParameterSpec("load_format", "auto", ("auto", "dummy")),
     ParameterSpec("memory_utilization", "0.9"),
+    ParameterSpec("default_timeout_ms", "0"),
+    ParameterSpec("max_timeout_ms", "0"),
 )
 
 AR_PARAMETERS: Final = (

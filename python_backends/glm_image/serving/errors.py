@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 # By name: the stub adds TritonError to pb_utils only after it has imported the model.
 CODES = {
     errors.InvalidInputError: "INVALID_ARG",
-    errors.UnavailableError: "UNAVAILABLE",
+    errors.UnavailableError: "UNAVAILABLE",  # of a device's memory too: Triton has no RESOURCE_EXHAUSTED
     errors.CancelledError: "CANCELLED",
     errors.DeadlineExceededError: "UNAVAILABLE",  # as Triton answers its own queue's time-outs
 }

@@ -31,8 +31,8 @@ class Metrics:
 
     def __init__(self, measures: Iterable[Measure], instance: Instance) -> None:
         self._values: queue.SimpleQueue[Value | None] = queue.SimpleQueue()
-        self._families: list[Any] = []  # a family lost is a metric lost
-        self._metrics: dict[str, Any] = {}
+        self._families: dict[str, Any] = {}  # a family lost is a metric lost
+        self._metrics: dict[Measure, Any] = {}
         labels = {"model": instance.model, "instance": str(instance.index)}
         try:
             for measure in measures:
@@ -44,14 +44,16 @@ class Metrics:
         self._thread.start()
 
     def _add(self, measure: Measure, labels: dict[str, str]) -> None:
-        family = pb_utils.MetricFamily(
-            name=measure.name,
-            description=measure.meaning,
-            kind=getattr(pb_utils.MetricFamily, measure.kind.name),
-        )
+        if measure.name not in self._families:
+            self._families[measure.name] = pb_utils.MetricFamily(
+                name=measure.name,
+                description=measure.meaning,
+                kind=getattr(pb_utils.MetricFamily, measure.kind.name),
+            )
+        if measure.reason:
+            labels = {**labels, "reason": measure.reason}
         buckets = {"buckets": list(measure.bounds)} if measure.kind is Kind.HISTOGRAM else {}
-        self._families.append(family)
-        self._metrics[measure.name] = family.Metric(labels=labels, **buckets)
+        self._metrics[measure] = self._families[measure.name].Metric(labels=labels, **buckets)
 
     def record(self, measure: Measure, value: float, times: int = 1, /) -> None:
         """Takes a value; see ``glm_image.measures.Record``."""
@@ -78,7 +80,7 @@ class Metrics:
                 logger.exception("metrics are lost")
 
     def _set(self, measure: Measure, value: float, times: int) -> None:
-        metric = self._metrics.get(measure.name)
+        metric = self._metrics.get(measure)
         if metric is None:
             return
         if measure.kind is Kind.COUNTER:

@@ -13,6 +13,7 @@ from collections import deque
 from pathlib import Path
 from typing import TextIO
 
+from glm_image import bus
 from glm_image.supervisor import guard
 from glm_image.supervisor.access import closing_flags
 from glm_image.supervisor.installation import Installation
@@ -83,6 +84,9 @@ class ServerProcess:
 
     def _launch(self, installation: Installation, settings: ServerSettings) -> subprocess.Popen[bytes]:
         backends = installation.lay_out_backends(self._run_directory)
+        bus_folder = self._run_directory / "bus"
+        bus_folder.mkdir(mode=0o700)
+        variables = {"GLM_IMAGE_CHECKPOINT": str(settings.checkpoint), bus.VARIABLE: str(bus_folder)}
         return subprocess.Popen(
             [*self._guard_command(settings), "--", *self._server_command(installation, settings, backends)],
             stdin=subprocess.PIPE,
@@ -90,7 +94,7 @@ class ServerProcess:
             stderr=subprocess.PIPE,
             # A model's import path begins with the server's working directory, where this package lies.
             cwd=backends / "python",
-            env={**installation.environment(), "GLM_IMAGE_CHECKPOINT": str(settings.checkpoint)},
+            env={**installation.environment(), **variables},
             start_new_session=True,  # a terminal's Ctrl-C is for this process alone, which then stops the server
         )
 
