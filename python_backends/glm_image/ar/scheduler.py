@@ -133,6 +133,11 @@ class Scheduler:
             self._changed.notify()
         return request.future
 
+    def is_alive(self) -> bool:
+        """Whether requests are still worked on; does not return when a lock is never released."""
+        with self._changed:
+            return self._thread.is_alive()
+
     def close(self) -> None:
         """Ends all requests with UnavailableError and stops the thread."""
         with self._changed:

@@ -85,6 +85,10 @@ OUTPUTS: Final = (
 """What clients of ``glm_image`` get."""
 
 
+ENTRANCES: Final = ("glm_image",)
+"""The models that take whole requests: a server that drains unloads them first."""
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """A parameter of ``config.pbtxt``.
@@ -108,6 +112,7 @@ STAGE_PARAMETERS: Final = (
     ParameterSpec("dtype", "auto", ("auto", "float32", "bfloat16")),
     ParameterSpec("load_format", "auto", ("auto", "dummy")),
     ParameterSpec("memory_utilization", "0.9"),
+    ParameterSpec("hang_seconds", "auto"),
 )
 
 AR_PARAMETERS: Final = (

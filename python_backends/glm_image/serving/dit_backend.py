@@ -24,6 +24,8 @@ from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
+from glm_image.serving.pulse import Pulse
+from glm_image.serving.request_log import RequestLog
 from glm_image.serving.tensors import Inputs, text_array
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,9 @@ class DitBackend:
         # Where there are several cards, the first one is the other stage's.
         device = open_device(placement(parameters["devices"], instance.index, first=1))
         logger.info("loading the transformer on %s", device)
+        self._log = RequestLog(instance, is_last=True)
         self._metrics = Metrics(DIT_MEASURES, instance)
+        self._pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
         self._engine = DitEngine(
             self._checkpoint,
             device,
@@ -60,14 +64,16 @@ class DitBackend:
                 warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
             ),
             self._metrics.record,
+            self._pulse.watched,
         )
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
         self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
+        self._pulse.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Denoises requests one after the other; each is answered when its pictures are decoded and encoded."""
         for request in requests:
-            answer = Answer(request)
+            answer = Answer(request, self._log.entry(request.request_id()))
             try:
                 self._paint(request, answer)
             except Exception as error:  # whatever it is, the client must get an answer
@@ -75,6 +81,7 @@ class DitBackend:
 
     def finalize(self) -> None:
         """Finishes what is denoised."""
+        self._pulse.close()
         self._finisher.shutdown(wait=True)
         self._metrics.close()
 
@@ -83,6 +90,8 @@ class DitBackend:
         paint = read_request(inputs)
         # As a step of the ensemble it is told the whole request's timeout again; the first stage knows what is left.
         job = Job.with_timeout(request.request_id(), request.timeout())
+        answer.entry.follow(job, paint.ar_metadata.get("seconds"))
+        answer.entry.note(paint.prompt, **_told(paint))
         deadline_ns = inputs.integer("deadline_ns") or 0
         if deadline_ns < 0:
             raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
@@ -109,6 +118,19 @@ class DitBackend:
             answer.fail(error)
         finally:
             self._may_wait.release()
+
+
+def _told(paint: PaintRequest) -> dict[str, Any]:
+    """What the log tells of a request."""
+    return {
+        "width": paint.requested.width,
+        "height": paint.requested.height,
+        "images": len(paint.seeds),
+        "steps": paint.num_inference_steps,
+        "seed": paint.seeds[0] if paint.seeds else None,
+        "sources": len(paint.source_grids),
+        "output_format": paint.output_format,
+    }
 
 
 def read_request(inputs: Inputs) -> PaintRequest:

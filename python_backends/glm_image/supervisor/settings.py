@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glm_image.errors import CheckpointError, ConfigurationError, shown
+from glm_image.serving.declaration import ENTRANCES
 from glm_image.supervisor.access import DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 
 LARGEST_PORT = 65535
@@ -21,7 +22,8 @@ class ServerSettings:
 
     Port 0 asks for a free one; ``profile`` names a file of a model's ``configs`` folder; ``open_apis`` are those of
     ``access.CLOSABLE_APIS`` that are not to be closed; ``max_request_bytes`` is the largest body of an HTTP request,
-    where the server has such a limit.
+    where the server has such a limit; ``request_log`` is the file of request lines, None the server's own log; with
+    ``log_prompts`` these lines hold prompts.
     """
 
     checkpoint: Path
@@ -34,6 +36,8 @@ class ServerSettings:
     drain_seconds: int = 60
     open_apis: tuple[str, ...] = ()
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
+    request_log: Path | None = None
+    log_prompts: bool = False
 
     def check(self) -> None:
         """Refuses what a server could not be started with.
@@ -55,6 +59,10 @@ class ServerSettings:
             raise ConfigurationError(f"--drain-seconds is {self.drain_seconds}; allowed: 0 or more")
         if self.max_request_bytes < 1:
             raise ConfigurationError(f"--max-request-bytes is {self.max_request_bytes}; allowed: 1 or more")
+        if self.request_log is not None and not self.request_log.parent.is_dir():
+            raise ConfigurationError(
+                f"--request-log is {shown(str(self.request_log))}, whose folder is not there; allowed: a file's path"
+            )
         check_open_apis(self.open_apis)
         self._check_ports()
 
@@ -69,6 +77,12 @@ class ServerSettings:
                 taken[port] = flag
                 _check_port_is_free(self.host, port, flag)
 
+    def model_environment(self) -> dict[str, str]:
+        """What the models' processes find in their environment."""
+        prompts = {"GLM_IMAGE_LOG_PROMPTS": "1"} if self.log_prompts else {}
+        lines = {"GLM_IMAGE_REQUEST_LOG": str(self.request_log)} if self.request_log else {}
+        return {"GLM_IMAGE_CHECKPOINT": str(self.checkpoint), **lines, **prompts}
+
     def ports(self) -> dict[str, int]:
         """The three ports by the flag that sets each."""
         return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
@@ -78,6 +92,11 @@ class ServerSettings:
         free = free_ports(self.host, 3)
         http, grpc, metrics = (port or free.pop() for port in self.ports().values())
         return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
+
+
+def entrances_of(repository: Path) -> list[str]:
+    """The models of a repository that take whole requests and hand them to others: a drain unloads them first."""
+    return [model.name for model in model_folders(repository) if model.name in ENTRANCES]
 
 
 def default_model_repository() -> Path:
