@@ -27,6 +27,8 @@ TOLD = re.compile(r"^# (?P<what>TYPE|HELP) (?P<name>\w+) (?P<text>.*)$")
 SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
 MEASURES: dict[str, tuple[Measure, ...]] = {"glm_ar": AR_MEASURES, "glm_dit": DIT_MEASURES}
+RESTARTS = "glm_image_restarts_total"
+RESTARTS = "glm_image_restarts_total"
 SETTLE_SECONDS = 30
 SLOTS = 8
 STEPS = 3
@@ -112,6 +114,19 @@ def test_a_name_ends_in_its_unit(measure: Measure) -> None:
     assert measure.name.endswith(f"_{unit}" + "_total" * (measure.kind is Kind.COUNTER))
     assert list(measure.bounds) == sorted(set(measure.bounds))
     assert bool(measure.bounds) == (measure.kind is Kind.HISTOGRAM)
+
+
+def test_restarts_are_told_of_both_models(fresh: Page) -> None:
+    assert documented("both") == {RESTARTS: ["counter", "restarts", fresh.helps[RESTARTS]]}
+    assert fresh.types[RESTARTS] == "counter"
+    assert fresh.samples[RESTARTS] == [({"model": model, "instance": "0"}, 0) for model in MEASURES]
+
+
+def test_restarts_are_told_of_both_models(fresh: Page) -> None:
+    assert documented("both") == {RESTARTS: ["counter", "restarts", fresh.helps[RESTARTS]]}
+    assert fresh.types[RESTARTS] == "counter"
+    assert sorted(labels["model"] for labels, _ in fresh.samples[RESTARTS]) == list(MEASURES)
+    assert {value for _, value in fresh.samples[RESTARTS]} == {0}
 
 
 def test_tritons_own_that_the_document_names_are_there(fresh: Page) -> None:

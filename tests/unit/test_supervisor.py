@@ -109,6 +109,9 @@ class TestSettings:
             "drain_seconds": 60,
             "open_apis": None,
             "max_request_bytes": 192 * 1024 * 1024,
+            "max_restarts": 5,
+            "request_log": None,
+            "log_prompts": False,
             "model_repository": None,
         }
 

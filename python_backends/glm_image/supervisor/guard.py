@@ -91,6 +91,13 @@ class Stat:
         fields = after.split()
         return cls(before.partition("(")[2], fields[0], int(fields[1]), int(fields[49]))
 
+    def ending(self) -> tuple[str, bool]:
+        """Says how a process that has ended did so, and whether by a signal."""
+        code = os.waitstatus_to_exitcode(self.wait_status)
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}", True
+        return f"ended with exit code {code}", False
+
 
 def children_of(parent: int) -> list[int]:
     """The processes whose parent is ``parent``, adopted and ended ones included."""
@@ -126,17 +133,15 @@ class Watched:
         stat = Stat.read(self.pid)
         if stat is None or stat.state != "Z":  # its parent has already asked, or it was gone before
             return f"{self._told} ended", False
-        code = os.waitstatus_to_exitcode(stat.wait_status)
-        if code < 0:
-            return f"{self._told} was killed by {signal.Signals(-code).name}", True
-        return f"{self._told} ended with exit code {code}", False
+        words, by_signal = stat.ending()
+        return f"{self._told} {words}", by_signal
 
     def fault(self) -> str | None:
         """Looks for signs of life; says what is wrong once they have been missing for too long."""
         stat = Stat.read(self.pid)
         if stat is None or stat.state == "Z":
             return None  # ``ended`` tells
-        pid, beats, busy_since, may_last = self._read_page()
+        pid, beats, busy_since, may_last = read_page(self._page)
         is_silent = stat.state in "Tt" or (pid == self.pid and beats == self._beats)
         self._beats = beats
         self._silent_looks = self._silent_looks + 1 if is_silent else 0
@@ -149,26 +154,32 @@ class Watched:
             return f"{self._told} hangs: it has been in one command for {busy / NANOSECONDS:.1f} s, {allowed}"
         return None
 
-    def _read_page(self) -> tuple[int, int, int, int]:
-        if self._page is None:
-            return 0, 0, 0, 0
-        pid, beats, busy_since, may_last = PAGE.unpack(self._page.read_bytes())
-        return pid, beats, busy_since, may_last
+
+def read_page(page: Path | None) -> tuple[int, int, int, int]:
+    """Returns what ``PAGE`` names; all 0 where there is no page, or it is just being made."""
+    content = b"" if page is None else page.read_bytes()
+    pid, beats, busy_since, may_last = PAGE.unpack(content if len(content) == PAGE.size else bytes(PAGE.size))
+    return pid, beats, busy_since, may_last
 
 
 def find_watched(server: int, pulses: Path) -> list[Watched]:
     """Returns a server and its models' processes, those that have just died included."""
-    pages = {PAGE.unpack(page.read_bytes())[0]: page for page in pulses.glob("*.page")}
+    pages = {read_page(page)[0]: page for page in pulses.glob("*.page")}
     stubs = [pid for pid in children_of(server) if (stat := Stat.read(pid)) and stat.name == NAME_IN_STAT]
-    found = [Watched(server, "tritonserver", None)]
-    for pid in stubs:
+    found = []
+    for pid in [server, *stubs]:
         page = pages.get(pid)
-        found.append(Watched(pid, page.stem if page else _model_of(pid), page))
+        name = "tritonserver" if pid == server else page.stem if page else _model_of(pid)
+        with contextlib.suppress(ProcessLookupError):  # it ended while we looked, and its parent knows
+            found.append(Watched(pid, name, page))
     return found
 
 
 def _model_of(stub: int) -> str:
-    arguments = Path(f"/proc/{stub}/cmdline").read_text().split("\0")
+    try:
+        arguments = Path(f"/proc/{stub}/cmdline").read_text().split("\0")
+    except OSError:
+        arguments = []
     return Path(arguments[1]).parents[1].name if len(arguments) > 1 else "a model"
 
 
@@ -179,7 +190,8 @@ class Guard:
         self._pulses = run_directory / PULSES
         self._drain_seconds = drain_seconds
         self._watched: dict[int, Watched] = {}
-        self._next_look: float | None = None
+        self._dead_while_loading: set[int] = set()
+        self._next_look = time.monotonic() + LOOK_SECONDS
         self._stop_at: float | None = None
         self._kill_at: float | None = None
         self._returncode: int | None = None
@@ -202,7 +214,7 @@ class Guard:
         owner = [0]
         while self._returncode is None:
             times = [at for at in (self._next_look, self._stop_at, self._kill_at) if at is not None]
-            remaining = max(0.0, min(times) - time.monotonic()) if times else None
+            remaining = max(0.0, min(times) - time.monotonic())
             ready = select.select([*owner, self._signals, *self._watched], [], [], remaining)[0]
             if self._signals in ready and {signal.SIGTERM, signal.SIGINT} & set(os.read(self._signals, 4096)):
                 self._stop()
@@ -231,19 +243,30 @@ class Guard:
 
     def _watch(self) -> None:
         self._watched = {watched.ended: watched for watched in find_watched(self._server.pid, self._pulses)}
-        self._next_look = time.monotonic() + LOOK_SECONDS
 
     def _act_on_time(self) -> None:
         now = time.monotonic()
-        if self._next_look is not None and now >= self._next_look:
+        if now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
-            for fault in filter(None, [watched.fault() for watched in self._watched.values()]):
+            if self._watched:
+                faults = [watched.fault() for watched in self._watched.values()]
+            else:
+                faults = [self._fault_while_loading()]
+            for fault in filter(None, faults):
                 self._give_up(fault)
         if self._stop_at is not None and now >= self._stop_at:
             self._stop()
         if self._kill_at is not None and now >= self._kill_at:
             self._signal(signal.SIGKILL)
             self._kill_at = None
+
+    def _fault_while_loading(self) -> str | None:
+        """Looks for a model's process that died, and that Triton, which may wait for it for ever, has not collected."""
+        stats = {pid: Stat.read(pid) for pid in children_of(self._server.pid)}
+        dead = {pid: stat for pid, stat in stats.items() if stat is not None and stat.state == "Z"}
+        again = sorted(dead.keys() & self._dead_while_loading)
+        self._dead_while_loading = set(dead)
+        return f"a model's process ({again[0]}) {dead[again[0]].ending()[0]} while it was loaded" if again else None
 
     def _tell_end(self, watched: Watched) -> None:
         os.close(watched.ended)

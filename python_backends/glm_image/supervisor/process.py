@@ -82,6 +82,8 @@ class ServerProcess:
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._failure is not None or self._started >= SERVICES)
             if self._failure is None and self._ended:
+                if self._last_words is not None:
+                    return StartFailure(self._last_words)
                 lines = [line.strip() for line in self._tail if line.strip()]
                 return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'it said nothing'}")
             return self._failure
