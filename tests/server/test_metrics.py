@@ -28,7 +28,6 @@ SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
 MEASURES: dict[str, tuple[Measure, ...]] = {"glm_ar": AR_MEASURES, "glm_dit": DIT_MEASURES}
 RESTARTS = "glm_image_restarts_total"
-RESTARTS = "glm_image_restarts_total"
 SETTLE_SECONDS = 30
 SLOTS = 8
 STEPS = 3
@@ -114,12 +113,6 @@ def test_a_name_ends_in_its_unit(measure: Measure) -> None:
     assert measure.name.endswith(f"_{unit}" + "_total" * (measure.kind is Kind.COUNTER))
     assert list(measure.bounds) == sorted(set(measure.bounds))
     assert bool(measure.bounds) == (measure.kind is Kind.HISTOGRAM)
-
-
-def test_restarts_are_told_of_both_models(fresh: Page) -> None:
-    assert documented("both") == {RESTARTS: ["counter", "restarts", fresh.helps[RESTARTS]]}
-    assert fresh.types[RESTARTS] == "counter"
-    assert fresh.samples[RESTARTS] == [({"model": model, "instance": "0"}, 0) for model in MEASURES]
 
 
 def test_restarts_are_told_of_both_models(fresh: Page) -> None:
