@@ -32,6 +32,10 @@ def ignore_progress(progress: Progress) -> None:
     """The sink of a request nobody watches."""
 
 
+def ignore_seconds(stage: str, seconds: float) -> None:
+    """What is done with the parts of a stage's time where nobody traces."""
+
+
 @dataclass
 class Job:
     """A request in flight, shared by the thread that serves it and whoever may cancel it.
@@ -41,12 +45,14 @@ class Job:
         deadline_ns: ``time.monotonic_ns()`` after which the request is worthless; 0 = none.
         on_progress: called from the engine's thread; must return at once.
         seconds: wall-clock seconds per stage.
+        on_seconds: called with each part of a stage's time when it is over; must return at once.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline_ns: int = 0
     on_progress: Callable[[Progress], None] = ignore_progress
     seconds: dict[str, float] = field(default_factory=dict)
+    on_seconds: Callable[[str, float], None] = ignore_seconds
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @classmethod
@@ -77,6 +83,7 @@ class Job:
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to a stage's time."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.on_seconds(stage, seconds)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -112,6 +112,8 @@ class TestSettings:
             "max_restarts": 5,
             "request_log": None,
             "log_prompts": False,
+            "otlp_traces_endpoint": None,
+            "trace_rate": 1,
             "model_repository": None,
         }
 

@@ -24,6 +24,7 @@ from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
 from glm_image.serving.pulse import Pulse
 from glm_image.serving.request_log import RequestLog
+from glm_image.serving.spans import Spans
 from glm_image.serving.tensors import Inputs, text_array
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class ArBackend:
         instance = Instance.read(args, AR_PARAMETERS)
         self._limits = instance.limits
         self._log = RequestLog(instance, is_last=False)
+        self._spans = Spans(instance)
         self._metrics = Metrics(AR_MEASURES, instance)
         self._engine, self._pulse = _load(instance, self._metrics)
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
@@ -69,10 +71,12 @@ class ArBackend:
         self._decoder.shutdown(wait=True)
         self._engine.close()
         self._metrics.close()
+        self._spans.close()
 
     def _accept(self, request: Any, answer: Answer) -> None:
         job = Job.with_timeout(request.request_id(), request.timeout())
         answer.entry.follow(job)
+        self._spans.follow(request, job)
         asked = read_request(request)
         answer.entry.note(asked.prompt, **_told(asked))
         if asked.images is None:

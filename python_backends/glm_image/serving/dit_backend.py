@@ -26,6 +26,7 @@ from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
 from glm_image.serving.pulse import Pulse
 from glm_image.serving.request_log import RequestLog
+from glm_image.serving.spans import Spans
 from glm_image.serving.tensors import Inputs, text_array
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class DitBackend:
         device = open_device(placement(parameters["devices"], instance.index, first=1))
         logger.info("loading the transformer on %s", device)
         self._log = RequestLog(instance, is_last=True)
+        self._spans = Spans(instance)
         self._metrics = Metrics(DIT_MEASURES, instance)
         self._pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
         self._engine = DitEngine(
@@ -84,6 +86,7 @@ class DitBackend:
         self._pulse.close()
         self._finisher.shutdown(wait=True)
         self._metrics.close()
+        self._spans.close()
 
     def _paint(self, request: Any, answer: Answer) -> None:
         inputs = Inputs(request)
@@ -92,6 +95,7 @@ class DitBackend:
         job = Job.with_timeout(request.request_id(), request.timeout())
         answer.entry.follow(job, paint.ar_metadata.get("seconds"))
         answer.entry.note(paint.prompt, **_told(paint))
+        self._spans.follow(request, job)
         deadline_ns = inputs.integer("deadline_ns") or 0
         if deadline_ns < 0:
             raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")

@@ -66,6 +66,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--log-prompts", action="store_true", help="request lines hold prompts, and what refusals quote"
     )
+    parser.add_argument(
+        "--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector, as http://127.0.0.1:4318/v1/traces"
+    )
+    parser.add_argument(
+        "--trace-rate",
+        default=defaults.trace_rate,
+        type=int,
+        metavar="N",
+        help="one request of N is traced (default: %(default)s)",
+    )
     parser.add_argument("--model-repository", type=Path, metavar="DIR", help="default: the checkout's model_repository")
     return parser.parse_args(arguments)
 

@@ -153,6 +153,7 @@ class ServerProcess:
             "--load-model=*",
             "--disable-auto-complete-config",
             *closing_flags(settings.open_apis),
+            *settings.trace_flags(),
             *installation.input_limit_flags(settings.max_request_bytes),
             # Triton would keep the buffers of its largest gRPC requests for later ones.
             "--grpc-infer-allocation-pool-size=0",

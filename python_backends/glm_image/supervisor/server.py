@@ -44,6 +44,8 @@ class TritonServer:
         max_request_bytes: the largest body of an HTTP request, where the server has such a limit.
         request_log: the file of request lines; None: they join the server's log.
         log_prompts: whether these lines hold prompts.
+        otlp_traces_endpoint: the URL of an OpenTelemetry collector that takes OTLP over HTTP, or None.
+        trace_rate: one request of so many is traced.
         log: where the server's log is passed on to; its tail is kept in any case.
 
     Raises:
@@ -66,6 +68,8 @@ class TritonServer:
         max_request_bytes: int = ServerSettings.max_request_bytes,
         request_log: Path | str | None = None,
         log_prompts: bool = False,
+        otlp_traces_endpoint: str | None = None,
+        trace_rate: int = ServerSettings.trace_rate,
         log: TextIO | None = None,
     ) -> None:
         repository = default_model_repository() if model_repository is None else Path(model_repository).absolute()
@@ -82,6 +86,8 @@ class TritonServer:
             max_request_bytes,
             None if request_log is None else Path(request_log).absolute(),
             log_prompts,
+            otlp_traces_endpoint,
+            trace_rate,
         )
         self._asked.check()
         self._installation = find_installation()

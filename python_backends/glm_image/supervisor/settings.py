@@ -23,7 +23,8 @@ class ServerSettings:
     Port 0 asks for a free one; ``profile`` names a file of a model's ``configs`` folder; ``open_apis`` are those of
     ``access.CLOSABLE_APIS`` that are not to be closed; ``max_request_bytes`` is the largest body of an HTTP request,
     where the server has such a limit; ``request_log`` is the file of request lines, None the server's own log; with
-    ``log_prompts`` these lines hold prompts.
+    ``log_prompts`` these lines hold prompts; ``otlp_traces_endpoint`` takes OpenTelemetry spans, of one request in
+    ``trace_rate``.
     """
 
     checkpoint: Path
@@ -38,6 +39,8 @@ class ServerSettings:
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
     request_log: Path | None = None
     log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
+    trace_rate: int = 1
 
     def check(self) -> None:
         """Refuses what a server could not be started with.
@@ -63,6 +66,11 @@ class ServerSettings:
             raise ConfigurationError(
                 f"--request-log is {shown(str(self.request_log))}, whose folder is not there; allowed: a file's path"
             )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigurationError(f"--otlp-traces-endpoint is {shown(endpoint)}; allowed: http:// or https://")
+        if self.trace_rate < 1:
+            raise ConfigurationError(f"--trace-rate is {self.trace_rate}; allowed: 1 or more")
         check_open_apis(self.open_apis)
         self._check_ports()
 
@@ -81,7 +89,24 @@ class ServerSettings:
         """What the models' processes find in their environment."""
         prompts = {"GLM_IMAGE_LOG_PROMPTS": "1"} if self.log_prompts else {}
         lines = {"GLM_IMAGE_REQUEST_LOG": str(self.request_log)} if self.request_log else {}
-        return {"GLM_IMAGE_CHECKPOINT": str(self.checkpoint), **lines, **prompts}
+        endpoint = self.otlp_traces_endpoint
+        traces = {"GLM_IMAGE_OTLP_TRACES_ENDPOINT": endpoint} if endpoint else {}
+        return {"GLM_IMAGE_CHECKPOINT": str(self.checkpoint), **lines, **prompts, **traces}
+
+    def trace_flags(self) -> list[str]:
+        """The flags with which Triton sends spans, and hands their context on to the models."""
+        if self.otlp_traces_endpoint is None:
+            return []
+        return [
+            f"--trace-config={setting}"
+            for setting in (
+                "mode=opentelemetry",
+                "level=TIMESTAMPS",
+                f"rate={self.trace_rate}",
+                f"opentelemetry,url={self.otlp_traces_endpoint}",
+                "opentelemetry,resource=service.name=glm-image-triton",
+            )
+        ]
 
     def ports(self) -> dict[str, int]:
         """The three ports by the flag that sets each."""
