@@ -199,7 +199,7 @@ class TestConstraints:
 def test_every_pin_resolves(target: str, architecture: str, tmp_path: Path) -> None:
     """What the image's pip is asked for, for its Python and its C library, from wheels alone."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = ["client", "server", *(["npu"] if target == "ascend" else [])]
+    extras = ["client", "server", "tracing", *(["npu"] if target == "ascend" else [])]
     asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     platforms = [f"--platform=manylinux_2_{minor}_{architecture}" for minor in range(39, 4, -1)]
     report = tmp_path / "report.json"
