@@ -46,18 +46,20 @@ def selectors(expression: Any) -> list[Any]:
     return [node for node in nodes(expression) if isinstance(node, promql.VectorSelector)]
 
 
+def matches(matcher: Any, value: str) -> bool:
+    if matcher.op == promql.MatchOp.Equal:
+        return bool(value == matcher.value)
+    if matcher.op == promql.MatchOp.NotEqual:
+        return bool(value != matcher.value)
+    return (re.fullmatch(matcher.value, value) is not None) == (matcher.op == promql.MatchOp.Re)
+
+
 def selected(selector: Any, page: Page) -> list[dict[str, str]]:
     """The labels of the samples that a selector finds."""
-    tests = {
-        promql.MatchOp.Equal: lambda label, value: label == value,
-        promql.MatchOp.NotEqual: lambda label, value: label != value,
-        promql.MatchOp.Re: lambda label, value: re.fullmatch(value, label) is not None,
-        promql.MatchOp.NotRe: lambda label, value: re.fullmatch(value, label) is None,
-    }
     return [
         labels
         for labels, _ in page.samples.get(selector.name, [])
-        if all(tests[one.op](labels.get(one.name, ""), one.value) for one in selector.matchers.matchers)
+        if all(matches(one, labels.get(one.name, "")) for one in selector.matchers.matchers)
     ]
 
 

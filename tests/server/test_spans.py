@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import json
 import queue
@@ -47,8 +48,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         assert isinstance(self.server, Collector)
         if self.headers.get("Content-Encoding") == "gzip":
-            import gzip
-
             body = gzip.decompress(body)
         self.server.take(body, self.headers["Content-Type"])
         self.send_response(200)
@@ -80,7 +79,7 @@ def test_the_stages_lie_below_their_models(tiny_checkpoint: Path, same_threads: 
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             assert answer.status == 200
         found: dict[str, tuple[str, str]] = {}
-        while not {"glm_ar", "glm_dit", *STAGES} - {"dit_queue"} <= found.keys():
+        while not {"InferRequest", "glm_ar", "glm_dit", *STAGES} - {"dit_queue"} <= found.keys():
             name, trace, span, parent = collector.spans.get(timeout=SECONDS)
             assert trace == TRACE
             found[name] = (span, parent)
