@@ -58,6 +58,10 @@ def ignore_progress(progress: Progress) -> None:
     """The sink of a request nobody watches."""
 
 
+def ignore_seconds(stage: str, seconds: float) -> None:
+    """What is done with the parts of a stage's time where nobody traces."""
+
+
 @dataclass
 class Job:
     """A request in flight, shared by the thread that serves it and whoever may cancel it.
@@ -68,6 +72,7 @@ class Job:
         arrived_ns: ``time.monotonic_ns()`` when the server took it; with the id, what tells requests apart.
         on_progress: called from the engine's thread; must return at once.
         seconds: wall-clock seconds per stage.
+        on_seconds: called with each part of a stage's time when it is over; must return at once.
         cached_steps: denoising steps that the cache skipped, of each picture painted so far.
     """
 
@@ -76,6 +81,7 @@ class Job:
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     on_progress: Callable[[Progress], None] = ignore_progress
     seconds: dict[str, float] = field(default_factory=dict)
+    on_seconds: Callable[[str, float], None] = ignore_seconds
     cached_steps: list[int] = field(default_factory=list)
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
     _on_cancel: Callable[[], None] | None = field(default=None, repr=False)
@@ -137,6 +143,7 @@ class Job:
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to a stage's time."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.on_seconds(stage, seconds)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -28,6 +28,7 @@ SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
 MEASURES: dict[str, tuple[Measure, ...]] = {"glm_ar": AR_MEASURES, "glm_dit": DIT_MEASURES}
 ENDS: dict[str, Ends] = {"glm_ar": AR_ENDS, "glm_dit": DIT_ENDS}
+RESTARTS = "glm_image_restarts_total"
 SETTLE_SECONDS = 30
 SLOTS = 8
 STEPS = 3
@@ -119,6 +120,13 @@ def test_a_name_ends_in_its_unit(measure: Measure) -> None:
     assert bool(measure.bounds) == (measure.kind is Kind.HISTOGRAM)
 
 
+def test_restarts_are_told_of_both_models(fresh: Page) -> None:
+    assert documented("both") == {RESTARTS: ["counter", "restarts", fresh.helps[RESTARTS]]}
+    assert fresh.types[RESTARTS] == "counter"
+    assert sorted(labels["model"] for labels, _ in fresh.samples[RESTARTS]) == list(MEASURES)
+    assert {value for _, value in fresh.samples[RESTARTS]} == {0}
+
+
 def test_tritons_own_that_the_document_names_are_there(fresh: Page) -> None:
     for name, cells in documented("Triton's").items():
         assert fresh.types[name] == cells[0]
@@ -175,7 +183,7 @@ def test_the_counters_move_by_what_requests_took(watched: TritonServer, fresh: P
         ("dit_encode", "encode"),
     ):
         seconds = sum(answer["seconds"][stage] for answer in told)
-        assert page[f"{name}_seconds_sum"] == pytest.approx(seconds, rel=0.1, abs=0.01)
+        assert page[f"{name}_seconds_sum"] == pytest.approx(seconds, rel=0.1, abs=0.05)
     assert 0 < page["ar_step_seconds_sum"] < time.monotonic() - started
     assert page["dit_peak_memory_bytes"] >= fresh["dit_peak_memory_bytes"]
 

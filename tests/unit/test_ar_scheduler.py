@@ -49,12 +49,13 @@ class Executor:
             assert command.slot not in self._sequences, "the slot is taken"
             self._sequences[command.slot] = [command.seed, 1, sum(grid.tokens for grid in command.grids)]
             self.admitted.set()
+        released = self._sequences.pop(command.slot, None) if isinstance(command, Release) else None
         if self.fault(command):
             raise RuntimeError(f"fault at {type(command).__name__}")
-        if isinstance(command, Release):
-            seed, drawn, _ = self._sequences.pop(command.slot, (0, 0, 0))
-            return np.arange(1000 * seed, 1000 * seed + drawn, dtype=np.int32)
-        return None
+        if released is None:
+            return None
+        seed, drawn, _ = released
+        return np.arange(1000 * seed, 1000 * seed + drawn, dtype=np.int32)
 
     def seeds(self) -> list[int]:
         return [command.seed for command in self.commands if isinstance(command, Admit)]

@@ -151,6 +151,11 @@ class Scheduler:
         job.when_cancelled(lambda: self._drop_waiting(request))
         return request.future
 
+    def is_alive(self) -> bool:
+        """Whether requests are still worked on; does not return when a lock is never released."""
+        with self._changed:
+            return self._thread.is_alive()
+
     def close(self) -> None:
         """Ends all requests with UnavailableError and stops the thread."""
         with self._changed:

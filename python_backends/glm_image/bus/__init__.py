@@ -6,6 +6,6 @@ is no broker, so nothing of the server depends on another part of it for this.
 
 from glm_image.bus.caller import Answers, Listener, ask_all
 from glm_image.bus.node import Handler, Node
-from glm_image.bus.places import VARIABLE, Message, folder
+from glm_image.bus.places import Message, folder
 
-__all__ = ["VARIABLE", "Answers", "Handler", "Listener", "Message", "Node", "ask_all", "folder"]
+__all__ = ["Answers", "Handler", "Listener", "Message", "Node", "ask_all", "folder"]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VARIABLE = "GLM_IMAGE_BUS"
-"""Names the private folder to the models; ``serve`` makes it."""
+from glm_image.run_directory import run_directory
 
 CONTROL, EVENTS = ".control", ".events"
 
@@ -25,8 +23,8 @@ class Message(NamedTuple):
 
 def folder() -> Path | None:
     """Returns the folder of this server's sockets; None where the server was started without one."""
-    named = os.environ.get(VARIABLE)
-    return Path(named) if named else None
+    private = run_directory()
+    return private / "bus" if private else None
 
 
 def address(path: Path) -> str:

@@ -45,12 +45,14 @@ class Device(ABC):
         runs_triton: whether the kernels of ``glm_image.kernels`` run here.
         attention_backend: diffusers' name of the attention to use here; None where torch's own choice is right.
         warmup_sizes: pictures painted and sources read at load, because libraries load and choose kernels at first use.
+        hang_seconds: what one command of an engine never takes here; a first one may compile kernels.
     """
 
     default_dtype = torch.bfloat16
     runs_triton = False
     attention_backend: str | None = None
     warmup_sizes: tuple[Size, ...] = ()
+    hang_seconds = 60.0
 
     def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
         self.torch_device = torch_device

@@ -24,6 +24,7 @@ class CpuDevice(Device):
     """The host's own cores."""
 
     default_dtype = torch.float32
+    hang_seconds = 600.0
 
     def bind(self) -> None:
         """Nothing to choose."""

@@ -11,6 +11,7 @@ from typing import Any
 from glm_image import bus
 from glm_image.control import control
 from glm_image.errors import InvalidInputError, UnavailableError
+from glm_image.run_directory import VARIABLE
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
 from glm_image.serving.tensors import Inputs, text_array
@@ -48,7 +49,7 @@ class ControlBackend:
             folder = bus.folder()
             if folder is None:
                 raise UnavailableError(
-                    f"this Triton was started without {bus.VARIABLE}, the folder in which glm_control finds the other "
+                    f"this Triton was started without {VARIABLE}, the folder in which glm_control finds the other "
                     "models: start it with serve, or name a folder of mode 0700 there"
                 )
             answer.send({"result": text_array(json.dumps(control(folder, request_id, action)))})

@@ -92,6 +92,10 @@ CONTROL_OUTPUTS: Final = (TensorSpec("result", "STRING"),)
 """What they get."""
 
 
+ENTRANCES: Final = ("glm_image",)
+"""The models that take whole requests: a server that drains unloads them first."""
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """A parameter of ``config.pbtxt``.
@@ -117,6 +121,7 @@ STAGE_PARAMETERS: Final = (
     ParameterSpec("memory_utilization", "0.9"),
     ParameterSpec("default_timeout_ms", "0"),
     ParameterSpec("max_timeout_ms", "0"),
+    ParameterSpec("hang_seconds", "auto"),
 )
 
 AR_PARAMETERS: Final = (

@@ -27,7 +27,10 @@ from glm_image.serving.cache_parameters import cache_settings
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
+from glm_image.serving.pulse import Pulse
 from glm_image.serving.reception import Reception
+from glm_image.serving.request_log import Entry, RequestLog
+from glm_image.serving.spans import Spans
 from glm_image.serving.tensors import Inputs, text_array
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,9 @@ class DitBackend:
         self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
         device = open_device(place.inside[0], known_as=place.devices[0])
         logger.info("loading the transformer on %s", device)
+        self._spans = Spans(instance)
         self._metrics = Metrics(DIT_MEASURES, instance)
+        self._pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
         self._engine = DitEngine(
             self._checkpoint,
             device,
@@ -90,34 +95,42 @@ class DitBackend:
                 largest_side=self._limits.max_side,
             ),
             self._metrics.record,
+            self._pulse.watched,
         )
-        self._reception = Reception(instance, InFlight("condition", "finished"), DIT_ENDS, self._metrics.record)
+        log = RequestLog(instance, is_last=True)
+        self._reception = Reception(instance, InFlight("condition", "finished"), DIT_ENDS, self._metrics.record, log)
         self._busy = BusyPeriod()
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
         self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
+        self._pulse.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Denoises requests one after the other; each is answered when its pictures are decoded and encoded."""
         self._busy.begin()
         for request in requests:
             answer = Answer(request)
-            self._reception.expect(answer)
+            entry = self._reception.expect(request, answer)
             try:
-                self._paint(request, answer)
+                self._paint(request, answer, entry)
             except Exception as error:  # whatever it is, the client must get an answer
                 answer.fail(error)
         self._busy.end()
 
     def finalize(self) -> None:
         """Finishes what is denoised."""
+        self._pulse.close()
         self._finisher.shutdown(wait=True)
         self._reception.close()
         self._metrics.close()
+        self._spans.close()
 
-    def _paint(self, request: Any, answer: Answer) -> None:
+    def _paint(self, request: Any, answer: Answer, entry: Entry) -> None:
         inputs = Inputs(request)
         paint = read_request(inputs)
         job = self._job(request, inputs, paint)
+        entry.follow(job, paint.ar_metadata.get("seconds"))
+        entry.note(paint.prompt, **_told(paint))
+        self._spans.follow(request, job)
         self._reception.begin(job, answer)
         waited = queued_seconds(paint.ar_metadata)
         job.add_seconds("dit_queue", waited)
@@ -155,6 +168,19 @@ class DitBackend:
             answer.fail(error)
         finally:
             self._may_wait.release()
+
+
+def _told(paint: PaintRequest) -> dict[str, Any]:
+    """What the log tells of a request."""
+    return {
+        "width": paint.requested.width,
+        "height": paint.requested.height,
+        "images": len(paint.seeds),
+        "steps": paint.num_inference_steps,
+        "seed": paint.seeds[0] if paint.seeds else None,
+        "sources": len(paint.source_grids),
+        "output_format": paint.output_format,
+    }
 
 
 def read_request(inputs: Inputs) -> PaintRequest:

@@ -91,6 +91,11 @@ class Instance:
         return taken
 
     @property
+    def name(self) -> str:
+        """The model's name and the index."""
+        return f"{self.model}_{self.index}"
+
+    @property
     def checkpoint(self) -> Path:
         """The checkpoint's folder, environment variables filled in."""
         text = self.parameters["checkpoint"]
@@ -150,6 +155,15 @@ class Instance:
                 f"{name} is {text!r}; allowed: auto, none, or WIDTHxHEIGHT of {low} to {high}, with commas between"
             )
         return tuple(Size(height=int(size[2]), width=int(size[1])) for size in sizes if size)
+
+    def seconds(self, name: str, default: float) -> float:
+        """Returns a parameter that is ``auto`` or a number of at least 0."""
+        text = self.parameters[name]
+        if text == "auto":
+            return default
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
+            raise ConfigurationError(f"{name} is {text!r}; allowed: auto, or a number of at least 0")
+        return float(text)
 
     def share(self, name: str) -> float:
         """Returns a parameter that is a number above 0 and at most 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,12 @@ from glm_image.serving.instance import Instance
 logger = logging.getLogger(__name__)
 
 Value = tuple[Measure, float, int]
+
+RESTARTS = Measure(
+    "glm_image_restarts_total", Kind.COUNTER, "Times that serve has started the server again; as every instance has it"
+)
+RESTARTS_SO_FAR = "GLM_IMAGE_RESTARTS"
+"""The variable of the environment that tells of them."""
 
 
 class Metrics:
@@ -35,8 +42,9 @@ class Metrics:
         self._metrics: dict[Measure, Any] = {}
         labels = {"model": instance.model, "instance": str(instance.index)}
         try:
-            for measure in measures:
+            for measure in (*measures, RESTARTS):
                 self._add(measure, labels)
+            self._metrics[RESTARTS].increment(int(os.environ.get(RESTARTS_SO_FAR, "0")))
         except pb_utils.TritonModelException as error:  # a Triton may be built without metrics
             logger.warning("no metrics of this instance: %s", error)
             self._metrics.clear()

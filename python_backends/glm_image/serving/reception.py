@@ -6,14 +6,17 @@ import logging
 import threading
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from glm_image import bus
 from glm_image.bus import Handler, Message, Node
 from glm_image.inflight import InFlight
 from glm_image.job import Job
 from glm_image.measures import Ends, Record
+from glm_image.run_directory import VARIABLE
 from glm_image.serving.answer import Answer
 from glm_image.serving.instance import Instance
+from glm_image.serving.request_log import Entry, RequestLog
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ class Reception:
         in_flight: keeps them.
         ends: counts those that do not end well.
         record: takes the counts.
+        log: has a line for each.
         handlers: what else is answered over the bus, by ``action``.
     """
 
@@ -39,9 +43,10 @@ class Reception:
         in_flight: InFlight,
         ends: Ends,
         record: Record,
+        log: RequestLog,
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
-        self._in_flight, self._ends, self._record = in_flight, ends, record
+        self._in_flight, self._ends, self._record, self._log = in_flight, ends, record, log
         self._node = _open_node(instance, in_flight, handlers or {})
         if self._node is not None:
             in_flight.publish = self._node.publish
@@ -49,9 +54,12 @@ class Reception:
         self._watcher = threading.Thread(target=self._watch, name="callers", daemon=True)
         self._watcher.start()
 
-    def expect(self, answer: Answer) -> None:
-        """Counts the request of an answer when it ends; before anything can go wrong with it."""
+    def expect(self, request: Any, answer: Answer) -> Entry:
+        """Counts a request when it ends, and writes its line; before anything can go wrong with it."""
+        entry = self._log.entry(request.request_id())
         answer.when_ended(self._count)
+        answer.when_ended(entry.end)
+        return entry
 
     def begin(self, job: Job, answer: Answer) -> None:
         """Lets a request in, until its answer is sent.
@@ -81,7 +89,7 @@ class Reception:
 def _open_node(instance: Instance, in_flight: InFlight, handlers: Mapping[str, Handler]) -> Node | None:
     folder = bus.folder()
     if folder is None:
-        logger.info("%s is not set: requests cannot be cancelled or watched by their id", bus.VARIABLE)
+        logger.info("%s is not set: requests cannot be cancelled or watched by their id", VARIABLE)
         return None
 
     def cancel(question: Message) -> Message:
@@ -93,7 +101,8 @@ def _open_node(instance: Instance, in_flight: InFlight, handlers: Mapping[str, H
 
     own: dict[str, Handler] = {"cancel": cancel, "status": status, **handlers}
     try:
-        return Node(folder, f"{instance.model}_{instance.index}", own, in_flight.tell_again)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Node(folder, instance.name, own, in_flight.tell_again)
     except OSError as error:
         logger.warning("requests cannot be cancelled or watched by their id: %s", error)
         return None
