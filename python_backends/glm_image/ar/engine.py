@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.measures import KV_CACHE_BYTES
 from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
 from glm_image.ar.model import Decoder
-from glm_image.ar.scheduler import Scheduler, Sources
+from glm_image.ar.scheduler import Run, Scheduler, Sources
 from glm_image.ar.vision import Vision, patches_of
 from glm_image.ar.warm_up import warm_up_commands
 from glm_image.checkpoint import Checkpoint
@@ -75,6 +76,13 @@ class ArResult:
 class ArEngine:
     """The decoder and the vision tower, their slots and their queue on one device.
 
+    Args:
+        checkpoint: where they come from.
+        device: where they run.
+        settings: how.
+        record: takes what ``ar.measures`` names.
+        watched: wraps what runs commands on the device, to see one that never ends.
+
     Attributes:
         config: the decoder's numbers.
         source_rule: how source images are sized.
@@ -86,7 +94,12 @@ class ArEngine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: Device, settings: ArSettings, record: Record = keep_nothing
+        self,
+        checkpoint: Checkpoint,
+        device: Device,
+        settings: ArSettings,
+        record: Record = keep_nothing,
+        watched: Callable[[Run], Run] = lambda run: run,
     ) -> None:
         from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
 
@@ -111,12 +124,16 @@ class ArEngine:
         )
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
         first = self._warm_up_commands(device.warmup_sizes)
-        self._scheduler = Scheduler(self.executor.run, slots, settings.max_queue, record, first)
+        self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first)
 
     @property
     def sampling(self) -> Sampling:
         """The checkpoint's own sampling."""
         return self.config.sampling
+
+    def is_alive(self) -> bool:
+        """Whether requests are still worked on; does not return when the engine's lock is never released."""
+        return self._scheduler.is_alive()
 
     def submit(self, job: Job, request: ResolvedRequest) -> Future[ArResult]:
         """Queues a request.

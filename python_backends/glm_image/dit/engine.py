@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor
 from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
 from glm_image.dit.quantized import quantize_blocks, weight_bytes
-from glm_image.dit.scheduler import Scheduler
+from glm_image.dit.scheduler import Run, Scheduler
 from glm_image.dit.sources import SourceCache
 from glm_image.dit.vae import Vae
 from glm_image.errors import ConfigurationError
@@ -78,6 +78,7 @@ class DitEngine:
         device: where they run.
         settings: how.
         record: takes what ``dit.measures`` names.
+        watched: wraps what runs commands on the device, to see one that never ends.
 
     Attributes:
         codebook_size: prior token ids are below it.
@@ -91,7 +92,12 @@ class DitEngine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: Device, settings: DitSettings, record: Record = keep_nothing
+        self,
+        checkpoint: Checkpoint,
+        device: Device,
+        settings: DitSettings,
+        record: Record = keep_nothing,
+        watched: Callable[[Run], Run] = lambda run: run,
     ) -> None:
         device.bind()
         self._device, self._record = device, record
@@ -130,7 +136,7 @@ class DitEngine:
             device,
             settings.cache,
         )
-        self._scheduler = Scheduler(self.executor.run, record)
+        self._scheduler = Scheduler(watched(self.executor.run), record)
         for size in settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
         record(PEAK_MEMORY, device.peak_memory())

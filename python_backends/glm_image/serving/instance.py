@@ -15,6 +15,7 @@ from typing import Any
 from glm_image.cards import find_cards
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
+from glm_image.job import Timeouts
 from glm_image.placement import Place, check_shares, lay_out, place
 from glm_image.request import Limits
 from glm_image.serving.declaration import ParameterSpec, read_parameters
@@ -31,14 +32,14 @@ class Instance:
     Attributes:
         model: the model's name.
         index: which instance of the model this is, from 0.
-        count: how many there are.
+        siblings: how many there are, this one included.
         parameters: every declared parameter.
         limits: the largest request.
     """
 
     model: str
     index: int
-    count: int
+    siblings: int
     parameters: dict[str, str]
     limits: Limits
 
@@ -52,11 +53,11 @@ class Instance:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         config = json.loads(args["model_config"])
         given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
-        index, count = _position(args, config.get("instance_group", ()))
+        index, siblings = _position(args, config.get("instance_group", ()))
         return cls(
             model=args["model_name"],
             index=index,
-            count=count,
+            siblings=siblings,
             parameters=read_parameters(specs, given),
             limits=Limits.from_parameters(given),
         )
@@ -73,15 +74,26 @@ class Instance:
             ConfigurationError: ``devices`` does not fit the instances or this machine.
         """
         cards, devices = find_cards(), self.parameters["devices"]
-        entries = lay_out(devices, self.count, cards, spare_first=spare_first)
+        entries = lay_out(devices, self.siblings, cards, spare_first=spare_first)
         check_shares(entries, self.share("memory_utilization"), cards)
         taken = place(entries, self.index, cards)
         os.environ.update(taken.environment)
         told = "".join(f", {name}={value}" for name, value in taken.environment.items())
         logger.info(
-            "instance %d of %d takes %s: devices is %s, found %s%s", self.index, self.count, taken, devices, cards, told
+            "instance %d of %d takes %s: devices is %s, found %s%s",
+            self.index,
+            self.siblings,
+            taken,
+            devices,
+            cards,
+            told,
         )
         return taken
+
+    @property
+    def name(self) -> str:
+        """The model's name and the index."""
+        return f"{self.model}_{self.index}"
 
     @property
     def checkpoint(self) -> Path:
@@ -91,6 +103,11 @@ class Instance:
             if not os.environ.get(name):
                 raise ConfigurationError(f"checkpoint is {text!r}, but the environment has no {name}; set it")
         return Path(VARIABLE.sub(lambda match: os.environ[match[1]], text))
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """How long requests may take."""
+        return Timeouts(*(self.integer(f"{name}_timeout_ms", 0) * 1000 for name in ("default", "max")))
 
     def integer(self, name: str, low: int) -> int:
         """Returns a parameter that is a whole number of at least ``low``."""
@@ -138,6 +155,15 @@ class Instance:
                 f"{name} is {text!r}; allowed: auto, none, or WIDTHxHEIGHT of {low} to {high}, with commas between"
             )
         return tuple(Size(height=int(size[2]), width=int(size[1])) for size in sizes if size)
+
+    def seconds(self, name: str, default: float) -> float:
+        """Returns a parameter that is ``auto`` or a number of at least 0."""
+        text = self.parameters[name]
+        if text == "auto":
+            return default
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
+            raise ConfigurationError(f"{name} is {text!r}; allowed: auto, or a number of at least 0")
+        return float(text)
 
     def share(self, name: str) -> float:
         """Returns a parameter that is a number above 0 and at most 1."""
