@@ -85,9 +85,7 @@ def sheets(scenes: Sequence[Scene], device: torch.device) -> Tensor:
             # Each by another corner.
             top, left = size.height - height, size.width - width
             corners = [(0, 0), (top, 0), (0, left), (top, left)]
-            parts += [
-                pictures[n::4, :, y : y + height, x : x + width].contiguous() for n, (y, x) in enumerate(corners)
-            ]
+            parts += [pictures[n::4, :, y : y + height, x : x + width].contiguous() for n, (y, x) in enumerate(corners)]
     for pictures in drawn(small, Size(height // 2, width // 2), device):
         fours = pictures[: len(pictures) // 4 * 4].unflatten(0, (-1, 2, 2))
         parts.append(fours.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, height, width))
