@@ -64,6 +64,11 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """What training computes in: bf16 on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 class Average:
     """An exponential moving average of a module's parameters."""
 
@@ -119,7 +124,7 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
         progress = seconds / budget
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * rate(progress, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(device):
             losses = stage.losses(progress)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)

@@ -15,6 +15,7 @@ from glm_image import geometry
 from glm_image.geometry import Grid, PlacedGrid, Size
 from glm_image.prompts import PromptTokenizer
 from train_tiny.data import Choice, Item, by_size, small_pictures
+from train_tiny.loop import mixed_precision
 from train_tiny.models import CONFIG, Tokens, build_ar, compile_blocks, compiled
 from train_tiny.vocabulary import processor_of
 
@@ -110,10 +111,11 @@ class Writer:
     def after_step(self, step: int) -> None:
         """Nothing is left to do."""
 
-    @torch.no_grad()
     def results(self) -> dict[str, Any]:
         """The averaged weights' loss, and how often the likeliest code of the large grid is the picture's."""
-        measured = [self.losses(1.0) for _ in range(20)]
+        # With gradients, as what is compiled has them.
+        with mixed_precision(self._device):
+            measured = [{n: v.detach() for n, v in self.losses(1.0).items()} for _ in range(20)]
         return {name: float(torch.stack([one[name] for one in measured]).mean()) for name in measured[0]}
 
 
