@@ -92,10 +92,6 @@ CONTROL_OUTPUTS: Final = (TensorSpec("result", "STRING"),)
 """What they get."""
 
 
-ENTRANCES: Final = ("glm_image",)
-"""The models that take whole requests: a server that drains unloads them first."""
-
-
 @dataclass(frozen=True)
 class ParameterSpec:
     """A parameter of ``config.pbtxt``.
