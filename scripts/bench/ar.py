@@ -18,7 +18,8 @@ import torch
 from measure import arguments, copy_bandwidth, say, seconds
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.engine import ArEngine, ArSettings
+from glm_image.ar.engine import ArEngine
+from glm_image.ar.settings import ArSettings
 from glm_image.ar.executor import Admit, Executor, Release, Step
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder

@@ -135,6 +135,9 @@ class Executor:
                 self._step(command.count)
             return None
 
+    def close(self) -> None:
+        """Nothing to end: what it holds goes with it."""
+
     def _warm_up(self) -> None:
         # Libraries load their kernels when they are first called; the first request should not wait for that.
         self.run(Admit(0, (0,), (Grid(1, 2),), self._decoder.config.sampling, seed=0))

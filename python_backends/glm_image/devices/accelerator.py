@@ -141,3 +141,9 @@ class CudaDevice(AcceleratorDevice):
     def _recording(self, graph: Any) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self._runtime.graph(graph, capture_error_mode="thread_local")
         return context
+
+    def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Device.attention_with_lse``; by cuDNN, the fastest at the lengths of pictures."""
+        heads_first = (tensor.transpose(1, 2) for tensor in (query, keys, values))
+        attended, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)
+        return attended.transpose(1, 2), lse.view(lse.shape[:3]).float()

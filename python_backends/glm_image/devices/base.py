@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
 
 
@@ -76,6 +77,22 @@ class Device(ABC):
             step: reads and writes only tensors that stay where they are, and never waits for the device.
             warm: whether ``step`` has run before; otherwise it may be run here, more than once.
         """
+
+    def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Attends, and tells what partial results are merged by.
+
+        Args:
+            query: [batch, tokens, heads, head_dim].
+            keys: [batch, other tokens, heads, head_dim].
+            values: as ``keys``.
+
+        Returns:
+            As ``query``, and the logarithm of the sum of the exponentiated scores, fp32 [batch, heads, tokens].
+
+        Raises:
+            ConfigurationError: the device cannot.
+        """
+        raise ConfigurationError(f"{self} has no attention that tells its sums; allowed for parallel: all but ring")
 
     @abstractmethod
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from glm_image.devices import Device
+from glm_image.dit.processor import SharedAttentionProcessor, plain_attention
+from glm_image.dit.sequence import Attend, SequenceAttention
 from glm_image.dit.sources import Join
 
 Rotary = tuple[Tensor, Tensor]
@@ -63,13 +65,32 @@ def eager_blocks(transformer: Any) -> Blocks:
     return run
 
 
-def best_blocks(transformer: Any, device: Device) -> Blocks:
-    """Returns the fastest blocks the device has; ``transformer`` may be good for nothing else afterwards."""
+def best_blocks(transformer: Any, device: Device, shared: SequenceAttention | None = None) -> Blocks:
+    """Returns the fastest blocks the device has; ``transformer`` may be good for nothing else afterwards.
+
+    Args:
+        transformer: diffusers' ``GlmImageTransformer2DModel``.
+        device: where it is.
+        shared: attends where several ranks share the tokens; None where they don't.
+    """
     if device.runs_triton:
         from glm_image.kernels import dit_blocks  # noqa: PLC0415 - Triton is only where it can run
 
         if dit_blocks.supports(transformer):
-            return dit_blocks.FusedBlocks(transformer)
-    if device.attention_backend is not None:
+            return dit_blocks.FusedBlocks(transformer, shared)
+    if shared is not None:
+        for block in transformer.transformer_blocks:
+            block.attn1.set_processor(SharedAttentionProcessor(shared))
+    elif device.attention_backend is not None:
         transformer.set_attention_backend(device.attention_backend)
     return eager_blocks(transformer)
+
+
+def best_attention(transformer: Any, device: Device) -> Attend:
+    """Returns the attention that ``best_blocks`` uses."""
+    if device.runs_triton:
+        from glm_image.kernels import dit_blocks  # noqa: PLC0415 - Triton is only where it can run
+
+        if dit_blocks.supports(transformer):
+            return dit_blocks.attention
+    return plain_attention

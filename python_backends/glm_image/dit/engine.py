@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from diffusers import AutoencoderKL, GlmImageTransformer2DModel
 from numpy.typing import NDArray
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from glm_image import geometry, images
-from glm_image.checkpoint import Checkpoint, fill
-from glm_image.devices import Device, check_budget
-from glm_image.dit.blocks import best_blocks
-from glm_image.dit.conditioning import Conditioner
-from glm_image.dit.executor import Executor
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import Device
+from glm_image.dit.loading import load_executor
 from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
 from glm_image.dit.scheduler import Scheduler
-from glm_image.dit.vae import Vae
-from glm_image.geometry import Grid, Size
+from glm_image.dit.settings import DitSettings
+from glm_image.geometry import Grid
 from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
+from glm_image.parallel.layout import ParallelLayout
+from glm_image.parallel.team import NO_PEERS, Peers, start
 from glm_image.request import PaintRequest
 from glm_image.sources import SourcePicture
-
-
-@dataclass(frozen=True)
-class DitSettings:
-    """How the second stage runs.
-
-    Attributes:
-        dtype: None = the device's default.
-        memory_utilization: share of the device's memory this stage may use.
-        warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
-    """
-
-    dtype: torch.dtype | None = None
-    memory_utilization: float = 0.9
-    warmup_sizes: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,18 +38,19 @@ class DitResult:
 
 
 class DitEngine:
-    """The transformer, the glyph encoder and the VAE on one device.
+    """The transformer, the glyph encoder and the VAE on one device, or on several that share each step.
 
     Args:
         checkpoint: where they come from.
         device: where they run.
         settings: how.
         record: takes what ``dit.measures`` names.
+        peers: other devices that paint together with ``device``.
 
     Attributes:
         codebook_size: prior token ids are below it.
         source_rule: how source images are sized.
-        executor: what runs on the device.
+        executor: what runs on the devices.
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
@@ -76,34 +58,19 @@ class DitEngine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: Device, settings: DitSettings, record: Record = keep_nothing
+        self,
+        checkpoint: Checkpoint,
+        device: Device,
+        settings: DitSettings,
+        record: Record = keep_nothing,
+        peers: Peers = NO_PEERS,
     ) -> None:
         device.bind()
         self._device, self._record = device, record
-        dtype = settings.dtype or device.default_dtype
-        modules = _empty_modules(checkpoint)
-        check_budget(
-            "glm_dit",
-            fixed={f"the weights of {name}": _bytes(module, dtype) for name, module in modules.items()},
-            scaled={},
-            memory=device.memory(),
-            utilization=settings.memory_utilization,
-            device=str(device),
-        )
-        for component, module in modules.items():
-            fill(module, checkpoint.tensors(component, device.torch_device, dtype))
-        transformer, autoencoder, glyph_encoder = modules.values()
-        self.codebook_size: int = transformer.config.prior_vq_quantizer_codebook_size
+        self.codebook_size: int = checkpoint.config("transformer")["prior_vq_quantizer_codebook_size"]
         self.source_rule = checkpoint.source_rule
-        glyph_tokenizer = ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))
-        self.executor = Executor(
-            transformer,
-            best_blocks(transformer, device),
-            Conditioner(transformer, glyph_encoder, glyph_tokenizer),
-            Vae(autoencoder),
-            checkpoint.config("scheduler"),
-            device,
-        )
+        layout = ParallelLayout.parse(settings.parallel, 1 + len(peers.devices))
+        self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
         self._scheduler = Scheduler(self.executor.run, record)
         for size in settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
@@ -143,21 +110,12 @@ class DitEngine:
         self._record(PEAK_MEMORY, self._device.peak_memory())
         return DitResult(pixels, encoded)
 
+    def close(self) -> None:
+        """Ends the other ranks."""
+        self.executor.close()
+
     def _encode(self, picture: NDArray[np.uint8], output_format: str) -> bytes:
         started = time.monotonic()
         encoded = images.encode(picture, output_format)
         self._record(ENCODE_SECONDS, time.monotonic() - started)
         return encoded
-
-
-def _empty_modules(checkpoint: Checkpoint) -> dict[str, Any]:
-    with torch.device("meta"):
-        return {
-            "transformer": GlmImageTransformer2DModel.from_config(checkpoint.config("transformer")),
-            "vae": AutoencoderKL.from_config(checkpoint.config("vae")),
-            "text_encoder": T5EncoderModel(T5Config(**checkpoint.config("text_encoder"))),
-        }
-
-
-def _bytes(module: Any, dtype: torch.dtype) -> int:
-    return int(sum(weight.numel() for weight in module.parameters()) * dtype.itemsize)

@@ -18,6 +18,7 @@ from glm_image.dit.blocks import Blocks
 from glm_image.dit.conditioning import Conditioner, Conditioning
 from glm_image.dit.forward import denoise_step, read_sources
 from glm_image.dit.schedule import schedule
+from glm_image.dit.sequence import NOT_SHARED, Sharing
 from glm_image.dit.sources import SourceCache
 from glm_image.dit.vae import Vae
 from glm_image.errors import InvalidInputError
@@ -117,6 +118,7 @@ class Executor:
         vae: makes pixels.
         scheduler_config: the checkpoint's ``scheduler_config.json``.
         device: where all of them are.
+        sharing: how this rank shares the work with others.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Executor:
         vae: Vae,
         scheduler_config: Mapping[str, Any],
         device: Device,
+        sharing: Sharing = NOT_SHARED,
     ) -> None:
+        self._sharing = sharing
         self._transformer = transformer
         self._blocks = blocks
         self._conditioner = conditioner
@@ -156,10 +160,15 @@ class Executor:
                 self._drop(self._pictures.pop(command.picture, None))
             return None
 
+    def close(self) -> None:
+        """Nothing to end: what it holds goes with it."""
+
     def _read_sources(self, sources: tuple[SourcePicture, ...]) -> SourceCache:
         dtype, config = self._transformer.proj_out.weight.dtype, self._transformer.config
-        tokens = sum(source.grid.tokens for source in sources) * IMAGE_TOKENS_PER_TOKEN
-        needed, free = SourceCache.bytes_needed(config, tokens, dtype), self._device.memory().free
+        tokens = [source.grid.tokens * IMAGE_TOKENS_PER_TOKEN for source in sources]
+        ranks, place = self._sharing.ranks, self._device.torch_device
+        needed = SourceCache.bytes_needed(config, sum(tokens), dtype)
+        free = ranks.world.least(self._device.memory().free, place)
         if needed > free:
             raise InvalidInputError.of(
                 "image",
@@ -172,8 +181,8 @@ class Executor:
             self._conditioner.prepare_source(self._vae.encode(source.pixels), source.token_ids, source.grid)
             for source in sources
         ]
-        cache = SourceCache(config, tokens, self._device.torch_device, dtype)
-        read_sources(self._transformer, self._blocks, prepared, cache)
+        cache = SourceCache(config, tokens, place, dtype, ranks)
+        read_sources(self._transformer, self._blocks, prepared, cache, self._sharing)
         self._device.mark().wait()
         return cache
 
@@ -207,7 +216,8 @@ class Executor:
         self._device.mark().wait()
 
     def _advance(self, latents: Tensor, step: Tensor, conditioning: Conditioning, sigmas: Tensor) -> None:
-        latents.copy_(denoise_step(self._transformer, self._blocks, latents, conditioning, step, sigmas))
+        new = denoise_step(self._transformer, self._blocks, latents, conditioning, step, sigmas, self._sharing)
+        latents.copy_(new)
         step.add_(1)
 
     def _step(self, picture: _Picture) -> None:
@@ -229,3 +239,18 @@ class Executor:
     def _drop(self, picture: _Picture | None) -> None:
         if picture is not None and picture.advance is not None:
             self._wait(0)  # what a captured step works in must not be reused before the device is done with it
+
+
+class Follower:
+    """The executor of a rank other than the first, which alone makes pixels of latents."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def run(self, command: Command) -> None:
+        """Runs one command."""
+        self._executor.run(Drop(command.picture) if isinstance(command, Decode) else command)
+
+    def close(self) -> None:
+        """Ends the executor."""
+        self._executor.close()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glm_image.dit.blocks import Blocks, Rotary
 from glm_image.dit.conditioning import Branch, Conditioning, SourceConditioning
+from glm_image.dit.sequence import NOT_SHARED, Sharing
 from glm_image.dit.sources import SourceCache
 
 
@@ -20,6 +21,7 @@ def predict_velocities(
     time: Tensor,
     rotary: Rotary,
     sources: SourceCache | None = None,
+    sharing: Sharing = NOT_SHARED,
 ) -> list[Tensor]:
     """Predicts the velocity of the latents for each branch.
 
@@ -31,21 +33,32 @@ def predict_velocities(
         time: the step's embedding, [1, time width].
         rotary: rotary tables of the image tokens.
         sources: what the first branch reads of source images.
+        sharing: which of the tokens are this rank's.
 
     Returns:
         fp32, each shaped as ``latents``.
     """
     patches = transformer.image_projector(latents)
-    sequences = [(patches + branch.prior, branch.glyphs) for branch in branches]
-    images = blocks(sequences, time, rotary, sources.readers() if sources else None)
-    patch = transformer.config.patch_size
-    return [
-        unpatchify(transformer.proj_out(transformer.norm_out(image, time)), latents.shape, patch).float()
-        for image in images
-    ]
+    count, patch = patches.shape[1], transformer.config.patch_size
+    sequences = [(sharing.own(patches + branch.prior, dim=1), branch.glyphs) for branch in branches]
+    sharing.begin(count, sources.tokens if sources else ())
+    images = blocks(sequences, time, _own_rotary(rotary, sharing), sources.readers() if sources else None)
+    velocities = [transformer.proj_out(transformer.norm_out(image, time)) for image in images]
+    return [unpatchify(sharing.whole(own, count), latents.shape, patch).float() for own in velocities]
 
 
-def read_sources(transformer: Any, blocks: Blocks, sources: Sequence[SourceConditioning], cache: SourceCache) -> None:
+def _own_rotary(rotary: Rotary, sharing: Sharing) -> Rotary:
+    cos, sin = (sharing.own(table, dim=0) for table in rotary)
+    return cos, sin
+
+
+def read_sources(
+    transformer: Any,
+    blocks: Blocks,
+    sources: Sequence[SourceConditioning],
+    cache: SourceCache,
+    sharing: Sharing = NOT_SHARED,
+) -> None:
     """Passes source images through the blocks, which leave their keys and values in ``cache``.
 
     Args:
@@ -53,13 +66,16 @@ def read_sources(transformer: Any, blocks: Blocks, sources: Sequence[SourceCondi
         blocks: see ``predict_velocities``.
         sources: in order.
         cache: holds the image tokens of all of them.
+        sharing: which of the tokens are this rank's.
     """
     start = 0
     for source in sources:
         image = transformer.image_projector(source.latents) + source.prior
         no_text = image[:, :0]
-        blocks([(image, no_text)], source.time, source.rotary, cache.recorders(start))
-        start += image.shape[1]
+        sharing.begin(image.shape[1])
+        own = sharing.own(image, dim=1)
+        blocks([(own, no_text)], source.time, _own_rotary(source.rotary, sharing), cache.recorders(start))
+        start += len(sharing.ranks.ring.share(image.shape[1]))
 
 
 def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
@@ -70,7 +86,13 @@ def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
 
 
 def denoise_step(
-    transformer: Any, blocks: Blocks, latents: Tensor, conditioning: Conditioning, step: Tensor, sigmas: Tensor
+    transformer: Any,
+    blocks: Blocks,
+    latents: Tensor,
+    conditioning: Conditioning,
+    step: Tensor,
+    sigmas: Tensor,
+    sharing: Sharing = NOT_SHARED,
 ) -> Tensor:
     """Takes one Euler step of the flow (Lipman et al., 2023).
 
@@ -81,23 +103,27 @@ def denoise_step(
         conditioning: the picture's.
         step: int64 [1], index of the step: on the device, so that a captured step can count.
         sigmas: fp32 [steps + 1].
+        sharing: which of the branches and tokens are this rank's.
 
     Returns:
         fp32 latents at the next noise level.
     """
-    model_input = latents.to(transformer.proj_out.weight.dtype)
-    branches = [conditioning.conditional]
+    branches, sources = [conditioning.conditional], conditioning.sources
     if conditioning.unconditional is not None:
         branches.append(conditioning.unconditional)
-    velocity, *rest = predict_velocities(
+    of_branches = sharing.ranks.cfg
+    split = of_branches.size == len(branches) > 1
+    velocities = predict_velocities(
         transformer,
         blocks,
-        model_input,
-        branches,
+        latents.to(transformer.proj_out.weight.dtype),
+        [branches[of_branches.rank]] if split else branches,
         conditioning.times.index_select(0, step),
         conditioning.rotary,
-        conditioning.sources,
+        None if split and of_branches.rank > 0 else sources,
+        sharing,
     )
+    velocity, *rest = of_branches.gather(velocities[0]) if split else velocities
     for without in rest:  # classifier-free guidance (Ho and Salimans, 2022)
         velocity = without + conditioning.guidance_scale * (velocity - without)
     change = sigmas.index_select(0, step + 1) - sigmas.index_select(0, step)

@@ -93,7 +93,8 @@ class ArBackend:
 
 def _load(instance: Instance, metrics: Metrics) -> Any:
     # The engine imports torch and transformers, which must not happen before the instance's device is known.
-    from glm_image.ar.engine import ArEngine, ArSettings  # noqa: PLC0415
+    from glm_image.ar.engine import ArEngine  # noqa: PLC0415
+    from glm_image.ar.settings import ArSettings  # noqa: PLC0415
     from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
     from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
 

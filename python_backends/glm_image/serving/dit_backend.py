@@ -42,7 +42,8 @@ class DitBackend:
         # The engine imports torch and diffusers, which must not happen before the instance's device is known.
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
         from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
-        from glm_image.dit.engine import DitEngine, DitSettings  # noqa: PLC0415
+        from glm_image.dit.engine import DitEngine  # noqa: PLC0415
+        from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
         parameters = instance.parameters
         self._limits = instance.limits

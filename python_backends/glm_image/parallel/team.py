@@ -1,0 +1,230 @@
+"""Rank 0's side of an instance that spans several devices: starts the others, tells them, and watches them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from glm_image.devices import Device
+from glm_image.errors import ConfigurationError, UnavailableError
+from glm_image.parallel.layout import ParallelLayout
+from glm_image.parallel.messages import Done, Failed, Loaded
+from glm_image.parallel.ranks import Ranks, Rendezvous, leave, listen
+from glm_image.parallel.worker import Load, Runs, Work
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 1800.0
+"""How long a collective waits for ranks that are still loading; a rank that hangs later is noticed by its silence."""
+
+
+def ignore_loss(loss: UnavailableError) -> None:
+    """For an engine whose ``run`` raises the error, which is all there is to do."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The other devices of an instance.
+
+    Attributes:
+        devices: their names; one rank each, after the first.
+        hang_seconds: a rank that has not finished a command for so long is taken for hung.
+        on_loss: called once, from a thread of its own, when a rank is lost; all others are ended before.
+    """
+
+    devices: tuple[str, ...] = ()
+    hang_seconds: float = 60.0
+    on_loss: Callable[[UnavailableError], None] = ignore_loss
+
+
+NO_PEERS = Peers()
+
+
+def start(
+    load: Load, arguments: tuple[Any, ...], device: Device, layout: ParallelLayout, peers: Peers = NO_PEERS
+) -> Runs:
+    """Loads an executor on one device, or on each of several that compute together.
+
+    Args:
+        load: makes a rank's executor of ``arguments``, its device and its ranks; a function of a module.
+        arguments: what all ranks get; they are pickled.
+        device: this process's.
+        layout: how the ranks share the work.
+        peers: the other devices.
+
+    Raises:
+        CheckpointError: a tensor is missing or has a wrong shape.
+        ConfigurationError: a setting is not allowed, or a rank could not load.
+    """
+    if not peers.devices:
+        return load(*arguments, device, Ranks())
+    rendezvous = Rendezvous(0, layout, PATIENCE_SECONDS)
+    return Team(Work(0, str(device), rendezvous, load, arguments), (str(device), *peers.devices), peers)
+
+
+class _Worker:
+    """One rank's process, and what has been heard of it."""
+
+    def __init__(self, work: Work) -> None:
+        ours, theirs = socket.socketpair()
+        self.work = work
+        self.loaded = False
+        self.connection = Connection(ours.detach())
+        self._sent = self._done = 0
+        self._waiting_since = 0.0
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        with theirs:
+            self.process = subprocess.Popen(
+                [_interpreter(), "-m", "glm_image.parallel.worker", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+            )
+        self.connection.send(work)
+
+    def __str__(self) -> str:
+        return f"rank {self.work.rank} ({self.work.device}, pid {self.process.pid})"
+
+    def told(self) -> None:
+        """Notes that it is being told to run a command."""
+        if self._sent == self._done:
+            self._waiting_since = time.monotonic()
+        self._sent += 1
+
+    def heard(self, message: Loaded | Done) -> None:
+        """Notes what it has told."""
+        self.loaded = True
+        if isinstance(message, Done):
+            self._done, self._waiting_since = message.number, time.monotonic()
+
+    def seconds_left(self, hang_seconds: float) -> float:
+        """Returns how long it may go on without a word before it is taken for hung."""
+        if self._sent == self._done:
+            return hang_seconds
+        return self._waiting_since + hang_seconds - time.monotonic()
+
+
+class Team:
+    """The ranks of one instance; ``run`` is the executor of all of them.
+
+    Args:
+        work: what every rank does; its rank, its device and the port are filled in here.
+        devices: one a rank, this process's first.
+        peers: when a rank is taken for lost, and whom to tell.
+
+    Raises:
+        ConfigurationError: a rank could not load.
+    """
+
+    def __init__(self, work: Work, devices: Sequence[str], peers: Peers) -> None:
+        self._hang_seconds, self._on_loss = peers.hang_seconds, peers.on_loss
+        self._lost: UnavailableError | None = None
+        self._closing = False
+        self._turn = threading.Lock()
+        self._news = threading.Condition()
+        listening = listen()
+        rendezvous = replace(work.rendezvous, port=listening.getsockname()[1])
+        works = [replace(work, rank=rank, device=device, rendezvous=rendezvous) for rank, device in enumerate(devices)]
+        self._wake, self._woken = Pipe()
+        self._workers: list[_Worker] = []
+        try:
+            self._workers.extend(_Worker(each) for each in works[1:])
+            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+            self._here = works[0].start(listening)
+            self._wait_until_loaded()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, command: Any) -> Any:
+        """Runs a command on every rank; returns this rank's result.
+
+        Raises:
+            UnavailableError: a rank is lost.
+        """
+        with self._turn:  # the same order on every rank
+            if self._lost is not None:
+                raise self._lost
+            for worker in self._workers:
+                self._send(worker, command)
+        return self._here.run(command)
+
+    def close(self) -> None:
+        """Ends the other ranks."""
+        self._closing = True
+        self._wake.send(None)
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.wait()
+        leave()
+
+    def _send(self, worker: _Worker, command: Any) -> None:
+        with self._news:
+            worker.told()
+        try:
+            worker.connection.send(command)  # may wait for a rank that does not read, which the watching thread ends
+        except OSError as error:
+            raise UnavailableError(f"{worker} is gone; the instance starts anew") from error
+
+    def _wait_until_loaded(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: self._lost or all(worker.loaded for worker in self._workers))
+            if self._lost is not None:
+                raise ConfigurationError(str(self._lost))
+
+    def _watch(self) -> None:
+        by_connection = {worker.connection: worker for worker in self._workers}
+        while not self._closing and self._lost is None:
+            for connection in wait([*by_connection, self._woken], self._seconds_left()):
+                worker = by_connection.get(connection)  # type: ignore[call-overload]
+                if worker is not None and not self._closing:
+                    self._hear(worker)
+            for worker in self._workers:
+                if worker.seconds_left(self._hang_seconds) <= 0:
+                    self._lose(worker, f"has not finished a command for {self._hang_seconds:g} s")
+
+    def _seconds_left(self) -> float:
+        return min(worker.seconds_left(self._hang_seconds) for worker in self._workers)
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            code = worker.process.wait()
+            self._lose(worker, f"was ended by signal {-code}" if code < 0 else f"ended with code {code}")
+            return
+        if isinstance(message, Failed):
+            self._lose(worker, f"ended with {message.error}")
+            return
+        with self._news:
+            worker.heard(message)
+            self._news.notify_all()
+
+    def _lose(self, worker: _Worker, why: str) -> None:
+        with self._news:
+            if self._lost is not None or self._closing:
+                return
+            self._lost = UnavailableError(f"{worker} {why}; the instance starts anew, send the request again")
+            self._news.notify_all()
+        logger.error("%s", self._lost)
+        for each in self._workers:
+            each.process.kill()
+        self._on_loss(self._lost)
+
+
+def _interpreter() -> str:
+    # A Triton stub embeds Python, and its sys.executable may be the stub itself.
+    if Path(sys.executable or "").name.startswith("python"):
+        return sys.executable
+    return str(Path(sys.prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")

@@ -1,0 +1,109 @@
+"""A rank other than the first: a process that runs the commands its instance sends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from glm_image.devices import open_device
+from glm_image.parallel.messages import Done, Failed, Loaded
+from glm_image.parallel.ranks import Rendezvous, join
+
+logger = logging.getLogger(__name__)
+
+
+class Runs(Protocol):
+    """What runs an engine's commands."""
+
+    def run(self, command: Any, /) -> Any:
+        """Runs one command and returns its result."""
+
+    def close(self) -> None:
+        """Ends what it has started."""
+
+
+Load = Callable[..., Runs]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is to be.
+
+    Attributes:
+        rank: its rank.
+        device: its device.
+        rendezvous: where it meets the others.
+        load: makes the rank's executor; a function of a module, called with ``arguments``, the device and the ranks.
+        arguments: of ``load``.
+    """
+
+    rank: int
+    device: str
+    rendezvous: Rendezvous
+    load: Load
+    arguments: tuple[Any, ...]
+
+    def start(self, listening: socket.socket | None = None) -> Runs:
+        """Joins the others and loads the executor.
+
+        Args:
+            listening: rank 0's socket.
+        """
+        device = open_device(self.device)
+        device.bind()
+        ranks = join(self.rank, device, self.rendezvous, listening)
+        return self.load(*self.arguments, device, ranks)
+
+
+def main() -> None:
+    """Runs a worker on the connection whose file descriptor is the first argument."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank says when it is over
+        signal.signal(ignored, signal.SIG_IGN)
+    connection: Connection = Connection(int(sys.argv[1]))
+    work: Work = connection.recv()
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {work.rank} on {work.device} %(message)s")
+    commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, commands), name="commands", daemon=True).start()
+    try:
+        executor = work.start()
+        connection.send(Loaded())
+        number = 0
+        while True:
+            executor.run(commands.get())
+            number += 1
+            connection.send(Done(number))
+    except Exception:  # whatever it is, the first rank must hear of it
+        logger.exception("ends")
+        _tell(connection, Failed(traceback.format_exc(limit=-1).strip().splitlines()[-1]))
+    finally:
+        os._exit(1)  # a collective that others never join must not keep the process alive
+
+
+def _receive(connection: Connection, commands: queue.SimpleQueue[Any]) -> None:
+    # In a thread of its own, so that the first rank's end is seen while a collective waits for it.
+    try:
+        while True:
+            commands.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _tell(connection: Connection, message: Failed) -> None:
+    try:
+        connection.send(message)
+    except OSError:
+        logger.info("the first rank is gone")
+
+
+if __name__ == "__main__":
+    main()
