@@ -96,8 +96,8 @@ class SequenceAttention:
         heads = tensor.shape[2] // group.size
         rows = group.shares(len(self._split.ring.share(self._tokens)))
         shapes = [(len(row), heads, tensor.shape[3]) for row in rows]
-        received = group.exchange(image.split(heads, dim=1), shapes)
-        return torch.cat([words.split(heads, dim=1)[group.rank], *received])[None]
+        received = group.exchange(image.chunk(group.size, dim=1), shapes)
+        return torch.cat([words.chunk(group.size, dim=1)[group.rank], *received])[None]
 
     def _to_tokens(self, tensor: Tensor, text: int) -> Tensor:
         """The way back."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_image.devices import Device
-from glm_image.errors import ConfigurationError, UnavailableError
+from glm_image.errors import ConfigurationError, GlmImageError, UnavailableError
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.parallel.messages import Done, Failed, Loaded
 from glm_image.parallel.ranks import Ranks, Rendezvous, leave, listen
@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 1800.0
 """How long a collective waits for ranks that are still loading; a rank that hangs later is noticed by its silence."""
+
+LOSS_SECONDS = 2.0
+"""How long after an error a rank's end is taken for its cause: collectives notice it before the watching thread."""
 
 
 def ignore_loss(loss: UnavailableError) -> None:
@@ -158,7 +161,18 @@ class Team:
                 raise self._lost
             for worker in self._workers:
                 self._send(worker, command)
-        return self._here.run(command)
+        try:
+            return self._here.run(command)
+        except GlmImageError:
+            raise
+        except Exception as error:
+            raise self._cause(error) from error
+
+    def _cause(self, error: Exception) -> Exception:
+        """Returns why a command failed here: the loss of a rank if that is heard of now, else the error itself."""
+        with self._news:
+            self._news.wait_for(lambda: self._lost is not None, LOSS_SECONDS)
+            return self._lost or error
 
     def close(self) -> None:
         """Ends the other ranks."""
@@ -175,7 +189,7 @@ class Team:
         try:
             worker.connection.send(command)  # may wait for a rank that does not read, which the watching thread ends
         except OSError as error:
-            raise UnavailableError(f"{worker} is gone; the instance starts anew") from error
+            raise self._cause(UnavailableError(f"{worker} is gone")) from error
 
     def _wait_until_loaded(self) -> None:
         with self._news:

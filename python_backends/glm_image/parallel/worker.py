@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from glm_image.devices import open_device
+from glm_image.errors import GlmImageError
 from glm_image.parallel.messages import Done, Failed, Loaded
 from glm_image.parallel.ranks import Rendezvous, join
 
@@ -79,7 +80,7 @@ def main() -> None:
         connection.send(Loaded())
         number = 0
         while True:
-            executor.run(commands.get())
+            _run(executor, commands.get())
             number += 1
             connection.send(Done(number))
     except Exception:  # whatever it is, the first rank must hear of it
@@ -87,6 +88,13 @@ def main() -> None:
         _tell(connection, Failed(traceback.format_exc(limit=-1).strip().splitlines()[-1]))
     finally:
         os._exit(1)  # a collective that others never join must not keep the process alive
+
+
+def _run(executor: Runs, command: Any) -> None:
+    try:
+        executor.run(command)
+    except GlmImageError as error:  # refused, by every rank alike
+        logger.info("%s: %s", type(command).__name__, error)
 
 
 def _receive(connection: Connection, commands: queue.SimpleQueue[Any]) -> None:
