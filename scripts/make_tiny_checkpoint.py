@@ -15,7 +15,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -136,8 +136,23 @@ def plan_shards(shapes: Shapes, element_bytes: int, max_bytes: int) -> list[Shap
     return shards
 
 
-def write_weights(folder: Path, part: Part, c: TinyConfig) -> None:
-    """Write the safetensors files of ``part``, and their index when there are several."""
+def random_weights(part: Part, c: TinyConfig) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """What ``write_weights`` reads for a checkpoint of random weights."""
+    return lambda name, shape: torch.from_numpy(tensor_values(part.folder, name, shape, c))
+
+
+def trained_weights(tensors: Mapping[str, torch.Tensor]) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """What ``write_weights`` reads for a checkpoint of the tensors of a model."""
+    return lambda name, shape: tensors[name].reshape(shape)
+
+
+def write_weights(
+    folder: Path, part: Part, c: TinyConfig, values: Callable[[str, tuple[int, ...]], torch.Tensor]
+) -> None:
+    """Write the safetensors files of ``part``, and their index when there are several.
+
+    ``values`` gives the tensor of a name and a shape.
+    """
     dtype = getattr(torch, c.dtype)
     shapes = part_shapes(part, c)
     shards = plan_shards(shapes, dtype.itemsize, c.max_shard_size)
@@ -146,8 +161,7 @@ def write_weights(folder: Path, part: Part, c: TinyConfig) -> None:
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = f"{part.stem}{suffix}.safetensors"
         tensors = {
-            name: torch.from_numpy(tensor_values(part.folder, name, shape, c)).to(torch.float32).to(dtype)
-            for name, shape in shard.items()
+            name: values(name, shape).to("cpu", torch.float32).to(dtype).contiguous() for name, shape in shard.items()
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)
@@ -166,8 +180,8 @@ def write_json(path: Path, content: Json) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def write_configs(folder: Path, c: TinyConfig) -> None:
-    """Write everything but the tensors."""
+def write_configs(folder: Path, c: TinyConfig, merges: Sequence[tuple[str, str]] = ()) -> None:
+    """Write everything but the tensors; ``merges`` are the AR tokenizer's."""
     write_json(folder / "model_index.json", configs.model_index())
     for part in PARTS:
         write_json(folder / part.folder / "config.json", part.config(c))
@@ -176,7 +190,7 @@ def write_configs(folder: Path, c: TinyConfig) -> None:
     write_json(folder / "tokenizer" / "tokenizer_config.json", configs.glyph_tokenizer_config())
     processor = folder / "processor"
     write_json(processor / "preprocessor_config.json", configs.image_processor_config(c))
-    write_json(processor / "tokenizer.json", configs.bpe_tokenizer(c))
+    write_json(processor / "tokenizer.json", configs.bpe_tokenizer(c, merges))
     write_json(processor / "tokenizer_config.json", configs.bpe_tokenizer_config(c))
     (processor / "chat_template.jinja").write_text(configs.chat_template(c), encoding="utf-8")
 
@@ -206,7 +220,7 @@ def make_tiny_checkpoint(folder: Path, config: TinyConfig = PRESETS["tiny"], wei
         write_configs(unfinished, config)
         if weights:
             for part in PARTS:
-                write_weights(unfinished / part.folder, part, config)
+                write_weights(unfinished / part.folder, part, config, random_weights(part, config))
         unfinished.replace(folder)
     return folder
 
@@ -230,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="must not exist, or be empty")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="what the other options start from")
     parser.add_argument("--weights", choices=["random", "none"], default="random")
-    special = {"max_shard_size": parse_size, "vae_widths": parse_widths}
+    special = {"max_shard_size": parse_size, "vae_widths": parse_widths, "ar_mrope_section": parse_widths}
     for field in fields(TinyConfig):
         option = "--" + field.name.replace("_", "-")
         kind = special.get(field.name, type(field.default))

@@ -22,7 +22,8 @@ from glm_image.supervisor import TritonServer
 from glm_image_client import BadArgumentError, GenerationResult, GlmImageClient, GlmImageClientError, RefusedError
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
-TINY_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "tiny"
+TRAINED_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "tiny"
+RANDOM_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "random"
 TINY_SIZE, TINY_STEPS = (256, 256), 20
 OUTPUT = "output_{width}x{height}.png"
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
@@ -33,9 +34,7 @@ console = Console(stderr=True)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart", description="Paints one picture with a server of its own.")
     parser.add_argument("prompt", metavar="PROMPT", help="what to paint; text in quotation marks is lettered")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="default: a tiny one, made here, of random weights"
-    )
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the tiny one that comes with this")
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="width and height in pixels")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same picture")
@@ -51,22 +50,24 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def tiny_checkpoint() -> Path:
-    """The built-in checkpoint, made anew when the scripts that make it have changed."""
+    """The built-in checkpoint; without it one of random weights, made anew when the scripts that make it changed."""
+    if (TRAINED_CHECKPOINT / "model_index.json").is_file():
+        return TRAINED_CHECKPOINT
     sources = sorted(Path(__file__).parent.glob("*tiny_checkpoint*.py"))
     fingerprint = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    stamp = TINY_CHECKPOINT.with_suffix(".sha256")
-    if TINY_CHECKPOINT.is_dir() and stamp.is_file() and stamp.read_text() == fingerprint:
-        return TINY_CHECKPOINT
+    stamp = RANDOM_CHECKPOINT.with_suffix(".sha256")
+    if RANDOM_CHECKPOINT.is_dir() and stamp.is_file() and stamp.read_text() == fingerprint:
+        return RANDOM_CHECKPOINT
     with progress("Making the tiny checkpoint"):
         from make_tiny_checkpoint import make_tiny_checkpoint  # noqa: PLC0415 - it imports torch
 
-        TINY_CHECKPOINT.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=TINY_CHECKPOINT.parent) as folder:
+        RANDOM_CHECKPOINT.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=RANDOM_CHECKPOINT.parent) as folder:
             make_tiny_checkpoint(Path(folder) / "tiny")
-            shutil.rmtree(TINY_CHECKPOINT, ignore_errors=True)
-            (Path(folder) / "tiny").rename(TINY_CHECKPOINT)
+            shutil.rmtree(RANDOM_CHECKPOINT, ignore_errors=True)
+            (Path(folder) / "tiny").rename(RANDOM_CHECKPOINT)
         stamp.write_text(fingerprint)
-    return TINY_CHECKPOINT
+    return RANDOM_CHECKPOINT
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,10 @@ class TinyConfig:
     The vocabulary is laid out as codes, image start, image end, ``reserved_ids``, 256 bytes, ``unused_ids``, special
     tokens, ``trailing_ids``. ``reserved_logit`` is added to the head's logits of every id that is no code, which keeps
     random weights from sampling them (0 lets them). ``max_shard_size`` is in bytes. Source images are
-    enlarged until their shorter side is the root of ``source_min_pixels``.
+    enlarged until their shorter side is the root of ``source_min_pixels``, then reduced until the longer one is at
+    most that of ``source_max_pixels``. ``ar_mrope_section`` holds the frequencies that the axes T, H and W take in
+    turn; empty shares them out in the published model's proportions. The tokenizer's merges take the first of the
+    unused ids.
     """
 
     seed: int = 0
@@ -51,6 +55,7 @@ class TinyConfig:
     ar_head_dim: int = 32
     ar_ffn: int = 192
     ar_rope_theta: float = 10000.0
+    ar_mrope_section: tuple[int, ...] = ()
     vision_depth: int = 2
     vision_hidden: int = 32
     vision_heads: int = 2
@@ -75,12 +80,17 @@ class TinyConfig:
     temperature: float = 0.9
     top_p: float = 0.75
     source_min_pixels: int = 512 * 512
+    source_max_pixels: int = 2048 * 2048
 
     def __post_init__(self) -> None:
         checks = {
             "dtype": (self.dtype in ("float32", "bfloat16"), "float32 or bfloat16"),
             "ar_heads": (self.ar_heads % self.ar_kv_heads == 0, f"a multiple of ar_kv_heads = {self.ar_kv_heads}"),
             "ar_head_dim": (self.ar_head_dim % 4 == 0 and self.ar_head_dim >= 12, "a multiple of 4, 12 or more"),
+            "ar_mrope_section": (
+                not self.ar_mrope_section or sum(self.ar_mrope_section) == int(self.ar_head_dim * ROTARY_SHARE) // 2,
+                "empty, or numbers whose sum is a quarter of ar_head_dim",
+            ),
             "dit_head_dim": (self.dit_head_dim % 4 == 0, "a multiple of 4"),
             "vision_hidden": (self.vision_hidden % self.vision_heads == 0, "a multiple of vision_heads"),
             "vae_widths": (
@@ -117,7 +127,17 @@ FULL = TinyConfig(
     glyph_d_model=1472, glyph_layers=12, glyph_heads=6, glyph_head_dim=64, glyph_ffn=3584,
     vae_widths=(128, 512, 1024, 1024), vae_layers=3, vae_norm_groups=32,
 )  # fmt: skip
-PRESETS = {"tiny": TinyConfig(), "full": FULL}
+# The sizes of the trained checkpoint of scripts/train_tiny.
+TRAINED = TinyConfig(
+    dtype="bfloat16", max_shard_size=12 * 10**6, codebook=2048, reserved_ids=14, unused_ids=768, reserved_logit=0.0,
+    ar_layers=5, ar_hidden=256, ar_heads=4, ar_kv_heads=2, ar_head_dim=64, ar_ffn=640, ar_rope_theta=100.0,
+    ar_mrope_section=(1, 2, 2, 1, 2, 2, 1, 2, 2, 1),
+    vision_depth=4, vision_hidden=192, vision_heads=3, vision_ffn=512, vq_dim=32,
+    dit_layers=7, dit_heads=4, dit_head_dim=64, dit_time_dim=128, dit_condition_dim=32,
+    glyph_d_model=128, glyph_layers=3, glyph_heads=4, glyph_head_dim=32, glyph_ffn=256,
+    vae_widths=(32, 48, 80, 96), source_min_pixels=128 * 128, source_max_pixels=512 * 512,
+)  # fmt: skip
+PRESETS = {"tiny": TinyConfig(), "trained": TRAINED, "full": FULL}
 
 
 def ar_config(c: TinyConfig) -> Json:
@@ -125,6 +145,7 @@ def ar_config(c: TinyConfig) -> Json:
     frequencies = int(c.ar_head_dim * ROTARY_SHARE) // 2
     temporal = max(1, frequencies // 4)
     height = (frequencies - temporal) // 2
+    sections = list(c.ar_mrope_section) or [temporal, height, frequencies - temporal - height]
     text: Json = {
         "model_type": "glm_image_text", "vocab_size": c.vocab, "vision_vocab_size": c.vision_vocab,
         "hidden_size": c.ar_hidden, "intermediate_size": c.ar_ffn, "num_hidden_layers": c.ar_layers,
@@ -133,7 +154,7 @@ def ar_config(c: TinyConfig) -> Json:
         "max_position_embeddings": 131072, "pad_token_id": c.first_special, "eos_token_id": c.codebook + 1,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": c.ar_rope_theta, "partial_rotary_factor": ROTARY_SHARE,
-            "mrope_section": [temporal, height, frequencies - temporal - height],
+            "mrope_section": sections,
         },
     }  # fmt: skip
     if c.ar_heads * c.ar_head_dim != c.ar_hidden:
@@ -231,7 +252,7 @@ def image_processor_config(c: TinyConfig) -> Json:
         "patch_size": 16, "merge_size": 1, "temporal_patch_size": 1, "do_resize": True, "do_rescale": True,
         "do_normalize": True, "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "size": {"shortest_edge": c.source_min_pixels, "longest_edge": 2048 * 2048},
+        "size": {"shortest_edge": c.source_min_pixels, "longest_edge": c.source_max_pixels},
     }  # fmt: skip
 
 
@@ -242,10 +263,13 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in kept else next(moved) for byte in range(256)]
 
 
-def bpe_tokenizer(c: TinyConfig) -> Json:
-    """tokenizer.json of ``processor``: one token a byte, image tokens first, special tokens last."""
+def bpe_tokenizer(c: TinyConfig, merges: Sequence[tuple[str, str]] = ()) -> Json:
+    """tokenizer.json of ``processor``: image tokens first, then one token a byte and a merge, special tokens last."""
+    if len(merges) > c.unused_ids:
+        raise ValueError(f"{len(merges)} merges; allowed: unused_ids, {c.unused_ids}")
     vocab = {f"<|dit_token_{i}|>": i for i in range(c.vision_vocab)}
     vocab |= {letter: c.vision_vocab + byte for byte, letter in enumerate(_byte_letters())}
+    vocab |= {a + b: c.vision_vocab + 256 + n for n, (a, b) in enumerate(merges)}
     special = {f"<|dit_token_{i}|>": i for i in (c.codebook, c.codebook + 1)}
     special |= {token: c.first_special + n for n, token in enumerate(SPECIAL_TOKENS)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -257,7 +281,7 @@ def bpe_tokenizer(c: TinyConfig) -> Json:
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": vocab | special, "merges": [],
+            "vocab": vocab | special, "merges": [list(pair) for pair in merges],
         },
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -204,8 +204,18 @@ class RandomTensors:
         return tensor.normal_(1.0 if is_scale else 0.0, std, generator=self._generator)
 
 
+@runtime_checkable
+class Filled(Protocol):
+    """A module that makes something else of its parameters."""
+
+    def filled(self) -> None:
+        """Called when its parameters are there."""
+
+
 def fill(module: nn.Module, source: TensorSource, prefix: str = "") -> None:
     """Gives a module built on the meta device its parameters and buffers, by their names.
+
+    A submodule that is ``Filled`` is told at once that it has its own.
 
     Args:
         module: frozen by this.
@@ -226,6 +236,8 @@ def fill(module: nn.Module, source: TensorSource, prefix: str = "") -> None:
             setattr(owner, name, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in list(owner.named_buffers(recurse=False)):
             owner.register_buffer(name, source.read(prefix + dotted + name, tuple(buffer.shape)))
+        if isinstance(owner, Filled):
+            owner.filled()
     if ties:
         module.tie_weights()  # type: ignore[operator]
     module.eval()

@@ -41,12 +41,14 @@ class Job:
         deadline_ns: ``time.monotonic_ns()`` after which the request is worthless; 0 = none.
         on_progress: called from the engine's thread; must return at once.
         seconds: wall-clock seconds per stage.
+        cached_steps: denoising steps that the cache skipped, of each picture painted so far.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline_ns: int = 0
     on_progress: Callable[[Progress], None] = ignore_progress
     seconds: dict[str, float] = field(default_factory=dict)
+    cached_steps: list[int] = field(default_factory=list)
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
 
     @classmethod

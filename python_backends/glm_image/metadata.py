@@ -6,13 +6,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm_image import __version__
-from glm_image.checkpoint import Checkpoint
 from glm_image.errors import InvalidInputError
 from glm_image.job import NANOSECONDS, Job
 from glm_image.request import PaintRequest
+
+if TYPE_CHECKING:
+    from glm_image.checkpoint import Checkpoint  # which imports torch, before a stage has chosen its devices
 
 STAGES = ("ar_queue", "prefill", "decode", "dit_queue", "condition", "denoise", "vae", "encode")
 """The parts of a request's time, in the order of its way."""
@@ -84,7 +86,7 @@ def request_metadata(checkpoint: Checkpoint, job: Job, request: PaintRequest) ->
         "generated_width": request.generated.width,
         "generated_height": request.generated.height,
         "steps": request.num_inference_steps,
-        "cached_steps": [0] * len(request.seeds),
+        "cached_steps": list(job.cached_steps),
         "tokens": request.ar_metadata.get("tokens", {"image": request.grid.tokens}),
         "seconds": {stage: round(float(seconds.get(stage, 0.0)), 6) for stage in STAGES},
         "model": {"name": checkpoint.name, "revision": checkpoint.revision},

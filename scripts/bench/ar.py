@@ -32,6 +32,7 @@ from glm_image.request import GenerationParameters, Limits
 
 PROMPT_TOKENS = 64
 SEEDS = range(8)
+PROFILED = 16
 SAMENESS_GRIDS = (Grid(8, 8), Grid(8, 16), Grid(16, 16))
 
 
@@ -161,7 +162,7 @@ def measure_int8_error(checkpoint: Checkpoint, config: ArConfig, device: Device)
     tables = rotary_tables(config, text_positions(PROMPT_TOKENS), place, dtype)
     ids = torch.tensor(prompt_ids(config), device=place)
     logits, sizes = [], []
-    for int8 in (False, True):
+    for int8 in (None, device.int8_product):
         decoder = Decoder.load(config, checkpoint.tensors("vision_language_encoder", place, dtype), int8=int8)
         sizes.append(sum(tensor.nbytes for tensor in decoder.parameters()))
         logits.append(decoder.prefill(ids, *tables, KvCache(config, 1, PROMPT_TOKENS, place, dtype), 0))
@@ -171,16 +172,67 @@ def measure_int8_error(checkpoint: Checkpoint, config: ArConfig, device: Device)
     say("int8 weights", logit_error=error, gigabytes_before=sizes[0] / 1e9, gigabytes_after=sizes[1] / 1e9)
 
 
+def step_linears(config: ArConfig) -> list[tuple[str, int]]:
+    """Returns the linears of a step in their order, and how many weights each reads."""
+    heads = config.heads * config.head_dim
+    layer = [
+        ("qkv", (heads + 2 * config.kv_heads * config.head_dim) * config.hidden_size),
+        ("out", heads * config.hidden_size),
+        ("gate_up", 2 * config.intermediate_size * config.hidden_size),
+        ("down", config.intermediate_size * config.hidden_size),
+    ]
+    return layer * config.layers + [("head", config.vision_vocab_size * config.hidden_size)]
+
+
+def profile(executor: Executor, config: ArConfig, device: Device, bytes_a_weight: int) -> None:
+    """Prints the kernels of one step with eight running: microseconds, and the bandwidth of the linears."""
+    from torch.autograd import DeviceType  # noqa: PLC0415
+    from torch.profiler import ProfilerActivity  # noqa: PLC0415
+    from torch.profiler import profile as record  # noqa: PLC0415
+
+    for slot in SEEDS:
+        admit(executor, config, slot, Grid(32, 32), seed=slot)
+    executor.run(Step(600))
+    synchronizer(device)()
+    cuda = device.torch_device.type == "cuda"
+    with record(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recorded:
+        executor.run(Step(1))
+        synchronizer(device)()
+    for slot in SEEDS:
+        executor.run(Release(slot))
+    # A device's profile also has the calls of the host.
+    ran = [event for event in recorded.events() if (event.device_type == DeviceType.CUDA) == cuda]
+    events = sorted(ran, key=lambda event: event.time_range.start)
+    linears = iter(step_linears(config))
+    spent: dict[str, list[float]] = {}
+    sizes: dict[str, int] = {}
+    for event in events:
+        name = event.name
+        if name in {"_linear_kernel", "_gate_up_kernel"}:
+            name, weights = next(linears, (name, 0))
+            sizes[name] = weights * bytes_a_weight
+        spent.setdefault(name, []).append(event.time_range.elapsed_us())
+    say("step under the profiler", ms=(events[-1].time_range.end - events[0].time_range.start) / 1e3)
+    for name, times in sorted(spent.items(), key=lambda item: -sum(item[1]))[:PROFILED]:
+        rate = {"gb_s": sizes[name] * len(times) / sum(times) / 1e3} if name in sizes else {}
+        say("kernel", name=name[:60], us=sum(times), calls=len(times), us_each=sum(times) / len(times), **rate)
+
+
 def measure_engine(engine: ArEngine, floor: float) -> None:
-    """One request from its arrival to its tokens, and eight at once."""
-    for count in (1, 8):
+    """One request from its arrival to its tokens, the first of the process and the second, and eight at once."""
+    for which, count in (("first", 1), ("second", 1), ("eight at once", 8)):
         started = time.perf_counter()
         asked = [GenerationParameters(prompt="a red fox", height=1024, width=1024, seed=seed) for seed in range(count)]
-        futures = [engine.submit(Job(), one.resolve(Limits(), engine.sampling)) for one in asked]
+        jobs = [Job() for _ in asked]
+        futures = [
+            engine.submit(job, one.resolve(Limits(), engine.sampling)) for job, one in zip(jobs, asked, strict=True)
+        ]
         for future in futures:
             future.result()
         took = time.perf_counter() - started
-        say("engine, 1024x1024", requests=count, seconds=took, to_floor=took / (floor * 1280))
+        to_floor = took / (floor * 1280)
+        parts = {f"{part}_seconds": value for part, value in jobs[0].seconds.items()}
+        say("engine, 1024x1024", which=which, requests=count, seconds=took, to_floor=to_floor, **parts)
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -212,11 +264,16 @@ def main(flags: argparse.Namespace) -> None:
     if flags.brief:
         took = step_seconds(executor, config, device, 1, Grid(32, 32), 600)
         say("decode step", size=1024, running=1, tokens_before=600, ms=took * 1e3, to_floor=took / floor)
+        measure_admission(executor, config, device)
+        if flags.profile:
+            profile(executor, config, device, bytes_a_weight)
         return
     measure_steps(executor, config, device, floor)
     measure_host(executor, config, device)
     measure_admission(executor, config, device)
     measure_sameness(executor, config)
+    if flags.profile:
+        profile(executor, config, device, bytes_a_weight)
     del engine, executor
     gc.collect()
     if flags.reference:
@@ -227,6 +284,7 @@ def main(flags: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = arguments(__doc__ or "")
     parser.add_argument("--quantization", default="none", choices=("none", "int8"))
-    parser.add_argument("--brief", action="store_true", help="stop after the engine and one step")
+    parser.add_argument("--brief", action="store_true", help="stop after the engine, one step and an admission")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
     parser.add_argument("--reference", action="store_true", help="also measure transformers' generate")
     main(parser.parse_args())

@@ -12,19 +12,24 @@ import argparse
 import gc
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import GlmImageTransformer2DModel
 from measure import arguments, matmul_rate, say, seconds
+from numpy.typing import NDArray
+from quantized import say_error, say_linear_rates
 
 from glm_image import geometry
 from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device, open_device, placement
 from glm_image.dit.blocks import best_blocks, eager_blocks
+from glm_image.dit.cache import CacheSettings
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.executor import Decode, Drop, Prepare, Step
+from glm_image.dit.quantized import quantize_blocks
 from glm_image.dit.settings import DitSettings
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job
@@ -32,6 +37,9 @@ from glm_image.request import PaintRequest
 
 STEPS = 50
 GUIDANCE = 1.5
+ALWAYS = CacheSettings(residual_diff_threshold=1e9)  # skips whenever it may: 35 of 50 steps
+NEVER = CacheSettings(residual_diff_threshold=1e-9)  # asks in every step, and skips none
+FEW_STEPS = 12
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
 
 
@@ -41,10 +49,12 @@ def forward_flop(config: Any, tokens: int) -> float:
     return config["num_layers"] * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
 
 
-def build(checkpoint: Checkpoint, device: Device) -> Any:
+def build(checkpoint: Checkpoint, device: Device, quantization: str = "none") -> Any:
     """Loads diffusers' transformer."""
     with torch.device("meta"):
         transformer = GlmImageTransformer2DModel.from_config(checkpoint.config("transformer"))
+    if quantization != "none":
+        quantize_blocks(transformer, quantization, device, device.default_dtype)
     fill(transformer, checkpoint.tensors("transformer", device.torch_device, device.default_dtype))
     return transformer
 
@@ -133,8 +143,28 @@ def size_of(grid: Grid) -> str:
     return f"{grid.width * 32}x{grid.height * 32}"
 
 
-def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> tuple[float, dict[str, float]]:
-    """Paints one picture; returns all its seconds, and those of each part."""
+@dataclass(frozen=True)
+class Painted:
+    """A picture and what it took.
+
+    Attributes:
+        seconds: all of it.
+        job: the seconds of each part, and how many steps were cached.
+        pixels: uint8 [1, height, width, 3].
+    """
+
+    seconds: float
+    job: Job
+    pixels: NDArray[np.uint8]
+
+    @property
+    def denoise_seconds(self) -> float:
+        """The seconds of its steps."""
+        return self.job.seconds["denoise"]
+
+
+def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> Painted:
+    """Paints one picture."""
     tokens = np.random.default_rng(0).integers(0, engine.codebook_size, (1, grid.tokens), dtype=np.int32)
     size = Size(grid.height * 32, grid.width * 32)
     request = PaintRequest(
@@ -148,26 +178,63 @@ def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> tuple[f
     )
     job = Job()
     started = time.perf_counter()
-    engine.finish(job, request, engine.denoise(job, request))
-    return time.perf_counter() - started, job.seconds
+    result = engine.finish(job, request, engine.denoise(job, request))
+    return Painted(time.perf_counter() - started, job, result.pixels)
 
 
-def measure_pictures(engine: DitEngine, grids: list[Grid], config: Any, rate: float) -> None:
-    """Whole pictures: the first of its size, and a warm one."""
+def measure_pictures(engine: DitEngine, grids: list[Grid], config: Any, rate: float) -> dict[Grid, float]:
+    """Whole pictures: the first of its size, and a warm one. Returns the seconds of the warm one's steps."""
+    exact: dict[Grid, float] = {}
     for grid in grids:
-        first, _ = paint(engine, grid, 2, GUIDANCE)
-        whole, parts = paint(engine, grid, STEPS, GUIDANCE)
+        first = paint(engine, grid, 2, GUIDANCE).seconds
+        warm = paint(engine, grid, STEPS, GUIDANCE)
+        parts, exact[grid] = warm.job.seconds, warm.denoise_seconds
         floor = STEPS * 2 * forward_flop(config, grid.tokens * 4 + 4) / rate
         say(
             "picture, 50 steps, guidance 1.5",
             size=size_of(grid),
-            seconds=whole,
+            seconds=warm.seconds,
             denoise_seconds=parts["denoise"],
             floor_seconds=floor,
             to_floor=parts["denoise"] / floor,
             vae_seconds=parts["vae"],
             condition_seconds=parts["condition"],
             first_two_steps_of_the_size_seconds=first,
+        )
+    return exact
+
+
+def measure_cache(engine: DitEngine, exact: dict[Grid, float], layers: int) -> None:
+    """Pictures with cached steps, against those without: as many skipped as may be, and none though all are asked."""
+    for grid, exact_seconds in exact.items():
+        engine.executor.cache = ALWAYS
+        paint(engine, grid, FEW_STEPS, GUIDANCE)
+        cached = paint(engine, grid, STEPS, GUIDANCE)
+        (skipped,) = cached.job.cached_steps
+        always_run = ALWAYS.Fn_compute_blocks + ALWAYS.Bn_compute_blocks
+        share = 1 - skipped / STEPS * (1 - always_run / layers)
+        say(
+            "cached picture, 50 steps, guidance 1.5, skipped wherever it may be",
+            size=size_of(grid),
+            cached_steps=skipped,
+            seconds=cached.seconds,
+            denoise_seconds=cached.denoise_seconds,
+            exact_denoise_seconds=exact_seconds,
+            to_exact=cached.denoise_seconds / exact_seconds,
+            block_work_share=share,
+            to_block_work=cached.denoise_seconds / (share * exact_seconds),
+        )
+        engine.executor.cache = NEVER
+        asked = paint(engine, grid, FEW_STEPS, GUIDANCE)
+        engine.executor.cache = None
+        plain = paint(engine, grid, FEW_STEPS, GUIDANCE)
+        say(
+            f"cached picture, {FEW_STEPS} steps, guidance 1.5, none similar enough",
+            size=size_of(grid),
+            cached_steps=asked.job.cached_steps[0],
+            denoise_seconds=asked.denoise_seconds,
+            to_exact=asked.denoise_seconds / plain.denoise_seconds,
+            identical_to_exact=bool((asked.pixels == plain.pixels).all()),
         )
 
 
@@ -225,10 +292,27 @@ def main(flags: argparse.Namespace) -> None:
         measure_difference(checkpoint, device)
         gc.collect()
         torch.cuda.empty_cache()
+    if flags.quantization != "none":
+        say_linear_rates(checkpoint.config("transformer"), grids[0].tokens * 4, device)
+        with_bf16, in_8_bits = build(checkpoint, device), build(checkpoint, device, flags.quantization)
+        say_error(with_bf16, in_8_bits, device, flags.quantization)
+        del with_bf16, in_8_bits
+        gc.collect()
+        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+    settings = DitSettings(
+        warmup_sizes=tuple(map(geometry.painted_size, grids)),
+        quantization=flags.quantization,
+        vae_tiling=flags.vae_tiling,
+    )
     started = time.perf_counter()
-    engine = DitEngine(checkpoint, device, DitSettings(warmup_sizes=tuple(map(geometry.painted_size, grids))))
-    say("start to ready", seconds=time.perf_counter() - started)
-    measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
+    engine = DitEngine(checkpoint, device, settings)
+    weights = torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    say("start to ready", seconds=time.perf_counter() - started, quantization=flags.quantization, weights_gb=weights)
+    exact = measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
+    if flags.cache:
+        measure_cache(engine, exact, checkpoint.config("transformer")["num_layers"])
     say("memory", allocated_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)
     measure_host(engine, device, grids[0])
     if flags.profile:
@@ -240,5 +324,8 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", default="1024x1024", help="WIDTHxHEIGHT, with commas between them")
     parser.add_argument("--reference", action="store_true", help="also measure diffusers' own forward")
     parser.add_argument("--difference", action="store_true", help="also compare the blocks with diffusers' own")
+    parser.add_argument("--cache", action="store_true", help="also measure cached denoising; needs cache-dit")
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
+    parser.add_argument("--quantization", default="none", choices=("none", "int8", "fp8"), help="of the blocks")
+    parser.add_argument("--vae-tiling", default="off", choices=("off", "on", "auto"))
     main(parser.parse_args())

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import load
+from deploy import add_flags, deployed
 from load import Answered, Level, Values
 from measure import say
 
@@ -36,6 +37,7 @@ DIFFERENT_SEEDS = 16
 PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 PERCENTILES = (50, 90, 99)
 PROC = Path("/proc")
+DRAIN_SECONDS = 5  # for what the benchmark gave up
 
 
 class Served(NamedTuple):
@@ -62,6 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--input-data", type=Path, metavar="FILE", help="requests as perf_analyzer reads them")
     parser.add_argument("--size", default="256x256", metavar="WxH", help="without --input-data (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="without --input-data (%(default)s)")
+    add_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -77,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     requests = load.read_input_data(flags.input_data) if flags.input_data else default_requests(flags)
     levels = [Level("concurrency", value, flags.requests) for value in flags.concurrency]
     levels += [Level("rate", value, flags.requests) for value in flags.request_rate]
+    if not flags.input_data:
+        say("request", size=flags.size, steps=flags.steps)
     with served(flags) as server:
         url = server.grpc_url if flags.protocol == "grpc" else server.http_url
         load.own_load(url, flags.protocol, requests, Level("concurrency", 1, flags.warm_ups))
@@ -100,7 +105,8 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
         return
     with (
         nullcontext(flags.checkpoint) if flags.checkpoint else tiny_checkpoint() as checkpoint,
-        TritonServer(checkpoint, model_repository=flags.model_repository) as server,
+        deployed(flags) as repository,
+        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
     ):
         yield Served(server.http_url, server.grpc_url, os.getpid())
 

@@ -8,46 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_image.ar.config import ArConfig
-from glm_image.ar.int8 import quantize_linears
+from glm_image.ar.int8 import Int8Product, quantize_linears
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import draw
 from glm_image.ar.state import DecodeState
 from glm_image.checkpoint import RandomTensors
 from glm_image.devices.attention import masked_decode_attention
-from glm_image.kernels.decoder import FusedDecoder
+from glm_image.devices.int8 import widened_product
+from glm_image.kernels.decoder import SPLIT_PLANS, WIDENING_PLANS, FusedDecoder, Plans
 from glm_image.kernels.sampling import draw_tokens
 from glm_image.kernels.skinny_linear import Plan, gate_up, linear_parts
 from glm_image.request import Sampling
+from kernels.sizes import BF16_ERROR, CONFIG, relative_error
 
-CONFIG = ArConfig(
-    layers=2,
-    hidden_size=96,
-    intermediate_size=200,
-    heads=6,
-    kv_heads=2,
-    head_dim=32,
-    rotary_dim=16,
-    rotary_theta=10000.0,
-    mrope_section=(2, 3, 3),
-    norm_eps=1e-5,
-    attention_bias=True,
-    vocab_size=150,
-    vision_vocab_size=75,
-    codebook_size=64,
-    end_ids=(65,),
-    sampling=Sampling(0.9, 0.75, 75),
-)
 LENGTHS = (0, 1, 5, 63, 64, 65, 130, 17)
 POSITIONS = 160
-BF16_ERROR = 0.02
 
 # Triton's interpreter takes bf16 in a matrix product for integers.
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter multiplies no bf16 matrices")
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return float((got.float() - want.float()).norm() / want.float().norm())
 
 
 def random_state(device: torch.device) -> DecodeState:
@@ -72,14 +50,15 @@ def torch_logits(decoder: Decoder, state: DecodeState) -> Tensor:
 
 @needs_gpu
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, int8: bool) -> None:
+@pytest.mark.parametrize("plans", [Plans(), WIDENING_PLANS, SPLIT_PLANS])
+def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, plans: Plans) -> None:
     config = replace(CONFIG, attention_bias=bias)
-    decoder = Decoder.load(config, RandomTensors(device, torch.bfloat16), int8=int8)
+    product = None if plans == Plans() else widened_product
+    decoder = Decoder.load(config, RandomTensors(device, torch.bfloat16), int8=product)
     ours, theirs = random_state(device), random_state(device)
     with torch.inference_mode():
         want = torch_logits(decoder, theirs)
-        fused = FusedDecoder(decoder, len(LENGTHS))
+        fused = FusedDecoder(decoder, len(LENGTHS), plans)
         got = fused.decode(ours.tokens, ours.lengths, (ours.cos, ours.sin), ours.cache)
     assert torch.isfinite(got).all()
     assert relative_error(got, want) < BF16_ERROR
@@ -88,8 +67,9 @@ def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, 
 
 
 @needs_gpu
-def test_a_slot_depends_on_nothing_in_the_others(device: torch.device) -> None:
-    decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16))
+@pytest.mark.parametrize("product", [None, widened_product])
+def test_a_slot_depends_on_nothing_in_the_others(device: torch.device, product: Int8Product | None) -> None:
+    decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16), int8=product)
     one, other = random_state(device), random_state(device)
     other.tokens[1:] += 1
     other.lengths[1:] = 3
@@ -122,7 +102,7 @@ def test_gate_and_up_are_multiplied(device: torch.device, int8: bool) -> None:
     layer = torch.nn.Module()
     layer.linear = torch.nn.Linear(96, 2 * 40, bias=False, device=device, dtype=torch.bfloat16)
     if int8:
-        quantize_linears(layer)
+        quantize_linears(layer, widened_product)
     x = torch.randn(8, 96, device=device, dtype=torch.bfloat16)
     out = torch.full((8, 40), torch.nan, device=device, dtype=torch.bfloat16)
     with torch.inference_mode():

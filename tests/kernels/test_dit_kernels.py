@@ -8,7 +8,7 @@ from diffusers import GlmImageTransformer2DModel
 from torch import Tensor
 
 from glm_image.checkpoint import RandomTensors, fill
-from glm_image.dit.blocks import eager_blocks
+from glm_image.dit.blocks import Rotary, Tokens, eager_blocks
 from glm_image.kernels.dit_blocks import FusedBlocks
 
 TEXT_TOKENS = ((6, 1), (1, 1), (3,), (0,))
@@ -31,22 +31,43 @@ def build(device: torch.device) -> GlmImageTransformer2DModel:
     return transformer
 
 
-@pytest.mark.parametrize("text_tokens", TEXT_TOKENS)
-def test_the_blocks_are_those_of_diffusers(device: torch.device, text_tokens: tuple[int, ...]) -> None:
+def arguments(
+    transformer: GlmImageTransformer2DModel, device: torch.device, text_tokens: tuple[int, ...]
+) -> tuple[list[Tokens], Tensor, Rotary]:
+    """Draws sequences and a time; returns what the blocks are called with."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
 
-    transformer = build(device)
     width = 3 * 32
     sequences = [(draw(1, GRID[0] * GRID[1], width), draw(1, tokens, width)) for tokens in text_tokens]
     time = draw(1, 32)
     cos, sin = transformer.rope(torch.empty(1, 1, GRID[0] * 2, GRID[1] * 2))
-    rotary = (cos.to(device), sin.to(device))
+    return sequences, time, (cos.to(device), sin.to(device))
+
+
+@pytest.mark.parametrize("text_tokens", [(6, 1), (0,)])
+def test_blocks_run_in_parts_give_the_same_bits(device: torch.device, text_tokens: tuple[int, ...]) -> None:
+    transformer = build(device)
+    sequences, *rest = arguments(transformer, device, text_tokens)
+    given = [(image.clone(), text.clone()) for image, text in sequences]
     with torch.inference_mode():
-        want = eager_blocks(transformer)(sequences, time, rotary)
-        got = FusedBlocks(transformer)(sequences, time, rotary)
+        blocks = FusedBlocks(transformer)
+        whole = blocks.run(range(2), sequences, *rest)
+        parts = blocks.run(range(1, 2), blocks.run(range(1), sequences, *rest), *rest)
+    for left, right in [*zip(parts, whole, strict=True), *zip(sequences, given, strict=True)]:
+        assert torch.equal(left[0], right[0])
+        assert torch.equal(left[1], right[1])
+
+
+@pytest.mark.parametrize("text_tokens", TEXT_TOKENS)
+def test_the_blocks_are_those_of_diffusers(device: torch.device, text_tokens: tuple[int, ...]) -> None:
+    transformer = build(device)
+    given = arguments(transformer, device, text_tokens)
+    with torch.inference_mode():
+        want = eager_blocks(transformer)(*given)
+        got = FusedBlocks(transformer)(*given)
     assert len(got) == len(want)
     for ours, theirs in zip(got, want, strict=True):
         error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())

@@ -158,7 +158,7 @@ def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: 
 
 
 def test_a_rank_that_cannot_load_is_told_and_leaves_nothing(checkpoint_folder: Path) -> None:
-    with pytest.raises(ConfigurationError, match="rank 1 .npu:7.*found on this machine"):
+    with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
         ArEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), ArSettings(), peers=Peers(("npu:7",)))
     assert not _worker_pids(os.getpid())
 

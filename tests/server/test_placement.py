@@ -15,10 +15,13 @@ import pytest
 
 from glm_image.supervisor import ServerStartError, TritonServer
 from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
+from server.test_profiles import images_by_painter
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 
 ASKED: Values = {"prompt": "A fox reading 'NEWS'", "height": 96, "width": 96, "num_inference_steps": 200, "seed": 1}
+
+LOGS: dict[TritonServer, io.StringIO] = {}
 
 
 def copy_repository(folder: Path, *models: str) -> Path:
@@ -51,13 +54,15 @@ def two_instances(
     folder = tmp_path_factory.mktemp("placed")
     repository = copy_repository(folder / "models", "glm_image", "glm_ar", "glm_dit")
     edit(repository, "glm_dit", "count: 1", "count: 2")
-    set_parameter(repository, "glm_dit", "devices", "cpu;cpu")
+    set_parameter(repository, "glm_dit", "devices", "cpu:4;cpu:7")
     for model in ("glm_ar", "glm_dit"):
         set_parameter(repository, model, "checkpoint", str(tiny_checkpoint))
     unusable = folder / "unusable"
     unusable.mkdir()
     (unusable / "model_index.json").write_text("{}")
-    with TritonServer(unusable, model_repository=repository, drain_seconds=5) as server:
+    log = io.StringIO()
+    with TritonServer(unusable, model_repository=repository, drain_seconds=5, log=log) as server:
+        LOGS[server] = log
         yield server
 
 
@@ -80,6 +85,7 @@ def test_both_instances_get_work(triton: TritonServer, two_instances: TritonServ
     assert denoising_seconds(two) > two.seconds
     for alone, beside in zip(one.outputs, two.outputs, strict=True):
         np.testing.assert_array_equal(alone["images"], beside["images"])
+    assert all(count > 0 for count in images_by_painter(two_instances).values())
 
 
 def test_a_checkpoint_named_in_the_configuration_is_loaded(
@@ -97,6 +103,14 @@ def test_a_checkpoint_named_in_the_configuration_is_loaded(
 # Model, parameter, value, what the model says.
 REFUSALS = {
     "no device": ("glm_dit", "devices", "gpu:0", "devices has the entry 'gpu:0'; allowed: auto, or cpu, npu:N, cuda:N"),
+    "unknown device": ("glm_dit", "devices", "cuda:99", "devices has the entry 'cuda:99'; found on this machine: "),
+    "too many devices": ("glm_ar", "devices", "cpu:0;cpu:1", "devices is 'cpu:0;cpu:1': 2 for 1 instances; allowed: "),
+    "several devices": (
+        "glm_ar",
+        "devices",
+        "cpu:0,cpu:1",
+        "devices has the entry 'cpu:0,cpu:1'; one instance over several devices comes later",
+    ),
     "misspelt dtype": ("glm_dit", "dtype", "bf16", "dtype is 'bf16'; allowed: auto, float32, bfloat16"),
     "no number": ("glm_ar", "max_num_seqs", "many", "max_num_seqs is 'many'; allowed: a whole number of at least 1"),
     "pieces": (
@@ -135,14 +149,12 @@ def test_an_unknown_parameter_is_named(tiny_checkpoint: Path, tmp_path: Path) ->
         TritonServer(tiny_checkpoint, model_repository=repository).__enter__()
 
 
-def test_an_instance_takes_the_entry_of_its_index(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    repository = copy_repository(tmp_path, "glm_dit")
-    edit(repository, "glm_dit", "count: 1", "count: 2")
-    set_parameter(repository, "glm_dit", "devices", "cpu;cuda:99")
-    log = io.StringIO()
-    with pytest.raises(ServerStartError, match="glm_dit failed to load: device is 'cuda:99'; found on this machine: "):
-        TritonServer(tiny_checkpoint, model_repository=repository, log=log).__enter__()
-    assert "glm_dit_0_0 loading the transformer on cpu" in log.getvalue()
+def test_an_instance_takes_the_entry_of_its_index(two_instances: TritonServer) -> None:
+    log = (LOGS[two_instances]).getvalue()
+    for index, device in enumerate(("cpu:4", "cpu:7")):
+        assert f"glm_dit_0_{index} instance {index} of 2 takes {device}: devices is cpu:4;cpu:7, found " in log
+        assert f"glm_dit_0_{index} loading the transformer on {device}" in log
+    assert "glm_ar_0_0 instance 0 of 1 takes " in log
 
 
 def test_what_a_checkpoint_lacks_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -81,3 +81,24 @@ def test_own_load_at_a_rate_tells_failures(triton: TritonServer, tmp_path: Path)
     lines = bench(*url, "--driver", "own", "--concurrency", "", "--request-rate", "20", code=1)
     (told,) = measures(lines, "load")
     assert (told["rate"], told["failed"], told["errors"]) == (20, 2, ["width is 31; allowed: 32 to 2048"])
+
+
+@pytest.mark.full
+def test_a_steady_stream_with_other_parameters() -> None:
+    program = PROGRAM.with_name("stream.py")
+    brief = ["--size", "64x64", "--steps", "2", "--concurrency", "3", "--requests", "4", "--warm-ups", "1"]
+    parameters = ["--parameter", "glm_dit.quantization=int8", "--parameter", "glm_ar.load_format=dummy"]
+    ended = subprocess.run(
+        [sys.executable, str(program), *brief, *parameters],
+        capture_output=True,
+        text=True,
+        timeout=PROGRAM_SECONDS,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    (alone,), (told,) = measures(lines, "alone"), measures(lines, "steady stream")
+    assert (told["requests"], told["concurrency"], told["mps"]) == (4, 3, False)
+    assert min(alone["ar_seconds"], alone["dit_seconds"], alone["vae_seconds"]) > 0
+    assert told["pictures_per_second"] > 0
+    assert told["to_bound"] == pytest.approx(told["pictures_per_second"] / told["bound_per_second"], rel=1e-2)

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from glm_image.ar.engine import ArEngine
+from glm_image.ar.measures import KV_CACHE_BYTES
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device
 from glm_image.devices.base import Memory
 from glm_image.devices.cpu import CpuDevice
 from glm_image.errors import ConfigurationError, InvalidInputError, UnavailableError
+from glm_image.geometry import Size
 from glm_image.job import Job
 from glm_image.request import GenerationParameters, Limits, ResolvedRequest
 
@@ -61,6 +63,23 @@ def test_a_device_too_small_is_refused_before_anything_is_loaded(checkpoint_fold
     engine_of(checkpoint_folder, small, max_sequence_tokens=256, max_num_seqs=1).close()
     with pytest.raises(ConfigurationError, match=r"memory_utilization 0\.01 allows"):
         engine_of(checkpoint_folder, small, max_sequence_tokens=256, max_num_seqs=1, memory_utilization=0.01)
+
+
+class LazyDevice(CpuDevice):
+    warmup_sizes = (Size(64, 96), Size(2048, 2048))
+
+
+def test_the_warm_up_leaves_nothing_behind(checkpoint_folder: Path) -> None:
+    records: list[str] = []
+    lazy = LazyDevice(torch.device("cpu"))
+    settings = ArSettings(max_num_seqs=2, max_sequence_tokens=640)
+    warm = ArEngine(Checkpoint.open(checkpoint_folder), lazy, settings, lambda name, *_: records.append(name))
+    assert records == [KV_CACHE_BYTES]
+    cold = engine_of(checkpoint_folder, max_num_seqs=2, max_sequence_tokens=640)
+    tokens = [engine.submit(Job(), resolved(engine, "x")).result(WAIT_SECONDS) for engine in (warm, cold)]
+    assert tokens[0].prior_token_ids.tolist() == tokens[1].prior_token_ids.tolist()
+    warm.close()
+    cold.close()
 
 
 def test_bfloat16_runs_on_the_cpu(checkpoint_folder: Path) -> None:

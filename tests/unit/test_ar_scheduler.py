@@ -285,3 +285,22 @@ def test_requests_of_equal_content_are_not_mistaken_for_each_other(served: Serve
     assert rows(twins[0]) == tokens_of(10)
     with pytest.raises(CancelledError):
         twins[1].result(WAIT_SECONDS)
+
+
+def test_first_commands_run_in_the_thread_of_all_others() -> None:
+    threads: list[str] = []
+
+    def run(command: Command) -> None:
+        threads.append(f"{type(command).__name__} in {threading.current_thread().name}")
+
+    scheduler = Scheduler(run, SLOTS, 1, first=(Step(1), Release(0)))
+    assert threads == ["Step in ar-scheduler", "Release in ar-scheduler"]
+    scheduler.close()
+
+
+def test_a_fault_of_the_first_commands_is_told() -> None:
+    def run(command: Command) -> None:
+        raise RuntimeError(f"fault at {type(command).__name__}")
+
+    with pytest.raises(RuntimeError, match="fault at Step"):
+        Scheduler(run, SLOTS, 1, first=(Step(1),))

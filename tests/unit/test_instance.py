@@ -1,26 +1,49 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from glm_image.cards import Cards
 from glm_image.errors import ConfigurationError
 from glm_image.request import Limits
 from glm_image.serving.declaration import AR_PARAMETERS
 from glm_image.serving.instance import Instance
 
 
-def instance(name: str = "glm_ar_0_0", **parameters: str) -> Instance:
-    config = {"parameters": {key: {"string_value": value} for key, value in parameters.items()}}
+def instance(name: str = "glm_ar_0_0", groups: tuple[dict[str, Any], ...] = (), **parameters: str) -> Instance:
+    given = {key: {"string_value": value} for key, value in parameters.items()}
+    config = {"parameters": given, "instance_group": groups}
     args = {"model_name": "glm_ar", "model_instance_name": name, "model_config": json.dumps(config)}
     return Instance.read(args, AR_PARAMETERS)
 
 
-@pytest.mark.parametrize(("name", "index"), [("glm_ar_0_0", 0), ("glm_ar_0_3", 3), ("glm_ar_0_12", 12)])
-def test_an_instance_knows_its_index(name: str, index: int) -> None:
-    read = instance(name)
-    assert (read.model, read.index) == ("glm_ar", index)
+@pytest.mark.parametrize(
+    ("name", "groups", "position"),
+    [
+        ("glm_ar_0_0", (), (0, 1)),
+        ("glm_ar_0_0", ({"name": "glm_ar_0", "count": 1},), (0, 1)),
+        ("glm_ar_0_12", ({"name": "glm_ar_0", "count": 13},), (12, 13)),
+        ("glm_ar_1_1", ({"name": "glm_ar_0", "count": 2}, {"name": "glm_ar_1", "count": 3}), (3, 5)),
+        ("painters_0", ({"name": "", "count": 1}, {"name": "painters", "count": 1}), (1, 2)),
+    ],
+)
+def test_an_instance_knows_its_place_among_all(
+    name: str, groups: tuple[dict[str, Any], ...], position: tuple[int, int]
+) -> None:
+    read = instance(name, groups)
+    assert (read.model, read.index, read.count) == ("glm_ar", *position)
+
+
+def test_a_name_that_no_group_gives_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'glm_ar_0_2', which instance_group"):
+        instance("glm_ar_0_2", ({"name": "glm_ar_0", "count": 2},))
 
 
 def test_a_config_without_parameters_is_all_defaults() -> None:
@@ -78,3 +101,39 @@ def test_shares_are_read(text: str) -> None:
 def test_what_is_no_share_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^memory_utilization is .*; allowed: above 0, at most 1$"):
         instance(memory_utilization=text).share("memory_utilization")
+
+
+def test_taking_a_place_sets_what_the_runtime_reads(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("glm_image.serving.instance.find_cards", lambda: Cards("npu", ("4", "5", "6")))
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6")
+    groups = ({"name": "glm_ar_0", "count": 2},)
+    caplog.set_level("INFO")
+    place = instance("glm_ar_0_1", groups, devices="npu:0;npu:2").take_place(spare_first=False)
+    assert (place.devices, place.inside) == (("npu:2",), ("npu:0",))
+    assert os.environ["ASCEND_RT_VISIBLE_DEVICES"] == "6"
+    assert "instance 1 of 2 takes npu:2: devices is npu:0;npu:2, found npu:0 to npu:2" in caplog.text
+    assert "ASCEND_RT_VISIBLE_DEVICES=6" in caplog.text
+    with pytest.raises(ConfigurationError, match="devices has 'npu:1' for 2 instances"):
+        instance("glm_ar_0_0", groups, devices="npu:1;npu:1").take_place(spare_first=False)
+
+
+def test_no_backend_imports_the_framework_before_it_has_a_place() -> None:
+    """Run as Triton's stub does: with Triton's utilities on the path."""
+    package = importlib.util.find_spec("pytriton")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("this environment has no pytriton")
+    utilities = Path(package.submodule_search_locations[0], "tritonserver", "backends", "python")
+    program = """if True:
+        import sys
+        from glm_image.serving import ar_backend, dit_backend
+        frameworks = {"torch", "torch_npu", "transformers", "diffusers"} & set(sys.modules)
+        sys.exit(f"imported: {frameworks}" if frameworks else 0)
+    """
+    paths = [str(utilities), *(path for path in sys.path if path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr

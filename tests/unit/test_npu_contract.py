@@ -209,7 +209,7 @@ SEEN = {
         "torch.npu.NPUGraph", "torch.npu.graph", "torch.npu.mem_get_info", "torch.npu.max_memory_allocated",
         "torch.npu.set_device", "torch.npu.is_available", "torch.npu.device_count",
         "torch_npu.npu.NPUGraph.replay", "torch_npu.npu.NPUGraph.update", "torch_npu.npu.Event.synchronize",
-        "torch_npu.npu.Stream.wait_stream",
+        "torch_npu.npu.Stream.wait_stream", "torch.ops.npu.npu_weight_quant_batchmatmul",
     },
     "torch.cuda": {
         "torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.CUDAGraph.replay", "torch.cuda.Event.record",

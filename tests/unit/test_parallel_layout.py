@@ -66,12 +66,12 @@ def test_auto_uses_all_devices(devices: int) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_was_given(text: str, devices: int) -> None:
-    with pytest.raises(ConfigurationError, match="parallel is .*allowed|parallel is .*of cfg=2") as refusal:
+    with pytest.raises(ConfigurationError, match=r"parallel is .*allowed|parallel is .*of cfg=2") as refusal:
         ParallelLayout.parse(text, devices)
     assert repr(text) in str(refusal.value)
 
 
 def test_heads_must_divide() -> None:
     check_heads(64, tp=2, ulysses=4)
-    with pytest.raises(ConfigurationError, match="tp=3 and ulysses=1.*64 heads"):
+    with pytest.raises(ConfigurationError, match=r"tp=3 and ulysses=1.*64 heads"):
         check_heads(64, tp=3, ulysses=1)

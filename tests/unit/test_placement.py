@@ -1,51 +1,166 @@
 from __future__ import annotations
 
+import os
+import re
+
 import pytest
 import torch
 
-from glm_image.devices import named_dtype, open_device, placement, select
+from glm_image import cards as cards_module
+from glm_image.cards import Cards, find_cards
+from glm_image.devices import named_dtype, open_device, placement
+from glm_image.devices.select import accelerators
 from glm_image.errors import ConfigurationError
+from glm_image.placement import Entry, check_shares, entries_of, lay_out, place
+
+NPUS = Cards("npu", tuple("01234567"))
+GPUS = Cards("cuda", ("2", "GPU-b", "7", "8"))
+NONE = Cards("cpu")
+
+
+def devices_of(devices: str, instances: int, cards: Cards = NPUS, *, spare_first: bool = False) -> list[str]:
+    return [",".join(entry) for entry in lay_out(devices, instances, cards, spare_first=spare_first)]
 
 
 @pytest.mark.parametrize(
-    ("devices", "places"),
+    ("devices", "cards", "places"),
     [
-        ("cpu", ["cpu", "cpu", "cpu"]),
-        ("npu:0", ["npu:0"]),
-        ("npu:1;npu:2", ["npu:1", "npu:2"]),
-        (" cuda:3 ; cpu ", ["cuda:3", "cpu"]),
+        ("cpu", NPUS, ["cpu", "cpu", "cpu"]),
+        ("npu:0", NPUS, ["npu:0"]),
+        ("npu:1;npu:2", NPUS, ["npu:1", "npu:2"]),
+        (" cuda:3 ; cpu ", GPUS, ["cuda:3", "cpu"]),
+        ("cpu:0;cpu:1;cpu:1", NONE, ["cpu:0", "cpu:1", "cpu:1"]),
     ],
 )
-def test_an_instances_index_picks_its_entry(devices: str, places: list[str]) -> None:
-    assert [placement(devices, instance) for instance in range(len(places))] == places
+def test_an_instances_index_picks_its_entry(devices: str, cards: Cards, places: list[str]) -> None:
+    assert devices_of(devices, len(places), cards) == places
+
+
+@pytest.mark.parametrize("devices", ["", "gpu:0", "npu", "npu:-1", "npu:0;", "npu:0;what", "npu:0,", "cpu:x"])
+def test_what_is_no_device_is_refused(devices: str) -> None:
+    entry = devices.rpartition(";")[2]
+    with pytest.raises(ConfigurationError, match=f"^devices has the entry '{entry}'; allowed: auto, or cpu, npu:N"):
+        devices_of(devices, 1)
 
 
 @pytest.mark.parametrize(
-    ("devices", "instance", "named"),
+    ("devices", "instances", "said"),
     [
-        ("", 0, "''"),
-        ("gpu:0", 0, "'gpu:0'"),
-        ("npu", 0, "'npu'"),
-        ("npu:-1", 0, "'npu:-1'"),
-        ("npu:0;", 0, "''"),
-        ("npu:0;what", 0, "'what'"),
-        ("cuda:0,cuda:1", 0, "several devices"),
-        ("npu:1;npu:2", 2, "none for instance 2"),
-        ("npu:1", 1, "none for instance 1"),
+        ("npu:1;npu:8", 2, "devices has the entry 'npu:8'; found on this machine: npu:0 to npu:7"),
+        ("cuda:0", 1, "devices has the entry 'cuda:0'; found on this machine: npu:0 to npu:7"),
+        ("npu:1;npu:2", 3, "devices is 'npu:1;npu:2': 2 for 3 instances; allowed: as many entries as instance_group"),
+        ("npu:1;npu:2", 1, "devices is 'npu:1;npu:2': 2 for 1 instances; allowed: as many entries as instance_group"),
+        ("cpu:0", 2, "devices is 'cpu:0': 1 for 2 instances; allowed: as many entries as instance_group"),
+        ("npu:0,npu:1", 1, "devices has the entry 'npu:0,npu:1'; one instance over several devices comes later"),
+        ("npu:0,npu:0", 1, "devices has the entry 'npu:0,npu:0'; allowed: each device once in an entry"),
     ],
 )
-def test_what_is_no_device_is_refused(devices: str, instance: int, named: str) -> None:
-    with pytest.raises(ConfigurationError, match="devices") as refused:
-        placement(devices, instance)
-    assert named in str(refused.value)
+def test_what_does_not_fit_the_machine_or_the_instances_is_refused(devices: str, instances: int, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(said)}"):
+        devices_of(devices, instances)
 
 
-def test_auto_takes_the_cards_in_turn_and_the_cpu_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "accelerators", lambda: ("npu", 3))
-    assert [placement("auto", instance) for instance in range(4)] == ["npu:0", "npu:1", "npu:2", "npu:0"]
-    assert [placement("auto", instance, first=1) for instance in range(3)] == ["npu:1", "npu:2", "npu:0"]
-    monkeypatch.setattr(select, "accelerators", lambda: ("cpu", 0))
-    assert placement("auto", 5, first=1) == "cpu"
+def test_the_grammar_has_instances_over_several_devices() -> None:
+    assert entries_of("npu:0,npu:1 ; npu:2, npu:3") == (("npu:0", "npu:1"), ("npu:2", "npu:3"))
+
+
+@pytest.mark.parametrize(
+    ("cards", "first", "second"),
+    [
+        (NPUS, ["npu:0"], [f"npu:{card}" for card in range(1, 8)]),
+        (Cards("cuda", ("0", "1")), ["cuda:0"], ["cuda:1", "cuda:1"]),
+        (Cards("npu", ("0",)), ["npu:0"], ["npu:0"]),
+        (NONE, ["cpu"], ["cpu", "cpu"]),
+    ],
+)
+def test_auto_leaves_the_first_card_to_the_first_stage_alone(cards: Cards, first: list[str], second: list[str]) -> None:
+    assert devices_of("auto", len(first), cards) == first
+    assert devices_of("auto", len(second), cards, spare_first=True) == second
+
+
+@pytest.mark.parametrize(("devices", "share"), [("npu:1;npu:1", 0.5), ("npu:1;npu:2", 1.0), ("cpu:0;cpu:0", 0.9)])
+def test_instances_share_a_card_as_far_as_its_memory_allows(devices: str, share: float) -> None:
+    check_shares(lay_out(devices, 2, NPUS), share, NPUS)
+
+
+def test_more_than_a_cards_memory_is_refused() -> None:
+    said = (
+        "devices has 'npu:1' for 2 instances, whose memory_utilization of 0.6 each comes to 1.2 of its memory; "
+        "allowed: at most 1 in all; found on this machine: npu:0 to npu:7"
+    )
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(said)}$"):
+        check_shares(lay_out("npu:0;npu:1;npu:1", 3, NPUS), 0.6, NPUS)
+    with pytest.raises(ConfigurationError, match="'npu:0' for 2 instances"):
+        check_shares(lay_out("auto", 9, NPUS), 0.9, NPUS)
+
+
+@pytest.mark.parametrize(
+    ("entries", "instance", "cards", "inside", "told"),
+    [
+        ((("npu:0",), ("npu:5",)), 1, NPUS, ("npu:0",), {"ASCEND_RT_VISIBLE_DEVICES": "5"}),
+        # The Ascend runtime takes ascending lists only.
+        ((("npu:5", "npu:2"),), 0, NPUS, ("npu:1", "npu:0"), {"ASCEND_RT_VISIBLE_DEVICES": "2,5"}),
+        # Numbers count what is visible already, whatever it is called.
+        ((("cuda:1",),), 0, GPUS, ("cuda:0",), {"CUDA_VISIBLE_DEVICES": "GPU-b"}),
+        ((("cpu",),), 0, GPUS, ("cpu",), {"CUDA_VISIBLE_DEVICES": ""}),
+        ((("cpu",),), 0, NONE, ("cpu",), {}),
+    ],
+)
+def test_a_process_is_shown_its_own_devices(
+    entries: tuple[Entry, ...], instance: int, cards: Cards, inside: Entry, told: dict[str, str]
+) -> None:
+    placed = place(entries, instance, cards, {"CUDA_VISIBLE_DEVICES": "2,GPU-b,7,8"})
+    assert (placed.devices, placed.inside, placed.environment) == (entries[instance], inside, told)
+
+
+def test_gpus_are_numbered_as_nvidia_smi_does_unless_the_operator_has_chosen() -> None:
+    gpus = Cards("cuda", ("0", "1"))
+    assert place((("cuda:1",),), 0, gpus, {}).environment == {
+        "CUDA_VISIBLE_DEVICES": "1",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+    chosen = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    assert place((("cuda:1",),), 0, gpus, chosen).environment == {"CUDA_VISIBLE_DEVICES": "1", **chosen}
+
+
+def test_numbered_cpus_share_the_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    one, two = (("cpu:0",),), (("cpu:0",), ("cpu:3",))
+    many = tuple((f"cpu:{index}",) for index in range(4 * cores))
+    assert place(one, 0, NONE, {}).environment == {"OMP_NUM_THREADS": str(cores)}
+    assert place(two, 1, NONE, {}).environment == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
+    assert place(many, 1, NONE, {}).environment == {"OMP_NUM_THREADS": "1"}
+    assert place(two, 1, NONE, {"OMP_NUM_THREADS": "3"}).environment == {}
+
+
+@pytest.mark.parametrize(
+    ("variable", "ids"),
+    [
+        (None, ("0", "1", "2")),
+        ("2,0", ("2", "0")),
+        ("GPU-x, 1", ("GPU-x", "1")),
+        ("1,-1,0", ("1",)),
+        ("", ()),
+        ("-1", ()),
+    ],
+)
+def test_what_the_operator_hides_is_not_found(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, ids: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(cards_module, "_count_gpus", lambda: 3)
+    environment = {} if variable is None else {"CUDA_VISIBLE_DEVICES": variable}
+    assert find_cards(environment) == (Cards("cuda", ids) if ids else Cards("cpu"))
+
+
+def test_what_is_found_without_the_framework_is_what_the_framework_finds() -> None:
+    kind, count = accelerators()
+    found = find_cards()
+    assert (found.kind, len(found.ids)) == (kind, count)
+
+
+def test_cards_are_told_as_operators_name_them() -> None:
+    assert [str(cards) for cards in (NPUS, Cards("cuda", ("3",)), NONE)] == ["npu:0 to npu:7", "cuda:0", "cpu only"]
+    assert placement("cpu;cpu:1", 1) == "cpu:1"
 
 
 @pytest.mark.parametrize("name", ["cuda", "CPU", "npu:999", "cuda:999", ""])
@@ -57,6 +172,8 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
 def test_the_cpu_is_exact_and_takes_every_seed() -> None:
     device = open_device("cpu")
     assert (str(device), device.default_dtype) == ("cpu", torch.float32)
+    assert (str(open_device("cpu:1")), open_device("cpu:1").torch_device) == ("cpu:1", torch.device("cpu"))
+    assert str(open_device("cpu", known_as="cpu:7")) == "cpu:7"
     assert 0 < device.memory().free <= device.memory().total
     for seed in (-(2**63), -1, 0, 2**63 - 1, 2**64 - 1):
         drawn = torch.rand(4, generator=device.generator(seed))

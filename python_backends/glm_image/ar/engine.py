@@ -9,22 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.ar.config import ArConfig
+from glm_image.ar.executor import Command, Encode
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.loading import load_executor
 from glm_image.ar.measures import KV_CACHE_BYTES
 from glm_image.ar.scheduler import Scheduler, Sources
 from glm_image.ar.settings import ArSettings
 from glm_image.ar.vision import patches_of
+from glm_image.ar.warm_up import warm_up_commands
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device
 from glm_image.errors import InvalidInputError
-from glm_image.geometry import Grid, PlacedGrid
+from glm_image.geometry import Grid, PlacedGrid, Size, source_grid
 from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.parallel.team import NO_PEERS, Peers, start
 from glm_image.prompts import PromptTokenizer
 from glm_image.request import ResolvedRequest, Sampling
+from glm_image.sources import Source
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ class ArEngine:
         layout = ParallelLayout(tp=1 + len(peers.devices))
         self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
-        self._tokenizer.text_to_image("warm-up", Grid(1, 1), Grid(1, 1))  # what is imported at first use is so now
-        self._scheduler = Scheduler(self.executor.run, slots, settings.max_queue, record)
+        first = self._warm_up_commands(device.warmup_sizes)
+        self._scheduler = Scheduler(self.executor.run, slots, settings.max_queue, record, first)
 
     @property
     def sampling(self) -> Sampling:
@@ -135,6 +138,15 @@ class ArEngine:
             return self._tokenizer.image_to_image(prompt, request.target, [source.grid for source in request.sources])
         preview, target = request.grids
         return self._tokenizer.text_to_image(prompt, target, preview), ()
+
+    def _warm_up_commands(self, sizes: tuple[Size, ...]) -> list[Command]:
+        ids = self._tokenizer.text_to_image("warm-up", Grid(1, 1), Grid(1, 1))
+        sources = []
+        for grid in (source_grid(size, self.source_rule) for size in sizes):
+            height, width = (side * self.source_rule.patch for side in grid)
+            blank = Source(np.zeros((height, width, 3), dtype=np.uint8), grid)
+            sources.append(Encode(patches_of(self._image_processor, [blank]), (grid,)))
+        return warm_up_commands(ids, sources, self.sampling, self._settings.max_sequence_tokens)
 
     def close(self) -> None:
         """Ends what runs and what waits, and stops the engine's thread and its other ranks."""

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from glm_image import geometry
+from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.sampler import NOISE_BLOCK, draw
@@ -64,6 +66,9 @@ class Release:
 
 Command = Encode | Admit | Step | Release
 
+Prefill = Callable[[Tensor, Tensor, Tensor, KvCache, int], Tensor]
+"""Reads a prompt into a slot, as ``Decoder.prefill`` does."""
+
 
 def decode_step(decoder: Decoder, state: DecodeState, device: Device) -> Callable[[], None]:
     """Returns the fastest step the device has for a decoder."""
@@ -74,6 +79,17 @@ def decode_step(decoder: Decoder, state: DecodeState, device: Device) -> Callabl
         if supports(decoder, len(state.tokens)):
             return FusedStep(decoder, state)
     return TorchStep(decoder, state, device)
+
+
+def prompt_reader(decoder: Decoder, device: Device) -> Prefill:
+    """Returns the fastest way the device has to read a prompt."""
+    if device.runs_triton:
+        from glm_image.kernels.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
+        from glm_image.kernels.prompt import FusedPrompt  # noqa: PLC0415
+
+        if supports(decoder, slots=1):
+            return FusedPrompt(decoder)
+    return decoder.prefill
 
 
 @dataclass
@@ -118,7 +134,7 @@ class Executor:
         step = decode_step(decoder, self._state, device)
         with torch.inference_mode():
             self._step_once = device.capture(step) if capture else step
-        self._warm_up()
+        self._prefill = prompt_reader(decoder, device)
 
     def run(self, command: Command) -> NDArray[np.int32] | None:
         """Runs one command; ``Encode`` and ``Release`` return tokens, int32 [tokens]."""
@@ -138,12 +154,6 @@ class Executor:
     def close(self) -> None:
         """Nothing to end: what it holds goes with it."""
 
-    def _warm_up(self) -> None:
-        # Libraries load their kernels when they are first called; the first request should not wait for that.
-        self.run(Admit(0, (0,), (Grid(1, 2),), self._decoder.config.sampling, seed=0))
-        self.run(Step(1))
-        self.run(Release(0))
-
     def _admit(self, command: Admit) -> None:
         config, place, state = self._decoder.config, self._device.torch_device, self._state
         slot, length = command.slot, len(command.prompt_ids)
@@ -158,7 +168,7 @@ class Executor:
         self._sequences[slot] = sequence
         self._refill_noise(slot, sequence)
         token_ids = torch.tensor(command.prompt_ids, device=place)
-        logits = self._decoder.prefill(token_ids, cos, sin, state.cache, slot)
+        logits = self._prefill(token_ids, cos, sin, state.cache, slot)
         row = state.sampler.row(slot)
         token = draw(logits, state.noise[slot, :1], row, state.allowed[(row.preview_tokens <= 0).long()])
         state.tokens[slot] = state.output[slot, 0] = token[0]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST = 127
 
+Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``Device.int8_product``."""
+
 
 class Int8Linear(nn.Module):
     """A linear layer whose weights are int8 with one scale a row; activations keep their dtype.
+
+    Args:
+        linear: what it is made of.
+        product: the device's.
 
     Attributes:
         weight: int8 [n, k].
@@ -22,8 +30,9 @@ class Int8Linear(nn.Module):
     scale: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, product: Int8Product) -> None:
         super().__init__()
+        self._product = product
         weight = linear.weight.float()
         scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
         rounded = (weight / scale[:, None]).round_().to(torch.int8)
@@ -33,15 +42,15 @@ class Int8Linear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Multiplies ``hidden`` [..., k]; where there are kernels for it, a decode step does not come this way."""
-        matrix = self.weight.to(hidden.dtype) * self.scale[:, None].to(hidden.dtype)
-        return F.linear(hidden, matrix, self.bias)
+        product = self._product(hidden, self.weight, self.scale)
+        return product if self.bias is None else product + self.bias
 
 
 AnyLinear = nn.Linear | Int8Linear
 
 
-def quantize_linears(module: nn.Module) -> None:
+def quantize_linears(module: nn.Module, product: Int8Product) -> None:
     """Replaces a module's own linear layers by their int8 twins; the old weights are freed one by one."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
-            setattr(module, name, Int8Linear(child))
+            setattr(module, name, Int8Linear(child, product))

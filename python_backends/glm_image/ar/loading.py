@@ -34,7 +34,7 @@ def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, 
     _check_memory(checkpoint, config, settings, device, ranks.tp)
     source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
     return Executor(
-        Decoder.load(config, source, int8=settings.int8, group=ranks.tp),
+        Decoder.load(config, source, int8=device.int8_product if settings.int8 else None, group=ranks.tp),
         device,
         slots,
         positions,

@@ -68,8 +68,8 @@ def activation_bytes(config: ArConfig, slots: int, positions: int, dtype: torch.
     token = (2 * hidden + attention + 2 * inner) * dtype.itemsize
     token += max(2 * inner * dtype.itemsize, NORM_COPIES * hidden * FP32_BYTES)
     prompt = positions * token
-    if int8:  # the widest matrix in the activations' dtype, before and after its scale
-        prompt += 2 * config.hidden_size * 2 * config.intermediate_size * dtype.itemsize
+    if int8:  # the widest matrix in the activations' dtype, and a product before its scale
+        prompt += (hidden + positions) * 2 * inner * dtype.itemsize
     quantizer = positions * config.codebook_size * FP32_BYTES * DISTANCE_COPIES
     sampler = slots * config.vision_vocab_size * FP32_BYTES * SAMPLER_COPIES
     return max(prompt, quantizer) + sampler

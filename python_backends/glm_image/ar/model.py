@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.int8 import AnyLinear, Int8Linear, quantize_linears
+from glm_image.ar.int8 import AnyLinear, Int8Linear, Int8Product, quantize_linears
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.weights import CheckpointNames
 from glm_image.checkpoint import TensorSource, fill
@@ -112,13 +112,16 @@ class Decoder(nn.Module):
         self.head: AnyLinear = nn.Linear(config.hidden_size, len(group.share(config.vision_vocab_size)), bias=False)
 
     @classmethod
-    def load(cls, config: ArConfig, source: TensorSource, *, int8: bool = False, group: Group = ALONE) -> Decoder:
+    def load(
+        cls, config: ArConfig, source: TensorSource, *, int8: Int8Product | None = None, group: Group = ALONE
+    ) -> Decoder:
         """Builds the decoder, or a rank's part of it, on the source's device.
 
         Args:
             config: its numbers.
             source: its tensors.
-            int8: whether its linear layers keep int8 weights; a layer's others are freed before the next is read.
+            int8: the device's product, for linear layers with int8 weights; a layer's others are freed before the next
+                is read.
             group: the ranks that share it.
 
         Raises:
@@ -132,10 +135,10 @@ class Decoder(nn.Module):
         parts.update((f"layers.{index}", layer) for index, layer in enumerate(decoder.layers))
         for name, part in parts.items():
             fill(part, names, f"{name}.")
-            if int8:
-                quantize_linears(part)
-        if int8:
-            decoder.head = Int8Linear(cast(nn.Linear, decoder.head))
+            if int8 is not None:
+                quantize_linears(part, int8)
+        if int8 is not None:
+            decoder.head = Int8Linear(cast(nn.Linear, decoder.head), int8)
         return decoder
 
     @property
@@ -202,6 +205,11 @@ class Decoder(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(hidden)).float()
-        if self.group.size == 1:
-            return logits
-        return self.group.gather_rows(logits.transpose(0, 1), self.config.vision_vocab_size).transpose(0, 1)
+        return gathered_logits(logits, self.group, self.config.vision_vocab_size)
+
+
+def gathered_logits(logits: Tensor, group: Group, vocabulary: int) -> Tensor:
+    """Returns the logits of the whole vocabulary, [rows, vocabulary], given those of this rank's part of it."""
+    if group.size == 1:
+        return logits
+    return group.gather_rows(logits.transpose(0, 1), vocabulary).transpose(0, 1).contiguous()

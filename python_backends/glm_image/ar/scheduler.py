@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -90,9 +90,15 @@ class Scheduler:
         slots: sequences at once.
         max_queue: requests that may wait for a slot.
         record: takes what ``ar.measures`` names.
+        first: commands to run before any request, in the thread that will run all of them.
+
+    Raises:
+        Exception: what a command of ``first`` raised.
     """
 
-    def __init__(self, run: Run, slots: int, max_queue: int, record: Record = keep_nothing) -> None:
+    def __init__(
+        self, run: Run, slots: int, max_queue: int, record: Record = keep_nothing, first: Sequence[Command] = ()
+    ) -> None:
         self._run = run
         self._record = record
         self._slots = slots
@@ -102,8 +108,10 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self._load = (0, 0)
-        self._thread = threading.Thread(target=self._loop, name="ar-scheduler", daemon=True)
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._start, args=(first,), name="ar-scheduler", daemon=True)
         self._thread.start()
+        self._ready.result()
 
     def submit(
         self, job: Job, prompt_ids: tuple[int, ...], resolved: ResolvedRequest, sources: Sources | None = None
@@ -139,6 +147,16 @@ class Scheduler:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+
+    def _start(self, first: Sequence[Command]) -> None:
+        try:
+            for command in first:
+                self._run(command)
+        except Exception as error:  # told to who makes the scheduler
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        self._loop()
 
     def _loop(self) -> None:
         reason: Exception = UnavailableError("glm_ar is stopping; send the request again")

@@ -14,9 +14,13 @@ from torch import Tensor
 
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.base import Device, Mark, Memory
+from glm_image.devices.quantized import Rows
 from glm_image.geometry import Size
 
 WARM_UP_STEPS = 2  # libraries make their handles and choose their kernels outside the capture
+
+
+FP8_CAPABILITY = (8, 9)
 
 
 class _Event:
@@ -42,8 +46,8 @@ class AcceleratorDevice(Device):
 
     warmup_sizes = (Size(1024, 1024),)
 
-    def __init__(self, torch_device: torch.device, runtime: ModuleType) -> None:
-        super().__init__(torch_device)
+    def __init__(self, torch_device: torch.device, runtime: ModuleType, known_as: str | None = None) -> None:
+        super().__init__(torch_device, known_as)
         self._runtime: Any = runtime
 
     def bind(self) -> None:
@@ -67,7 +71,14 @@ class AcceleratorDevice(Device):
         event.record()
         return _Event(event)
 
-    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+    def graph_pool(self) -> object:
+        """Returns a handle; the memory goes with the last step captured in it."""
+        handle: object = self._runtime.graph_pool_handle()
+        return handle
+
+    def capture(
+        self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
+    ) -> Callable[[], None]:
         """Captures ``step`` in a graph, after running it on a side stream unless it is warm."""
         self.bind()
         if not warm:
@@ -78,7 +89,7 @@ class AcceleratorDevice(Device):
                     step()
             self._runtime.current_stream().wait_stream(side)
         graph = self._new_graph()
-        with self._recording(graph):
+        with self._recording(graph, pool):
             step()
         return _Replay(graph, self._launch, step)
 
@@ -87,7 +98,7 @@ class AcceleratorDevice(Device):
         """Returns an empty graph."""
 
     @abstractmethod
-    def _recording(self, graph: Any) -> AbstractContextManager[None]:
+    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
         """Returns a context whose work goes into a graph.
 
         Only the calling thread is held to the rules of a capture: another may be decoding or loading meanwhile.
@@ -106,17 +117,17 @@ class NpuDevice(AcceleratorDevice):
 
     attention_backend = "_native_npu"
 
-    def __init__(self, torch_device: torch.device) -> None:
+    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
         import torch_npu  # noqa: F401, PLC0415 - registers torch.npu; needs CANN's libraries
 
-        super().__init__(torch_device, torch.npu)  # type: ignore[attr-defined]
+        super().__init__(torch_device, torch.npu, known_as)  # type: ignore[attr-defined]
 
     def _new_graph(self) -> Any:
         return self._runtime.NPUGraph()
 
-    def _recording(self, graph: Any) -> AbstractContextManager[None]:
+    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self._runtime.graph(
-            graph, auto_dispatch_capture=True, capture_error_mode="thread_local"
+            graph, pool=pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
         )
         return context
 
@@ -126,21 +137,63 @@ class NpuDevice(AcceleratorDevice):
         graph.update(cpu_update_input=[{}])
         graph.replay()
 
+    def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """Widens the weights on their way into the matrix unit; see ``Device.int8_product``."""
+        if hidden.dtype == torch.float32:  # which the operator does not take
+            return super().int8_product(hidden, weight, scale)
+        # A view of the weights [k, n], in rows of k as they are stored: the layout the operator is fastest with.
+        product: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
+            hidden.flatten(0, -2), weight.t(), antiquant_scale=scale.to(hidden.dtype)
+        )
+        return product.view(*hidden.shape[:-1], -1)
+
+    def without_quantization(self, quantization: str) -> str | None:
+        """There is int8 alone."""
+        return "the products of fp8 are CUDA's" if quantization == "fp8" else None
+
+    def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> Rows:
+        """Rounds to int8 in one pass."""
+        import torch_npu  # noqa: PLC0415
+
+        values, scales = torch_npu.npu_dynamic_quant(matrix)
+        return Rows(values, scales.unsqueeze(1))
+
+    def scaled_product(self, rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """Multiplies, scales and adds in one operator."""
+        import torch_npu  # noqa: PLC0415
+
+        product: Tensor = torch_npu.npu_quant_matmul(
+            rows.values,
+            weight.values.T,
+            weight.scales.squeeze(1),
+            pertoken_scale=rows.scales.squeeze(1),
+            bias=bias,
+            output_dtype=dtype,
+        )
+        return product
+
 
 class CudaDevice(AcceleratorDevice):
     """An NVIDIA GPU."""
 
     runs_triton = importlib.util.find_spec("triton") is not None
 
-    def __init__(self, torch_device: torch.device) -> None:
-        super().__init__(torch_device, torch.cuda)
+    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
+        super().__init__(torch_device, torch.cuda, known_as)
 
     def _new_graph(self) -> Any:
         return self._runtime.CUDAGraph()
 
-    def _recording(self, graph: Any) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._runtime.graph(graph, capture_error_mode="thread_local")
+    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._runtime.graph(graph, pool=pool, capture_error_mode="thread_local")
         return context
+
+    def without_quantization(self, quantization: str) -> str | None:
+        """Products of fp8 came with compute capability 8.9 (Ada, Hopper)."""
+        capability = self._runtime.get_device_capability(self.torch_device)
+        if quantization == "fp8" and capability < FP8_CAPABILITY:
+            return f"{self} has compute capability {capability[0]}.{capability[1]}, and fp8 needs 8.9 or above"
+        return None
 
     def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Device.attention_with_lse``; by cuDNN, the fastest at the lengths of pictures."""

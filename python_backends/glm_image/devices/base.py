@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from glm_image.devices import quantized
+from glm_image.devices.int8 import widened_product
+from glm_image.devices.quantized import Rows
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
 
@@ -35,7 +38,7 @@ class Device(ABC):
         default_dtype: what ``dtype: auto`` stands for.
         runs_triton: whether the kernels of ``glm_image.kernels`` run here.
         attention_backend: diffusers' name of the attention to use here; None where torch's own choice is right.
-        warmup_sizes: pictures painted at load, because libraries load and choose kernels at first use.
+        warmup_sizes: pictures painted and sources read at load, because libraries load and choose kernels at first use.
     """
 
     default_dtype = torch.bfloat16
@@ -43,11 +46,12 @@ class Device(ABC):
     attention_backend: str | None = None
     warmup_sizes: tuple[Size, ...] = ()
 
-    def __init__(self, torch_device: torch.device) -> None:
+    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
         self.torch_device = torch_device
+        self._known_as = known_as or str(torch_device)
 
     def __str__(self) -> str:
-        return str(self.torch_device)
+        return self._known_as
 
     def generator(self, seed: int) -> torch.Generator:
         """Returns a generator on this device, seeded with any signed or unsigned 64-bit integer."""
@@ -69,13 +73,21 @@ class Device(ABC):
     def mark(self) -> Mark:
         """Marks the end of the work enqueued so far by this thread."""
 
+    def graph_pool(self) -> object | None:
+        """Returns memory for several captured steps; None where a step needs none of its own."""
+        return None
+
     @abstractmethod
-    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+    def capture(
+        self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
+    ) -> Callable[[], None]:
         """Returns a callable that does what ``step`` does, with as few launches as the device can.
 
         Args:
             step: reads and writes only tensors that stay where they are, and never waits for the device.
             warm: whether ``step`` has run before; otherwise it may be run here, more than once.
+            pool: from ``graph_pool``: what is captured with the same one works in the same memory, so it never runs at
+                the same time and hands nothing on but in tensors made before; None = memory of its own.
         """
 
     def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,3 +121,28 @@ class Device(ABC):
         Returns:
             [slots, heads, head_dim].
         """
+
+    def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """Multiplies activations by ``weight * scale[:, None]``.
+
+        Args:
+            hidden: [..., k].
+            weight: int8 [n, k].
+            scale: fp32 [n].
+
+        Returns:
+            [..., n] in the activations' dtype.
+        """
+        return widened_product(hidden, weight, scale)
+
+    @abstractmethod
+    def without_quantization(self, quantization: str) -> str | None:
+        """Returns why this device can't multiply ``int8`` or ``fp8`` matrices; None when it can."""
+
+    def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> Rows:
+        """See ``quantized.quantize_rows``."""
+        return quantized.quantize_rows(matrix, dtype)
+
+    def scaled_product(self, rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """See ``quantized.scaled_product``."""
+        return quantized.scaled_product(rows, weight, bias, dtype)

@@ -42,7 +42,9 @@ class CpuDevice(Device):
         """Returns a mark already passed."""
         return _Passed()
 
-    def capture(self, step: Callable[[], None], *, warm: bool = False) -> Callable[[], None]:
+    def capture(
+        self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
+    ) -> Callable[[], None]:
         """Returns ``step`` itself: there are no launches to save."""
         return step
 
@@ -55,3 +57,7 @@ class CpuDevice(Device):
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         """See ``ragged_decode_attention``."""
         return ragged_decode_attention(query, keys, values, lengths)
+
+    def without_quantization(self, quantization: str) -> str | None:
+        """There is int8 alone."""
+        return "a CPU has no fast products of fp8" if quantization == "fp8" else None

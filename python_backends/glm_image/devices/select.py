@@ -1,49 +1,24 @@
-"""From the ``devices`` parameter of a model's configuration to one instance's device."""
+"""Devices opened by the names that a configuration has for them."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 
 import torch
 
+from glm_image.cards import find_cards
 from glm_image.devices.accelerator import CudaDevice, NpuDevice
 from glm_image.devices.base import Device
 from glm_image.devices.cpu import CpuDevice
 from glm_image.errors import ConfigurationError
-
-ENTRY = re.compile(r"cpu|(?:npu|cuda):\d+")
-ALLOWED = "auto, or cpu, npu:N, cuda:N, one entry an instance, with ';' between them"
+from glm_image.placement import DEVICE, lay_out
 
 
-def placement(devices: str, instance: int, *, first: int = 0) -> str:
-    """Returns the device of one instance of a model.
-
-    Args:
-        devices: the parameter, e.g. ``npu:1;npu:2``, or ``auto``.
-        instance: the instance's index.
-        first: for ``auto``, the card of instance 0 where there are several; later instances take the next ones.
-
-    Raises:
-        ConfigurationError: there is no such entry, or it is not a device.
-    """
-    if devices.strip() == "auto":
-        kind, count = accelerators()
-        return f"{kind}:{(first + instance) % count}" if count else "cpu"
-    entries = [entry.strip() for entry in devices.split(";")]
-    for entry in entries:
-        if "," in entry:
-            raise ConfigurationError(f"devices has the entry {entry!r}; one instance over several devices comes later")
-        if not ENTRY.fullmatch(entry):
-            raise ConfigurationError(f"devices has the entry {entry!r}; allowed: {ALLOWED}")
-    if entries == ["cpu"]:
-        return "cpu"
-    if instance >= len(entries):
-        raise ConfigurationError(
-            f"devices is {devices!r}: {len(entries)} entries, none for instance {instance}; "
-            "allowed: as many entries as instance_group counts"
-        )
-    return entries[instance]
+def placement(devices: str, instance: int) -> str:
+    """Returns one instance's device for a process that keeps seeing all of them; see ``glm_image.placement``."""
+    cards = find_cards()
+    entries = lay_out(devices, max(instance + 1, devices.count(";") + 1), cards)
+    return entries[instance][0]
 
 
 def accelerators() -> tuple[str, int]:
@@ -58,22 +33,26 @@ def accelerators() -> tuple[str, int]:
     return "cpu", 0
 
 
-def open_device(name: str) -> Device:
-    """Opens a device by name: ``cpu``, ``cuda:0``, ``npu:1``.
+def open_device(name: str, known_as: str | None = None) -> Device:
+    """Opens a device by name: ``cpu``, ``cpu:1``, ``cuda:0``, ``npu:1``.
+
+    Args:
+        name: what this process calls it.
+        known_as: what operators call it, where the process does not see all cards.
 
     Raises:
         ConfigurationError: the machine has no such device.
     """
-    if not ENTRY.fullmatch(name):
-        raise ConfigurationError(f"device is {name!r}; allowed: cpu, npu:N, cuda:N")
-    if name == "cpu":
-        return CpuDevice(torch.device("cpu"))
+    if not DEVICE.fullmatch(name):
+        raise ConfigurationError(f"device is {name!r}; allowed: cpu, cpu:N, npu:N, cuda:N")
+    if name.startswith("cpu"):
+        return CpuDevice(torch.device("cpu"), known_as or name)
     kind, count = accelerators()
     wanted_kind, index = name.split(":")
     if wanted_kind != kind or int(index) >= count:
         found = f"{kind}:0 to {kind}:{count - 1}" if count else "cpu only"
         raise ConfigurationError(f"device is {name!r}; found on this machine: {found}")
-    return (NpuDevice if kind == "npu" else CudaDevice)(torch.device(name))
+    return (NpuDevice if kind == "npu" else CudaDevice)(torch.device(name), known_as)
 
 
 def named_dtype(name: str) -> torch.dtype | None:

@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from glm_image.devices import Device
+from glm_image.dit.conditioning import Rotary
 from glm_image.dit.processor import SharedAttentionProcessor, plain_attention
 from glm_image.dit.sequence import Attend, SequenceAttention
 from glm_image.dit.sources import Join
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines of the image tokens, fp32 [image tokens, head_dim] each."""
+Tokens = tuple[Tensor, Tensor]
+"""Image tokens [1, image tokens, width] and text tokens [1, text tokens, width] of a sequence; there may be no text."""
 
 
-class Blocks(Protocol):
-    """Runs all blocks over the sequences of a step."""
+class Blocks(ABC):
+    """Runs the transformer's blocks over the sequences of a step."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Returns how many blocks there are."""
+
+    @abstractmethod
+    def run(
+        self,
+        which: range,
+        sequences: list[Tokens],
+        time: Tensor,
+        rotary: Rotary,
+        joins: Sequence[Join] | None = None,
+        /,
+    ) -> list[Tokens]:
+        """Returns the sequences after some of the blocks; those given stay as they are.
+
+        Running blocks in parts gives the same bits as running them at once.
+
+        Args:
+            which: the blocks, without gaps.
+            sequences: the tokens of each.
+            time: silu(time embedding), [1, time width].
+            rotary: tables of the image tokens.
+            joins: for each block, of all of them, what happens to the first sequence's keys and values before its
+                attention.
+        """
 
     def __call__(
         self,
-        sequences: list[tuple[Tensor, Tensor]],
+        sequences: list[Tokens],
         time: Tensor,
         rotary: Rotary,
         joins: Sequence[Join] | None = None,
         /,
     ) -> list[Tensor]:
-        """Returns the image tokens of each sequence.
-
-        Args:
-            sequences: image tokens [1, image tokens, width] and text tokens [1, text tokens, width] of each; there may
-                be no text tokens.
-            time: silu(time embedding), [1, time width].
-            rotary: tables of the image tokens.
-            joins: for each block, what happens to the first sequence's keys and values before its attention.
-        """
+        """Returns the image tokens of each sequence after all blocks; see ``run``."""
+        return [image for image, _ in self.run(range(len(self)), sequences, time, rotary, joins)]
 
 
 class _JoinedKeys:
@@ -47,22 +69,34 @@ class _JoinedKeys:
         self.get = join
 
 
-def eager_blocks(transformer: Any) -> Blocks:
-    """Returns the blocks of diffusers' ``GlmImageTransformer2DModel``, run one after the other as they are."""
+class _EagerBlocks(Blocks):
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
     def run(
-        sequences: list[tuple[Tensor, Tensor]], time: Tensor, rotary: Rotary, joins: Sequence[Join] | None = None, /
-    ) -> list[Tensor]:
-        images = []
-        caches = [_JoinedKeys(join) for join in joins] if joins else [None] * len(transformer.transformer_blocks)
-        for image, glyphs in sequences:
-            for block, cache in zip(transformer.transformer_blocks, caches, strict=True):
-                image, glyphs = block(image, glyphs, time, rotary, kv_cache=cache)  # noqa: PLW2901 - the sequence's state
-            images.append(image)
-            caches = [None] * len(caches)
-        return images
+        self,
+        which: range,
+        sequences: list[Tokens],
+        time: Tensor,
+        rotary: Rotary,
+        joins: Sequence[Join] | None = None,
+        /,
+    ) -> list[Tokens]:
+        results: list[Tokens] = []
+        for image, text in sequences:
+            for index in which:
+                cache = _JoinedKeys(joins[index]) if joins and not results else None
+                image, text = self._blocks[index](image, text, time, rotary, kv_cache=cache)  # noqa: PLW2901 - the sequence's state
+            results.append((image, text))
+        return results
 
-    return run
+
+def eager_blocks(transformer: Any) -> Blocks:
+    """Returns the blocks of diffusers' ``GlmImageTransformer2DModel``, run one after the other as they are."""
+    return _EagerBlocks(transformer.transformer_blocks)
 
 
 def best_blocks(transformer: Any, device: Device, shared: SequenceAttention | None = None) -> Blocks:

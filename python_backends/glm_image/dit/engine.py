@@ -54,7 +54,8 @@ class DitEngine:
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
-        ConfigurationError: the device is too small.
+        ConfigurationError: the device is too small or can't multiply what ``quantization`` names, or the cache does not
+            fit the transformer.
     """
 
     def __init__(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from glm_image.devices import Device, Mark
 from glm_image.dit.blocks import Blocks
+from glm_image.dit.cache import CacheSettings
+from glm_image.dit.cached_step import CachedSteps, HalfSteps, Repeat
 from glm_image.dit.conditioning import Conditioner, Conditioning
 from glm_image.dit.forward import denoise_step, read_sources
 from glm_image.dit.schedule import schedule
@@ -88,6 +90,9 @@ class Drop:
 
 Command = ReadSources | ForgetSources | Prepare | Step | Decode | Drop
 
+Result = NDArray[np.uint8] | bool | None
+"""``Decode`` gives the picture, uint8 [height, width, 3], and ``Step`` whether the cache skipped it."""
+
 
 @dataclass
 class _Picture:
@@ -96,14 +101,28 @@ class _Picture:
     Attributes:
         latents: fp32, updated in place.
         steps: how many there are.
-        advance: takes a step; None when all are taken.
+        advance: takes a step, and returns whether the cache skipped it; None when all are taken.
         taken: steps taken so far.
     """
 
     latents: Tensor
     steps: int
-    advance: Callable[[], None] | None
+    advance: Callable[[], bool | None] | None
     taken: int = 0
+
+
+class _Repeated:
+    """Runs a step as it is the first time, which warms it up, and captured from the second on."""
+
+    def __init__(self, capture: Callable[[Callable[[], None]], Callable[[], None]], step: Callable[[], None]) -> None:
+        self._capture, self._step = capture, step
+        self._runs = 0
+
+    def __call__(self) -> None:
+        if self._runs == 1:
+            self._step = self._capture(self._step)
+        self._runs += 1
+        self._step()
 
 
 class Executor:
@@ -118,7 +137,11 @@ class Executor:
         vae: makes pixels.
         scheduler_config: the checkpoint's ``scheduler_config.json``.
         device: where all of them are.
+        cache: see the attribute.
         sharing: how this rank shares the work with others.
+
+    Attributes:
+        cache: what the steps of pictures prepared from now on may reuse; None = nothing.
     """
 
     def __init__(
@@ -129,6 +152,7 @@ class Executor:
         vae: Vae,
         scheduler_config: Mapping[str, Any],
         device: Device,
+        cache: CacheSettings | None = None,
         sharing: Sharing = NOT_SHARED,
     ) -> None:
         self._sharing = sharing
@@ -138,18 +162,19 @@ class Executor:
         self._vae = vae
         self._scheduler_config = scheduler_config
         self._device = device
+        self.cache = cache
         self._pictures: dict[int, _Picture] = {}
         self._sources: dict[int, SourceCache] = {}
         self._queue: deque[Mark] = deque()
 
-    def run(self, command: Command) -> NDArray[np.uint8] | None:
-        """Runs one command; ``Decode`` returns the picture, uint8 [height, width, 3]."""
+    def run(self, command: Command) -> Result:
+        """Runs one command."""
         self._device.bind()
         with torch.inference_mode():
             if isinstance(command, Prepare):
                 self._prepare(command)
             elif isinstance(command, Step):
-                self._step(self._pictures[command.picture])
+                return self._step(self._pictures[command.picture])
             elif isinstance(command, Decode):
                 return self._vae.decode(self._pictures.pop(command.picture).latents)
             elif isinstance(command, ReadSources):
@@ -200,7 +225,7 @@ class Executor:
         # Drawn on the host in the model's dtype, as the reference does: the same noise on every kind of device.
         generator = torch.Generator().manual_seed(command.seed)
         noise = torch.randn(shape, generator=generator, dtype=self._transformer.proj_out.weight.dtype)
-        conditioning = self._conditioner.prepare(
+        whole = self._conditioner.prepare(
             command.prompt,
             command.negative_prompt,
             command.prior_token_ids,
@@ -209,28 +234,41 @@ class Executor:
             steps,
             None if command.sources_of is None else self._sources[command.sources_of],
         )
+        conditioning = self._sharing.own_conditioning(whole)
         latents, step = noise.to(place, torch.float32), torch.zeros(1, device=place, dtype=torch.int64)
         # Of tensors, not of the picture: a cycle would keep a dropped picture's graph until some later collection.
-        advance = partial(self._advance, latents, step, conditioning, steps.sigmas)
+        advance: Callable[[], bool | None]
+        repeat = self._repeat(command.num_inference_steps)
+        if self.cache is None:
+            advance = repeat(partial(self._advance, latents, step, conditioning, steps.sigmas))
+        else:
+            tensors = (conditioning, latents, step, steps.sigmas)
+            halves = HalfSteps(self._transformer, self._blocks, self.cache, *tensors, self._sharing)
+            sources = len(whole.sources.tokens) if whole.sources else 0
+            advance = CachedSteps(halves, self.cache, command.num_inference_steps, sources, repeat)
         self._pictures[command.picture] = _Picture(latents, command.num_inference_steps, advance)
         self._device.mark().wait()
 
+    def _repeat(self, times: int) -> Repeat:
+        if times < FEWEST_STEPS_TO_CAPTURE:
+            return lambda step: step
+        return partial(_Repeated, partial(self._device.capture, warm=True, pool=self._device.graph_pool()))
+
     def _advance(self, latents: Tensor, step: Tensor, conditioning: Conditioning, sigmas: Tensor) -> None:
-        new = denoise_step(self._transformer, self._blocks, latents, conditioning, step, sigmas, self._sharing)
-        latents.copy_(new)
+        parts = (self._transformer, self._blocks)
+        latents.copy_(denoise_step(*parts, latents, conditioning, step, sigmas, self._sharing))
         step.add_(1)
 
-    def _step(self, picture: _Picture) -> None:
+    def _step(self, picture: _Picture) -> bool:
         assert picture.advance is not None
-        if picture.taken == 1 and picture.steps >= FEWEST_STEPS_TO_CAPTURE:
-            picture.advance = self._device.capture(picture.advance, warm=True)
-        picture.advance()
+        skipped = bool(picture.advance())
         picture.taken += 1
         done = picture.taken == picture.steps
         self._queue.append(self._device.mark())
         self._wait(0 if done else STEPS_AHEAD)
         if done:
             picture.advance = None
+        return skipped
 
     def _wait(self, steps_ahead: int) -> None:
         while len(self._queue) > steps_ahead:

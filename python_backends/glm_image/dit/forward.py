@@ -7,49 +7,54 @@ from typing import Any
 
 from torch import Tensor
 
-from glm_image.dit.blocks import Blocks, Rotary
+from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.conditioning import Branch, Conditioning, SourceConditioning
 from glm_image.dit.sequence import NOT_SHARED, Sharing
 from glm_image.dit.sources import SourceCache
 
 
-def predict_velocities(
-    transformer: Any,
-    blocks: Blocks,
-    latents: Tensor,
-    branches: list[Branch],
-    time: Tensor,
-    rotary: Rotary,
-    sources: SourceCache | None = None,
-    sharing: Sharing = NOT_SHARED,
-) -> list[Tensor]:
-    """Predicts the velocity of the latents for each branch.
+def project_in(
+    transformer: Any, latents: Tensor, branches: Sequence[Branch], sharing: Sharing = NOT_SHARED
+) -> list[Tokens]:
+    """Returns this rank's tokens with which each of its branches enters the blocks.
 
     Args:
-        transformer: provides the projections in and out.
-        blocks: what is between them.
-        latents: [1, channels, height, width] in the model's dtype.
-        branches: the conditions of each.
-        time: the step's embedding, [1, time width].
-        rotary: rotary tables of the image tokens.
-        sources: what the first branch reads of source images.
+        transformer: provides the projection.
+        latents: fp32 [1, channels, height, width].
+        branches: the conditions of each, as ``Sharing.own_conditioning`` gives them.
         sharing: which of the tokens are this rank's.
-
-    Returns:
-        fp32, each shaped as ``latents``.
     """
-    patches = transformer.image_projector(latents)
-    count, patch = patches.shape[1], transformer.config.patch_size
-    sequences = [(sharing.own(patches + branch.prior, dim=1), branch.glyphs) for branch in branches]
-    sharing.begin(count, sources.tokens if sources else ())
-    images = blocks(sequences, time, _own_rotary(rotary, sharing), sources.readers() if sources else None)
-    velocities = [transformer.proj_out(transformer.norm_out(image, time)) for image in images]
-    return [unpatchify(sharing.whole(own, count), latents.shape, patch).float() for own in velocities]
+    patches = transformer.image_projector(latents.to(transformer.proj_out.weight.dtype))
+    own = sharing.own(patches, dim=1)
+    return [(own + branch.prior, branch.glyphs) for branch in branches]
 
 
-def _own_rotary(rotary: Rotary, sharing: Sharing) -> Rotary:
-    cos, sin = (sharing.own(table, dim=0) for table in rotary)
-    return cos, sin
+def project_out(
+    transformer: Any,
+    images: Sequence[Tensor],
+    time: Tensor,
+    shape: tuple[int, ...],
+    sharing: Sharing = NOT_SHARED,
+    *,
+    guided: bool = False,
+) -> list[Tensor]:
+    """Returns the velocity that every branch predicts, fp32 of ``shape``.
+
+    Args:
+        transformer: provides the norm and the projection.
+        images: image tokens of this rank's branches after the blocks, [1, image tokens, width].
+        time: the step's embedding, [1, time width].
+        shape: the latents'.
+        sharing: whose the other tokens and branches are.
+        guided: whether there are two branches.
+    """
+    patch = transformer.config.patch_size
+    tokens = shape[2] * shape[3] // patch**2
+    velocities = []
+    for image in images:
+        projected = sharing.whole(transformer.proj_out(transformer.norm_out(image, time)), tokens)
+        velocities.append(unpatchify(projected, shape, patch).float())
+    return sharing.all_branches(velocities, guided=guided)
 
 
 def read_sources(
@@ -62,8 +67,8 @@ def read_sources(
     """Passes source images through the blocks, which leave their keys and values in ``cache``.
 
     Args:
-        transformer: see ``predict_velocities``.
-        blocks: see ``predict_velocities``.
+        transformer: provides the projection in.
+        blocks: what they pass through.
         sources: in order.
         cache: holds the image tokens of all of them.
         sharing: which of the tokens are this rank's.
@@ -74,7 +79,7 @@ def read_sources(
         no_text = image[:, :0]
         sharing.begin(image.shape[1])
         own = sharing.own(image, dim=1)
-        blocks([(own, no_text)], source.time, _own_rotary(source.rotary, sharing), cache.recorders(start))
+        blocks([(own, no_text)], source.time, sharing.own_rotary(source.rotary), cache.recorders(start))
         start += len(sharing.ranks.ring.share(image.shape[1]))
 
 
@@ -83,6 +88,28 @@ def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
     batch, _, height, width = shape
     grid = tokens.reshape(batch, height // patch, width // patch, -1, patch, patch)
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def euler_step(
+    latents: Tensor, velocities: Sequence[Tensor], guidance_scale: float, step: Tensor, sigmas: Tensor
+) -> Tensor:
+    """Takes one Euler step of the flow (Lipman et al., 2023).
+
+    Args:
+        latents: fp32 [1, channels, height, width].
+        velocities: the conditional branch's, and the unconditional one's if there is guidance, as ``latents``.
+        guidance_scale: how far from the one to the other.
+        step: int64 [1], index of the step: on the device, so that a captured step can count.
+        sigmas: fp32 [steps + 1].
+
+    Returns:
+        fp32 latents at the next noise level.
+    """
+    velocity, *rest = velocities
+    for without in rest:  # classifier-free guidance (Ho and Salimans, 2022)
+        velocity = without + guidance_scale * (velocity - without)
+    change = sigmas.index_select(0, step + 1) - sigmas.index_select(0, step)
+    return latents + change * velocity
 
 
 def denoise_step(
@@ -94,37 +121,23 @@ def denoise_step(
     sigmas: Tensor,
     sharing: Sharing = NOT_SHARED,
 ) -> Tensor:
-    """Takes one Euler step of the flow (Lipman et al., 2023).
+    """Predicts the velocity of the latents and takes a step along it.
 
     Args:
-        transformer: see ``predict_velocities``.
-        blocks: see ``predict_velocities``.
-        latents: fp32 [1, channels, height, width].
-        conditioning: the picture's.
-        step: int64 [1], index of the step: on the device, so that a captured step can count.
-        sigmas: fp32 [steps + 1].
-        sharing: which of the branches and tokens are this rank's.
+        transformer: provides the projections in and out.
+        blocks: what is between them.
+        latents: see ``euler_step``.
+        conditioning: the picture's, as ``Sharing.own_conditioning`` gives it.
+        step: see ``euler_step``.
+        sigmas: see ``euler_step``.
+        sharing: what of it is this rank's.
 
     Returns:
-        fp32 latents at the next noise level.
+        See ``euler_step``.
     """
-    branches, sources = [conditioning.conditional], conditioning.sources
-    if conditioning.unconditional is not None:
-        branches.append(conditioning.unconditional)
-    of_branches = sharing.ranks.cfg
-    split = of_branches.size == len(branches) > 1
-    velocities = predict_velocities(
-        transformer,
-        blocks,
-        latents.to(transformer.proj_out.weight.dtype),
-        [branches[of_branches.rank]] if split else branches,
-        conditioning.times.index_select(0, step),
-        conditioning.rotary,
-        None if split and of_branches.rank > 0 else sources,
-        sharing,
-    )
-    velocity, *rest = of_branches.gather(velocities[0]) if split else velocities
-    for without in rest:  # classifier-free guidance (Ho and Salimans, 2022)
-        velocity = without + conditioning.guidance_scale * (velocity - without)
-    change = sigmas.index_select(0, step + 1) - sigmas.index_select(0, step)
-    return latents + change * velocity
+    time, sources = conditioning.times.index_select(0, step), conditioning.sources
+    sequences = project_in(transformer, latents, conditioning.branches, sharing)
+    sharing.begin_picture(conditioning)
+    images = blocks(sequences, time, conditioning.rotary, sources.readers() if sources else None)
+    velocities = project_out(transformer, images, time, latents.shape, sharing, guided=conditioning.guided)
+    return euler_step(latents, velocities, conditioning.guidance_scale, step, sigmas)

@@ -12,7 +12,11 @@ STEP_SECONDS: Final = Measure(
     "Seconds of a denoising step, both branches of guidance together; each counts with the mean of its image's steps",
     (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
 )
-CACHED_STEPS: Final = Measure("glm_image_dit_cached_steps_total", Kind.COUNTER, "Denoising steps that a cache skipped")
+CACHED_STEPS: Final = Measure(
+    "glm_image_dit_cached_steps_total",
+    Kind.COUNTER,
+    "Denoising steps whose middle blocks were skipped in all branches of guidance",
+)
 VAE_SECONDS: Final = Measure(
     "glm_image_dit_vae_seconds",
     Kind.HISTOGRAM,

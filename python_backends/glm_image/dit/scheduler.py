@@ -11,14 +11,14 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.dit.executor import Command, Decode, Drop, ForgetSources, Prepare, ReadSources, Step
-from glm_image.dit.measures import STEP_SECONDS, VAE_SECONDS
+from glm_image.dit.executor import Command, Decode, Drop, ForgetSources, Prepare, ReadSources, Result, Step
+from glm_image.dit.measures import CACHED_STEPS, STEP_SECONDS, VAE_SECONDS
 from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
 from glm_image.request import PaintRequest
 from glm_image.sources import SourcePicture
 
-Run = Callable[[Command], "NDArray[np.uint8] | None"]
+Run = Callable[[Command], Result]
 
 
 class Scheduler:
@@ -93,17 +93,20 @@ class Scheduler:
             self._take_steps(job, request, row, picture)
 
     def _take_steps(self, job: Job, request: PaintRequest, row: int, picture: int) -> None:
-        steps, taken, started = request.num_inference_steps, 0, time.monotonic()
+        steps, taken, cached, started = request.num_inference_steps, 0, 0, time.monotonic()
         try:
             for _ in range(steps):
                 job.check()
-                self._run(Step(picture))
+                cached += self._run(Step(picture)) is True
                 taken += 1
                 job.report("denoise", row * steps + taken, len(request.seeds) * steps)
         finally:
             # The host runs ahead of the device, so only all of a picture's steps together can be timed from here.
             if taken:
                 self._record(STEP_SECONDS, (time.monotonic() - started) / taken, taken)
+            if cached:
+                self._record(CACHED_STEPS, cached)
+        job.cached_steps.append(cached)
 
     def decode(self, job: Job, pictures: list[int]) -> NDArray[np.uint8]:
         """Makes pixels of denoised pictures: uint8 [pictures, height, width, 3]."""
@@ -112,9 +115,9 @@ class Scheduler:
                 decoded = [self._decode_one(picture) for picture in pictures]
         finally:
             self.drop(pictures)
-        return np.stack([pixels for pixels in decoded if pixels is not None])
+        return np.stack([pixels for pixels in decoded if isinstance(pixels, np.ndarray)])
 
-    def _decode_one(self, picture: int) -> NDArray[np.uint8] | None:
+    def _decode_one(self, picture: int) -> Result:
         started = time.monotonic()
         pixels = self._run(Decode(picture))
         self._record(VAE_SECONDS, time.monotonic() - started)

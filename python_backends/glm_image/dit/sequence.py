@@ -7,10 +7,12 @@ part among those that exchange heads. Text may be of any length, and tokens need
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from glm_image.dit.conditioning import Conditioning, Rotary
 from glm_image.dit.sources import Join
 from glm_image.parallel.group import Group
 from glm_image.parallel.ranks import ONE_RANK, Ranks
@@ -135,7 +137,7 @@ def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
 
 
 class Sharing:
-    """How the ranks of an instance share a forward; made for one rank, it changes nothing.
+    """How the ranks of an instance share a picture; made for one rank, it changes nothing.
 
     Args:
         ranks: this process's.
@@ -150,10 +152,19 @@ class Sharing:
         self._attention = attention
         self._split = TokenSplit(ranks.ring, ranks.ulysses)
 
-    def begin(self, tokens: int, joined: Sequence[int] = ()) -> None:
-        """To be called before a forward; see ``SequenceAttention.begin``."""
-        if self._attention is not None:
-            self._attention.begin(tokens, joined)
+    def own_conditioning(self, whole: Conditioning) -> Conditioning:
+        """Returns this rank's branches of a picture's conditions, and of those its tokens."""
+        branches, sources = whole.branches, whole.sources
+        if self.ranks.cfg.size == len(branches) > 1:
+            branches = [branches[self.ranks.cfg.rank]]
+            sources = sources if self.ranks.cfg.rank == 0 else None
+        own = [replace(branch, prior=self.own(branch.prior, dim=1)) for branch in branches]
+        return replace(whole, branches=own, rotary=self.own_rotary(whole.rotary), sources=sources)
+
+    def own_rotary(self, rotary: Rotary) -> Rotary:
+        """Returns the rotary tables of this rank's tokens."""
+        cos, sin = (self.own(table, dim=0) for table in rotary)
+        return cos, sin
 
     def own(self, tokens: Tensor, dim: int) -> Tensor:
         """Returns this rank's tokens of what all ranks have whole."""
@@ -162,6 +173,29 @@ class Sharing:
     def whole(self, own: Tensor, count: int) -> Tensor:
         """Returns all ``count`` tokens, [1, count, ...], of which this rank has ``own``."""
         return self._split.whole(own[0], count)[None]
+
+    def all_branches(self, own: list[Tensor], *, guided: bool) -> list[Tensor]:
+        """Returns what every branch gave: the conditional one, and with guidance the unconditional one."""
+        return self.ranks.cfg.gather(own[0]) if guided and len(own) == 1 else own
+
+    def mean(self, means: Tensor, tokens: int) -> Tensor:
+        """Returns means over all ranks' tokens of a branch, given those over this rank's ``tokens``."""
+        if self._attention is None:
+            return means
+        sums = torch.cat([means * tokens, means.new_full((1,), tokens)])
+        for group in (self.ranks.ulysses, self.ranks.ring):
+            group.sum(sums)
+        return sums[:-1] / sums[-1]
+
+    def begin(self, tokens: int, joined: Sequence[int] = ()) -> None:
+        """To be called before a forward; see ``SequenceAttention.begin``."""
+        if self._attention is not None:
+            self._attention.begin(tokens, joined)
+
+    def begin_picture(self, conditioning: Conditioning) -> None:
+        """To be called before blocks run over a picture's sequences."""
+        sources = conditioning.sources
+        self.begin(conditioning.tokens, sources.tokens if sources else ())
 
 
 NOT_SHARED = Sharing()

@@ -23,7 +23,7 @@ class SourceCache:
 
     Args:
         config: the transformer's.
-        tokens: image tokens of each source.
+        tokens: image tokens of each source; each passes through the blocks once.
         device: where they are kept.
         dtype: the transformer's.
         ranks: those that share the tokens and heads; this one keeps its own.
@@ -46,7 +46,14 @@ class SourceCache:
     def bytes_needed(config: Any, tokens: int, dtype: torch.dtype) -> int:
         """Returns the memory for the cache of ``tokens`` image tokens, and for the pass that fills it."""
         width = config.num_attention_heads * config.attention_head_dim
-        return int((2 * config.num_layers + WORKING_TENSORS) * tokens * width * dtype.itemsize)
+        kept = 2 * config.num_layers * tokens * width * dtype.itemsize
+        return int(kept + SourceCache.bytes_at_work(config, tokens, dtype))
+
+    @staticmethod
+    def bytes_at_work(config: Any, tokens: int, dtype: torch.dtype) -> int:
+        """Returns the memory that a pass of ``tokens`` image tokens through the blocks works in."""
+        width = config.num_attention_heads * config.attention_head_dim
+        return int(WORKING_TENSORS * tokens * width * dtype.itemsize)
 
     def recorders(self, start: int) -> list[Join]:
         """Returns for each block what keeps the keys and values of a source whose tokens begin at ``start``."""

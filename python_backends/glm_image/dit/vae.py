@@ -9,16 +9,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glm_image.devices import Device
+from glm_image.geometry import Size
+
+WORKING_TENSORS = 6
+"""Tensors as large as the decoder's largest that it has at once."""
+
 
 class Vae:
-    """A checkpoint's variational autoencoder.
+    """A checkpoint's variational autoencoder; decodes and encodes one picture at a time.
 
     Args:
         autoencoder: diffusers' ``AutoencoderKL``; its config has the mean and deviation of each latent channel.
+        device: where it is.
+        tiling: does pictures with a side above the config's ``sample_size`` in tiles that overlap and are blended: in
+            less memory, but its norms then see one tile each, which changes the picture.
     """
 
-    def __init__(self, autoencoder: Any) -> None:
+    def __init__(self, autoencoder: Any, device: Device, *, tiling: bool = False) -> None:
         weight = autoencoder.decoder.conv_in.weight
+        if tiling:
+            autoencoder.enable_tiling()
+        if device.runs_triton and weight.dtype == torch.bfloat16:
+            from glm_image.kernels.group_norm_silu import fuse_norms  # noqa: PLC0415 - Triton is only where it can run
+
+            fuse_norms(autoencoder)
         self._autoencoder = autoencoder
         self._dtype: torch.dtype = weight.dtype
         self._mean, self._std = (
@@ -44,3 +59,10 @@ class Vae:
         encoded = self._autoencoder.encode((2.0 * levels - 1.0).to(self._mean.device, self._dtype))
         latents: Tensor = (encoded.latent_dist.mode() - self._mean) / self._std
         return latents
+
+    @staticmethod
+    def bytes_needed(config: Any, size: Size, dtype: torch.dtype) -> int:
+        """Returns the memory in which a picture is decoded in one piece."""
+        # The last block reads, at the full size, what the one before it gave.
+        widest = config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
+        return WORKING_TENSORS * size.height * size.width * int(widest) * dtype.itemsize

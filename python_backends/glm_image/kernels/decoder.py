@@ -1,4 +1,4 @@
-"""The decode step with as few launches as its data needs: eight a layer, each reading its weights once."""
+"""The decode step with as few launches as its data needs: eight or nine a layer, each reading its weights once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from glm_image.ar.model import Decoder, DecoderLayer
 from glm_image.kernels.decode_attention import DecodeAttention
 from glm_image.kernels.residual_norm import embed_norm, residual_norm
 from glm_image.kernels.skinny_linear import ROWS, Plan, gate_up, linear_parts, parts_buffer
+from glm_image.kernels.split_rows import SplitRows, split_rows
 
 
 @dataclass(frozen=True)
 class Plans:
-    """How each linear of a layer, and the head, is cut up."""
+    """How each linear of a layer, and the head, is cut up.
+
+    Attributes:
+        split: whether int8 weights are multiplied by activations in two int8 parts. Else they are widened to bf16 in
+            registers, which keeps the largest matrices from the memory's bandwidth.
+    """
 
     # The best of a sweep on an H100 at the real sizes, 8 rows.
     qkv: Plan = Plan(64, 128, splits=2, warps=4, stages=4, fetch=256)
@@ -26,15 +32,27 @@ class Plans:
     gate_up: Plan = Plan(64, 128, splits=1, warps=4, stages=4, fetch=512)
     down: Plan = Plan(64, 128, splits=4, warps=4, stages=3, fetch=256)
     head: Plan = Plan(64, 128, splits=1, warps=4, stages=4, fetch=256)
+    split: bool = False
 
 
-INT8_PLANS = Plans(
+WIDENING_PLANS = Plans(
     qkv=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
     out=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
     gate_up=Plan(64, 128, splits=1, warps=4, stages=3, fetch=256),
     down=Plan(32, 256, splits=2, warps=4, stages=5, fetch=256),
     head=Plan(32, 256, splits=1, warps=4, stages=3, fetch=256),
 )
+
+# What the heads attended to is widened all the same: its matrix is small, and splitting it would be a kernel more.
+SPLIT_PLANS = Plans(
+    qkv=Plan(64, 128, splits=4, warps=4, stages=4, fetch=256),
+    out=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
+    gate_up=Plan(64, 256, splits=1, warps=4, stages=3, fetch=512),
+    down=Plan(64, 256, splits=4, warps=4, stages=3, fetch=256),
+    head=Plan(64, 256, splits=1, warps=4, stages=4, fetch=256),
+    split=True,
+)
+INT8_PLANS = SPLIT_PLANS
 
 
 def supports(decoder: Decoder, slots: int) -> bool:
@@ -61,8 +79,13 @@ class FusedDecoder:
         def rows(width: int) -> Tensor:
             return torch.empty(slots, width, device=device, dtype=torch.bfloat16)
 
-        self._residual, self._normed = rows(config.hidden_size), rows(config.hidden_size)
+        self._residual = rows(config.hidden_size)
         self._attended, self._product = rows(config.heads * config.head_dim), rows(config.intermediate_size)
+        self._normed: Tensor | SplitRows = rows(config.hidden_size)
+        self._product_read: Tensor | SplitRows = self._product
+        if self._plans.split:
+            self._normed = SplitRows.empty(slots, config.hidden_size, device)
+            self._product_read = SplitRows.empty(slots, config.intermediate_size, device)
         self._qkv = parts_buffer(self._plans.qkv, slots, qkv_width, device)
         self._out = parts_buffer(self._plans.out, slots, config.hidden_size, device)
         self._down = parts_buffer(self._plans.down, slots, config.hidden_size, device)
@@ -96,7 +119,9 @@ class FusedDecoder:
             after, before = layer.after_attention.weight, layer.before_mlp.weight
             residual_norm(self._out, self._residual, after, before, self._normed, eps)
             gate_up(self._normed, layer.gate_up, self._product, plans.gate_up)
-            linear_parts(self._product, layer.down, self._down, plans.down)
+            if isinstance(self._product_read, SplitRows):
+                split_rows(self._product, self._product_read)
+            linear_parts(self._product_read, layer.down, self._down, plans.down)
             residual_norm(self._down, self._residual, layer.after_mlp.weight, next_before, self._normed, eps)
         linear_parts(self._normed, decoder.head, self._logits, plans.head, rounded=True)
         return self._logits[0]

@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from glm_image.devices.quantized import Rows
+from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.sequence import SequenceAttention
 from glm_image.dit.sources import Join
+from glm_image.kernels.dit_linears import AnyLinear, joined, linears_of
 from glm_image.kernels.head_norm_rotary import head_norm_rotary
 from glm_image.kernels.modulated_norm import (
     GATE_ATTENTION,
@@ -46,22 +49,18 @@ class FusedBlock:
 
     def __init__(self, block: Any) -> None:
         attention = block.attn1
-        projections = (attention.to_q, attention.to_k, attention.to_v)
-        self.qkv_weight = torch.cat([projection.weight for projection in projections])
-        self.qkv_bias = torch.cat([projection.bias for projection in projections])
-        for projection in projections:  # their memory is the fused matrix's now
-            projection.weight = projection.bias = None
-        self.out: nn.Linear = attention.to_out[0]
+        self.qkv: AnyLinear = joined([attention.to_q, attention.to_k, attention.to_v])
+        self.out: AnyLinear = attention.to_out[0]
         self.modulation: nn.Linear = block.norm1.linear
-        self.up: nn.Linear = block.ff.net[0].proj
-        self.down: nn.Linear = block.ff.net[2]
+        self.up: AnyLinear = block.ff.net[0].proj
+        self.down: AnyLinear = block.ff.net[2]
 
 
-class FusedBlocks:
+class FusedBlocks(Blocks):
     """Runs all blocks of diffusers' ``GlmImageTransformer2DModel``, whose own forward can't be used afterwards.
 
     Args:
-        transformer: bf16, on a device that runs Triton.
+        transformer: bf16, the linear layers of its blocks bf16 or ``QuantizedLinear``, on a device that runs Triton.
         shared: attends where several ranks share the tokens.
     """
 
@@ -71,45 +70,38 @@ class FusedBlocks:
         self._shared = shared
         self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
         self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
+        self._linears = linears_of(self._blocks[0].qkv)
 
-    def __call__(
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def run(
         self,
-        sequences: list[tuple[Tensor, Tensor]],
+        which: range,
+        sequences: list[Tokens],
         time: Tensor,
         rotary: tuple[Tensor, Tensor],
         joins: Sequence[Join] | None = None,
         /,
-    ) -> list[Tensor]:
-        """Runs the blocks over one or two sequences at the same time step.
-
-        Args:
-            sequences: image tokens [1, image tokens, width] and text tokens [1, text tokens, width] of each.
-            time: silu(time embedding), [1, time width].
-            rotary: cosines and sines, fp32 [image tokens, head_dim] each.
-            joins: for each block, what happens to the first sequence's keys and values before its attention.
-
-        Returns:
-            The image tokens of each sequence.
-        """
+    ) -> list[Tokens]:
+        """Runs some of the blocks over one or two sequences at the same time step; see ``Blocks.run``."""
         if not 1 <= len(sequences) <= MOST_SEQUENCES:
             raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MOST_SEQUENCES}")
         residual = torch.cat([part for image, text in sequences for part in (text[0], image[0])])
         lengths = [(text.shape[1], image.shape[1]) for image, text in sequences]
         segments = (lengths[0][0], sum(lengths[0]), lengths[-1][0])
-        tables = [F.linear(time, block.modulation.weight, block.modulation.bias)[0] for block in self._blocks]
-        normed = torch.empty_like(residual)
+        blocks = [self._blocks[index] for index in which]
+        tables = [F.linear(time, block.modulation.weight, block.modulation.bias)[0] for block in blocks]
+        normed = self._linears.room(residual)
         modulated_norm(residual, tables[0], normed, self._norm_eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
-        for index, block in enumerate(self._blocks):
+        for index, block, table, following in zip(which, blocks, tables, [*tables[1:], None], strict=True):
             join = joins[index] if joins else None
-            branch = block.out(self._attend(block, normed, rotary, segments, [sum(length) for length in lengths], join))
-            table = tables[index]
+            attended = self._attend(block, normed, rotary, segments, [sum(length) for length in lengths], join)
+            branch = self._linears.linear(block.out, self._linears.read(attended))
             gated_modulated_norm(
                 residual, branch, table, GATE_ATTENTION, table, normed, self._norm_eps, segments, SHIFT_MLP, SCALE_MLP
             )
-            # The GELU of the GEMM's epilogue is the approximation by tanh, as the model's.
-            product = torch._addmm_activation(block.up.bias, normed, block.up.weight.T, use_gelu=True)
-            branch = block.down(product)
-            following = tables[index + 1] if index + 1 < len(tables) else None
+            branch = self._linears.linear(block.down, self._linears.linear_gelu(block.up, normed))
             gated_modulated_norm(
                 residual,
                 branch,
@@ -123,18 +115,18 @@ class FusedBlocks:
                 SCALE_ATTENTION,
             )
         parts = residual.split([rows for length in lengths for rows in length])
-        return [image[None] for image in parts[1::2]]
+        return [(image[None], text[None]) for text, image in zip(parts[::2], parts[1::2], strict=True)]
 
     def _attend(
         self,
         block: FusedBlock,
-        normed: Tensor,
+        normed: Tensor | Rows,
         rotary: tuple[Tensor, Tensor],
         segments: tuple[int, int, int],
         lengths: list[int],
         join: Join | None,
     ) -> Tensor:
-        qkv = F.linear(normed, block.qkv_weight, block.qkv_bias)
+        qkv = self._linears.linear(block.qkv, normed)
         head_norm_rotary(qkv, self._heads, self._head_dim, rotary, self._head_eps, segments)
         attended: list[Tensor] = []
         for sequence, text in zip(qkv.split(lengths), (segments[0], segments[2]), strict=False):

@@ -6,6 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glm_image.devices.quantized import LARGEST, Rows
+from glm_image.kernels.rows import store_row
+
 SHIFT_ATTENTION, SCALE_ATTENTION, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 """Rows of a modulation table, each for image tokens and for text tokens."""
 
@@ -18,9 +21,10 @@ def is_text_row(row, first_text, first_rows, second_text):
 
 @triton.jit
 def _modulated_norm_kernel(
-    residual_ptr, branch_ptr, gates_ptr, table_ptr, out_ptr, width, eps, first_text, first_rows, second_text,
+    residual_ptr, branch_ptr, gates_ptr, table_ptr, out_ptr, scales_ptr, width, eps,
+    first_text, first_rows, second_text,
     GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
@@ -41,18 +45,24 @@ def _modulated_norm_kernel(
         scale = tl.load(table_ptr + (SCALE * 2 + stream) * width + at, mask=inside, other=0.0).to(tl.float32)
         shift = tl.load(table_ptr + (SHIFT * 2 + stream) * width + at, mask=inside, other=0.0).to(tl.float32)
         modulated = normed.to(tl.bfloat16).to(tl.float32) * (1.0 + scale) + shift
-        tl.store(out_ptr + place, modulated.to(tl.bfloat16), mask=inside)
+        store_row(modulated.to(tl.bfloat16), out_ptr + place, scales_ptr + row, inside, LARGEST)
 
 
 def modulated_norm(
-    residual: Tensor, table: Tensor, out: Tensor, eps: float, segments: tuple[int, int, int], shift: int, scale: int
+    residual: Tensor,
+    table: Tensor,
+    out: Tensor | Rows,
+    eps: float,
+    segments: tuple[int, int, int],
+    shift: int,
+    scale: int,
 ) -> None:
     """Computes ``out = norm(residual) * (1 + scale) + shift``.
 
     Args:
         residual: bf16 [rows, width].
         table: bf16 [12 * width]: shift, scale and gate of attention, then of the MLP, each for image then text rows.
-        out: bf16 [rows, width], written.
+        out: bf16 [rows, width] or in 8 bits, written.
         eps: the norm's epsilon.
         segments: text rows of the first sequence, all its rows, text rows of the second.
         shift: row of the table.
@@ -67,7 +77,7 @@ def gated_modulated_norm(
     gates: Tensor,
     gate: int,
     table: Tensor | None,
-    out: Tensor,
+    out: Tensor | Rows,
     eps: float,
     segments: tuple[int, int, int],
     shift: int = 0,
@@ -81,7 +91,7 @@ def gated_modulated_norm(
         gates: the table that holds the gate.
         gate: row of ``gates``.
         table: the table that holds shift and scale, or None for the residual alone.
-        out: bf16 [rows, width], written with a table.
+        out: bf16 [rows, width] or in 8 bits, written with a table.
         eps: see ``modulated_norm``.
         segments: see ``modulated_norm``.
         shift: see ``modulated_norm``.
@@ -95,7 +105,7 @@ def _launch(
     branch: Tensor | None,
     gates: Tensor,
     table: Tensor | None,
-    out: Tensor,
+    out: Tensor | Rows,
     eps: float,
     segments: tuple[int, int, int],
     gate: int,
@@ -103,8 +113,9 @@ def _launch(
     scale: int,
 ) -> None:
     rows, width = residual.shape
+    values, scales, largest = (*out, LARGEST[out.values.dtype]) if isinstance(out, Rows) else (out, out, 0.0)
     _modulated_norm_kernel[(rows,)](
-        residual, residual if branch is None else branch, gates, gates if table is None else table, out,
-        width, eps, *segments, gate, shift, scale, branch is not None, table is not None,
+        residual, residual if branch is None else branch, gates, gates if table is None else table, values,
+        scales, width, eps, *segments, gate, shift, scale, branch is not None, table is not None, largest,
         triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
+from glm_image.kernels.split_rows import SplitRows, destination, store_row
 
 
 @triton.jit
@@ -18,8 +19,9 @@ def _rms(values, weight, width, eps):
 
 @triton.jit
 def _embed_norm_kernel(
-    tokens_ptr, table_ptr, weight_ptr, residual_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
+    tokens_ptr, table_ptr, weight_ptr, residual_ptr, out_ptr, scale_ptr, width, eps,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
@@ -30,13 +32,13 @@ def _embed_norm_kernel(
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(residual_ptr + row * width + at, values, mask=inside)
     normed = _rms(values.to(tl.float32), weight, width, eps)
-    tl.store(out_ptr + row * width + at, normed.to(tl.bfloat16), mask=inside)
+    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, SPLIT)
 
 
 @triton.jit
 def _residual_norm_kernel(
-    parts_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, rows, width, eps,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    parts_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, scale_ptr, rows, width, eps,
+    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0)
@@ -53,10 +55,12 @@ def _residual_norm_kernel(
     residual = (residual + branch).to(tl.bfloat16)
     tl.store(residual_ptr + row * width + at, residual, mask=inside)
     normed = _rms(residual.to(tl.float32), before, width, eps)
-    tl.store(out_ptr + row * width + at, normed.to(tl.bfloat16), mask=inside)
+    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, SPLIT)
 
 
-def embed_norm(tokens: Tensor, table: Tensor, weight: Tensor, residual: Tensor, out: Tensor, eps: float) -> None:
+def embed_norm(
+    tokens: Tensor, table: Tensor, weight: Tensor, residual: Tensor, out: Tensor | SplitRows, eps: float
+) -> None:
     """Looks tokens up and norms them.
 
     Args:
@@ -64,31 +68,34 @@ def embed_norm(tokens: Tensor, table: Tensor, weight: Tensor, residual: Tensor, 
         table: bf16 [vocabulary, width].
         weight: bf16 [width], the first norm's.
         residual: bf16 [rows, width], written: the embeddings.
-        out: bf16 [rows, width], written: the norm of them.
+        out: bf16 [rows, width] or split, written: the norm of them.
         eps: the norm's epsilon.
     """
-    rows, width = out.shape
-    block = triton.next_power_of_2(width)
-    overlap = can_overlap()
+    rows, width = residual.shape
+    place, scale, split = destination(out)
     _embed_norm_kernel[(rows,)](
-        tokens, table, weight, residual, out, width, eps, block, overlap, num_warps=8, launch_pdl=overlap
-    )
+        tokens, table, weight, residual, place, scale, width, eps,
+        split, triton.next_power_of_2(width), can_overlap(), num_warps=8, launch_pdl=can_overlap(),
+    )  # fmt: skip
 
 
-def residual_norm(parts: Tensor, residual: Tensor, after: Tensor, before: Tensor, out: Tensor, eps: float) -> None:
+def residual_norm(
+    parts: Tensor, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float
+) -> None:
     """Ends one branch and begins the next: ``residual += norm(sum of parts)``, then ``out = norm(residual)``.
 
     Args:
-        parts: fp32 [splits, rows, width], summed in order.
+        parts: fp32 or bf16 [splits, rows, width], summed in order.
         residual: bf16 [rows, width], updated.
         after: bf16 [width], the scale of the branch's last norm.
         before: bf16 [width], the scale of the next branch's first norm.
-        out: bf16 [rows, width], written.
+        out: bf16 [rows, width] or split, written.
         eps: the norms' epsilon.
     """
     splits, rows, width = parts.shape
-    block = triton.next_power_of_2(width)
+    place, scale, split = destination(out)
     _residual_norm_kernel[(rows,)](
-        parts, residual, after, before, out, rows, width, eps, splits, block, can_overlap(),
+        parts, residual, after, before, place, scale, rows, width, eps,
+        splits, split, triton.next_power_of_2(width), can_overlap(),
         num_warps=16, launch_pdl=can_overlap(),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glm_image.ar.int8 import AnyLinear, Int8Linear
 from glm_image.kernels.overlap import FETCH_UNIT, can_overlap, fetch, start_next, wait_for_previous
+from glm_image.kernels.split_rows import STEP, SplitRows
 
 ROWS = 16
 """The narrow side of a tile; the most rows an input may have."""
@@ -43,20 +44,41 @@ class Plan:
 
 
 @triton.jit
+def _multiplied(w_tile, x_tile, sums, SPLIT: tl.constexpr):
+    if not SPLIT:
+        w_tile = w_tile.to(tl.bfloat16)
+    return tl.dot(w_tile, x_tile, sums, out_dtype=sums.dtype)
+
+
+@triton.jit
+def _scaled(sums, x_scale_ptr, scale_ptr, at_n, n, rows, SPLIT: tl.constexpr, SCALED: tl.constexpr):
+    # From what was summed up [weights' rows, columns of the tile] to the products [weights' rows, rows of the input].
+    if SPLIT:
+        high, low = tl.split(tl.reshape(sums, [sums.shape[0], sums.shape[1] // 2, 2]))
+        at_m = tl.arange(0, sums.shape[1] // 2)
+        x_scale = tl.load(x_scale_ptr + at_m, mask=at_m < rows, other=0.0)
+        sums = (high.to(tl.float32) * STEP + low.to(tl.float32)) * x_scale[None, :]
+    if SCALED:
+        sums *= tl.load(scale_ptr + at_n, mask=at_n < n, other=0.0)[:, None]
+    return sums
+
+
+@triton.jit
 def _linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, rows, n, k,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, rows, n, k,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ROUND: tl.constexpr, SCALED: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    in_parts: tl.constexpr = COLUMNS != ROWS
     block, split = tl.program_id(0), tl.program_id(1)
     at_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    at_m = tl.arange(0, ROWS)
+    at_x = tl.arange(0, COLUMNS)
     at_k = tl.arange(0, BLOCK_K)
     tiles = tl.cdiv(k, BLOCK_K)
     share = tl.cdiv(tiles, SPLITS)
     weight = weight_ptr + at_n[:, None].to(tl.int64) * k + at_k[None, :]
-    x = x_ptr + at_m[None, :] * k + at_k[:, None]
-    sums = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    x = x_ptr + at_x[None, :] * k + at_k[:, None]
+    sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if in_parts else tl.float32)
     fetch(weight_ptr + tl.minimum(at_n, n - 1).to(tl.int64) * k + split * share * BLOCK_K, FETCH, OVERLAP)
     wait_for_previous(OVERLAP)
     for tile in range(split * share, tl.minimum((split + 1) * share, tiles)):
@@ -65,31 +87,32 @@ def _linear_kernel(
             weight + tile * BLOCK_K,
             mask=(at_n[:, None] < n) & inside[None, :], other=0, eviction_policy="evict_first",
         )  # fmt: skip
-        x_tile = tl.load(x + tile * BLOCK_K, mask=(at_m[None, :] < rows) & inside[:, None], other=0.0)
-        sums = tl.dot(w_tile.to(tl.bfloat16), x_tile, sums)
+        x_tile = tl.load(x + tile * BLOCK_K, mask=(at_x[None, :] < rows * (COLUMNS // ROWS)) & inside[:, None], other=0)
+        sums = _multiplied(w_tile, x_tile, sums, in_parts)
     start_next(OVERLAP)
-    if SCALED:
-        sums *= tl.load(scale_ptr + at_n, mask=at_n < n, other=0.0)[:, None]
+    product = _scaled(sums, x_scale_ptr, scale_ptr, at_n, n, rows, in_parts, SCALED)
     if ROUND:
-        sums = sums.to(tl.bfloat16).to(tl.float32)
+        product = product.to(tl.bfloat16).to(tl.float32)
+    at_m = tl.arange(0, ROWS)
     out = out_ptr + (split * rows + at_m[None, :]) * n + at_n[:, None]
-    tl.store(out, sums, mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
+    tl.store(out, product, mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
 
 
 @triton.jit
 def _gate_up_kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, rows, n, k,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr, FETCH: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    x_ptr, x_scale_ptr, weight_ptr, scale_ptr, out_ptr, rows, n, k,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
+    FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    in_parts: tl.constexpr = COLUMNS != ROWS
     at_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at_m = tl.arange(0, ROWS)
+    at_x = tl.arange(0, COLUMNS)
     at_k = tl.arange(0, BLOCK_K)
     gate = weight_ptr + at_n[:, None].to(tl.int64) * k + at_k[None, :]
     up = gate + n.to(tl.int64) * k
-    x = x_ptr + at_m[None, :] * k + at_k[:, None]
-    gate_sums = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
-    up_sums = tl.zeros([BLOCK_N, ROWS], dtype=tl.float32)
+    x = x_ptr + at_x[None, :] * k + at_k[:, None]
+    gate_sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if in_parts else tl.float32)
+    up_sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if in_parts else tl.float32)
     first = weight_ptr + tl.minimum(at_n, n - 1).to(tl.int64) * k
     fetch(first, FETCH, OVERLAP)
     fetch(first + n.to(tl.int64) * k, FETCH, OVERLAP)
@@ -99,57 +122,69 @@ def _gate_up_kernel(
         mask = (at_n[:, None] < n) & inside[None, :]
         gate_tile = tl.load(gate + tile * BLOCK_K, mask=mask, other=0, eviction_policy="evict_first")
         up_tile = tl.load(up + tile * BLOCK_K, mask=mask, other=0, eviction_policy="evict_first")
-        x_tile = tl.load(x + tile * BLOCK_K, mask=(at_m[None, :] < rows) & inside[:, None], other=0.0)
-        gate_sums = tl.dot(gate_tile.to(tl.bfloat16), x_tile, gate_sums)
-        up_sums = tl.dot(up_tile.to(tl.bfloat16), x_tile, up_sums)
+        x_tile = tl.load(x + tile * BLOCK_K, mask=(at_x[None, :] < rows * (COLUMNS // ROWS)) & inside[:, None], other=0)
+        gate_sums = _multiplied(gate_tile, x_tile, gate_sums, in_parts)
+        up_sums = _multiplied(up_tile, x_tile, up_sums, in_parts)
     start_next(OVERLAP)
-    if SCALED:
-        gate_sums *= tl.load(scale_ptr + at_n, mask=at_n < n, other=0.0)[:, None]
-        up_sums *= tl.load(scale_ptr + n + at_n, mask=at_n < n, other=0.0)[:, None]
+    gated = _scaled(gate_sums, x_scale_ptr, scale_ptr, at_n, n, rows, in_parts, SCALED)
+    raised = _scaled(up_sums, x_scale_ptr, scale_ptr + n, at_n, n, rows, in_parts, SCALED)
     # Rounded where the layer's own operators round.
-    gated = gate_sums.to(tl.bfloat16).to(tl.float32)
+    gated = gated.to(tl.bfloat16).to(tl.float32)
     silu = (gated * tl.sigmoid(gated)).to(tl.bfloat16).to(tl.float32)
-    product = up_sums.to(tl.bfloat16).to(tl.float32) * silu
+    product = raised.to(tl.bfloat16).to(tl.float32) * silu
+    at_m = tl.arange(0, ROWS)
     out = out_ptr + at_m[None, :] * n + at_n[:, None]
     tl.store(out, product.to(tl.bfloat16), mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
 
 
-def linear_parts(x: Tensor, linear: AnyLinear, out: Tensor, plan: Plan, *, rounded: bool = False) -> None:
+def linear_parts(x: Tensor | SplitRows, linear: AnyLinear, out: Tensor, plan: Plan, *, rounded: bool = False) -> None:
     """Multiplies ``x`` by a linear layer's matrix, in parts; its bias is left to what comes next.
 
     Args:
-        x: bf16 [rows, k], at most ``ROWS`` rows.
+        x: bf16 [rows, k], at most ``ROWS`` rows; or split, where weights are int8.
         linear: bf16 or int8 weights [n, k].
         out: fp32 [plan.splits, rows, n]; the sum over the first dimension is the product.
         plan: how it is cut up.
         rounded: rounds each part to bf16, which is what ``nn.Linear`` returns where there is one part.
     """
-    rows, k = x.shape
-    n, scale = linear.weight.shape[0], scale_of(linear)
+    rows = out.shape[1]
+    n, k = linear.weight.shape
+    values, x_scale, tile_rows, columns = _tile_of(x, rows)
+    scale = scale_of(linear)
     _linear_kernel[(triton.cdiv(n, plan.block_n), plan.splits)](
-        x, linear.weight, x if scale is None else scale, out, rows, n, k,
-        plan.block_n, plan.block_k, plan.splits, ROWS, rounded, scale is not None,
+        values, x_scale, linear.weight, values if scale is None else scale, out, rows, n, k,
+        plan.block_n, plan.block_k, plan.splits, tile_rows, columns, rounded, scale is not None,
         bytes_ahead(plan, linear.weight), can_overlap(),
         num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
     )  # fmt: skip
 
 
-def gate_up(x: Tensor, linear: AnyLinear, out: Tensor, plan: Plan) -> None:
+def gate_up(x: Tensor | SplitRows, linear: AnyLinear, out: Tensor, plan: Plan) -> None:
     """Computes ``up * silu(gate)``, gate and up being the two halves of what a linear layer gives.
 
     Args:
-        x: bf16 [rows, k], at most ``ROWS`` rows.
+        x: bf16 [rows, k], at most ``ROWS`` rows; or split, where weights are int8.
         linear: bf16 or int8 weights [2 * n, k]: gate, then up; no bias.
         out: bf16 [rows, n].
         plan: how it is cut up; one split.
     """
-    rows, k = x.shape
-    n, scale = linear.weight.shape[0] // 2, scale_of(linear)
+    rows, n = out.shape
+    k, scale = linear.weight.shape[1], scale_of(linear)
+    values, x_scale, tile_rows, columns = _tile_of(x, rows)
     _gate_up_kernel[(triton.cdiv(n, plan.block_n),)](
-        x, linear.weight, x if scale is None else scale, out, rows, n, k,
-        plan.block_n, plan.block_k, ROWS, scale is not None, bytes_ahead(plan, linear.weight), can_overlap(),
+        values, x_scale, linear.weight, values if scale is None else scale, out, rows, n, k,
+        plan.block_n, plan.block_k, tile_rows, columns, scale is not None,
+        bytes_ahead(plan, linear.weight), can_overlap(),
         num_warps=plan.warps, num_stages=plan.stages, launch_pdl=can_overlap(),
     )  # fmt: skip
+
+
+def _tile_of(x: Tensor | SplitRows, rows: int) -> tuple[Tensor, Tensor, int, int]:
+    # Values, scales, rows of the input on the tile's narrow side, and the columns that they take there.
+    if isinstance(x, SplitRows):
+        half = max(ROWS // 2, triton.next_power_of_2(rows))
+        return x.parts, x.scale, half, 2 * half
+    return x, x, ROWS, ROWS
 
 
 def bytes_ahead(plan: Plan, weight: Tensor) -> int:

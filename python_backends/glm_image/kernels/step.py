@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from glm_image.ar.model import Decoder
 from glm_image.ar.state import DecodeState
-from glm_image.kernels.decoder import FusedDecoder
+from glm_image.kernels.decoder import FusedDecoder, Plans
 from glm_image.kernels.sampling import draw_tokens
 
 
 class FusedStep:
     """Feeds every slot its last token and draws the next; reads nothing on the host."""
 
-    def __init__(self, decoder: Decoder, state: DecodeState) -> None:
-        self._decoder, self._state = FusedDecoder(decoder, len(state.tokens)), state
+    def __init__(self, decoder: Decoder, state: DecodeState, plans: Plans | None = None) -> None:
+        self._decoder, self._state = FusedDecoder(decoder, len(state.tokens), plans), state
 
     def __call__(self) -> None:
         """Takes the step."""

@@ -92,14 +92,15 @@ class ArBackend:
 
 
 def _load(instance: Instance, metrics: Metrics) -> Any:
-    # The engine imports torch and transformers, which must not happen before the instance's device is known.
+    place = instance.take_place(spare_first=False)
+    # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
     from glm_image.ar.engine import ArEngine  # noqa: PLC0415
     from glm_image.ar.settings import ArSettings  # noqa: PLC0415
     from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
-    from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
+    from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
 
     parameters = instance.parameters
-    device = open_device(placement(parameters["devices"], instance.index))
+    device = open_device(place.inside[0], known_as=place.devices[0])
     settings = ArSettings(
         dtype=named_dtype(parameters["dtype"]),
         max_num_seqs=instance.integer("max_num_seqs", 1),

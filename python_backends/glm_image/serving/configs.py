@@ -17,10 +17,17 @@ from tritonclient.grpc import model_config_pb2
 from glm_image.request import Limits
 from glm_image.serving import declaration
 from glm_image.serving.declaration import ParameterSpec, TensorSpec
+from glm_image.serving.profiles import PROFILES, Profile
 
 HEADER = """\
 # Edit instance_group and the parameters to place and size the model. The rest is declared in
 # glm_image/serving/declaration.py and written by `python -m glm_image.serving.configs model_repository`.
+"""
+
+PROFILE_HEADER = """\
+# Profile {name}: {meaning}.
+# `serve --profile {name}` takes it. Declared in glm_image/serving/profiles.py and written by
+# `python -m glm_image.serving.configs model_repository`.
 """
 
 
@@ -73,6 +80,17 @@ def model_configs() -> dict[str, Any]:
     }
 
 
+def profile_configs(profile: Profile) -> dict[str, Any]:
+    """Returns the ``ModelConfig`` message of each stage in a profile; the ensemble has but one."""
+    configs = model_configs()
+    layouts = {"glm_ar": profile.ar, "glm_dit": profile.dit}
+    for model, layout in layouts.items():
+        configs[model].instance_group[0].count = len(layout.entries)
+        for name, value in layout.values().items():
+            configs[model].parameters[name].string_value = value
+    return {model: configs[model] for model in layouts}
+
+
 def config_text(config: Any) -> str:
     """Returns a message in protobuf's text format: what operators edit first, one entry a line."""
     lines = [
@@ -109,14 +127,21 @@ def _one_line(message: Any) -> str:
 
 def config_files() -> dict[Path, str]:
     """Returns the text of every configuration file, by its path in the model repository."""
-    return {Path(name, "config.pbtxt"): HEADER + config_text(config) for name, config in model_configs().items()}
+    files = {Path(name, "config.pbtxt"): HEADER + config_text(config) for name, config in model_configs().items()}
+    for profile in PROFILES.values():
+        for model, config in profile_configs(profile).items():
+            header = PROFILE_HEADER.format(name=profile.name, meaning=profile.meaning)
+            files[Path(model, "configs", f"{profile.name}.pbtxt")] = header + config_text(config)
+    return files
 
 
 def main() -> None:
     """Writes the files into the model repository named on the command line."""
     (repository,) = sys.argv[1:]
     for path, text in config_files().items():
-        (Path(repository) / path).write_text(text, encoding="utf-8")
+        target = Path(repository) / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from glm_image.ar.graphs import GRAPH_MODES, WHY_NOT_PIECEWISE
+from glm_image.dit.cache import SCM_MASK_POLICIES, SCM_POLICIES
 from glm_image.errors import ConfigurationError
 from glm_image.request import Limits
 
@@ -120,12 +121,29 @@ AR_PARAMETERS: Final = (
     ParameterSpec("graph_capture_sizes", ""),
 )
 
+# Named as in cache-dit, with its defaults of GLM-Image's guide.
+CACHE_PARAMETERS: Final = (
+    ParameterSpec("cache_Fn_compute_blocks", "1"),
+    ParameterSpec("cache_Bn_compute_blocks", "0"),
+    ParameterSpec("cache_max_warmup_steps", "4"),
+    ParameterSpec("cache_residual_diff_threshold", "0.24"),
+    ParameterSpec("cache_max_continuous_cached_steps", "3"),
+    ParameterSpec("cache_max_cached_steps", "-1"),
+    ParameterSpec("cache_enable_taylorseer", "false", ("false", "true")),
+    ParameterSpec("cache_taylorseer_order", "1"),
+    ParameterSpec("cache_scm_steps_mask_policy", "none", SCM_MASK_POLICIES),
+    ParameterSpec("cache_scm_steps_policy", "dynamic", SCM_POLICIES),
+    ParameterSpec("cache_force_refresh_step_hint", "none"),
+)
+
 DIT_PARAMETERS: Final = (
     *STAGE_PARAMETERS,
-    ParameterSpec("quantization", "none", ("none",)),
-    ParameterSpec("cache", "off", ("off",)),
+    ParameterSpec("quantization", "none", ("none", "int8", "fp8")),
+    ParameterSpec("cache", "none", ("none", "cache_dit")),
+    *CACHE_PARAMETERS,
     ParameterSpec("parallel", "none", ("none",)),
     ParameterSpec("warmup_sizes", "auto"),
+    ParameterSpec("vae_tiling", "off", ("off", "on", "auto")),
 )
 
 

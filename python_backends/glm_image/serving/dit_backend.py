@@ -21,6 +21,7 @@ from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadat
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
+from glm_image.serving.cache_parameters import cache_settings
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
@@ -39,17 +40,17 @@ class DitBackend:
         """Loads the engine on this instance's device."""
         strings.install()
         instance = Instance.read(args, DIT_PARAMETERS)
-        # The engine imports torch and diffusers, which must not happen before the instance's device is known.
+        place = instance.take_place(spare_first=True)
+        # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices import named_dtype, open_device, placement  # noqa: PLC0415
+        from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
         from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
-        parameters = instance.parameters
+        parameters, cache = instance.parameters, cache_settings(instance)
         self._limits = instance.limits
         self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
-        # Where there are several cards, the first one is the other stage's.
-        device = open_device(placement(parameters["devices"], instance.index, first=1))
+        device = open_device(place.inside[0], known_as=place.devices[0])
         logger.info("loading the transformer on %s", device)
         self._metrics = Metrics(DIT_MEASURES, instance)
         self._engine = DitEngine(
@@ -59,6 +60,10 @@ class DitBackend:
                 dtype=named_dtype(parameters["dtype"]),
                 memory_utilization=instance.share("memory_utilization"),
                 warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
+                cache=cache,
+                quantization=parameters["quantization"],
+                vae_tiling=parameters["vae_tiling"],
+                largest_side=self._limits.max_side,
             ),
             self._metrics.record,
         )

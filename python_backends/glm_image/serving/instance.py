@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from glm_image.cards import find_cards
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
+from glm_image.placement import Place, check_shares, lay_out, place
 from glm_image.request import Limits
 from glm_image.serving.declaration import ParameterSpec, read_parameters
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -25,12 +31,14 @@ class Instance:
     Attributes:
         model: the model's name.
         index: which instance of the model this is, from 0.
+        count: how many there are.
         parameters: every declared parameter.
         limits: the largest request.
     """
 
     model: str
     index: int
+    count: int
     parameters: dict[str, str]
     limits: Limits
 
@@ -44,12 +52,36 @@ class Instance:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         config = json.loads(args["model_config"])
         given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+        index, count = _position(args, config.get("instance_group", ()))
         return cls(
             model=args["model_name"],
-            index=int(args["model_instance_name"].rsplit("_", 1)[-1]),
+            index=index,
+            count=count,
             parameters=read_parameters(specs, given),
             limits=Limits.from_parameters(given),
         )
+
+    def take_place(self, *, spare_first: bool) -> Place:
+        """Chooses this instance's devices and hides all others from this process.
+
+        To be called before anything imports the framework, which looks but once.
+
+        Args:
+            spare_first: whether ``auto`` leaves the first of several cards to the other stage.
+
+        Raises:
+            ConfigurationError: ``devices`` does not fit the instances or this machine.
+        """
+        cards, devices = find_cards(), self.parameters["devices"]
+        entries = lay_out(devices, self.count, cards, spare_first=spare_first)
+        check_shares(entries, self.share("memory_utilization"), cards)
+        taken = place(entries, self.index, cards)
+        os.environ.update(taken.environment)
+        told = "".join(f", {name}={value}" for name, value in taken.environment.items())
+        logger.info(
+            "instance %d of %d takes %s: devices is %s, found %s%s", self.index, self.count, taken, devices, cards, told
+        )
+        return taken
 
     @property
     def checkpoint(self) -> Path:
@@ -65,6 +97,22 @@ class Instance:
         text = self.parameters[name]
         if not re.fullmatch(r"\d{1,9}", text) or int(text) < low:
             raise ConfigurationError(f"{name} is {text!r}; allowed: a whole number of at least {low}")
+        return int(text)
+
+    def optional_integer(self, name: str, low: int) -> int | None:
+        """Returns a parameter that is ``none`` or a whole number of at least ``low``."""
+        text = self.parameters[name]
+        if text == "none":
+            return None
+        if not re.fullmatch(r"\d{1,9}", text) or int(text) < low:
+            raise ConfigurationError(f"{name} is {text!r}; allowed: none, or a whole number of at least {low}")
+        return int(text)
+
+    def limit(self, name: str) -> int:
+        """Returns a parameter that is a number of things, or -1 for any number."""
+        text = self.parameters[name]
+        if text != "-1" and not re.fullmatch(r"\d{1,9}", text):
+            raise ConfigurationError(f"{name} is {text!r}; allowed: a whole number of at least 0, or -1 (no limit)")
         return int(text)
 
     def integers(self, name: str) -> tuple[int, ...]:
@@ -93,11 +141,35 @@ class Instance:
 
     def share(self, name: str) -> float:
         """Returns a parameter that is a number above 0 and at most 1."""
-        text = self.parameters[name]
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
+        value = _number(self.parameters[name])
         if not 0 < value <= 1:
-            raise ConfigurationError(f"{name} is {text!r}; allowed: above 0, at most 1")
+            raise ConfigurationError(f"{name} is {self.parameters[name]!r}; allowed: above 0, at most 1")
         return value
+
+    def threshold(self, name: str) -> float:
+        """Returns a parameter that is a number of at least 0."""
+        value = _number(self.parameters[name])
+        if not 0 <= value < math.inf:
+            raise ConfigurationError(f"{name} is {self.parameters[name]!r}; allowed: a number of at least 0")
+        return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _position(args: Mapping[str, str], groups: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Returns which instance of a model this is, counted over all its groups, and how many there are."""
+    name, index, count = args["model_instance_name"], None, 0
+    for number, group in enumerate(groups or ({},)):
+        group_name, size = group.get("name") or f"{args['model_name']}_{number}", int(group.get("count") or 1)
+        names = [f"{group_name}_{one}" for one in range(size)]
+        if name in names:
+            index = count + names.index(name)
+        count += size
+    if index is None:
+        raise ConfigurationError(f"the instance is named {name!r}, which instance_group does not give to any")
+    return index, count

@@ -1,0 +1,78 @@
+"""The accelerators of this machine, found without a framework, which would fix what its process sees."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Final
+
+VISIBLE_VARIABLES: Final = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+"""What tells each runtime which cards a process sees; read once, when the framework is imported or first used."""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Accelerators of one kind.
+
+    Attributes:
+        kind: ``npu`` or ``cuda``; ``cpu`` where there are none.
+        ids: what the runtime's variable calls each; ``npu:1`` is the second of them.
+    """
+
+    kind: str
+    ids: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.ids:
+            return "cpu only"
+        last = f" to {self.kind}:{len(self.ids) - 1}" if len(self.ids) > 1 else ""
+        return f"{self.kind}:0{last}"
+
+    def has(self, device: str) -> bool:
+        """Tells whether a device such as ``npu:1`` is one of them; every host has ``cpu``, numbered or not."""
+        kind, _, index = device.partition(":")
+        return kind == "cpu" or (kind == self.kind and int(index) < len(self.ids))
+
+
+def find_cards(environment: Mapping[str, str] = os.environ) -> Cards:
+    """Returns the cards that a process with this environment may use."""
+    for kind, count in (("npu", _count_npus), ("cuda", _count_gpus)):
+        found = tuple(map(str, range(count())))
+        ids = _listed(environment.get(VISIBLE_VARIABLES[kind]), found)
+        if found and ids:
+            return Cards(kind, ids)
+    return Cards("cpu")
+
+
+def _listed(value: str | None, found: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns what a variable lists, up to the first that is none, as CUDA reads it; all cards where it is not set."""
+    if value is None:
+        return found
+    names = (name.strip() for name in value.split(","))
+    return tuple(takewhile(lambda name: name and not name.startswith("-"), names))
+
+
+def _count_npus() -> int:
+    if importlib.util.find_spec("torch_npu") is None:
+        return 0
+    return sum(device.name.removeprefix("davinci").isdigit() for device in Path("/dev").glob("davinci*"))
+
+
+def _count_gpus() -> int:
+    if importlib.metadata.version("torch").endswith("+cpu"):
+        return 0
+    count = ctypes.c_uint(0)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")  # as torch counts them; it needs no context on a card
+    except OSError:
+        return 0
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return sum(device.name.removeprefix("nvidia").isdigit() for device in Path("/dev").glob("nvidia*"))
+    nvml.nvmlShutdown()
+    return count.value

@@ -1,0 +1,108 @@
+"""Rows in 8 bits: what stands between two linear layers whose products are of int8 or fp8, in one pass over a row.
+
+The twin is ``devices.quantized``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glm_image.devices.quantized import LARGEST, SMALLEST_MAXIMUM, Rows
+
+SMALLEST = tl.constexpr(SMALLEST_MAXIMUM)
+
+ROUNDING = tl.constexpr(1.5 * 2**23)
+"""Added to a value below 2 ** 22 and taken away again, it leaves the nearest whole number, the even one of two."""
+
+GELU_SLOPE = tl.constexpr(1.5957691216057308)
+"""2 * sqrt(2 / pi): the approximation by tanh, which is ``2 * sigmoid(2 x) - 1``."""
+
+WIDE_ROW = 8192
+
+
+@triton.jit
+def store_row(values, places, scale_place, inside, LARGEST: tl.constexpr):
+    """Stores a row of bf16 values as it is, or in the 8 bits whose largest value is ``LARGEST``, with its scale."""
+    if LARGEST > 0:
+        full = values.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(full)), SMALLEST) / LARGEST
+        scaled = full / scale
+        if places.dtype.element_ty == tl.int8:
+            scaled = (scaled + ROUNDING) - ROUNDING
+        tl.store(places, scaled.to(places.dtype.element_ty), mask=inside)
+        tl.store(scale_place, scale)
+    else:
+        tl.store(places, values, mask=inside)
+
+
+@triton.jit
+def _rows_kernel(
+    product_ptr, row_scales_ptr, column_scales_ptr, bias_ptr, out_ptr, scales_ptr, width,
+    SUMS: tl.constexpr, GELU: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    place = row.to(tl.int64) * width + at
+    values = tl.load(product_ptr + place, mask=inside, other=0).to(tl.float32)
+    if SUMS:
+        scales = tl.load(column_scales_ptr + at, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        values = values * tl.load(row_scales_ptr + row) * scales + bias
+        values = values.to(tl.bfloat16).to(tl.float32)
+    if GELU:
+        values = values * tl.sigmoid(GELU_SLOPE * (values + 0.044715 * values * values * values))
+    store_row(values.to(tl.bfloat16), out_ptr + place, scales_ptr + row, inside, LARGEST)
+
+
+def in_8_bits(product: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Rows:
+    """Rounds what a layer gives to what the next one takes.
+
+    Args:
+        product: bf16 [rows, width].
+        dtype: int8 or float8_e4m3fn.
+        gelu: whether the GELU, approximated by tanh, comes between.
+    """
+    out = empty_rows(product, dtype)
+    _launch(product, None, out, gelu=gelu)
+    return out
+
+
+def sums_in_8_bits(sums: Tensor, rows: Rows, weight: Rows, bias: Tensor) -> Rows:
+    """Makes of the sums of an int8 product, by way of the layer's result and its GELU, what the next layer takes.
+
+    Args:
+        sums: int32 [rows, n], ``rows.values @ weight.values.T``.
+        rows: [rows, k].
+        weight: [n, k].
+        bias: bf16 [n].
+    """
+    out = empty_rows(sums, rows.values.dtype)
+    _launch(sums, (rows.scales, weight.scales, bias), out, gelu=True)
+    return out
+
+
+def sums_to_bf16(sums: Tensor, rows: Rows, weight: Rows, bias: Tensor) -> Tensor:
+    """Makes bf16 [rows, n] of the sums of an int8 product; see ``sums_in_8_bits``."""
+    out = torch.empty_like(sums, dtype=torch.bfloat16)
+    _launch(sums, (rows.scales, weight.scales, bias), out, gelu=False)
+    return out
+
+
+def empty_rows(like: Tensor, dtype: torch.dtype) -> Rows:
+    """Makes room for as many and as wide rows as ``like`` has."""
+    scales = torch.empty(like.shape[0], 1, device=like.device, dtype=torch.float32)
+    return Rows(torch.empty_like(like, dtype=dtype), scales)
+
+
+def _launch(product: Tensor, factors: tuple[Tensor, Tensor, Tensor] | None, out: Tensor | Rows, *, gelu: bool) -> None:
+    rows, width = product.shape
+    values, scales, largest = (*out, LARGEST[out.values.dtype]) if isinstance(out, Rows) else (out, out, 0.0)
+    _rows_kernel[(rows,)](
+        product, *(factors or (product, product, product)), values, scales, width,
+        factors is not None, gelu, largest, triton.next_power_of_2(width),
+        num_warps=16 if width > WIDE_ROW else 8,
+    )  # fmt: skip

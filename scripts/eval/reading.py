@@ -1,0 +1,97 @@
+"""Reads the sign of a picture: finds its frame, then compares each letter with the drawer's own."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train_tiny.world.draw import BORDER, Board, glyph_atlas
+from train_tiny.world.scene import Sign
+from train_tiny.world.vocabulary import LETTERS, MAX_LETTERS, SIGN_PLACES
+
+DRIFT: Final = 0.02
+"""How far a sign, and a letter in it, may be from where the drawer puts it, in short sides."""
+DARK_BELOW: Final = 0.45
+FRAME_SHARE: Final = 0.6
+"""Of each of the four sides of a sign's frame must be dark."""
+
+
+def read_sign(picture: Tensor) -> Sign | None:
+    """Returns the sign of a picture, or None.
+
+    Args:
+        picture: float [3, height, width], 0 to 1.
+    """
+    grey = picture.mean(0)
+    height, width = grey.shape
+    found = [
+        (*_frame_share(grey, Board.of(letters, place, height, width)), letters, place)
+        for place in SIGN_PLACES
+        for letters in range(1, MAX_LETTERS + 1)
+    ]
+    share, down, right, letters, place = max(found)
+    if share < FRAME_SHARE:
+        return None
+    board = Board.of(letters, place, height, width)
+    return Sign(_read(grey, board._replace(top=board.top + down, left=board.left + right), letters), place)
+
+
+def _frame_share(grey: Tensor, board: Board) -> tuple[float, int, int]:
+    """Returns how dark the palest side of a frame is, where it is darkest, and how far down and right that is."""
+    short = min(grey.shape)
+    drift, thick = round(DRIFT * short), max(1, round(BORDER * short))
+    letters = round((grey.shape[1] - 2 * board.left) / board.cell_width)
+    tall, wide = board.cell_height + 2 * thick, letters * board.cell_width + 2 * thick
+    # A margin around, in which there is nothing dark.
+    dark = F.pad((grey < DARK_BELOW).float(), [drift + thick] * 4)
+    shifts = 2 * drift + 1
+
+    def side(top: int, left: int, height: int, width: int) -> Tensor:
+        # In the padded picture the frame's corner, drifted the most up and left, is at (board.top, board.left).
+        top, left = board.top + top, board.left + left
+        reach = dark[top : top + height + shifts - 1, left : left + width + shifts - 1]
+        return F.avg_pool2d(reach[None, None], (height, width), 1)[0, 0]
+
+    upper, lower = side(0, 0, thick, wide), side(tall - thick, 0, thick, wide)
+    left, right = side(0, 0, tall, thick), side(0, wide - thick, tall, thick)
+    sides = torch.stack([upper, lower, left, right]).amin(0)
+    best = int(sides.argmax())
+    return float(sides.flatten()[best]), best // shifts - drift, best % shifts - drift
+
+
+def _read(grey: Tensor, board: Board, letters: int) -> str:
+    short = min(grey.shape)
+    drift = round(DRIFT * short)
+    glyphs = torch.from_numpy(glyph_atlas(short)).to(grey.device)[:, None]
+    ink = F.pad(1 - grey, [drift] * 4)
+    top, left = max(0, board.top), max(0, board.left)
+    cells = torch.stack(
+        [
+            ink[top : top + board.cell_height + 2 * drift, start : start + board.cell_width + 2 * drift]
+            for start in range(left, left + letters * board.cell_width, board.cell_width)
+        ]
+    )[:, None]
+    likeness = normalised_correlation(cells, glyphs).flatten(2).amax(2)
+    return "".join(LETTERS[index] for index in likeness.argmax(1))
+
+
+def normalised_correlation(pictures: Tensor, templates: Tensor) -> Tensor:
+    """Returns how alike each template and each place of each picture are, -1 to 1.
+
+    Args:
+        pictures: float [n, 1, height, width].
+        templates: float [m, 1, template height, template width].
+
+    Returns:
+        float [n, m, places down, places across].
+    """
+    centred = templates - templates.mean((2, 3), keepdim=True)
+    centred = centred / centred.square().sum((2, 3), keepdim=True).sqrt()
+    window = torch.ones_like(templates[:1])
+    count = window.numel()
+    total, squares = F.conv2d(pictures, window), F.conv2d(pictures.square(), window)
+    spread = (squares - total.square() / count).clamp(min=1e-6).sqrt()
+    return F.conv2d(pictures, centred) / spread

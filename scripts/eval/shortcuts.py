@@ -1,0 +1,173 @@
+"""Measures what each shortcut costs in quality and saves in time: the same prompts and seeds, one JSON object a line.
+
+    shortcuts.py --checkpoint DIR [--only exact,cache-0.24] [-n 100] [--edits 24] [--markdown]
+
+Each line: adherence per property, PSNR and SSIM against the exact pictures of the same seeds, the median seconds a
+picture. ``--markdown`` prints the table besides. A shortcut that this build or device does not have says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from eval.adherence import add_request_arguments, judge_question, measure, request_of, say, shares
+from eval.questions import Picture, Question, Request, edit_questions, local_painter, scene_questions
+from eval.similarity import psnr, ssim
+from glm_image.ar.settings import ArSettings
+from glm_image.dit.settings import DitSettings
+from glm_image.errors import ConfigurationError
+from glm_image.pipeline import LocalSettings
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """Settings other than the exact ones.
+
+    Attributes:
+        ar: fields of ``ArSettings``.
+        dit: fields of ``DitSettings``.
+        cache: fields of ``CacheSettings``; None = no cached denoising.
+        steps_share: of the steps asked for.
+    """
+
+    ar: Mapping[str, Any] = field(default_factory=dict)
+    dit: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Any] | None = None
+    steps_share: float = 1.0
+
+    def settings(self) -> LocalSettings:
+        """Returns the engines' settings.
+
+        Raises:
+            ConfigurationError: this build has no such setting.
+        """
+        dit = dict(self.dit)
+        if self.cache is not None:
+            dit["cache"] = _built(_cache_settings(), self.cache)
+        return LocalSettings(ar=_built(ArSettings, self.ar), dit=_built(DitSettings, dit))
+
+
+SHORTCUTS: Final[dict[str, Shortcut]] = {
+    "exact": Shortcut(),
+    "cache-0.08": Shortcut(cache={"residual_diff_threshold": 0.08}),
+    "cache-0.16": Shortcut(cache={"residual_diff_threshold": 0.16}),
+    "cache-0.24": Shortcut(cache={"residual_diff_threshold": 0.24}),
+    "cache-0.40": Shortcut(cache={"residual_diff_threshold": 0.40}),
+    "steps-3/4": Shortcut(steps_share=0.75),
+    "steps-1/2": Shortcut(steps_share=0.5),
+    "steps-1/4": Shortcut(steps_share=0.25),
+    "int8-ar": Shortcut(ar={"int8": True}),
+    "int8-dit": Shortcut(dit={"quantization": "int8"}),
+    "fp8-dit": Shortcut(dit={"quantization": "fp8"}),
+    "int8-both": Shortcut(ar={"int8": True}, dit={"quantization": "int8"}),
+    "int8-both-cache-0.24": Shortcut({"int8": True}, {"quantization": "int8"}, {"residual_diff_threshold": 0.24}),
+}
+"""By the name that ``--only`` takes; the first is what the others are compared with."""
+EXACT: Final = next(iter(SHORTCUTS))
+COLUMNS: Final = (
+    "colour",
+    "shape",
+    "position",
+    "background",
+    "short_word",
+    "changed",
+    "kept",
+    "psnr",
+    "ssim",
+    "seconds",
+)
+
+
+def _cache_settings() -> type:
+    try:
+        cache: type = importlib.import_module("glm_image.dit.cache").CacheSettings
+    except ImportError as error:
+        raise ConfigurationError(f"cache: not there: {error}") from error
+    return cache
+
+
+def _built(settings: type, values: Mapping[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(settings)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigurationError(f"{settings.__name__} has no {', '.join(unknown)}")
+    return settings(**values)
+
+
+def measure_shortcut(
+    shortcut: Shortcut, checkpoint: Path, device: str, questions: list[Question], request: Request
+) -> tuple[list[Picture], dict[str, Any]]:
+    """Paints every question with a shortcut; returns the pictures, adherence and seconds."""
+    request = dataclasses.replace(request, steps=max(1, round(request.steps * shortcut.steps_share)))
+    started = time.perf_counter()
+    with local_painter(checkpoint, device, shortcut.settings()) as painter:
+        loaded = time.perf_counter() - started
+        painter(questions[0], request)  # the first picture of a size chooses kernels and captures
+        pictures, seen, seconds = measure(painter, questions, request)
+    verdicts = [judge_question(one, question) for one, question in zip(seen, questions, strict=True)]
+    values = {"steps": request.steps, "seconds": round(seconds, 4), "load_seconds": round(loaded, 2)}
+    return pictures, values | shares(verdicts)
+
+
+def nearness(pictures: list[Picture], exact: list[Picture]) -> dict[str, float]:
+    """Returns the means of PSNR and SSIM over pairs of pictures."""
+    pairs = list(zip(pictures, exact, strict=True))
+    return {
+        "psnr": round(float(np.mean([psnr(*pair) for pair in pairs])), 2),
+        "ssim": round(float(np.mean([ssim(*pair) for pair in pairs])), 4),
+    }
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the results as a Markdown table."""
+    lines = [" | ".join(["shortcut", *COLUMNS]), " | ".join(["---"] * (1 + len(COLUMNS)))]
+    lines += [" | ".join([name, *(str(row.get(column, "–")) for column in COLUMNS)]) for name, row in rows.items()]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="shortcuts.py", description="Measures the quality of every shortcut.")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--only", default=",".join(SHORTCUTS), help="names, comma between (all: %(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="the table, at the end")
+    add_request_arguments(parser)
+    asked = parser.parse_args(arguments)
+    asked.only = [EXACT, *(name for name in asked.only.split(",") if name != EXACT)]
+    if unknown := [name for name in asked.only if name not in SHORTCUTS]:
+        parser.error(f"--only is {unknown[0]!r}; allowed: {', '.join(SHORTCUTS)}")
+    return asked
+
+
+def main() -> None:
+    asked = parse_arguments()
+    questions = scene_questions(asked.n, asked.seed) + edit_questions(asked.edits, asked.seed)
+    rows: dict[str, dict[str, Any]] = {}
+    exact: list[Picture] = []
+    for name in asked.only:
+        try:
+            pictures, values = measure_shortcut(
+                SHORTCUTS[name], asked.checkpoint, asked.device, questions, request_of(asked)
+            )
+        except ConfigurationError as error:
+            say("shortcut", name=name, unavailable=str(error))
+            continue
+        exact = exact or pictures
+        rows[name] = values | nearness(pictures, exact)
+        say("shortcut", name=name, **rows[name])
+    if asked.markdown:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

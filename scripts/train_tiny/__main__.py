@@ -1,0 +1,100 @@
+"""Train a tiny GLM-Image on a small world, stage by stage.
+
+    PYTHONPATH=scripts:python_backends python -m train_tiny STAGE FOLDER --minutes M
+
+    vae       the VAE
+    vision    the vision tower and its quantizer
+    painter   the DiT and the glyph encoder; needs vae and vision
+    writer    the AR; needs vision
+    export    the checkpoint: FOLDER/checkpoint, with its model card
+    sheet     pictures for prompts it was not trained on: FOLDER/sheet.png
+
+A stage called again goes on where it stopped, and does nothing once it is done. FOLDER holds its weights (STAGE.pt) and
+its log (STAGE.jsonl).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from train_tiny.data import Item, sample_items
+from train_tiny.loop import Log, Stage, train
+from train_tiny.vocabulary import merges_of
+
+SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (0.67, 0.33), "writer": (0.67, 0.33)}
+"""Of the samples: pictures with captions, and edits."""
+SAMPLES = {"vae": 24_000, "vision": 30_000, "painter": 90_000, "writer": 150_000}
+BATCH = {"vae": 32, "vision": 256, "painter": 192, "writer": 192}
+"""Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
+
+
+def build(name: str, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> Stage:
+    if name == "vae":
+        from train_tiny.autoencoder import Autoencoder  # noqa: PLC0415 - samples come before the libraries' threads
+
+        return Autoencoder(items, device, batch, seed)
+    if name == "vision":
+        from train_tiny.codes import Codes  # noqa: PLC0415
+
+        return Codes(items, device, batch, seed)
+    if name == "painter":
+        from train_tiny.painter import Painter  # noqa: PLC0415
+
+        return Painter(items, folder, device, batch, seed)
+    from train_tiny.writer import Writer  # noqa: PLC0415
+
+    return Writer(items, folder, device, batch, seed)
+
+
+def run_stage(name: str, arguments: argparse.Namespace) -> None:
+    folder, device = arguments.folder, torch.device(arguments.device)
+    began = time.perf_counter()
+    samples, batch = arguments.samples or SAMPLES[name], arguments.batch or BATCH[name]
+    counts = [round(samples * share) for share in SHARES[name]]
+    items = [
+        item
+        for count, edits in zip(counts, (False, True), strict=True)
+        if count
+        for item in sample_items(count, arguments.seed, edits=edits)
+    ]
+    if name == "writer":
+        merges_of(folder)
+    torch.manual_seed(arguments.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    sampled = time.perf_counter() - began
+    stage = build(name, items, folder, device, batch, arguments.seed)
+    prepared = time.perf_counter() - began
+    Log(folder, name).write(event="prepared", samples=len(items), batch=batch, sampled=sampled, prepared=prepared)
+    train(stage, folder, arguments.minutes, arguments.seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="train_tiny", description="Train a tiny GLM-Image, stage by stage.")
+    parser.add_argument("stage", choices=[*SAMPLES, "export", "sheet"])
+    parser.add_argument("folder", type=Path, help="of the run: weights, logs, the checkpoint")
+    parser.add_argument("--minutes", type=float, default=2.0, help="the stage's training, in all calls together")
+    parser.add_argument("--samples", type=int, help="scenes and edits to learn from")
+    parser.add_argument("--batch", type=int, help="pictures of 256x256 at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.stage == "export":
+        from train_tiny.export import export  # noqa: PLC0415
+
+        export(arguments.folder)
+    elif arguments.stage == "sheet":
+        from train_tiny.samples import sample_sheet  # noqa: PLC0415
+
+        device = "cuda:0" if arguments.device == "cuda" else arguments.device
+        sample_sheet(arguments.folder / "checkpoint", arguments.folder / "sheet.png", device, arguments.samples or 18)
+    else:
+        run_stage(arguments.stage, arguments)
+
+
+if __name__ == "__main__":
+    main()

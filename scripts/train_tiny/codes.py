@@ -1,0 +1,160 @@
+"""Stage 2, the vision tower and its quantizer: one code for each 32x32 pixels of a picture.
+
+A code has to tell what its cell shows: a light decoder, thrown away afterwards, draws the picture from the codes and
+names each cell's shape, colour, letter and background.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm_image import geometry
+from train_tiny.data import CellLabels, Choice, Item, by_size, cell_labels, small_pictures
+from train_tiny.models import CONFIG, build_ar, quantize, tower_features
+from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
+
+NAMED = {
+    "shape": len(SHAPES) + 1,
+    "colour": len(COLOURS) + 1,
+    "letter": len(LETTERS) + 1,
+    "background": len(BACKGROUNDS),
+}
+WEIGHTS = {
+    "shape": 0.5,
+    "colour": 0.5,
+    "letter": 0.5,
+    "background": 0.1,
+    "place": 1.0,
+    "pixels": 4.0,
+    "commitment": 8.0,
+}
+DRAWN_SIDE = 8
+"""Pixels of a drawn cell's side."""
+USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.03, 50
+REVIVED_UNTIL = 0.7
+"""Of the stage: then the codes settle."""
+
+
+class CellDecoder(nn.Module):
+    """Draws and names cells from their codes and those around."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1), nn.GELU()) for _ in range(3)
+        )
+        self.pixels = nn.Conv2d(width, 3 * DRAWN_SIDE**2, 1)
+        self.names = nn.ModuleDict({name: nn.Conv2d(width, count, 1) for name, count in NAMED.items()})
+        self.place = nn.Conv2d(width, 3, 1)
+
+    def forward(self, cells: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Returns pixels [n, 3, 8 gh, 8 gw], the logits of each label and the places, from cells [n, width, gh, gw]."""
+        for mixer in self.mixers:
+            cells = cells + mixer(cells)
+        return (
+            F.pixel_shuffle(self.pixels(cells), DRAWN_SIDE),
+            {n: m(cells) for n, m in self.names.items()},
+            self.place(cells),
+        )
+
+
+class Codes:
+    """Trains with straight-through codes (van den Oord et al., 2017), unused ones put where features are."""
+
+    name = "vision"
+    learning_rate = 1e-3
+
+    def __init__(self, items: list[Item], device: torch.device, batch: int, seed: int) -> None:
+        model = build_ar().model
+        parts = {"tower": model.visual, "quantizer": model.vqmodel, "decoder": CellDecoder(CONFIG.vision_hidden)}
+        self.module = nn.ModuleDict(parts).to(device)
+        nn.init.normal_(model.vqmodel.quantize.embedding.weight, std=CONFIG.vq_dim**-0.5)
+        self._device, self._batch, self._progress = device, batch, 0.0
+        self._use = torch.ones(CONFIG.codebook, device=device)
+        self._vectors: Tensor | None = None
+        self._pictures: list[Tensor] = []
+        self._labels: list[CellLabels] = []
+        for size, own in by_size(items, main_share=0.7):
+            # Every second picture is a preview's, whose grid is finer than that of a picture below 512x512.
+            for preview in (False, True):
+                scenes = [item.scene for item in own[preview::2]]
+                grid = geometry.target_grid(size)
+                grid = geometry.preview_grid(grid) if preview else grid
+                self._pictures.append(torch.cat(list(small_pictures(scenes, grid, device, preview=preview))))
+                labels = cell_labels(scenes, geometry.painted_size(grid))
+                self._labels.append(CellLabels(*(label.to(device) for label in labels)))
+        self._choice = Choice([len(pictures) for pictures in self._pictures], seed)
+
+    def _batch_of(self) -> tuple[Tensor, CellLabels]:
+        group = self._choice.group()
+        pictures = self._pictures[group]
+        count = max(2, self._batch * 128 * 128 // pictures[0, 0].numel())
+        rows = self._choice.rows(group, count, self._device)
+        return pictures[rows], CellLabels(*(label[rows] for label in self._labels[group]))
+
+    def losses(self, progress: float) -> dict[str, Tensor]:
+        """Draws a batch."""
+        self._progress = progress
+        pictures, labels = self._batch_of()
+        codes, vectors = quantize(self.module["quantizer"], tower_features(self.module["tower"], pictures))
+        embedding = F.normalize(self.module["quantizer"].quantize.embedding(codes).float(), dim=-1)
+        commitment = 0.25 * F.mse_loss(vectors, embedding.detach()) + F.mse_loss(embedding, vectors.detach())
+        passed = vectors + (embedding - vectors).detach()
+        grid = pictures.shape[2] // 16, pictures.shape[3] // 16
+        cells = self.module["quantizer"].post_quant_conv(passed.transpose(1, 2).unflatten(2, grid))
+        drawn_cells, names, place = self.module["decoder"](cells)
+        wanted = F.interpolate(pictures.float(), scale_factor=DRAWN_SIDE / 16, mode="area") / 127.5 - 1
+        losses = {name: self._naming(logits, getattr(labels, name)) for name, logits in names.items()}
+        losses["pixels"] = F.l1_loss(drawn_cells.float(), wanted) * 0.5 + F.mse_loss(drawn_cells.float(), wanted)
+        shown = ((labels.shape + labels.letter) > 0).unsqueeze(-1)
+        off = (place.flatten(2).transpose(1, 2).float() - labels.place).square() * shown
+        losses["place"] = off.sum() / (3 * shown.sum() + 1)
+        losses["commitment"] = commitment * CONFIG.vq_dim / 8
+        self._count(codes, vectors)
+        return {"loss": sum(WEIGHTS[name] * value for name, value in losses.items())} | losses
+
+    @staticmethod
+    def _naming(logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(2).float(), label)
+
+    def _count(self, codes: Tensor, vectors: Tensor) -> None:
+        share = torch.zeros_like(self._use).scatter_add_(
+            0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=torch.float)
+        )
+        self._use.lerp_(share * (len(self._use) / codes.numel()), 1 - USE_DECAY)
+        self._vectors = vectors.detach().flatten(0, 1)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Moves codes that are hardly used to where the last batch's features are."""
+        if (step + 1) % STEPS_BETWEEN_REVIVALS or self._progress > REVIVED_UNTIL or self._vectors is None:
+            return
+        dead = self._use < DEAD_SHARE
+        chosen = self._vectors[torch.randint(len(self._vectors), (len(dead),), device=self._device)]
+        embedding = self.module["quantizer"].quantize.embedding.weight
+        embedding.copy_(torch.where(dead[:, None], chosen.to(embedding.dtype), embedding))
+        self._use.masked_fill_(dead, 1.0)
+
+    @torch.no_grad()
+    def results(self) -> dict[str, Any]:
+        """How many codes are in use, and the share of cells that are named right."""
+        seen = torch.zeros(CONFIG.codebook, device=self._device)
+        hits = {name: torch.zeros(2, device=self._device) for name in NAMED}
+        for _ in range(40):
+            pictures, labels = self._batch_of()
+            codes, _ = quantize(self.module["quantizer"], tower_features(self.module["tower"], pictures))
+            seen[codes.flatten()] += 1
+            embedding = F.normalize(self.module["quantizer"].quantize.embedding(codes).float(), dim=-1)
+            grid = pictures.shape[2] // 16, pictures.shape[3] // 16
+            cells = self.module["quantizer"].post_quant_conv(embedding.transpose(1, 2).unflatten(2, grid))
+            for name, logits in self.module["decoder"](cells)[1].items():
+                label = getattr(labels, name)
+                asked = torch.ones_like(label) if name == "background" else label > 0
+                right = (logits.flatten(2).argmax(1) == label) * asked
+                hits[name] += torch.stack([right.sum(), asked.sum()])
+        named = {f"{name}_named": float(hit[0] / hit[1].clamp(min=1)) for name, hit in hits.items()}
+        return {"codes_used": float((seen > 0).float().mean()), **named}

@@ -1,0 +1,148 @@
+"""The trained parts as a checkpoint folder, with its model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from make_tiny_checkpoint import PARTS, part_shapes, trained_weights, write_configs, write_json, write_weights
+from train_tiny.loop import finished
+from train_tiny.models import CONFIG, build_ar, build_glyph_encoder, build_transformer, build_vae, load
+from train_tiny.vocabulary import merges_of
+
+STAGES = ("vae", "vision", "painter", "writer")
+
+
+def export(run: Path) -> Path:
+    """Writes ``run/checkpoint``, anew when it is there.
+
+    Raises:
+        SystemExit: a stage is not done.
+    """
+    folder = run / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_configs(folder, CONFIG, merges_of(run))
+    _write_latent_statistics(folder / "vae" / "config.json", finished(run, "vae")["results"])
+    modules = trained_modules(run)
+    for part in PARTS:
+        tensors = dict(modules[part.folder].named_parameters())
+        write_weights(folder / part.folder, part, CONFIG, trained_weights(tensors))
+    (folder / "README.md").write_text(model_card(run), encoding="utf-8")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB")
+    return folder
+
+
+def trained_modules(run: Path) -> dict[str, nn.Module]:
+    """The model's parts by their folders, with what the stages trained."""
+    ar, transformer, glyphs, vae = build_ar(), build_transformer(), build_glyph_encoder(), build_vae()
+    load(ar.model.visual, run, "vision", "tower.")
+    load(ar.model.vqmodel, run, "vision", "quantizer.")
+    load(ar.model.language_model, run, "writer", "decoder.")
+    load(ar.lm_head, run, "writer", "head.")
+    load(transformer, run, "painter", "transformer.")
+    load(glyphs, run, "painter", "glyphs.")
+    load(vae, run, "vae", "vae.")
+    return {"vision_language_encoder": ar, "transformer": transformer, "text_encoder": glyphs, "vae": vae}
+
+
+def _write_latent_statistics(file: Path, results: Mapping[str, Any]) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, config | {name: results[name] for name in ("latents_mean", "latents_std")})
+
+
+def reports(run: Path, stage: str) -> list[dict[str, Any]]:
+    """The lines of a stage's log."""
+    return [json.loads(line) for line in (run / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _row(run: Path, stage: str) -> str:
+    lines = reports(run, stage)
+    prepared = next(line for line in lines if line.get("event") == "prepared")
+    end = next(line for line in reversed(lines) if line.get("event") == "end")
+    losses = [line["loss"] for line in lines if "loss" in line and "event" not in line] or [float("nan")]
+    known = {"stage", "event", "step", "seconds", "latents_mean", "latents_std"}
+    measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in end.items() if name not in known)
+    return (
+        f"| {stage} | {prepared['samples']:,} | {prepared['batch']} | {end['step']:,} | {end['seconds']:.0f} "
+        f"| {losses[0]:.4g} | {losses[-1]:.4g} | {measured} |"
+    )
+
+
+def _parameters() -> str:
+    counts = {part.folder: sum(_count(shape) for shape in part_shapes(part, CONFIG).values()) for part in PARTS}
+    rows = [f"| {folder} | {count:,} |" for folder, count in counts.items()]
+    return "\n".join([*rows, f"| all | {sum(counts.values()):,} |"])
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+CARD = """\
+---
+license: apache-2.0
+language: [en, zh]
+pipeline_tag: text-to-image
+---
+
+# A tiny GLM-Image
+
+The architecture and the files of GLM-Image at a few million parameters, trained on a small world of drawn scenes. It is
+there to try the server and to measure what its shortcuts cost, not to make art. `diffusers.GlmImagePipeline` loads it
+unchanged.
+
+| part | parameters |
+|---|---|
+{parameters}
+
+## What it draws
+
+One to three of twelve shapes in twelve colours, small or large, one beside, above or inside another; plain, graded,
+striped or checked backgrounds; a sign with one word of one to six capital letters, in quotes in the prompt. English and
+Chinese. Edits of such pictures: another colour, place, background or word, a thing more or less. Sizes of 128 to 512
+pixels a side, in steps of 32; 256x256 is what it knows best. Twenty steps, guidance 1.5.
+
+## Data
+
+All of it is drawn by `scripts/train_tiny/world`; no picture or text of anybody's is in it. One in ten combinations of
+shapes, colours and relations, and one in ten words, is kept from training, to be judged by. The letters are those of
+the font that comes with Pillow.
+
+## Training
+
+`scripts/train_tiny`, one stage after the other (the last two need not wait for each other), bf16 autocast, AdamW, a
+cosine over the time given, averaged weights.
+
+| stage | samples | batch | steps | seconds | first loss | last loss | at the end |
+|---|---|---|---|---|---|---|---|
+{stages}
+
+A batch is counted in pictures of 256x256 (the vision tower's are half that); other sizes give as many pixels or tokens.
+The first and last losses are means over fifty steps. "Named" is the share of cells whose shape, colour, letter or kind
+of background a light decoder reads from the codes; "large grid right" how often the AR's likeliest code is the
+picture's, given all before it.
+
+## Limits
+
+It knows nothing beyond its world: other words in a prompt are noise to it, photographs as sources as well. It has no
+idea of people, and was trained on nothing about them.
+
+## Licence
+
+Apache 2.0, as the code that made it.
+"""
+
+
+def model_card(run: Path) -> str:
+    """The README of the checkpoint, its figures from the logs."""
+    return CARD.format(parameters=_parameters(), stages="\n".join(_row(run, stage) for stage in STAGES))

@@ -1,0 +1,167 @@
+"""Training against the clock: a stage's steps, its learning rate, averages, log and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+SECONDS_BETWEEN_SAVES = 60.0
+STEPS_BETWEEN_LOGS = 50
+WARM_UP_STEPS = 200
+GRADIENT_NORM = 1.0
+AVERAGE_DECAY = 0.998
+
+
+class Stage(Protocol):
+    """What a stage trains, and on what.
+
+    Attributes:
+        name: of its files in the run's folder.
+        module: everything trained, also what is thrown away afterwards.
+        learning_rate: at its highest.
+    """
+
+    name: str
+    module: nn.Module
+    learning_rate: float
+
+    def losses(self, progress: float) -> dict[str, Tensor]:
+        """Draws a batch; ``loss`` is differentiated, the others are logged. ``progress`` goes from 0 to 1."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Does what the optimizer does not."""
+        ...
+
+    def results(self) -> dict[str, Any]:
+        """Measures the trained and averaged module; kept with its weights, and logged."""
+        ...
+
+
+class Log:
+    """JSON lines, one a report, in the run's folder and on standard output."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self._path = folder / f"{stage}.jsonl"
+        self._stage = stage
+
+    def write(self, **values: Any) -> None:
+        """Writes a line."""
+        line = json.dumps({"stage": self._stage} | {name: _rounded(value) for name, value in values.items()})
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+class Average:
+    """An exponential moving average of a module's parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.values = [parameter.detach().clone() for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Takes in the parameters after a step; the first steps weigh more."""
+        share = 1 - min(AVERAGE_DECAY, (step + 1) / (step + 10))
+        torch._foreach_lerp_(self.values, [parameter.detach() for parameter in module.parameters()], share)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Replaces the parameters."""
+        torch._foreach_copy_([parameter.detach() for parameter in module.parameters()], self.values)
+
+
+def rate(progress: float, step: int) -> float:
+    """The share of the highest learning rate: a warm-up by steps, then a half cosine by the clock."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
+    """Trains ``stage`` for ``minutes`` in all, going on where an earlier call stopped.
+
+    Leaves ``NAME.pt`` in ``folder``: the averaged weights under ``weights`` and the stage's ``results``, once it is
+    done; before that also what is needed to go on.
+    """
+    file, log = folder / f"{stage.name}.pt", Log(folder, stage.name)
+    module = stage.module
+    device = next(module.parameters()).device
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, stage.learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda")
+    average, step, spent = Average(module), 0, 0.0
+    if file.exists():
+        saved = torch.load(file, map_location=device, weights_only=False)
+        if saved.get("done"):
+            log.write(event="already done", step=saved["step"])
+            return
+        module.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.values = saved["average"]
+        step, spent = saved["step"], saved["seconds"]
+    torch.manual_seed(seed + step)
+    count = sum(parameter.numel() for parameter in trained)
+    log.write(event="start", step=step, parameters=count, device=str(device), minutes=minutes)
+    clock, saved_at, budget = time.monotonic() - spent, spent, minutes * 60
+    sums: dict[str, Tensor] = {}
+    while (seconds := time.monotonic() - clock) < budget:
+        progress = seconds / budget
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate * rate(progress, step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = stage.losses(progress)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        stage.after_step(step)
+        average.update(module, step)
+        step += 1
+        for name, value in (losses | {"gradient_norm": norm}).items():
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
+        if step % STEPS_BETWEEN_LOGS == 0:
+            log.write(step=step, seconds=time.monotonic() - clock, **_means(sums, STEPS_BETWEEN_LOGS))
+            sums = {}
+        if seconds - saved_at > SECONDS_BETWEEN_SAVES:
+            saved_at = seconds
+            state = {"optimizer": optimizer.state_dict(), "average": average.values, "step": step, "seconds": seconds}
+            save(file, {"weights": module.state_dict(), **state})
+    average.copy_to(module)
+    results = stage.results()
+    log.write(event="end", step=step, seconds=time.monotonic() - clock, **results)
+    save(file, {"weights": module.state_dict(), "done": True, "step": step, "results": results})
+
+
+def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    return {name: float(value) / count for name, value in sums.items()}
+
+
+def save(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes a file that is whole or not there."""
+    unfinished = file.with_suffix(".part")
+    torch.save(dict(content), unfinished)
+    unfinished.replace(file)
+
+
+def finished(folder: Path, name: str) -> dict[str, Any]:
+    """The file of a stage that is done.
+
+    Raises:
+        SystemExit: it is not.
+    """
+    file = folder / f"{name}.pt"
+    saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False) if file.exists() else {}
+    if not saved.get("done"):
+        raise SystemExit(f"{file}: the stage {name} is not done; run it first")
+    return saved

@@ -1,0 +1,179 @@
+"""Stage 3, the DiT and the glyph encoder: from codes and words to latents, by flow matching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from torch import Tensor, nn
+
+import tiny_checkpoint_configs as configs
+from glm_image import geometry
+from glm_image.geometry import Size
+from train_tiny.data import Choice, Item, by_size, common, drawn, glyph_rows, halved
+from train_tiny.models import CONFIG, Latents, Tokens, build_glyph_encoder, build_transformer, velocity
+
+EVALUATED = 10
+"""Batches, at the end."""
+DROPPED = 0.1
+"""The share of samples without prior, and of batches without glyphs."""
+SCHEDULER = configs.scheduler_config()
+TRAIN_TIMESTEPS = SCHEDULER["num_train_timesteps"]
+
+Signature = tuple[int, ...]
+
+
+class Shown(NamedTuple):
+    """Pictures as the DiT knows them.
+
+    Attributes:
+        latents: normalised, bf16 [n, 16, H/8, W/8].
+        codes: int16 [n, cells].
+    """
+
+    latents: Tensor
+    codes: Tensor
+
+
+class Group(NamedTuple):
+    """Samples of one size whose quoted strings have the same lengths: nothing has to be padded."""
+
+    size: Size
+    lengths: Signature
+    glyphs: Tensor
+    target: Shown
+    source: Shown | None
+
+
+class Painter:
+    """Trains the velocity from noise to picture at the model's own noise levels, with and without source pictures."""
+
+    name = "painter"
+    learning_rate = 1e-3
+
+    def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
+        parts = {"transformer": build_transformer(), "glyphs": build_glyph_encoder()}
+        self.module = nn.ModuleDict(parts).to(device)
+        self._device, self._batch = device, batch
+        self._latents, self._tokens = Latents(folder).to(device), Tokens(folder).to(device)
+        self._groups: list[Group] = []
+        for edits in (False, True):
+            own = [item for item in items if (item.source is not None) == edits]
+            for size, sized in by_size(own, main_share=0.65):
+                self._groups += self._grouped(size, sized)
+        self._choice = Choice([len(group.glyphs) for group in self._groups], seed)
+        self._rotary: dict[Size, tuple[Tensor, Tensor]] = {}
+
+    def _grouped(self, size: Size, items: Any) -> list[Group]:
+        rows = [glyph_rows(item.prompt) for item in items]
+        lengths = [tuple(map(len, row)) for row in rows]
+        target = self._shown([item.scene for item in items], size)
+        source = self._shown([item.source for item in items], size) if items[0].source else None
+        groups = []
+        for key in sorted(common(lengths, at_least=2)):
+            members = torch.tensor([index for index, own in enumerate(lengths) if own == key])
+            flat = torch.tensor([[byte for string in rows[index] for byte in string] for index in members])
+            chosen = members.to(self._device)
+            mine = [Shown(*(part[chosen] for part in shown)) if shown else None for shown in (target, source)]
+            groups.append(Group(size, key, flat.to(self._device), mine[0] or target, mine[1]))
+        return groups
+
+    def _shown(self, scenes: Any, size: Size) -> Shown:
+        latents, codes = [], []
+        for pictures in drawn(scenes, size, self._device):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+                latents.append(self._latents.encode(pictures).to(torch.bfloat16))
+            codes.append(self._tokens.encode(halved(pictures)).to(torch.int16))
+        return Shown(torch.cat(latents), torch.cat(codes))
+
+    def losses(self, progress: float) -> dict[str, Tensor]:
+        """Draws a batch."""
+        index = self._choice.group()
+        group = self._groups[index]
+        grid = geometry.target_grid(group.size)
+        count = max(2, self._batch * 64 // grid.tokens // (2 if group.source else 1))
+        rows = self._choice.rows(index, count, self._device)
+        latents, times = group.target.latents[rows].float(), sample_times(count, self._device)
+        noise, level = torch.randn_like(latents), noise_levels(times, 4 * grid.tokens)[:, None, None, None]
+        kept = (torch.rand(count, device=self._device) > DROPPED).float()
+        # A batch has words of one length, so that all of them are dropped or none.
+        dropped = bool(torch.rand(()) < DROPPED)
+        glyphs = (
+            self._glyph_states(*self._nothing(count))
+            if dropped
+            else self._glyph_states(group.glyphs[rows], group.lengths)
+        )
+        caches = self._source_caches(group, rows) if group.source else None
+        predicted = velocity(
+            self.module["transformer"],
+            latents + (noise - latents) * level,
+            glyphs,
+            self._prior(group.target.codes[rows], group.size),
+            kept,
+            (times * TRAIN_TIMESTEPS - 1).clamp(min=0),
+            self._rotary_of(group.size),
+            caches,
+        )
+        errors = (predicted.float() - (noise - latents)).square().mean(dim=(1, 2, 3))
+        return {"loss": errors.mean(), **self._by_kind(errors, group)}
+
+    def _by_kind(self, errors: Tensor, group: Group) -> dict[str, Tensor]:
+        # Sums over steps of a kind and their number, so that a log line's quotient is that kind's mean.
+        edit = float(group.source is not None)
+        return {"edit_loss_sum": errors.mean() * edit, "edit_steps": errors.new_tensor(edit)}
+
+    def _nothing(self, count: int) -> tuple[Tensor, Signature]:
+        return torch.tensor(glyph_rows(""), device=self._device).expand(count, 1), (1,)
+
+    def _glyph_states(self, ids: Tensor, lengths: Signature) -> Tensor:
+        encoder = self.module["glyphs"]
+        return torch.cat([encoder(string).last_hidden_state for string in ids.split(lengths, dim=1)], dim=1)
+
+    def _source_caches(self, group: Group, rows: Tensor) -> Any:
+        caches = GlmImageKVCache(CONFIG.dit_layers)
+        caches.set_mode("write")
+        latents = group.source.latents[rows].float() if group.source else None
+        codes = group.source.codes[rows] if group.source else None
+        text = torch.zeros(len(rows), 0, CONFIG.glyph_d_model, device=self._device)
+        now = torch.zeros(len(rows), device=self._device)
+        prior, rotary = self._prior(codes, group.size), self._rotary_of(group.size)
+        velocity(self.module["transformer"], latents, text, prior, None, now, rotary, caches)
+        caches.set_mode("read")
+        return caches
+
+    def _prior(self, codes: Any, size: Size) -> Tensor:
+        cells = codes.long().unflatten(1, geometry.target_grid(size))
+        doubled: Tensor = cells.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
+        return doubled
+
+    def _rotary_of(self, size: Size) -> tuple[Tensor, Tensor]:
+        if size not in self._rotary:
+            shape = torch.empty(1, 1, size.height // 8, size.width // 8, device="meta")
+            cos, sin = self.module["transformer"].rope(shape)
+            self._rotary[size] = cos.to(self._device), sin.to(self._device)
+        return self._rotary[size]
+
+    def after_step(self, step: int) -> None:
+        """Nothing is left to do."""
+
+    @torch.no_grad()
+    def results(self) -> dict[str, Any]:
+        """The averaged weights' loss."""
+        losses = torch.stack([self.losses(1.0)["loss"] for _ in range(EVALUATED)])
+        return {"loss": float(losses.mean())}
+
+
+def sample_times(count: int, device: torch.device) -> Tensor:
+    """Times in (0, 1]: half of them evenly, half more often in the middle (Esser et al., 2024)."""
+    even = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
+    middle = torch.sigmoid(torch.randn(count, device=device))
+    return torch.where(torch.rand(count, device=device) < 0.5, even, middle).clamp(1 / TRAIN_TIMESTEPS, 1)
+
+
+def noise_levels(times: Tensor, tokens: int) -> Tensor:
+    """The share of noise at unshifted times, as the pipeline's scheduler shifts it for a picture of ``tokens``."""
+    root = (tokens / SCHEDULER["base_image_seq_len"]) ** 0.5
+    shift = root * SCHEDULER["max_shift"] + SCHEDULER["base_shift"]
+    return shift / (shift + (1 / times - 1))

@@ -1,0 +1,166 @@
+"""Stage 4, the AR: from words, and the codes of a source picture, to the codes of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glm_image import geometry
+from glm_image.geometry import Grid, PlacedGrid, Size
+from glm_image.prompts import PromptTokenizer
+from train_tiny.data import Choice, Item, by_size, small_pictures
+from train_tiny.models import CONFIG, Tokens, build_ar
+from train_tiny.vocabulary import processor_of
+
+SOURCE_START = 1
+"""Of a source picture's codes in a prompt: after the image start."""
+MULTIPLE = 8
+"""Sequences are as long as the batch's longest, rounded up: fewer shapes for the device's allocator."""
+
+
+class Group(NamedTuple):
+    """Samples of one size, with or without a source.
+
+    Attributes:
+        prompts: ids [n, longest], padded at the end.
+        lengths: of the prompts, [n].
+        targets: codes of the grids, then the image end: [n, tokens].
+        prompt_positions: M-RoPE positions of the longest prompt and one more, [3, longest + 1].
+        target_positions: of the targets, from 0: [3, tokens].
+        large: tokens of the large grid, the last but the end.
+    """
+
+    prompts: Tensor
+    lengths: Tensor
+    targets: Tensor
+    prompt_positions: Tensor
+    target_positions: Tensor
+    large: int
+
+
+class Writer:
+    """Trains the next token, over all tokens that the AR writes itself."""
+
+    name = "writer"
+    learning_rate = 1.5e-3
+
+    def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
+        model = build_ar()
+        self.module = nn.ModuleDict({"decoder": model.model.language_model, "head": model.lm_head}).to(device)
+        self._device, self._batch = device, batch
+        self._tokens = Tokens(folder).to(device)
+        self._processor = processor_of(folder)
+        self._groups: list[Group] = []
+        for edits in (False, True):
+            own = [item for item in items if (item.source is not None) == edits]
+            self._groups += [self._group(size, sized) for size, sized in by_size(own, main_share=0.65)]
+        self._choice = Choice([len(group.lengths) for group in self._groups], seed)
+
+    def _group(self, size: Size, items: Sequence[Item]) -> Group:
+        target, edit = geometry.target_grid(size), items[0].source is not None
+        grids = geometry.output_grids(target, image_to_image=edit)
+        scenes = [item.scene for item in items]
+        codes = [self._codes(scenes, grid, preview=len(grids) == 2 and not n) for n, grid in enumerate(grids)]
+        end = torch.full((len(items), 1), CONFIG.codebook + 1, device=self._device)
+        ids = prompt_ids(self._processor, [item.prompt for item in items], target, (target,) if edit else ())
+        longest = -(-max(map(len, ids)) // MULTIPLE) * MULTIPLE
+        prompts = torch.zeros(len(ids), longest, dtype=torch.long)
+        for row, own in zip(prompts, ids, strict=True):
+            row[: len(own)] = torch.tensor(own)
+        prompts = prompts.to(self._device)
+        sources = [PlacedGrid(SOURCE_START, target)] if edit else []
+        if edit:
+            seen = self._codes([item.source for item in items if item.source], target, preview=False)
+            prompts[:, SOURCE_START : SOURCE_START + target.tokens] = seen
+        decoded = geometry.decode_positions(grids, 0)
+        decoded = np.concatenate([decoded, decoded[:, -1:] + 1], axis=1)  # nothing is read from the end's
+        return Group(
+            prompts,
+            torch.tensor([len(own) for own in ids], device=self._device),
+            torch.cat([*codes, end], dim=1),
+            torch.from_numpy(geometry.prompt_positions(longest + 1, sources)).to(self._device),
+            torch.from_numpy(decoded).to(self._device),
+            target.tokens,
+        )
+
+    def _codes(self, scenes: Sequence[Any], grid: Grid, *, preview: bool) -> Tensor:
+        pictures = small_pictures(scenes, grid, self._device, preview=preview)
+        return torch.cat([self._tokens.encode(small) for small in pictures])
+
+    def losses(self, progress: float) -> dict[str, Tensor]:
+        """Draws a batch."""
+        index = self._choice.group()
+        group = self._groups[index]
+        tokens = group.targets.shape[1] + group.prompts.shape[1]
+        rows = self._choice.rows(index, max(2, self._batch * 384 // tokens), self._device)
+        ids, positions, wanted_at = sequences(group, rows)
+        states = self.module["decoder"](ids, position_ids=positions, use_cache=False).last_hidden_state
+        written = states.gather(1, wanted_at[:, :, None].expand(-1, -1, CONFIG.ar_hidden))
+        logits = self.module["head"](written).float()
+        targets = group.targets[rows]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        large = slice(-1 - group.large, -1)
+        right = (logits[:, large].argmax(-1) == targets[:, large]).float().mean()
+        return {"loss": loss, "large_grid_right": right}
+
+    def after_step(self, step: int) -> None:
+        """Nothing is left to do."""
+
+    @torch.no_grad()
+    def results(self) -> dict[str, Any]:
+        """The averaged weights' loss, and how often the likeliest code of the large grid is the picture's."""
+        measured = [self.losses(1.0) for _ in range(20)]
+        return {name: float(torch.stack([one[name] for one in measured]).mean()) for name in measured[0]}
+
+
+def sequences(group: Group, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lays out prompts and what follows them, without gaps, padded at the end where nothing looks.
+
+    Returns:
+        ids [n, length]; positions [3, n, length]; where the state is that each target is predicted from, [n, targets].
+    """
+    lengths, targets = group.lengths[rows], group.targets[rows]
+    count, longest = len(rows), group.prompts.shape[1]
+    column = torch.arange(longest + targets.shape[1], device=rows.device)[None]
+    written = (column - lengths[:, None]).clamp(0, targets.shape[1] - 1)
+    in_prompt = column < lengths[:, None]
+    prompt_column = column.clamp(max=longest - 1).expand(count, -1)
+    ids = torch.where(in_prompt, group.prompts[rows].gather(1, prompt_column), targets.gather(1, written))
+    start = group.prompt_positions[:, lengths][:, :, None]
+    positions = torch.where(
+        in_prompt, group.prompt_positions[:, prompt_column], start + group.target_positions[:, written]
+    )
+    wanted_at = lengths[:, None] - 1 + torch.arange(targets.shape[1], device=rows.device)[None]
+    return ids, positions, wanted_at
+
+
+def prompt_ids(processor: Any, texts: Sequence[str], target: Grid, sources: Sequence[Grid]) -> list[list[int]]:
+    """The AR's input ids of many prompts for one size, as ``glm_image.prompts.PromptTokenizer`` gives them singly."""
+    one = PromptTokenizer(processor)
+
+    def whole(text: str) -> list[int]:
+        if sources:
+            return one.image_to_image(text, target, sources)[0]
+        return one.text_to_image(text, target, geometry.preview_grid(target))
+
+    def alone(some: list[str]) -> list[list[int]]:
+        found: list[list[int]] = processor.tokenizer(
+            some, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+        return found
+
+    # The template puts special tokens on both sides of the text, so that the text's ids are its own alone.
+    first = whole(texts[0])
+    own = alone(list(texts))
+    start = next(i for i in range(len(first)) if first[i : i + len(own[0])] == own[0])
+    head, tail = first[:start], first[start + len(own[0]) :]
+    ids = [head + body + tail for body in own]
+    if ids[-1] != whole(texts[-1]):
+        raise RuntimeError(f"{texts[-1]!r} is not tokenised alone as it is in the template")
+    return ids

@@ -1,0 +1,81 @@
+"""Files are encoded beside the next picture, in the served second stage as in the engine."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from glm_image.supervisor import TritonServer
+from server.kserve import Values, files, grpc_infer
+
+REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
+WAIT_SECONDS = 120
+PRIOR: Values = {"prompt": "a", "prior_token_ids": [[1, 2, 3, 4]], "prior_grid": [2, 2], "num_inference_steps": 2}
+
+# The stage's own model; it says when it has denoised, and when it encodes, which it then does only when it may.
+MODEL = """
+from glm_image import images
+from glm_image.dit.engine import DitEngine
+from glm_image.serving.dit_backend import DitBackend as TritonPythonModel
+
+FOLDER = {folder!r}
+encode, denoise = images.encode, DitEngine.denoise
+
+
+def held_encode(*given):
+    open(FOLDER + "/encoding", "w").write("-")
+    open(FOLDER + "/may_go_on").read()
+    return encode(*given)
+
+
+def told_denoise(*given):
+    denoised = denoise(*given)
+    open(FOLDER + "/denoised", "w").write("-")
+    return denoised
+
+
+images.encode, DitEngine.denoise = held_encode, told_denoise
+"""
+
+
+class Told:
+    """The reading end of a named pipe, to which the model writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._pipe = os.open(path, os.O_RDWR)  # a writer as well, so that it never ends
+
+    def wait(self) -> None:
+        ready, _, _ = select.select([self._pipe], [], [], WAIT_SECONDS)
+        assert ready
+        assert os.read(self._pipe, 1) == b"-"
+
+
+@pytest.mark.full
+def test_the_next_request_is_denoised_while_one_is_encoded(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(REPOSITORY / "glm_dit", repository / "glm_dit")
+    (repository / "glm_dit" / "1" / "model.py").write_text(MODEL.format(folder=str(tmp_path)))
+    for name in ("encoding", "denoised", "may_go_on"):
+        os.mkfifo(tmp_path / name)
+    encoding, denoised = Told(tmp_path / "encoding"), Told(tmp_path / "denoised")
+    with (
+        TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=5) as server,
+        ThreadPoolExecutor(2) as clients,
+    ):
+        first = clients.submit(grpc_infer, server, {**PRIOR, "output_format": "png"}, "glm_dit")
+        denoised.wait()
+        encoding.wait()
+        second = clients.submit(grpc_infer, server, {**PRIOR, "output_format": "raw"}, "glm_dit")
+        try:
+            denoised.wait()
+            assert not first.done()
+        finally:
+            with (tmp_path / "may_go_on").open("w"):
+                pass  # its end is what the model waits for
+        assert files(first.result(WAIT_SECONDS))[0].startswith(b"\x89PNG")
+        assert second.result(WAIT_SECONDS)["images"].shape == (1, 64, 64, 3)

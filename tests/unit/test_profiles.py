@@ -1,0 +1,168 @@
+"""Profiles: what is written parses, fits the cards it is meant for, and is refused only for what is not there yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from glm_image import parameter_counts
+from glm_image.ar.config import ArConfig
+from glm_image.ar.vision import Vision
+from glm_image.cards import Cards
+from glm_image.checkpoint import Checkpoint
+from glm_image.dit.engine import _empty_modules
+from glm_image.errors import ConfigurationError
+from glm_image.geometry import Size
+from glm_image.placement import check_shares, lay_out
+from glm_image.plan import memory
+from glm_image.serving import configs
+from glm_image.serving.declaration import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
+from glm_image.serving.profiles import PROFILES, Profile, StageLayout
+from make_tiny_checkpoint import make_tiny_checkpoint
+from tiny_checkpoint_configs import FULL
+
+REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
+NAMES = [
+    "cpu", "npu-1x32g", "npu-1x64g", "npu-2", "npu-8", "npu-8-latency",
+    "cuda-1x80g", "cuda-2", "cuda-8", "cuda-8-latency",
+]  # fmt: skip
+STAGES = {"glm_ar": AR_PARAMETERS, "glm_dit": DIT_PARAMETERS}
+GB = 10**9
+
+
+def parsed(model: str, profile: str) -> Any:
+    text = (REPOSITORY / model / "configs" / f"{profile}.pbtxt").read_text(encoding="utf-8")
+    return text_format.Parse(text, model_config_pb2.ModelConfig())
+
+
+def layout(profile: Profile, model: str) -> StageLayout:
+    return {"glm_ar": profile.ar, "glm_dit": profile.dit}[model]
+
+
+def machine_of(profile: Profile) -> Cards:
+    kind = profile.name.split("-")[0]
+    return Cards("cpu") if kind == "cpu" else Cards(kind, tuple(map(str, range(len(profile.devices)))))
+
+
+def test_these_are_the_profiles() -> None:
+    assert list(PROFILES) == NAMES
+    assert [profile.name for profile in PROFILES.values()] == NAMES
+    assert not list((REPOSITORY / "glm_image").glob("configs/*"))
+
+
+@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_parses_to_its_declaration_and_differs_from_the_default_only_there(name: str, model: str) -> None:
+    config, declared = parsed(model, name), layout(PROFILES[name], model)
+    assert config == configs.profile_configs(PROFILES[name])[model]
+    assert config.instance_group[0].count == len(declared.entries)
+    for parameter, value in declared.values().items():
+        assert config.parameters[parameter].string_value == value
+        config.parameters[parameter].string_value = configs.model_configs()[model].parameters[parameter].string_value
+    config.instance_group[0].count = 1
+    assert config == configs.model_configs()[model]
+
+
+@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_profile_lays_out_on_its_machine(name: str, model: str) -> None:
+    profile = PROFILES[name]
+    declared, machine = layout(profile, model), machine_of(profile)
+    if any(len(entry) > 1 for entry in declared.entries):
+        with pytest.raises(ConfigurationError, match="one instance over several devices comes later"):
+            lay_out(declared.devices, len(declared.entries), machine)
+        return
+    entries = lay_out(declared.devices, len(declared.entries), machine)
+    assert entries == declared.entries
+    check_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
+
+
+def test_the_layouts_are_what_their_names_say() -> None:
+    assert {name: PROFILES[name].processes for name in NAMES} == {
+        "cpu": 2, "npu-1x32g": 2, "npu-1x64g": 2, "npu-2": 2, "npu-8": 8, "npu-8-latency": 8,
+        "cuda-1x80g": 2, "cuda-2": 2, "cuda-8": 8, "cuda-8-latency": 8,
+    }  # fmt: skip
+    for kind in ("npu", "cuda"):
+        assert PROFILES[f"{kind}-8"].dit.entries == tuple((f"{kind}:{card}",) for card in range(1, 8))
+        latency = PROFILES[f"{kind}-8-latency"]
+        assert latency.ar.entries == (tuple(f"{kind}:{card}" for card in range(4)),)
+        assert latency.dit.entries == (tuple(f"{kind}:{card}" for card in range(4, 8)),)
+        assert latency.spans_devices
+    for profile in PROFILES.values():
+        kind = profile.name.split("-")[0]
+        assert profile.devices == (
+            ("cpu",) if kind == "cpu" else tuple(f"{kind}:{i}" for i in range(len(profile.devices)))
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "cpu"])
+def test_a_profile_fits_its_cards(name: str) -> None:
+    profile = PROFILES[name]
+    assert all(share <= 0.95 for share in memory.shares(profile).values())
+    for declared, needed in (
+        (profile.ar, memory.first_stage_bytes(profile.ar, len(profile.ar.entries[0]))),
+        (profile.dit, memory.second_stage_bytes(profile.dit, Size(1024, 1024))),
+    ):
+        share = float(declared.parameters.get("memory_utilization", "0.9"))
+        assert needed <= share * profile.card_gigabytes * GB
+    # As they are, without int8, both stages would not fit the smallest card.
+    assert (sum(memory.card_bytes(profile, Size(1024, 1024)).values()) > 32 * GB) == (name != "npu-1x32g")
+
+
+def test_parameters_are_known_and_their_values_allowed_or_not_there_yet() -> None:
+    refused = {}
+    for name in NAMES:
+        for model, specs in STAGES.items():
+            values = {key: value.string_value for key, value in parsed(model, name).parameters.items()}
+            try:
+                read_parameters(specs, values)
+            except ConfigurationError as error:
+                refused[name, model] = str(error).partition(" is ")[0]
+    dit = {spec.name: spec.allowed for spec in DIT_PARAMETERS}
+    expected = {}
+    if "int8" not in dit["quantization"]:
+        expected["npu-1x32g", "glm_dit"] = "quantization"
+    if dit["parallel"] == ("none",):
+        expected |= {(f"{kind}-8-latency", "glm_dit"): "parallel" for kind in ("npu", "cuda")}
+    assert refused == expected
+
+
+def test_memory_is_that_of_the_published_sizes(tmp_path: Path) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "full", FULL, weights=False)
+    checkpoint = Checkpoint.open(folder, "dummy")
+    assert ArConfig.read(checkpoint) == memory.DECODER
+    assert Vision.bytes_needed(checkpoint, torch.bfloat16) == memory.VISION_PARAMETERS * 2
+    assert parameter_counts.transformer(checkpoint.config("transformer")) == memory.TRANSFORMER_PARAMETERS
+    assert parameter_counts.vae(checkpoint.config("vae")) == memory.VAE_PARAMETERS
+    assert parameter_counts.text_encoder(checkpoint.config("text_encoder")) == memory.GLYPH_ENCODER_PARAMETERS
+    assert checkpoint.config("vae")["block_out_channels"][1] == memory.VAE_CHANNELS
+    linears = [
+        part for part in _empty_modules(checkpoint)["transformer"].modules() if isinstance(part, torch.nn.Linear)
+    ]
+    assert sum(linear.weight.numel() for linear in linears) == memory.TRANSFORMER_LINEAR_PARAMETERS
+
+
+def rows_of_the_table() -> dict[str, list[str]]:
+    text = (REPOSITORY.parent / "docs" / "placement.md").read_text(encoding="utf-8")
+    lines = text.split("<!-- profiles -->\n")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def test_the_table_of_profiles_has_their_memory_and_what_is_not_there_yet() -> None:
+    rows = rows_of_the_table()
+    assert list(rows) == NAMES
+    for name, (_, card, ar, dit, served) in rows.items():
+        profile = PROFILES[name]
+        assert card == (str(profile.card_gigabytes) if profile.card_gigabytes else "host")
+        first = memory.first_stage_bytes(profile.ar, len(profile.ar.entries[0]))
+        second = memory.second_stage_bytes(profile.dit, Size(1024, 1024))
+        assert [ar, dit] == [f"{size / GB:.1f}" for size in (first, second)]
+        allowed = {spec.name: spec.allowed for spec in DIT_PARAMETERS}["quantization"]
+        lacking = profile.spans_devices or (profile.is_quantized and "int8" not in allowed)
+        assert served.startswith("not yet" if lacking else "yes"), name

@@ -1,0 +1,176 @@
+"""Training computes what inference computes, and picks up where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from torch import Tensor, nn
+from transformers import ByT5Tokenizer
+
+import tiny_checkpoint_configs as configs
+from glm_image import geometry, prompts
+from glm_image.dit.schedule import schedule
+from glm_image.geometry import Grid, PlacedGrid, Size
+from train_tiny import loop, models
+from train_tiny.data import cell_labels, glyph_rows
+from train_tiny.painter import noise_levels
+from train_tiny.vocabulary import train_merges
+from train_tiny.world.scene import Scene, Sign, Thing
+from train_tiny.writer import Group, sequences
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Any:
+    torch.manual_seed(0)
+    model = models.build_transformer()
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return model.requires_grad_(False)
+
+
+def reference_velocity(model: Any, latents: Tensor, glyphs: Tensor, prior: Tensor, time: Tensor, caches: Any) -> Tensor:
+    size = torch.tensor([[side * 8.0 for side in latents.shape[2:]]])
+    kept = torch.zeros_like(prior, dtype=torch.bool)
+    found: Tensor = model(
+        latents, glyphs, prior, kept, time, size, torch.zeros(1, 2), kv_caches=caches, return_dict=False
+    )[0]
+    return found
+
+
+def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> None:
+    count, height, width = 2, 16, 24
+    latents, sources = torch.randn(2, count, 16, height, width)
+    glyphs = torch.randn(count, 3, models.CONFIG.glyph_d_model)
+    prior = torch.randint(models.CONFIG.codebook, (count, height * width // 4))
+    times, rotary = torch.tensor([30.0, 700.0]), transformer.rope(latents)
+    caches = GlmImageKVCache(models.CONFIG.dit_layers)
+    caches.set_mode("write")
+    models.velocity(transformer, sources, glyphs[:, :0], prior, None, torch.zeros(count), rotary, caches)
+    caches.set_mode("read")
+    batched = models.velocity(transformer, latents, glyphs, prior, None, times, rotary, caches)
+    for row in range(count):
+        one = slice(row, row + 1)
+        caches = GlmImageKVCache(models.CONFIG.dit_layers)
+        caches.set_mode("write")
+        reference_velocity(transformer, sources[one], glyphs[one, :0], prior[one], torch.zeros(1), caches)
+        caches.set_mode("read")
+        alone = reference_velocity(transformer, latents[one], glyphs[one], prior[one], times[one], caches)
+        assert torch.allclose(batched[one], alone, atol=1e-4)
+
+
+def test_a_batch_through_the_vision_tower_is_the_towers_own_forward() -> None:
+    torch.manual_seed(1)
+    model = models.build_ar().model.requires_grad_(False)
+    pictures = torch.randint(256, (2, 3, 48, 80), dtype=torch.uint8)
+    mean, std = torch.tensor([models.IMAGE["image_mean"], models.IMAGE["image_std"]]).view(2, 1, 3, 1, 1)
+    patches = ((pictures / 255 - mean) / std).unflatten(3, (5, 16)).unflatten(2, (3, 16))
+    flat = patches.permute(0, 2, 4, 1, 3, 5).reshape(30, -1)
+    own = model.visual(flat, grid_thw=torch.tensor([[1, 3, 5]] * 2)).last_hidden_state.view(2, 15, -1)
+    features = models.tower_features(model.visual, pictures)
+    assert torch.allclose(features, own, atol=1e-4)
+    codes, _ = models.quantize(model.vqmodel, own)
+    laid_out = own.unflatten(1, (3, 5)).permute(0, 3, 1, 2).contiguous()
+    assert torch.equal(codes.flatten(), model.vqmodel.encode(laid_out).image_tokens)
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_the_writers_sequences_are_what_the_engine_decodes(edit: bool) -> None:
+    target = Grid(2, 3)
+    grids = geometry.output_grids(target, image_to_image=edit)
+    sources = [PlacedGrid(1, target)] if edit else []
+    lengths, longest, tokens = [9, 12], 16, sum(grid.tokens for grid in grids)
+    group = Group(
+        torch.arange(2 * longest).view(2, longest) + 1000,
+        torch.tensor(lengths),
+        torch.arange(2 * (tokens + 1)).view(2, -1),
+        torch.from_numpy(geometry.prompt_positions(longest + 1, sources)),
+        torch.nn.functional.pad(torch.from_numpy(geometry.decode_positions(grids, 0)), (0, 1)),
+        target.tokens,
+    )
+    ids, positions, wanted_at = sequences(group, torch.tensor([0, 1]))
+    for row, length in enumerate(lengths):
+        end = length + tokens
+        assert ids[row, :end].tolist() == [*group.prompts[row, :length].tolist(), *group.targets[row, :-1].tolist()]
+        prompt = geometry.prompt_positions(length, sources)
+        decoded = geometry.decode_positions(grids, int(prompt[:, -1].max()) + 1)
+        assert positions[:, row, :end].tolist() == np.concatenate([prompt, decoded], axis=1).tolist()
+        assert wanted_at[row].tolist() == list(range(length - 1, end))
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 1024])
+def test_noise_levels_are_the_schedules(tokens: int) -> None:
+    steps = schedule(configs.scheduler_config(), 20, tokens, torch.device("cpu"))
+    levels = noise_levels((steps.timesteps + 1) / 1000, tokens)
+    assert torch.allclose(levels, steps.sigmas[:-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("prompt", ["no quotes", "'CAT'", "'CAT' into “DOG”", "写着「猫」"])
+def test_glyph_rows_are_the_prompts(prompt: str) -> None:
+    assert [list(row) for row in glyph_rows(prompt)] == prompts.glyph_token_ids(prompt, ByT5Tokenizer())
+
+
+def test_cells_are_named_by_what_they_show() -> None:
+    scene = Scene((Thing("star", "red", "large"),), sign=Sign("HI"))
+    labels = cell_labels([scene], Size(256, 256))
+    shapes, letters = labels.shape.view(8, 8), labels.letter.view(8, 8)
+    assert shapes[3, 4] == 4  # the star's middle, above the sign
+    assert not shapes[0].any()
+    assert not shapes[7].any()
+    assert letters[6].unique().tolist() == [0, 8, 9]  # nothing, H, I
+    assert not letters[:5].any()
+
+
+def test_words_in_quotes_are_not_merged() -> None:
+    merges = train_merges(["a red ring says 'BANANA'", "one red ring with 'BANANA'"] * 30)
+    assert ("r", "e") in merges or ("e", "d") in merges
+    assert not any(set("BAN") & set(left + right) for left, right in merges)
+
+
+class Line:
+    """A stage that fits a line, and stops the clock's budget from mattering."""
+
+    name, learning_rate = "line", 0.1
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Linear(1, 1)
+        self.steps: list[int] = []
+
+    def losses(self, progress: float) -> dict[str, Tensor]:
+        x = torch.rand(64, 1)
+        return {"loss": (self.module(x) - (3 * x - 1)).square().mean()}
+
+    def after_step(self, step: int) -> None:
+        self.steps.append(step)
+
+    def results(self) -> dict[str, Any]:
+        return {"slope": float(self.module.weight.detach())}
+
+
+def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
+    first = Line()
+
+    def stops(step: int) -> None:
+        if step == 400:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(first, "after_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(first, tmp_path, minutes=1)
+    with pytest.raises(SystemExit, match="line is not done"):
+        loop.finished(tmp_path, "line")
+    spent = torch.load(tmp_path / "line.pt")["seconds"]
+    second = Line()
+    loop.train(second, tmp_path, minutes=(spent + 0.7) / 60)
+    assert second.steps[0] == 400
+    assert loop.finished(tmp_path, "line")["results"]["slope"] == pytest.approx(3, abs=0.05)
+    ends = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in ends if line.get("event") == "end"] == [second.steps[-1] + 1]

@@ -1,0 +1,85 @@
+"""The VAE in tiles, and the time that files take beside the next picture."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from glm_image import images
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import Memory, open_device
+from glm_image.devices.cpu import CpuDevice
+from glm_image.dit.engine import DitEngine
+from glm_image.dit.settings import DitSettings
+from glm_image.geometry import Grid, Size
+from glm_image.job import Job
+from glm_image.pipeline import LocalPipeline
+from glm_image.request import PaintRequest
+
+WAIT_SECONDS = 60
+WIDE, SQUARE = Grid(1, 34), Grid(2, 2)  # one above the checkpoint's tile of 1024 pixels, one below
+
+
+def request(grid: Grid, output_format: str = "raw") -> PaintRequest:
+    tokens = np.arange(grid.tokens, dtype=np.int32)[None]
+    size = Size(grid.height * 32, grid.width * 32)
+    return PaintRequest("a", tokens, grid, size, seeds=(3,), num_inference_steps=1, output_format=output_format)
+
+
+def painted(engine: DitEngine, grid: Grid) -> NDArray[np.int64]:
+    asked, job = request(grid), Job()
+    return engine.finish(job, asked, engine.denoise(job, asked)).pixels.astype(int)
+
+
+def test_large_pictures_in_tiles_are_nearly_the_same_and_others_are_the_same(
+    checkpoint_folder: Path, pipeline: LocalPipeline
+) -> None:
+    tiled = DitEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), DitSettings(vae_tiling="on"))
+    assert np.array_equal(painted(tiled, SQUARE), painted(pipeline.dit, SQUARE))
+    whole, of_tiles = painted(pipeline.dit, WIDE), painted(tiled, WIDE)
+    assert whole.shape == of_tiles.shape == (1, 32, 1088, 3)
+    assert 0 < np.abs(whole - of_tiles).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("tiling", "gigabytes", "expected"), [("off", 1, False), ("auto", 1, True), ("auto", 64, False)]
+)
+def test_tiles_are_for_where_the_largest_picture_does_not_fit(
+    checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch, tiling: str, gigabytes: int, expected: bool
+) -> None:
+    monkeypatch.setattr(CpuDevice, "memory", lambda _: Memory(gigabytes * 10**9, gigabytes * 10**9))
+    engine = DitEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), DitSettings(vae_tiling=tiling))
+    assert engine.executor._vae._autoencoder.use_tiling is expected
+
+
+def test_the_next_picture_is_denoised_while_one_is_encoded(
+    pipeline: LocalPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding, may_go_on = threading.Event(), threading.Event()
+    encode = images.encode
+
+    def held(*given: Any) -> bytes:
+        encoding.set()
+        assert may_go_on.wait(WAIT_SECONDS)
+        return encode(*given)
+
+    monkeypatch.setattr(images, "encode", held)
+    engine, first, second = pipeline.dit, request(SQUARE, "png"), request(SQUARE, "png")
+    pictures = engine.denoise(Job(), first)
+    with ThreadPoolExecutor(1) as finisher:
+        finishing = finisher.submit(engine.finish, Job(), first, pictures)
+        try:
+            assert encoding.wait(WAIT_SECONDS)
+            job = Job()
+            following = engine.denoise(job, second)
+            assert job.seconds["denoise"] > 0
+            assert not finishing.done()
+        finally:
+            may_go_on.set()
+        assert finishing.result(WAIT_SECONDS).encoded == engine.finish(Job(), second, following).encoded

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+
+from glm_image.prompts import quoted_strings
+from train_tiny.world.caption import LANGUAGES, caption
+from train_tiny.world.draw import draw
+from train_tiny.world.edits import KINDS, sample_edit
+from train_tiny.world.scene import Background, Scene, Sign, Thing, combination_held_out, sample_scene, word_held_out
+from train_tiny.world.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, RELATIONS, SHAPES
+
+
+def test_scenes_are_a_function_of_the_seed() -> None:
+    assert sample_scene(Random(7)) == sample_scene(Random(7))
+    assert sample_scene(Random(7)) != sample_scene(Random(8))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_what_is_held_out_stays_apart(held_out: bool) -> None:
+    rng = Random(1)
+    for scene in (sample_scene(rng, held_out) for _ in range(300)):
+        assert combination_held_out(scene) == held_out
+        assert scene.sign is None or word_held_out(scene.sign.word) == held_out
+
+
+def test_no_scene_of_a_training_edit_is_held_out() -> None:
+    rng = Random(2)
+    for edit in (sample_edit(rng) for _ in range(300)):
+        assert not edit.before.held_out
+        assert not edit.after.held_out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_held_out_edit_leads_to_a_held_out_scene(kind: str) -> None:
+    rng = Random(3)
+    for edit in (sample_edit(rng, True, kind) for _ in range(20)):
+        assert edit.after.held_out
+        assert edit.before != edit.after
+
+
+def test_a_share_of_scenes_is_held_out_and_everything_is_seen() -> None:
+    rng = Random(4)
+    scenes = [sample_scene(rng) for _ in range(1500)]
+    things = [thing for scene in scenes for thing in scene.things]
+    assert {thing.shape for thing in things} == set(SHAPES)
+    assert {thing.colour for thing in things} == set(COLOURS)
+    assert {scene.background.kind for scene in scenes} == set(BACKGROUNDS)
+    assert {colour for scene in scenes for colour in scene.background.colours} == set(BACKGROUND_COLOURS)
+    combinations = [
+        Scene((Thing(a, b, "large"), Thing(c, d, "large")), relation)
+        for a in SHAPES for b in COLOURS for c in SHAPES for d in COLOURS for relation in RELATIONS
+    ]  # fmt: skip
+    share = sum(map(combination_held_out, combinations)) / len(combinations)
+    assert 0.09 < share < 0.11
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_only_quoted_text_of_a_caption_is_the_word(language: str) -> None:
+    rng = Random(5)
+    for scene in (sample_scene(rng) for _ in range(300)):
+        assert quoted_strings(caption(scene, rng, language)) == ([scene.sign.word] if scene.sign else [])
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (256, 256), (128, 512), (512, 160)])
+def test_things_do_not_touch_unless_one_is_inside_and_none_leaves_the_picture(height: int, width: int) -> None:
+    rng = Random(6)
+    white = Background()
+    scenes = [replace(sample_scene(rng), background=white) for _ in range(40)]
+    for scene in scenes:
+        alone = [replace(scene, things=(thing,), relation="middle") for thing in scene.things]
+        if scene.relation == "inside":
+            continue
+        empty = draw([replace(scene, things=())], height, width)
+        covered = (draw(alone, height, width) != empty).any(1)
+        assert covered.sum(0).max() <= 1
+        edges = torch.cat([covered[:, 0], covered[:, -1], covered[:, :, 0], covered[:, :, -1]], 1)
+        assert not edges.any()
+
+
+def test_a_picture_does_not_depend_on_what_is_drawn_beside_it() -> None:
+    rng = Random(7)
+    scenes = [sample_scene(rng) for _ in range(12)]
+    together = draw(scenes, 128, 192)
+    assert together.dtype == torch.uint8
+    assert together.shape == (12, 3, 128, 192)
+    for index, scene in enumerate(scenes):
+        assert torch.equal(together[index], draw([scene], 128, 192)[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_thing_is_where_and_what_colour_it_is_said_to_be(shape: str) -> None:
+    picture = draw([Scene((Thing(shape, "blue", "large", 0.3, 0.6),))], 256, 256)[0].float()
+    is_blue = (picture - torch.tensor(COLOURS["blue"])[:, None, None]).abs().amax(0) < 2
+    rows, columns = is_blue.nonzero().T.float()
+    assert abs(rows.mean() - 0.6 * 256) < 18
+    assert abs(columns.mean() - 0.3 * 256) < 18
+    assert 0.6 * 0.38 * 256 < columns.max() - columns.min() < 0.39 * 256
+
+
+def test_letters_are_black_on_a_white_board_and_big() -> None:
+    nothing = Scene((Thing("circle", "red", "small"),), background=Background("plain", ("light pink",)))
+    blank, written = draw([nothing, replace(nothing, sign=Sign("IIIIII"))], 256, 256)
+    board = (blank != written).any(0)[200:].nonzero()
+    assert len(board)
+    rows = written[0, 200:, :].float()
+    ink = (rows < 60)[:, 20:236]
+    column_heights = ink.sum(0)
+    assert (column_heights >= 24).sum() >= 6
