@@ -22,12 +22,13 @@ class Group:
     Attributes:
         rank: this process's place in the group.
         size: how many ranks it has.
+        process_group: as given.
     """
 
     def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, process_group: Any = None) -> None:
         self.rank, self.size = rank, len(ranks)
         self._ranks = tuple(ranks)
-        self._group = process_group
+        self.process_group = process_group
 
     def share(self, count: int) -> range:
         """Returns which of ``count`` things are this rank's: consecutive ones, as even as can be."""
@@ -41,7 +42,7 @@ class Group:
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds the ranks' tensors, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self._group)
+            dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -49,8 +50,12 @@ class Group:
         if self.size == 1:
             return [tensor]
         gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor.contiguous(), group=self._group)
+        dist.all_gather(gathered, tensor.contiguous(), group=self.process_group)
         return gathered
+
+    def gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
+        """Writes the tensor of every rank to ``gathered``, one after the other along the first dimension."""
+        dist.all_gather_into_tensor(gathered, tensor, group=self.process_group)
 
     def gather_rows(self, tensor: Tensor, count: int) -> Tensor:
         """Puts the ranks' shares of ``count`` rows one after the other; ``tensor`` is [rows of this share, ...]."""
@@ -73,7 +78,7 @@ class Group:
         sent = torch.cat([part.reshape(-1) for part in parts])
         sizes = [torch.Size(shape).numel() for shape in shapes]
         received = sent.new_empty(sum(sizes))
-        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=self._group)
+        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=self.process_group)
         return [flat.view(shape) for flat, shape in zip(torch.split(received, sizes), shapes, strict=True)]
 
     def pass_on(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -81,8 +86,8 @@ class Group:
         received = tensor.new_empty(shape)
         following, before = ((self.rank + offset) % self.size for offset in (1, -1))
         transfers = [
-            dist.P2POp(dist.isend, tensor.contiguous(), self._ranks[following], self._group),
-            dist.P2POp(dist.irecv, received, self._ranks[before], self._group),
+            dist.P2POp(dist.isend, tensor.contiguous(), self._ranks[following], self.process_group),
+            dist.P2POp(dist.irecv, received, self._ranks[before], self.process_group),
         ]
         for transfer in dist.batch_isend_irecv(transfers):
             transfer.wait()
@@ -93,7 +98,7 @@ class Group:
         if self.size == 1:
             return value
         shared = torch.tensor([value], dtype=torch.int64, device=device)
-        dist.all_reduce(shared, dist.ReduceOp.MIN, group=self._group)
+        dist.all_reduce(shared, dist.ReduceOp.MIN, group=self.process_group)
         return int(shared.item())
 
 
