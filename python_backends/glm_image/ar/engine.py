@@ -150,8 +150,12 @@ class ArEngine:
 
     def close(self) -> None:
         """Ends what runs and what waits, and stops the engine's thread and its other ranks."""
-        self._scheduler.close()
+        self.close_scheduler()
         self.executor.close()
+
+    def close_scheduler(self) -> None:
+        """Ends what runs and what waits; ``executor`` is the caller's from then on."""
+        self._scheduler.close()
 
 
 def _hand_on(

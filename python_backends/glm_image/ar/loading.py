@@ -28,6 +28,7 @@ def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, 
         CheckpointError: a tensor is missing or has a wrong shape.
         ConfigurationError: a setting is not allowed, or the device is too small.
     """
+    ranks.tp.reads_peers = settings.peer_memory
     config, dtype = ArConfig.read(checkpoint), settings.dtype or device.default_dtype
     slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
     capture = captured(settings.graph_mode, settings.graph_capture_sizes, slots)

@@ -140,17 +140,16 @@ def _peer_sum_kernel(
     end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT)
 
 
-def branch_sum(parts: Tensor, group: Group, *, one_shot: bool = True) -> BranchSum:
+def branch_sum(parts: Tensor, group: Group) -> BranchSum:
     """Returns the fastest sum there is over the ranks of a group.
 
     Args:
         parts: fp32 [splits, rows, width], the buffer of one rank.
         group: the ranks.
-        one_shot: whether ranks may read each other's memory.
     """
     if group.size == 1:
         return OwnSum(parts)
-    if one_shot:
+    if group.reads_peers:
         try:
             return PeerSum(parts, group)
         except (ImportError, AttributeError, RuntimeError) as error:

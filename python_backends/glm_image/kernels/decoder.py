@@ -69,10 +69,9 @@ class FusedDecoder:
         decoder: holds the weights, bf16 or int8.
         slots: rows of the batch, at most 16.
         plans: how the linears are cut up.
-        one_shot: whether ranks that share the decoder may read each other's memory.
     """
 
-    def __init__(self, decoder: Decoder, slots: int, plans: Plans | None = None, *, one_shot: bool = True) -> None:
+    def __init__(self, decoder: Decoder, slots: int, plans: Plans | None = None) -> None:
         config, device = decoder.config, decoder.head.weight.device
         default = INT8_PLANS if isinstance(decoder.head, Int8Linear) else Plans()
         if decoder.group.size > 1:  # a rank has fewer columns, and every part is exchanged
@@ -92,7 +91,7 @@ class FusedDecoder:
             self._product_read = SplitRows.empty(slots, config.intermediate_size, device)
         self._qkv = parts_buffer(self._plans.qkv, slots, qkv_width, device)
         self._out, self._down = (
-            branch_sum(parts_buffer(plan, slots, config.hidden_size, device), decoder.group, one_shot=one_shot)
+            branch_sum(parts_buffer(plan, slots, config.hidden_size, device), decoder.group)
             for plan in (self._plans.out, self._plans.down)
         )
         self._logits = parts_buffer(self._plans.head, slots, decoder.head.weight.shape[0], device)

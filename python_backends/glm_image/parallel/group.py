@@ -23,12 +23,14 @@ class Group:
         rank: this process's place in the group.
         size: how many ranks it has.
         process_group: as given.
+        reads_peers: whether kernels may read the other ranks' memory, where the devices can.
     """
 
     def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, process_group: Any = None) -> None:
         self.rank, self.size = rank, len(ranks)
         self._ranks = tuple(ranks)
         self.process_group = process_group
+        self.reads_peers = True
 
     def share(self, count: int) -> range:
         """Returns which of ``count`` things are this rank's: consecutive ones, as even as can be."""
