@@ -45,7 +45,7 @@ ENTRYPOINT ["/opt/glm-image/containers/serve", "--checkpoint", "/checkpoint", "-
 FROM base AS cuda
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 containers/constraints.py constraints.txt > /tmp/constraints.txt \
-    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server]' \
+    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,tracing]' \
     && rm /tmp/constraints.txt
 USER 10001:10001
 
@@ -55,6 +55,6 @@ FROM base AS ascend
 COPY --from=cann /usr/local/Ascend /usr/local/Ascend
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 containers/constraints.py constraints.txt > /tmp/constraints.txt \
-    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,npu]' \
+    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,tracing,npu]' \
     && rm /tmp/constraints.txt
 USER 10001:10001

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from glm_image_client import calls
 from glm_image_client.calls import ENSEMBLE, Call, described
-from glm_image_client.client import READY_SECONDS
-from glm_image_client.errors import GlmImageClientError
+from glm_image_client.client import GIVE_UP_SECONDS, READY_SECONDS
+from glm_image_client.errors import GlmImageClientError, RequestTimeout
 from glm_image_client.retries import NO_RETRIES, Attempts, Retries
 from glm_image_client.transport import Endpoint, ProtocolName, connect_async, microseconds
 
@@ -29,8 +30,8 @@ def _method(prepare: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncGlmImage
 class AsyncGlmImageClient:
     """Talks to a GLM-Image server from one asyncio loop; an asynchronous context manager.
 
-    Many requests may be in flight at once. One that is cancelled is no longer waited for; a server that runs it already
-    finishes it. Arguments and errors are those of ``GlmImageClient``.
+    Many requests may be in flight at once. A call that is cancelled, or whose time runs out, cancels its request at the
+    server. Arguments and errors are those of ``GlmImageClient``.
     """
 
     def __init__(
@@ -70,8 +71,19 @@ class AsyncGlmImageClient:
     generate = _method(calls.generate)
     prior_tokens = _method(calls.prior_tokens)
     paint = _method(calls.paint)
+    cancel = _method(calls.cancel)
+    status = _method(calls.status)
 
     async def _answer(self, call: Call[T]) -> T:
+        try:
+            return await self._answer_of(call)
+        except (asyncio.CancelledError, KeyboardInterrupt, RequestTimeout):
+            if call.request_id is not None:
+                with suppress(GlmImageClientError):
+                    await asyncio.shield(self.cancel(call.request_id, timeout=GIVE_UP_SECONDS))
+            raise
+
+    async def _answer_of(self, call: Call[T]) -> T:
         attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)
         while True:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -12,15 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image_client.errors import BadArgumentError
-from glm_image_client.result import GenerationResult, PriorTokens
+from glm_image_client.result import GenerationResult, PriorTokens, json_object
 from glm_image_client.tensors import SourceImage, request_tensors
 from glm_image_client.transport import Tensor, object_array
+
+OF_ITS_OWN_REQUEST: Final = ("request_id", "arrived_ns", "finished_ns")
 
 OutputFormat = Literal["raw", "png", "jpeg", "webp"]
 
 ENSEMBLE: Final = "glm_image"
 FIRST_STAGE: Final = "glm_ar"
 SECOND_STAGE: Final = "glm_dit"
+CONTROL: Final = "glm_control"
+
+CONTROL_SECONDS: Final = 5.0
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Callable[..., Any])
@@ -34,7 +40,7 @@ class Call(Generic[T]):
         model: which model takes it.
         tensors: its inputs.
         read: makes the answer of the model's outputs.
-        request_id: shows in the server's log.
+        request_id: what it can be cancelled by; None = it need not be.
         timeout: seconds; None = the client's own.
     """
 
@@ -94,7 +100,7 @@ def generate(
         top_k: of the image tokens' sampling.
         images: source images for image-to-image: paths, bytes of image files, or PIL images.
         output_format: what the server sends; ``raw`` = uint8 pixels.
-        request_id: shows in the server's log.
+        request_id: what ``cancel`` and ``status`` know it by; None = one of its own.
         timeout: seconds for all attempts; the wait here, and what the server is told of it.
 
     Raises:
@@ -102,7 +108,8 @@ def generate(
         RefusedError: the server does not take this request.
         UnreachableError: no server answers, or the connection broke.
         BusyError: the server's queue is full, or it is about to stop.
-        RequestTimeout: the time ran out.
+        RequestTimeout: the time ran out, or is too short for what is asked.
+        RequestCancelled: somebody has cancelled it.
         ServerFailure: the server failed.
     """
     values = {
@@ -120,7 +127,7 @@ def generate(
         "output_format": output_format,
     }
     tensors = request_tensors(values, images)
-    return Call(ENSEMBLE, tensors, GenerationResult.from_outputs, request_id, timeout)
+    return Call(ENSEMBLE, tensors, GenerationResult.from_outputs, _id(request_id), timeout)
 
 
 def prior_tokens(
@@ -148,7 +155,7 @@ def prior_tokens(
         "top_p": top_p,
         "top_k": top_k,
     }
-    return Call(FIRST_STAGE, request_tensors(values, images), PriorTokens.from_outputs, request_id, timeout)
+    return Call(FIRST_STAGE, request_tensors(values, images), PriorTokens.from_outputs, _id(request_id), timeout)
 
 
 def paint(
@@ -186,7 +193,46 @@ def paint(
         "output_format": output_format,
     }
     tensors = request_tensors(values, images) + prior_inputs(prior, seed)
-    return Call(SECOND_STAGE, tensors, GenerationResult.from_outputs, request_id, timeout)
+    return Call(SECOND_STAGE, tensors, GenerationResult.from_outputs, _id(request_id), timeout)
+
+
+def _id(request_id: str | None) -> str:
+    return request_id or uuid.uuid4().hex
+
+
+def cancel(request_id: str, *, timeout: float | None = CONTROL_SECONDS) -> Call[dict[str, Any]]:
+    """Cancels every request of an id that the server has taken and not yet answered.
+
+    Returns what the server says: ``state`` is ``cancelled``, ``already_cancelled``, ``finished``, ``failed`` or
+    ``unknown``, ``cancelled`` the number of requests that this has cancelled, ``requests`` where each of them was.
+    Errors are those of ``generate``.
+
+    Args:
+        request_id: what the request was sent with.
+        timeout: seconds.
+    """
+    return _control(request_id, "cancel", timeout)
+
+
+def status(request_id: str, *, timeout: float | None = CONTROL_SECONDS) -> Call[dict[str, Any]]:
+    """Asks where the requests of an id are.
+
+    Returns what the server says: ``state`` is ``queued``, ``running``, ``cancelled``, ``finished``, ``failed`` or
+    ``unknown``, ``requests`` has the stage of each, and how much of it is done. Errors are those of ``generate``.
+
+    Args:
+        request_id: what the request was sent with.
+        timeout: seconds.
+    """
+    return _control(request_id, "status", timeout)
+
+
+def _control(request_id: str, action: str, timeout: float | None) -> Call[dict[str, Any]]:
+    tensors = [
+        Tensor(name, "BYTES", object_array([value.encode()]))
+        for name, value in (("request_id", request_id), ("action", action))
+    ]
+    return Call(CONTROL, tensors, lambda outputs: json_object(outputs["result"][0], "result"), None, timeout)
 
 
 def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
@@ -195,8 +241,8 @@ def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
     Raises:
         BadArgumentError: an array holds no integers, or the seed is none.
     """
-    # When the tokens were made says nothing about how long this painting waited.
-    kept = {name: value for name, value in prior.ar_metadata.items() if name != "finished_ns"}
+    # Who asked for the tokens, and when, says nothing of this painting.
+    kept = {name: value for name, value in prior.ar_metadata.items() if name not in OF_ITS_OWN_REQUEST}
     return [
         _integers("prior_token_ids", "INT32", prior.prior_token_ids),
         _integers("prior_grid", "INT32", prior.prior_grid),

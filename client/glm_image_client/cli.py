@@ -43,6 +43,13 @@ class ProtocolChoice(str, Enum):
     http = "http"
 
 
+Url = Annotated[
+    str | None,
+    typer.Option(envvar="GLM_IMAGE_URL", metavar="HOST:PORT", help="The server; default 127.0.0.1:8001 or :8000."),
+]
+Protocol = Annotated[ProtocolChoice, typer.Option(help="Where the URL has no scheme.")]
+
+
 def main() -> NoReturn:
     """The entry point; exits 0 done, 2 refused input, 3 server unreachable, 4 server error, 130 interrupted."""
     try:
@@ -73,11 +80,11 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Sampling of image tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sampling of image tokens.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sampling of image tokens.")] = None,
-    url: Annotated[
-        str | None,
-        typer.Option(envvar="GLM_IMAGE_URL", metavar="HOST:PORT", help="The server; default 127.0.0.1:8001 or :8000."),
+    request_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="What `cancel` and `status` will know it by.")
     ] = None,
-    protocol: Annotated[ProtocolChoice, typer.Option(help="Where the URL has no scheme.")] = ProtocolChoice.grpc,
+    url: Url = None,
+    protocol: Protocol = ProtocolChoice.grpc,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after this long.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Run the engines here, without a server.")] = False,
@@ -110,10 +117,41 @@ def generate(
                 result = generate_offline(checkpoint, device or "auto", values, images)
             else:
                 with GlmImageClient(url, protocol.value, timeout=timeout) as client:
-                    result = client.generate(**values, images=images, output_format=output_format)
+                    result = client.generate(
+                        **values, images=images, output_format=output_format, request_id=request_id
+                    )
         waited = time.perf_counter() - began
         files = _save(result, output)
         print(_as_json(result, files) if as_json else _as_text(result, files, waited))
+
+
+@app.command()
+def cancel(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="What the request was sent with.")],
+    url: Url = None,
+    protocol: Protocol = ProtocolChoice.grpc,
+) -> None:
+    """Cancels the requests of an id; exits with 2 when the server does not know it."""
+    _control("cancel", request_id, url, protocol)
+
+
+@app.command()
+def status(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="What the request was sent with.")],
+    url: Url = None,
+    protocol: Protocol = ProtocolChoice.grpc,
+) -> None:
+    """Tells where the requests of an id are; exits with 2 when the server does not know it."""
+    _control("status", request_id, url, protocol)
+
+
+def _control(action: str, request_id: str, url: str | None, protocol: ProtocolChoice) -> None:
+    with _exit_codes():
+        with GlmImageClient(url, protocol.value) as client:
+            told = client.cancel(request_id) if action == "cancel" else client.status(request_id)
+        print(json.dumps(told))
+        if told["state"] == "unknown":
+            raise typer.Exit(EXIT_REFUSED)
 
 
 @app.command()

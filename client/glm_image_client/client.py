@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from glm_image_client import calls
 from glm_image_client.calls import ENSEMBLE, Call, described
-from glm_image_client.errors import GlmImageClientError
+from glm_image_client.errors import GlmImageClientError, RequestTimeout
 from glm_image_client.retries import NO_RETRIES, Attempts, Retries
 from glm_image_client.transport import Endpoint, ProtocolName, connect, microseconds
 
 READY_SECONDS: Final = 5.0
+GIVE_UP_SECONDS: Final = 2.0
+"""What a caller who no longer wants an answer still waits for the server to hear of it."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,6 +31,8 @@ def _method(prepare: Callable[P, Call[T]]) -> Callable[Concatenate[GlmImageClien
 
 class GlmImageClient:
     """Talks to a GLM-Image server; a context manager, safe to use from several threads.
+
+    A call that is interrupted, or whose time runs out, cancels its request at the server.
 
     Args:
         url: ``HOST[:PORT]``, or ``SCHEME://HOST[:PORT]`` with grpc, grpcs, http or https, which decides the protocol;
@@ -81,8 +86,20 @@ class GlmImageClient:
     generate = _method(calls.generate)
     prior_tokens = _method(calls.prior_tokens)
     paint = _method(calls.paint)
+    cancel = _method(calls.cancel)
+    status = _method(calls.status)
 
     def _answer(self, call: Call[T]) -> T:
+        try:
+            return self._answer_of(call)
+        except (KeyboardInterrupt, RequestTimeout):
+            # Nobody waits for it any more, and Triton does not tell a running step of an ensemble.
+            if call.request_id is not None:
+                with suppress(GlmImageClientError):
+                    self.cancel(call.request_id, timeout=GIVE_UP_SECONDS)
+            raise
+
+    def _answer_of(self, call: Call[T]) -> T:
         attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)
         while True:
             try:

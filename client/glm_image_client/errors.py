@@ -19,7 +19,8 @@ HTTP_STATUS_NAMES: Final = {
 _REFUSED: Final = {"INVALID_ARGUMENT", "UNIMPLEMENTED"}
 # What Triton says, as NOT_FOUND, when it has unloaded its models and its ports are still open.
 _STOPPING: Final = re.compile(r"has no available versions$")
-_PERHAPS_TOO_LATE: Final = {"UNAVAILABLE", "CANCELLED"}
+_PERHAPS_TOO_LATE: Final = {"UNAVAILABLE"}
+_CANCELLED: Final = re.compile(r"request .* was cancelled")
 _TOO_LATE: Final = re.compile(r"time-?out|time ran out|deadline", re.IGNORECASE)
 _WRAPPING: Final = (
     re.compile(r"\[request id: [^\]]*\] "),
@@ -63,6 +64,10 @@ class BusyError(ServerFailure):
     """The server's queue is full, or it is about to stop: the same request may succeed in a while."""
 
 
+class RequestCancelled(ServerFailure):
+    """The request was cancelled, here or by somebody else who knows its id."""
+
+
 class RequestTimeout(ServerFailure):
     """The time given to the request ran out."""
 
@@ -91,6 +96,8 @@ def answered(status: str | None, message: str | None) -> RefusedError | ServerFa
     """
     name = status_name(status)
     text = sentence(message or "") or f"the server failed with status {name} and said nothing more"
+    if name == "CANCELLED" or _CANCELLED.fullmatch(text):  # over HTTP its number is that of a refusal
+        return RequestCancelled(text, "CANCELLED")
     if name in _REFUSED:
         return RefusedError(text)
     if name == "DEADLINE_EXCEEDED" or (name in _PERHAPS_TOO_LATE and _TOO_LATE.search(text)):

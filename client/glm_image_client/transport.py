@@ -85,7 +85,7 @@ class Transport(Protocol):
         Args:
             model: the model's name.
             inputs: the tensors to send, as binary data.
-            request_id: shows in the server's log.
+            request_id: what the server knows it by; "" = an id that the server makes.
             timeout: seconds to wait; the server is told them too.
 
         Raises:

@@ -13,11 +13,19 @@ def shown(value: object) -> str:
 
 
 class GlmImageError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        reason: what a metric calls it.
+    """
+
+    reason = "other"
 
 
 class InvalidInputError(GlmImageError):
     """A request asks for what is not allowed."""
+
+    reason = "invalid"
 
     @classmethod
     def of(cls, name: str, value: object, allowed: str) -> InvalidInputError:
@@ -28,13 +36,31 @@ class InvalidInputError(GlmImageError):
 class UnavailableError(GlmImageError):
     """The engine cannot take the request now; the same request may succeed later."""
 
+    reason = "stopping"
+
+
+class QueueFullError(UnavailableError):
+    """As many requests wait as may."""
+
+    reason = "queue_full"
+
+
+class DeviceMemoryError(UnavailableError):
+    """The device has not the memory for what the request needs at this moment."""
+
+    reason = "memory"
+
 
 class CancelledError(GlmImageError):
     """The caller, or the end of the server, cancelled the request."""
 
+    reason = "cancelled"
+
 
 class DeadlineExceededError(GlmImageError):
-    """The request's time ran out before its picture was done."""
+    """The request's time ran out, or will before its picture is done."""
+
+    reason = "deadline"
 
 
 class CheckpointError(GlmImageError):

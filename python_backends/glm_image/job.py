@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from glm_image.errors import CancelledError, DeadlineExceededError
+from glm_image.errors import CancelledError, DeadlineExceededError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +20,46 @@ LATEST_DEADLINE_NS = 2**63 - 1
 
 
 @dataclass(frozen=True)
+class Timeouts:
+    """How long requests may take, in microseconds; 0 = as long as they like.
+
+    Attributes:
+        default_us: of a request that does not say.
+        max_us: of any request; one that asks for more, or for none, has this.
+    """
+
+    default_us: int = 0
+    max_us: int = 0
+
+    def of(self, asked_us: int) -> int:
+        """Returns the timeout of a request that asks for ``asked_us``."""
+        wanted = asked_us if asked_us > 0 else self.default_us
+        return min(wanted or self.max_us, self.max_us) if self.max_us else wanted
+
+
+@dataclass(frozen=True)
 class Progress:
-    """How far a stage of a request has come."""
+    """How far a stage of a request has come.
+
+    Attributes:
+        stage: ``prefill``, ``tokens`` or ``denoise``.
+        done: prompts read, tokens drawn or steps taken, of all its pictures.
+        total: how many there will be.
+        sigma: the noise that is left in a picture being denoised, 1 to 0.
+    """
 
     stage: str
     done: int
     total: int
+    sigma: float | None = None
 
 
 def ignore_progress(progress: Progress) -> None:
     """The sink of a request nobody watches."""
+
+
+def ignore_seconds(stage: str, seconds: float) -> None:
+    """What is done with the parts of a stage's time where nobody traces."""
 
 
 @dataclass
@@ -39,46 +69,81 @@ class Job:
     Attributes:
         id: the caller's request id, or one made here.
         deadline_ns: ``time.monotonic_ns()`` after which the request is worthless; 0 = none.
+        arrived_ns: ``time.monotonic_ns()`` when the server took it; with the id, what tells requests apart.
         on_progress: called from the engine's thread; must return at once.
         seconds: wall-clock seconds per stage.
+        on_seconds: called with each part of a stage's time when it is over; must return at once.
         cached_steps: denoising steps that the cache skipped, of each picture painted so far.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline_ns: int = 0
+    arrived_ns: int = field(default_factory=time.monotonic_ns)
     on_progress: Callable[[Progress], None] = ignore_progress
     seconds: dict[str, float] = field(default_factory=dict)
+    on_seconds: Callable[[str, float], None] = ignore_seconds
     cached_steps: list[int] = field(default_factory=list)
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
+    _on_cancel: Callable[[], None] | None = field(default=None, repr=False)
 
     @classmethod
     def with_timeout(cls, request_id: str, timeout_us: int) -> Job:
         """Makes a job from a KServe request: its id ("" = make one) and its timeout in microseconds (0 = none)."""
-        deadline_ns = min(time.monotonic_ns() + timeout_us * 1000, LATEST_DEADLINE_NS) if timeout_us > 0 else 0
-        return cls(id=request_id or uuid.uuid4().hex, deadline_ns=deadline_ns)
+        now = time.monotonic_ns()
+        deadline_ns = min(now + timeout_us * 1000, LATEST_DEADLINE_NS) if timeout_us > 0 else 0
+        return cls(id=request_id or uuid.uuid4().hex, deadline_ns=deadline_ns, arrived_ns=now)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody has cancelled it."""
+        return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """Asks the engine to drop the request at its next look."""
+        """Asks the engine to drop the request: at once while it waits, else at its next look."""
         self._cancelled.set()
+        if self._on_cancel is not None:
+            self._on_cancel()
 
-    def check(self) -> None:
-        """Raises CancelledError or DeadlineExceededError when the request is not to go on."""
-        if self._cancelled.is_set():
-            raise CancelledError(f"request {self.id} was cancelled")
-        late = time.monotonic_ns() - self.deadline_ns
-        if self.deadline_ns and late > 0:
-            raise DeadlineExceededError(f"request {self.id} is {late / NANOSECONDS:.3f} s past its deadline")
+    def when_cancelled(self, call: Callable[[], None]) -> None:
+        """Has ``call`` called by whoever cancels, in place of what was to be before; at once if it is too late."""
+        self._on_cancel = call
+        if self.cancelled:
+            call()
 
-    def report(self, stage: str, done: int, total: int) -> None:
+    def check(self, needed_seconds: float = 0.0) -> None:
+        """Looks whether the request is to go on.
+
+        Args:
+            needed_seconds: what is left of it takes at least this long.
+
+        Raises:
+            CancelledError: it was cancelled.
+            DeadlineExceededError: its time has run out, or is too short for what is left.
+        """
+        if self.cancelled:
+            raise CancelledError(f"request {shown(self.id)} was cancelled")
+        if not self.deadline_ns:
+            return
+        left = (self.deadline_ns - time.monotonic_ns()) / NANOSECONDS
+        if left < 0:
+            raise DeadlineExceededError(f"request {shown(self.id)} is {-left:.3f} s past its deadline")
+        if left < needed_seconds:
+            raise DeadlineExceededError(
+                f"request {shown(self.id)} cannot meet its deadline: what is left to do takes at least "
+                f"{needed_seconds:.3f} s, and it has {left:.3f} s, {needed_seconds - left:.3f} s too little"
+            )
+
+    def report(self, stage: str, done: int, total: int, sigma: float | None = None) -> None:
         """Publishes progress; a sink that fails is no reason for the engine to stop."""
         try:
-            self.on_progress(Progress(stage, done, total))
+            self.on_progress(Progress(stage, done, total, sigma))
         except Exception:
             logger.exception("the progress of request %s cannot be published", self.id)
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to a stage's time."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.on_seconds(stage, seconds)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

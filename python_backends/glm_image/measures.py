@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
+
+from glm_image.errors import GlmImageError
 
 
 class Kind(Enum):
@@ -27,12 +29,14 @@ class Measure:
         kind: how its values add up.
         meaning: what it is, in a line.
         bounds: of a histogram, ascending.
+        reason: what tells it from others of its name; "" = it is the only one.
     """
 
     name: str
     kind: Kind
     meaning: str
     bounds: tuple[float, ...] = ()
+    reason: str = ""
 
 
 class Record(Protocol):
@@ -46,6 +50,56 @@ class Record(Protocol):
             value: added to a counter, the state of a gauge, observed in a histogram; in the unit of the name.
             times: how often a histogram observes it.
         """
+
+
+REFUSALS: Final = ("invalid", "queue_full", "stopping", "memory")
+"""Why a request may be refused; see ``reason`` of the error classes."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How requests end at a stage, other than well.
+
+    Attributes:
+        cancels: those that were cancelled.
+        deadline_misses: those whose time ran out or was too short.
+        refusals: those refused, by why.
+        failures: those that ended with a fault of the server.
+    """
+
+    cancels: Measure
+    deadline_misses: Measure
+    refusals: tuple[Measure, ...]
+    failures: Measure
+
+    @classmethod
+    def of(cls, stage: str) -> Ends:
+        """Names them after a stage."""
+        refused = "Requests refused, by reason: invalid, queue_full, stopping, memory"
+        return cls(
+            Measure(f"{stage}_cancelled_requests_total", Kind.COUNTER, "Requests cancelled before they were done"),
+            Measure(
+                f"{stage}_deadline_missed_requests_total",
+                Kind.COUNTER,
+                "Requests whose time ran out, or was too short for what was left to do",
+            ),
+            tuple(
+                Measure(f"{stage}_refused_requests_total", Kind.COUNTER, refused, reason=reason) for reason in REFUSALS
+            ),
+            Measure(f"{stage}_failed_requests_total", Kind.COUNTER, "Requests that ended with a fault of the server"),
+        )
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """All of them."""
+        return (self.cancels, self.deadline_misses, *self.refusals, self.failures)
+
+    def measure_of(self, error: BaseException) -> Measure:
+        """Returns the measure that counts a request that ended with ``error``."""
+        reason = error.reason if isinstance(error, GlmImageError) else ""
+        known = {"cancelled": self.cancels, "deadline": self.deadline_misses}
+        known |= {refusal.reason: refusal for refusal in self.refusals}
+        return known.get(reason, self.failures)
 
 
 def keep_nothing(measure: Measure, value: float, times: int = 1, /) -> None:

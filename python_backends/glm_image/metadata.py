@@ -25,7 +25,13 @@ TOKENS = ("prompt", "source", "preview", "image")
 
 def ar_metadata(job: Job, tokens: Mapping[str, int]) -> dict[str, Any]:
     """Returns what the first stage tells the second about a request."""
-    return {"tokens": dict(tokens), "seconds": dict(job.seconds), "finished_ns": time.monotonic_ns()}
+    return {
+        "tokens": dict(tokens),
+        "seconds": dict(job.seconds),
+        "request_id": job.id,
+        "arrived_ns": job.arrived_ns,
+        "finished_ns": time.monotonic_ns(),
+    }
 
 
 def read_ar_metadata(text: str) -> dict[str, Any]:
@@ -47,6 +53,8 @@ def read_ar_metadata(text: str) -> dict[str, Any]:
     for name, is_allowed, allowed in (
         ("tokens", _numbers(TOKENS, _is_count), f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}"),
         ("seconds", _numbers(STAGES, _is_duration), f"an object of numbers of at least 0 for {', '.join(STAGES)}"),
+        ("request_id", lambda value: isinstance(value, str) and bool(value), "a text that is not empty"),
+        ("arrived_ns", _is_count, "a whole number of at least 0, below 2^63"),
         ("finished_ns", _is_count, "a whole number of at least 0, below 2^63"),
     ):
         if name in told and not is_allowed(told[name]):

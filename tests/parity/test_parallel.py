@@ -141,7 +141,7 @@ def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: 
     def progress(_: Progress) -> None:
         decoding.set()
 
-    with _decoder(checkpoint_folder, 2, Peers(("cpu",), HANG_SECONDS, loss)) as engine:
+    with _decoder(checkpoint_folder, 2, Peers(("cpu",), hang_seconds=HANG_SECONDS, on_loss=loss)) as engine:
         (worker,) = _worker_pids(os.getpid())
         running = _decode(engine, Job(on_progress=progress), side=1024)
         assert decoding.wait(WAIT_SECONDS)

@@ -55,6 +55,7 @@ STAGE_TENSORS: Tensors = {
     "deadline_ns": ("INT64", [1]),
     "ar_metadata": ("BYTES", [1]),
 }
+CONTROL_INPUTS: Tensors = {"request_id": ("BYTES", [1]), "action": ("BYTES", [1])}
 OUTPUTS: Tensors = {
     "images": ("UINT8", [-1, -1, -1, 3]),
     "images_base64": ("BYTES", [-1]),
@@ -72,13 +73,20 @@ class KServeError(Exception):
 
 
 def grpc_infer(
-    server: TritonServer, values: Values, model: str = "glm_image", *, timeout_seconds: float = 0
+    server: TritonServer,
+    values: Values,
+    model: str = "glm_image",
+    *,
+    timeout_seconds: float = 0,
+    request_id: str = "",
 ) -> Outputs:
     """Asks over gRPC; the server is told of ``timeout_seconds``, 0 = none."""
     timeout = int(timeout_seconds * 1e6) or None
     with closing(tritonclient.grpc.InferenceServerClient(server.grpc_url)) as client:
         inputs = _inputs(tritonclient.grpc, values)
-        result = _told(lambda: client.infer(model, inputs, client_timeout=ANSWER_SECONDS, timeout=timeout))
+        result = _told(
+            lambda: client.infer(model, inputs, request_id=request_id, client_timeout=ANSWER_SECONDS, timeout=timeout)
+        )
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
 
@@ -168,7 +176,7 @@ def at_once(calls: Sequence[Callable[[], Outputs]]) -> Burst:
 
 
 def _datatype(name: str) -> str:
-    return {**REQUEST_INPUTS, **STAGE_TENSORS}.get(name, ("INT32", [1]))[0]
+    return {**REQUEST_INPUTS, **STAGE_TENSORS, **CONTROL_INPUTS}.get(name, ("INT32", [1]))[0]
 
 
 def _array(name: str, value: Any) -> NDArray[Any]:

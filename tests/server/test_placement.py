@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from glm_image.supervisor import ServerStartError, TritonServer
+from glm_image_client import GlmImageClient
 from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
 from server.test_profiles import images_by_painter
 
@@ -52,8 +54,9 @@ def two_instances(
 ) -> Iterator[TritonServer]:
     """Two second stages over a checkpoint named in the configuration; what the environment names cannot be loaded."""
     folder = tmp_path_factory.mktemp("placed")
-    repository = copy_repository(folder / "models", "glm_image", "glm_ar", "glm_dit")
+    repository = copy_repository(folder / "models", "glm_image", "glm_ar", "glm_dit", "glm_control")
     edit(repository, "glm_dit", "count: 1", "count: 2")
+    edit(repository, "glm_dit", "max_queue_size: 64", "max_queue_size: 4")
     set_parameter(repository, "glm_dit", "devices", "cpu:4;cpu:7")
     for model in ("glm_ar", "glm_dit"):
         set_parameter(repository, model, "checkpoint", str(tiny_checkpoint))
@@ -98,6 +101,25 @@ def test_a_checkpoint_named_in_the_configuration_is_loaded(
         np.testing.assert_array_equal(outputs["images"], expected["images"])
         assert metadata(outputs)["model"] == metadata(expected)["model"]
         assert metadata(outputs)["model"]["name"] == tiny_checkpoint.name
+
+
+def test_all_instances_hear_of_a_cancel_and_a_full_queue_refuses(
+    triton: TritonServer, two_instances: TritonServer
+) -> None:
+    prior = grpc_infer(triton, ASKED, "glm_ar")
+    stage = {name: prior[name] for name in ("prior_token_ids", "prior_grid")}
+    asked = {"prompt": ASKED["prompt"], "num_inference_steps": 200, **stage}
+    with ThreadPoolExecutor(16) as pool, GlmImageClient(two_instances.grpc_url) as client:
+        answers = [pool.submit(grpc_infer, two_instances, asked, "glm_dit", request_id="all") for _ in range(16)]
+        while [one["stage"] for one in client.status("all")["requests"]].count("denoise") < 2:
+            pass
+        client.cancel("all")
+        statuses = [str(getattr(answer.exception(), "status", "answered")) for answer in answers]
+    assert set(statuses) <= {"CANCELLED", "UNAVAILABLE", "answered"}
+    assert statuses.count("CANCELLED") >= 2
+    refused = [answer.exception() for answer in answers if "UNAVAILABLE" in str(answer.exception())]
+    assert refused
+    assert all("maximum queue size" in str(error) for error in refused)
 
 
 # Model, parameter, value, what the model says.

@@ -16,6 +16,7 @@ from glm_image.pipeline import LocalPipeline
 from glm_image.request import GenerationParameters
 from glm_image.supervisor import TritonServer
 from server.kserve import (
+    CONTROL_INPUTS,
     OUTPUTS,
     REQUEST_INPUTS,
     STAGE_TENSORS,
@@ -48,6 +49,7 @@ MODELS: dict[str, tuple[Tensors, Tensors]] = {
     "glm_image": (REQUEST_INPUTS, OUTPUTS),
     "glm_ar": (REQUEST_INPUTS, STAGE_TENSORS),
     "glm_dit": ({name: REQUEST_INPUTS[name] for name in PAINTING_INPUTS} | STAGE_TENSORS, OUTPUTS),
+    "glm_control": (CONTROL_INPUTS, {"result": ("BYTES", [1])}),
 }
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -106,8 +108,8 @@ def test_models_declare_these_tensors_and_no_others(triton: TritonServer, model:
     assert config.max_batch_size == 0
     assert not config.model_transaction_policy.decoupled
     # The stages name a missing prompt themselves.
-    required = {"prior_token_ids", "prior_grid"} if model == "glm_dit" else set()
-    assert {one.name for one in config.input if not one.optional} == required
+    required = {"glm_dit": {"prior_token_ids", "prior_grid"}, "glm_control": {"request_id", "action"}}
+    assert {one.name for one in config.input if not one.optional} == required.get(model, set())
 
 
 def _groups(told: Any) -> tuple[Any, Any]:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import select
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +14,19 @@ import pytest
 from glm_image.supervisor import ServerStartError, TritonServer
 from glm_image.supervisor.guard import SHARED_MEMORY
 from glm_image.supervisor.settings import free_ports
-
-REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
-END_TIMEOUT_SECONDS = 60
-
-CONFIG = """
-backend: "python"
-max_batch_size: 0
-input [{ name: "order" data_type: TYPE_STRING dims: [1] }]
-output [{ name: "answer" data_type: TYPE_STRING dims: [1] }]
-instance_group [{ count: 1 kind: KIND_CPU }]
-"""
+from server.served import (
+    CONFIG,
+    END_TIMEOUT_SECONDS,
+    REPOSITORY_ROOT,
+    HeldRequest,
+    Served,
+    ask,
+    descendants,
+    ended,
+    wait_for_log,
+    wait_gone,
+    write_model,
+)
 
 MODEL = """
 import json, os, subprocess
@@ -88,12 +84,6 @@ class TritonPythonModel:
 """
 
 
-def write_model(repository: Path, name: str, source: str) -> None:
-    (repository / name / "1").mkdir(parents=True)
-    (repository / name / "config.pbtxt").write_text(CONFIG)
-    (repository / name / "1" / "model.py").write_text(source)
-
-
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     write_model(tmp_path / "models", "worker", MODEL)
@@ -110,127 +100,12 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def ask(http_url: str, do: str, **arguments: object) -> object:
-    order = json.dumps({"do": do, "with": arguments})
-    body = {"inputs": [{"name": "order", "shape": [1], "datatype": "BYTES", "data": [order]}]}
-    request = urllib.request.Request(f"http://{http_url}/v2/models/worker/infer", json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=END_TIMEOUT_SECONDS) as response:
-        return json.loads(json.load(response)["outputs"][0]["data"][0])
-
-
-class Served:
-    """``python -m glm_image.supervisor`` as a process, and what it started."""
-
-    def __init__(self, checkpoint: Path, repository: Path, *flags: str) -> None:
-        ports = [flag for kind in ("http", "grpc", "metrics") for flag in (f"--{kind}-port", "0")]
-        self.log = repository.parent / f"log{len(list(repository.parent.glob('log*')))}"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "glm_image.supervisor", "--checkpoint", str(checkpoint)),
-                    *("--model-repository", str(repository), *ports, *flags),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY_ROOT / "python_backends")},
-            )
-
-    def wait_ready(self) -> None:
-        assert self.process.stdout is not None
-        self.ready_line = self.process.stdout.readline()
-        assert self.ready_line.startswith("ready: http://127.0.0.1:"), self.log.read_text()
-        self.http_url = self.ready_line.split()[1].removeprefix("http://")
-        self.family = descendants(self.process.pid)
-        # Supervisor, then guard, tritonserver and stub.
-        assert len(self.family) == 3
-        self.guard, self.triton, self.stub = self.family
-        self.regions = regions_of(self.triton)
-        assert self.regions
-        self.run_directory = Path(f"/proc/{self.triton}/cwd").readlink().parents[1]
-
-    def stop(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(END_TIMEOUT_SECONDS)
-
-    def assert_gone(self) -> None:
-        for pid in self.family:
-            wait_gone(pid)
-        assert not [region for region in self.regions if region.exists()]
-        assert not self.run_directory.exists()
-
-
 @pytest.fixture
 def served(checkpoint: Path, repository: Path) -> Iterator[Served]:
     served = Served(checkpoint, repository, "--drain-seconds", "30")
     with ended(served.process):
         served.wait_ready()
         yield served
-
-
-@contextlib.contextmanager
-def ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever a test does, its supervisor ends with it, and the rest with the supervisor."""
-    try:
-        yield
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below ``pid``, parents before children."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, its_parent in parents.items() if its_parent == parent]
-    return found[1:]
-
-
-def regions_of(pid: int) -> list[Path]:
-    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return sorted({Path(line.split()[-1]) for line in maps if f"{SHARED_MEMORY}/glm_image_" in line})
-
-
-def wait_gone(pid: int) -> None:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([descriptor], [], [], END_TIMEOUT_SECONDS)[0], f"process {pid} lingers"
-    finally:
-        os.close(descriptor)
-
-
-class HeldRequest:
-    """A request that is inside the model until ``release``."""
-
-    def __init__(self, http_url: str, folder: Path) -> None:
-        self._entered, self._go = folder / "entered", folder / "go"
-        os.mkfifo(self._entered)
-        os.mkfifo(self._go)
-        self.answer: object = None
-        self._thread = threading.Thread(target=self._ask, args=(http_url,))
-        self._thread.start()
-        assert self._entered.read_text() == "entered"
-
-    def _ask(self, http_url: str) -> None:
-        try:
-            self.answer = ask(http_url, "hold", entered=str(self._entered), go=str(self._go))
-        except OSError as error:
-            self.answer = error
-
-    def release(self) -> object:
-        self._go.write_text("done")
-        return self.wait()
-
-    def wait(self) -> object:
-        self._thread.join(END_TIMEOUT_SECONDS)
-        return self.answer
 
 
 def test_models_get_the_package_the_checkpoint_and_the_profile(checkpoint: Path, repository: Path) -> None:
@@ -295,10 +170,13 @@ def test_nothing_outlives_a_killed_supervisor(served: Served) -> None:
     wait_gone(orphan)
 
 
-def test_nothing_outlives_a_killed_guard(served: Served) -> None:
-    os.kill(served.guard, signal.SIGKILL)
-    assert served.process.wait(END_TIMEOUT_SECONDS) == 1
-    served.assert_gone()
+def test_nothing_outlives_a_killed_guard(checkpoint: Path, repository: Path) -> None:
+    served = Served(checkpoint, repository, "--max-restarts", "0")
+    with ended(served.process):
+        served.wait_ready()
+        os.kill(served.guard, signal.SIGKILL)
+        assert served.process.wait(END_TIMEOUT_SECONDS) == 3
+        served.assert_gone()
 
 
 def test_a_process_that_a_model_left_ends_with_the_server(served: Served) -> None:
@@ -306,13 +184,6 @@ def test_a_process_that_a_model_left_ends_with_the_server(served: Served) -> Non
     assert isinstance(orphan, int)
     assert served.stop(signal.SIGTERM) == 0
     wait_gone(orphan)
-
-
-def test_a_server_that_dies_is_told_of(served: Served) -> None:
-    os.kill(served.triton, signal.SIGKILL)
-    assert served.process.wait(END_TIMEOUT_SECONDS) == 1
-    assert served.log.read_text().splitlines()[-1] == "error: tritonserver ended by itself, by SIGKILL"
-    served.assert_gone()
 
 
 def test_a_failing_model_is_told_in_its_own_words(checkpoint: Path, repository: Path) -> None:
@@ -374,13 +245,3 @@ def test_another_port_is_taken_when_a_chosen_one_is_lost(
             assert server.http_url != f"127.0.0.1:{lost}"
             assert isinstance(ask(server.http_url, "tell"), dict)
     assert next(choices, None) is None
-
-
-def wait_for_log(served: Served, words: str) -> None:
-    """Follows the supervisor's log until it says ``words``."""
-    with subprocess.Popen(["tail", "-n", "+1", "-F", str(served.log)], stdout=subprocess.PIPE, text=True) as tail:
-        assert tail.stdout is not None
-        try:
-            assert any(words in line for line in tail.stdout)
-        finally:
-            tail.kill()

@@ -49,12 +49,13 @@ class Executor:
             assert command.slot not in self._sequences, "the slot is taken"
             self._sequences[command.slot] = [command.seed, 1, sum(grid.tokens for grid in command.grids)]
             self.admitted.set()
+        released = self._sequences.pop(command.slot, None) if isinstance(command, Release) else None
         if self.fault(command):
             raise RuntimeError(f"fault at {type(command).__name__}")
-        if isinstance(command, Release):
-            seed, drawn, _ = self._sequences.pop(command.slot, (0, 0, 0))
-            return np.arange(1000 * seed, 1000 * seed + drawn, dtype=np.int32)
-        return None
+        if released is None:
+            return None
+        seed, drawn, _ = released
+        return np.arange(1000 * seed, 1000 * seed + drawn, dtype=np.int32)
 
     def seeds(self) -> list[int]:
         return [command.seed for command in self.commands if isinstance(command, Admit)]
@@ -266,10 +267,11 @@ def test_progress_and_seconds_are_told(served: Served) -> None:
     seen: list[Progress] = []
     job = Job(on_progress=seen.append)
     served.submit(*range(5), length=100, job=job).result(WAIT_SECONDS)
-    done = [progress.done for progress in seen]
+    done = [progress.done for progress in seen if progress.stage == "tokens"]
     assert done == sorted(done)
     assert 0 < done[0] < done[-1] <= 500
-    assert {(progress.stage, progress.total) for progress in seen} == {("tokens", 500)}
+    assert {(progress.stage, progress.total) for progress in seen} == {("prefill", 5), ("tokens", 500)}
+    assert [progress.done for progress in seen if progress.stage == "prefill"] == [1, 2, 3, 4, 5]
     assert job.seconds.keys() == {"ar_queue", "prefill", "decode"}
     assert all(seconds >= 0 for seconds in job.seconds.values())
 

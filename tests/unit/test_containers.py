@@ -18,7 +18,7 @@ import tomllib
 import yaml
 
 from glm_image.supervisor.cli import parse_arguments
-from glm_image.supervisor.process import STOP_GRACE_SECONDS
+from glm_image.supervisor.guard import STOP_GRACE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -199,7 +199,7 @@ class TestConstraints:
 def test_every_pin_resolves(target: str, architecture: str, tmp_path: Path) -> None:
     """What the image's pip is asked for, for its Python and its C library, from wheels alone."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = ["client", "server", *(["npu"] if target == "ascend" else [])]
+    extras = ["client", "server", "tracing", *(["npu"] if target == "ascend" else [])]
     asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
     platforms = [f"--platform=manylinux_2_{minor}_{architecture}" for minor in range(39, 4, -1)]
     report = tmp_path / "report.json"

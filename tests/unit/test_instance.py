@@ -38,7 +38,7 @@ def test_an_instance_knows_its_place_among_all(
     name: str, groups: tuple[dict[str, Any], ...], position: tuple[int, int]
 ) -> None:
     read = instance(name, groups)
-    assert (read.model, read.index, read.count) == ("glm_ar", *position)
+    assert (read.model, read.index, read.siblings) == ("glm_ar", *position)
 
 
 def test_a_name_that_no_group_gives_is_refused() -> None:

@@ -113,16 +113,18 @@ class DitExecutor:
         self.held: set[int] = set()
         self.before: Callable[[Any], None] = lambda _: None
 
-    def run(self, command: Any) -> None:
+    def run(self, command: Any) -> Any:
         self.commands.append(type(command).__name__)
         if isinstance(command, dit.ForgetSources):
             self.held.discard(command.request)
-            return
+            return None
         if isinstance(command, dit.ReadSources):
             self.held.add(command.request)
         self.before(command)
         if isinstance(command, dit.Prepare):
             assert command.sources_of is None or command.sources_of in self.held
+            return np.linspace(1, 0, command.num_inference_steps + 1, dtype=np.float32)
+        return None
 
 
 SOURCE = SourcePicture(np.zeros((32, 32, 3), np.uint8), np.zeros(1, np.int32), Grid(1, 1))

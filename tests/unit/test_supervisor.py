@@ -109,6 +109,11 @@ class TestSettings:
             "drain_seconds": 60,
             "open_apis": None,
             "max_request_bytes": 192 * 1024 * 1024,
+            "max_restarts": 5,
+            "request_log": None,
+            "log_prompts": False,
+            "otlp_traces_endpoint": None,
+            "trace_rate": 1,
             "model_repository": None,
         }
 
@@ -282,7 +287,7 @@ class TestAccess:
     def test_the_threads_of_a_server_get_large_stacks(self) -> None:
         told = "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"
         command = [sys.executable, guard.__file__, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
-                   "--stop-seconds", "1", "--", sys.executable, "-c", told]  # fmt: skip
+                   "--drain-seconds", "1", "--", sys.executable, "-c", told]  # fmt: skip
         # Its input stays open until it has ended: the end of it would be an order to kill.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
             assert running.stderr is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from glm_image.ar.executor import Command, Encode
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.loading import load_executor
 from glm_image.ar.measures import KV_CACHE_BYTES
-from glm_image.ar.scheduler import Scheduler, Sources
+from glm_image.ar.scheduler import Run, Scheduler, Sources
 from glm_image.ar.settings import ArSettings
 from glm_image.ar.vision import patches_of
 from glm_image.ar.warm_up import warm_up_commands
@@ -56,6 +57,7 @@ class ArEngine:
         settings: how.
         record: takes what ``ar.measures`` names.
         peers: other devices that share the decoder with ``device``.
+        watched: wraps what runs commands on the device, to see one that never ends.
 
     Attributes:
         config: the decoder's numbers.
@@ -74,6 +76,7 @@ class ArEngine:
         settings: ArSettings,
         record: Record = keep_nothing,
         peers: Peers = NO_PEERS,
+        watched: Callable[[Run], Run] = lambda run: run,
     ) -> None:
         from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
 
@@ -89,12 +92,16 @@ class ArEngine:
         self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
         first = self._warm_up_commands(device.warmup_sizes)
-        self._scheduler = Scheduler(self.executor.run, slots, settings.max_queue, record, first)
+        self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first)
 
     @property
     def sampling(self) -> Sampling:
         """The checkpoint's own sampling."""
         return self.config.sampling
+
+    def is_alive(self) -> bool:
+        """Whether requests are still worked on; does not return when the engine's lock is never released."""
+        return self._scheduler.is_alive()
 
     def submit(self, job: Job, request: ResolvedRequest) -> Future[ArResult]:
         """Queues a request.

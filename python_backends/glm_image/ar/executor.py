@@ -22,12 +22,12 @@ from glm_image.ar.sampler import NOISE_BLOCK, draw
 from glm_image.ar.state import DecodeState
 from glm_image.ar.step import TorchStep
 from glm_image.ar.vision import Vision
-from glm_image.devices import Device, Mark
-from glm_image.geometry import Grid, PlacedGrid
+from glm_image.devices import Device, Lack, Mark, within_memory
+from glm_image.geometry import PIXELS_PER_TOKEN, Grid, PlacedGrid
 from glm_image.request import Sampling
 
 STEPS_AHEAD = 2
-"""Step commands that may wait in the device's queue: enough to keep it busy, few enough to join and leave soon."""
+"""Steps that may wait in the device's queue: enough to keep it busy, few enough to join and leave within three."""
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,38 @@ class Executor:
         self._prefill = prompt_reader(decoder, device)
 
     def run(self, command: Command) -> NDArray[np.int32] | None:
-        """Runs one command; ``Encode`` and ``Release`` return tokens, int32 [tokens]."""
+        """Runs one command; ``Encode`` and ``Release`` return tokens, int32 [tokens].
+
+        Raises:
+            DeviceMemoryError: the device has not the memory for it; whatever it took is given back.
+        """
         self._device.bind()
-        with torch.inference_mode():
-            if isinstance(command, Release):
-                return self._release(command.slot)
-            if isinstance(command, Encode):
-                assert self._vision is not None
-                return self._vision.encode(command.patches, command.grids)
-            if isinstance(command, Admit):
-                self._admit(command)
-            else:
-                self._step(command.count)
-            return None
+        return within_memory(self._device, lambda: self._obey(command), lambda: self._lack(command))
+
+    @torch.inference_mode()
+    def _obey(self, command: Command) -> NDArray[np.int32] | None:
+        if isinstance(command, Release):
+            return self._release(command.slot)
+        if isinstance(command, Encode):
+            assert self._vision is not None
+            return self._vision.encode(command.patches, command.grids)
+        if isinstance(command, Admit):
+            self._admit(command)
+        else:
+            self._step(command.count)
+        return None
+
+    def _lack(self, command: Command) -> Lack:
+        beside = f"with {len(self._sequences)} of {len(self._state.tokens)} slots taken"
+        settings = "max_num_seqs or max_sequence_tokens"
+        if isinstance(command, Encode):
+            sides = [(grid.width * PIXELS_PER_TOKEN, grid.height * PIXELS_PER_TOKEN) for grid in command.grids]
+            sizes = ", ".join(f"{width} x {height}" for width, height in sides)
+            return Lack(f"source images of {sizes} pixels", beside, f"their number or size, or {settings}")
+        if isinstance(command, Admit):
+            tokens = len(command.prompt_ids)
+            return Lack(f"a prompt of {tokens} tokens", beside, f"its length, source images included, or {settings}")
+        return Lack("a decode step", beside, settings)
 
     def close(self) -> None:
         """Nothing to end: what it holds goes with it."""

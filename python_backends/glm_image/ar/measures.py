@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from glm_image.measures import Kind, Measure
+from glm_image.measures import Ends, Kind, Measure
 
 RUNNING: Final = Measure("glm_image_ar_running_sequences", Kind.GAUGE, "Sequences in a slot, one an image")
 WAITING: Final = Measure("glm_image_ar_waiting_sequences", Kind.GAUGE, "Sequences that wait for a slot, one an image")
@@ -15,7 +15,7 @@ TOKENS: Final = Measure(
 STEP_SECONDS: Final = Measure(
     "glm_image_ar_step_seconds",
     Kind.HISTOGRAM,
-    "Seconds of a decode step of all slots; a few steps are timed together, and each counts with their mean",
+    "Seconds of a decode step of all slots, by the host's clock",
     (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
 )
 PREFILL_SECONDS: Final = Measure(
@@ -24,8 +24,19 @@ PREFILL_SECONDS: Final = Measure(
     "Seconds in which a sequence's prompt was read, and before the first of a request its source images",
     (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
+QUEUE_SECONDS: Final = Measure(
+    "glm_image_ar_queue_seconds",
+    Kind.HISTOGRAM,
+    "Seconds that a request waited for its first slot",
+    (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+)
 KV_CACHE_BYTES: Final = Measure(
     "glm_image_ar_kv_cache_bytes", Kind.GAUGE, "Memory of the keys and values of all slots, set aside at load"
 )
 
-AR_MEASURES: Final = (RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, KV_CACHE_BYTES)
+AR_ENDS: Final = Ends.of("glm_image_ar")
+
+AR_MEASURES: Final = (
+    *(RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS, KV_CACHE_BYTES),
+    *AR_ENDS.measures,
+)

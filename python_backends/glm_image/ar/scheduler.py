@@ -6,26 +6,26 @@ ever asked of the device to find out who is done.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.ar.executor import Admit, Command, Encode, Release, Step
-from glm_image.ar.measures import OCCUPANCY, PREFILL_SECONDS, RUNNING, STEP_SECONDS, TOKENS, WAITING
-from glm_image.errors import GlmImageError, UnavailableError
+from glm_image.ar.measures import OCCUPANCY, PREFILL_SECONDS, QUEUE_SECONDS, RUNNING, STEP_SECONDS, TOKENS, WAITING
+from glm_image.errors import GlmImageError, QueueFullError, UnavailableError
 from glm_image.geometry import PlacedGrid
 from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
+from glm_image.pace import Pace
 from glm_image.request import ResolvedRequest
-
-STEPS_A_LOOK = 4
-"""Steps between two looks at who came, who left and who is done."""
 
 Run = Callable[[Command], "NDArray[np.int32] | None"]
 
@@ -54,7 +54,7 @@ class Sources:
         return tuple(filled)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     job: Job
     prompt_ids: tuple[int, ...]
@@ -72,6 +72,10 @@ class _Request:
     @property
     def total(self) -> int:
         return self.length * len(self.resolved.seeds)
+
+    @property
+    def has_begun(self) -> bool:
+        return len(self.waiting) < len(self.resolved.seeds)
 
 
 @dataclass
@@ -108,6 +112,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self._load = (0, 0)
+        self._pace = Pace()
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._start, args=(first,), name="ar-scheduler", daemon=True)
         self._thread.start()
@@ -125,7 +130,9 @@ class Scheduler:
             sources: source images; encoded once for all pictures, and their tokens noted.
 
         Raises:
-            UnavailableError: the queue is full, or the engine is closed.
+            QueueFullError: as many requests wait as may.
+            UnavailableError: the engine is closed.
+            DeadlineExceededError: it cannot be done in its time.
         """
         waiting = deque(range(len(resolved.seeds)))
         request = _Request(job, prompt_ids, resolved, time.monotonic(), sources, waiting=waiting)
@@ -133,13 +140,21 @@ class Scheduler:
             if self._closed:
                 raise UnavailableError("glm_ar is stopping; no new requests are taken")
             if len(self._waiting) >= self._max_queue:
-                raise UnavailableError(
-                    f"glm_ar has {len(self._waiting)} requests waiting, as many as max_queue allows; try again later"
+                raise QueueFullError(
+                    f"glm_ar has {len(self._waiting)} requests waiting, as many as max_queue allows; "
+                    f"one more would wait about {self._expected_wait():.0f} s; try again later"
                 )
+            job.check(self._needed_seconds(request))
             self._waiting.append(request)
             self._record_load()
             self._changed.notify()
+        job.when_cancelled(lambda: self._drop_waiting(request))
         return request.future
+
+    def is_alive(self) -> bool:
+        """Whether requests are still worked on; does not return when a lock is never released."""
+        with self._changed:
+            return self._thread.is_alive()
 
     def close(self) -> None:
         """Ends all requests with UnavailableError and stops the thread."""
@@ -162,7 +177,6 @@ class Scheduler:
         reason: Exception = UnavailableError("glm_ar is stopping; send the request again")
         try:
             while self._wait_for_work():
-                self._drop_unwanted()
                 self._admit()
                 if self._running:
                     self._step()
@@ -191,11 +205,35 @@ class Scheduler:
     def _drop_unwanted(self) -> None:
         for request in self._requests():
             try:
-                request.job.check()
+                request.job.check(self._needed_seconds(request))
             except GlmImageError as error:
                 self._end(request, error)
 
+    def _drop_waiting(self, request: _Request) -> None:
+        """Ends a cancelled request of which nothing runs, in the thread of whoever cancels it."""
+        with self._changed:
+            if request not in self._waiting or request.has_begun:
+                return
+            self._waiting.remove(request)
+            self._record_load()
+        try:
+            request.job.check()
+        except GlmImageError as error:
+            self._fail(request, error)
+
+    def _needed_seconds(self, request: _Request) -> float:
+        """The least that a request's decoding still takes."""
+        running = [running.left for running in list(self._running.values()) if running.request is request]
+        rounds = math.ceil(len(request.waiting) / self._slots)
+        return (max(running, default=0) + rounds * (request.length - 1)) * self._pace.fastest
+
+    def _expected_wait(self) -> float:
+        running = sum(running.left for running in list(self._running.values()))
+        waiting = sum(len(request.waiting) * request.length for request in self._waiting)
+        return (running + waiting) / self._slots * self._pace.mean
+
     def _admit(self) -> None:
+        self._drop_unwanted()
         while len(self._running) < self._slots:
             with self._changed:
                 if not self._waiting:
@@ -205,10 +243,13 @@ class Scheduler:
                 if not request.waiting:
                     self._waiting.popleft()
             self._admit_one(request, index)
+            self._drop_unwanted()  # reading a prompt takes as long as some steps
 
     def _admit_one(self, request: _Request, index: int) -> None:
         if index == 0:
-            request.job.add_seconds("ar_queue", time.monotonic() - request.submitted)
+            waited = time.monotonic() - request.submitted
+            request.job.add_seconds("ar_queue", waited)
+            self._record(QUEUE_SECONDS, waited)
         slot = next(slot for slot in range(self._slots) if slot not in self._running)
         resolved = request.resolved
         started = time.monotonic()
@@ -226,6 +267,7 @@ class Scheduler:
         self._running[slot].since = time.monotonic()
         self._record(PREFILL_SECONDS, self._running[slot].since - started)
         self._record(TOKENS, 1)
+        request.job.report("prefill", index + 1, len(resolved.seeds))
         self._finish_done()
 
     def _encode(self, request: _Request) -> None:
@@ -236,19 +278,18 @@ class Scheduler:
             request.prompt_ids = sources.fill(request.prompt_ids)
 
     def _step(self) -> None:
-        count = min(STEPS_A_LOOK, *(running.left for running in self._running.values()))
         started = time.monotonic()
         try:
-            self._run(Step(count))
+            self._run(Step(1))
         except Exception as error:  # the batch ends with it, the engine goes on
             for request in list(self._requests()):
                 if any(running.request is request for running in self._running.values()):
                     self._end(request, error)
             return
-        self._record(STEP_SECONDS, (time.monotonic() - started) / count, count)
-        self._record(TOKENS, count * len(self._running))
+        self._record(STEP_SECONDS, time.monotonic() - started)
+        self._record(TOKENS, len(self._running))
         for running in self._running.values():
-            running.left -= count
+            running.left -= 1
         self._finish_done()
         self._report()
 
@@ -265,7 +306,10 @@ class Scheduler:
             del self._running[slot]
             assert tokens is not None
             request.tokens[running.index] = tokens
-            request.job.add_seconds("decode", time.monotonic() - running.since)
+            seconds = time.monotonic() - running.since
+            request.job.add_seconds("decode", seconds)
+            # The host runs ahead of the device, so only all of a sequence's steps together can be timed from here.
+            self._pace.add(seconds / max(1, request.length - 1))
             if len(request.tokens) == len(request.resolved.seeds):
                 request.future.set_result(np.stack([request.tokens[index] for index in sorted(request.tokens)]))
 
@@ -300,5 +344,11 @@ class Scheduler:
                 self._run(Release(slot))
             except Exception:  # the error that ended the request is the one to tell
                 continue
-        if not request.future.done():
+        self._fail(request, error)
+
+    @staticmethod
+    def _fail(request: _Request, error: Exception) -> None:
+        if isinstance(error, GlmImageError):
+            error.__traceback__ = None  # its frames hold the request, which holds the error
+        with contextlib.suppress(InvalidStateError):  # it has ended
             request.future.set_exception(error)

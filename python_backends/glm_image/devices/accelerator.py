@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glm_image.devices.attention import masked_decode_attention
-from glm_image.devices.base import Device, Mark, Memory
+from glm_image.devices.base import Device, Mark, Memory, causes
 from glm_image.devices.quantized import Rows
 from glm_image.geometry import Size
 
@@ -64,6 +64,18 @@ class AcceleratorDevice(Device):
         """Returns the most that tensors have taken."""
         peak: int = self._runtime.max_memory_allocated(self.torch_device)
         return peak
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """See ``Device``; torch_npu raises its own RuntimeError where it does not know torch's class."""
+        return any(
+            isinstance(cause, torch.OutOfMemoryError)
+            or (isinstance(cause, RuntimeError) and "out of memory" in str(cause).lower())
+            for cause in causes(error)
+        )
+
+    def release_unused(self) -> None:
+        """Empties the allocator's cache."""
+        self._runtime.empty_cache()
 
     def mark(self) -> Mark:
         """Records an event on the calling thread's stream."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,6 +23,13 @@ class Mark(Protocol):
         """Blocks the host until the device has passed the point."""
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Gives an error and what it was raised in dealing with: a capture that runs out of memory ends with another."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 class Memory(NamedTuple):
     """A device's memory in bytes."""
 
@@ -39,12 +46,14 @@ class Device(ABC):
         runs_triton: whether the kernels of ``glm_image.kernels`` run here.
         attention_backend: diffusers' name of the attention to use here; None where torch's own choice is right.
         warmup_sizes: pictures painted and sources read at load, because libraries load and choose kernels at first use.
+        hang_seconds: what one command of an engine never takes here; a first one may compile kernels.
     """
 
     default_dtype = torch.bfloat16
     runs_triton = False
     attention_backend: str | None = None
     warmup_sizes: tuple[Size, ...] = ()
+    hang_seconds = 60.0
 
     def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
         self.torch_device = torch_device
@@ -68,6 +77,14 @@ class Device(ABC):
     @abstractmethod
     def peak_memory(self) -> int:
         """Returns the most memory in bytes that this process has held here."""
+
+    @abstractmethod
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Tells whether an allocation here failed, be it while another error was dealt with."""
+
+    @abstractmethod
+    def release_unused(self) -> None:
+        """Gives memory back that this process holds and has no tensors in."""
 
     @abstractmethod
     def mark(self) -> Mark:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glm_image.devices.attention import ragged_decode_attention
-from glm_image.devices.base import Device, Mark, Memory
+from glm_image.devices.base import Device, Mark, Memory, causes
 
 KIBIBYTE = 1024
 
@@ -24,6 +24,7 @@ class CpuDevice(Device):
     """The host's own cores."""
 
     default_dtype = torch.float32
+    hang_seconds = 600.0
 
     def bind(self) -> None:
         """Nothing to choose."""
@@ -37,6 +38,16 @@ class CpuDevice(Device):
     def peak_memory(self) -> int:
         """Returns the largest resident set of the process."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """See ``Device``; torch has no class of its own for this on the CPU."""
+        return any(
+            isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and "DefaultCPUAllocator" in str(cause))
+            for cause in causes(error)
+        )
+
+    def release_unused(self) -> None:
+        """Nothing is held: what is freed goes back."""
 
     def mark(self) -> Mark:
         """Returns a mark already passed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device
 from glm_image.dit.loading import load_executor
 from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
-from glm_image.dit.scheduler import Scheduler
+from glm_image.dit.scheduler import Run, Scheduler
 from glm_image.dit.settings import DitSettings
 from glm_image.geometry import Grid
 from glm_image.job import Job
@@ -46,6 +47,7 @@ class DitEngine:
         settings: how.
         record: takes what ``dit.measures`` names.
         peers: other devices that paint together with ``device``.
+        watched: wraps what runs commands on the device, to see one that never ends.
 
     Attributes:
         codebook_size: prior token ids are below it.
@@ -65,6 +67,7 @@ class DitEngine:
         settings: DitSettings,
         record: Record = keep_nothing,
         peers: Peers = NO_PEERS,
+        watched: Callable[[Run], Run] = lambda run: run,
     ) -> None:
         device.bind()
         self._device, self._record = device, record
@@ -72,7 +75,7 @@ class DitEngine:
         self.source_rule = checkpoint.source_rule
         layout = ParallelLayout.parse(settings.parallel, 1 + len(peers.devices))
         self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
-        self._scheduler = Scheduler(self.executor.run, record)
+        self._scheduler = Scheduler(watched(self.executor.run), record)
         for size in settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
         record(PEAK_MEMORY, device.peak_memory())

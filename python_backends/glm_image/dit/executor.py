@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image.devices import Device, Mark
+from glm_image.devices import Device, Lack, within_memory
 from glm_image.dit.blocks import Blocks
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.cached_step import CachedSteps, HalfSteps, Repeat
@@ -24,11 +23,8 @@ from glm_image.dit.sequence import NOT_SHARED, Sharing
 from glm_image.dit.sources import SourceCache
 from glm_image.dit.vae import Vae
 from glm_image.errors import InvalidInputError
-from glm_image.geometry import Grid
+from glm_image.geometry import PIXELS_PER_TOKEN, Grid
 from glm_image.sources import SourcePicture
-
-STEPS_AHEAD = 2
-"""Steps that may wait in the device's queue: enough to keep it busy, few enough to stop within a step or two."""
 
 FEWEST_STEPS_TO_CAPTURE = 8
 """Capturing a step costs the host about what taking one does, and pays with each later one."""
@@ -90,8 +86,9 @@ class Drop:
 
 Command = ReadSources | ForgetSources | Prepare | Step | Decode | Drop
 
-Result = NDArray[np.uint8] | bool | None
-"""``Decode`` gives the picture, uint8 [height, width, 3], and ``Step`` whether the cache skipped it."""
+Result = NDArray[Any] | bool | None
+"""``Prepare`` gives the noise levels, fp32 [steps + 1], ``Step`` whether the cache skipped it, ``Decode`` the picture,
+uint8 [height, width, 3]."""
 
 
 @dataclass
@@ -99,12 +96,14 @@ class _Picture:
     """A picture being painted.
 
     Attributes:
+        grid: its size.
         latents: fp32, updated in place.
         steps: how many there are.
         advance: takes a step, and returns whether the cache skipped it; None when all are taken.
         taken: steps taken so far.
     """
 
+    grid: Grid
     latents: Tensor
     steps: int
     advance: Callable[[], bool | None] | None
@@ -165,25 +164,48 @@ class Executor:
         self.cache = cache
         self._pictures: dict[int, _Picture] = {}
         self._sources: dict[int, SourceCache] = {}
-        self._queue: deque[Mark] = deque()
+        self._is_short = False
 
     def run(self, command: Command) -> Result:
-        """Runs one command."""
+        """Runs one command.
+
+        Raises:
+            DeviceMemoryError: the device has not the memory for it. A picture must still be dropped.
+        """
         self._device.bind()
-        with torch.inference_mode():
-            if isinstance(command, Prepare):
-                self._prepare(command)
-            elif isinstance(command, Step):
-                return self._step(self._pictures[command.picture])
-            elif isinstance(command, Decode):
-                return self._vae.decode(self._pictures.pop(command.picture).latents)
-            elif isinstance(command, ReadSources):
-                self._sources[command.request] = self._read_sources(command.sources)
-            elif isinstance(command, ForgetSources):
-                self._sources.pop(command.request, None)
-            else:
-                self._drop(self._pictures.pop(command.picture, None))
-            return None
+        return within_memory(self._device, lambda: self._obey(command), lambda: self._lack(command))
+
+    @torch.inference_mode()
+    def _obey(self, command: Command) -> Result:
+        if isinstance(command, Prepare):
+            return self._prepare(command)
+        if isinstance(command, Step):
+            return self._step(self._pictures[command.picture])
+        if isinstance(command, Decode):
+            pixels = self._vae.decode(self._pictures[command.picture].latents)
+            del self._pictures[command.picture]
+            return pixels
+        if isinstance(command, ReadSources):
+            self._sources[command.request] = self._read_sources(command.sources)
+        elif isinstance(command, ForgetSources):
+            self._sources.pop(command.request, None)
+        else:
+            self._drop(self._pictures.pop(command.picture, None))
+        return None
+
+    def _lack(self, command: Command) -> Lack:
+        self._is_short = True
+        beside = f"beside {len(self._pictures)} pictures and the source images of {len(self._sources)} requests"
+        if isinstance(command, ReadSources):
+            pixels = sum(source.pixels.size for source in command.sources) / 3e6
+            return Lack(f"source images of {pixels:.1f} megapixels", beside, "their number or size")
+        wanted = {Prepare: "the conditions", Step: "a step", Decode: "the pixels"}.get(type(command), "the end")
+        return Lack(f"{wanted} of a picture{self._size_of(command)}", beside, "height x width, or the source images")
+
+    def _size_of(self, command: Command) -> str:
+        picture = None if isinstance(command, ReadSources | ForgetSources) else self._pictures.get(command.picture)
+        grid = command.grid if isinstance(command, Prepare) else picture and picture.grid
+        return f" of {grid.width * PIXELS_PER_TOKEN} x {grid.height * PIXELS_PER_TOKEN}" if grid else ""
 
     def close(self) -> None:
         """Nothing to end: what it holds goes with it."""
@@ -211,7 +233,7 @@ class Executor:
         self._device.mark().wait()
         return cache
 
-    def _prepare(self, command: Prepare) -> None:
+    def _prepare(self, command: Prepare) -> NDArray[np.float32]:
         place, grid = self._device.torch_device, command.grid
         steps = schedule(
             self._scheduler_config, command.num_inference_steps, grid.tokens * IMAGE_TOKENS_PER_TOKEN, place
@@ -246,8 +268,10 @@ class Executor:
             halves = HalfSteps(self._transformer, self._blocks, self.cache, *tensors, self._sharing)
             sources = len(whole.sources.tokens) if whole.sources else 0
             advance = CachedSteps(halves, self.cache, command.num_inference_steps, sources, repeat)
-        self._pictures[command.picture] = _Picture(latents, command.num_inference_steps, advance)
+        self._pictures[command.picture] = _Picture(grid, latents, command.num_inference_steps, advance)
+        levels: NDArray[np.float32] = steps.sigmas.float().cpu().numpy()
         self._device.mark().wait()
+        return levels
 
     def _repeat(self, times: int) -> Repeat:
         if times < FEWEST_STEPS_TO_CAPTURE:
@@ -263,20 +287,19 @@ class Executor:
         assert picture.advance is not None
         skipped = bool(picture.advance())
         picture.taken += 1
-        done = picture.taken == picture.steps
-        self._queue.append(self._device.mark())
-        self._wait(0 if done else STEPS_AHEAD)
-        if done:
+        # None is enqueued ahead: what is enqueued cannot be taken back, and who cancels gets the device within a step.
+        self._device.mark().wait()
+        if picture.taken == picture.steps:
             picture.advance = None
         return skipped
 
-    def _wait(self, steps_ahead: int) -> None:
-        while len(self._queue) > steps_ahead:
-            self._queue.popleft().wait()
-
     def _drop(self, picture: _Picture | None) -> None:
         if picture is not None and picture.advance is not None:
-            self._wait(0)  # what a captured step works in must not be reused before the device is done with it
+            self._device.mark().wait()  # what a captured step works in must not be reused before the device is done
+            picture.advance = None
+        if self._is_short:
+            self._is_short = False
+            self._device.release_unused()
 
 
 class Follower:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from typing import Final
 
-from glm_image.measures import Kind, Measure
+from glm_image.measures import Ends, Kind, Measure
 
 STEP_SECONDS: Final = Measure(
     "glm_image_dit_step_seconds",
     Kind.HISTOGRAM,
-    "Seconds of a denoising step, both branches of guidance together; each counts with the mean of its image's steps",
+    "Seconds of a denoising step, both branches of guidance together",
     (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
 )
 CACHED_STEPS: Final = Measure(
     "glm_image_dit_cached_steps_total",
     Kind.COUNTER,
     "Denoising steps whose middle blocks were skipped in all branches of guidance",
+)
+QUEUE_SECONDS: Final = Measure(
+    "glm_image_dit_queue_seconds",
+    Kind.HISTOGRAM,
+    "Seconds between a request's end in the first stage and its beginning in the second",
+    (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
 )
 VAE_SECONDS: Final = Measure(
     "glm_image_dit_vae_seconds",
@@ -36,4 +42,9 @@ PEAK_MEMORY: Final = Measure(
     "The most memory that the instance has held: of tensors on an accelerator, of the whole process on the CPU",
 )
 
-DIT_MEASURES: Final = (STEP_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PEAK_MEMORY)
+DIT_ENDS: Final = Ends.of("glm_image_dit")
+
+DIT_MEASURES: Final = (
+    *(STEP_SECONDS, QUEUE_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PEAK_MEMORY),
+    *DIT_ENDS.measures,
+)

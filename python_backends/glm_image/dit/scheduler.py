@@ -15,6 +15,7 @@ from glm_image.dit.executor import Command, Decode, Drop, ForgetSources, Prepare
 from glm_image.dit.measures import CACHED_STEPS, STEP_SECONDS, VAE_SECONDS
 from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
+from glm_image.pace import Paces
 from glm_image.request import PaintRequest
 from glm_image.sources import SourcePicture
 
@@ -32,6 +33,7 @@ class Scheduler:
     def __init__(self, run: Run, record: Record = keep_nothing) -> None:
         self._run = run
         self._record = record
+        self._paces = Paces()
         self._names = itertools.count()
         self._device_is_free = threading.Lock()
 
@@ -45,11 +47,12 @@ class Scheduler:
 
         Raises:
             CancelledError: the job was cancelled.
-            DeadlineExceededError: its time ran out.
+            DeadlineExceededError: its time ran out, or is too short.
             InvalidInputError: the sources need more memory than the device has.
         """
         pictures: list[int] = []
         try:
+            job.check(self._needed_seconds(request, 0))
             with self._device_is_free, self._read(job, sources) as sources_of:
                 for row in range(len(request.seeds)):
                     pictures.append(next(self._names))
@@ -76,7 +79,7 @@ class Scheduler:
     def _denoise_one(self, job: Job, request: PaintRequest, row: int, picture: int, sources_of: int | None) -> None:
         job.check()
         with job.timed("condition"):
-            self._run(
+            sigmas = self._run(
                 Prepare(
                     picture=picture,
                     prompt=request.prompt,
@@ -90,34 +93,46 @@ class Scheduler:
                 )
             )
         with job.timed("denoise"):
-            self._take_steps(job, request, row, picture)
+            assert isinstance(sigmas, np.ndarray)
+            self._take_steps(job, request, row, picture, sigmas.tolist())
 
-    def _take_steps(self, job: Job, request: PaintRequest, row: int, picture: int) -> None:
-        steps, taken, cached, started = request.num_inference_steps, 0, 0, time.monotonic()
+    def _take_steps(self, job: Job, request: PaintRequest, row: int, picture: int, sigmas: list[float]) -> None:
+        steps, pace, cached = request.num_inference_steps, self._paces.of(_kind(request)), 0
         try:
-            for _ in range(steps):
-                job.check()
+            for taken in range(row * steps, (row + 1) * steps):
+                job.check(self._needed_seconds(request, taken))
+                started = time.monotonic()
                 cached += self._run(Step(picture)) is True
-                taken += 1
-                job.report("denoise", row * steps + taken, len(request.seeds) * steps)
+                seconds = time.monotonic() - started
+                pace.add(seconds)
+                self._record(STEP_SECONDS, seconds)
+                job.report("denoise", taken + 1, len(request.seeds) * steps, sigmas[taken - row * steps + 1])
         finally:
-            # The host runs ahead of the device, so only all of a picture's steps together can be timed from here.
-            if taken:
-                self._record(STEP_SECONDS, (time.monotonic() - started) / taken, taken)
             if cached:
                 self._record(CACHED_STEPS, cached)
         job.cached_steps.append(cached)
 
+    def _needed_seconds(self, request: PaintRequest, taken: int) -> float:
+        """The least that a request's denoising still takes."""
+        left = len(request.seeds) * request.num_inference_steps - taken
+        return left * self._paces.of(_kind(request)).fastest
+
     def decode(self, job: Job, pictures: list[int]) -> NDArray[np.uint8]:
-        """Makes pixels of denoised pictures: uint8 [pictures, height, width, 3]."""
+        """Makes pixels of denoised pictures: uint8 [pictures, height, width, 3].
+
+        Raises:
+            CancelledError: the job was cancelled; the pictures are forgotten.
+            DeadlineExceededError: its time ran out; as above.
+        """
         try:
             with job.timed("vae"):
-                decoded = [self._decode_one(picture) for picture in pictures]
+                decoded = [self._decode_one(job, picture) for picture in pictures]
         finally:
             self.drop(pictures)
         return np.stack([pixels for pixels in decoded if isinstance(pixels, np.ndarray)])
 
-    def _decode_one(self, picture: int) -> Result:
+    def _decode_one(self, job: Job, picture: int) -> Result:
+        job.check()
         started = time.monotonic()
         pixels = self._run(Decode(picture))
         self._record(VAE_SECONDS, time.monotonic() - started)
@@ -127,3 +142,8 @@ class Scheduler:
         """Forgets pictures, those already forgotten included."""
         for picture in pictures:
             self._run(Drop(picture))
+
+
+def _kind(request: PaintRequest) -> tuple[object, ...]:
+    """What the time of a step depends on."""
+    return request.grid, request.guidance_scale > 1, request.source_grids

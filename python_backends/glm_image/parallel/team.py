@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_image.devices import Device
-from glm_image.errors import ConfigurationError, GlmImageError, UnavailableError
+from glm_image.errors import ConfigurationError, DeviceMemoryError, GlmImageError, UnavailableError
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.parallel.messages import Done, Failed, Loaded
 from glm_image.parallel.ranks import Ranks, Rendezvous, leave, listen
@@ -41,12 +41,14 @@ class Peers:
     """The other devices of an instance.
 
     Attributes:
-        devices: their names; one rank each, after the first.
+        devices: their names in this process; one rank each, after the first.
+        known_as: how messages name them; () = as ``devices``.
         hang_seconds: a rank that has not finished a command for so long is taken for hung.
         on_loss: called once, from a thread of its own, when a rank is lost; all others are ended before.
     """
 
     devices: tuple[str, ...] = ()
+    known_as: tuple[str, ...] = ()
     hang_seconds: float = 60.0
     on_loss: Callable[[UnavailableError], None] = ignore_loss
 
@@ -73,7 +75,10 @@ def start(
     if not peers.devices:
         return load(*arguments, device, Ranks())
     rendezvous = Rendezvous(0, layout, PATIENCE_SECONDS)
-    return Team(Work(0, str(device), rendezvous, load, arguments), (str(device), *peers.devices), peers)
+    works = [Work(0, str(device.torch_device), str(device), rendezvous, load, arguments)]
+    for rank, (inside, known_as) in enumerate(zip(peers.devices, peers.known_as or peers.devices, strict=True), 1):
+        works.append(Work(rank, inside, known_as, rendezvous, load, arguments))
+    return Team(works, peers)
 
 
 class _Worker:
@@ -97,7 +102,7 @@ class _Worker:
         self.connection.send(work)
 
     def __str__(self) -> str:
-        return f"rank {self.work.rank} ({self.work.device}, pid {self.process.pid})"
+        return f"rank {self.work.rank} ({self.work.known_as}, pid {self.process.pid})"
 
     def told(self) -> None:
         """Notes that it is being told to run a command."""
@@ -122,23 +127,22 @@ class Team:
     """The ranks of one instance; ``run`` is the executor of all of them.
 
     Args:
-        work: what every rank does; its rank, its device and the port are filled in here.
-        devices: one a rank, this process's first.
+        works: what every rank does, this process's first; the port is filled in here.
         peers: when a rank is taken for lost, and whom to tell.
 
     Raises:
         ConfigurationError: a rank could not load.
     """
 
-    def __init__(self, work: Work, devices: Sequence[str], peers: Peers) -> None:
+    def __init__(self, works: Sequence[Work], peers: Peers) -> None:
         self._hang_seconds, self._on_loss = peers.hang_seconds, peers.on_loss
         self._lost: UnavailableError | None = None
         self._closing = False
         self._turn = threading.Lock()
         self._news = threading.Condition()
         listening = listen()
-        rendezvous = replace(work.rendezvous, port=listening.getsockname()[1])
-        works = [replace(work, rank=rank, device=device, rendezvous=rendezvous) for rank, device in enumerate(devices)]
+        rendezvous = replace(works[0].rendezvous, port=listening.getsockname()[1])
+        works = [replace(work, rendezvous=rendezvous) for work in works]
         self._wake, self._woken = Pipe()
         self._workers: list[_Worker] = []
         try:
@@ -163,6 +167,9 @@ class Team:
                 self._send(worker, command)
         try:
             return self._here.run(command)
+        except DeviceMemoryError as error:  # the other ranks may be waiting for this one in a collective
+            self._lose(str(error))
+            raise
         except GlmImageError:
             raise
         except Exception as error:
@@ -206,7 +213,7 @@ class Team:
                     self._hear(worker)
             for worker in self._workers:
                 if worker.seconds_left(self._hang_seconds) <= 0:
-                    self._lose(worker, f"has not finished a command for {self._hang_seconds:g} s")
+                    self._lose(f"{worker} has not finished a command for {self._hang_seconds:g} s")
 
     def _seconds_left(self) -> float:
         return min(worker.seconds_left(self._hang_seconds) for worker in self._workers)
@@ -216,20 +223,20 @@ class Team:
             message = worker.connection.recv()
         except (EOFError, OSError):
             code = worker.process.wait()
-            self._lose(worker, f"was ended by signal {-code}" if code < 0 else f"ended with code {code}")
+            self._lose(f"{worker} was ended by signal {-code}" if code < 0 else f"{worker} ended with code {code}")
             return
         if isinstance(message, Failed):
-            self._lose(worker, f"ended with {message.error}")
+            self._lose(f"{worker} ended with {message.error}")
             return
         with self._news:
             worker.heard(message)
             self._news.notify_all()
 
-    def _lose(self, worker: _Worker, why: str) -> None:
+    def _lose(self, why: str) -> None:
         with self._news:
             if self._lost is not None or self._closing:
                 return
-            self._lost = UnavailableError(f"{worker} {why}; the instance starts anew, send the request again")
+            self._lost = UnavailableError(f"{why}; the instance starts anew, send the request again")
             self._news.notify_all()
         logger.error("%s", self._lost)
         for each in self._workers:

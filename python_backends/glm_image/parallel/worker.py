@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from glm_image.devices import open_device
-from glm_image.errors import GlmImageError
+from glm_image.errors import DeviceMemoryError, GlmImageError
 from glm_image.parallel.messages import Done, Failed, Loaded
 from glm_image.parallel.ranks import Rendezvous, join
 
@@ -42,7 +42,8 @@ class Work:
 
     Attributes:
         rank: its rank.
-        device: its device.
+        device: its device, as its process names it.
+        known_as: the device, as messages name it.
         rendezvous: where it meets the others.
         load: makes the rank's executor; a function of a module, called with ``arguments``, the device and the ranks.
         arguments: of ``load``.
@@ -50,6 +51,7 @@ class Work:
 
     rank: int
     device: str
+    known_as: str
     rendezvous: Rendezvous
     load: Load
     arguments: tuple[Any, ...]
@@ -60,7 +62,7 @@ class Work:
         Args:
             listening: rank 0's socket.
         """
-        device = open_device(self.device)
+        device = open_device(self.device, known_as=self.known_as)
         device.bind()
         ranks = join(self.rank, device, self.rendezvous, listening)
         return self.load(*self.arguments, device, ranks)
@@ -72,7 +74,7 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     connection: Connection = Connection(int(sys.argv[1]))
     work: Work = connection.recv()
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {work.rank} on {work.device} %(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {work.rank} on {work.known_as} %(message)s")
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, commands), name="commands", daemon=True).start()
     try:
@@ -93,6 +95,8 @@ def main() -> None:
 def _run(executor: Runs, command: Any) -> None:
     try:
         executor.run(command)
+    except DeviceMemoryError:  # this rank's own, and others may be waiting for it in a collective
+        raise
     except GlmImageError as error:  # refused, by every rank alike
         logger.info("%s: %s", type(command).__name__, error)
 

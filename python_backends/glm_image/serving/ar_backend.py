@@ -10,17 +10,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 
-from glm_image.ar.measures import AR_MEASURES
-from glm_image.errors import UnavailableError
+from glm_image.ar.measures import AR_ENDS, AR_MEASURES
+from glm_image.errors import QueueFullError
+from glm_image.inflight import InFlight
 from glm_image.job import Job
 from glm_image.metadata import ar_metadata
 from glm_image.request import GenerationParameters, ResolvedRequest
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
-from glm_image.serving.declaration import AR_PARAMETERS
+from glm_image.serving.declaration import AR_PARAMETERS, ENTRANCES
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
+from glm_image.serving.open_answers import OpenAnswers
+from glm_image.serving.pulse import Pulse
+from glm_image.serving.reception import Reception
+from glm_image.serving.request_log import Entry, RequestLog
+from glm_image.serving.spans import Spans
 from glm_image.serving.tensors import Inputs, text_array
 
 if TYPE_CHECKING:
@@ -39,12 +46,17 @@ class ArBackend:
         """Loads the engine on this instance's device."""
         strings.install()
         instance = Instance.read(args, AR_PARAMETERS)
-        self._limits = instance.limits
+        self._limits, self._timeouts = instance.limits, instance.timeouts
+        log = RequestLog(instance, is_last=False)
+        self._spans = Spans(instance)
         self._metrics = Metrics(AR_MEASURES, instance)
-        self._engine = _load(instance, self._metrics)
+        self._open = OpenAnswers()
+        self._engine, self._pulse = _load(instance, self._metrics, self._open)
+        self._reception = Reception(instance, InFlight("ar_queue", "handed_on"), AR_ENDS, self._metrics.record, log)
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
         self._max_decoding = instance.integer("max_queue", 1)
         self._may_decode = threading.Semaphore(self._max_decoding)
+        self._pulse.start(self._engine.is_alive, _unload_entrances if instance.index == 0 else None)
 
     def execute(self, requests: list[Any]) -> None:
         """Hands requests over; the answers go out later, from the engine's thread.
@@ -52,46 +64,75 @@ class ArBackend:
         Source images are decoded in threads, so that requests without them do not wait.
         """
         for request in requests:
-            answer = Answer(request)
+            answer = self._open.add(Answer(request))
+            entry = self._reception.expect(request, answer)
             try:
-                self._accept(request, answer)
+                self._accept(request, answer, entry)
             except Exception as error:  # whatever it is, the client must get an answer
                 answer.fail(error)
 
     def finalize(self) -> None:
         """Ends what runs, with an answer to each."""
+        self._pulse.close()
         self._decoder.shutdown(wait=True)
         self._engine.close()
+        self._reception.close()
         self._metrics.close()
+        self._spans.close()
 
-    def _accept(self, request: Any, answer: Answer) -> None:
-        job = Job.with_timeout(request.request_id(), request.timeout())
+    def _accept(self, request: Any, answer: Answer, entry: Entry) -> None:
+        job = Job.with_timeout(request.request_id(), self._timeouts.of(request.timeout()))
+        entry.follow(job)
+        self._spans.follow(request, job)
+        self._reception.begin(job, answer)
         asked = read_request(request)
+        entry.note(asked.prompt, **_told(asked))
         if asked.images is None:
-            self._submit(asked, job, answer)
+            self._submit(asked, job, answer, entry)
         elif self._may_decode.acquire(blocking=False):
-            self._decoder.submit(self._decode, asked, job, answer)
+            self._decoder.submit(self._decode, asked, job, answer, entry)
         else:
-            raise UnavailableError(
+            raise QueueFullError(
                 f"glm_ar decodes the source images of {self._max_decoding} requests, as many as max_queue allows; "
                 "try again later"
             )
 
-    def _decode(self, asked: GenerationParameters, job: Job, answer: Answer) -> None:
+    def _decode(self, asked: GenerationParameters, job: Job, answer: Answer, entry: Entry) -> None:
         try:
             job.check()
-            self._submit(asked, job, answer)
+            self._submit(asked, job, answer, entry)
         except Exception as error:  # whatever it is, the client must get an answer
             answer.fail(error)
         finally:
             self._may_decode.release()
 
-    def _submit(self, asked: GenerationParameters, job: Job, answer: Answer) -> None:
+    def _submit(self, asked: GenerationParameters, job: Job, answer: Answer, entry: Entry) -> None:
         resolved = asked.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
+        size = resolved.requested
+        entry.note(asked.prompt, width=size.width, height=size.height, seed=resolved.seeds[0])
         self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(answer, job, resolved, done))
 
 
-def _load(instance: Instance, metrics: Metrics) -> Any:
+def _told(asked: GenerationParameters) -> dict[str, Any]:
+    """What the log tells of a request, as it was asked for."""
+    return {
+        "width": asked.width,
+        "height": asked.height,
+        "images": asked.num_images,
+        "steps": asked.num_inference_steps,
+        "seed": asked.seed,
+        "sources": len(asked.images or ()),
+        "output_format": asked.output_format,
+    }
+
+
+def _unload_entrances() -> None:
+    """Takes the models that take requests away; requests in flight go on."""
+    for model in ENTRANCES:
+        pb_utils.unload_model(model)
+
+
+def _load(instance: Instance, metrics: Metrics, open_answers: OpenAnswers) -> tuple[Any, Pulse]:
     place = instance.take_place(spare_first=False)
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
     from glm_image.ar.engine import ArEngine  # noqa: PLC0415
@@ -113,7 +154,9 @@ def _load(instance: Instance, metrics: Metrics) -> Any:
     )
     logger.info("loading the decoder on %s", device)
     checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
-    return ArEngine(checkpoint, device, settings, metrics.record)
+    pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+    peers = instance.peers(place, device, open_answers.end_process)
+    return ArEngine(checkpoint, device, settings, metrics.record, watched=pulse.watched, peers=peers), pulse
 
 
 def read_request(request: Any) -> GenerationParameters:

@@ -19,8 +19,11 @@ from glm_image.serving import declaration
 from glm_image.serving.declaration import ParameterSpec, TensorSpec
 from glm_image.serving.profiles import PROFILES, Profile
 
+MAX_DIT_QUEUE = 64
+"""Requests that may wait in Triton for the second stage; of one with a larger batch than 1 there is none."""
+
 HEADER = """\
-# Edit instance_group and the parameters to place and size the model. The rest is declared in
+# Edit instance_group, max_queue_size and the parameters to place and size the model. The rest is declared in
 # glm_image/serving/declaration.py and written by `python -m glm_image.serving.configs model_repository`.
 """
 
@@ -34,13 +37,25 @@ PROFILE_HEADER = """\
 def _stage(
     name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], parameters: tuple[ParameterSpec, ...]
 ) -> Any:
+    config = _python_model(name, inputs, outputs)
+    values = {spec.name: spec.default for spec in parameters} | Limits().parameters()
+    for parameter, value in values.items():
+        config.parameters[parameter].string_value = value
+    return config
+
+
+def _python_model(name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> Any:
     config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=0)
     _add_tensors(config, inputs, outputs)
     kind = model_config_pb2.ModelInstanceGroup.KIND_CPU  # the devices are chosen by the parameter: Triton knows no NPU
     config.instance_group.add(count=1, kind=kind)
-    values = {spec.name: spec.default for spec in parameters} | Limits().parameters()
-    for parameter, value in values.items():
-        config.parameters[parameter].string_value = value
+    return config
+
+
+def _second_stage() -> Any:
+    painting = (*declaration.PAINTING_INPUTS, *declaration.STAGE_INPUTS)
+    config = _stage("glm_dit", painting, declaration.OUTPUTS, declaration.DIT_PARAMETERS)
+    config.dynamic_batching.default_queue_policy.max_queue_size = MAX_DIT_QUEUE
     return config
 
 
@@ -72,11 +87,11 @@ def _add_tensors(config: Any, inputs: Iterable[TensorSpec], outputs: Iterable[Te
 
 def model_configs() -> dict[str, Any]:
     """Returns every model's ``ModelConfig`` message."""
-    painting = (*declaration.PAINTING_INPUTS, *declaration.STAGE_INPUTS)
     return {
         "glm_image": _ensemble(),
         "glm_ar": _stage("glm_ar", declaration.REQUEST_INPUTS, declaration.STAGE_TENSORS, declaration.AR_PARAMETERS),
-        "glm_dit": _stage("glm_dit", painting, declaration.OUTPUTS, declaration.DIT_PARAMETERS),
+        "glm_dit": _second_stage(),
+        "glm_control": _python_model("glm_control", declaration.CONTROL_INPUTS, declaration.CONTROL_OUTPUTS),
     }
 
 
@@ -97,6 +112,8 @@ def config_text(config: Any) -> str:
         f'{field}: "{getattr(config, field)}"' for field in ("name", "backend", "platform") if getattr(config, field)
     ]
     lines += _entries("instance_group", config.instance_group)
+    if config.HasField("dynamic_batching"):
+        lines += _entries("dynamic_batching", [config.dynamic_batching])
     declared = [spec.name for spec in (*declaration.AR_PARAMETERS, *declaration.DIT_PARAMETERS)]
     for key in [*dict.fromkeys(declared), *Limits().parameters()]:
         if key in config.parameters:

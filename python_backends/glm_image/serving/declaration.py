@@ -85,6 +85,16 @@ OUTPUTS: Final = (
 )
 """What clients of ``glm_image`` get."""
 
+CONTROL_INPUTS: Final = (TensorSpec("request_id", "STRING"), TensorSpec("action", "STRING"))
+"""What clients of ``glm_control`` send."""
+
+CONTROL_OUTPUTS: Final = (TensorSpec("result", "STRING"),)
+"""What they get."""
+
+
+ENTRANCES: Final = ("glm_image",)
+"""The models that take whole requests: a server that drains unloads them first."""
+
 
 @dataclass(frozen=True)
 class ParameterSpec:
@@ -109,6 +119,9 @@ STAGE_PARAMETERS: Final = (
     ParameterSpec("dtype", "auto", ("auto", "float32", "bfloat16")),
     ParameterSpec("load_format", "auto", ("auto", "dummy")),
     ParameterSpec("memory_utilization", "0.9"),
+    ParameterSpec("default_timeout_ms", "0"),
+    ParameterSpec("max_timeout_ms", "0"),
+    ParameterSpec("hang_seconds", "auto"),
 )
 
 AR_PARAMETERS: Final = (
@@ -141,7 +154,7 @@ DIT_PARAMETERS: Final = (
     ParameterSpec("quantization", "none", ("none", "int8", "fp8")),
     ParameterSpec("cache", "none", ("none", "cache_dit")),
     *CACHE_PARAMETERS,
-    ParameterSpec("parallel", "none", ("none",)),
+    ParameterSpec("parallel", "none"),
     ParameterSpec("warmup_sizes", "auto"),
     ParameterSpec("vae_tiling", "off", ("off", "on", "auto")),
 )

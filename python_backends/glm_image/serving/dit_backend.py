@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.dit.measures import DIT_MEASURES
+from glm_image.dit.measures import DIT_ENDS, DIT_MEASURES, QUEUE_SECONDS
 from glm_image.errors import InvalidInputError
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
-from glm_image.job import Job
+from glm_image.inflight import InFlight
+from glm_image.job import NANOSECONDS, Job
 from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadata
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
 from glm_image.serving import strings
@@ -25,12 +27,39 @@ from glm_image.serving.cache_parameters import cache_settings
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
+from glm_image.serving.open_answers import OpenAnswers
+from glm_image.serving.pulse import Pulse
+from glm_image.serving.reception import Reception
+from glm_image.serving.request_log import Entry, RequestLog
+from glm_image.serving.spans import Spans
 from glm_image.serving.tensors import Inputs, text_array
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED_REQUESTS = 2
 """Requests that may wait for the VAE and the encoder, their latents in the device's memory."""
+
+
+IDLE_NS = NANOSECONDS // 20
+"""Longer than Triton takes to hand an instance the next request that waits."""
+
+
+class BusyPeriod:
+    """When a request that does not say it may have arrived: not before the instance was last idle."""
+
+    def __init__(self) -> None:
+        self.since_ns = 0
+        self._ended_ns = 0
+
+    def begin(self) -> None:
+        """Notes that a request has come out of the queue."""
+        now = time.monotonic_ns()
+        if now - self._ended_ns > IDLE_NS:
+            self.since_ns = now
+
+    def end(self) -> None:
+        """Notes that the instance asks for the next."""
+        self._ended_ns = time.monotonic_ns()
 
 
 class DitBackend:
@@ -48,11 +77,14 @@ class DitBackend:
         from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
         parameters, cache = instance.parameters, cache_settings(instance)
-        self._limits = instance.limits
+        self._limits, self._timeouts = instance.limits, instance.timeouts
         self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
         device = open_device(place.inside[0], known_as=place.devices[0])
         logger.info("loading the transformer on %s", device)
+        self._spans = Spans(instance)
         self._metrics = Metrics(DIT_MEASURES, instance)
+        self._open = OpenAnswers()
+        self._pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
         self._engine = DitEngine(
             self._checkpoint,
             device,
@@ -60,45 +92,72 @@ class DitBackend:
                 dtype=named_dtype(parameters["dtype"]),
                 memory_utilization=instance.share("memory_utilization"),
                 warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
+                parallel=parameters["parallel"],
                 cache=cache,
                 quantization=parameters["quantization"],
                 vae_tiling=parameters["vae_tiling"],
                 largest_side=self._limits.max_side,
             ),
             self._metrics.record,
+            watched=self._pulse.watched,
+            peers=instance.peers(place, device, self._open.end_process),
         )
+        log = RequestLog(instance, is_last=True)
+        self._reception = Reception(instance, InFlight("condition", "finished"), DIT_ENDS, self._metrics.record, log)
+        self._busy = BusyPeriod()
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
         self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
+        self._pulse.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Denoises requests one after the other; each is answered when its pictures are decoded and encoded."""
+        self._busy.begin()
         for request in requests:
-            answer = Answer(request)
+            answer = self._open.add(Answer(request))
+            entry = self._reception.expect(request, answer)
             try:
-                self._paint(request, answer)
+                self._paint(request, answer, entry)
             except Exception as error:  # whatever it is, the client must get an answer
                 answer.fail(error)
+        self._busy.end()
 
     def finalize(self) -> None:
         """Finishes what is denoised."""
+        self._pulse.close()
         self._finisher.shutdown(wait=True)
+        self._engine.close()
+        self._reception.close()
         self._metrics.close()
+        self._spans.close()
 
-    def _paint(self, request: Any, answer: Answer) -> None:
+    def _paint(self, request: Any, answer: Answer, entry: Entry) -> None:
         inputs = Inputs(request)
         paint = read_request(inputs)
-        # As a step of the ensemble it is told the whole request's timeout again; the first stage knows what is left.
-        job = Job.with_timeout(request.request_id(), request.timeout())
-        deadline_ns = inputs.integer("deadline_ns") or 0
-        if deadline_ns < 0:
-            raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
-        job.deadline_ns = deadline_ns or job.deadline_ns
-        job.add_seconds("dit_queue", queued_seconds(paint.ar_metadata))
+        job = self._job(request, inputs, paint)
+        entry.follow(job, paint.ar_metadata.get("seconds"))
+        entry.note(paint.prompt, **_told(paint))
+        self._spans.follow(request, job)
+        self._reception.begin(job, answer)
+        waited = queued_seconds(paint.ar_metadata)
+        job.add_seconds("dit_queue", waited)
+        self._metrics.record(QUEUE_SECONDS, waited)
         paint.check(self._limits, self._engine.codebook_size)
         sources = paint.read_sources(self._limits, self._engine.source_rule)
         pictures = self._engine.denoise(job, paint, sources)
         self._may_wait.acquire()
         self._finisher.submit(self._finish, answer, job, paint, pictures)
+
+    def _job(self, request: Any, inputs: Inputs, paint: PaintRequest) -> Job:
+        told = paint.ar_metadata
+        # As a step of the ensemble it is told the whole request's timeout again; the first stage knows what is left.
+        timeout_us = self._timeouts.of(request.timeout())
+        job = Job.with_timeout(request.request_id() or told.get("request_id", ""), timeout_us)
+        job.arrived_ns = told.get("arrived_ns", self._busy.since_ns)
+        deadline_ns = inputs.integer("deadline_ns") or 0
+        if deadline_ns < 0:
+            raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
+        job.deadline_ns = deadline_ns or job.deadline_ns
+        return job
 
     def _finish(self, answer: Answer, job: Job, paint: PaintRequest, pictures: list[int]) -> None:
         try:
@@ -115,6 +174,19 @@ class DitBackend:
             answer.fail(error)
         finally:
             self._may_wait.release()
+
+
+def _told(paint: PaintRequest) -> dict[str, Any]:
+    """What the log tells of a request."""
+    return {
+        "width": paint.requested.width,
+        "height": paint.requested.height,
+        "images": len(paint.seeds),
+        "steps": paint.num_inference_steps,
+        "seed": paint.seeds[0] if paint.seeds else None,
+        "sources": len(paint.source_grids),
+        "output_format": paint.output_format,
+    }
 
 
 def read_request(inputs: Inputs) -> PaintRequest:

@@ -7,17 +7,22 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm_image.cards import find_cards
-from glm_image.errors import ConfigurationError
+from glm_image.errors import ConfigurationError, UnavailableError
 from glm_image.geometry import Size
+from glm_image.job import Timeouts
 from glm_image.placement import Place, check_shares, lay_out, place
 from glm_image.request import Limits
 from glm_image.serving.declaration import ParameterSpec, read_parameters
+
+if TYPE_CHECKING:
+    from glm_image.devices import Device
+    from glm_image.parallel.team import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +36,14 @@ class Instance:
     Attributes:
         model: the model's name.
         index: which instance of the model this is, from 0.
-        count: how many there are.
+        siblings: how many there are, this one included.
         parameters: every declared parameter.
         limits: the largest request.
     """
 
     model: str
     index: int
-    count: int
+    siblings: int
     parameters: dict[str, str]
     limits: Limits
 
@@ -52,11 +57,11 @@ class Instance:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         config = json.loads(args["model_config"])
         given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
-        index, count = _position(args, config.get("instance_group", ()))
+        index, siblings = _position(args, config.get("instance_group", ()))
         return cls(
             model=args["model_name"],
             index=index,
-            count=count,
+            siblings=siblings,
             parameters=read_parameters(specs, given),
             limits=Limits.from_parameters(given),
         )
@@ -73,15 +78,39 @@ class Instance:
             ConfigurationError: ``devices`` does not fit the instances or this machine.
         """
         cards, devices = find_cards(), self.parameters["devices"]
-        entries = lay_out(devices, self.count, cards, spare_first=spare_first)
+        entries = lay_out(devices, self.siblings, cards, spare_first=spare_first)
         check_shares(entries, self.share("memory_utilization"), cards)
         taken = place(entries, self.index, cards)
         os.environ.update(taken.environment)
         told = "".join(f", {name}={value}" for name, value in taken.environment.items())
         logger.info(
-            "instance %d of %d takes %s: devices is %s, found %s%s", self.index, self.count, taken, devices, cards, told
+            "instance %d of %d takes %s: devices is %s, found %s%s",
+            self.index,
+            self.siblings,
+            taken,
+            devices,
+            cards,
+            told,
         )
         return taken
+
+    def peers(self, place: Place, device: Device, on_loss: Callable[[UnavailableError], None]) -> Peers:
+        """Returns the other devices of an instance that spans several.
+
+        Args:
+            place: from ``take_place``.
+            device: the first one.
+            on_loss: called when a rank is lost.
+        """
+        from glm_image.parallel.team import Peers  # noqa: PLC0415 - imports torch
+
+        hang_seconds = self.seconds("hang_seconds", device.hang_seconds) or math.inf
+        return Peers(place.inside[1:], place.devices[1:], hang_seconds, on_loss)
+
+    @property
+    def name(self) -> str:
+        """The model's name and the index."""
+        return f"{self.model}_{self.index}"
 
     @property
     def checkpoint(self) -> Path:
@@ -91,6 +120,11 @@ class Instance:
             if not os.environ.get(name):
                 raise ConfigurationError(f"checkpoint is {text!r}, but the environment has no {name}; set it")
         return Path(VARIABLE.sub(lambda match: os.environ[match[1]], text))
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """How long requests may take."""
+        return Timeouts(*(self.integer(f"{name}_timeout_ms", 0) * 1000 for name in ("default", "max")))
 
     def integer(self, name: str, low: int) -> int:
         """Returns a parameter that is a whole number of at least ``low``."""
@@ -138,6 +172,15 @@ class Instance:
                 f"{name} is {text!r}; allowed: auto, none, or WIDTHxHEIGHT of {low} to {high}, with commas between"
             )
         return tuple(Size(height=int(size[2]), width=int(size[1])) for size in sizes if size)
+
+    def seconds(self, name: str, default: float) -> float:
+        """Returns a parameter that is ``auto`` or a number of at least 0."""
+        text = self.parameters[name]
+        if text == "auto":
+            return default
+        if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text):
+            raise ConfigurationError(f"{name} is {text!r}; allowed: auto, or a number of at least 0")
+        return float(text)
 
     def share(self, name: str) -> float:
         """Returns a parameter that is a number above 0 and at most 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,12 @@ from glm_image.serving.instance import Instance
 logger = logging.getLogger(__name__)
 
 Value = tuple[Measure, float, int]
+
+RESTARTS = Measure(
+    "glm_image_restarts_total", Kind.COUNTER, "Times that serve has started the server again; as every instance has it"
+)
+RESTARTS_SO_FAR = "GLM_IMAGE_RESTARTS"
+"""The variable of the environment that tells of them."""
 
 
 class Metrics:
@@ -31,12 +38,13 @@ class Metrics:
 
     def __init__(self, measures: Iterable[Measure], instance: Instance) -> None:
         self._values: queue.SimpleQueue[Value | None] = queue.SimpleQueue()
-        self._families: list[Any] = []  # a family lost is a metric lost
-        self._metrics: dict[str, Any] = {}
+        self._families: dict[str, Any] = {}  # a family lost is a metric lost
+        self._metrics: dict[Measure, Any] = {}
         labels = {"model": instance.model, "instance": str(instance.index)}
         try:
-            for measure in measures:
+            for measure in (*measures, RESTARTS):
                 self._add(measure, labels)
+            self._metrics[RESTARTS].increment(int(os.environ.get(RESTARTS_SO_FAR, "0")))
         except pb_utils.TritonModelException as error:  # a Triton may be built without metrics
             logger.warning("no metrics of this instance: %s", error)
             self._metrics.clear()
@@ -44,14 +52,16 @@ class Metrics:
         self._thread.start()
 
     def _add(self, measure: Measure, labels: dict[str, str]) -> None:
-        family = pb_utils.MetricFamily(
-            name=measure.name,
-            description=measure.meaning,
-            kind=getattr(pb_utils.MetricFamily, measure.kind.name),
-        )
+        if measure.name not in self._families:
+            self._families[measure.name] = pb_utils.MetricFamily(
+                name=measure.name,
+                description=measure.meaning,
+                kind=getattr(pb_utils.MetricFamily, measure.kind.name),
+            )
+        if measure.reason:
+            labels = {**labels, "reason": measure.reason}
         buckets = {"buckets": list(measure.bounds)} if measure.kind is Kind.HISTOGRAM else {}
-        self._families.append(family)
-        self._metrics[measure.name] = family.Metric(labels=labels, **buckets)
+        self._metrics[measure] = self._families[measure.name].Metric(labels=labels, **buckets)
 
     def record(self, measure: Measure, value: float, times: int = 1, /) -> None:
         """Takes a value; see ``glm_image.measures.Record``."""
@@ -78,7 +88,7 @@ class Metrics:
                 logger.exception("metrics are lost")
 
     def _set(self, measure: Measure, value: float, times: int) -> None:
-        metric = self._metrics.get(measure.name)
+        metric = self._metrics.get(measure)
         if metric is None:
             return
         if measure.kind is Kind.COUNTER:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from glm_image.errors import GlmImageError
 from glm_image.supervisor.access import CLOSABLE_APIS
+from glm_image.supervisor.restarts import CrashLoopError, RestartPolicy, keep_running
 from glm_image.supervisor.server import ServerStartError, TritonServer
 from glm_image.supervisor.settings import ServerSettings
 
-EXIT_DONE, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
-FIRST_SIGNAL_CODE = 128
+EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_CRASHED = 0, 1, 2, 3
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,30 +50,62 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="N",
         help="largest body of an HTTP request, where Triton has such a limit (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-restarts",
+        default=RestartPolicy.max_restarts,
+        type=int,
+        metavar="N",
+        help="how often in a row a server that breaks is started again (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--request-log",
+        type=Path,
+        metavar="FILE",
+        help="where request lines go (default: standard error, with the log)",
+    )
+    parser.add_argument(
+        "--log-prompts", action="store_true", help="request lines hold prompts, and what refusals quote"
+    )
+    parser.add_argument(
+        "--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector, as http://127.0.0.1:4318/v1/traces"
+    )
+    parser.add_argument(
+        "--trace-rate",
+        default=defaults.trace_rate,
+        type=int,
+        metavar="N",
+        help="one request of N is traced (default: %(default)s)",
+    )
     parser.add_argument("--model-repository", type=Path, metavar="DIR", help="default: the checkout's model_repository")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves until SIGINT or SIGTERM, or until the server ends; returns the exit code."""
-    flags = parse_arguments(arguments)
+    """Serves until SIGINT or SIGTERM, or until the server breaks too often; returns the exit code."""
+    flags = vars(parse_arguments(arguments))
     try:
-        server = TritonServer(**vars(flags), log=sys.stderr)
+        policy = RestartPolicy(flags.pop("max_restarts"))
+        server = TritonServer(**flags, log=sys.stderr)
     except GlmImageError as error:
         return _fail(str(error), EXIT_REFUSED)
     _stop_on_signals(server)
     if server.exposure:
         print(f"warning: {server.exposure}", file=sys.stderr, flush=True)
     try:
-        server.start()
-        server.wait_ready()
+        keep_running(server, policy, lambda: _tell_ready(server), _say)
     except ServerStartError as error:
-        asked_to_stop = server.stop_requested
-        server.kill()
-        return EXIT_DONE if asked_to_stop else _fail(str(error), EXIT_FAILED)
+        return _fail(str(error), EXIT_FAILED)
+    except CrashLoopError as error:
+        return _fail(str(error), EXIT_CRASHED)
+    return EXIT_DONE
+
+
+def _tell_ready(server: TritonServer) -> None:
     print(f"ready: http://{server.http_url} grpc://{server.grpc_url}", flush=True)
-    code = server.wait()
-    return EXIT_DONE if server.stop_requested else _fail(f"tritonserver ended by itself, {_told(code)}", EXIT_FAILED)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _stop_on_signals(server: TritonServer) -> None:
@@ -87,13 +119,6 @@ def _stop_on_signals(server: TritonServer) -> None:
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
-
-
-def _told(code: int) -> str:
-    """An exit code in words: ``128 + n`` is the end by signal n."""
-    if code > FIRST_SIGNAL_CODE and code - FIRST_SIGNAL_CODE in set(signal.Signals):
-        return f"by {signal.Signals(code - FIRST_SIGNAL_CODE).name}"
-    return f"with exit code {code}"
 
 
 def _fail(message: str, code: int) -> int:

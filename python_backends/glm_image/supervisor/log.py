@@ -22,6 +22,7 @@ _MODEL_FAILURES = [
 # What protobuf says of a config.pbtxt, a line before Triton says that it cannot read the file.
 _SYNTAX = re.compile(r"^\[libprotobuf ERROR .*\] Error parsing text-format \S+ (?P<place>\d+:\d+: .*)$")
 _UNREADABLE = "failed to read text proto from "
+_UNLOADED = re.compile(r""""successfully unloaded '(?P<model>[^']+)' version \d+"$""")
 _STATUS = re.compile(r"^(?:Internal|Invalid argument|Unavailable|Unknown|Not found|Unsupported|Already exists): ")
 _OWN_ERRORS = "|".join(name for name, value in vars(errors).items() if isinstance(value, type))
 _OWN_ERROR = re.compile(rf"^(?:[\w.]+\.)?(?:{_OWN_ERRORS}): ")
@@ -39,6 +40,12 @@ def started_service(line: str) -> str | None:
     """The one of ``SERVICES`` that this line of the log says is up, else None."""
     match = _STARTED.search(line)
     return match[1] if match else None
+
+
+def unloaded_model(line: str) -> str | None:
+    """The model that this line of the log says is unloaded, its last request answered, else None."""
+    match = _UNLOADED.search(line.rstrip())
+    return match["model"] if match else None
 
 
 def syntax_error(line: str) -> str | None:

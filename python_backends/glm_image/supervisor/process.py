@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,21 +14,33 @@ from collections import deque
 from pathlib import Path
 from typing import TextIO
 
+from glm_image import run_directory
 from glm_image.supervisor import guard
 from glm_image.supervisor.access import closing_flags
 from glm_image.supervisor.installation import Installation
-from glm_image.supervisor.log import SERVICES, StartFailure, start_failure, started_service, syntax_error
-from glm_image.supervisor.settings import ServerSettings
+from glm_image.supervisor.log import (
+    SERVICES,
+    StartFailure,
+    start_failure,
+    started_service,
+    syntax_error,
+    unloaded_model,
+)
+from glm_image.supervisor.settings import ServerSettings, entrances_of
 
 LOG_TAIL_LINES = 200
-# What Triton takes to end after its drain, before it is killed.
-STOP_GRACE_SECONDS = 10
+FIRST_SIGNAL_CODE = 128
 
 
 class ServerProcess:
-    """Starts a tritonserver and follows its log; every port of ``settings`` is a real one."""
+    """Starts a tritonserver and follows its log; every port of ``settings`` is a real one.
 
-    def __init__(self, installation: Installation, settings: ServerSettings, log: TextIO | None) -> None:
+    ``restarts`` is how often the same server was started before.
+    """
+
+    def __init__(
+        self, installation: Installation, settings: ServerSettings, log: TextIO | None, restarts: int = 0
+    ) -> None:
         self.shm_prefix = f"glm_image_{secrets.token_hex(8)}_"
         self._run_directory = Path(tempfile.mkdtemp(prefix="glm-image-serve-"))
         self._log = log
@@ -37,8 +50,11 @@ class ServerProcess:
         self._started: set[str] = set()
         self._failure: StartFailure | None = None
         self._ended = False
+        self._last_words: str | None = None
+        self._entrances = entrances_of(settings.model_repository)
+        self._to_unload: set[str] = set()
         try:
-            self._guard = self._launch(installation, settings)
+            self._guard = self._launch(installation, settings, restarts)
         except BaseException:
             guard.remove_leftovers(self.shm_prefix, self._run_directory)
             raise
@@ -56,18 +72,35 @@ class ServerProcess:
         """The server's exit code, 128 + n when signal n ended it, None while it runs."""
         return self._guard.poll()
 
+    @property
+    def end_reason(self) -> str:
+        """Why a server that has ended did so by itself."""
+        with self._changed:
+            return self._last_words or f"tritonserver ended by itself, {_told(self._guard.wait())}"
+
     def wait_started(self) -> StartFailure | None:
         """Waits until every service listens (None) or the log says why that will not be."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._failure is not None or self._started >= SERVICES)
             if self._failure is None and self._ended:
+                if self._last_words is not None:
+                    return StartFailure(self._last_words)
                 lines = [line.strip() for line in self._tail if line.strip()]
                 return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'it said nothing'}")
             return self._failure
 
+    def request_watch(self) -> None:
+        """Lets the server be ended when one of its processes breaks: all of them are there now."""
+        self._order(b"watch\n")
+
     def request_stop(self) -> None:
-        """Asks for the end after what is in flight; returns at once, safe in a signal handler."""
-        self._order(b"stop\n")
+        """Asks for the end after what is in flight; returns at once, safe in a signal handler.
+
+        Once Triton is asked to end, a request that is between two steps of an ensemble is refused. So what takes
+        requests is unloaded first, which makes the server unready; when the last answer is out, Triton is asked.
+        """
+        self._to_unload = set(self._entrances)
+        self._order(b"drain\n" if self._entrances else b"stop\n")
 
     def request_kill(self) -> None:
         """Asks for the end now; returns at once, safe in a signal handler."""
@@ -81,7 +114,7 @@ class ServerProcess:
         guard.remove_leftovers(self.shm_prefix, self._run_directory)
         return code
 
-    def _launch(self, installation: Installation, settings: ServerSettings) -> subprocess.Popen[bytes]:
+    def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
         backends = installation.lay_out_backends(self._run_directory)
         return subprocess.Popen(
             [*self._guard_command(settings), "--", *self._server_command(installation, settings, backends)],
@@ -90,7 +123,12 @@ class ServerProcess:
             stderr=subprocess.PIPE,
             # A model's import path begins with the server's working directory, where this package lies.
             cwd=backends / "python",
-            env={**installation.environment(), "GLM_IMAGE_CHECKPOINT": str(settings.checkpoint)},
+            env={
+                **installation.environment(),
+                **settings.model_environment(),
+                run_directory.VARIABLE: str(self._run_directory),
+                "GLM_IMAGE_RESTARTS": str(restarts),
+            },
             start_new_session=True,  # a terminal's Ctrl-C is for this process alone, which then stops the server
         )
 
@@ -98,7 +136,7 @@ class ServerProcess:
         return [
             *(sys.executable, "-I", "-S", str(Path(guard.__file__).resolve())),
             *("--shm-prefix", self.shm_prefix, "--run-directory", str(self._run_directory)),
-            *("--stop-seconds", str(settings.drain_seconds + STOP_GRACE_SECONDS)),
+            *("--drain-seconds", str(settings.drain_seconds)),
         ]
 
     def _server_command(self, installation: Installation, settings: ServerSettings, backends: Path) -> list[str]:
@@ -111,9 +149,12 @@ class ServerProcess:
             *(f"{flag}={port}" for flag, port in settings.ports().items()),
             "--allow-metrics=true",
             f"--exit-timeout-secs={settings.drain_seconds}",
-            "--model-control-mode=none",
+            # For the models' own processes, which unload what takes requests; the API is closed to everybody else.
+            "--model-control-mode=explicit",
+            "--load-model=*",
             "--disable-auto-complete-config",
             *closing_flags(settings.open_apis),
+            *settings.trace_flags(),
             *installation.input_limit_flags(settings.max_request_bytes),
             # Triton would keep the buffers of its largest gRPC requests for later ones.
             "--grpc-infer-allocation-pool-size=0",
@@ -142,6 +183,12 @@ class ServerProcess:
                 self._started.add(service)
             self._syntax_error = syntax_error(line) or self._syntax_error
             self._failure = self._failure or start_failure(line, self._syntax_error)
+            if line.startswith(guard.LAST_WORDS) and self._last_words is None:
+                self._last_words = line.removeprefix(guard.LAST_WORDS).strip()
+            if (unloaded := unloaded_model(line)) in self._to_unload:
+                self._to_unload.discard(str(unloaded))
+                if not self._to_unload:
+                    self._order(b"stop\n")
             self._changed.notify_all()
 
     def _order(self, order: bytes) -> None:
@@ -149,3 +196,11 @@ class ServerProcess:
         # Not through the buffered file, which a signal handler may not enter twice.
         with contextlib.suppress(BrokenPipeError):  # it has ended
             os.write(self._guard.stdin.fileno(), order)
+
+
+def _told(code: int) -> str:
+    """An exit code in words: ``128 + n`` is the end by signal n, as ``-n`` is."""
+    number = -code if code < 0 else code - FIRST_SIGNAL_CODE
+    if number in set(signal.Signals):
+        return f"by {signal.Signals(number).name}"
+    return f"with exit code {code}"

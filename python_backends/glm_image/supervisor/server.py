@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import os
+import select
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -40,6 +42,10 @@ class TritonServer:
         model_repository: when None, the one GLM_IMAGE_MODEL_REPOSITORY names, else the checkout's.
         open_apis: those of ``access.CLOSABLE_APIS`` that are not to be closed; None: all are.
         max_request_bytes: the largest body of an HTTP request, where the server has such a limit.
+        request_log: the file of request lines; None: they join the server's log.
+        log_prompts: whether these lines hold prompts.
+        otlp_traces_endpoint: the URL of an OpenTelemetry collector that takes OTLP over HTTP, or None.
+        trace_rate: one request of so many is traced.
         log: where the server's log is passed on to; its tail is kept in any case.
 
     Raises:
@@ -60,6 +66,10 @@ class TritonServer:
         model_repository: Path | str | None = None,
         open_apis: Sequence[str] | None = None,
         max_request_bytes: int = ServerSettings.max_request_bytes,
+        request_log: Path | str | None = None,
+        log_prompts: bool = False,
+        otlp_traces_endpoint: str | None = None,
+        trace_rate: int = ServerSettings.trace_rate,
         log: TextIO | None = None,
     ) -> None:
         repository = default_model_repository() if model_repository is None else Path(model_repository).absolute()
@@ -74,6 +84,10 @@ class TritonServer:
             drain_seconds,
             tuple(open_apis or ()),
             max_request_bytes,
+            None if request_log is None else Path(request_log).absolute(),
+            log_prompts,
+            otlp_traces_endpoint,
+            trace_rate,
         )
         self._asked.check()
         self._installation = find_installation()
@@ -81,7 +95,9 @@ class TritonServer:
         self._log = log
         self._process: ServerProcess | None = None
         self._ready = False
+        self._starts = 0
         self._stop_requested = False
+        self._stop = os.eventfd(0)
 
     def __enter__(self) -> TritonServer:
         try:
@@ -140,10 +156,18 @@ class TritonServer:
         """Whether the server was asked to end."""
         return self._stop_requested
 
+    @property
+    def end_reason(self) -> str:
+        """Why a server that has ended did so unasked."""
+        return self._running().end_reason
+
     def start(self) -> None:
-        """Starts the process and returns at once."""
-        self._settings = self._asked.with_free_ports()
-        self._process = ServerProcess(self._installation, self._settings, self._log)
+        """Starts the process and returns at once; after the first time, on the same ports as before."""
+        self._ready = False
+        if not self._starts:
+            self._settings = self._asked.with_free_ports()
+        self._process = ServerProcess(self._installation, self._settings, self._log, restarts=self._starts)
+        self._starts += 1
         if self._stop_requested:  # by a signal, meanwhile
             self._process.request_kill()
 
@@ -158,17 +182,20 @@ class TritonServer:
             failure = self._running().wait_started()
             if failure is None:
                 self._check_health()
+                self._running().request_watch()
                 self._ready = True
                 return
-            self._running().request_kill()
-            self._running().wait()
-            if not (failure.port_lost and chooses_ports) or attempt == PORT_ATTEMPTS or self._stop_requested:
+            self.clear_away()
+            may_choose = chooses_ports and self._starts == 1
+            if not (failure.port_lost and may_choose) or attempt == PORT_ATTEMPTS or self._stop_requested:
                 raise ServerStartError(failure.message)
+            self._starts = 0
             self.start()
 
     def request_stop(self) -> None:
         """Asks the server to finish what is in flight and end; returns at once, safe in a signal handler."""
         self._stop_requested = True
+        os.eventfd_write(self._stop, 1)
         if self._process is not None and self._ready:
             self._process.request_stop()
         elif self._process is not None:  # nothing is in flight, and Triton would load all models first
@@ -177,8 +204,18 @@ class TritonServer:
     def request_kill(self) -> None:
         """Asks the server to end now; returns at once, safe in a signal handler."""
         self._stop_requested = True
+        os.eventfd_write(self._stop, 1)
         if self._process is not None:
             self._process.request_kill()
+
+    def wait_for_stop(self, seconds: float) -> bool:
+        """Waits until the server is asked to end (True), or the time is over."""
+        return bool(select.select([self._stop], [], [], seconds)[0])
+
+    def clear_away(self) -> None:
+        """Ends and removes what is left of a server that broke or could not be started; it can be started again."""
+        self._running().request_kill()
+        self._running().wait()
 
     def stop(self) -> None:
         """Drains, ends and removes the server; nothing happens when it is gone already."""

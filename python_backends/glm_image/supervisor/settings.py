@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glm_image.errors import CheckpointError, ConfigurationError, shown
+from glm_image.serving.declaration import ENTRANCES
 from glm_image.supervisor.access import DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 
 LARGEST_PORT = 65535
@@ -21,7 +22,9 @@ class ServerSettings:
 
     Port 0 asks for a free one; ``profile`` names a file of a model's ``configs`` folder; ``open_apis`` are those of
     ``access.CLOSABLE_APIS`` that are not to be closed; ``max_request_bytes`` is the largest body of an HTTP request,
-    where the server has such a limit.
+    where the server has such a limit; ``request_log`` is the file of request lines, None the server's own log; with
+    ``log_prompts`` these lines hold prompts; ``otlp_traces_endpoint`` takes OpenTelemetry spans, of one request in
+    ``trace_rate``.
     """
 
     checkpoint: Path
@@ -34,6 +37,10 @@ class ServerSettings:
     drain_seconds: int = 60
     open_apis: tuple[str, ...] = ()
     max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES
+    request_log: Path | None = None
+    log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
+    trace_rate: int = 1
 
     def check(self) -> None:
         """Refuses what a server could not be started with.
@@ -55,6 +62,15 @@ class ServerSettings:
             raise ConfigurationError(f"--drain-seconds is {self.drain_seconds}; allowed: 0 or more")
         if self.max_request_bytes < 1:
             raise ConfigurationError(f"--max-request-bytes is {self.max_request_bytes}; allowed: 1 or more")
+        if self.request_log is not None and not self.request_log.parent.is_dir():
+            raise ConfigurationError(
+                f"--request-log is {shown(str(self.request_log))}, whose folder is not there; allowed: a file's path"
+            )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigurationError(f"--otlp-traces-endpoint is {shown(endpoint)}; allowed: http:// or https://")
+        if self.trace_rate < 1:
+            raise ConfigurationError(f"--trace-rate is {self.trace_rate}; allowed: 1 or more")
         check_open_apis(self.open_apis)
         self._check_ports()
 
@@ -69,6 +85,29 @@ class ServerSettings:
                 taken[port] = flag
                 _check_port_is_free(self.host, port, flag)
 
+    def model_environment(self) -> dict[str, str]:
+        """What the models' processes find in their environment."""
+        prompts = {"GLM_IMAGE_LOG_PROMPTS": "1"} if self.log_prompts else {}
+        lines = {"GLM_IMAGE_REQUEST_LOG": str(self.request_log)} if self.request_log else {}
+        endpoint = self.otlp_traces_endpoint
+        traces = {"GLM_IMAGE_OTLP_TRACES_ENDPOINT": endpoint} if endpoint else {}
+        return {"GLM_IMAGE_CHECKPOINT": str(self.checkpoint), **lines, **prompts, **traces}
+
+    def trace_flags(self) -> list[str]:
+        """The flags with which Triton sends spans, and hands their context on to the models."""
+        if self.otlp_traces_endpoint is None:
+            return []
+        return [
+            f"--trace-config={setting}"
+            for setting in (
+                "mode=opentelemetry",
+                "level=TIMESTAMPS",
+                f"rate={self.trace_rate}",
+                f"opentelemetry,url={self.otlp_traces_endpoint}",
+                "opentelemetry,resource=service.name=glm-image-triton",
+            )
+        ]
+
     def ports(self) -> dict[str, int]:
         """The three ports by the flag that sets each."""
         return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
@@ -78,6 +117,11 @@ class ServerSettings:
         free = free_ports(self.host, 3)
         http, grpc, metrics = (port or free.pop() for port in self.ports().values())
         return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
+
+
+def entrances_of(repository: Path) -> list[str]:
+    """The models of a repository that take whole requests and hand them to others: a drain unloads them first."""
+    return [model.name for model in model_folders(repository) if model.name in ENTRANCES]
 
 
 def default_model_repository() -> Path:

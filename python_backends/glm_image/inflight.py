@@ -1,0 +1,181 @@
+"""The requests an instance has taken and not yet answered: to be cancelled, asked about and watched by their id."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from typing import Any, TypeVar
+
+from glm_image.errors import CancelledError
+from glm_image.job import NANOSECONDS, Job, Progress
+
+MAX_REMEMBERED = 4096
+MAX_OF_AN_ID = 16
+REMEMBERED_SECONDS = 3600
+"""Longer than a request may wait between two stages."""
+
+Event = dict[str, Any]
+"""What is told of a request: plain data for JSON."""
+
+Publish = Callable[[bytes, Callable[[], Event]], None]
+"""Takes the key of an id, and what makes the event if anybody wants it; returns at once."""
+
+KEY_BYTES = 16
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+def key_of(request_id: str) -> bytes:
+    """Returns what stands for an id here: ids may be of any length, and this is kept for long."""
+    return hashlib.sha256(request_id.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
+
+
+def publish_nothing(key: bytes, event: Callable[[], Event]) -> None:
+    """Where nobody can listen."""
+
+
+@dataclass(eq=False)
+class _Entry:
+    job: Job
+    key: bytes
+    is_gone: Callable[[], bool]
+    progress: Progress
+
+
+class _Memory(OrderedDict[Key, tuple[float, Value]]):
+    """The latest entries, each with the time it was made; bounded in number and in time."""
+
+    def note(self, key: Key, value: Value) -> None:
+        now = time.monotonic()
+        self[key] = (now, value)
+        self.move_to_end(key)
+        while len(self) > MAX_REMEMBERED or next(iter(self.values()))[0] < now - REMEMBERED_SECONDS:
+            self.popitem(last=False)
+
+
+class InFlight:
+    """The jobs of one instance, and for a while what became of those that ended.
+
+    Ids may be shared by several requests, and used again. So a cancel carries the time at which it was asked for, and
+    hits the requests that had arrived at the server before; one that comes between two stages is remembered for the
+    second.
+
+    Args:
+        first_stage: what a job is at before it reports any progress.
+        outcome: what has become of a job that ended without an error: ``handed_on`` or ``finished``.
+    """
+
+    def __init__(self, first_stage: str, outcome: str) -> None:
+        self.publish: Publish = publish_nothing
+        self._first = Progress(first_stage, 0, 1)
+        self._outcome = outcome
+        self._lock = Lock()
+        self._entries: dict[bytes, list[_Entry]] = {}
+        self._ended: _Memory[bytes, list[Event]] = _Memory()
+        self._cancels: _Memory[bytes, int] = _Memory()
+
+    def begin(self, job: Job, is_gone: Callable[[], bool] = bool) -> None:
+        """Takes a job, and its progress from now on.
+
+        Args:
+            job: the job; ``end`` must be called with it whatever happens.
+            is_gone: asked now and then whether the caller has gone away.
+
+        Raises:
+            CancelledError: the request was cancelled before it came here.
+        """
+        entry = _Entry(job, key_of(job.id), is_gone, self._first)
+        job.on_progress = partial(self._note_progress, entry)
+        with self._lock:
+            self._entries.setdefault(entry.key, []).append(entry)
+            is_late = self._is_cancelled(entry.key, job.arrived_ns)
+        self.publish(entry.key, partial(_told, entry))
+        if is_late:
+            job.cancel()
+            job.check()
+
+    def end(self, job: Job, error: BaseException | None) -> None:
+        """Lets go of a job; of one that never began nothing is noted."""
+        key = key_of(job.id)
+        outcome = self._outcome if error is None else "cancelled" if isinstance(error, CancelledError) else "failed"
+        with self._lock:
+            entries = self._entries.get(key, [])
+            entry = next((entry for entry in entries if entry.job is job), None)
+            if entry is None:
+                return
+            entries.remove(entry)
+            if not entries:
+                del self._entries[key]
+            told = {**_told(entry), "state": outcome}
+            self._ended.note(key, [*self._ended.get(key, (0.0, []))[1], told][-MAX_OF_AN_ID:])
+        self.publish(key, lambda: told)
+
+    def cancel(self, request_id: str, asked_ns: int) -> list[Event]:
+        """Cancels the requests of an id that arrived before the cancel was asked for.
+
+        Returns:
+            What is told of each request of that id, ended ones included, as it was; ``cancelled_now`` is true of those
+            that this call cancels.
+        """
+        key = key_of(request_id)
+        with self._lock:
+            entries = [entry for entry in self._entries.get(key, []) if entry.job.arrived_ns <= asked_ns]
+            told = [_told(entry) for entry in entries] + self._ended_of(key)
+            self._cancels.note(key, max(asked_ns, self._cancels.get(key, (0.0, 0))[1]))
+        for entry in entries:  # outside the lock: what waits is ended here, by ``end``
+            entry.job.cancel()
+        return [{**one, "cancelled_now": one["state"] in {"running", "handed_on"}} for one in told]
+
+    def status(self, request_id: str) -> list[Event]:
+        """Returns what is told of each request of an id, ended ones included."""
+        key = key_of(request_id)
+        with self._lock:
+            return [_told(entry) for entry in self._entries.get(key, [])] + self._ended_of(key)
+
+    def tell_again(self, key: bytes) -> None:
+        """Publishes where the requests of an id are now, for one who has just begun to listen."""
+        with self._lock:
+            entries = list(self._entries.get(key, []))
+        for entry in entries:
+            self.publish(key, partial(_told, entry))
+
+    def cancel_gone(self) -> None:
+        """Cancels the requests whose callers have gone away."""
+        with self._lock:
+            entries = [entry for entries in self._entries.values() for entry in entries]
+        for entry in entries:
+            if not entry.job.cancelled and entry.is_gone():
+                entry.job.cancel()
+
+    def _note_progress(self, entry: _Entry, progress: Progress) -> None:
+        entry.progress = progress
+        self.publish(entry.key, partial(_told, entry))
+
+    def _is_cancelled(self, key: bytes, arrived_ns: int) -> bool:
+        return arrived_ns <= self._cancels.get(key, (0.0, -1))[1]
+
+    def _ended_of(self, key: bytes) -> list[Event]:
+        ended = [dict(told) for told in self._ended.get(key, (0.0, []))[1]]
+        for told in ended:
+            if told["state"] == "handed_on" and self._is_cancelled(key, told["arrived_ns"]):
+                told["state"] = "cancelled"
+        return ended
+
+
+def _told(entry: _Entry) -> Event:
+    job, progress = entry.job, entry.progress
+    told = {
+        "arrived_ns": job.arrived_ns,
+        "state": "cancelled" if job.cancelled else "running",
+        "stage": progress.stage,
+        "done": progress.done,
+        "total": progress.total,
+        "seconds": round((time.monotonic_ns() - job.arrived_ns) / NANOSECONDS, 3),
+    }
+    return told if progress.sigma is None else {**told, "sigma": progress.sigma}

@@ -1,0 +1,135 @@
+"""Signs of life of a model's process, in a page that its server's guard reads, and the guard's orders.
+
+The guard (``glm_image.supervisor.guard``, which imports nothing of this package) names the folder and lays down what a
+page holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from glm_image.job import NANOSECONDS
+from glm_image.run_directory import run_directory
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+
+_PID, _BEATS, _BUSY_SINCE, _MAY_LAST = range(4)
+
+Given = TypeVar("Given")
+Returned = TypeVar("Returned")
+
+
+class Pulse:
+    """Shows that a process lives, and since when its engine has been in the command that it is in.
+
+    A thread beats as long as it gets its turn, which it does not in a process that is stopped or in which another
+    thread never lets go of the interpreter.
+
+    Args:
+        name: of the instance.
+        hang_seconds: how long one command of an engine may take; 0 = for ever.
+        directory: where the page is to be; None: in the server's own folder; without one nobody watches.
+    """
+
+    def __init__(self, name: str, hang_seconds: float, directory: Path | None = None) -> None:
+        self._busy: dict[object, int] = {}
+        self._lock = threading.Lock()
+        private = run_directory()
+        if directory is None and private is not None:
+            directory = private / "pulses"
+        self._directory, self._name = directory, name
+        # Whole 64-bit words, which another process never sees half written.
+        words = ctypes.c_int64 * 4
+        self._page = words()
+        self._end = os.eventfd(0)
+        self._thread: threading.Thread | None = None
+        if directory is None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        page = directory / f"{name}.page"
+        page.write_bytes(bytes(self._page))
+        with page.open("r+b") as file:
+            self._page = words.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(words)))
+        self._page[_MAY_LAST] = int(hang_seconds * NANOSECONDS)
+
+    def start(self, is_alive: Callable[[], bool] = lambda: True, on_drain: Callable[[], None] | None = None) -> None:
+        """Begins to beat: when the model is loaded, and what may take as long as it likes is over.
+
+        Args:
+            is_alive: asked before each beat; a process of which it says no, or never says anything, does not live.
+            on_drain: called when the server is to end: what takes requests is to be unloaded.
+        """
+        if self._directory is None:
+            return
+        orders = self._directory / f"{self._name}.orders"
+        os.mkfifo(orders, 0o600)
+        # For reading and writing: a pipe that always has a writer has no end.
+        descriptor = os.open(orders, os.O_RDWR | os.O_NONBLOCK)
+        self._page[_PID] = os.getpid()
+        self._thread = threading.Thread(
+            target=self._beat, args=(descriptor, is_alive, on_drain), name="pulse", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the pulse; the guard does not look at it any more."""
+        self._page[_PID] = 0
+        os.eventfd_write(self._end, 1)
+        if self._thread is not None:
+            self._thread.join()
+
+    def watched(self, run: Callable[[Given], Returned]) -> Callable[[Given], Returned]:
+        """Returns ``run``, each call of which may take ``hang_seconds``."""
+
+        def watching(command: Given) -> Returned:
+            with self.busy():
+                return run(command)
+
+        return watching
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """What is done inside may take ``hang_seconds``; for any number of threads at once."""
+        turn = object()
+        with self._lock:
+            self._busy[turn] = time.monotonic_ns()
+            self._show_busy()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._busy[turn]
+                self._show_busy()
+
+    def _show_busy(self) -> None:
+        self._page[_BUSY_SINCE] = next(iter(self._busy.values()), 0)  # the oldest one
+
+    def _beat(self, orders: int, is_alive: Callable[[], bool], on_drain: Callable[[], None] | None) -> None:
+        ready: list[int] = []
+        while self._end not in ready:
+            if is_alive():
+                self._page[_BEATS] += 1
+            if orders in ready:
+                os.read(orders, 4096)
+                _drain(on_drain)
+            ready = select.select([orders, self._end], [], [], BEAT_SECONDS)[0]
+
+
+def _drain(on_drain: Callable[[], None] | None) -> None:
+    try:
+        if on_drain is not None:
+            on_drain()
+    except Exception:  # the server is asked to end after its time for this, and the thread must go on beating
+        logger.exception("what takes requests cannot be unloaded")

@@ -1,0 +1,108 @@
+"""The requests of an instance, from Triton and for whoever asks over the bus."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from glm_image import bus
+from glm_image.bus import Handler, Message, Node
+from glm_image.inflight import InFlight
+from glm_image.job import Job
+from glm_image.measures import Ends, Record
+from glm_image.run_directory import VARIABLE
+from glm_image.serving.answer import Answer
+from glm_image.serving.instance import Instance
+from glm_image.serving.request_log import Entry, RequestLog
+
+logger = logging.getLogger(__name__)
+
+GONE_SECONDS = 0.5
+"""Between two questions to Triton whether a caller has gone away. It knows for requests to this model itself, not for
+those of an ensemble."""
+
+
+class Reception:
+    """Lets requests in and out, counts how they end, and gives others a hold on them.
+
+    Args:
+        instance: whose requests.
+        in_flight: keeps them.
+        ends: counts those that do not end well.
+        record: takes the counts.
+        log: has a line for each.
+        handlers: what else is answered over the bus, by ``action``.
+    """
+
+    def __init__(
+        self,
+        instance: Instance,
+        in_flight: InFlight,
+        ends: Ends,
+        record: Record,
+        log: RequestLog,
+        handlers: Mapping[str, Handler] | None = None,
+    ) -> None:
+        self._in_flight, self._ends, self._record, self._log = in_flight, ends, record, log
+        self._node = _open_node(instance, in_flight, handlers or {})
+        if self._node is not None:
+            in_flight.publish = self._node.publish
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="callers", daemon=True)
+        self._watcher.start()
+
+    def expect(self, request: Any, answer: Answer) -> Entry:
+        """Counts a request when it ends, and writes its line; before anything can go wrong with it."""
+        entry = self._log.entry(request.request_id())
+        answer.when_ended(self._count)
+        answer.when_ended(entry.end)
+        return entry
+
+    def begin(self, job: Job, answer: Answer) -> None:
+        """Lets a request in, until its answer is sent.
+
+        Raises:
+            CancelledError: it has been cancelled already.
+        """
+        answer.when_ended(partial(self._in_flight.end, job))
+        self._in_flight.begin(job, answer.is_unwanted)
+
+    def close(self) -> None:
+        """Lets nobody ask any more."""
+        self._closing.set()
+        self._watcher.join()
+        if self._node is not None:
+            self._node.close()
+
+    def _count(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._record(self._ends.measure_of(error), 1)
+
+    def _watch(self) -> None:
+        while not self._closing.wait(GONE_SECONDS):
+            self._in_flight.cancel_gone()
+
+
+def _open_node(instance: Instance, in_flight: InFlight, handlers: Mapping[str, Handler]) -> Node | None:
+    folder = bus.folder()
+    if folder is None:
+        logger.info("%s is not set: requests cannot be cancelled or watched by their id", VARIABLE)
+        return None
+
+    def cancel(question: Message) -> Message:
+        asked = question.fields
+        return Message({"requests": in_flight.cancel(asked["request_id"], asked["asked_ns"])})
+
+    def status(question: Message) -> Message:
+        return Message({"requests": in_flight.status(question.fields["request_id"])})
+
+    own: dict[str, Handler] = {"cancel": cancel, "status": status, **handlers}
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Node(folder, instance.name, own, in_flight.tell_again)
+    except OSError as error:
+        logger.warning("requests cannot be cancelled or watched by their id: %s", error)
+        return None

@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Measures what holds on to the requests of an engine: how soon a cancelled one is gone, and what the bus costs.
+
+    cancel.py --checkpoint DIR [--load-format dummy] [--device cuda:0] [--size 1024x1024] [--stage ar] [--memory]
+
+Prints a JSON line a measure. ``--memory`` fills the memory but for a little, asks for a picture, which must end
+with an error that says so, frees what filled it, and asks again, which must succeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import arguments, say
+
+from glm_image import geometry
+from glm_image.ar.engine import ArEngine, ArSettings
+from glm_image.bus import Listener, Node
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import Device, open_device, placement
+from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.errors import CancelledError, DeviceMemoryError
+from glm_image.geometry import Size
+from glm_image.inflight import InFlight
+from glm_image.job import Job, Progress
+from glm_image.request import GenerationParameters, Limits, PaintRequest
+
+REPEATS = 7
+LEFT_BYTES = 64 << 20
+
+
+def cancel_after(job: Job, stage: str, done: int) -> threading.Event:
+    """Has the job reported to be at a point, which is when the returned event is set."""
+    there = threading.Event()
+
+    def note(progress: Progress) -> None:
+        if progress.stage == stage and progress.done >= done:
+            there.set()
+
+    job.on_progress = note
+    return there
+
+
+def say_steps(measure: str, waits: list[float], step: float) -> None:
+    say(
+        measure,
+        median_ms=1000 * statistics.median(waits),
+        worst_ms=1000 * max(waits),
+        step_ms=1000 * step,
+        worst_steps=max(waits) / step,
+    )
+
+
+def measure_ar(engine: ArEngine, size: Size) -> None:
+    """Cancels one of eight sequences at different moments of a step, and one that waits."""
+    asked = GenerationParameters("a fox", height=size.height, width=size.width, seed=1)
+    resolved = asked.resolve(Limits(), engine.sampling)
+    beside = [engine.submit(Job(), resolved) for _ in range(7)]
+    waits, waits_queued = [], []
+    for index in range(REPEATS):
+        job = Job()
+        there = cancel_after(job, "tokens", 50)
+        answer = engine.submit(job, resolved)
+        there.wait()
+        queued_job = Job()
+        queued = engine.submit(queued_job, resolved)
+        time.sleep(0.0011 * index)
+        for one, future, kept in ((queued_job, queued, waits_queued), (job, answer, waits)):
+            began = time.perf_counter()
+            one.cancel()
+            assert isinstance(future.exception(), CancelledError)
+            kept.append(time.perf_counter() - began)
+    for future in beside:
+        future.result()
+    job = Job()
+    engine.submit(job, resolved).result()
+    step = job.seconds["decode"] / (sum(grid.tokens for grid in resolved.grids) - 1)
+    say_steps("cancel to free slot", waits, step)
+    say_steps("cancel to answer in the queue", waits_queued, step)
+
+
+def paint_request(size: Size, steps: int) -> PaintRequest:
+    grid = geometry.target_grid(geometry.generated_size(size))
+    tokens = np.zeros((1, grid.tokens), dtype=np.int32)
+    return PaintRequest("a fox", tokens, grid, size, (1,), num_inference_steps=steps)
+
+
+def measure_dit(engine: DitEngine, size: Size) -> None:
+    """Cancels a painting at different moments of a step."""
+    request, waits = paint_request(size, 50), []
+    whole = Job()
+    engine.finish(whole, request, engine.denoise(whole, request))
+    step = whole.seconds["denoise"] / 50
+    with ThreadPoolExecutor(1) as pool:
+        for index in range(REPEATS):
+            job = Job()
+            there = cancel_after(job, "denoise", 10)
+            answer = pool.submit(engine.denoise, job, request)
+            there.wait()
+            time.sleep(step * index / REPEATS)
+            began = time.perf_counter()
+            job.cancel()
+            assert isinstance(answer.exception(), CancelledError)
+            waits.append(time.perf_counter() - began)
+    say("denoising", seconds=whole.seconds["denoise"], steps=50)
+    say_steps("cancel to free device", waits, step)
+
+
+def measure_bus(count: int = 200_000) -> None:
+    """What a report costs the engine's thread, when nobody listens and when somebody does."""
+    with tempfile.TemporaryDirectory() as folder:
+        in_flight = InFlight("ar_queue", "handed_on")
+        listened = threading.Event()
+        node = Node(Path(folder), "glm_ar_0", {}, lambda _: listened.set())
+        bare, job = Job(), Job(id="mine")
+        in_flight.begin(job)
+
+        def cost(one: Job) -> float:
+            began = time.perf_counter()
+            for done in range(count):
+                one.report("tokens", done, count)
+            return (time.perf_counter() - began) / count * 1e6
+
+        before = cost(bare)
+        in_flight.publish = node.publish
+        alone = cost(job)
+        with Listener(Path(folder), "mine"):
+            listened.wait()
+            heard = cost(job)
+        node.close()
+    say("a report of progress", no_sink_us=before, nobody_listens_us=alone, somebody_listens_us=heard)
+
+
+def fill(device: Device) -> list[torch.Tensor]:
+    """Takes all of a device's memory but ``LEFT_BYTES``, in pieces that get smaller."""
+    taken, piece = [], 1 << 30
+    while piece >= LEFT_BYTES:
+        try:
+            device.release_unused()
+            if device.memory().free < piece + LEFT_BYTES:
+                raise torch.OutOfMemoryError
+            taken.append(torch.empty(piece, dtype=torch.uint8, device=device.torch_device))
+        except torch.OutOfMemoryError:
+            piece //= 2
+    return taken
+
+
+def measure_memory(device: Device, ar: ArEngine | None, dit: DitEngine | None, size: Size) -> None:
+    """Fills the memory and asks: an error; frees it and asks again: the same picture as before."""
+    prompt = GenerationParameters("a fox " * 1000, height=size.height, width=size.width, seed=1)
+
+    def tokens(engine: ArEngine) -> np.ndarray:
+        return engine.submit(Job(), prompt.resolve(Limits(), engine.sampling)).result().prior_token_ids
+
+    def pixels(engine: DitEngine) -> np.ndarray:
+        request = paint_request(size, 20)
+        return engine.finish(Job(), request, engine.denoise(Job(), request)).pixels
+
+    works = ([partial(tokens, ar)] if ar else []) + ([partial(pixels, dit)] if dit else [])
+    for work in works:
+        before = work()
+        free = device.memory().free
+        filled = fill(device)
+        for _ in range(2):
+            try:
+                work()
+            except DeviceMemoryError as error:
+                say("memory full", left_mb=device.memory().free / 1e6, message=str(error))
+            else:
+                raise SystemExit("the memory was full, and the request succeeded")
+        filled.clear()
+        device.release_unused()
+        say("memory free again", same=bool((work() == before).all()), lost_mb=(free - device.memory().free) / 1e6)
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--size", default="1024x1024", metavar="WxH")
+    parser.add_argument("--stage", choices=("ar", "dit", "both"), default="both")
+    parser.add_argument("--memory", action="store_true", help="fill the device's memory")
+    flags: argparse.Namespace = parser.parse_args()
+    width, height = map(int, flags.size.split("x"))
+    size = Size(height, width)
+    device = open_device(placement(flags.device, 0))
+    checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
+    measure_bus()
+    ar = ArEngine(checkpoint, device, ArSettings()) if flags.stage != "dit" else None
+    if ar is not None:
+        measure_ar(ar, size)
+    dit = DitEngine(checkpoint, device, DitSettings()) if flags.stage != "ar" else None
+    if dit is not None:
+        measure_dit(dit, size)
+    if flags.memory:
+        measure_memory(device, ar, dit, size)
+    if ar is not None:
+        ar.close()
+
+
+if __name__ == "__main__":
+    main()

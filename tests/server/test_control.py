@@ -1,0 +1,245 @@
+"""Requests that are cancelled, asked about and timed out, wherever they are, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glm_image.supervisor import TritonServer
+from glm_image_client import AsyncGlmImageClient, GlmImageClient, RequestCancelled, RequestTimeout
+from server.kserve import KServeError, Outputs, Values, grpc_infer, metadata, post
+
+SMALL: Values = {"prompt": "A fox reading 'NEWS'", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
+LONG_TOKENS: Values = {**SMALL, "height": 2048, "width": 2048, "num_inference_steps": 1}
+LONG_PAINTING: Values = {**SMALL, "height": 512, "width": 512, "num_inference_steps": 200}
+SLOTS = 8
+WAIT_SECONDS = 60
+
+
+class Requests:
+    """Requests in flight on a server, and its control."""
+
+    def __init__(self, server: TritonServer, pool: ThreadPoolExecutor) -> None:
+        self._server, self._pool = server, pool
+        self.client = GlmImageClient(server.grpc_url)
+
+    def send(self, values: Values, request_id: str, model: str = "glm_image") -> Future[Outputs]:
+        return self._pool.submit(grpc_infer, self._server, values, model, request_id=request_id)
+
+    def status(self, request_id: str) -> dict[str, Any]:
+        return self.client.status(request_id)
+
+    def cancel(self, request_id: str) -> dict[str, Any]:
+        return self.client.cancel(request_id)
+
+    def wait_until(self, request_id: str, is_there: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Asks until the latest request of an id is as expected."""
+        end = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < end:
+            told = self.status(request_id)
+            if told["requests"] and is_there(told["requests"][-1]):
+                return told
+        raise AssertionError(told)
+
+    def wait_for(self, request_id: str, stage: str) -> dict[str, Any]:
+        return self.wait_until(request_id, lambda told: told["stage"] == stage and told["state"] != "cancelled")
+
+
+@pytest.fixture
+def requests(triton: TritonServer) -> Iterator[Requests]:
+    with ThreadPoolExecutor(16) as pool:
+        made = Requests(triton, pool)
+        with made.client:
+            yield made
+
+
+def assert_cancelled(answer: Future[Outputs], request_id: str) -> None:
+    with pytest.raises(KServeError, match=f"request {request_id} was cancelled") as ended:
+        answer.result(WAIT_SECONDS)
+    assert ended.value.status == "CANCELLED"
+
+
+def same_pictures(one: Outputs, other: Outputs) -> None:
+    np.testing.assert_array_equal(one["images"], other["images"])
+
+
+def test_a_request_is_cancelled_while_its_tokens_are_drawn(requests: Requests) -> None:
+    alone = requests.send(SMALL, "peaceful").result(WAIT_SECONDS)
+    unwanted = requests.send(LONG_TOKENS, "decoding")
+    told = requests.wait_until("decoding", lambda one: one["stage"] == "tokens" and one["done"] > 20)
+    assert told["state"] == "running"
+    assert told["requests"][0]["total"] > 4000
+    beside = requests.send(SMALL, "beside")
+    assert requests.cancel("decoding") == {
+        "request_id": "decoding",
+        "action": "cancel",
+        "state": "cancelled",
+        "cancelled": 1,
+        "requests": [{**told["requests"][0], "done": pytest.approx(0, abs=4096), "seconds": pytest.approx(0, abs=60)}],
+    }
+    assert_cancelled(unwanted, "decoding")
+    same_pictures(beside.result(WAIT_SECONDS), alone)
+    assert requests.status("decoding")["state"] == "cancelled"
+
+
+def test_a_request_that_waits_for_a_slot_is_cancelled_at_once(requests: Requests) -> None:
+    running = requests.send({**LONG_TOKENS, "num_images": SLOTS}, "slots")
+    requests.wait_for("slots", "tokens")
+    waiting = requests.send(SMALL, "waits")
+    assert requests.wait_for("waits", "ar_queue")["state"] == "queued"
+    assert requests.cancel("waits")["state"] == "cancelled"
+    assert_cancelled(waiting, "waits")
+    assert requests.status("slots")["state"] == "running"
+    assert requests.cancel("slots")["cancelled"] == 1
+    assert_cancelled(running, "slots")
+
+
+def test_a_request_is_cancelled_while_it_is_painted_and_while_it_waits_for_that(requests: Requests) -> None:
+    alone = requests.send(SMALL, "used twice").result(WAIT_SECONDS)
+    painted = requests.send(LONG_PAINTING, "painted")
+    sigma = requests.wait_for("painted", "denoise")["requests"][0]["sigma"]
+    assert 0 < sigma < 1
+    waiting = requests.send(SMALL, "used twice")
+    assert requests.wait_for("used twice", "dit_queue")["state"] == "queued"
+    assert requests.cancel("used twice")["cancelled"] == 1
+    assert requests.status("used twice")["state"] == "cancelled"
+    again = requests.send(SMALL, "used twice")  # came after the cancel
+    requests.wait_for("used twice", "dit_queue")
+    assert requests.cancel("painted")["cancelled"] == 1
+    assert_cancelled(painted, "painted")
+    assert_cancelled(waiting, "used twice")
+    same_pictures(again.result(WAIT_SECONDS), alone)
+
+
+def test_all_requests_of_an_id_are_cancelled_and_no_other(requests: Requests) -> None:
+    shared = [requests.send({**LONG_TOKENS, "seed": seed}, "shared") for seed in range(2)]
+    shared.append(requests.send(LONG_PAINTING, "shared"))
+    other = requests.send(SMALL, "share")
+    for _ in iter(lambda: len(requests.status("shared")["requests"]), len(shared)):
+        pass
+    requests.wait_until("shared", lambda one: one["stage"] in {"tokens", "denoise"})
+    told = requests.cancel("shared")
+    assert (told["state"], told["cancelled"], len(told["requests"])) == ("cancelled", 3, 3)
+    for answer in shared:
+        assert_cancelled(answer, "shared")
+    assert other.result(WAIT_SECONDS)["images"].shape == (1, 64, 64, 3)
+
+
+def test_what_cannot_be_cancelled_is_told(requests: Requests) -> None:
+    nothing = {"state": "unknown", "requests": []}
+    assert requests.status("nobody") == {"request_id": "nobody", "action": "status", **nothing}
+    assert requests.cancel("nobody") == {"request_id": "nobody", "action": "cancel", "cancelled": 0, **nothing}
+    requests.send(SMALL, "done").result(WAIT_SECONDS)
+    assert (requests.status("done")["state"], requests.cancel("done")["state"]) == ("finished", "finished")
+    with pytest.raises(KServeError, match="height is 0"):
+        requests.send({**SMALL, "height": 0}, "refused").result(WAIT_SECONDS)
+    assert requests.status("refused")["state"] == "failed"
+    unwanted = requests.send(LONG_TOKENS, "twice")
+    requests.wait_for("twice", "tokens")
+    assert requests.cancel("twice")["state"] == "cancelled"
+    assert_cancelled(unwanted, "twice")
+    assert (requests.cancel("twice")["state"], requests.cancel("twice")["cancelled"]) == ("already_cancelled", 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"request_id": "x", "action": "stop"}, "action is stop; allowed: cancel, status"),
+        ({"request_id": "", "action": "cancel"}, "request_id is ; allowed: the id"),
+    ],
+)
+def test_a_wrong_question_is_refused(triton: TritonServer, values: Values, sentence: str) -> None:
+    with pytest.raises(KServeError, match=sentence) as refused:
+        grpc_infer(triton, values, "glm_control")
+    assert refused.value.status == "INVALID_ARGUMENT"
+
+
+def test_a_request_without_an_id_gets_one(triton: TritonServer) -> None:
+    made = json.loads(grpc_infer(triton, SMALL, "glm_ar")["ar_metadata"][0])["request_id"]
+    answer = post(triton, "/v2/models/glm_control/generate", {"request_id": made, "action": "status"})
+    assert json.loads(answer["result"])["requests"][0]["stage"] == "dit_queue"
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_client_that_no_longer_waits_cancels(triton: TritonServer, requests: Requests, protocol: Any) -> None:
+    url = triton.grpc_url if protocol == "grpc" else triton.http_url
+    asked = {name: value for name, value in LONG_TOKENS.items() if name != "seed"}
+    given_up, cancelled, late = (f"{protocol}-{what}" for what in ("given-up", "cancelled", "late"))
+
+    async def give_up() -> None:
+        async with AsyncGlmImageClient(url, protocol) as client:
+            task = asyncio.create_task(client.generate(**asked, request_id=given_up))
+            await asyncio.to_thread(requests.wait_for, given_up, "tokens")
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await client.status(given_up))["state"] == "cancelled"
+
+    asyncio.run(give_up())
+    with GlmImageClient(url, protocol) as client:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.generate, **asked, request_id=cancelled)
+            requests.wait_for(cancelled, "tokens")
+            assert client.cancel(cancelled)["cancelled"] == 1
+            with pytest.raises(RequestCancelled, match=f"^request {cancelled} was cancelled$"):
+                answer.result(WAIT_SECONDS)
+        with pytest.raises(RequestTimeout):
+            client.generate(**asked, request_id=late, timeout=0.3)
+    assert requests.status(late)["state"] in {"cancelled", "failed"}
+
+
+def test_the_command_cancels_when_it_is_interrupted(triton: TritonServer, requests: Requests) -> None:
+    command = [sys.executable, "-c", "from glm_image_client.cli import main; main()"]
+    where = ["--url", triton.grpc_url]
+    generating = subprocess.Popen(
+        [*command, "generate", "a fox", "--size", "2048x2048", "--request-id", "interrupted", "--json", *where],
+        env=os.environ,
+    )
+    requests.wait_for("interrupted", "tokens")
+    generating.send_signal(signal.SIGINT)
+    assert generating.wait(WAIT_SECONDS) == 130
+    told = subprocess.run([*command, "status", "interrupted", *where], capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout)["state"] == "cancelled"
+    unknown = subprocess.run([*command, "cancel", "nobody", *where], capture_output=True, text=True, check=False)
+    assert (unknown.returncode, json.loads(unknown.stdout)["state"]) == (2, "unknown")
+
+
+def test_a_direct_call_that_is_broken_off_is_cancelled(triton: TritonServer, requests: Requests) -> None:
+    """Triton knows of the callers of a model itself, not of those of an ensemble."""
+    import tritonclient.grpc
+
+    from server.kserve import _inputs
+
+    with tritonclient.grpc.InferenceServerClient(triton.grpc_url) as client:
+        inputs = _inputs(tritonclient.grpc, {**LONG_TOKENS})
+        call = client.async_infer("glm_ar", inputs, lambda result, error: None, request_id="broken off")
+        requests.wait_for("broken off", "tokens")
+        call.cancel()
+        requests.wait_until("broken off", lambda told: told["state"] == "cancelled")
+
+
+def test_a_deadline_that_cannot_be_met_is_told_by_how_much(triton: TritonServer, requests: Requests) -> None:
+    tokens = {**LONG_PAINTING, "height": 256, "width": 256}
+    prior = grpc_infer(triton, tokens, "glm_ar")
+    decode = json.loads(prior["ar_metadata"][0])["seconds"]["decode"]
+    painting = {"prompt": SMALL["prompt"], "num_inference_steps": 200} | {
+        name: prior[name] for name in ("prior_token_ids", "prior_grid", "resolved_seed")
+    }
+    denoise = metadata(grpc_infer(triton, painting, "glm_dit"))["seconds"]["denoise"]
+    for model, asked, seconds in (("glm_ar", tokens, decode), ("glm_dit", painting, denoise)):
+        sent = time.monotonic()
+        with pytest.raises(KServeError, match=r"cannot meet its deadline: .* takes at least .* s too little") as late:
+            grpc_infer(triton, asked, model, timeout_seconds=seconds / 4)
+        assert late.value.status == "UNAVAILABLE"
+        assert time.monotonic() - sent < seconds / 2

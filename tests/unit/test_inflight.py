@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from glm_image.errors import CancelledError, DeadlineExceededError
+from glm_image.inflight import MAX_REMEMBERED, InFlight
+from glm_image.job import Job, Timeouts
+from glm_image.pace import Pace, Paces
+
+
+def test_all_requests_of_an_id_that_were_there_are_cancelled() -> None:
+    in_flight = InFlight("ar_queue", "handed_on")
+    shared, other = [Job(id="a"), Job(id="a")], Job(id="b")
+    for job in (*shared, other):
+        in_flight.begin(job)
+    asked_ns = time.monotonic_ns()
+    later = Job(id="a")
+    in_flight.begin(later)
+    assert [told["cancelled_now"] for told in in_flight.cancel("a", asked_ns)] == [True, True]
+    assert [job.cancelled for job in (*shared, other, later)] == [True, True, False, False]
+    assert [told["cancelled_now"] for told in in_flight.cancel("a", asked_ns)] == [False, False]
+
+
+def test_callers_that_are_gone_are_cancelled() -> None:
+    in_flight = InFlight("ar_queue", "handed_on")
+    gone, there = Job(), Job()
+    in_flight.begin(gone, lambda: True)
+    in_flight.begin(there, lambda: False)
+    in_flight.cancel_gone()
+    assert (gone.cancelled, there.cancelled) == (True, False)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    in_flight = InFlight("ar_queue", "handed_on")
+    for number in range(MAX_REMEMBERED + 10):
+        job = Job(id=str(number))
+        in_flight.begin(job)
+        in_flight.end(job, None)
+        in_flight.cancel(f"x{number}", 1)
+    assert in_flight.status("0") == []
+    assert in_flight.status("20")[0]["state"] == "handed_on"
+    assert (len(in_flight._ended), len(in_flight._cancels)) == (MAX_REMEMBERED, MAX_REMEMBERED)
+    assert in_flight._entries == {}
+
+
+def test_a_job_calls_who_wants_to_know_of_its_cancel() -> None:
+    job, called = Job(), list[str]()
+    job.when_cancelled(lambda: called.append("first"))
+    job.cancel()
+    job.when_cancelled(lambda: called.append("too late"))
+    assert called == ["first", "too late"]
+    with pytest.raises(CancelledError):
+        job.check()
+
+
+def test_a_deadline_that_cannot_be_met_is_told_by_how_much() -> None:
+    job = Job.with_timeout("mine", 2_000_000)
+    job.check(1.0)
+    with pytest.raises(
+        DeadlineExceededError, match=r"at least 5\.000 s, and it has (1\.9|2\.0)\d+ s, 3\.0\d+ s too little$"
+    ):
+        job.check(5.0)
+    Job().check(1e9)
+
+
+@pytest.mark.parametrize(
+    ("default", "most", "asked", "given"),
+    [(0, 0, 0, 0), (0, 0, 7, 7), (5, 0, 0, 5), (5, 0, 7, 7), (0, 9, 0, 9), (5, 9, 0, 5), (5, 9, 11, 9), (5, 9, 7, 7)],
+)
+def test_a_timeout_has_a_default_and_a_maximum(default: int, most: int, asked: int, given: int) -> None:
+    assert Timeouts(default, most).of(asked) == given
+
+
+def test_a_pace_follows_the_latest_times() -> None:
+    pace = Pace()
+    assert (pace.fastest, pace.mean) == (0, 0)
+    pace.add(1.0)
+    for _ in range(300):
+        pace.add(3.0)
+    assert (pace.fastest, pace.mean) == (3.0, 3.0)
+
+
+def test_each_kind_has_its_pace_and_few_are_kept() -> None:
+    paces = Paces()
+    for kind in range(1000):
+        paces.of(kind).add(kind)
+        assert paces.of(0).fastest == 0
+    assert paces.of(999).mean == 999
+    assert paces.of(1).mean == 0
