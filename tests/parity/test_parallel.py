@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import select
 import signal
 import subprocess
@@ -13,7 +15,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import failing_ranks
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -25,7 +29,9 @@ from glm_image.devices import open_device
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError, UnavailableError
 from glm_image.job import Job, Progress
-from glm_image.parallel.team import Peers
+from glm_image.parallel.layout import ParallelLayout
+from glm_image.parallel.team import Peers, start
+from glm_image.parallel.worker import Load
 from glm_image.pipeline import LocalPipeline, LocalSettings
 from glm_image.request import GenerationParameters, Limits
 from pictures import encoded, picture
@@ -52,8 +58,9 @@ REQUESTS = {
         guidance_scale=2.0,
     ),
 }
-TWO = ["cfg=2", "ulysses=2", "ring=2", "tp=2"]
-FOUR = [
+FEW = ["cfg=2", "ulysses=2", "tp=2"]
+MANY = [
+    "ring=2",
     "cfg=2,ulysses=2",
     "ring=2,ulysses=2",
     "cfg=2,tp=2",
@@ -76,11 +83,11 @@ def alone(checkpoint_folder: Path) -> dict[str, NDArray[np.int64]]:
     return _paint(checkpoint_folder, "auto", 1)
 
 
-@pytest.mark.parametrize("parallel", [*TWO, *(pytest.param(each, marks=pytest.mark.full) for each in FOUR)])
+@pytest.mark.parametrize("parallel", [*FEW, *(pytest.param(each, marks=pytest.mark.full) for each in MANY)])
 def test_pictures_are_those_of_one_device(
     checkpoint_folder: Path, alone: dict[str, NDArray[np.int64]], parallel: str
 ) -> None:
-    ranks = 2 if parallel in TWO else 4
+    ranks = math.prod(int(ways) for ways in re.findall(r"\d", parallel))
     together = _paint(checkpoint_folder, parallel, ranks)
     differences = {name: int(np.abs(together[name] - alone[name]).max()) for name in alone}
     assert max(differences.values()) <= 1, differences
@@ -157,9 +164,32 @@ def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: 
     assert not _worker_pids(os.getpid())
 
 
-def test_a_rank_that_cannot_load_is_told_and_leaves_nothing(checkpoint_folder: Path) -> None:
+def _peers_of(failing: Load) -> Peers:
+    return Peers(("cpu",), load_seconds=HANG_SECONDS if failing is failing_ranks.hangs else WAIT_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "failing", "told"),
+    [
+        ((failing_ranks.EndsWhenRead(),), failing_ranks.meets, r"rank 1 .cpu, pid \d+. was ended by signal 9"),
+        ((failing_ranks.HidesTheNetwork(),), failing_ranks.meets, r"rank 1 .cpu, pid \d+. ended with .*no\.such\.net"),
+        ((), failing_ranks.ends, r"rank 1 .cpu, pid \d+. was ended by signal 9"),
+        ((), failing_ranks.fails, r"rank 1 .cpu, pid \d+. ended with ValueError: this rank cannot load"),
+        ((), failing_ranks.hangs, r"3 s after the start rank 0, this process, has not .* and rank 1 .* has not "),
+    ],
+    ids=["killed at its start", "no rendezvous", "killed while others wait", "error while others wait", "hung"],
+)
+def test_a_rank_that_is_lost_in_loading_ends_the_load(arguments: tuple[Any, ...], failing: Load, told: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigurationError, match=f"{told}.*; the instance cannot be loaded"):
+        start(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _peers_of(failing))
+    assert time.monotonic() - started < HANG_SECONDS + SOON_SECONDS
+    assert not _worker_pids(os.getpid())
+
+
+def test_a_rank_without_its_device_is_told_and_leaves_nothing() -> None:
     with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
-        ArEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), ArSettings(), peers=Peers(("npu:7",)))
+        start(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), Peers(("npu:7",)))
     assert not _worker_pids(os.getpid())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from glm_image.devices import Device
 from glm_image.parallel.group import ALONE, Group
 from glm_image.parallel.layout import MEMBERS, ParallelLayout
+
+logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -87,6 +90,9 @@ def join(rank: int, device: Device, rendezvous: Rendezvous, listening: socket.so
         master_listen_fd=None if listening is None else listening.detach(),
     )
     place = device.torch_device
+    # torch names groups by a count, which an attempt that failed leaves behind: the ranks would wait for each other under
+    # different names, and for ever.
+    dist.distributed_c10d._world.group_count = 0
     dist.init_process_group(
         BACKENDS[place.type],
         store=store,
@@ -101,9 +107,47 @@ def join(rank: int, device: Device, rendezvous: Rendezvous, listening: socket.so
 
 
 def leave() -> None:
-    """Leaves the instance's process group, whether or not the others are still there."""
+    """Leaves the instance's process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abort(port: int) -> None:
+    """Ends what waits in this process for ranks that are gone, and leaves the instance's process group.
+
+    Args:
+        port: of the store. What waits for something in it fails once its connections are shut; no timeout does that
+            from another thread.
+    """
+    for connection in _connections(port):
+        with connection:
+            connection.shutdown(socket.SHUT_RDWR)
+    if dist.is_initialized():
+        # Communicators of devices end their collectives only so. gloo's end by themselves with the other process.
+        try:
+            dist.distributed_c10d._abort_process_group()
+        except (AttributeError, RuntimeError, ValueError) as error:
+            logger.warning("the process group cannot be aborted: %s", error)
+            leave()
+
+
+def _connections(port: int) -> list[socket.socket]:
+    """Returns copies of this process's sockets that are connected to a port of the loopback."""
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(entry)))
+        except OSError:  # closed since, or no socket
+            continue
+        try:
+            at = connection.getpeername()[:2]
+        except OSError:
+            at = None
+        if at in {(HOST, port), (f"::ffff:{HOST}", port)}:
+            found.append(connection)
+        else:
+            connection.close()
+    return found
 
 
 def _own_group(rank: int, members: list[tuple[int, ...]]) -> Group:

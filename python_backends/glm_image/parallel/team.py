@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -19,14 +21,17 @@ from typing import Any
 from glm_image.devices import Device
 from glm_image.errors import ConfigurationError, DeviceMemoryError, GlmImageError, UnavailableError
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.messages import Done, Failed, Loaded
-from glm_image.parallel.ranks import Ranks, Rendezvous, leave, listen
+from glm_image.parallel.messages import Done, Failed, Reached, Stage
+from glm_image.parallel.ranks import Ranks, Rendezvous, abort, leave, listen
 from glm_image.parallel.worker import Load, Runs, Work
 
 logger = logging.getLogger(__name__)
 
+LOAD_SECONDS = 900.0
+"""How long all ranks may take to load: a checkpoint of tens of GB from a slow disk, and kernels to compile."""
+
 PATIENCE_SECONDS = 1800.0
-"""How long a collective waits for ranks that are still loading; a rank that hangs later is noticed by its silence."""
+"""How long a collective waits for ranks; longer than loading may take, and what hangs is noticed by its silence."""
 
 LOSS_SECONDS = 2.0
 """How long after an error a rank's end is taken for its cause: collectives notice it before the watching thread."""
@@ -44,12 +49,15 @@ class Peers:
         devices: their names in this process; one rank each, after the first.
         known_as: how messages name them; () = as ``devices``.
         hang_seconds: a rank that has not finished a command for so long is taken for hung.
-        on_loss: called once, from a thread of its own, when a rank is lost; all others are ended before.
+        load_seconds: ranks that have not all loaded after so long are taken for hung.
+        on_loss: called once, from a thread of its own, when a rank is lost after all have loaded; all others are ended
+            before.
     """
 
     devices: tuple[str, ...] = ()
     known_as: tuple[str, ...] = ()
     hang_seconds: float = 60.0
+    load_seconds: float = LOAD_SECONDS
     on_loss: Callable[[UnavailableError], None] = ignore_loss
 
 
@@ -87,7 +95,7 @@ class _Worker:
     def __init__(self, work: Work) -> None:
         ours, theirs = socket.socketpair()
         self.work = work
-        self.loaded = False
+        self.stage = Stage.STARTED
         self.connection = Connection(ours.detach())
         self._sent = self._done = 0
         self._waiting_since = 0.0
@@ -110,11 +118,12 @@ class _Worker:
             self._waiting_since = time.monotonic()
         self._sent += 1
 
-    def heard(self, message: Loaded | Done) -> None:
+    def heard(self, message: Reached | Done) -> None:
         """Notes what it has told."""
-        self.loaded = True
         if isinstance(message, Done):
             self._done, self._waiting_since = message.number, time.monotonic()
+        else:
+            self.stage = message.stage
 
     def seconds_left(self, hang_seconds: float) -> float:
         """Returns how long it may go on without a word before it is taken for hung."""
@@ -136,21 +145,28 @@ class Team:
 
     def __init__(self, works: Sequence[Work], peers: Peers) -> None:
         self._hang_seconds, self._on_loss = peers.hang_seconds, peers.on_loss
+        self._load_seconds, self._started = peers.load_seconds, time.monotonic()
         self._lost: UnavailableError | None = None
-        self._closing = False
+        self._loaded = self._closing = False
+        self._stage = Stage.STARTED
         self._turn = threading.Lock()
         self._news = threading.Condition()
         listening = listen()
-        rendezvous = replace(works[0].rendezvous, port=listening.getsockname()[1])
+        self._port = listening.getsockname()[1]
+        rendezvous = replace(works[0].rendezvous, port=self._port)
         works = [replace(work, rendezvous=rendezvous) for work in works]
         self._wake, self._woken = Pipe()
         self._workers: list[_Worker] = []
+        self._watching = threading.Thread(target=self._watch, name="ranks", daemon=True)
         try:
             self._workers.extend(_Worker(each) for each in works[1:])
-            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
-            self._here = works[0].start(listening)
-            self._wait_until_loaded()
+            self._watching.start()
+            self._here = self._load(works[0], listening)
+            self._wait_until_all(Stage.LOADED)
+            self._loaded = True
+            logger.info("%d ranks loaded in %.1f s", len(works), time.monotonic() - self._started)
         except BaseException:
+            listening.close()
             self.close()
             raise
 
@@ -188,7 +204,10 @@ class Team:
         for worker in self._workers:
             worker.process.kill()
             worker.process.wait()
-        leave()
+        if self._lost is None:
+            leave()
+        elif self._watching is not threading.current_thread():
+            self._watching.join(LOSS_SECONDS)  # which leaves
 
     def _send(self, worker: _Worker, command: Any) -> None:
         with self._news:
@@ -198,9 +217,40 @@ class Team:
         except OSError as error:
             raise self._cause(UnavailableError(f"{worker} is gone")) from error
 
-    def _wait_until_loaded(self) -> None:
+    def _load(self, work: Work, listening: socket.socket) -> Runs:
+        """Loads this process's rank, in a thread that is left behind where nothing ends its wait for a lost rank."""
+        self._wait_until_all(Stage.OPENED)  # most of what can fail fails before ranks wait for each other
+        loaded: Future[Runs] = Future()
+
+        def load() -> None:
+            try:
+                loaded.set_result(work.start(self._reach, listening))
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the calling thread raises it
+                loaded.set_exception(error)
+            with self._news:
+                self._news.notify_all()
+
+        threading.Thread(target=load, name="loading", daemon=True).start()
         with self._news:
-            self._news.wait_for(lambda: self._lost or all(worker.loaded for worker in self._workers))
+            self._news.wait_for(lambda: self._lost or loaded.done())
+        if not loaded.done():
+            raise ConfigurationError(str(self._lost))
+        error = loaded.exception()
+        if error is None:
+            return loaded.result()
+        if isinstance(error, Exception) and not isinstance(error, GlmImageError):
+            cause = self._cause(error)
+            if cause is self._lost:
+                raise ConfigurationError(str(cause)) from error
+        raise error
+
+    def _reach(self, stage: Stage) -> None:
+        self._stage = stage
+        logger.info("rank 0 %s after %.1f s", stage.done, time.monotonic() - self._started)
+
+    def _wait_until_all(self, stage: Stage) -> None:
+        with self._news:
+            self._news.wait_for(lambda: self._lost or all(worker.stage >= stage for worker in self._workers))
             if self._lost is not None:
                 raise ConfigurationError(str(self._lost))
 
@@ -211,12 +261,24 @@ class Team:
                 worker = by_connection.get(connection)  # type: ignore[call-overload]
                 if worker is not None and not self._closing:
                     self._hear(worker)
+            if self._loading_seconds_left() <= 0:
+                self._lose(f"{self._load_seconds:g} s after the start {self._behind()}")
             for worker in self._workers:
                 if worker.seconds_left(self._hang_seconds) <= 0:
                     self._lose(f"{worker} has not finished a command for {self._hang_seconds:g} s")
 
-    def _seconds_left(self) -> float:
-        return min(worker.seconds_left(self._hang_seconds) for worker in self._workers)
+    def _seconds_left(self) -> float | None:
+        left = [worker.seconds_left(self._hang_seconds) for worker in self._workers]
+        seconds = min([*left, self._loading_seconds_left()])
+        return None if seconds == math.inf else max(seconds, 0.0)
+
+    def _loading_seconds_left(self) -> float:
+        return math.inf if self._loaded else self._started + self._load_seconds - time.monotonic()
+
+    def _behind(self) -> str:
+        """Tells which ranks have not loaded, and how far they are."""
+        stages = {"rank 0, this process,": self._stage, **{str(worker): worker.stage for worker in self._workers}}
+        return " and ".join(f"{name} {stage.missing}" for name, stage in stages.items() if stage < Stage.LOADED)
 
     def _hear(self, worker: _Worker) -> None:
         try:
@@ -231,17 +293,22 @@ class Team:
         with self._news:
             worker.heard(message)
             self._news.notify_all()
+        if isinstance(message, Reached):
+            logger.info("%s %s after %.1f s", worker, message.stage.done, time.monotonic() - self._started)
 
     def _lose(self, why: str) -> None:
+        then = "the instance starts anew, send the request again" if self._loaded else "the instance cannot be loaded"
         with self._news:
             if self._lost is not None or self._closing:
                 return
-            self._lost = UnavailableError(f"{why}; the instance starts anew, send the request again")
+            self._lost = UnavailableError(f"{why}; {then}")
             self._news.notify_all()
         logger.error("%s", self._lost)
         for each in self._workers:
             each.process.kill()
-        self._on_loss(self._lost)
+        if self._loaded:
+            self._on_loss(self._lost)
+        abort(self._port)
 
 
 def _interpreter() -> str:

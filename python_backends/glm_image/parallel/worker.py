@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import queue
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 from glm_image.devices import open_device
 from glm_image.errors import DeviceMemoryError, GlmImageError
-from glm_image.parallel.messages import Done, Failed, Loaded
+from glm_image.parallel.messages import Done, Failed, Reached, Stage
 from glm_image.parallel.ranks import Rendezvous, join
 
 logger = logging.getLogger(__name__)
@@ -56,20 +57,29 @@ class Work:
     load: Load
     arguments: tuple[Any, ...]
 
-    def start(self, listening: socket.socket | None = None) -> Runs:
+    def start(self, reached: Callable[[Stage], None], listening: socket.socket | None = None) -> Runs:
         """Joins the others and loads the executor.
 
         Args:
+            reached: called at each stage.
             listening: rank 0's socket.
         """
         device = open_device(self.device, known_as=self.known_as)
         device.bind()
+        reached(Stage.OPENED)
         ranks = join(self.rank, device, self.rendezvous, listening)
-        return self.load(*self.arguments, device, ranks)
+        reached(Stage.JOINED)
+        executor = self.load(*self.arguments, device, ranks)
+        reached(Stage.LOADED)
+        return executor
 
 
 def main() -> None:
-    """Runs a worker on the connection whose file descriptor is the first argument."""
+    """Runs a worker on the connection whose file descriptor is the first argument.
+
+    On SIGUSR1 it writes where each of its threads is to its standard error.
+    """
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank says when it is over
         signal.signal(ignored, signal.SIG_IGN)
     connection: Connection = Connection(int(sys.argv[1]))
@@ -78,8 +88,7 @@ def main() -> None:
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, commands), name="commands", daemon=True).start()
     try:
-        executor = work.start()
-        connection.send(Loaded())
+        executor = work.start(lambda stage: connection.send(Reached(stage)))
         number = 0
         while True:
             _run(executor, commands.get())
