@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import failing_ranks
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import failing_ranks
 from glm_image.ar.engine import ArEngine, ArResult
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint

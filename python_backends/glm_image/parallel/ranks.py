@@ -7,6 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -90,8 +91,8 @@ def join(rank: int, device: Device, rendezvous: Rendezvous, listening: socket.so
         master_listen_fd=None if listening is None else listening.detach(),
     )
     place = device.torch_device
-    # torch names groups by a count, which an attempt that failed leaves behind: the ranks would wait for each other under
-    # different names, and for ever.
+    # torch names groups by a count, which an attempt that failed leaves behind: the ranks would wait for each other
+    # under different names, and for ever.
     dist.distributed_c10d._world.group_count = 0
     dist.init_process_group(
         BACKENDS[place.type],
@@ -134,20 +135,26 @@ def abort(port: int) -> None:
 def _connections(port: int) -> list[socket.socket]:
     """Returns copies of this process's sockets that are connected to a port of the loopback."""
     found = []
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in list(Path("/proc/self/fd").iterdir()):
         try:
-            connection = socket.socket(fileno=os.dup(int(entry)))
-        except OSError:  # closed since, or no socket
+            copy = os.dup(int(entry.name)) if entry.is_socket() else None
+        except OSError:  # closed since
             continue
-        try:
-            at = connection.getpeername()[:2]
-        except OSError:
-            at = None
-        if at in {(HOST, port), (f"::ffff:{HOST}", port)}:
+        if copy is None:
+            continue
+        connection = socket.socket(fileno=copy)
+        if _peer_of(connection) in {(HOST, port), (f"::ffff:{HOST}", port)}:
             found.append(connection)
         else:
             connection.close()
     return found
+
+
+def _peer_of(connection: socket.socket) -> object:
+    try:
+        return connection.getpeername()[:2]
+    except OSError:
+        return None
 
 
 def _own_group(rank: int, members: list[tuple[int, ...]]) -> Group:

@@ -225,7 +225,7 @@ class Team:
         def load() -> None:
             try:
                 loaded.set_result(work.start(self._reach, listening))
-            except BaseException as error:  # noqa: BLE001 - whatever it is, the calling thread raises it
+            except BaseException as error:
                 loaded.set_exception(error)
             with self._news:
                 self._news.notify_all()

@@ -105,7 +105,7 @@ class Instance:
         from glm_image.parallel.team import Peers  # noqa: PLC0415 - imports torch
 
         hang_seconds = self.seconds("hang_seconds", device.hang_seconds) or math.inf
-        return Peers(place.inside[1:], place.devices[1:], hang_seconds, on_loss)
+        return Peers(place.inside[1:], place.devices[1:], hang_seconds, on_loss=on_loss)
 
     @property
     def name(self) -> str:
