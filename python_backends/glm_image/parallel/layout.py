@@ -43,7 +43,9 @@ class ParallelLayout:
         given = text.strip()
         if given in {"none", "auto", ""}:
             if given == "none" and devices > 1:
-                raise ConfigurationError(f"parallel is 'none', but the instance has {devices} devices; {ALLOWED}")
+                raise ConfigurationError(
+                    f"parallel is 'none', but the instance has {devices} devices; allowed: {ALLOWED}"
+                )
             return cls.auto(devices)
         ways: dict[str, int] = {}
         for part in given.split(","):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -121,7 +122,7 @@ def abort(port: int) -> None:
             from another thread.
     """
     for connection in _connections(port):
-        with connection:
+        with connection, suppress(OSError):  # it may have been shut meanwhile
             connection.shutdown(socket.SHUT_RDWR)
     if dist.is_initialized():
         # Communicators of devices end their collectives only so. gloo's end by themselves with the other process.
