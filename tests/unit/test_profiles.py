@@ -15,9 +15,12 @@ from glm_image.ar.config import ArConfig
 from glm_image.ar.vision import Vision
 from glm_image.cards import Cards
 from glm_image.checkpoint import Checkpoint
-from glm_image.dit.engine import _empty_modules
+from glm_image.devices import open_device
+from glm_image.dit.loading import _empty_modules
+from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
+from glm_image.parallel.ranks import ONE_RANK
 from glm_image.placement import check_shares, lay_out
 from glm_image.plan import memory
 from glm_image.serving import configs
@@ -135,9 +138,8 @@ def test_memory_is_that_of_the_published_sizes(tmp_path: Path) -> None:
     assert parameter_counts.vae(checkpoint.config("vae")) == memory.VAE_PARAMETERS
     assert parameter_counts.text_encoder(checkpoint.config("text_encoder")) == memory.GLYPH_ENCODER_PARAMETERS
     assert checkpoint.config("vae")["block_out_channels"][1] == memory.VAE_CHANNELS
-    linears = [
-        part for part in _empty_modules(checkpoint)["transformer"].modules() if isinstance(part, torch.nn.Linear)
-    ]
+    modules = _empty_modules(checkpoint, DitSettings(), open_device("cpu"), torch.bfloat16, ONE_RANK)
+    linears = [part for part in modules["transformer"].modules() if isinstance(part, torch.nn.Linear)]
     assert sum(linear.weight.numel() for linear in linears) == memory.TRANSFORMER_LINEAR_PARAMETERS
 
 
