@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import statistics
 import time
 from typing import Any
@@ -36,11 +37,14 @@ SLOTS = 8
 DRAWN_BEFORE = 600
 STEPS_A_COMMAND = 16
 ROUNDS = 7
+LOAD_SECONDS = 120.0
 
 
 def decode_seconds(checkpoint: Checkpoint, devices: list[str], settings: ArSettings) -> float:
     """Returns the median time of a decode step with all slots running, after 600 tokens of 1024x1024."""
-    engine = ArEngine(checkpoint, open_device(devices[0]), settings, peers=Peers(tuple(devices[1:])))
+    engine = ArEngine(
+        checkpoint, open_device(devices[0]), settings, peers=Peers(tuple(devices[1:]), load_seconds=LOAD_SECONDS)
+    )
     engine.close_scheduler()
     run, config = engine.executor.run, ArConfig.read(checkpoint)
     ids = tuple(config.vision_vocab_size + index for index in range(PROMPT_TOKENS))
@@ -103,7 +107,9 @@ def measure_painter(checkpoint: Checkpoint, devices: list[str], flags: argparse.
     for parallel in ["none", *flags.parallel.split(";")]:
         used = devices[:1] if parallel == "none" else devices
         settings = DitSettings(parallel=parallel, warmup_sizes=(Size(1024, 1024),) if devices[0] != "cpu" else ())
-        engine = DitEngine(checkpoint, open_device(used[0]), settings, peers=Peers(tuple(used[1:])))
+        engine = DitEngine(
+            checkpoint, open_device(used[0]), settings, peers=Peers(tuple(used[1:]), load_seconds=LOAD_SECONDS)
+        )
         for grid in grids:
             took = denoising_seconds(engine, grid, used[0], flags.steps)
             alone.setdefault(grid, took)
@@ -150,4 +156,5 @@ if __name__ == "__main__":
         type=lambda text: [parse_size(part) for part in text.split(",")],
         help="WIDTHxHEIGHT, with commas between them",
     )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")  # how far each rank is
     main(parser.parse_args())
