@@ -14,7 +14,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from glm_image.ar.engine import ArSettings
+from glm_image.ar.settings import ArSettings
 from glm_image.pipeline import LocalPipeline, LocalSettings
 from helpers import MakeCheckpoint
 from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint

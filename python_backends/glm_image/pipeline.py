@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.ar.engine import ArEngine, ArResult, ArSettings
+from glm_image.ar.engine import ArEngine, ArResult
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import open_device, placement
-from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.engine import DitEngine
+from glm_image.dit.settings import DitSettings
 from glm_image.job import Job
 from glm_image.metadata import ar_metadata, request_metadata
+from glm_image.parallel.team import Peers
 from glm_image.request import GenerationParameters, Limits, PaintRequest, ResolvedRequest
 
 
@@ -56,7 +59,8 @@ class LocalPipeline:
 
     Args:
         checkpoint: a folder with ``model_index.json``.
-        device: ``auto``, ``cpu``, ``cuda:0`` or ``npu:0``; holds both stages.
+        device: ``auto``, ``cpu``, ``cuda:0`` or ``npu:0``; holds both stages. Several, with commas between,
+            share the second; the first stage is on the first.
         settings: how the stages run.
 
     Raises:
@@ -68,8 +72,9 @@ class LocalPipeline:
         settings = settings or LocalSettings()
         self._limits = settings.limits
         self.checkpoint = Checkpoint.open(Path(checkpoint), settings.load_format)
-        opened = open_device(placement(device, 0))
-        self.dit = DitEngine(self.checkpoint, opened, settings.dit)
+        first, *others = device.split(",")
+        opened, peers = open_device(placement(first, 0)), Peers(tuple(others))
+        self.dit = DitEngine(self.checkpoint, opened, settings.dit, peers=peers)
         self.ar = ArEngine(self.checkpoint, opened, settings.ar)
 
     def __enter__(self) -> LocalPipeline:
@@ -83,6 +88,7 @@ class LocalPipeline:
     def close(self) -> None:
         """Stops the engines."""
         self.ar.close()
+        self.dit.close()
 
     def resolve(self, parameters: GenerationParameters) -> ResolvedRequest:
         """Validates a request; see ``GenerationParameters.resolve``."""

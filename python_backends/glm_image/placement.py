@@ -77,9 +77,9 @@ def lay_out(devices: str, instances: int, cards: Cards, *, spare_first: bool = F
         text = ",".join(entry)
         if not all(map(cards.has, entry)):
             raise ConfigurationError(f"devices has the entry {shown(text)!r}; {found}")
-        if len(entry) > 1:
+        if len({device.partition(":")[0] for device in entry}) > 1:
             raise ConfigurationError(
-                f"devices has the entry {shown(text)!r}; one instance over several devices comes later; {found}"
+                f"devices has the entry {shown(text)!r}; allowed: devices of one kind in an entry; {found}"
             )
     if entries == (("cpu",),):
         return entries * instances
@@ -139,4 +139,5 @@ def _cpu_environment(
         return told
     shares = len({device for entry in entries for device in entry if device.startswith("cpu:")})
     cores = len(os.sched_getaffinity(0))
-    return {**told, THREADS_VARIABLE: str(max(1, cores * len(devices) // shares))}
+    # Every device of an entry has a process of its own, which inherits this.
+    return {**told, THREADS_VARIABLE: str(max(1, cores // shares))}

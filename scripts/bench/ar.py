@@ -18,11 +18,12 @@ import torch
 from measure import arguments, copy_bandwidth, say, seconds
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.engine import ArEngine, ArSettings
+from glm_image.ar.engine import ArEngine
 from glm_image.ar.executor import Admit, Executor, Release, Step
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device, placement
 from glm_image.geometry import Grid, output_grids, text_positions

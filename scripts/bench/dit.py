@@ -27,9 +27,10 @@ from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device, open_device, placement
 from glm_image.dit.blocks import best_blocks, eager_blocks
 from glm_image.dit.cache import CacheSettings
-from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.engine import DitEngine
 from glm_image.dit.executor import Decode, Drop, Prepare, Step
 from glm_image.dit.quantized import quantize_blocks
+from glm_image.dit.settings import DitSettings
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job
 from glm_image.request import PaintRequest

@@ -27,9 +27,10 @@ from glm_image.ar.vision import Vision, patches_of
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device, placement
 from glm_image.dit.conditioning import SourceConditioning
-from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.engine import DitEngine
 from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Drop, Executor, ForgetSources, Prepare, ReadSources, Step
 from glm_image.dit.forward import read_sources
+from glm_image.dit.settings import DitSettings
 from glm_image.dit.sources import SourceCache
 from glm_image.geometry import Grid
 from glm_image.request import Limits

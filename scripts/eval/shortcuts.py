@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval.adherence import add_request_arguments, judge_question, measure, request_of, say, shares
 from eval.questions import Picture, Question, Request, edit_questions, local_painter, scene_questions
 from eval.similarity import psnr, ssim
-from glm_image.ar.engine import ArSettings
-from glm_image.dit.engine import DitSettings
+from glm_image.ar.settings import ArSettings
+from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.pipeline import LocalSettings
 

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image.ar.engine import ArEngine, ArResult, ArSettings
+from glm_image.ar.engine import ArEngine, ArResult
 from glm_image.ar.executor import Admit, Command, Release, Step
 from glm_image.ar.scheduler import Scheduler
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import open_device
 from glm_image.devices.attention import masked_decode_attention

@@ -17,7 +17,7 @@ from cache_dit.caching.cache_contexts import CachedContext
 from diffusers import GlmImagePipeline
 from numpy.typing import NDArray
 
-from glm_image.ar.engine import ArSettings
+from glm_image.ar.settings import ArSettings
 from glm_image.dit import cache_decisions
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.cache_decisions import BranchDecisions, computation_mask

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from glm_image.ar.engine import ArSettings
+from glm_image.ar.settings import ArSettings
 from glm_image.pipeline import LocalPipeline, LocalSettings, paint_request
 from glm_image.request import GenerationParameters
 from helpers import MakeCheckpoint

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from glm_image.ar.engine import ArSettings
+from glm_image.ar.settings import ArSettings
 from glm_image.errors import InvalidInputError
 from glm_image.pipeline import GeneratedPictures, LocalPipeline, LocalSettings, paint_request
 from glm_image.request import GenerationParameters

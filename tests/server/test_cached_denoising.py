@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_image.dit.cache import CacheSettings
-from glm_image.dit.engine import DitSettings
+from glm_image.dit.settings import DitSettings
 from glm_image.pipeline import LocalPipeline, LocalSettings
 from glm_image.request import GenerationParameters
 from glm_image.supervisor import ServerStartError, TritonServer

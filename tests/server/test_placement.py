@@ -127,11 +127,11 @@ REFUSALS = {
     "no device": ("glm_dit", "devices", "gpu:0", "devices has the entry 'gpu:0'; allowed: auto, or cpu, npu:N, cuda:N"),
     "unknown device": ("glm_dit", "devices", "cuda:99", "devices has the entry 'cuda:99'; found on this machine: "),
     "too many devices": ("glm_ar", "devices", "cpu:0;cpu:1", "devices is 'cpu:0;cpu:1': 2 for 1 instances; allowed: "),
-    "several devices": (
-        "glm_ar",
-        "devices",
-        "cpu:0,cpu:1",
-        "devices has the entry 'cpu:0,cpu:1'; one instance over several devices comes later",
+    "more ranks than devices": (
+        "glm_dit",
+        "parallel",
+        "cfg=2",
+        "parallel is 'cfg=2', which takes 2 devices, and the instance has 1; allowed: none, auto, or of cfg=2, tp=N, ",
     ),
     "misspelt dtype": ("glm_dit", "dtype", "bf16", "dtype is 'bf16'; allowed: auto, float32, bfloat16"),
     "no number": ("glm_ar", "max_num_seqs", "many", "max_num_seqs is 'many'; allowed: a whole number of at least 1"),

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from glm_image.ar.engine import ArEngine, ArSettings
+from glm_image.ar.engine import ArEngine
 from glm_image.ar.measures import KV_CACHE_BYTES
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device
 from glm_image.devices.base import Memory

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from glm_image.ar.engine import ArEngine, ArSettings
+from glm_image.ar.engine import ArEngine
 from glm_image.ar.graphs import GRAPH_MODES, captured
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import open_device
 from glm_image.errors import ConfigurationError

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from glm_image.ar import measures as ar
-from glm_image.ar.engine import ArEngine, ArSettings
+from glm_image.ar.engine import ArEngine
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import open_device
 from glm_image.dit import measures as dit
-from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.engine import DitEngine
+from glm_image.dit.settings import DitSettings
 from glm_image.errors import CancelledError
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job, Progress

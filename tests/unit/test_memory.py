@@ -20,7 +20,8 @@ from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Memory, check_budget, open_device
 from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.int8 import widened_product
-from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.engine import DitEngine
+from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import prompt_positions
 from helpers import MakeCheckpoint

@@ -51,7 +51,6 @@ def test_what_is_no_device_is_refused(devices: str) -> None:
         ("npu:1;npu:2", 3, "devices is 'npu:1;npu:2': 2 for 3 instances; allowed: as many entries as instance_group"),
         ("npu:1;npu:2", 1, "devices is 'npu:1;npu:2': 2 for 1 instances; allowed: as many entries as instance_group"),
         ("cpu:0", 2, "devices is 'cpu:0': 1 for 2 instances; allowed: as many entries as instance_group"),
-        ("npu:0,npu:1", 1, "devices has the entry 'npu:0,npu:1'; one instance over several devices comes later"),
         ("npu:0,npu:0", 1, "devices has the entry 'npu:0,npu:0'; allowed: each device once in an entry"),
     ],
 )

@@ -12,8 +12,9 @@ from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device
 from glm_image.devices.accelerator import CudaDevice, NpuDevice
 from glm_image.devices.quantized import int8_sums, quantize_rows
-from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.engine import DitEngine
 from glm_image.dit.quantized import QuantizedLinear
+from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job
@@ -45,12 +46,13 @@ def test_int8_paints_nearly_the_same_picture_with_less_memory(checkpoint_folder:
 
 
 def test_what_the_budget_counts_is_what_the_weights_take(checkpoint_folder: Path) -> None:
-    from glm_image.dit.engine import _empty_modules
-    from glm_image.dit.quantized import quantize_blocks, weight_bytes
+    from glm_image.dit.loading import _empty_modules
+    from glm_image.dit.quantized import weight_bytes
+    from glm_image.parallel.ranks import ONE_RANK
 
-    device = open_device("cpu")
-    empty = _empty_modules(Checkpoint.open(checkpoint_folder))["transformer"]
-    quantize_blocks(empty, "int8", device, torch.float32)
+    settings = DitSettings(quantization="int8")
+    modules = _empty_modules(Checkpoint.open(checkpoint_folder), settings, open_device("cpu"), torch.float32, ONE_RANK)
+    empty = modules["transformer"]
     filled = open_engine(checkpoint_folder, "int8").executor._transformer
     scales = [module.scales for module in filled.modules() if isinstance(module, QuantizedLinear)]
     taken = sum(tensor.numel() * tensor.dtype.itemsize for tensor in [*filled.parameters(), *scales])

@@ -15,7 +15,8 @@ from glm_image import images
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Memory, open_device
 from glm_image.devices.cpu import CpuDevice
-from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.engine import DitEngine
+from glm_image.dit.settings import DitSettings
 from glm_image.geometry import Grid, Size
 from glm_image.job import Job
 from glm_image.pipeline import LocalPipeline

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from glm_image.checkpoint import Checkpoint
-from glm_image.errors import CheckpointError
+from glm_image.errors import CheckpointError, ConfigurationError
+from glm_image.parallel.group import Group
 from glm_image.request import Sampling
 
 # What the model's authors sample with, where a checkpoint does not say.
@@ -71,6 +72,23 @@ class ArConfig:
             raise CheckpointError(f"{path}: {error.args[0]} is missing") from error
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
+
+    def part(self, group: Group) -> ArConfig:
+        """Returns the numbers of one rank's part: its heads and its share of the MLP's width.
+
+        Args:
+            group: the ranks that share the decoder. Where there are more of them than kv_heads, some have the same.
+
+        Raises:
+            ConfigurationError: the decoder can't be split among so many.
+        """
+        size, heads, kv_heads, width = group.size, self.heads, self.kv_heads, self.intermediate_size
+        if heads % size or width % size or (kv_heads % size and size % kv_heads):
+            raise ConfigurationError(
+                f"glm_ar has {size} devices; allowed: what divides {heads} heads and {width} channels of the MLP, and "
+                f"divides {kv_heads} key and value heads or is a multiple of them"
+            )
+        return replace(self, heads=heads // size, kv_heads=max(1, kv_heads // size), intermediate_size=width // size)
 
     @classmethod
     def _from_json(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ArConfig:

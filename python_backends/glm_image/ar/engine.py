@@ -7,53 +7,28 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.executor import Command, Encode, Executor
-from glm_image.ar.graphs import captured
+from glm_image.ar.executor import Command, Encode
 from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.loading import load_executor
 from glm_image.ar.measures import KV_CACHE_BYTES
-from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
-from glm_image.ar.model import Decoder
 from glm_image.ar.scheduler import Run, Scheduler, Sources
-from glm_image.ar.vision import Vision, patches_of
+from glm_image.ar.settings import ArSettings
+from glm_image.ar.vision import patches_of
 from glm_image.ar.warm_up import warm_up_commands
 from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device, check_budget
+from glm_image.devices import Device
 from glm_image.errors import InvalidInputError
 from glm_image.geometry import Grid, PlacedGrid, Size, source_grid
 from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
+from glm_image.parallel.layout import ParallelLayout
+from glm_image.parallel.team import NO_PEERS, Peers, start
 from glm_image.prompts import PromptTokenizer
 from glm_image.request import ResolvedRequest, Sampling
 from glm_image.sources import Source
-
-
-@dataclass(frozen=True)
-class ArSettings:
-    """How the first stage runs.
-
-    Attributes:
-        dtype: None = the device's default.
-        max_num_seqs: sequences that decode together.
-        max_sequence_tokens: prompt and image tokens of one sequence.
-        max_queue: requests that may wait.
-        graph_mode: ``NONE``, ``FULL_DECODE_ONLY``, or ``FULL``, which runs as the latter.
-        graph_capture_sizes: sequences of the captured step; () = max_num_seqs, the only size there is.
-        memory_utilization: share of the device's memory this stage may use.
-        int8: whether the decoder's linear layers keep int8 weights.
-    """
-
-    dtype: torch.dtype | None = None
-    max_num_seqs: int = 8
-    max_sequence_tokens: int = 8192
-    max_queue: int = 64
-    graph_mode: str = "FULL_DECODE_ONLY"
-    graph_capture_sizes: tuple[int, ...] = ()
-    memory_utilization: float = 0.9
-    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,19 +49,20 @@ class ArResult:
 
 
 class ArEngine:
-    """The decoder and the vision tower, their slots and their queue on one device.
+    """The decoder and the vision tower, their slots and their queue on one device, or on several.
 
     Args:
-        checkpoint: where they come from.
+        checkpoint: where the models come from.
         device: where they run.
         settings: how.
         record: takes what ``ar.measures`` names.
+        peers: other devices that share the decoder with ``device``.
         watched: wraps what runs commands on the device, to see one that never ends.
 
     Attributes:
         config: the decoder's numbers.
         source_rule: how source images are sized.
-        executor: what runs on the device; the scheduler's while the engine is open.
+        executor: what runs on the devices; the scheduler's while the engine is open.
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
@@ -99,6 +75,7 @@ class ArEngine:
         device: Device,
         settings: ArSettings,
         record: Record = keep_nothing,
+        peers: Peers = NO_PEERS,
         watched: Callable[[Run], Run] = lambda run: run,
     ) -> None:
         from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
@@ -108,20 +85,11 @@ class ArEngine:
         self.config = ArConfig.read(checkpoint)
         self._settings = settings
         slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
-        capture = captured(settings.graph_mode, settings.graph_capture_sizes, slots)
         self._tokenizer = PromptTokenizer(GlmImageProcessor.from_pretrained(checkpoint.path("processor")))
         self._image_processor = checkpoint.image_processor
         self.source_rule = checkpoint.source_rule
-        _check_memory(self.config, device, settings, dtype, Vision.bytes_needed(checkpoint, dtype))
-        source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
-        self.executor = Executor(
-            Decoder.load(self.config, source, int8=device.int8_product if settings.int8 else None),
-            device,
-            slots,
-            positions,
-            capture=capture,
-            vision=Vision.load(checkpoint, device.torch_device, dtype),
-        )
+        layout = ParallelLayout(tp=1 + len(peers.devices))
+        self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
         first = self._warm_up_commands(device.warmup_sizes)
         self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first)
@@ -188,7 +156,12 @@ class ArEngine:
         return warm_up_commands(ids, sources, self.sampling, self._settings.max_sequence_tokens)
 
     def close(self) -> None:
-        """Ends what runs and what waits, and stops the engine's thread."""
+        """Ends what runs and what waits, and stops the engine's thread and its other ranks."""
+        self.close_scheduler()
+        self.executor.close()
+
+    def close_scheduler(self) -> None:
+        """Ends what runs and what waits; ``executor`` is the caller's from then on."""
         self._scheduler.close()
 
 
@@ -208,18 +181,3 @@ def _hand_on(
     if sources is not None and sources.token_ids is not None:
         source_ids, grids = sources.token_ids, tuple(placed.grid for placed in sources.placed)
     result.set_result(ArResult(tokens.result()[:, preview_tokens:], counts, source_ids, grids))
-
-
-def _check_memory(
-    config: ArConfig, device: Device, settings: ArSettings, dtype: torch.dtype, vision_bytes: int
-) -> None:
-    shape = (config, settings.max_num_seqs, settings.max_sequence_tokens, dtype)
-    check_budget(
-        "glm_ar",
-        fixed={"weights": weight_bytes(config, dtype, int8=settings.int8) + vision_bytes},
-        scaled={**state_bytes(*shape), "the longest prompt": activation_bytes(*shape, int8=settings.int8)},
-        memory=device.memory(),
-        utilization=settings.memory_utilization,
-        device=str(device),
-        lower="max_num_seqs or max_sequence_tokens",
-    )

@@ -170,6 +170,9 @@ class Executor:
             return Lack(f"a prompt of {tokens} tokens", beside, f"its length, source images included, or {settings}")
         return Lack("a decode step", beside, settings)
 
+    def close(self) -> None:
+        """Nothing to end: what it holds goes with it."""
+
     def _admit(self, command: Admit) -> None:
         config, place, state = self._decoder.config, self._device.torch_device, self._state
         slot, length = command.slot, len(command.prompt_ids)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from glm_image.ar.config import ArConfig
 from glm_image.ar.model import Decoder
 from glm_image.ar.state import DecodeState
+from glm_image.parallel.group import ALONE, Group
 
 FP32_BYTES = 4
 SAMPLER_COPIES = 12
@@ -22,10 +23,17 @@ DISTANCE_COPIES = 3
 """fp32 tables of every patch's distance to every code that are alive in the quantizer at once."""
 
 
-def weight_bytes(config: ArConfig, dtype: torch.dtype, *, int8: bool = False) -> int:
-    """Returns the memory of the decoder's weights; with ``int8``, of the weights and scales of its linear layers."""
+def weight_bytes(config: ArConfig, dtype: torch.dtype, *, int8: bool = False, group: Group = ALONE) -> int:
+    """Returns the memory of the decoder's weights, or of a rank's part of them.
+
+    Args:
+        config: the whole decoder's numbers.
+        dtype: of the weights.
+        int8: whether those of the linear layers are int8, with scales.
+        group: the ranks that share it.
+    """
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = Decoder(config, group)
     size = sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
     if int8:
         for linear in (module for module in decoder.modules() if isinstance(module, nn.Linear)):

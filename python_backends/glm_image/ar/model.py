@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from glm_image.ar.config import ArConfig
 from glm_image.ar.int8 import AnyLinear, Int8Linear, Int8Product, quantize_linears
 from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.weights import CheckpointNames
 from glm_image.checkpoint import TensorSource, fill
+from glm_image.parallel.group import ALONE, Group
 
 # Attends from queries [rows, heads, tokens, head_dim] to keys and values [rows, kv_heads, tokens, head_dim] of one
 # layer, after storing them; returns [rows, heads, tokens, head_dim].
@@ -53,10 +55,16 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each between two norms."""
+    """Attention and MLP, each between two norms.
 
-    def __init__(self, config: ArConfig) -> None:
+    Args:
+        config: the rank's part of the decoder's numbers.
+        group: the ranks that share the layer (Shoeybi et al., 2019).
+    """
+
+    def __init__(self, config: ArConfig, group: Group = ALONE) -> None:
         super().__init__()
+        self.group = group
         hidden, width = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, width
         self.qkv: AnyLinear = nn.Linear(
@@ -76,36 +84,53 @@ class DecoderLayer(nn.Module):
         turned, value = heads.tensor_split([self.heads + self.kv_heads], dim=1)
         query, key = rotate(turned, cos, sin).tensor_split([self.heads], dim=1)
         attended = attend(index, query, key, value)
-        hidden = hidden + self.after_attention(self.out(attended.transpose(1, 2).flatten(2)))
+        hidden = hidden + self.after_attention(self.group.sum(self.out(attended.transpose(1, 2).flatten(2))))
         gate, up = self.gate_up(self.before_mlp(hidden)).chunk(2, dim=-1)
-        output: Tensor = hidden + self.after_mlp(self.down(up * F.silu(gate)))
+        output: Tensor = hidden + self.after_mlp(self.group.sum(self.down(up * F.silu(gate))))
         return output
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and a head over the image vocabulary."""
+    """Embedding, layers and a head over the image vocabulary.
 
-    def __init__(self, config: ArConfig) -> None:
+    Args:
+        config: the whole decoder's numbers.
+        group: the ranks that share it; each has some heads, channels and rows of the head.
+
+    Attributes:
+        config: the numbers of this rank's part.
+        group: as given.
+    """
+
+    def __init__(self, config: ArConfig, group: Group = ALONE) -> None:
         super().__init__()
-        self.config = config
+        self.config = config.part(group)
+        self.group = group
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(DecoderLayer(self.config, group) for _ in range(config.layers))
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
-        self.head: AnyLinear = nn.Linear(config.hidden_size, config.vision_vocab_size, bias=False)
+        self.head: AnyLinear = nn.Linear(config.hidden_size, len(group.share(config.vision_vocab_size)), bias=False)
 
     @classmethod
-    def load(cls, config: ArConfig, source: TensorSource, *, int8: Int8Product | None = None) -> Decoder:
-        """Builds the decoder on the source's device.
+    def load(
+        cls, config: ArConfig, source: TensorSource, *, int8: Int8Product | None = None, group: Group = ALONE
+    ) -> Decoder:
+        """Builds the decoder, or a rank's part of it, on the source's device.
 
         Args:
             config: its numbers.
             source: its tensors.
             int8: the device's product, for linear layers with int8 weights; a layer's others are freed before the next
                 is read.
+            group: the ranks that share it.
+
+        Raises:
+            CheckpointError: a tensor is missing or has a wrong shape.
+            ConfigurationError: it can't be split among so many.
         """
         with torch.device("meta"):
-            decoder = cls(config)
-        names = CheckpointNames(source, config)
+            decoder = cls(config, group)
+        names = CheckpointNames(source, config, group)
         parts = {name: part for name, part in decoder.named_children() if name != "layers"}
         parts.update((f"layers.{index}", layer) for index, layer in enumerate(decoder.layers))
         for name, part in parts.items():
@@ -179,44 +204,12 @@ class Decoder(nn.Module):
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.norm(hidden))
-        return logits.float()
+        logits: Tensor = self.head(self.norm(hidden)).float()
+        return gathered_logits(logits, self.group, self.config.vision_vocab_size)
 
 
-CHECKPOINT_NAMES = {
-    "out.weight": "self_attn.o_proj.weight",
-    "gate_up.weight": "mlp.gate_up_proj.weight",
-    "down.weight": "mlp.down_proj.weight",
-    "before_attention.weight": "input_layernorm.weight",
-    "after_attention.weight": "post_self_attn_layernorm.weight",
-    "before_mlp.weight": "post_attention_layernorm.weight",
-    "after_mlp.weight": "post_mlp_layernorm.weight",
-    "embedding.weight": "model.language_model.embed_tokens.weight",
-    "norm.weight": "model.language_model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-
-
-class CheckpointNames:
-    """Reads the decoder's tensors under the names they have in a checkpoint."""
-
-    def __init__(self, source: TensorSource, config: ArConfig) -> None:
-        self._source = source
-        self._config = config
-
-    def has(self, name: str) -> bool:
-        """Tells that every tensor is wanted from the checkpoint."""
-        return True
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Reads one parameter of the decoder, or three that are one here."""
-        if not name.startswith("layers."):
-            return self._source.read(CHECKPOINT_NAMES[name], shape)
-        _, layer, part = name.split(".", maxsplit=2)
-        prefix = f"model.language_model.layers.{layer}."
-        if not part.startswith("qkv."):
-            return self._source.read(prefix + CHECKPOINT_NAMES[part], shape)
-        kind = part.removeprefix("qkv.")
-        rows = [heads * self._config.head_dim for heads in (self._config.heads, *[self._config.kv_heads] * 2)]
-        names = (f"{prefix}self_attn.{letter}_proj.{kind}" for letter in "qkv")
-        return torch.cat([self._source.read(n, (r, *shape[1:])) for n, r in zip(names, rows, strict=True)])
+def gathered_logits(logits: Tensor, group: Group, vocabulary: int) -> Tensor:
+    """Returns the logits of the whole vocabulary, [rows, vocabulary], given those of this rank's part of it."""
+    if group.size == 1:
+        return logits
+    return group.gather_rows(logits.transpose(0, 1), vocabulary).transpose(0, 1).contiguous()

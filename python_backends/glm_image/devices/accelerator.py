@@ -206,3 +206,9 @@ class CudaDevice(AcceleratorDevice):
         if quantization == "fp8" and capability < FP8_CAPABILITY:
             return f"{self} has compute capability {capability[0]}.{capability[1]}, and fp8 needs 8.9 or above"
         return None
+
+    def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Device.attention_with_lse``; by cuDNN, the fastest at the lengths of pictures."""
+        heads_first = (tensor.transpose(1, 2) for tensor in (query, keys, values))
+        attended, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)
+        return attended.transpose(1, 2), lse.view(lse.shape[:3]).float()

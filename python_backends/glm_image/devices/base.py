@@ -12,6 +12,7 @@ from torch import Tensor
 from glm_image.devices import quantized
 from glm_image.devices.int8 import widened_product
 from glm_image.devices.quantized import Rows
+from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
 
 
@@ -105,6 +106,22 @@ class Device(ABC):
             pool: from ``graph_pool``: what is captured with the same one works in the same memory, so it never runs at
                 the same time and hands nothing on but in tensors made before; None = memory of its own.
         """
+
+    def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Attends, and tells what partial results are merged by.
+
+        Args:
+            query: [batch, tokens, heads, head_dim].
+            keys: [batch, other tokens, heads, head_dim].
+            values: as ``keys``.
+
+        Returns:
+            As ``query``, and the logarithm of the sum of the exponentiated scores, fp32 [batch, heads, tokens].
+
+        Raises:
+            ConfigurationError: the device cannot.
+        """
+        raise ConfigurationError(f"{self} has no attention that tells its sums; allowed for parallel: all but ring")
 
     @abstractmethod
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:

@@ -59,6 +59,12 @@ class CpuDevice(Device):
         """Returns ``step`` itself: there are no launches to save."""
         return step
 
+    def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Device.attention_with_lse``."""
+        heads_first = (tensor.transpose(1, 2) for tensor in (query, keys, values))
+        attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
+        return attended.transpose(1, 2), lse
+
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         """See ``ragged_decode_attention``."""
         return ragged_decode_attention(query, keys, values, lengths)

@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from glm_image.devices import Device
+from glm_image.dit.conditioning import Rotary
+from glm_image.dit.processor import SharedAttentionProcessor, plain_attention
+from glm_image.dit.sequence import Attend, SequenceAttention
 from glm_image.dit.sources import Join
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines of the image tokens, fp32 [image tokens, head_dim] each."""
-
 
 Tokens = tuple[Tensor, Tensor]
 """Image tokens [1, image tokens, width] and text tokens [1, text tokens, width] of a sequence; there may be no text."""
@@ -100,13 +99,32 @@ def eager_blocks(transformer: Any) -> Blocks:
     return _EagerBlocks(transformer.transformer_blocks)
 
 
-def best_blocks(transformer: Any, device: Device) -> Blocks:
-    """Returns the fastest blocks the device has; ``transformer`` may be good for nothing else afterwards."""
+def best_blocks(transformer: Any, device: Device, shared: SequenceAttention | None = None) -> Blocks:
+    """Returns the fastest blocks the device has; ``transformer`` may be good for nothing else afterwards.
+
+    Args:
+        transformer: diffusers' ``GlmImageTransformer2DModel``.
+        device: where it is.
+        shared: attends where several ranks share the tokens; None where they don't.
+    """
     if device.runs_triton:
         from glm_image.kernels import dit_blocks  # noqa: PLC0415 - Triton is only where it can run
 
         if dit_blocks.supports(transformer):
-            return dit_blocks.FusedBlocks(transformer)
-    if device.attention_backend is not None:
+            return dit_blocks.FusedBlocks(transformer, shared)
+    if shared is not None:
+        for block in transformer.transformer_blocks:
+            block.attn1.set_processor(SharedAttentionProcessor(shared))
+    elif device.attention_backend is not None:
         transformer.set_attention_backend(device.attention_backend)
     return eager_blocks(transformer)
+
+
+def best_attention(transformer: Any, device: Device) -> Attend:
+    """Returns the attention that ``best_blocks`` uses."""
+    if device.runs_triton:
+        from glm_image.kernels import dit_blocks  # noqa: PLC0415 - Triton is only where it can run
+
+        if dit_blocks.supports(transformer):
+            return dit_blocks.attention
+    return plain_attention

@@ -14,6 +14,7 @@ from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.conditioning import Branch, Conditioning
 from glm_image.dit.forward import euler_step, project_in, project_out
+from glm_image.dit.sequence import NOT_SHARED, Sharing
 
 Repeat = Callable[[Callable[[], None]], Callable[[], None]]
 """Wraps what is run many times: where the device can, it is captured."""
@@ -77,9 +78,10 @@ class HalfSteps:
         latents: fp32, updated by each step.
         step: int64 [1], counted up by each step.
         sigmas: fp32 [steps + 1].
+        sharing: what of it is this rank's; all that share a branch's tokens get the same changes.
 
     Attributes:
-        branches: the state of each branch.
+        branches: the state of each of this rank's branches.
         changes: relative L1 change of each branch's front residual since the step last computed, fp32 [branches]; of
             an infinite or unknown change it is not a number, which is below no threshold.
     """
@@ -93,7 +95,9 @@ class HalfSteps:
         latents: Tensor,
         step: Tensor,
         sigmas: Tensor,
+        sharing: Sharing = NOT_SHARED,
     ) -> None:
+        self._sharing = sharing
         self._transformer, self._blocks, self._conditioning = transformer, blocks, conditioning
         self._latents, self._step, self._sigmas = latents, step, sigmas
         self._front, self._middle, self._back = settings.parts(len(blocks))
@@ -102,7 +106,7 @@ class HalfSteps:
 
     def front(self) -> None:
         """Computes the front blocks and how much their residuals have changed."""
-        sequences = project_in(self._transformer, self._latents, self._conditioning.branches)
+        sequences = project_in(self._transformer, self._latents, self._conditioning.branches, self._sharing)
         after = self._run(self._front, sequences)
         for index, (state, (before, _), (image, text)) in enumerate(zip(self.branches, sequences, after, strict=True)):
             state.image.copy_(image)
@@ -110,7 +114,9 @@ class HalfSteps:
             torch.sub(image, before, out=state.front)
             # Summed up in fp32: the mean of bf16 numbers in bf16 has two digits.
             change = (state.computed_front - state.front).abs().mean(dtype=torch.float32)
-            self.changes[index] = change / state.computed_front.abs().mean(dtype=torch.float32)
+            size = state.computed_front.abs().mean(dtype=torch.float32)
+            change, size = self._sharing.mean(torch.stack([change, size]), state.front.shape[1])
+            self.changes[index] = change / size
 
     def back(self, reuse: tuple[bool, ...]) -> None:
         """Computes or reuses the middle blocks, computes the back ones, and takes the step.
@@ -131,8 +137,9 @@ class HalfSteps:
         if self._back:
             tokens = self._run(self._back, tokens)
         images = [image for image, _ in tokens]
-        velocities = project_out(self._transformer, images, self._time, self._latents.shape)
-        scale = self._conditioning.guidance_scale
+        scale, guided = self._conditioning.guidance_scale, self._conditioning.guided
+        shape = self._latents.shape
+        velocities = project_out(self._transformer, images, self._time, shape, self._sharing, guided=guided)
         self._latents.copy_(euler_step(self._latents, velocities, scale, self._step, self._sigmas))
         self._step.add_(1)
 
@@ -143,6 +150,7 @@ class HalfSteps:
     def _run(self, which: range, sequences: list[Tokens], conditional: bool = True) -> list[Tokens]:
         sources = self._conditioning.sources if conditional else None
         joins = sources.readers() if sources else None
+        self._sharing.begin_picture(self._conditioning)
         return self._blocks.run(which, sequences, self._time, self._conditioning.rotary, joins)
 
 

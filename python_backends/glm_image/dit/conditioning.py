@@ -15,6 +15,9 @@ from glm_image.dit.schedule import Schedule
 from glm_image.dit.sources import SourceCache
 from glm_image.geometry import Grid, Size
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of image tokens, fp32 [image tokens, head_dim] each."""
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -34,25 +37,22 @@ class Conditioning:
     """A picture's conditions.
 
     Attributes:
-        conditional: the prompt's branch.
-        unconditional: the negative prompt's, its prior left out; None without guidance.
+        branches: the prompt's, and with guidance the negative prompt's, its prior left out.
+        guided: whether there is guidance.
+        tokens: image tokens of a branch.
         guidance_scale: how far from the one to the other.
         times: silu(time + size embedding) of every step, [steps, time width].
         rotary: cosines and sines, fp32 [image tokens, head_dim] each, on the device.
         sources: what the conditional branch reads of source images; None without any.
     """
 
-    conditional: Branch
-    unconditional: Branch | None
+    branches: list[Branch]
+    guided: bool
+    tokens: int
     guidance_scale: float
     times: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: Rotary
     sources: SourceCache | None = None
-
-    @property
-    def branches(self) -> list[Branch]:
-        """The conditional branch, and the unconditional one where there is guidance."""
-        return [self.conditional, self.unconditional] if self.unconditional else [self.conditional]
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,14 @@ class Conditioner:
             sources: what the conditional branch reads of source images.
         """
         embedded = self._embedded(prior_token_ids, grid)
-        unconditional = None
-        if guidance_scale > 1:
-            unconditional = self._branch(negative_prompt, torch.zeros_like(embedded))
+        guided = guidance_scale > 1
+        branches = [self._branch(prompt, embedded)]
+        if guided:
+            branches.append(self._branch(negative_prompt, torch.zeros_like(embedded)))
         return Conditioning(
-            conditional=self._branch(prompt, embedded),
-            unconditional=unconditional,
+            branches=branches,
+            guided=guided,
+            tokens=embedded.shape[1],
             guidance_scale=guidance_scale,
             times=self._times(geometry.painted_size(grid), schedule.timesteps),
             rotary=self._rotary(grid),

@@ -19,6 +19,7 @@ from glm_image.dit.cached_step import CachedSteps, HalfSteps, Repeat
 from glm_image.dit.conditioning import Conditioner, Conditioning
 from glm_image.dit.forward import denoise_step, read_sources
 from glm_image.dit.schedule import schedule
+from glm_image.dit.sequence import NOT_SHARED, Sharing
 from glm_image.dit.sources import SourceCache
 from glm_image.dit.vae import Vae
 from glm_image.errors import InvalidInputError
@@ -136,6 +137,7 @@ class Executor:
         scheduler_config: the checkpoint's ``scheduler_config.json``.
         device: where all of them are.
         cache: see the attribute.
+        sharing: how this rank shares the work with others.
 
     Attributes:
         cache: what the steps of pictures prepared from now on may reuse; None = nothing.
@@ -150,7 +152,9 @@ class Executor:
         scheduler_config: Mapping[str, Any],
         device: Device,
         cache: CacheSettings | None = None,
+        sharing: Sharing = NOT_SHARED,
     ) -> None:
+        self._sharing = sharing
         self._transformer = transformer
         self._blocks = blocks
         self._conditioner = conditioner
@@ -203,10 +207,15 @@ class Executor:
         grid = command.grid if isinstance(command, Prepare) else picture and picture.grid
         return f" of {grid.width * PIXELS_PER_TOKEN} x {grid.height * PIXELS_PER_TOKEN}" if grid else ""
 
+    def close(self) -> None:
+        """Nothing to end: what it holds goes with it."""
+
     def _read_sources(self, sources: tuple[SourcePicture, ...]) -> SourceCache:
         dtype, config = self._transformer.proj_out.weight.dtype, self._transformer.config
-        tokens = sum(source.grid.tokens for source in sources) * IMAGE_TOKENS_PER_TOKEN
-        needed, free = SourceCache.bytes_needed(config, tokens, dtype), self._device.memory().free
+        tokens = [source.grid.tokens * IMAGE_TOKENS_PER_TOKEN for source in sources]
+        ranks, place = self._sharing.ranks, self._device.torch_device
+        needed = SourceCache.bytes_needed(config, sum(tokens), dtype)
+        free = ranks.world.least(self._device.memory().free, place)
         if needed > free:
             raise InvalidInputError.of(
                 "image",
@@ -219,8 +228,8 @@ class Executor:
             self._conditioner.prepare_source(self._vae.encode(source.pixels), source.token_ids, source.grid)
             for source in sources
         ]
-        cache = SourceCache(config, tokens, self._device.torch_device, dtype, passes=len(prepared))
-        read_sources(self._transformer, self._blocks, prepared, cache)
+        cache = SourceCache(config, tokens, place, dtype, ranks)
+        read_sources(self._transformer, self._blocks, prepared, cache, self._sharing)
         self._device.mark().wait()
         return cache
 
@@ -238,7 +247,7 @@ class Executor:
         # Drawn on the host in the model's dtype, as the reference does: the same noise on every kind of device.
         generator = torch.Generator().manual_seed(command.seed)
         noise = torch.randn(shape, generator=generator, dtype=self._transformer.proj_out.weight.dtype)
-        conditioning = self._conditioner.prepare(
+        whole = self._conditioner.prepare(
             command.prompt,
             command.negative_prompt,
             command.prior_token_ids,
@@ -247,6 +256,7 @@ class Executor:
             steps,
             None if command.sources_of is None else self._sources[command.sources_of],
         )
+        conditioning = self._sharing.own_conditioning(whole)
         latents, step = noise.to(place, torch.float32), torch.zeros(1, device=place, dtype=torch.int64)
         # Of tensors, not of the picture: a cycle would keep a dropped picture's graph until some later collection.
         advance: Callable[[], bool | None]
@@ -255,8 +265,8 @@ class Executor:
             advance = repeat(partial(self._advance, latents, step, conditioning, steps.sigmas))
         else:
             tensors = (conditioning, latents, step, steps.sigmas)
-            halves = HalfSteps(self._transformer, self._blocks, self.cache, *tensors)
-            sources = conditioning.sources.passes if conditioning.sources else 0
+            halves = HalfSteps(self._transformer, self._blocks, self.cache, *tensors, self._sharing)
+            sources = len(whole.sources.tokens) if whole.sources else 0
             advance = CachedSteps(halves, self.cache, command.num_inference_steps, sources, repeat)
         self._pictures[command.picture] = _Picture(grid, latents, command.num_inference_steps, advance)
         levels: NDArray[np.float32] = steps.sigmas.float().cpu().numpy()
@@ -269,7 +279,8 @@ class Executor:
         return partial(_Repeated, partial(self._device.capture, warm=True, pool=self._device.graph_pool()))
 
     def _advance(self, latents: Tensor, step: Tensor, conditioning: Conditioning, sigmas: Tensor) -> None:
-        latents.copy_(denoise_step(self._transformer, self._blocks, latents, conditioning, step, sigmas))
+        parts = (self._transformer, self._blocks)
+        latents.copy_(denoise_step(*parts, latents, conditioning, step, sigmas, self._sharing))
         step.add_(1)
 
     def _step(self, picture: _Picture) -> bool:
@@ -289,3 +300,18 @@ class Executor:
         if self._is_short:
             self._is_short = False
             self._device.release_unused()
+
+
+class Follower:
+    """The executor of a rank other than the first, which alone makes pixels of latents."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def run(self, command: Command) -> None:
+        """Runs one command."""
+        self._executor.run(Drop(command.picture) if isinstance(command, Decode) else command)
+
+    def close(self) -> None:
+        """Ends the executor."""
+        self._executor.close()

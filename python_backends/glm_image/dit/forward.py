@@ -9,37 +9,61 @@ from torch import Tensor
 
 from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.conditioning import Branch, Conditioning, SourceConditioning
+from glm_image.dit.sequence import NOT_SHARED, Sharing
 from glm_image.dit.sources import SourceCache
 
 
-def project_in(transformer: Any, latents: Tensor, branches: Sequence[Branch]) -> list[Tokens]:
-    """Returns the tokens with which each branch enters the blocks.
+def project_in(
+    transformer: Any, latents: Tensor, branches: Sequence[Branch], sharing: Sharing = NOT_SHARED
+) -> list[Tokens]:
+    """Returns this rank's tokens with which each of its branches enters the blocks.
 
     Args:
         transformer: provides the projection.
         latents: fp32 [1, channels, height, width].
-        branches: the conditions of each.
+        branches: the conditions of each, as ``Sharing.own_conditioning`` gives them.
+        sharing: which of the tokens are this rank's.
     """
     patches = transformer.image_projector(latents.to(transformer.proj_out.weight.dtype))
-    return [(patches + branch.prior, branch.glyphs) for branch in branches]
+    own = sharing.own(patches, dim=1)
+    return [(own + branch.prior, branch.glyphs) for branch in branches]
 
 
-def project_out(transformer: Any, images: Sequence[Tensor], time: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
-    """Returns the velocity that each branch predicts, fp32 of ``shape``.
+def project_out(
+    transformer: Any,
+    images: Sequence[Tensor],
+    time: Tensor,
+    shape: tuple[int, ...],
+    sharing: Sharing = NOT_SHARED,
+    *,
+    guided: bool = False,
+) -> list[Tensor]:
+    """Returns the velocity that every branch predicts, fp32 of ``shape``.
 
     Args:
         transformer: provides the norm and the projection.
-        images: each branch's image tokens after the blocks, [1, image tokens, width].
+        images: image tokens of this rank's branches after the blocks, [1, image tokens, width].
         time: the step's embedding, [1, time width].
         shape: the latents'.
+        sharing: whose the other tokens and branches are.
+        guided: whether there are two branches.
     """
     patch = transformer.config.patch_size
-    return [
-        unpatchify(transformer.proj_out(transformer.norm_out(image, time)), shape, patch).float() for image in images
-    ]
+    tokens = shape[2] * shape[3] // patch**2
+    velocities = []
+    for image in images:
+        projected = sharing.whole(transformer.proj_out(transformer.norm_out(image, time)), tokens)
+        velocities.append(unpatchify(projected, shape, patch).float())
+    return sharing.all_branches(velocities, guided=guided)
 
 
-def read_sources(transformer: Any, blocks: Blocks, sources: Sequence[SourceConditioning], cache: SourceCache) -> None:
+def read_sources(
+    transformer: Any,
+    blocks: Blocks,
+    sources: Sequence[SourceConditioning],
+    cache: SourceCache,
+    sharing: Sharing = NOT_SHARED,
+) -> None:
     """Passes source images through the blocks, which leave their keys and values in ``cache``.
 
     Args:
@@ -47,13 +71,16 @@ def read_sources(transformer: Any, blocks: Blocks, sources: Sequence[SourceCondi
         blocks: what they pass through.
         sources: in order.
         cache: holds the image tokens of all of them.
+        sharing: which of the tokens are this rank's.
     """
     start = 0
     for source in sources:
         image = transformer.image_projector(source.latents) + source.prior
         no_text = image[:, :0]
-        blocks([(image, no_text)], source.time, source.rotary, cache.recorders(start))
-        start += image.shape[1]
+        sharing.begin(image.shape[1])
+        own = sharing.own(image, dim=1)
+        blocks([(own, no_text)], source.time, sharing.own_rotary(source.rotary), cache.recorders(start))
+        start += len(sharing.ranks.ring.share(image.shape[1]))
 
 
 def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:
@@ -86,7 +113,13 @@ def euler_step(
 
 
 def denoise_step(
-    transformer: Any, blocks: Blocks, latents: Tensor, conditioning: Conditioning, step: Tensor, sigmas: Tensor
+    transformer: Any,
+    blocks: Blocks,
+    latents: Tensor,
+    conditioning: Conditioning,
+    step: Tensor,
+    sigmas: Tensor,
+    sharing: Sharing = NOT_SHARED,
 ) -> Tensor:
     """Predicts the velocity of the latents and takes a step along it.
 
@@ -94,15 +127,17 @@ def denoise_step(
         transformer: provides the projections in and out.
         blocks: what is between them.
         latents: see ``euler_step``.
-        conditioning: the picture's.
+        conditioning: the picture's, as ``Sharing.own_conditioning`` gives it.
         step: see ``euler_step``.
         sigmas: see ``euler_step``.
+        sharing: what of it is this rank's.
 
     Returns:
         See ``euler_step``.
     """
     time, sources = conditioning.times.index_select(0, step), conditioning.sources
-    sequences = project_in(transformer, latents, conditioning.branches)
+    sequences = project_in(transformer, latents, conditioning.branches, sharing)
+    sharing.begin_picture(conditioning)
     images = blocks(sequences, time, conditioning.rotary, sources.readers() if sources else None)
-    velocities = project_out(transformer, images, time, latents.shape)
+    velocities = project_out(transformer, images, time, latents.shape, sharing, guided=conditioning.guided)
     return euler_step(latents, velocities, conditioning.guidance_scale, step, sigmas)

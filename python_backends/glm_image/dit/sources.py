@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from glm_image.parallel.ranks import ONE_RANK, Ranks
 
 # Tensors as wide as the image tokens that a pass over sources needs at once: the MLP's four, queries, keys, values, ...
 WORKING_TENSORS = 12
@@ -21,15 +23,22 @@ class SourceCache:
 
     Args:
         config: the transformer's.
-        tokens: image tokens of all sources.
+        tokens: image tokens of each source; each passes through the blocks once.
         device: where they are kept.
         dtype: the transformer's.
-        passes: how many sources there are; each passes through the blocks once.
+        ranks: those that share the tokens and heads; this one keeps its own.
+
+    Attributes:
+        tokens: as given.
     """
 
-    def __init__(self, config: Any, tokens: int, device: torch.device, dtype: torch.dtype, passes: int = 1) -> None:
-        self.passes = passes
-        shape = (config.num_layers, 1, tokens, config.num_attention_heads, config.attention_head_dim)
+    def __init__(
+        self, config: Any, tokens: Sequence[int], device: torch.device, dtype: torch.dtype, ranks: Ranks = ONE_RANK
+    ) -> None:
+        self.tokens = tuple(tokens)
+        own = sum(len(ranks.ring.share(count)) for count in tokens)
+        heads = config.num_attention_heads // (ranks.tp.size * ranks.ulysses.size)
+        shape = (config.num_layers, 1, own, heads, config.attention_head_dim)
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty(shape, device=device, dtype=dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from glm_image.ar.int8 import Int8Linear
 from glm_image.ar.kv_cache import KvCache
-from glm_image.ar.model import Decoder, DecoderLayer
+from glm_image.ar.model import Decoder, DecoderLayer, gathered_logits
+from glm_image.kernels.branch_sums import branch_sum
 from glm_image.kernels.decode_attention import DecodeAttention
-from glm_image.kernels.residual_norm import embed_norm, residual_norm
+from glm_image.kernels.residual_norm import embed_norm
 from glm_image.kernels.skinny_linear import ROWS, Plan, gate_up, linear_parts, parts_buffer
 from glm_image.kernels.split_rows import SplitRows, split_rows
 
@@ -73,6 +74,8 @@ class FusedDecoder:
     def __init__(self, decoder: Decoder, slots: int, plans: Plans | None = None) -> None:
         config, device = decoder.config, decoder.head.weight.device
         default = INT8_PLANS if isinstance(decoder.head, Int8Linear) else Plans()
+        if decoder.group.size > 1:  # a rank has fewer columns, and every part is exchanged
+            default = replace(default, down=replace(default.down, splits=2))
         self._decoder, self._plans = decoder, plans or default
         qkv_width = (config.heads + 2 * config.kv_heads) * config.head_dim
 
@@ -87,9 +90,11 @@ class FusedDecoder:
             self._normed = SplitRows.empty(slots, config.hidden_size, device)
             self._product_read = SplitRows.empty(slots, config.intermediate_size, device)
         self._qkv = parts_buffer(self._plans.qkv, slots, qkv_width, device)
-        self._out = parts_buffer(self._plans.out, slots, config.hidden_size, device)
-        self._down = parts_buffer(self._plans.down, slots, config.hidden_size, device)
-        self._logits = parts_buffer(self._plans.head, slots, config.vision_vocab_size, device)
+        self._out, self._down = (
+            branch_sum(parts_buffer(plan, slots, config.hidden_size, device), decoder.group)
+            for plan in (self._plans.out, self._plans.down)
+        )
+        self._logits = parts_buffer(self._plans.head, slots, decoder.head.weight.shape[0], device)
         self._attention = DecodeAttention(
             slots, config.heads, config.kv_heads, config.head_dim, config.rotary_dim, device
         )
@@ -115,13 +120,13 @@ class FusedDecoder:
             linear_parts(self._normed, layer.qkv, self._qkv, plans.qkv)
             layer_cache = (cache.keys[index], cache.values[index])
             self._attention(self._qkv, layer.qkv.bias, tables, layer_cache, lengths, self._attended)
-            linear_parts(self._attended, layer.out, self._out, plans.out)
+            linear_parts(self._attended, layer.out, self._out.parts, plans.out)
             after, before = layer.after_attention.weight, layer.before_mlp.weight
-            residual_norm(self._out, self._residual, after, before, self._normed, eps)
+            self._out.add(self._residual, after, before, self._normed, eps)
             gate_up(self._normed, layer.gate_up, self._product, plans.gate_up)
             if isinstance(self._product_read, SplitRows):
                 split_rows(self._product, self._product_read)
-            linear_parts(self._product_read, layer.down, self._down, plans.down)
-            residual_norm(self._down, self._residual, layer.after_mlp.weight, next_before, self._normed, eps)
+            linear_parts(self._product_read, layer.down, self._down.parts, plans.down)
+            self._down.add(self._residual, layer.after_mlp.weight, next_before, self._normed, eps)
         linear_parts(self._normed, decoder.head, self._logits, plans.head, rounded=True)
-        return self._logits[0]
+        return gathered_logits(self._logits[0], decoder.group, decoder.config.vision_vocab_size)

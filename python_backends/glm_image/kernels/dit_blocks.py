@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glm_image.devices.quantized import Rows
 from glm_image.dit.blocks import Blocks, Tokens
+from glm_image.dit.sequence import SequenceAttention
 from glm_image.dit.sources import Join
 from glm_image.kernels.dit_linears import AnyLinear, joined, linears_of
 from glm_image.kernels.head_norm_rotary import head_norm_rotary
@@ -60,11 +61,13 @@ class FusedBlocks(Blocks):
 
     Args:
         transformer: bf16, the linear layers of its blocks bf16 or ``QuantizedLinear``, on a device that runs Triton.
+        shared: attends where several ranks share the tokens.
     """
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, shared: SequenceAttention | None = None) -> None:
         config, first = transformer.config, transformer.transformer_blocks[0]
-        self._heads, self._head_dim = config.num_attention_heads, config.attention_head_dim
+        self._heads, self._head_dim = first.attn1.heads, config.attention_head_dim
+        self._shared = shared
         self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
         self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
         self._linears = linears_of(self._blocks[0].qkv)
@@ -126,11 +129,20 @@ class FusedBlocks(Blocks):
         qkv = self._linears.linear(block.qkv, normed)
         head_norm_rotary(qkv, self._heads, self._head_dim, rotary, self._head_eps, segments)
         attended: list[Tensor] = []
-        for sequence in qkv.split(lengths):
+        for sequence, text in zip(qkv.split(lengths), (segments[0], segments[2]), strict=False):
             query, key, value = sequence.view(1, -1, 3, self._heads, self._head_dim).unbind(2)
-            if join is not None and not attended:
-                key, value = join(key, value)
-            heads_first = (part.transpose(1, 2) for part in (query, key, value))
-            with sdpa_kernel(list(ATTENTION), set_priority=True):
-                attended.append(F.scaled_dot_product_attention(*heads_first)[0].transpose(0, 1).flatten(1))
+            own = None if attended else join
+            if self._shared is not None:
+                attended.append(self._shared(query, key, value, text, own)[0].flatten(1))
+                continue
+            if own is not None:
+                key, value = own(key, value)
+            attended.append(attention(query, key, value)[0].flatten(1))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attends from queries to keys, [batch, tokens, heads, head_dim] each, with the fastest kernel there is."""
+    query, keys, values = (part.transpose(1, 2) for part in (query, keys, values))
+    with sdpa_kernel(list(ATTENTION), set_priority=True):
+        return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)

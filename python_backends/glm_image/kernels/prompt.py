@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glm_image.ar.kv_cache import KvCache
-from glm_image.ar.model import Decoder, DecoderLayer
+from glm_image.ar.model import Decoder, DecoderLayer, gathered_logits
 from glm_image.kernels.prompt_heads import rotate_and_store
 from glm_image.kernels.residual_norm import embed_norm, residual_norm
 from glm_image.kernels.silu_product import silu_product
@@ -41,13 +41,14 @@ class FusedPrompt:
         embed_norm(token_ids, decoder.embedding.weight, first, residual, normed, eps)
         for index, (layer, next_before) in enumerate(zip(self._layers, self._befores, strict=True)):
             qkv = layer.qkv(normed)
-            branch = layer.out(_attend(qkv, cos, sin, (cache.keys[index, slot], cache.values[index, slot])))
+            attended = _attend(qkv, cos, sin, (cache.keys[index, slot], cache.values[index, slot]))
+            branch = layer.group.sum(layer.out(attended))
             after, before = layer.after_attention.weight, layer.before_mlp.weight
             residual_norm(branch[None], residual, after, before, normed, eps)
-            branch = layer.down(silu_product(layer.gate_up(normed)))
+            branch = layer.group.sum(layer.down(silu_product(layer.gate_up(normed))))
             residual_norm(branch[None], residual, layer.after_mlp.weight, next_before, normed, eps)
-        logits: Tensor = decoder.head(normed[-1:])
-        return logits.float()
+        logits: Tensor = decoder.head(normed[-1:]).float()
+        return gathered_logits(logits, decoder.group, decoder.config.vision_vocab_size)
 
 
 def _attend(qkv: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:

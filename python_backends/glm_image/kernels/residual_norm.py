@@ -36,6 +36,18 @@ def _embed_norm_kernel(
 
 
 @triton.jit
+def end_branch(
+    sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT: tl.constexpr
+):
+    """Adds the norm of a branch's sums to a row of the residual, and writes the norm of that."""
+    branch = _rms(sums.to(tl.bfloat16).to(tl.float32), after, width, eps)
+    residual = (residual + branch).to(tl.bfloat16)
+    tl.store(residual_ptr + row * width + at, residual, mask=inside)
+    normed = _rms(residual.to(tl.float32), before, width, eps)
+    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, SPLIT)
+
+
+@triton.jit
 def _residual_norm_kernel(
     parts_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, scale_ptr, rows, width, eps,
     SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -51,11 +63,7 @@ def _residual_norm_kernel(
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     for split in tl.static_range(SPLITS):
         sums += tl.load(parts_ptr + (split * rows + row) * width + at, mask=inside, other=0.0)
-    branch = _rms(sums.to(tl.bfloat16).to(tl.float32), after, width, eps)
-    residual = (residual + branch).to(tl.bfloat16)
-    tl.store(residual_ptr + row * width + at, residual, mask=inside)
-    normed = _rms(residual.to(tl.float32), before, width, eps)
-    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, SPLIT)
+    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT)
 
 
 def embed_norm(

@@ -24,6 +24,7 @@ from glm_image.serving.declaration import AR_PARAMETERS
 from glm_image.serving.entrances import ENTRANCES
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
+from glm_image.serving.open_answers import OpenAnswers
 from glm_image.serving.pulse import Pulse
 from glm_image.serving.reception import Reception
 from glm_image.serving.request_log import Entry, RequestLog
@@ -50,7 +51,8 @@ class ArBackend:
         log = RequestLog(instance, is_last=False)
         self._spans = Spans(instance)
         self._metrics = Metrics(AR_MEASURES, instance)
-        self._engine, self._pulse = _load(instance, self._metrics)
+        self._open = OpenAnswers()
+        self._engine, self._pulse = _load(instance, self._metrics, self._open)
         self._reception = Reception(instance, InFlight("ar_queue", "handed_on"), AR_ENDS, self._metrics.record, log)
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
         self._max_decoding = instance.integer("max_queue", 1)
@@ -63,7 +65,7 @@ class ArBackend:
         Source images are decoded in threads, so that requests without them do not wait.
         """
         for request in requests:
-            answer = Answer(request)
+            answer = self._open.add(Answer(request))
             entry = self._reception.expect(request, answer)
             try:
                 self._accept(request, answer, entry)
@@ -131,10 +133,11 @@ def _unload_entrances() -> None:
         pb_utils.unload_model(model)
 
 
-def _load(instance: Instance, metrics: Metrics) -> tuple[Any, Pulse]:
+def _load(instance: Instance, metrics: Metrics, open_answers: OpenAnswers) -> tuple[Any, Pulse]:
     place = instance.take_place(spare_first=False)
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
-    from glm_image.ar.engine import ArEngine, ArSettings  # noqa: PLC0415
+    from glm_image.ar.engine import ArEngine  # noqa: PLC0415
+    from glm_image.ar.settings import ArSettings  # noqa: PLC0415
     from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
     from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
 
@@ -153,7 +156,8 @@ def _load(instance: Instance, metrics: Metrics) -> tuple[Any, Pulse]:
     logger.info("loading the decoder on %s", device)
     checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
     pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
-    return ArEngine(checkpoint, device, settings, metrics.record, pulse.watched), pulse
+    peers = instance.peers(place, device, open_answers.end_process)
+    return ArEngine(checkpoint, device, settings, metrics.record, watched=pulse.watched, peers=peers), pulse
 
 
 def read_request(request: Any) -> GenerationParameters:

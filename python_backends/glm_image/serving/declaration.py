@@ -150,7 +150,7 @@ DIT_PARAMETERS: Final = (
     ParameterSpec("quantization", "none", ("none", "int8", "fp8")),
     ParameterSpec("cache", "none", ("none", "cache_dit")),
     *CACHE_PARAMETERS,
-    ParameterSpec("parallel", "none", ("none",)),
+    ParameterSpec("parallel", "none"),
     ParameterSpec("warmup_sizes", "auto"),
     ParameterSpec("vae_tiling", "off", ("off", "on", "auto")),
 )

@@ -27,6 +27,7 @@ from glm_image.serving.cache_parameters import cache_settings
 from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
+from glm_image.serving.open_answers import OpenAnswers
 from glm_image.serving.pulse import Pulse
 from glm_image.serving.reception import Reception
 from glm_image.serving.request_log import Entry, RequestLog
@@ -72,7 +73,8 @@ class DitBackend:
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
         from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
-        from glm_image.dit.engine import DitEngine, DitSettings  # noqa: PLC0415
+        from glm_image.dit.engine import DitEngine  # noqa: PLC0415
+        from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
         parameters, cache = instance.parameters, cache_settings(instance)
         self._limits, self._timeouts = instance.limits, instance.timeouts
@@ -81,6 +83,7 @@ class DitBackend:
         logger.info("loading the transformer on %s", device)
         self._spans = Spans(instance)
         self._metrics = Metrics(DIT_MEASURES, instance)
+        self._open = OpenAnswers()
         self._pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
         self._engine = DitEngine(
             self._checkpoint,
@@ -89,13 +92,15 @@ class DitBackend:
                 dtype=named_dtype(parameters["dtype"]),
                 memory_utilization=instance.share("memory_utilization"),
                 warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
+                parallel=parameters["parallel"],
                 cache=cache,
                 quantization=parameters["quantization"],
                 vae_tiling=parameters["vae_tiling"],
                 largest_side=self._limits.max_side,
             ),
             self._metrics.record,
-            self._pulse.watched,
+            watched=self._pulse.watched,
+            peers=instance.peers(place, device, self._open.end_process),
         )
         log = RequestLog(instance, is_last=True)
         self._reception = Reception(instance, InFlight("condition", "finished"), DIT_ENDS, self._metrics.record, log)
@@ -108,7 +113,7 @@ class DitBackend:
         """Denoises requests one after the other; each is answered when its pictures are decoded and encoded."""
         self._busy.begin()
         for request in requests:
-            answer = Answer(request)
+            answer = self._open.add(Answer(request))
             entry = self._reception.expect(request, answer)
             try:
                 self._paint(request, answer, entry)
@@ -120,6 +125,7 @@ class DitBackend:
         """Finishes what is denoised."""
         self._pulse.close()
         self._finisher.shutdown(wait=True)
+        self._engine.close()
         self._reception.close()
         self._metrics.close()
         self._spans.close()

@@ -7,18 +7,22 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glm_image.cards import find_cards
-from glm_image.errors import ConfigurationError
+from glm_image.errors import ConfigurationError, UnavailableError
 from glm_image.geometry import Size
 from glm_image.job import Timeouts
 from glm_image.placement import Place, check_shares, lay_out, place
 from glm_image.request import Limits
 from glm_image.serving.declaration import ParameterSpec, read_parameters
+
+if TYPE_CHECKING:
+    from glm_image.devices import Device
+    from glm_image.parallel.team import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +93,19 @@ class Instance:
             told,
         )
         return taken
+
+    def peers(self, place: Place, device: Device, on_loss: Callable[[UnavailableError], None]) -> Peers:
+        """Returns the other devices of an instance that spans several.
+
+        Args:
+            place: from ``take_place``.
+            device: the first one.
+            on_loss: called when a rank is lost.
+        """
+        from glm_image.parallel.team import Peers  # noqa: PLC0415 - imports torch
+
+        hang_seconds = self.seconds("hang_seconds", device.hang_seconds) or math.inf
+        return Peers(place.inside[1:], place.devices[1:], hang_seconds, on_loss=on_loss)
 
     @property
     def name(self) -> str:

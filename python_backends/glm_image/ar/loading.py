@@ -1,0 +1,59 @@
+"""Loads the first stage, or a rank's part of it, on a device."""
+
+from __future__ import annotations
+
+from glm_image.ar.config import ArConfig
+from glm_image.ar.executor import Executor
+from glm_image.ar.graphs import captured
+from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
+from glm_image.ar.model import Decoder
+from glm_image.ar.settings import ArSettings
+from glm_image.ar.vision import Vision
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import Device, check_budget
+from glm_image.parallel.group import Group
+from glm_image.parallel.ranks import Ranks
+
+
+def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, ranks: Ranks) -> Executor:
+    """Loads the decoder and the vision tower.
+
+    Args:
+        checkpoint: where they come from.
+        settings: how they run.
+        device: where they run.
+        ranks: those of ``ranks.tp`` share the decoder; every one has the whole vision tower.
+
+    Raises:
+        CheckpointError: a tensor is missing or has a wrong shape.
+        ConfigurationError: a setting is not allowed, or the device is too small.
+    """
+    ranks.tp.reads_peers = settings.peer_memory
+    config, dtype = ArConfig.read(checkpoint), settings.dtype or device.default_dtype
+    slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
+    capture = captured(settings.graph_mode, settings.graph_capture_sizes, slots)
+    _check_memory(checkpoint, config, settings, device, ranks.tp)
+    source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
+    return Executor(
+        Decoder.load(config, source, int8=device.int8_product if settings.int8 else None, group=ranks.tp),
+        device,
+        slots,
+        positions,
+        capture=capture,
+        vision=Vision.load(checkpoint, device.torch_device, dtype),
+    )
+
+
+def _check_memory(checkpoint: Checkpoint, config: ArConfig, settings: ArSettings, device: Device, group: Group) -> None:
+    dtype = settings.dtype or device.default_dtype
+    shape = (config.part(group), settings.max_num_seqs, settings.max_sequence_tokens, dtype)
+    weights = weight_bytes(config, dtype, int8=settings.int8, group=group) + Vision.bytes_needed(checkpoint, dtype)
+    check_budget(
+        "glm_ar",
+        fixed={"weights": weights},
+        scaled={**state_bytes(*shape), "the longest prompt": activation_bytes(*shape, int8=settings.int8)},
+        memory=device.memory(),
+        utilization=settings.memory_utilization,
+        device=str(device),
+        lower="max_num_seqs or max_sequence_tokens",
+    )

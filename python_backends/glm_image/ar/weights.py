@@ -1,0 +1,99 @@
+"""The decoder's tensors: their names in a checkpoint, and which part of each is a rank's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glm_image.ar.config import ArConfig
+from glm_image.checkpoint import TensorSource
+from glm_image.parallel.group import ALONE, Group
+
+CHECKPOINT_NAMES = {
+    "out.weight": "self_attn.o_proj.weight",
+    "gate_up.weight": "mlp.gate_up_proj.weight",
+    "down.weight": "mlp.down_proj.weight",
+    "before_attention.weight": "input_layernorm.weight",
+    "after_attention.weight": "post_self_attn_layernorm.weight",
+    "before_mlp.weight": "post_attention_layernorm.weight",
+    "after_mlp.weight": "post_mlp_layernorm.weight",
+    "embedding.weight": "model.language_model.embed_tokens.weight",
+    "norm.weight": "model.language_model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+
+
+class CheckpointNames:
+    """Reads the decoder's tensors under the names they have in a checkpoint, whole or a rank's part of them.
+
+    Args:
+        source: the checkpoint's tensors.
+        config: the whole decoder's numbers.
+        group: the ranks that share the decoder.
+    """
+
+    def __init__(self, source: TensorSource, config: ArConfig, group: Group = ALONE) -> None:
+        self._source = source
+        self._config = config
+        self._group = group
+
+    def has(self, name: str) -> bool:
+        """Tells that every tensor is wanted from the checkpoint."""
+        return True
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Reads this rank's part of one parameter of the decoder, or of three that are one here."""
+        config, part = self._config, name.split(".", maxsplit=2)[-1] if name.startswith("layers.") else name
+        if part == "head.weight":
+            rows = self._group.share(config.vision_vocab_size)
+            return self._rows(name, (config.vision_vocab_size, *shape[1:]), rows)
+        if not name.startswith("layers."):
+            return self._source.read(CHECKPOINT_NAMES[name], shape)
+        prefix = f"model.language_model.layers.{name.split('.')[1]}."
+        if part.startswith("qkv."):
+            return self._heads(prefix, part.removeprefix("qkv."), shape[1:])
+        full = prefix + CHECKPOINT_NAMES[part]
+        if part == "gate_up.weight":
+            return self._gate_up(full, shape)
+        if part in {"out.weight", "down.weight"}:
+            columns = shape[1] * self._group.size
+            whole = self._source.read(full, (shape[0], columns))
+            return _copy(whole[:, _slice(self._group.share(columns))], whole)
+        return self._source.read(full, shape)
+
+    def _rows(self, name: str, shape: tuple[int, ...], rows: range) -> Tensor:
+        whole = self._source.read(CHECKPOINT_NAMES.get(name, name), shape)
+        return _copy(whole[_slice(rows)], whole)
+
+    def _gate_up(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        width = self._config.intermediate_size
+        whole = self._source.read(name, (2 * width, *shape[1:]))
+        own = _slice(self._group.share(width))
+        return _copy(
+            torch.cat([half[own] for half in torch.split(whole, width)]) if self._group.size > 1 else whole, whole
+        )
+
+    def _heads(self, prefix: str, kind: str, rest: tuple[int, ...]) -> Tensor:
+        config, group = self._config, self._group
+        queries = group.share(config.heads)
+        # A rank has the key and value heads that its query heads read: those of a share, or one that others have too.
+        grouped = config.heads // config.kv_heads
+        keys = range(queries.start // grouped, (queries.stop - 1) // grouped + 1)
+        parts = []
+        for letter, heads, own in (
+            ("q", config.heads, queries),
+            ("k", config.kv_heads, keys),
+            ("v", config.kv_heads, keys),
+        ):
+            rows = range(own.start * config.head_dim, own.stop * config.head_dim)
+            parts.append(self._rows(f"{prefix}self_attn.{letter}_proj.{kind}", (heads * config.head_dim, *rest), rows))
+        return torch.cat(parts)
+
+
+def _slice(own: range) -> slice:
+    return slice(own.start, own.stop)
+
+
+def _copy(part: Tensor, whole: Tensor) -> Tensor:
+    # A view would keep all of the tensor in memory.
+    return part if part.shape == whole.shape else part.clone()

@@ -1,0 +1,130 @@
+"""Loads the second stage, or a rank's part of it, on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, GlmImageTransformer2DModel
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+from glm_image import geometry
+from glm_image.checkpoint import Checkpoint, fill
+from glm_image.devices import Device, check_budget
+from glm_image.dit.blocks import best_attention, best_blocks
+from glm_image.dit.cache import CacheSettings
+from glm_image.dit.conditioning import Conditioner
+from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor, Follower
+from glm_image.dit.quantized import quantize_blocks, weight_bytes
+from glm_image.dit.sequence import SequenceAttention, Sharing, TokenSplit
+from glm_image.dit.settings import DitSettings
+from glm_image.dit.sharding import ShardedTensors, shard
+from glm_image.dit.sources import SourceCache
+from glm_image.dit.vae import Vae
+from glm_image.errors import ConfigurationError
+from glm_image.geometry import Size
+from glm_image.parallel.layout import check_heads
+from glm_image.parallel.ranks import Ranks
+
+
+def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> Executor | Follower:
+    """Loads the transformer, the glyph encoder and the VAE.
+
+    Args:
+        checkpoint: where they come from.
+        settings: how they run.
+        device: where they run.
+        ranks: those of ``ranks.tp`` share the transformer's weights; every one has the whole of the others.
+
+    Raises:
+        CheckpointError: a tensor is missing or has a wrong shape.
+        ConfigurationError: the device is too small or can't multiply what ``quantization`` names, the cache does not
+            fit the transformer, or its heads can't be split so.
+    """
+    dtype = settings.dtype or device.default_dtype
+    modules = _empty_modules(checkpoint, settings, device, dtype, ranks)
+    tiling = _check_memory(modules, settings, device, dtype)
+    for component, module in modules.items():
+        tensors = checkpoint.tensors(component, device.torch_device, dtype)
+        fill(module, ShardedTensors(tensors, ranks.tp) if component == "transformer" else tensors)
+    transformer, autoencoder, glyph_encoder = modules.values()
+    shared = _sequence_attention(transformer, device, ranks)
+    executor = Executor(
+        transformer,
+        best_blocks(transformer, device, shared),
+        Conditioner(transformer, glyph_encoder, ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))),
+        Vae(autoencoder, device, tiling=tiling),
+        checkpoint.config("scheduler"),
+        device,
+        settings.cache,
+        Sharing(ranks, shared),
+    )
+    return Follower(executor) if ranks.world.rank else executor
+
+
+def _empty_modules(
+    checkpoint: Checkpoint, settings: DitSettings, device: Device, dtype: torch.dtype, ranks: Ranks
+) -> dict[str, Any]:
+    with torch.device("meta"):
+        modules = {
+            "transformer": GlmImageTransformer2DModel.from_config(checkpoint.config("transformer")),
+            "vae": AutoencoderKL.from_config(checkpoint.config("vae")),
+            "text_encoder": T5EncoderModel(T5Config(**checkpoint.config("text_encoder"))),
+        }
+    transformer = modules["transformer"]
+    if settings.cache is not None:
+        _check_cache(settings.cache, len(transformer.transformer_blocks))
+    check_heads(transformer.config.num_attention_heads, ranks.tp.size, ranks.ulysses.size)
+    shard(transformer, ranks.tp)
+    if settings.quantization != "none":
+        if ranks.tp.size > 1:
+            raise ConfigurationError(
+                f"quantization is {settings.quantization!r} and parallel has tp={ranks.tp.size}; allowed with 8 bits: "
+                "cfg, ulysses and ring"
+            )
+        quantize_blocks(transformer, settings.quantization, device, dtype)
+    return modules
+
+
+def _check_memory(modules: Mapping[str, Any], settings: DitSettings, device: Device, dtype: torch.dtype) -> bool:
+    """Checks that the weights fit; returns whether the VAE is to work in tiles."""
+    weights = {name: weight_bytes(module, dtype) for name, module in modules.items()}
+    memory = device.memory()
+    check_budget(
+        "glm_dit",
+        fixed={f"the weights of {name}": size for name, size in weights.items()},
+        scaled={},
+        memory=memory,
+        utilization=settings.memory_utilization,
+        device=str(device),
+    )
+    left = int(memory.total * settings.memory_utilization) - sum(weights.values())
+    return settings.vae_tiling == "on" or (
+        settings.vae_tiling == "auto" and left < _bytes_at_work(modules, settings.largest_side, dtype)
+    )
+
+
+def _sequence_attention(transformer: Any, device: Device, ranks: Ranks) -> SequenceAttention | None:
+    if ranks.ring.size * ranks.ulysses.size == 1:
+        return None
+    split = TokenSplit(ranks.ring, ranks.ulysses)
+    return SequenceAttention(split, best_attention(transformer, device), device.attention_with_lse)
+
+
+def _check_cache(cache: CacheSettings, blocks: int) -> None:
+    cache.check(blocks)
+    try:
+        # Seconds, which the first picture need not wait for.
+        from glm_image.dit import cache_decisions  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigurationError(f"cache is 'cache_dit', but the package cache-dit cannot be used: {error}") from error
+
+
+def _bytes_at_work(modules: Mapping[str, Any], side: int, dtype: torch.dtype) -> int:
+    """The memory of a step of a square picture, and of decoding another in one piece meanwhile."""
+    size = geometry.generated_size(Size(side, side))
+    tokens = geometry.target_grid(size).tokens * IMAGE_TOKENS_PER_TOKEN
+    branches = 2
+    step = SourceCache.bytes_at_work(modules["transformer"].config, tokens, dtype) * branches
+    return step + Vae.bytes_needed(modules["vae"].config, size, dtype)

@@ -1,0 +1,201 @@
+"""Attention over tokens that several ranks share, and who has which of them.
+
+Text tokens are few, so every rank has all of them; image tokens are split, first among the ranks of the ring, then each
+part among those that exchange heads. Text may be of any length, and tokens need not divide by the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from glm_image.dit.conditioning import Conditioning, Rotary
+from glm_image.dit.sources import Join
+from glm_image.parallel.group import Group
+from glm_image.parallel.ranks import ONE_RANK, Ranks
+
+# Attention of queries [1, tokens, heads, head_dim] over keys and values of that form: what is attended to, as the
+# queries, and the logarithm of the sum of the exponentiated scores, fp32 [1, heads, tokens].
+AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TokenSplit:
+    """Which image tokens are this rank's.
+
+    Args:
+        ring: ranks whose keys and values go around.
+        ulysses: ranks that exchange heads for tokens at attention.
+    """
+
+    def __init__(self, ring: Group, ulysses: Group) -> None:
+        self.ring, self.ulysses = ring, ulysses
+
+    def own(self, tokens: Tensor, dim: int = 0) -> Tensor:
+        """Returns this rank's part of what all ranks have whole."""
+        share = self.ring.share(tokens.shape[dim])
+        inner = self.ulysses.share(len(share))
+        return tokens.narrow(dim, share.start + inner.start, len(inner))
+
+    def whole(self, own: Tensor, count: int) -> Tensor:
+        """Returns all ``count`` tokens of which this rank has ``own``, [own tokens, ...]."""
+        shares = self.ring.share(count)
+        return self.ring.gather_rows(self.ulysses.gather_rows(own, len(shares)), count)
+
+
+class SequenceAttention:
+    """Attention from a rank's tokens to everyone's.
+
+    Args:
+        split: who has which tokens.
+        attend: attention on this device.
+        attend_with_lse: the same, telling the sums; used where keys and values go around.
+    """
+
+    def __init__(self, split: TokenSplit, attend: Attend, attend_with_lse: AttendWithLse) -> None:
+        self._split, self._attend, self._attend_with_lse = split, attend, attend_with_lse
+        self._tokens = 0
+        self._joined: tuple[int, ...] = ()
+
+    def begin(self, tokens: int, joined: Sequence[int] = ()) -> None:
+        """To be called before a forward.
+
+        Args:
+            tokens: image tokens that all ranks have together.
+            joined: image tokens of each source whose keys and values are joined to the first sequence's.
+        """
+        self._tokens, self._joined = tokens, tuple(joined)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, text: int, join: Join | None) -> Tensor:
+        """Attends.
+
+        Args:
+            query: [1, text + own image tokens, heads, head_dim].
+            key: as ``query``.
+            value: as ``query``.
+            text: tokens of text, which come first.
+            join: what happens to keys and values of this rank's heads and ring.
+
+        Returns:
+            As ``query``.
+        """
+        query, key, value = (self._to_heads(tensor, text) for tensor in (query, key, value))
+        if self._split.ring.size == 1:
+            attended = self._attend(query, *(join(key, value) if join else (key, value)))
+        else:
+            attended = self._around(query, key, value, text, join)
+        return self._to_tokens(attended, text)
+
+    def _to_heads(self, tensor: Tensor, text: int) -> Tensor:
+        """From all heads of own tokens to own heads of the ring's share of tokens."""
+        group = self._split.ulysses
+        if group.size == 1:
+            return tensor
+        words, image = torch.split(tensor[0], [text, tensor.shape[1] - text])
+        heads = tensor.shape[2] // group.size
+        rows = group.shares(len(self._split.ring.share(self._tokens)))
+        shapes = [(len(row), heads, tensor.shape[3]) for row in rows]
+        received = group.exchange(image.chunk(group.size, dim=1), shapes)
+        return torch.cat([words.chunk(group.size, dim=1)[group.rank], *received])[None]
+
+    def _to_tokens(self, tensor: Tensor, text: int) -> Tensor:
+        """The way back."""
+        group = self._split.ulysses
+        if group.size == 1:
+            return tensor
+        words, image = torch.split(tensor[0], [text, tensor.shape[1] - text])
+        rows = [len(row) for row in group.shares(len(image))]
+        received = group.exchange(torch.split(image, rows), [(rows[group.rank], *image.shape[1:])] * group.size)
+        parts = [torch.cat(part) for part in zip(group.gather(words), received, strict=True)]
+        return torch.cat(parts, dim=1)[None]
+
+    def _around(self, query: Tensor, key: Tensor, value: Tensor, text: int, join: Join | None) -> Tensor:
+        """Ring attention (Liu et al., 2023): partial results are merged by their sums as keys and values come by."""
+        ring = self._split.ring
+        words, keys, values = (key[:, :text], value[:, :text]), key[:, text:], value[:, text:]
+        if join:
+            keys, values = join(keys, values)
+        total = self._attend_with_lse(query, torch.cat([words[0], keys], 1), torch.cat([words[1], values], 1))
+        moving = torch.stack([keys, values])
+        counts = (self._tokens, *(self._joined if join else ()))
+        for step in range(1, ring.size):
+            before = (ring.rank - step) % ring.size
+            length = sum(len(ring.shares(count)[before]) for count in counts)
+            moving = ring.pass_on(moving, (*moving.shape[:2], length, *moving.shape[3:]))
+            total = _merged(total, self._attend_with_lse(query, *moving))
+        return total[0].to(query.dtype)
+
+
+def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Merges attention to two sets of keys, weighted by the sums of their exponentiated scores."""
+    lse = torch.logaddexp(one[1], other[1])
+    parts = [attended.float() * (own - lse).exp().transpose(1, 2)[..., None] for attended, own in (one, other)]
+    return parts[0] + parts[1], lse
+
+
+class Sharing:
+    """How the ranks of an instance share a picture; made for one rank, it changes nothing.
+
+    Args:
+        ranks: this process's.
+        attention: attends where the tokens are split.
+
+    Attributes:
+        ranks: as given.
+    """
+
+    def __init__(self, ranks: Ranks = ONE_RANK, attention: SequenceAttention | None = None) -> None:
+        self.ranks = ranks
+        self._attention = attention
+        self._split = TokenSplit(ranks.ring, ranks.ulysses)
+
+    def own_conditioning(self, whole: Conditioning) -> Conditioning:
+        """Returns this rank's branches of a picture's conditions, and of those its tokens."""
+        branches, sources = whole.branches, whole.sources
+        if self.ranks.cfg.size == len(branches) > 1:
+            branches = [branches[self.ranks.cfg.rank]]
+            sources = sources if self.ranks.cfg.rank == 0 else None
+        own = [replace(branch, prior=self.own(branch.prior, dim=1)) for branch in branches]
+        return replace(whole, branches=own, rotary=self.own_rotary(whole.rotary), sources=sources)
+
+    def own_rotary(self, rotary: Rotary) -> Rotary:
+        """Returns the rotary tables of this rank's tokens."""
+        cos, sin = (self.own(table, dim=0) for table in rotary)
+        return cos, sin
+
+    def own(self, tokens: Tensor, dim: int) -> Tensor:
+        """Returns this rank's tokens of what all ranks have whole."""
+        return self._split.own(tokens, dim)
+
+    def whole(self, own: Tensor, count: int) -> Tensor:
+        """Returns all ``count`` tokens, [1, count, ...], of which this rank has ``own``."""
+        return self._split.whole(own[0], count)[None]
+
+    def all_branches(self, own: list[Tensor], *, guided: bool) -> list[Tensor]:
+        """Returns what every branch gave: the conditional one, and with guidance the unconditional one."""
+        return self.ranks.cfg.gather(own[0]) if guided and len(own) == 1 else own
+
+    def mean(self, means: Tensor, tokens: int) -> Tensor:
+        """Returns means over all ranks' tokens of a branch, given those over this rank's ``tokens``."""
+        if self._attention is None:
+            return means
+        sums = torch.cat([means * tokens, means.new_full((1,), tokens)])
+        for group in (self.ranks.ulysses, self.ranks.ring):
+            group.sum(sums)
+        return sums[:-1] / sums[-1]
+
+    def begin(self, tokens: int, joined: Sequence[int] = ()) -> None:
+        """To be called before a forward; see ``SequenceAttention.begin``."""
+        if self._attention is not None:
+            self._attention.begin(tokens, joined)
+
+    def begin_picture(self, conditioning: Conditioning) -> None:
+        """To be called before blocks run over a picture's sequences."""
+        sources = conditioning.sources
+        self.begin(conditioning.tokens, sources.tokens if sources else ())
+
+
+NOT_SHARED = Sharing()

@@ -1,0 +1,36 @@
+"""How the second stage runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from glm_image.dit.cache import CacheSettings
+from glm_image.geometry import Size
+
+
+@dataclass(frozen=True)
+class DitSettings:
+    """How the second stage runs.
+
+    Attributes:
+        dtype: None = the device's default.
+        memory_utilization: share of the device's memory this stage may use.
+        warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
+        parallel: how an instance on several devices shares a step; see ``ParallelLayout.parse``.
+        cache: when steps may reuse what earlier ones computed; None = never.
+        quantization: ``int8`` or ``fp8`` for the products of the transformer's blocks, or ``none``.
+        vae_tiling: whether the VAE does large pictures in tiles: ``off``, ``on``, or ``auto``, which is on where the
+            largest picture would not fit in one piece.
+        largest_side: of a picture, in pixels.
+    """
+
+    dtype: torch.dtype | None = None
+    memory_utilization: float = 0.9
+    warmup_sizes: tuple[Size, ...] = ()
+    parallel: str = "auto"
+    cache: CacheSettings | None = None
+    quantization: str = "none"
+    vae_tiling: str = "off"
+    largest_side: int = 2048

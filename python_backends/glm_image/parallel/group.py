@@ -1,0 +1,108 @@
+"""Ranks that compute one thing together, and the few collectives the models use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Group:
+    """Some ranks of an instance; every rank of a group must call the same collectives in the same order.
+
+    Args:
+        ranks: the instance's ranks that belong to it, in order.
+        rank: this process's place among them.
+        process_group: torch's; None for a group of one, whose collectives do nothing.
+
+    Attributes:
+        rank: this process's place in the group.
+        size: how many ranks it has.
+        process_group: as given.
+        reads_peers: whether kernels may read the other ranks' memory, where the devices can.
+    """
+
+    def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, process_group: Any = None) -> None:
+        self.rank, self.size = rank, len(ranks)
+        self._ranks = tuple(ranks)
+        self.process_group = process_group
+        self.reads_peers = True
+
+    def share(self, count: int) -> range:
+        """Returns which of ``count`` things are this rank's: consecutive ones, as even as can be."""
+        return self.shares(count)[self.rank]
+
+    def shares(self, count: int) -> list[range]:
+        """Returns every rank's share of ``count`` things."""
+        edges = [count * rank // self.size for rank in range(self.size + 1)]
+        return [range(start, end) for start, end in pairwise(edges)]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds the ranks' tensors, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Returns the tensor of every rank, all of one shape."""
+        if self.size == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor.contiguous(), group=self.process_group)
+        return gathered
+
+    def gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
+        """Writes the tensor of every rank to ``gathered``, one after the other along the first dimension."""
+        dist.all_gather_into_tensor(gathered, tensor, group=self.process_group)
+
+    def gather_rows(self, tensor: Tensor, count: int) -> Tensor:
+        """Puts the ranks' shares of ``count`` rows one after the other; ``tensor`` is [rows of this share, ...]."""
+        if self.size == 1:
+            return tensor
+        sizes = [len(share) for share in self.shares(count)]
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        return torch.cat([part[:size] for part, size in zip(self.gather(padded), sizes, strict=True)])
+
+    def exchange(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Gives part i to rank i and returns what each rank gave this one.
+
+        Args:
+            parts: one a rank.
+            shapes: the shape of what comes from each rank.
+        """
+        if self.size == 1:
+            return [parts[0]]
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=self.process_group)
+        return [flat.view(shape) for flat, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+
+    def pass_on(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Gives ``tensor`` to the next rank of the ring and returns what the one before gave, which has ``shape``."""
+        received = tensor.new_empty(shape)
+        following, before = ((self.rank + offset) % self.size for offset in (1, -1))
+        transfers = [
+            dist.P2POp(dist.isend, tensor.contiguous(), self._ranks[following], self.process_group),
+            dist.P2POp(dist.irecv, received, self._ranks[before], self.process_group),
+        ]
+        for transfer in dist.batch_isend_irecv(transfers):
+            transfer.wait()
+        return received
+
+    def least(self, value: int, device: torch.device) -> int:
+        """Returns the smallest of the ranks' values, so that all decide alike; waits for the device."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.int64, device=device)
+        dist.all_reduce(shared, dist.ReduceOp.MIN, group=self.process_group)
+        return int(shared.item())
+
+
+ALONE = Group()
+"""The group of an instance that has one device."""

@@ -1,0 +1,87 @@
+"""How the ranks of a second stage share the work of a step."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from glm_image.errors import ConfigurationError
+
+MEMBERS = ("cfg", "tp", "ring", "ulysses")
+ALLOWED = "none, auto, or of cfg=2, tp=N, ring=N, ulysses=N those that multiply to the number of devices"
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How many ways each kind of parallelism splits a step; together they make up the ranks of an instance.
+
+    Attributes:
+        cfg: 2 = the conditional and the unconditional branch on ranks of their own.
+        tp: ways to split heads and the MLP's width (Shoeybi et al., 2019).
+        ring: ways to split the tokens, keys and values going around (Liu et al., 2023).
+        ulysses: ways to split the tokens, heads exchanged for them at attention (Jacobs et al., 2023).
+    """
+
+    cfg: int = 1
+    tp: int = 1
+    ring: int = 1
+    ulysses: int = 1
+
+    @property
+    def size(self) -> int:
+        """How many ranks it takes."""
+        return math.prod(getattr(self, member) for member in MEMBERS)
+
+    @classmethod
+    def parse(cls, text: str, devices: int) -> ParallelLayout:
+        """Reads the parameter ``parallel`` of an instance with ``devices`` devices.
+
+        Raises:
+            ConfigurationError: it is not of the allowed form, or takes another number of devices.
+        """
+        given = text.strip()
+        if given in {"none", "auto", ""}:
+            if given == "none" and devices > 1:
+                raise ConfigurationError(
+                    f"parallel is 'none', but the instance has {devices} devices; allowed: {ALLOWED}"
+                )
+            return cls.auto(devices)
+        ways: dict[str, int] = {}
+        for part in given.split(","):
+            found = re.fullmatch(r"\s*(cfg|tp|ring|ulysses)\s*=\s*([1-9]\d?)\s*", part)
+            if found is None or found[1] in ways:
+                raise ConfigurationError(f"parallel is {text!r}; allowed: {ALLOWED}")
+            ways[found[1]] = int(found[2])
+        layout = cls(**ways)
+        if layout.cfg > 2 or layout.size != devices:  # noqa: PLR2004 - guidance has two branches
+            raise ConfigurationError(
+                f"parallel is {text!r}, which takes {layout.size} devices, and the instance has {devices}; "
+                f"allowed: {ALLOWED}"
+            )
+        return layout
+
+    @classmethod
+    def auto(cls, devices: int) -> ParallelLayout:
+        """Splits the branches first, because that exchanges least, then the tokens."""
+        cfg = 2 if devices % 2 == 0 else 1
+        return cls(cfg=cfg, ulysses=devices // cfg)
+
+    def members(self, name: str) -> list[tuple[int, ...]]:
+        """Returns the groups of ranks of one kind; ulysses is innermost, cfg outermost."""
+        stride = math.prod(getattr(self, inner) for inner in MEMBERS[MEMBERS.index(name) + 1 :])
+        ways = getattr(self, name)
+        firsts = [rank for rank in range(self.size) if rank // stride % ways == 0]
+        return [tuple(first + stride * step for step in range(ways)) for first in firsts]
+
+
+def check_heads(heads: int, tp: int, ulysses: int) -> None:
+    """Checks that a model's heads can be split.
+
+    Raises:
+        ConfigurationError: they can't.
+    """
+    if heads % (tp * ulysses):
+        raise ConfigurationError(
+            f"parallel has tp={tp} and ulysses={ulysses}; allowed: what divides the transformer's {heads} heads"
+        )

@@ -1,0 +1,37 @@
+"""The answers that are still owed, for the day when the engine cannot give them any more."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from glm_image.errors import UnavailableError
+from glm_image.serving.answer import Answer
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 1
+
+
+class OpenAnswers:
+    """All answers of an instance that have not been sent."""
+
+    def __init__(self) -> None:
+        self._answers: set[Answer] = set()
+
+    def add(self, answer: Answer) -> Answer:
+        """Takes note of an answer until it is sent; returns it."""
+        self._answers.add(answer)
+        answer.when_ended(lambda _: self._answers.discard(answer))
+        return answer
+
+    def end_process(self, error: UnavailableError) -> None:
+        """Answers all that are open with an error and ends this process, in which the engine may be stuck for ever.
+
+        The server's guard sees the process end, and the server is started anew.
+        """
+        for answer in list(self._answers):
+            answer.fail(error)
+        logger.error("this instance ends: %s", error)
+        logging.shutdown()
+        os._exit(EXIT_CODE)

@@ -1,0 +1,72 @@
+"""Ranks that do not come to be, each at another point of loading; the others wait for them in a collective."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+
+from glm_image.devices import Device
+from glm_image.parallel.ranks import INTERFACES, Ranks
+from glm_image.parallel.worker import Runs
+
+
+class _Meets:
+    def __init__(self, ranks: Ranks) -> None:
+        ranks.world.sum(torch.ones(1))
+
+    def run(self, command: Any, /) -> Any:
+        return command
+
+    def close(self) -> None:
+        pass
+
+
+def meets(_: object, device: Device, ranks: Ranks) -> Runs:
+    """Loads, once all ranks are there."""
+    return _Meets(ranks)
+
+
+def ends(device: Device, ranks: Ranks) -> Runs:
+    """Is killed on rank 1."""
+    if ranks.world.rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _Meets(ranks)
+
+
+def fails(device: Device, ranks: Ranks) -> Runs:
+    """Raises on rank 1."""
+    if ranks.world.rank:
+        raise ValueError("this rank cannot load")
+    return _Meets(ranks)
+
+
+def hangs(device: Device, ranks: Ranks) -> Runs:
+    """Never ends on rank 1."""
+    if ranks.world.rank:
+        signal.pause()
+    return _Meets(ranks)
+
+
+class EndsWhenRead:
+    """Kills the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _end, ()
+
+
+class HidesTheNetwork:
+    """Names an interface that does not exist to the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _hide, ()
+
+
+def _end() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hide() -> None:
+    os.environ.update(dict.fromkeys(INTERFACES, "no.such.net"))

@@ -1,0 +1,227 @@
+"""An instance on several devices gives what one on one device gives, and ends well when a rank does not."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import failing_ranks
+from glm_image.ar.engine import ArEngine, ArResult
+from glm_image.ar.settings import ArSettings
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import open_device
+from glm_image.dit.settings import DitSettings
+from glm_image.errors import ConfigurationError, UnavailableError
+from glm_image.job import Job, Progress
+from glm_image.parallel.layout import ParallelLayout
+from glm_image.parallel.team import Peers, start
+from glm_image.parallel.worker import Load
+from glm_image.pipeline import LocalPipeline, LocalSettings
+from glm_image.request import GenerationParameters, Limits
+from pictures import encoded, picture
+
+WAIT_SECONDS = 60
+HANG_SECONDS = 3.0
+SOON_SECONDS = 10.0
+
+# Tokens that do not divide by the ranks, branches with texts of other lengths, no guidance, sources of other sizes.
+REQUESTS = {
+    "text": GenerationParameters(
+        prompt="a fox 'NEWS' and “ok”", height=160, width=96, seed=1, num_inference_steps=3, guidance_scale=4.0
+    ),
+    "no guidance": GenerationParameters(
+        prompt="no quotes", height=96, width=96, seed=2, num_inference_steps=2, guidance_scale=1.0
+    ),
+    "two sources": GenerationParameters(
+        prompt="make it 'red'",
+        images=[encoded(picture(96, 128)), encoded(picture(70, 70))],
+        height=128,
+        width=96,
+        seed=3,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+    ),
+}
+FEW = ["cfg=2", "ulysses=2", "tp=2"]
+MANY = [
+    "ring=2",
+    "cfg=2,ulysses=2",
+    "ring=2,ulysses=2",
+    "cfg=2,tp=2",
+    "tp=2,ulysses=2",
+    "cfg=2,ring=2",
+    "tp=4",
+    "ulysses=4",
+    "ring=4",
+]
+
+
+def _paint(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np.int64]]:
+    settings = LocalSettings(dit=DitSettings(parallel=parallel))
+    with LocalPipeline(checkpoint, ",".join(["cpu"] * ranks), settings) as pipeline:
+        return {name: pipeline.generate(request).pixels.astype(np.int64) for name, request in REQUESTS.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint_folder: Path) -> dict[str, NDArray[np.int64]]:
+    return _paint(checkpoint_folder, "auto", 1)
+
+
+@pytest.mark.parametrize("parallel", [*FEW, *(pytest.param(each, marks=pytest.mark.full) for each in MANY)])
+def test_pictures_are_those_of_one_device(
+    checkpoint_folder: Path, alone: dict[str, NDArray[np.int64]], parallel: str
+) -> None:
+    ranks = math.prod(int(ways) for ways in re.findall(r"\d", parallel))
+    together = _paint(checkpoint_folder, parallel, ranks)
+    differences = {name: int(np.abs(together[name] - alone[name]).max()) for name in alone}
+    assert max(differences.values()) <= 1, differences
+
+
+@contextmanager
+def _decoder(checkpoint: Path, ranks: int, peers: Peers | None = None) -> Iterator[ArEngine]:
+    peers = peers or Peers(("cpu",) * (ranks - 1))
+    engine = ArEngine(Checkpoint.open(checkpoint), open_device("cpu"), ArSettings(), peers=peers)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _decode(engine: ArEngine, job: Job | None = None, side: int = 256) -> Future[ArResult]:
+    asked = GenerationParameters(prompt="a red fox 'NEWS'", height=side, width=side, seed=5)
+    return engine.submit(job or Job(), asked.resolve(Limits(), engine.sampling))
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_tokens_are_those_of_one_device(checkpoint_folder: Path, ranks: int) -> None:
+    tokens = []
+    for count in (1, ranks):
+        with _decoder(checkpoint_folder, count) as engine:
+            tokens.append(_decode(engine).result(WAIT_SECONDS).prior_token_ids)
+    np.testing.assert_array_equal(*tokens)
+
+
+class _Loss:
+    """Hears of the loss of a rank."""
+
+    def __init__(self) -> None:
+        self.heard = threading.Event()
+        self.errors: list[UnavailableError] = []
+
+    def __call__(self, error: UnavailableError) -> None:
+        self.errors.append(error)
+        self.heard.set()
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    text = " ".join((task / "children").read_text(encoding="ascii") for task in tasks)
+    return [int(child) for child in text.split()]
+
+
+def _worker_pids(pid: int) -> list[int]:
+    return [
+        child for child in _children(pid) if b"glm_image.parallel.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: Path, kind: signal.Signals) -> None:
+    loss, decoding = _Loss(), threading.Event()
+
+    def progress(_: Progress) -> None:
+        decoding.set()
+
+    with _decoder(checkpoint_folder, 2, Peers(("cpu",), hang_seconds=HANG_SECONDS, on_loss=loss)) as engine:
+        (worker,) = _worker_pids(os.getpid())
+        running = _decode(engine, Job(on_progress=progress), side=1024)
+        assert decoding.wait(WAIT_SECONDS)
+        started = time.monotonic()
+        os.kill(worker, kind)
+        with pytest.raises(UnavailableError, match=f"rank 1 .cpu, pid {worker}.*send the request again"):
+            running.result(WAIT_SECONDS)
+        assert time.monotonic() - started < HANG_SECONDS + SOON_SECONDS
+        assert loss.heard.wait(WAIT_SECONDS)
+        assert len(loss.errors) == 1
+        with pytest.raises(UnavailableError, match="rank 1"):
+            _decode(engine).result(WAIT_SECONDS)
+    assert not _worker_pids(os.getpid())
+
+
+def _peers_of(failing: Load) -> Peers:
+    return Peers(("cpu",), load_seconds=HANG_SECONDS if failing is failing_ranks.hangs else WAIT_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "failing", "told"),
+    [
+        ((failing_ranks.EndsWhenRead(),), failing_ranks.meets, r"rank 1 .cpu, pid \d+. was ended by signal 9"),
+        ((failing_ranks.HidesTheNetwork(),), failing_ranks.meets, r"rank 1 .cpu, pid \d+. ended with .*no\.such\.net"),
+        ((), failing_ranks.ends, r"rank 1 .cpu, pid \d+. was ended by signal 9"),
+        ((), failing_ranks.fails, r"rank 1 .cpu, pid \d+. ended with ValueError: this rank cannot load"),
+        ((), failing_ranks.hangs, r"3 s after the start rank 0, this process, has not .* and rank 1 .* has not "),
+    ],
+    ids=["killed at its start", "no rendezvous", "killed while others wait", "error while others wait", "hung"],
+)
+def test_a_rank_that_is_lost_in_loading_ends_the_load(arguments: tuple[Any, ...], failing: Load, told: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigurationError, match=f"{told}.*; the instance cannot be loaded"):
+        start(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _peers_of(failing))
+    assert time.monotonic() - started < HANG_SECONDS + SOON_SECONDS
+    assert not _worker_pids(os.getpid())
+
+
+def test_a_rank_without_its_device_is_told_and_leaves_nothing() -> None:
+    with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
+        start(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), Peers(("npu:7",)))
+    assert not _worker_pids(os.getpid())
+
+
+ORPHANS = """
+import sys
+from pathlib import Path
+from glm_image.parallel.layout import ParallelLayout
+from glm_image.ar.engine import ArEngine
+from glm_image.ar.settings import ArSettings
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices import open_device
+from glm_image.parallel.team import Peers
+engine = ArEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), ArSettings(), peers=Peers(("cpu",)))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_killing_the_first_rank_leaves_no_orphans(checkpoint_folder: Path) -> None:
+    command = [sys.executable, "-c", ORPHANS, str(checkpoint_folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline().strip() == "ready"
+        (worker,) = _worker_pids(first.pid)
+        ended = os.pidfd_open(worker)
+        first.kill()
+    try:
+        assert select.select([ended], [], [], SOON_SECONDS)[0], "the worker lives on"
+    finally:
+        os.close(ended)
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(checkpoint_folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match="takes 4 devices, and the instance has 2"):
+        _paint(checkpoint_folder, "cfg=2,ulysses=2", 2)

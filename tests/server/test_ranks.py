@@ -1,0 +1,119 @@
+"""Both stages over two devices each, here CPU "cards": the same picture, and what happens when a rank is lost."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glm_image.supervisor import TritonServer
+from glm_image.supervisor.restarts import RestartPolicy, keep_running
+from glm_image_client import GlmImageClient
+from server.kserve import KServeError, Values, at_once, grpc_infer
+from server.served import descendants, wait_gone
+from server.test_placement import copy_repository, set_parameter
+
+READY_SECONDS = 120
+SOON_SECONDS = 10.0
+POLICY = RestartPolicy(max_restarts=4)
+ASKED: Values = {"prompt": "a fox reading 'NEWS'", "height": 96, "width": 160, "num_inference_steps": 3, "seed": 1}
+
+
+def _repository(folder: Path) -> Path:
+    repository = copy_repository(folder / "models", "glm_image", "glm_ar", "glm_dit", "glm_control")
+    set_parameter(repository, "glm_ar", "devices", "cpu:0,cpu:1")
+    set_parameter(repository, "glm_dit", "devices", "cpu:2,cpu:3")
+    set_parameter(repository, "glm_dit", "parallel", "cfg=2")
+    return repository
+
+
+@contextmanager
+def _kept(server: TritonServer, ready: threading.Semaphore) -> Iterator[None]:
+    keeper = threading.Thread(target=keep_running, args=(server, POLICY, ready.release, print))
+    keeper.start()
+    try:
+        assert ready.acquire(timeout=READY_SECONDS), server.log_tail
+        yield
+    finally:
+        server.request_stop()
+        keeper.join()
+
+
+def _workers() -> dict[str, int]:
+    """Returns the ranks' processes, by the stage they serve."""
+    found = {}
+    for pid in descendants(os.getpid()):
+        if b"glm_image.parallel.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            stage = re.search(rb"glm_ar|glm_dit", Path(f"/proc/{parent}/cmdline").read_bytes())
+            assert stage is not None
+            found[stage[0].decode()] = pid
+    return found
+
+
+@pytest.mark.full
+def test_a_rank_that_is_killed_under_a_request(
+    triton: TritonServer, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = grpc_infer(triton, ASKED)["images"].astype(int)
+    log, ready = io.StringIO(), threading.Semaphore(0)
+    server = TritonServer(tiny_checkpoint, model_repository=_repository(tmp_path), drain_seconds=5, log=log)
+    with _kept(server, ready):
+        seen = set(_workers().values())
+        for stage, doing in (("glm_ar", "tokens"), ("glm_dit", "denoise")):
+            together = grpc_infer(server, ASKED)["images"].astype(int)
+            assert np.abs(together - alone).max() <= 1
+            long = (
+                {**ASKED, "height": 1024, "width": 1024} if stage == "glm_ar" else {**ASKED, "num_inference_steps": 200}
+            )
+            killed: list[float] = []
+
+            def kill(stage: str = stage, doing: str = doing, killed: list[float] = killed) -> None:
+                with GlmImageClient(server.grpc_url) as client:
+                    while [one["stage"] for one in client.status("lost")["requests"]] != [doing]:
+                        pass
+                os.kill(_workers()[stage], signal.SIGKILL)
+                killed.append(time.monotonic())
+
+            killing = threading.Thread(target=kill)
+            killing.start()
+            with pytest.raises(KServeError) as refusal:
+                grpc_infer(server, long, request_id="lost")
+            answered = time.monotonic()
+            killing.join()
+            assert answered - killed[0] < SOON_SECONDS
+            assert refusal.value.status == "UNAVAILABLE"
+            assert ready.acquire(timeout=READY_SECONDS), server.log_tail
+            seen |= set(_workers().values())
+        assert np.abs(grpc_infer(server, ASKED)["images"].astype(int) - alone).max() <= 1
+    for pid in seen:
+        wait_gone(pid)
+    assert re.search(r"rank 1 \(cpu:1, pid \d+\) was ended by signal 9", log.getvalue())
+    assert re.search(r"rank 1 \(cpu:3, pid \d+\) was ended by signal 9", log.getvalue())
+
+
+def test_pictures_of_stages_over_two_devices(
+    triton: TritonServer, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = grpc_infer(triton, ASKED)["images"].astype(int)
+    with TritonServer(tiny_checkpoint, model_repository=_repository(tmp_path), drain_seconds=5) as server:
+        workers = _workers()
+        assert set(workers) == {"glm_ar", "glm_dit"}
+        # At once, so that commands for several requests reach the ranks between each other.
+        burst = at_once([partial(grpc_infer, server, ASKED) for _ in range(3)])
+        for outputs in burst.outputs:
+            assert np.abs(outputs["images"].astype(int) - alone).max() <= 1
+    for pid in workers.values():
+        wait_gone(pid)
