@@ -116,7 +116,7 @@ def assert_comes_back(served: Served, restarts: int) -> None:
     assert ask(url, "tell") == str(restarts)
 
 
-@pytest.mark.parametrize("victim", ["stub", "triton"])
+@pytest.mark.parametrize("victim", ["stub", pytest.param("triton", marks=pytest.mark.full)])
 def test_a_killed_process(checkpoint: Path, tmp_path: Path, victim: str) -> None:
     with started(checkpoint, tmp_path) as served:
         held = HeldRequest(served.http_url, tmp_path)

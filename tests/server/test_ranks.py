@@ -103,6 +103,7 @@ def test_a_rank_that_is_killed_under_a_request(
     assert re.search(r"rank 1 \(cpu:3, pid \d+\) was ended by signal 9", log.getvalue())
 
 
+@pytest.mark.full
 def test_pictures_of_stages_over_two_devices(
     triton: TritonServer, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def collector() -> Iterator[Collector]:
         thread.join()
 
 
+@pytest.mark.full
 def test_the_stages_lie_below_their_models(tiny_checkpoint: Path, same_threads: None, collector: Collector) -> None:
     endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
     with TritonServer(tiny_checkpoint, drain_seconds=5, otlp_traces_endpoint=endpoint) as server:
