@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from glm_image.ar.admission import Admission
 from glm_image.ar.config import ArConfig
 from glm_image.ar.executor import Command, Encode, Executor
 from glm_image.ar.graphs import captured
@@ -82,6 +83,7 @@ class ArEngine:
         settings: how.
         record: takes what ``ar.measures`` names.
         watched: wraps what runs commands on the device, to see one that never ends.
+        admission: says when a free slot is filled; None = at once.
 
     Attributes:
         config: the decoder's numbers.
@@ -100,6 +102,7 @@ class ArEngine:
         settings: ArSettings,
         record: Record = keep_nothing,
         watched: Callable[[Run], Run] = lambda run: run,
+        admission: Admission | None = None,
     ) -> None:
         from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
 
@@ -124,7 +127,7 @@ class ArEngine:
         )
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
         first = self._warm_up_commands(device.warmup_sizes)
-        self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first)
+        self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first, admission)
 
     @property
     def sampling(self) -> Sampling:

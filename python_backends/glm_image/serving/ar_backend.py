@@ -21,6 +21,7 @@ from glm_image.request import GenerationParameters, ResolvedRequest
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import AR_PARAMETERS, ENTRANCES
+from glm_image.serving.gathering import Gathering
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
 from glm_image.serving.pulse import Pulse
@@ -49,7 +50,8 @@ class ArBackend:
         log = RequestLog(instance, is_last=False)
         self._spans = Spans(instance)
         self._metrics = Metrics(AR_MEASURES, instance)
-        self._engine, self._pulse = _load(instance, self._metrics)
+        self._gathering = Gathering.of(instance)
+        self._engine, self._pulse = _load(instance, self._metrics, self._gathering)
         self._reception = Reception(instance, InFlight("ar_queue", "handed_on"), AR_ENDS, self._metrics.record, log)
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
         self._max_decoding = instance.integer("max_queue", 1)
@@ -74,6 +76,8 @@ class ArBackend:
         self._pulse.close()
         self._decoder.shutdown(wait=True)
         self._engine.close()
+        if self._gathering is not None:
+            self._gathering.close()
         self._reception.close()
         self._metrics.close()
         self._spans.close()
@@ -108,6 +112,8 @@ class ArBackend:
         resolved = asked.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
         size = resolved.requested
         entry.note(asked.prompt, width=size.width, height=size.height, seed=resolved.seeds[0])
+        if self._gathering is not None:
+            self._gathering.expect(job, len(resolved.seeds), answer)
         self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(answer, job, resolved, done))
 
 
@@ -130,7 +136,7 @@ def _unload_entrances() -> None:
         pb_utils.unload_model(model)
 
 
-def _load(instance: Instance, metrics: Metrics) -> tuple[Any, Pulse]:
+def _load(instance: Instance, metrics: Metrics, gathering: Gathering | None) -> tuple[Any, Pulse]:
     place = instance.take_place(spare_first=False)
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
     from glm_image.ar.engine import ArEngine, ArSettings  # noqa: PLC0415
@@ -152,7 +158,8 @@ def _load(instance: Instance, metrics: Metrics) -> tuple[Any, Pulse]:
     logger.info("loading the decoder on %s", device)
     checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
     pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
-    return ArEngine(checkpoint, device, settings, metrics.record, pulse.watched), pulse
+    admission = None if gathering is None else gathering.admission
+    return ArEngine(checkpoint, device, settings, metrics.record, pulse.watched, admission), pulse
 
 
 def read_request(request: Any) -> GenerationParameters:
