@@ -1,7 +1,7 @@
 """Measures a steady stream of requests through both stages, against what its parts take alone.
 
     stream.py --checkpoint FULL --parameter glm_ar.load_format=dummy --parameter glm_dit.load_format=dummy \
-        --size 1024x1024 --steps 50 [--mps]
+        --parameter glm_ar.admission=gathered --size 1024x1024 --steps 50 [--mps]
 
 One request after the other tells what each stage takes alone. Then a fixed number of requests is kept in flight, and
 the answers after the first few are counted until enough have come; the rest is given up. While the second stage paints,
