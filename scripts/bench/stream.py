@@ -1,7 +1,7 @@
 """Measures a steady stream of requests through both stages, against what its parts take alone.
 
     stream.py --checkpoint FULL --parameter glm_ar.load_format=dummy --parameter glm_dit.load_format=dummy \
-        --size 1024x1024 --steps 50 [--mps]
+        --parameter glm_ar.admission=gathered --size 1024x1024 --steps 50 [--mps]
 
 One request after the other tells what each stage takes alone. Then a fixed number of requests is kept in flight, and
 the answers after the first few are counted until enough have come; the rest is given up. While the second stage paints,
@@ -56,13 +56,22 @@ def main(arguments: list[str] | None = None) -> int:
     with served(flags) as server:
         say("start to ready", seconds=time.monotonic() - started, mps=flags.mps)
         alone = own_load(server.grpc_url, "grpc", [{**request, "seed": 1}], Level("concurrency", 1, flags.alone + 1))
+        if has_failed(alone):
+            return 1
+        say("alone", size=flags.size, steps=flags.steps, mps=flags.mps, **stages(alone[1:]), requests=flags.alone)
         answers = asyncio.run(stream(f"grpc://{server.grpc_url}", request, flags))
-    failed = [one.error for one in (*alone, *answers) if one.error]
-    if failed:
-        say("failed", requests=len(failed), errors=sorted(set(map(str, failed))))
-        return 1
-    say_stream(flags, stages(alone[1:]), answers[flags.warm_ups :])
+        if has_failed(answers):
+            return 1
+        say_stream(flags, stages(alone[1:]), answers[flags.warm_ups :])
     return 0
+
+
+def has_failed(answers: list[Answered]) -> bool:
+    """Says what went wrong, if anything."""
+    errors = [one.error for one in answers if one.error]
+    if errors:
+        say("failed", requests=len(errors), errors=sorted(set(errors)))
+    return bool(errors)
 
 
 async def stream(url: str, request: Values, flags: argparse.Namespace) -> list[Answered]:
@@ -82,12 +91,19 @@ async def stream(url: str, request: Values, flags: argparse.Namespace) -> list[A
     async with AsyncGlmImageClient(url) as client:
         asking = [asyncio.create_task(keep_asking(client, index * wanted)) for index in range(flags.concurrency)]
         got: list[Answered] = []
+        began = time.monotonic()
         while len(got) < wanted and not (got and got[-1].error):
             got.append(await answers.get())
+            say_answer(len(got), got[-1], began)
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
     return got
+
+
+def say_answer(number: int, one: Answered, began: float) -> None:
+    """Says when an answer came, so that a stream that is cut off still tells how far it got."""
+    say("answered", number=number, since_start=one.answered - began, seconds=one.seconds, error=one.error)
 
 
 def stages(answers: list[Answered]) -> dict[str, float]:
@@ -100,7 +116,6 @@ def stages(answers: list[Answered]) -> dict[str, float]:
 def say_stream(flags: argparse.Namespace, alone: dict[str, float], answers: list[Answered]) -> None:
     """Says what came of it: pictures a second between the first answer and the last, against the bound."""
     named: dict[str, Any] = {"size": flags.size, "steps": flags.steps, "mps": flags.mps}
-    say("alone", **named, **alone, requests=flags.alone)
     say("in the stream", **named, **stages(answers), requests=len(answers))
     rate = (len(answers) - 1) / (answers[-1].answered - answers[0].answered)
     bound = 1 / (alone["dit_seconds"] + alone["vae_seconds"] + alone["ar_seconds"] / AR_TOGETHER)

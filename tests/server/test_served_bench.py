@@ -87,7 +87,7 @@ def test_own_load_at_a_rate_tells_failures(triton: TritonServer, tmp_path: Path)
 def test_a_steady_stream_with_other_parameters() -> None:
     program = PROGRAM.with_name("stream.py")
     brief = ["--size", "64x64", "--steps", "2", "--concurrency", "3", "--requests", "4", "--warm-ups", "1"]
-    parameters = ["--parameter", "glm_dit.quantization=int8", "--parameter", "glm_ar.load_format=dummy"]
+    parameters = ["--parameter", "glm_dit.quantization=int8", "--parameter", "glm_ar.admission=gathered"]
     ended = subprocess.run(
         [sys.executable, str(program), *brief, *parameters],
         capture_output=True,
@@ -98,6 +98,8 @@ def test_a_steady_stream_with_other_parameters() -> None:
     assert ended.returncode == 0, ended.stderr
     lines = [json.loads(line) for line in ended.stdout.splitlines()]
     (alone,), (told,) = measures(lines, "alone"), measures(lines, "steady stream")
+    assert [line["number"] for line in measures(lines, "answered")] == [1, 2, 3, 4, 5]
+    assert lines.index(alone) < lines.index(measures(lines, "answered")[0])
     assert (told["requests"], told["concurrency"], told["mps"]) == (4, 3, False)
     assert min(alone["ar_seconds"], alone["dit_seconds"], alone["vae_seconds"]) > 0
     assert told["pictures_per_second"] > 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_image.ar.admission import Admission
 from glm_image.ar.config import ArConfig
 from glm_image.ar.executor import Command, Encode
 from glm_image.ar.kv_cache import KvCache
@@ -58,6 +59,7 @@ class ArEngine:
         record: takes what ``ar.measures`` names.
         peers: other devices that share the decoder with ``device``.
         watched: wraps what runs commands on the device, to see one that never ends.
+        admission: says when a free slot is filled; None = at once.
 
     Attributes:
         config: the decoder's numbers.
@@ -77,6 +79,7 @@ class ArEngine:
         record: Record = keep_nothing,
         peers: Peers = NO_PEERS,
         watched: Callable[[Run], Run] = lambda run: run,
+        admission: Admission | None = None,
     ) -> None:
         from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
 
@@ -92,7 +95,7 @@ class ArEngine:
         self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
         first = self._warm_up_commands(device.warmup_sizes)
-        self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first)
+        self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first, admission)
 
     @property
     def sampling(self) -> Sampling:

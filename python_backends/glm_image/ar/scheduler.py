@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_image.ar.admission import Admission, AtOnce, Line
 from glm_image.ar.executor import Admit, Command, Encode, Release, Step
 from glm_image.ar.measures import OCCUPANCY, PREFILL_SECONDS, QUEUE_SECONDS, RUNNING, STEP_SECONDS, TOKENS, WAITING
 from glm_image.errors import GlmImageError, QueueFullError, UnavailableError
 from glm_image.geometry import PlacedGrid
-from glm_image.job import Job
+from glm_image.job import NANOSECONDS, Job
 from glm_image.measures import Record, keep_nothing
 from glm_image.pace import Pace
 from glm_image.request import ResolvedRequest
@@ -64,6 +65,7 @@ class _Request:
     future: Future[NDArray[np.int32]] = field(default_factory=Future)
     waiting: deque[int] = field(default_factory=deque)
     tokens: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+    latest: float = math.inf  # when it is let in at the latest; inf before it is the first in line
 
     @property
     def length(self) -> int:
@@ -95,13 +97,20 @@ class Scheduler:
         max_queue: requests that may wait for a slot.
         record: takes what ``ar.measures`` names.
         first: commands to run before any request, in the thread that will run all of them.
+        admission: says when a free slot is filled.
 
     Raises:
         Exception: what a command of ``first`` raised.
     """
 
     def __init__(
-        self, run: Run, slots: int, max_queue: int, record: Record = keep_nothing, first: Sequence[Command] = ()
+        self,
+        run: Run,
+        slots: int,
+        max_queue: int,
+        record: Record = keep_nothing,
+        first: Sequence[Command] = (),
+        admission: Admission | None = None,
     ) -> None:
         self._run = run
         self._record = record
@@ -113,6 +122,8 @@ class Scheduler:
         self._closed = False
         self._load = (0, 0)
         self._pace = Pace()
+        self._admission = admission or AtOnce()
+        self._admission.when_changed(self._look_again)
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._start, args=(first,), name="ar-scheduler", daemon=True)
         self._thread.start()
@@ -191,10 +202,39 @@ class Scheduler:
                 self._end(request, reason)
             self._record_load()
 
+    def _look_again(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
     def _wait_for_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
+            while not (self._closed or self._running) and (seconds := self._admission_wait()):
+                self._changed.wait(None if seconds == math.inf else seconds)
             return not self._closed
+
+    def _admission_wait(self) -> float:
+        """How long the first in line is to wait still, unless something changes; inf where nobody waits."""
+        if not self._waiting:
+            return math.inf
+        first, now, running = self._waiting[0], time.monotonic(), len(self._running)
+        decode_seconds = first.length * self._pace.mean
+        if first.latest == math.inf:
+            first.latest = now + self._admission.longest_wait(running, decode_seconds)
+        longest = max((one.left for one in self._running.values()), default=0)
+        deadlines = [request.job.deadline_ns / NANOSECONDS for request in self._waiting if request.job.deadline_ns]
+        return self._admission.wait(
+            Line(
+                now=now,
+                waiting=sum(len(request.waiting) for request in self._waiting),
+                free=self._slots - running,
+                running=running,
+                extends=max(0.0, 1 - longest / first.length),
+                has_begun=first.has_begun,
+                latest=first.latest,
+                deadline=min(deadlines, default=math.inf),
+                decode_seconds=decode_seconds,
+            )
+        )
 
     def _requests(self) -> Iterator[_Request]:
         with self._changed:
@@ -236,7 +276,7 @@ class Scheduler:
         self._drop_unwanted()
         while len(self._running) < self._slots:
             with self._changed:
-                if not self._waiting:
+                if self._admission_wait():
                     return
                 request = self._waiting[0]
                 index = request.waiting.popleft()

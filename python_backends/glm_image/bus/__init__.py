@@ -5,7 +5,8 @@ is no broker, so nothing of the server depends on another part of it for this.
 """
 
 from glm_image.bus.caller import Answers, Listener, ask_all
+from glm_image.bus.follower import Follower
 from glm_image.bus.node import Handler, Node
 from glm_image.bus.places import Message, folder
 
-__all__ = ["Answers", "Handler", "Listener", "Message", "Node", "ask_all", "folder"]
+__all__ = ["Answers", "Follower", "Handler", "Listener", "Message", "Node", "ask_all", "folder"]

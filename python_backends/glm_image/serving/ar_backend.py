@@ -22,6 +22,7 @@ from glm_image.serving import strings
 from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import AR_PARAMETERS
 from glm_image.serving.entrances import ENTRANCES
+from glm_image.serving.gathering import Gathering
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
 from glm_image.serving.open_answers import OpenAnswers
@@ -52,7 +53,8 @@ class ArBackend:
         self._spans = Spans(instance)
         self._metrics = Metrics(AR_MEASURES, instance)
         self._open = OpenAnswers()
-        self._engine, self._pulse = _load(instance, self._metrics, self._open)
+        self._gathering = Gathering.of(instance)
+        self._engine, self._pulse = _load(instance, self._metrics, self._open, self._gathering)
         self._reception = Reception(instance, InFlight("ar_queue", "handed_on"), AR_ENDS, self._metrics.record, log)
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
         self._max_decoding = instance.integer("max_queue", 1)
@@ -77,6 +79,8 @@ class ArBackend:
         self._pulse.close()
         self._decoder.shutdown(wait=True)
         self._engine.close()
+        if self._gathering is not None:
+            self._gathering.close()
         self._reception.close()
         self._metrics.close()
         self._spans.close()
@@ -111,6 +115,8 @@ class ArBackend:
         resolved = asked.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
         size = resolved.requested
         entry.note(asked.prompt, width=size.width, height=size.height, seed=resolved.seeds[0])
+        if self._gathering is not None:
+            self._gathering.expect(job, len(resolved.seeds), answer)
         self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(answer, job, resolved, done))
 
 
@@ -133,7 +139,9 @@ def _unload_entrances() -> None:
         pb_utils.unload_model(model)
 
 
-def _load(instance: Instance, metrics: Metrics, open_answers: OpenAnswers) -> tuple[Any, Pulse]:
+def _load(
+    instance: Instance, metrics: Metrics, open_answers: OpenAnswers, gathering: Gathering | None
+) -> tuple[Any, Pulse]:
     place = instance.take_place(spare_first=False)
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
     from glm_image.ar.engine import ArEngine  # noqa: PLC0415
@@ -156,8 +164,16 @@ def _load(instance: Instance, metrics: Metrics, open_answers: OpenAnswers) -> tu
     logger.info("loading the decoder on %s", device)
     checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
     pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
-    peers = instance.peers(place, device, open_answers.end_process)
-    return ArEngine(checkpoint, device, settings, metrics.record, watched=pulse.watched, peers=peers), pulse
+    engine = ArEngine(
+        checkpoint,
+        device,
+        settings,
+        metrics.record,
+        watched=pulse.watched,
+        admission=None if gathering is None else gathering.admission,
+        peers=instance.peers(place, device, open_answers.end_process),
+    )
+    return engine, pulse
 
 
 def read_request(request: Any) -> GenerationParameters:

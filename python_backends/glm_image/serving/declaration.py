@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from glm_image.ar.admission import ADMISSIONS
 from glm_image.ar.graphs import GRAPH_MODES, WHY_NOT_PIECEWISE
 from glm_image.dit.cache import SCM_MASK_POLICIES, SCM_POLICIES
 from glm_image.errors import ConfigurationError
@@ -126,6 +127,7 @@ AR_PARAMETERS: Final = (
     ParameterSpec("max_num_seqs", "8"),
     ParameterSpec("max_sequence_tokens", "8192"),
     ParameterSpec("max_queue", "64"),
+    ParameterSpec("admission", "at_once", ADMISSIONS),
     ParameterSpec("graph_mode", "FULL_DECODE_ONLY", GRAPH_MODES, (("PIECEWISE", WHY_NOT_PIECEWISE),)),
     ParameterSpec("graph_capture_sizes", ""),
 )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_image.backlog import TOPIC, Painting
 from glm_image.dit.measures import DIT_ENDS, DIT_MEASURES, QUEUE_SECONDS
 from glm_image.errors import InvalidInputError
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
@@ -103,7 +104,11 @@ class DitBackend:
             peers=instance.peers(place, device, self._open.end_process),
         )
         log = RequestLog(instance, is_last=True)
-        self._reception = Reception(instance, InFlight("condition", "finished"), DIT_ENDS, self._metrics.record, log)
+        self._painting = Painting(instance.name)
+        topics = {TOPIC: self._painting.tell}
+        in_flight = InFlight("condition", "finished")
+        self._reception = Reception(instance, in_flight, DIT_ENDS, self._metrics.record, log, topics=topics)
+        self._painting.publish = self._reception.publish
         self._busy = BusyPeriod()
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
         self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
@@ -137,6 +142,8 @@ class DitBackend:
         entry.follow(job, paint.ar_metadata.get("seconds"))
         entry.note(paint.prompt, **_told(paint))
         self._spans.follow(request, job)
+        answer.when_ended(lambda _: self._painting.end(job))
+        self._painting.begin(job, len(paint.seeds))
         self._reception.begin(job, answer)
         waited = queued_seconds(paint.ar_metadata)
         job.add_seconds("dit_queue", waited)

@@ -102,7 +102,8 @@ def _of_several_cards(kind: str) -> tuple[Profile, ...]:
 
 def _one_card(name: str, meaning: str, gigabytes: int, ar: Mapping[str, str], dit: Mapping[str, str]) -> Profile:
     device = f"{name.partition('-')[0]}:0"
-    return Profile(name, meaning, gigabytes, StageLayout(device, ar), StageLayout(device, dit))
+    gathered = {**ar, "admission": "gathered"}  # what the first stage takes of the card the second has not
+    return Profile(name, meaning, gigabytes, StageLayout(device, gathered), StageLayout(device, dit))
 
 
 def _shares(ar: str, dit: str) -> tuple[dict[str, str], dict[str, str]]:

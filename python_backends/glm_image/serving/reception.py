@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from glm_image import bus
 from glm_image.bus import Handler, Message, Node
-from glm_image.inflight import InFlight
+from glm_image.inflight import InFlight, Publish, publish_nothing
 from glm_image.job import Job
 from glm_image.measures import Ends, Record
 from glm_image.run_directory import VARIABLE
@@ -28,6 +28,9 @@ those of an ensemble."""
 class Reception:
     """Lets requests in and out, counts how they end, and gives others a hold on them.
 
+    Attributes:
+        publish: publishes under a topic; nothing where there is no bus.
+
     Args:
         instance: whose requests.
         in_flight: keeps them.
@@ -35,6 +38,7 @@ class Reception:
         record: takes the counts.
         log: has a line for each.
         handlers: what else is answered over the bus, by ``action``.
+        topics: what else is published there: tells how things are, called when somebody begins to listen.
     """
 
     def __init__(
@@ -45,11 +49,12 @@ class Reception:
         record: Record,
         log: RequestLog,
         handlers: Mapping[str, Handler] | None = None,
+        topics: Mapping[bytes, Callable[[], None]] | None = None,
     ) -> None:
         self._in_flight, self._ends, self._record, self._log = in_flight, ends, record, log
-        self._node = _open_node(instance, in_flight, handlers or {})
-        if self._node is not None:
-            in_flight.publish = self._node.publish
+        self._node = _open_node(instance, in_flight, handlers or {}, topics or {})
+        self.publish: Publish = publish_nothing if self._node is None else self._node.publish
+        in_flight.publish = self.publish
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="callers", daemon=True)
         self._watcher.start()
@@ -86,7 +91,12 @@ class Reception:
             self._in_flight.cancel_gone()
 
 
-def _open_node(instance: Instance, in_flight: InFlight, handlers: Mapping[str, Handler]) -> Node | None:
+def _open_node(
+    instance: Instance,
+    in_flight: InFlight,
+    handlers: Mapping[str, Handler],
+    topics: Mapping[bytes, Callable[[], None]],
+) -> Node | None:
     folder = bus.folder()
     if folder is None:
         logger.info("%s is not set: requests cannot be cancelled or watched by their id", VARIABLE)
@@ -99,10 +109,16 @@ def _open_node(instance: Instance, in_flight: InFlight, handlers: Mapping[str, H
     def status(question: Message) -> Message:
         return Message({"requests": in_flight.status(question.fields["request_id"])})
 
+    def tell(topic: bytes) -> None:
+        if topic in topics:
+            topics[topic]()
+        else:
+            in_flight.tell_again(topic)
+
     own: dict[str, Handler] = {"cancel": cancel, "status": status, **handlers}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Node(folder, instance.name, own, in_flight.tell_again)
+        return Node(folder, instance.name, own, tell)
     except OSError as error:
         logger.warning("requests cannot be cancelled or watched by their id: %s", error)
         return None
