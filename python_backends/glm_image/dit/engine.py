@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,18 @@ class DitEngine:
         self._record(IMAGES, len(pixels))
         self._record(PEAK_MEMORY, self._device.peak_memory())
         return DitResult(pixels, encoded)
+
+    def preview(self, job: Job, request: PaintRequest) -> Future[NDArray[np.uint8]]:
+        """Has the first picture of a request painted beside others, uint8 [height, width, 3]; see ``dit.previews``.
+
+        Raises:
+            UnavailableError: there are too many, too much is painted, or the engine is closed.
+        """
+        return self._scheduler.previews.submit(job, request)
+
+    def close(self) -> None:
+        """Ends the previews that wait."""
+        self._scheduler.previews.close()
 
     def _encode(self, picture: NDArray[np.uint8], output_format: str) -> bytes:
         started = time.monotonic()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from glm_image import bus
 from glm_image.bus import Handler, Message, Node
-from glm_image.inflight import InFlight
+from glm_image.inflight import Event, InFlight
 from glm_image.job import Job
 from glm_image.measures import Ends, Record
 from glm_image.run_directory import VARIABLE
@@ -69,6 +69,10 @@ class Reception:
         """
         answer.when_ended(partial(self._in_flight.end, job))
         self._in_flight.begin(job, answer.is_unwanted)
+
+    def tell(self, job: Job, more: Callable[[], Event]) -> None:
+        """Publishes more of a job than its progress, if anybody listens."""
+        self._in_flight.tell(job, more)
 
     def close(self) -> None:
         """Lets nobody ask any more."""
