@@ -286,7 +286,7 @@ def test_the_hint_counts_passes_of_the_transformer(
 
 
 def settings_of(**parameters: str) -> CacheSettings | None:
-    return cache_settings(Instance("glm_dit", 0, read_parameters(DIT_PARAMETERS, parameters), Limits()))
+    return cache_settings(Instance("glm_dit", 0, 1, read_parameters(DIT_PARAMETERS, parameters), Limits()))
 
 
 def test_the_parameters_defaults_are_the_settings() -> None:

@@ -21,7 +21,7 @@ WAIT_SECONDS = 60
 
 
 def instance(**parameters: str) -> Instance:
-    return Instance("glm_ar", 0, read_parameters(AR_PARAMETERS, parameters), Limits())
+    return Instance("glm_ar", 0, 1, read_parameters(AR_PARAMETERS, parameters), Limits())
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("NONE", False), ("FULL_DECODE_ONLY", True), ("FULL", True)])
