@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from glm_image_client.grpc_transport import (
+    WITH_STATUS,
     infer_arguments,
     is_final,
     may_be_unreachable,
@@ -50,7 +51,7 @@ class AsyncGrpcTransport:
         async def requests() -> AsyncGenerator[dict[str, Any], None]:
             yield {"model_name": model, **stream_arguments(inputs, request_id, timeout)}
 
-        responses = self._client.stream_infer(requests(), stream_timeout=timeout)
+        responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=WITH_STATUS)
         try:
             while True:
                 result, error = await self._told(anext(responses), timeout)

@@ -29,6 +29,10 @@ T = TypeVar("T")
 _AROUND_FAULT = re.compile(r"(?:.*last error: )?(?:[A-Z_]+: )?(?:ipv[46]:\S+: )?(.*?)(?:: OK)?", re.DOTALL)
 
 
+WITH_STATUS = {"triton_grpc_error": "true"}
+"""Without it an error in a stream is nothing but its words."""
+
+
 class GrpcTransport:
     """One channel to a server."""
 
@@ -50,7 +54,9 @@ class GrpcTransport:
         """See ``Transport.stream``: a connection of its own, as tritonclient has one stream for each."""
         answers: queue.SimpleQueue[tuple[Any, InferenceServerException | None]] = queue.SimpleQueue()
         with closing(triton.InferenceServerClient(self._address, ssl=self._tls)) as client:
-            client.start_stream(lambda *answer: answers.put(answer), stream_timeout=timeout)
+            client.start_stream(
+                lambda result, error: answers.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
+            )
             try:
                 client.async_stream_infer(model, **stream_arguments(inputs, request_id, timeout))
                 while True:

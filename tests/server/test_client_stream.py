@@ -17,12 +17,12 @@ from glm_image_client import (
     RefusedError,
     RequestCancelled,
     RequestTimeout,
-    ServerFailure,
     StreamEvent,
 )
 
 ASKED: dict[str, Any] = {"prompt": "A fox", "height": 96, "width": 64, "num_inference_steps": 5, "seed": 11}
 SLOW: dict[str, Any] = {**ASKED, "height": 256, "width": 256, "num_inference_steps": 200}
+COMMAND = "from glm_image_client.cli import main; main()"
 PROTOCOLS = ("grpc", "http")
 
 
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_told_as_by_generate(triton: TritonServer, protocol: st
     with client_of(triton, protocol) as client:
         with pytest.raises(RefusedError, match="height is 1; allowed: 32 to 2048"):
             list(client.stream(**{**ASKED, "height": 1}))
-        with pytest.raises((RequestTimeout, ServerFailure), match=r"deadline|within|[Tt]imeout"):
+        with pytest.raises(RequestTimeout):
             list(client.stream(**SLOW, timeout=0.3))
         events = client.stream(**SLOW, request_id=f"stopped {protocol}")
         next(events)
@@ -106,11 +106,11 @@ def test_what_is_wrong_is_told_as_by_generate(triton: TritonServer, protocol: st
 def test_the_command_writes_the_pictures_on_the_way(triton: TritonServer, tmp_path: Path) -> None:
     previews = tmp_path / "previews"
     previews.mkdir()
-    asked = ["A fox", "--size", "64x96", "--steps", "12", "--seed", "5", "--preview-dir", str(previews)]
-    command = [sys.executable, "-m", "glm_image_client", "generate", *asked, "-o", str(tmp_path / "out.png")]
+    asked = ["A fox", "--size", "256x256", "--steps", "25", "--seed", "5", "--preview-dir", str(previews)]
+    command = [sys.executable, "-c", COMMAND, "generate", *asked, "-o", str(tmp_path / "out.png")]
     done = subprocess.run([*command, "--url", triton.grpc_url], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [file.name for file in sorted(previews.iterdir())] == ["00_denoise.png"]
+    assert [file.name for file in sorted(previews.iterdir())] == ["00_denoise.png", "01_denoise.png"]
     with GlmImageClient(triton.grpc_url) as client:
-        plain = client.generate("A fox", width=64, height=96, num_inference_steps=12, seed=5)
+        plain = client.generate("A fox", width=256, height=256, num_inference_steps=25, seed=5)
     assert (tmp_path / "out.png").read_bytes() == plain.encoded[0]

@@ -65,7 +65,7 @@ class Streamed:
     def __init__(self, request: Any, sender: Any, times: PaintingTimes) -> None:
         self._arrived_ns = time.monotonic_ns()
         self._id: str = request.request_id() or uuid.uuid4().hex
-        self._timeout_us: int = request.timeout()
+        self._timeout_us: int = request.timeout() or _timeout_of(request.parameters())
         self._sender, self._times = sender, times
         inputs = Inputs(request)
         # Copies, as the request's own memory is given back before this is done.
@@ -201,6 +201,12 @@ def _number(inputs: Inputs, name: str, default: int, high: int) -> int:
         return default
     check_range(name, value, 0, high)
     return value
+
+
+def _timeout_of(parameters: str) -> int:
+    """Microseconds; of ``generate_stream`` it is a parameter like any other."""
+    timeout = json.loads(parameters or "{}").get("timeout")
+    return timeout if type(timeout) is int and 0 < timeout < 2**63 else 0
 
 
 def _string(array: NDArray[Any] | None) -> str:
