@@ -29,6 +29,11 @@ class Following:
         return {self.PARAMETER: json.dumps(asdict(self))}
 
     @classmethod
+    def is_asked(cls, parameters: str) -> bool:
+        """Tells whether a request is made on behalf of another, by its parameters as JSON."""
+        return f'"{cls.PARAMETER}"' in parameters
+
+    @classmethod
     def read(cls, parameters: str) -> Following:
         """Reads a request's parameters, a JSON object; anybody may send them, so what does not fit is left out."""
         try:

@@ -24,7 +24,7 @@ from glm_image.inflight import Event
 from glm_image.preview_messages import PreviewTokens, ask_preview, unpacked_picture
 from glm_image.request import GenerationParameters, check_range
 from glm_image.serving.declaration import OUTPUTS, PAINTING_INPUTS, REQUEST_INPUTS, STAGE_TENSORS, TensorSpec
-from glm_image.serving.errors import triton_error
+from glm_image.serving.errors import relayed, triton_error
 from glm_image.serving.tensors import Inputs, response, text_array
 from glm_image.story import PaintingTimes, Story
 
@@ -48,11 +48,7 @@ NOTHING: Arrays = {
 
 
 class StageError(Exception):
-    """A stage answered with an error, which is answered in turn: ``error`` is Triton's."""
-
-    def __init__(self, error: Any) -> None:
-        super().__init__(error.message())
-        self.error = error
+    """A stage answered with an error, which is answered in turn."""
 
 
 class Streamed:
@@ -89,7 +85,7 @@ class Streamed:
             outputs = self._generate()
             self._send(self._story.end(), outputs, is_last=True)
         except StageError as error:
-            self._send_error(error.error)
+            self._send_error(relayed(str(error)))
         except Exception as error:  # whatever it is, the client must get an answer
             self._send_error(triton_error(error))
         finally:
@@ -120,7 +116,7 @@ class Streamed:
             parameters=following.parameters(),
         ).exec()
         if answer.has_error():
-            raise StageError(answer.error())
+            raise StageError(answer.error().message())
         return {name: pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in names}
 
     def _follow(self) -> None:
