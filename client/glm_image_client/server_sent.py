@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from glm_image_client.events import outputs_of_json
 from glm_image_client.transport import Tensor, microseconds
 
 DATA = b"data:"
+MAY_SUCCEED_LATER = re.compile(r"deadline|try again later|is stopping|maximum queue size|memory")
 
 
 def path_of(model: str) -> str:
@@ -62,7 +64,8 @@ def failure_of(status: int, body: bytes) -> Exception:
         message = json.loads(body.removeprefix(DATA))["error"]
     except (ValueError, KeyError, TypeError):
         message = ""
-    return answered(str(status), message)
+    # Triton answers 400 whatever the code was.
+    return answered("UNAVAILABLE" if MAY_SUCCEED_LATER.search(message) else str(status), message)
 
 
 def _text(name: str, value: bytes) -> str:
