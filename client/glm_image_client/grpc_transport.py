@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import re
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -58,7 +58,8 @@ class GrpcTransport:
                 lambda result, error: answers.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
             )
             try:
-                client.async_stream_infer(model, **stream_arguments(inputs, request_id, timeout))
+                with suppress(InferenceServerException):  # of a connection that could not be made the callback tells
+                    client.async_stream_infer(model, **stream_arguments(inputs, request_id, timeout))
                 while True:
                     outputs, is_last = self._told(partial(next_response, answers), timeout)
                     if outputs:
