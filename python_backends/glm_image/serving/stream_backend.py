@@ -9,7 +9,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from glm_image.errors import QueueFullError, UnavailableError
+from glm_image.errors import QueueFullError
 from glm_image.serving import strings
 from glm_image.serving.errors import triton_error
 from glm_image.serving.streamed import Streamed
@@ -20,16 +20,19 @@ MAX_STREAMS = 128
 
 
 class StreamBackend:
-    """The decoupled Triton Python model beside the ensemble."""
+    """The decoupled Triton Python model beside the ensemble.
+
+    Triton ends it only after the last response of every stream, so nothing is waited for here: while it is unloaded the
+    first stage, which asked for that when the server drains, could not answer.
+    """
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Prepares for requests."""
         strings.install()
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         self._times = PaintingTimes()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._running = 0
-        self._closed = False
 
     def execute(self, requests: list[Any]) -> None:
         """Begins a stream for each request; its responses go out from threads of its own."""
@@ -41,16 +44,8 @@ class StreamBackend:
                 made = pb_utils.InferenceResponse(error=triton_error(error))
                 sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def finalize(self) -> None:
-        """Waits for the last streams."""
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: self._running == 0)
-
     def _begin(self, stream: Streamed) -> None:
-        with self._changed:
-            if self._closed:
-                raise UnavailableError("glm_image_stream is stopping; no new requests are taken")
+        with self._lock:
             if self._running >= MAX_STREAMS:
                 raise QueueFullError(f"glm_image_stream has {MAX_STREAMS} streams, as many as may be; try again later")
             self._running += 1
@@ -60,6 +55,5 @@ class StreamBackend:
         try:
             stream.run()
         finally:
-            with self._changed:
+            with self._lock:
                 self._running -= 1
-                self._changed.notify_all()
