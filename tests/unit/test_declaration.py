@@ -47,7 +47,7 @@ def test_files_parse_to_the_declared_message(model: str) -> None:
     assert config == configs.model_configs()[model]
     assert config.name == model
     assert config.max_batch_size == 0
-    assert not config.model_transaction_policy.decoupled
+    assert config.model_transaction_policy.decoupled == (model == "glm_image_stream")
 
 
 def test_the_ensemble_takes_and_gives_what_clients_are_promised() -> None:

@@ -25,7 +25,7 @@ class Answer:
     """
 
     def __init__(self, request: Any) -> None:
-        self._sender = request.get_response_sender()
+        self._sender: Any = request.get_response_sender()
         self._is_relayed = Following.is_asked(request.parameters())
         self._lock = threading.Lock()
         self._sent = False
@@ -62,3 +62,4 @@ class Answer:
             call(error)
         self._on_end.clear()
         self._sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._sender = None  # one that is left to the end of the process outlives the memory that it is in

@@ -62,7 +62,8 @@ class Streamed:
         self._arrived_ns = time.monotonic_ns()
         self._id: str = request.request_id() or uuid.uuid4().hex
         self._timeout_us: int = request.timeout() or _timeout_of(request.parameters())
-        self._sender, self._times = sender, times
+        self._times = times
+        self._sender: Any = sender
         inputs = Inputs(request)
         # Copies, as the request's own memory is given back before this is done.
         given = inputs.given(**{spec.name: inputs.array(spec.name) for spec in REQUEST_INPUTS})
@@ -182,6 +183,8 @@ class Streamed:
             made = response({"event": text_array(json.dumps(event)), **NOTHING, **outputs})
             self._is_sent = is_last
             self._sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
+            if is_last:
+                self._sender = None  # see ``Answer``
 
     def _send_error(self, error: Any) -> None:
         made = pb_utils.InferenceResponse(error=error)
@@ -189,6 +192,7 @@ class Streamed:
             if not self._is_sent:
                 self._is_sent = True
                 self._sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                self._sender = None
 
 
 def _number(inputs: Inputs, name: str, default: int, high: int) -> int:
