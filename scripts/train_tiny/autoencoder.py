@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from train_tiny.data import Choice, Item, by_size, drawn
-from train_tiny.models import build_vae, signed
+from glm_image.geometry import Size
+from train_tiny.data import MAIN_SIZE, Choice, Item, drawn
+from train_tiny.models import build_vae, compiled, signed
+from train_tiny.world.scene import Scene
 
 DIVERGENCE_WEIGHT = 1e-4
 LEAST_SHARE = 0.2
@@ -25,21 +29,20 @@ class Autoencoder:
     def __init__(self, items: list[Item], device: torch.device, batch: int, seed: int) -> None:
         self.module = nn.ModuleDict({"vae": build_vae()}).to(device, memory_format=torch.channels_last)
         self._device, self._batch = device, batch
-        sized = list(by_size(items, main_share=0.6))
-        self._pictures = [torch.cat(list(drawn([i.scene for i in own], size, device))) for size, own in sized]
-        self._choice = Choice([len(own) for _, own in sized], seed)
+        vae = self.module["vae"]
+        self._encode = compiled(vae.encoder, device, dynamic=False)
+        self._decode = compiled(vae.decoder, device, dynamic=False)
+        self._pictures = sheets([item.scene for item in items], device)
+        self._choice = Choice([len(self._pictures)], seed)
 
     def _draw(self) -> Tensor:
-        group = self._choice.group()
-        pictures = self._pictures[group]
-        count = max(2, self._batch * 256 * 256 // pictures[0, 0].numel())
-        return signed(pictures[self._choice.rows(group, count, self._device)])
+        return signed(self._pictures[self._choice.rows(0, self._batch, self._device)])
 
     def losses(self, progress: float) -> dict[str, Tensor]:
         """Draws a batch."""
         pictures = self._draw()
-        posterior = self.module["vae"].encode(pictures).latent_dist
-        made = self.module["vae"].decode(posterior.sample()).sample.float()
+        posterior = DiagonalGaussianDistribution(self._encode(pictures).float())
+        made = self._decode(posterior.sample()).float()
         pixels = F.l1_loss(made, pictures) + F.mse_loss(made, pictures)
         edges = sum(F.l1_loss(made.diff(dim=side), pictures.diff(dim=side)) for side in (2, 3))
         divergence = -0.5 * (1 + posterior.logvar - posterior.mean.square() - posterior.logvar.exp()).float().mean()
@@ -65,3 +68,25 @@ class Autoencoder:
             "latents_std": [round(float(v), 4) for v in deviation.clamp(min=LEAST_SHARE * float(deviation.max()))],
             "psnr": float(-10 * torch.stack(error).mean().log10()),
         }
+
+
+def sheets(scenes: Sequence[Scene], device: torch.device) -> Tensor:
+    """Pictures all of the main size, so that the device meets one shape: uint8 [n, 3, 256, 256].
+
+    Of every twelve, six show a scene of that size, two a quarter of one twice as large, two of one half as large again,
+    and two show four small ones each.
+    """
+    height, width = MAIN_SIZE
+    twelfth = len(scenes) // 12
+    whole, double, larger, small = scenes[: 6 * twelfth], *(scenes[n * twelfth : (n + 2) * twelfth] for n in (6, 8, 10))
+    parts = [*drawn(whole, MAIN_SIZE, device)]
+    for others, size in ((double, Size(2 * height, 2 * width)), (larger, Size(3 * height // 2, 3 * width // 2))):
+        for pictures in drawn(others, size, device):
+            # Each by another corner.
+            top, left = size.height - height, size.width - width
+            corners = [(0, 0), (top, 0), (0, left), (top, left)]
+            parts += [pictures[n::4, :, y : y + height, x : x + width].contiguous() for n, (y, x) in enumerate(corners)]
+    for pictures in drawn(small, Size(height // 2, width // 2), device):
+        fours = pictures[: len(pictures) // 4 * 4].unflatten(0, (-1, 2, 2))
+        parts.append(fours.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, height, width))
+    return torch.cat(parts)

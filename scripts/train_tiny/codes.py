@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from glm_image import geometry
 from train_tiny.data import CellLabels, Choice, Item, by_size, cell_labels, small_pictures
-from train_tiny.models import CONFIG, build_ar, quantize, tower_features
+from train_tiny.models import CONFIG, build_ar, compiled, quantize, tower_block, tower_features
 from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
 
 NAMED = {
@@ -34,7 +34,9 @@ WEIGHTS = {
 }
 DRAWN_SIDE = 8
 """Pixels of a drawn cell's side."""
-USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.03, 50
+USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.05, 25
+FIRST_CODES_AT, ROUNDS = 50, 8
+"""The step at which the codes become means of features, and the rounds of k-means."""
 REVIVED_UNTIL = 0.7
 """Of the stage: then the codes settle."""
 
@@ -66,7 +68,7 @@ class Codes:
     """Trains with straight-through codes (van den Oord et al., 2017), unused ones put where features are."""
 
     name = "vision"
-    learning_rate = 1e-3
+    learning_rate = 1.5e-3
 
     def __init__(self, items: list[Item], device: torch.device, batch: int, seed: int) -> None:
         model = build_ar().model
@@ -74,6 +76,7 @@ class Codes:
         self.module = nn.ModuleDict(parts).to(device)
         nn.init.normal_(model.vqmodel.quantize.embedding.weight, std=CONFIG.vq_dim**-0.5)
         self._device, self._batch, self._progress = device, batch, 0.0
+        self._block, self._decode = compiled(tower_block, device), compiled(parts["decoder"], device)
         self._use = torch.ones(CONFIG.codebook, device=device)
         self._vectors: Tensor | None = None
         self._pictures: list[Tensor] = []
@@ -100,13 +103,14 @@ class Codes:
         """Draws a batch."""
         self._progress = progress
         pictures, labels = self._batch_of()
-        codes, vectors = quantize(self.module["quantizer"], tower_features(self.module["tower"], pictures))
+        features = tower_features(self.module["tower"], pictures, self._block)
+        codes, vectors = quantize(self.module["quantizer"], features)
         embedding = F.normalize(self.module["quantizer"].quantize.embedding(codes).float(), dim=-1)
         commitment = 0.25 * F.mse_loss(vectors, embedding.detach()) + F.mse_loss(embedding, vectors.detach())
         passed = vectors + (embedding - vectors).detach()
         grid = pictures.shape[2] // 16, pictures.shape[3] // 16
         cells = self.module["quantizer"].post_quant_conv(passed.transpose(1, 2).unflatten(2, grid))
-        drawn_cells, names, place = self.module["decoder"](cells)
+        drawn_cells, names, place = self._decode(cells)
         wanted = F.interpolate(pictures.float(), scale_factor=DRAWN_SIDE / 16, mode="area") / 127.5 - 1
         losses = {name: self._naming(logits, getattr(labels, name)) for name, logits in names.items()}
         losses["pixels"] = F.l1_loss(drawn_cells.float(), wanted) * 0.5 + F.mse_loss(drawn_cells.float(), wanted)
@@ -131,6 +135,8 @@ class Codes:
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Moves codes that are hardly used to where the last batch's features are."""
+        if step == FIRST_CODES_AT and self._vectors is not None:
+            self.module["quantizer"].quantize.embedding.weight.copy_(clustered(self._vectors, len(self._use)))
         if (step + 1) % STEPS_BETWEEN_REVIVALS or self._progress > REVIVED_UNTIL or self._vectors is None:
             return
         dead = self._use < DEAD_SHARE
@@ -158,3 +164,15 @@ class Codes:
                 hits[name] += torch.stack([right.sum(), asked.sum()])
         named = {f"{name}_named": float(hit[0] / hit[1].clamp(min=1)) for name, hit in hits.items()}
         return {"codes_used": float((seen > 0).float().mean()), **named}
+
+
+def clustered(vectors: Tensor, count: int) -> Tensor:
+    """Directions [count, dim] around which unit vectors [n, dim] lie, by k-means on the sphere."""
+    centres = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
+    for _ in range(ROUNDS):
+        nearest = (vectors @ centres.T).argmax(-1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        alone = sums.norm(dim=-1, keepdim=True) < 1e-6
+        other = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
+        centres = F.normalize(torch.where(alone, other, sums), dim=-1)
+    return centres

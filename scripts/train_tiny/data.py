@@ -33,7 +33,7 @@ OTHER_SIZES = tuple(
 )  # fmt: skip
 """Height and width."""
 ENGLISH = 0.65
-PIXELS_AT_ONCE = 1024 * 256 * 256
+PIXELS_AT_ONCE = 2048 * 256 * 256
 CHUNK = 500
 
 
@@ -114,8 +114,7 @@ class Choice:
 
     def rows(self, group: int, count: int, device: torch.device) -> Tensor:
         """Chooses rows of a group, int64 [count]."""
-        picked = self._rng.integers(self._counts[group], size=count)
-        return torch.from_numpy(picked).to(device, non_blocking=True)
+        return torch.randint(int(self._counts[group]), (count,), device=device)
 
 
 def glyph_rows(prompt: str) -> tuple[tuple[int, ...], ...]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 SECONDS_BETWEEN_SAVES = 60.0
-STEPS_BETWEEN_LOGS = 50
-WARM_UP_STEPS = 200
+STEPS_BETWEEN_LOGS = 100
+WARM_UP_STEPS = 300
 GRADIENT_NORM = 1.0
-AVERAGE_DECAY = 0.998
+AVERAGE_DECAY = 0.999
 
 
 class Stage(Protocol):
@@ -62,6 +62,11 @@ class Log:
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """What training computes in: bf16 on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 class Average:
@@ -114,12 +119,12 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
     count = sum(parameter.numel() for parameter in trained)
     log.write(event="start", step=step, parameters=count, device=str(device), minutes=minutes)
     clock, saved_at, budget = time.monotonic() - spent, spent, minutes * 60
-    sums: dict[str, Tensor] = {}
+    sums: Tensor | None = None
     while (seconds := time.monotonic() - clock) < budget:
         progress = seconds / budget
         for group in optimizer.param_groups:
             group["lr"] = stage.learning_rate * rate(progress, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(device):
             losses = stage.losses(progress)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
@@ -128,11 +133,13 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
         stage.after_step(step)
         average.update(module, step)
         step += 1
-        for name, value in (losses | {"gradient_norm": norm}).items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float()
+        losses["gradient_norm"] = norm
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        sums = values if sums is None else sums + values
         if step % STEPS_BETWEEN_LOGS == 0:
-            log.write(step=step, seconds=time.monotonic() - clock, **_means(sums, STEPS_BETWEEN_LOGS))
-            sums = {}
+            means = dict(zip(losses, (sums / STEPS_BETWEEN_LOGS).tolist(), strict=True))
+            log.write(step=step, seconds=time.monotonic() - clock, **means)
+            sums = None
         if seconds - saved_at > SECONDS_BETWEEN_SAVES:
             saved_at = seconds
             state = {"optimizer": optimizer.state_dict(), "average": average.values, "step": step, "seconds": seconds}
@@ -141,10 +148,6 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
     results = stage.results()
     log.write(event="end", step=step, seconds=time.monotonic() - clock, **results)
     save(file, {"weights": module.state_dict(), "done": True, "step": step, "results": results})
-
-
-def _means(sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    return {name: float(value) / count for name, value in sums.items()}
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,27 @@ from train_tiny.loop import finished
 
 CONFIG = configs.PRESETS["trained"]
 IMAGE = configs.image_processor_config(CONFIG)
+
+
+Forward = Callable[..., Any]
+
+
+def compiled(module: Forward, device: torch.device, *, dynamic: bool = True) -> Forward:
+    """``module`` with its elementwise work fused, on a GPU: the parts are so small that launches and memory decide.
+
+    ``dynamic`` compiles once for all sizes.
+    """
+    if device.type != "cuda":
+        return module
+    # Each kind of call compiles anew: with and without a source, words or gradients.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(module, dynamic=dynamic)
+
+
+def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Makes calls of each of ``blocks`` compiled ones; blocks of one kind share what is compiled."""
+    for block in blocks:
+        block.forward = compiled(block.forward, device)  # type: ignore[method-assign]
 
 
 def build_vae() -> Any:
@@ -88,9 +109,10 @@ def signed(pictures: Tensor) -> Tensor:
     return pictures.to(memory_format=torch.channels_last).float() / 127.5 - 1
 
 
-def tower_features(tower: Any, pictures: Tensor) -> Tensor:
-    """Features [n, gh * gw, hidden] of uint8 pictures [n, 3, 16 gh, 16 gw]."""
-    count, _, height, width = pictures.shape
+def tower_features(tower: Any, pictures: Tensor, call: Forward | None = None) -> Tensor:
+    """Features [n, gh * gw, hidden] of uint8 pictures [n, 3, 16 gh, 16 gw]; ``call`` is ``tower_block`` or faster."""
+    call = call or tower_block
+    _, _, height, width = pictures.shape
     mean, std = (
         torch.tensor(IMAGE[name], device=pictures.device).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
     )
@@ -98,12 +120,18 @@ def tower_features(tower: Any, pictures: Tensor) -> Tensor:
     hidden = tower.patch_embed.proj(values).flatten(2).transpose(1, 2)
     hidden = hidden + _positions(tower.embeddings, height // 16, width // 16)
     for block in tower.blocks:
-        heads = block.attn.qkv(block.norm1(hidden)).view(count, hidden.shape[1], 3, tower.config.num_heads, -1)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        hidden = hidden + block.attn.proj(attended)
-        hidden = hidden + block.mlp(block.norm2(hidden))
+        hidden = call(block, hidden, tower.config.num_heads)
     return hidden
+
+
+def tower_block(block: Any, hidden: Tensor, heads: int) -> Tensor:
+    """A block of the vision tower, [n, tokens, hidden] to the same."""
+    parts = block.attn.qkv(block.norm1(hidden)).unflatten(2, (3, heads, -1))
+    query, key, value = parts.permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    hidden = hidden + block.attn.proj(attended)
+    after: Tensor = hidden + block.mlp(block.norm2(hidden))
+    return after
 
 
 def _positions(embeddings: Any, height: int, width: int) -> Tensor:

@@ -13,10 +13,13 @@ import tiny_checkpoint_configs as configs
 from glm_image import geometry
 from glm_image.geometry import Size
 from train_tiny.data import Choice, Item, by_size, common, drawn, glyph_rows, halved
-from train_tiny.models import CONFIG, Latents, Tokens, build_glyph_encoder, build_transformer, velocity
+from train_tiny.loop import mixed_precision
+from train_tiny.models import CONFIG, Latents, Tokens, build_glyph_encoder, build_transformer, compile_blocks, velocity
 
-EVALUATED = 10
+EVALUATED = 20
 """Batches, at the end."""
+ENCODED_PIXELS = 256 * 256 * 256
+"""At once by the VAE."""
 DROPPED = 0.1
 """The share of samples without prior, and of batches without glyphs."""
 SCHEDULER = configs.scheduler_config()
@@ -56,6 +59,7 @@ class Painter:
     def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         parts = {"transformer": build_transformer(), "glyphs": build_glyph_encoder()}
         self.module = nn.ModuleDict(parts).to(device)
+        compile_blocks(parts["transformer"].transformer_blocks, device)
         self._device, self._batch = device, batch
         self._latents, self._tokens = Latents(folder).to(device), Tokens(folder).to(device)
         self._groups: list[Group] = []
@@ -83,8 +87,9 @@ class Painter:
     def _shown(self, scenes: Any, size: Size) -> Shown:
         latents, codes = [], []
         for pictures in drawn(scenes, size, self._device):
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-                latents.append(self._latents.encode(pictures).to(torch.bfloat16))
+            with mixed_precision(self._device):
+                at_once = max(1, ENCODED_PIXELS // pictures[0, 0].numel())
+                latents += [self._latents.encode(some).to(torch.bfloat16) for some in pictures.split(at_once)]
             codes.append(self._tokens.encode(halved(pictures)).to(torch.int16))
         return Shown(torch.cat(latents), torch.cat(codes))
 
@@ -158,10 +163,11 @@ class Painter:
     def after_step(self, step: int) -> None:
         """Nothing is left to do."""
 
-    @torch.no_grad()
     def results(self) -> dict[str, Any]:
         """The averaged weights' loss."""
-        losses = torch.stack([self.losses(1.0)["loss"] for _ in range(EVALUATED)])
+        # With gradients, as what is compiled has them.
+        with mixed_precision(self._device):
+            losses = torch.stack([self.losses(1.0)["loss"].detach() for _ in range(EVALUATED)])
         return {"loss": float(losses.mean())}
 
 

@@ -30,7 +30,7 @@ def sample_sheet(checkpoint: Path, out: Path, device: str, prompts: int = 18, se
 
         def painted(prompt: str, *sources: bytes) -> np.ndarray:
             asked = GenerationParameters(
-                prompt=prompt, height=SIDE, width=SIDE, num_inference_steps=STEPS, seed=seed, images=sources
+                prompt=prompt, height=SIDE, width=SIDE, num_inference_steps=STEPS, seed=seed, images=sources or None
             )
             return pipeline.generate(asked).pixels[0]
 

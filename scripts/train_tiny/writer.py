@@ -15,7 +15,8 @@ from glm_image import geometry
 from glm_image.geometry import Grid, PlacedGrid, Size
 from glm_image.prompts import PromptTokenizer
 from train_tiny.data import Choice, Item, by_size, small_pictures
-from train_tiny.models import CONFIG, Tokens, build_ar
+from train_tiny.loop import mixed_precision
+from train_tiny.models import CONFIG, Tokens, build_ar, compile_blocks, compiled
 from train_tiny.vocabulary import processor_of
 
 SOURCE_START = 1
@@ -53,6 +54,8 @@ class Writer:
     def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         model = build_ar()
         self.module = nn.ModuleDict({"decoder": model.model.language_model, "head": model.lm_head}).to(device)
+        compile_blocks(model.model.language_model.layers, device)
+        self._predicted = compiled(predicted, device)
         self._device, self._batch = device, batch
         self._tokens = Tokens(folder).to(device)
         self._processor = processor_of(folder)
@@ -102,21 +105,24 @@ class Writer:
         ids, positions, wanted_at = sequences(group, rows)
         states = self.module["decoder"](ids, position_ids=positions, use_cache=False).last_hidden_state
         written = states.gather(1, wanted_at[:, :, None].expand(-1, -1, CONFIG.ar_hidden))
-        logits = self.module["head"](written).float()
-        targets = group.targets[rows]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        large = slice(-1 - group.large, -1)
-        right = (logits[:, large].argmax(-1) == targets[:, large]).float().mean()
-        return {"loss": loss, "large_grid_right": right}
+        loss, right = self._predicted(self.module["head"](written), group.targets[rows])
+        return {"loss": loss, "large_grid_right": right[:, -1 - group.large : -1].mean()}
 
     def after_step(self, step: int) -> None:
         """Nothing is left to do."""
 
-    @torch.no_grad()
     def results(self) -> dict[str, Any]:
         """The averaged weights' loss, and how often the likeliest code of the large grid is the picture's."""
-        measured = [self.losses(1.0) for _ in range(20)]
+        # With gradients, as what is compiled has them.
+        with mixed_precision(self._device):
+            measured = [{n: v.detach() for n, v in self.losses(1.0).items()} for _ in range(20)]
         return {name: float(torch.stack([one[name] for one in measured]).mean()) for name in measured[0]}
+
+
+def predicted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean loss of logits [n, targets, codes], and where the likeliest code is the target, [n, targets]."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    return loss, (logits.argmax(-1) == targets).float()
 
 
 def sequences(group: Group, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,8 +80,7 @@ def test_fp8_is_refused_where_there_are_no_such_products(
 ) -> None:
     with pytest.raises(ConfigurationError, match="quantization is 'fp8', but a CPU has no fast products of fp8"):
         open_engine(checkpoint_folder, "fp8")
-    cuda, npu = object.__new__(CudaDevice), object.__new__(NpuDevice)
-    cuda.torch_device, cuda._runtime = torch.device("cuda:0"), torch.cuda
+    cuda, npu = CudaDevice(torch.device("cuda:0")), object.__new__(NpuDevice)
     for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert (cuda.without_quantization("fp8") is not None) == refused

@@ -295,3 +295,9 @@ class TestAccess:
         hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
         expected = guard.SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(guard.SERVER_STACK_BYTES, hard)
         assert limit >= expected
+
+
+def test_the_supervisor_needs_no_package() -> None:
+    """``scripts/test`` and ``scripts/quickstart`` ask it what to install."""
+    command = [sys.executable, "-S", "-c", "import glm_image.supervisor, glm_image.supervisor.requirements"]
+    subprocess.run(command, check=True, env={"PYTHONPATH": str(Path(guard.__file__).parents[2])})

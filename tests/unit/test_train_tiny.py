@@ -18,9 +18,12 @@ from glm_image import geometry, prompts
 from glm_image.dit.schedule import schedule
 from glm_image.geometry import Grid, PlacedGrid, Size
 from train_tiny import loop, models
-from train_tiny.data import cell_labels, glyph_rows
+from train_tiny.autoencoder import sheets
+from train_tiny.codes import clustered
+from train_tiny.data import cell_labels, glyph_rows, sample_items
 from train_tiny.painter import noise_levels
 from train_tiny.vocabulary import train_merges
+from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
 from train_tiny.writer import Group, sequences
 
@@ -125,6 +128,28 @@ def test_cells_are_named_by_what_they_show() -> None:
     assert not shapes[7].any()
     assert letters[6].unique().tolist() == [0, 8, 9]  # nothing, H, I
     assert not letters[:5].any()
+
+
+def test_the_vaes_pictures_are_whole_ones_parts_of_large_ones_and_four_small_ones() -> None:
+    scenes = [item.scene for item in sample_items(48, 0)]
+    pictures = sheets(scenes, torch.device("cpu"))
+    assert pictures.shape == (24 + 8 + 8 + 2, 3, 256, 256)
+    assert torch.equal(pictures[:24], draw(scenes[:24], 256, 256))
+    double = draw(scenes[24:32], 512, 512)
+    assert torch.equal(pictures[24:26], double[::4, :, :256, :256])
+    assert torch.equal(pictures[30:32], double[3::4, :, 256:, 256:])
+    small = draw(scenes[40:48], 128, 128)
+    assert torch.equal(pictures[41, :, 128:, :128], small[6])
+
+
+def test_codes_start_where_features_are() -> None:
+    torch.manual_seed(0)
+    places = nn.functional.normalize(torch.randn(5, 16), dim=-1)
+    vectors = nn.functional.normalize(places.repeat(200, 1) + 0.02 * torch.randn(1000, 16), dim=-1)
+    centres = clustered(vectors, 40)
+    assert torch.allclose(centres.norm(dim=-1), torch.ones(40))
+    assert (centres @ places.T).amax(0).min() > 0.99
+    assert (centres @ places.T).amax(1).min() > 0.98
 
 
 def test_words_in_quotes_are_not_merged() -> None:

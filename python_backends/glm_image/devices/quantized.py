@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -21,6 +22,9 @@ ALIGNMENT = 16
 
 FEWEST_INT8_ROWS = 17
 """The least height of a product of int8 on CUDA."""
+
+FEWEST_FP8_ROWS = 32
+"""The least height that products of fp8 are given on CUDA: for fewer rows cuBLAS lacks some of the shapes."""
 
 
 class Rows(NamedTuple):
@@ -58,15 +62,19 @@ def scaled_product(rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -
     if rows.values.dtype == torch.int8:
         sums = int8_sums(rows.values, weight.values)
         return (sums * rows.scales * weight.scales.T + bias.float()).to(dtype)
-    return torch._scaled_mm(
-        rows.values,
+    count = len(rows.values)
+    lacking = max(0, FEWEST_FP8_ROWS - count) if rows.values.is_cuda else 0
+    values, scales = (F.pad(part, (0, 0, 0, lacking)) if lacking else part for part in rows)
+    product = torch._scaled_mm(
+        values,
         weight.values.T,
-        scale_a=rows.scales,
+        scale_a=scales,
         scale_b=weight.scales.T,
         bias=bias,
         out_dtype=dtype,
         use_fast_accum=True,
     )
+    return product[:count]
 
 
 def int8_sums(values: Tensor, weight: Tensor) -> Tensor:

@@ -45,10 +45,10 @@ WIDENING_PLANS = Plans(
 
 # What the heads attended to is widened all the same: its matrix is small, and splitting it would be a kernel more.
 SPLIT_PLANS = Plans(
-    qkv=Plan(64, 256, splits=2, warps=4, stages=4, fetch=256),
+    qkv=Plan(64, 128, splits=4, warps=4, stages=4, fetch=256),
     out=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
-    gate_up=Plan(64, 128, splits=1, warps=4, stages=4, fetch=512),
-    down=Plan(64, 256, splits=4, warps=4, stages=4, fetch=256),
+    gate_up=Plan(64, 256, splits=1, warps=4, stages=3, fetch=512),
+    down=Plan(64, 256, splits=4, warps=4, stages=3, fetch=256),
     head=Plan(64, 256, splits=1, warps=4, stages=4, fetch=256),
     split=True,
 )

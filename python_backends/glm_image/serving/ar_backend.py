@@ -25,7 +25,8 @@ from glm_image.metadata import ar_metadata
 from glm_image.request import GenerationParameters, ResolvedRequest
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
-from glm_image.serving.declaration import AR_PARAMETERS, ENTRANCES
+from glm_image.serving.declaration import AR_PARAMETERS
+from glm_image.serving.entrances import ENTRANCES
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
 from glm_image.serving.pulse import Pulse

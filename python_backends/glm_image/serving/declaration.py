@@ -103,10 +103,6 @@ CONTROL_OUTPUTS: Final = (TensorSpec("result", "STRING"),)
 """What they get."""
 
 
-ENTRANCES: Final = ("glm_image", "glm_image_stream")
-"""The models that take whole requests: a server that drains unloads them first."""
-
-
 @dataclass(frozen=True)
 class ParameterSpec:
     """A parameter of ``config.pbtxt``.

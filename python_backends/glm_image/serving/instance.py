@@ -125,7 +125,7 @@ class Instance:
             raise ConfigurationError(f"{name} is {text!r}; allowed: none, or a whole number of at least {low}")
         return int(text)
 
-    def count(self, name: str) -> int:
+    def limit(self, name: str) -> int:
         """Returns a parameter that is a number of things, or -1 for any number."""
         text = self.parameters[name]
         if text != "-1" and not re.fullmatch(r"\d{1,9}", text):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glm_image.errors import CheckpointError, ConfigurationError, shown
-from glm_image.serving.declaration import ENTRANCES
+from glm_image.serving.entrances import ENTRANCES
 from glm_image.supervisor.access import DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 
 LARGEST_PORT = 65535

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -100,24 +101,32 @@ def _backgrounds(scenes: Sequence[Scene], height: int, width: int, device: torch
 
 def _draw_things(pictures: Tensor, scenes: Sequence[Scene], slot: int) -> None:
     height, width = pictures.shape[-2:]
-    y = torch.arange(height, device=pictures.device)[:, None] + 0.5
-    x = torch.arange(width, device=pictures.device)[None] + 0.5
-    of_shape = defaultdict(list)
+    alike = defaultdict(list)
     for index, scene in enumerate(scenes):
         if slot < len(scene.things):
-            of_shape[scene.things[slot].shape].append(index)
-    for shape, indices in of_shape.items():
-        numbers = [_circle(scenes[index], slot, height, width) for index in indices]
-        centre_x, centre_y, radius = torch.tensor(numbers).to(pictures.device).T[..., None, None]
-        painted = [COLOURS[scenes[index].things[slot].colour] for index in indices]
-        colour = torch.tensor(painted, dtype=torch.float32).to(pictures.device)[..., None, None]
-        chosen = torch.tensor(indices, device=pictures.device)
-        drawn = pictures[chosen]
-        for layer in SHAPE_LAYERS[shape](*torch.broadcast_tensors((x - centre_x) / radius, (y - centre_y) / radius)):
-            cover = (0.5 - layer.distance * radius).clamp_(0, 1)[:, None]
-            paint = colour if layer.paint is None else colour.new_tensor(layer.paint)[:, None, None]
+            circle = _circle(scene, slot, height, width)
+            alike[scene.things[slot].shape, circle[2]].append((index, *circle))
+    for (shape, radius), members in alike.items():
+        chosen = torch.tensor([index for index, *_ in members], device=pictures.device)[:, None, None]
+        centre_x, centre_y = torch.tensor([centre for _, *centre, _ in members]).to(pictures.device).T[..., None]
+        painted = [COLOURS[scenes[index].things[slot].colour] for index, *_ in members]
+        colour = torch.tensor(painted, dtype=torch.float32).to(pictures.device)[:, None, None]
+        # A shape changes nothing outside the square around its circle.
+        rows, columns = _around(centre_y, radius, height)[..., None], _around(centre_x, radius, width)[:, None]
+        x, y = (columns + 0.5 - centre_x[..., None]) / radius, (rows + 0.5 - centre_y[..., None]) / radius
+        drawn = pictures[chosen, :, rows, columns]  # [n, rows, columns, 3]
+        for layer in SHAPE_LAYERS[shape](*torch.broadcast_tensors(x, y)):
+            cover = (0.5 - layer.distance * radius).clamp_(0, 1)[..., None]
+            paint = colour if layer.paint is None else colour.new_tensor(layer.paint)
             drawn = drawn + (paint - drawn) * cover
-        pictures[chosen] = drawn
+        pictures[chosen, :, rows, columns] = drawn
+
+
+def _around(centre: Tensor, radius: float, length: int) -> Tensor:
+    """The pixels within ``radius`` and a half of each centre, and a few more: [n, pixels], all inside the picture."""
+    side = min(math.ceil(2 * radius) + 4, length)
+    start = (centre - side / 2).floor().long().clamp(0, length - side)
+    return start + torch.arange(side, device=centre.device)
 
 
 def _circle(scene: Scene, slot: int, height: int, width: int) -> tuple[float, float, float]:
