@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
+import grpc
 import tritonclient.grpc.aio as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
@@ -52,17 +54,22 @@ class AsyncGrpcTransport:
             yield {"model_name": model, **stream_arguments(inputs, request_id, timeout)}
 
         responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=WITH_STATUS)
+        is_last = False
         try:
-            while True:
+            while not is_last:
                 result, error = await self._told(anext(responses), timeout)
                 if error is not None:
                     raise told(error, self._address, timeout, live=True) from error
+                is_last = is_final(result)
                 if outputs := outputs_of(result):
                     yield outputs
-                if is_final(result):
-                    return
         finally:
-            responses.cancel()
+            if not is_last:
+                responses.cancel()
+            else:  # see ``GrpcTransport.stream``
+                with suppress(grpc.RpcError):
+                    async for _ in responses:
+                        pass
 
     async def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""

@@ -57,17 +57,18 @@ class GrpcTransport:
             client.start_stream(
                 lambda result, error: answers.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
             )
+            is_last = False
             try:
                 with suppress(InferenceServerException):  # of a connection that could not be made the callback tells
                     client.async_stream_infer(model, **stream_arguments(inputs, request_id, timeout))
-                while True:
+                while not is_last:
                     outputs, is_last = self._told(partial(next_response, answers), timeout)
                     if outputs:
                         yield outputs
-                    if is_last:
-                        return
             finally:
-                client.stop_stream(cancel_requests=True)
+                # Triton 2.51 may never let go of a request that is cancelled just after its last response, nor of its
+                # model, which then cannot be unloaded.
+                client.stop_stream(cancel_requests=not is_last)
 
     def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""

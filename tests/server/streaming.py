@@ -42,18 +42,18 @@ def grpc_stream(
             enable_empty_final_response=True,
             timeout=int(timeout_seconds * 1e6) or None,
         )
+        is_last = False
         try:
-            while True:
+            while not is_last:
                 result, error = answers.get(timeout=ANSWER_SECONDS)
                 if error is not None:
                     raise KServeError(str(error.status()).removeprefix("StatusCode."), error.message())
                 outputs = {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+                is_last = result.get_response().parameters["triton_final_response"].bool_param
                 if outputs:
                     yield Response(json.loads(outputs["event"][0]), outputs)
-                if result.get_response().parameters["triton_final_response"].bool_param:
-                    return
         finally:
-            client.stop_stream(cancel_requests=True)
+            client.stop_stream(cancel_requests=not is_last)
 
 
 def http_stream(server: TritonServer, values: Values) -> Iterator[Response]:

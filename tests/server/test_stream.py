@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,3 +147,17 @@ def test_streams_beside_each_other_are_not_mixed(triton: TritonServer) -> None:
         return response.outputs
 
     assert [outputs["images_base64"][0] for outputs in at_once([partial(last, one) for one in asked]).outputs] == alone
+
+
+def test_a_drained_server_finishes_its_streams(tiny_checkpoint: Path, same_threads: None) -> None:
+    """And ends by itself, with nothing of them left."""
+    with TritonServer(tiny_checkpoint, drain_seconds=30) as server:
+        with GlmImageClient(server.grpc_url) as client:
+            over_sse = http_stream(server, ASKED)
+            by_client = client.stream(**{**ASKED, "prompt": "A fox"})
+            assert [next(over_sse).event["event"], next(by_client).kind] == ["queued", "queued"]
+            server.request_stop()
+            (*_, last), (*_, end) = at_once([partial(list, over_sse), partial(list, by_client)]).outputs
+            assert texts(last, "images_base64")
+            assert end.result is not None
+        assert server.wait() == 0

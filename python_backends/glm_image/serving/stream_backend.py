@@ -22,8 +22,7 @@ MAX_STREAMS = 128
 class StreamBackend:
     """The decoupled Triton Python model beside the ensemble.
 
-    Triton ends it only after the last response of every stream, so nothing is waited for here: while it is unloaded the
-    first stage, which asked for that when the server drains, could not answer.
+    Triton ends it only after the last response of every stream.
     """
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -31,7 +30,7 @@ class StreamBackend:
         strings.install()
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         self._times = PaintingTimes()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._running = 0
 
     def execute(self, requests: list[Any]) -> None:
@@ -44,8 +43,13 @@ class StreamBackend:
                 made = pb_utils.InferenceResponse(error=triton_error(error))
                 sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
+    def finalize(self) -> None:
+        """Waits for what streams still have open after their last response, which would outlive the interpreter."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running == 0)
+
     def _begin(self, stream: Streamed) -> None:
-        with self._lock:
+        with self._changed:
             if self._running >= MAX_STREAMS:
                 raise QueueFullError(f"glm_image_stream has {MAX_STREAMS} streams, as many as may be; try again later")
             self._running += 1
@@ -55,5 +59,6 @@ class StreamBackend:
         try:
             stream.run()
         finally:
-            with self._lock:
+            with self._changed:
                 self._running -= 1
+                self._changed.notify_all()

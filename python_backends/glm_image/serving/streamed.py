@@ -76,6 +76,7 @@ class Streamed:
         self._lock = threading.Lock()
         self._is_sent = False
         self._done = threading.Event()
+        self._previews: list[threading.Thread] = []
         self._is_gone = False
 
     def run(self) -> None:
@@ -92,6 +93,8 @@ class Streamed:
         finally:
             self._done.set()
             follower.join()
+            for preview in self._previews:
+                preview.join()
 
     def _generate(self) -> Arrays:
         following = Following(self._arrived_ns, self._preview_steps > 0, self._pictures_every)
@@ -140,7 +143,9 @@ class Streamed:
         for event in told:
             if "preview" in event:
                 tokens = PreviewTokens.read(event["preview"])
-                threading.Thread(target=self._preview, args=(event, tokens), name="preview", daemon=True).start()
+                preview = threading.Thread(target=self._preview, args=(event, tokens), name="preview", daemon=True)
+                preview.start()
+                self._previews.append(preview)
             elif "picture" in event:
                 self._story.progress(event)
                 self._send_picture(self._story.picture("denoise", event), unpacked_picture(event["picture"]))
