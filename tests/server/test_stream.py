@@ -39,7 +39,7 @@ def files(response: Response) -> list[bytes]:
     return [base64.b64decode(text, validate=True) for text in texts(response, "images_base64")]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["grpc", pytest.param("sse", marks=pytest.mark.full)])
 def test_the_stream_tells_shows_and_ends_with_the_ensembles_picture(triton: TritonServer, way: str) -> None:
     plain = grpc_infer(triton, ASKED)
     painted = page_when(triton, lambda _: True)["dit_previews_total"]
@@ -68,11 +68,18 @@ def test_the_stream_tells_shows_and_ends_with_the_ensembles_picture(triton: Trit
     assert decoded(files(sketches[0])[0]).shape == (SIDE // 8, SIDE // 8, 3)
 
 
-@pytest.mark.parametrize("asked", [{**ASKED, "preview_steps": 0}, SMALL], ids=["not wanted", "small picture"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param({**ASKED, "preview_steps": 0}, id="not wanted", marks=pytest.mark.full),
+        pytest.param(SMALL, id="small picture"),
+    ],
+)
 def test_no_preview_where_none_is_wanted_or_worth_it(triton: TritonServer, asked: Values) -> None:
     assert "preview" not in [response.event["event"] for response in grpc_stream(triton, asked)]
 
 
+@pytest.mark.full
 def test_raw_pixels_and_several_pictures(triton: TritonServer) -> None:
     asked = {**SMALL, "output_format": "raw", "num_images": 3}
     plain = grpc_infer(triton, asked)
@@ -90,7 +97,7 @@ BAD: dict[str, tuple[Values, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param("grpc", marks=pytest.mark.full), "sse"])
 def test_bad_input_is_refused_in_the_stream(triton: TritonServer, way: str, name: str) -> None:
     asked, words = BAD[name]
     with pytest.raises(KServeError) as refused:
@@ -107,7 +114,7 @@ def seen(server: TritonServer, request_id: str, wanted: Callable[[dict[str, Any]
     return told
 
 
-@pytest.mark.parametrize("stage", ["tokens", "denoise"])
+@pytest.mark.parametrize("stage", ["tokens", pytest.param("denoise", marks=pytest.mark.full)])
 def test_a_closed_stream_frees_the_device(triton: TritonServer, stage: str) -> None:
     asked = {**ASKED, "num_inference_steps": 200, "preview_steps": 0}
     responses = grpc_stream(triton, asked, request_id=f"gone-{stage}")
@@ -137,6 +144,7 @@ def test_a_timeout_holds_over_both_stages(triton: TritonServer) -> None:
         list(grpc_stream(triton, {**ASKED, "num_inference_steps": 200}, timeout_seconds=0.5))
 
 
+@pytest.mark.full
 def test_streams_beside_each_other_are_not_mixed(triton: TritonServer) -> None:
     """They share an id, and each tells of itself."""
     asked = [{**SMALL, "seed": seed, "num_inference_steps": 20} for seed in range(3)]
@@ -152,9 +160,9 @@ def test_streams_beside_each_other_are_not_mixed(triton: TritonServer) -> None:
 def test_a_drained_server_finishes_its_streams(tiny_checkpoint: Path, same_threads: None) -> None:
     """And ends by itself, with nothing of them left."""
     with TritonServer(tiny_checkpoint, drain_seconds=30) as server:
-        with GlmImageClient(server.grpc_url) as client:
-            over_sse = http_stream(server, ASKED)
-            by_client = client.stream(**{**ASKED, "prompt": "A fox"})
+        with GlmImageClient(f"grpc://{server.grpc_url}") as client:
+            asked = {**SMALL, "num_inference_steps": 30}
+            over_sse, by_client = http_stream(server, asked), client.stream(**asked)
             assert [next(over_sse).event["event"], next(by_client).kind] == ["queued", "queued"]
             server.request_stop()
             (*_, last), (*_, end) = at_once([partial(list, over_sse), partial(list, by_client)]).outputs
