@@ -5,6 +5,7 @@ Each request ends in exactly one of ``ENDINGS``, or it has not been answered in 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
@@ -18,6 +19,8 @@ from typing import Any
 import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from glm_image_client import GlmImageClient, GlmImageClientError, RequestTimeout, UnreachableError
 
 ANSWER_SECONDS = 60.0
 """After that long without an answer or an end of its connection a request counts as met by silence."""
@@ -146,6 +149,25 @@ class Server:
             return _failure(HTTP_STATUS.get(response.status, str(response.status)), told.get("error", ""))
         return Ending("picture", tuple(text.encode() for text in told["outputs"][0]["data"]))
 
+    def stream(self, protocol: str, values: Values, *, leave_after: float | None = None) -> Ending:
+        """Follows a request over ``glm_image_stream`` to its picture, or for ``leave_after`` seconds."""
+        url = f"{protocol}://{self.grpc_url if protocol == 'grpc' else self.http_url}"
+        began = time.monotonic()
+        try:
+            with GlmImageClient(url, timeout=ANSWER_SECONDS) as client:
+                for event in client.stream(**values):
+                    if event.result is not None:
+                        return Ending("picture", tuple(base64.b64encode(file) for file in event.result.encoded))
+                    if leave_after is not None and time.monotonic() - began > leave_after:
+                        return Ending("cancelled")
+        except RequestTimeout as error:
+            return Ending("silence", words=str(error))
+        except UnreachableError as error:
+            return Ending("closed", words=str(error))
+        except GlmImageClientError as error:
+            return Ending("failed", words=str(error))
+        raise AssertionError("a stream ends with a picture or an error")
+
 
 def _failure(status: str, words: str | None) -> Ending:
     words = f"{status}: {words}"
@@ -197,6 +219,16 @@ def _cancelled(server: Server, protocol: str, dice: random.Random) -> tuple[Valu
     return values, server.ask(protocol, values, leave_after=dice.uniform(0.01, 0.5))
 
 
+def _streamed(server: Server, protocol: str, dice: random.Random) -> tuple[Values, Ending]:
+    values = dice.choice(GOOD)
+    return values, server.stream(protocol, {**values, "preview_steps": 1, "preview_every": 1})
+
+
+def _left(server: Server, protocol: str, dice: random.Random) -> tuple[Values, Ending]:
+    values = dice.choice(GOOD)
+    return values, server.stream(protocol, values, leave_after=dice.uniform(0.01, 0.5))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of request: how it is made, how often, and how it may end while nothing is broken."""
@@ -206,12 +238,13 @@ class Kind:
     may_end: frozenset[str]
 
 
-# Streaming requests are one more entry, with a protocol of their own where they need one.
 KINDS: dict[str, Kind] = {
     "good": Kind(_good, 6, frozenset({"picture"})),
     "bad": Kind(_bad, 2, frozenset({"refused"})),
     "late": Kind(_late, 1, frozenset({"picture", "late"})),
     "cancelled": Kind(_cancelled, 1, frozenset({"picture", "cancelled"})),
+    "streamed": Kind(_streamed, 2, frozenset({"picture"})),
+    "left": Kind(_left, 1, frozenset({"picture", "cancelled"})),
 }
 
 

@@ -15,6 +15,7 @@ from glm_image_client.errors import (
     ServerFailure,
     UnreachableError,
 )
+from glm_image_client.events import StreamEvent
 from glm_image_client.result import GenerationResult, Metadata, PriorTokens
 from glm_image_client.retries import Retries
 from glm_image_client.tensors import SourceImage
@@ -35,5 +36,6 @@ __all__ = [
     "Retries",
     "ServerFailure",
     "SourceImage",
+    "StreamEvent",
     "UnreachableError",
 ]

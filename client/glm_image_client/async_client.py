@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -12,6 +13,7 @@ from glm_image_client import calls
 from glm_image_client.calls import ENSEMBLE, Call, described
 from glm_image_client.client import GIVE_UP_SECONDS, READY_SECONDS
 from glm_image_client.errors import GlmImageClientError, RequestTimeout
+from glm_image_client.events import StreamEvent, check_whole
 from glm_image_client.retries import NO_RETRIES, Attempts, Retries
 from glm_image_client.transport import Endpoint, ProtocolName, connect_async, microseconds
 
@@ -74,14 +76,30 @@ class AsyncGlmImageClient:
     cancel = _method(calls.cancel)
     status = _method(calls.status)
 
+    async def stream(self, prompt: str, **named: Any) -> AsyncGenerator[StreamEvent, None]:
+        """See ``glm_image_client.calls.stream``; an asynchronous iterator."""
+        call = await asyncio.to_thread(partial(calls.stream, prompt, **named))
+        timeout = self._timeout if call.timeout is None else call.timeout
+        event = None
+        async with aclosing(
+            self._transport.stream(call.model, call.tensors, request_id=call.request_id or "", timeout=timeout)
+        ) as responses:
+            async for outputs in responses:
+                event = call.read(outputs)
+                yield event
+        check_whole(event)
+
     async def _answer(self, call: Call[T]) -> T:
         try:
             return await self._answer_of(call)
         except (asyncio.CancelledError, KeyboardInterrupt, RequestTimeout):
-            if call.request_id is not None:
-                with suppress(GlmImageClientError):
-                    await asyncio.shield(self.cancel(call.request_id, timeout=GIVE_UP_SECONDS))
+            await self._give_up(call)
             raise
+
+    async def _give_up(self, call: Call[Any]) -> None:
+        if call.request_id is not None:
+            with suppress(GlmImageClientError):
+                await asyncio.shield(self.cancel(call.request_id, timeout=GIVE_UP_SECONDS))
 
     async def _answer_of(self, call: Call[T]) -> T:
         attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)

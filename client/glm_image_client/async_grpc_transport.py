@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, TypeVar
 
+import grpc
 import tritonclient.grpc.aio as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
-from glm_image_client.grpc_transport import infer_arguments, may_be_unreachable, outputs_of, told
+from glm_image_client.grpc_transport import (
+    WITH_STATUS,
+    infer_arguments,
+    is_final,
+    may_be_unreachable,
+    outputs_of,
+    stream_arguments,
+    told,
+)
 from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Tensor, with_integer_shapes
 
 T = TypeVar("T")
@@ -34,6 +44,32 @@ class AsyncGrpcTransport:
         """See ``Transport.infer``."""
         arguments = infer_arguments(inputs, request_id, timeout)
         return outputs_of(await self._told(self._client.infer(model, **arguments), timeout))
+
+    async def stream(
+        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
+    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
+        """See ``Transport.stream``."""
+
+        async def requests() -> AsyncGenerator[dict[str, Any], None]:
+            yield {"model_name": model, **stream_arguments(inputs, request_id, timeout)}
+
+        responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=WITH_STATUS)
+        is_last = False
+        try:
+            while not is_last:
+                result, error = await self._told(anext(responses), timeout)
+                if error is not None:
+                    raise told(error, self._address, timeout, live=True) from error
+                is_last = is_final(result)
+                if outputs := outputs_of(result):
+                    yield outputs
+        finally:
+            if not is_last:
+                responses.cancel()
+            else:  # see ``GrpcTransport.stream``
+                with suppress(grpc.RpcError):
+                    async for _ in responses:
+                        pass
 
     async def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""

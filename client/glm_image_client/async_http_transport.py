@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import tritonclient.http.aio as triton
-from aiohttp import ClientConnectorError, ClientError, ClientResponseError, ServerDisconnectedError
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientResponseError,
+    ClientSession,
+    ClientTimeout,
+    ServerDisconnectedError,
+)
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+from glm_image_client import server_sent
 from glm_image_client.errors import timed_out, unreachable
 from glm_image_client.http_transport import infer_arguments, not_kserve, outputs_of, told
 from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Tensor, with_integer_shapes
 
 T = TypeVar("T")
+
+LONGEST_EVENT = 128 * 1024 * 1024
+"""Bytes of an event, a line: all the pictures of a request are one."""
 
 
 class AsyncHttpTransport:
@@ -36,6 +48,28 @@ class AsyncHttpTransport:
             return outputs_of(await client.infer(model, **arguments))
 
         return await self._told(call, timeout)
+
+    async def stream(
+        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
+    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
+        """See ``Transport.stream``; over Server-Sent Events."""
+        body = server_sent.body_of(inputs, request_id, timeout)
+        url = f"{'https' if self._tls else 'http'}://{self._address}{server_sent.path_of(model)}"
+        limit = ClientTimeout(total=timeout)
+        try:
+            async with (
+                ClientSession(timeout=limit, read_bufsize=LONGEST_EVENT) as session,
+                session.post(url, data=body) as answer,
+            ):
+                if answer.status != HTTPStatus.OK:
+                    raise server_sent.failure_of(answer.status, await answer.read())
+                async for line in answer.content:
+                    if (outputs := server_sent.outputs_of_line(line)) is not None:
+                        yield outputs
+        except asyncio.TimeoutError as error:
+            raise timed_out(timeout) from error
+        except (OSError, ClientError) as error:
+            raise unreachable(self._address, _reason(error)) from error
 
     async def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image_client.errors import BadArgumentError
+from glm_image_client.events import StreamEvent
 from glm_image_client.result import GenerationResult, PriorTokens, json_object
 from glm_image_client.tensors import SourceImage, request_tensors
 from glm_image_client.transport import Tensor, object_array
@@ -25,6 +26,7 @@ ENSEMBLE: Final = "glm_image"
 FIRST_STAGE: Final = "glm_ar"
 SECOND_STAGE: Final = "glm_dit"
 CONTROL: Final = "glm_control"
+STREAM: Final = "glm_image_stream"
 
 CONTROL_SECONDS: Final = 5.0
 
@@ -128,6 +130,36 @@ def generate(
     }
     tensors = request_tensors(values, images)
     return Call(ENSEMBLE, tensors, GenerationResult.from_outputs, _id(request_id), timeout)
+
+
+def stream(
+    prompt: str,
+    *,
+    preview_steps: int | None = None,
+    preview_every: int | None = None,
+    output_format: OutputFormat | None = "png",
+    request_id: str | None = None,
+    timeout: float | None = None,
+    **values: Any,
+) -> Call[StreamEvent]:
+    """Generates pictures as ``generate`` does, and yields a ``StreamEvent`` for whatever happens on the way.
+
+    Leaving the iteration cancels the request. Errors are those of ``generate``, from the iteration; nothing is sent
+    again.
+
+    Args:
+        prompt: as in ``generate``.
+        preview_steps: of a small first picture, painted while the rest is still being written; 0 = none.
+        preview_every: denoising steps between two small pictures of how it will be; 0 = none.
+        output_format: as in ``generate``; over HTTP not ``raw``.
+        request_id: as in ``generate``.
+        timeout: seconds for all of it.
+        values: the other arguments of ``generate``.
+    """
+    call = generate(prompt, output_format=output_format, request_id=request_id, timeout=timeout, **values)
+    asked = {"preview_steps": preview_steps, "preview_every": preview_every}
+    tensors = [*call.tensors, *request_tensors(asked, None)]
+    return Call(STREAM, tensors, StreamEvent.from_outputs, call.request_id, timeout)
 
 
 def prior_tokens(

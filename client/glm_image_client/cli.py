@@ -29,6 +29,9 @@ EXIT_UNREACHABLE: Final = 3
 EXIT_SERVER: Final = 4
 EXIT_INTERRUPTED: Final = 130
 
+PREVIEW_EVERY: Final = 10
+"""Steps between two pictures of what is being denoised, where they are written."""
+
 DEFAULT_OUTPUT: Final = "output_{width}x{height}.png"
 
 _SIZE: Final = re.compile(r"(\d{1,6})x(\d{1,6})", re.IGNORECASE | re.ASCII)
@@ -87,6 +90,13 @@ def generate(
     protocol: Protocol = ProtocolChoice.grpc,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after this long.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    streamed: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Follow the request on its way; by default in a terminal."),
+    ] = None,
+    preview_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where pictures on the way are written; streams.")
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Run the engines here, without a server.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="What --offline loads.")] = None,
     device: Annotated[str | None, typer.Option(help="Where --offline runs: auto, cpu, cuda:0, npu:0.")] = None,
@@ -112,17 +122,35 @@ def generate(
             "top_k": top_k,
         }
         began = time.perf_counter()
-        with _progress(shown=not as_json and sys.stderr.isatty()):
-            if checkpoint is not None:
+        has_bar = not as_json and sys.stderr.isatty()
+        if checkpoint is not None:
+            with _progress(shown=has_bar):
                 result = generate_offline(checkpoint, device or "auto", values, images)
-            else:
-                with GlmImageClient(url, protocol.value, timeout=timeout) as client:
-                    result = client.generate(
-                        **values, images=images, output_format=output_format, request_id=request_id
-                    )
+        else:
+            values |= {"images": images, "output_format": output_format, "request_id": request_id}
+            with GlmImageClient(url, protocol.value, timeout=timeout) as client:
+                if has_bar or preview_dir is not None if streamed is None else streamed:
+                    result = _stream(client, values, has_bar, preview_dir)
+                else:
+                    with _progress(shown=has_bar):
+                        result = client.generate(**values)
         waited = time.perf_counter() - began
         files = _save(result, output)
         print(_as_json(result, files) if as_json else _as_text(result, files, waited))
+
+
+def _stream(
+    client: GlmImageClient, values: dict[str, Any], has_bar: bool, preview_dir: Path | None
+) -> GenerationResult:
+    from glm_image_client.watching import wants_pictures, watch  # noqa: PLC0415 - only where there is a stream
+
+    if preview_dir is not None and not preview_dir.is_dir():
+        raise BadArgumentError(f"--preview-dir is {str(preview_dir)!r}; allowed: a folder that exists")
+    steps = None if wants_pictures(preview_dir) else 0
+    every = PREVIEW_EVERY if preview_dir is not None else 0
+    return watch(
+        client.stream(**values, preview_steps=steps, preview_every=every), has_bar=has_bar, preview_dir=preview_dir
+    )
 
 
 @app.command()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from glm_image_client import calls
 from glm_image_client.calls import ENSEMBLE, Call, described
 from glm_image_client.errors import GlmImageClientError, RequestTimeout
+from glm_image_client.events import StreamEvent, check_whole
 from glm_image_client.retries import NO_RETRIES, Attempts, Retries
 from glm_image_client.transport import Endpoint, ProtocolName, connect, microseconds
 
@@ -89,15 +90,34 @@ class GlmImageClient:
     cancel = _method(calls.cancel)
     status = _method(calls.status)
 
+    def stream(self, prompt: str, **named: Any) -> Generator[StreamEvent, None, None]:
+        """See ``glm_image_client.calls.stream``."""
+        return self._events(calls.stream(prompt, **named))
+
+    def _events(self, call: Call[StreamEvent]) -> Generator[StreamEvent, None, None]:
+        timeout = self._timeout if call.timeout is None else call.timeout
+        event = None
+        # Closed as soon as nobody iterates any more: that cancels the request.
+        with closing(
+            self._transport.stream(call.model, call.tensors, request_id=call.request_id or "", timeout=timeout)
+        ) as responses:
+            for outputs in responses:
+                event = call.read(outputs)
+                yield event
+        check_whole(event)
+
     def _answer(self, call: Call[T]) -> T:
         try:
             return self._answer_of(call)
         except (KeyboardInterrupt, RequestTimeout):
-            # Nobody waits for it any more, and Triton does not tell a running step of an ensemble.
-            if call.request_id is not None:
-                with suppress(GlmImageClientError):
-                    self.cancel(call.request_id, timeout=GIVE_UP_SECONDS)
+            self._give_up(call)
             raise
+
+    def _give_up(self, call: Call[Any]) -> None:
+        # Nobody waits for it any more, and Triton does not tell a running step of an ensemble.
+        if call.request_id is not None:
+            with suppress(GlmImageClientError):
+                self.cancel(call.request_id, timeout=GIVE_UP_SECONDS)
 
     def _answer_of(self, call: Call[T]) -> T:
         attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)

@@ -19,7 +19,7 @@ HTTP_STATUS_NAMES: Final = {
 _REFUSED: Final = {"INVALID_ARGUMENT", "UNIMPLEMENTED"}
 # What Triton says, as NOT_FOUND, when it has unloaded its models and its ports are still open.
 _STOPPING: Final = re.compile(r"has no available versions$")
-_PERHAPS_TOO_LATE: Final = {"UNAVAILABLE"}
+_PERHAPS_TOO_LATE: Final = {"UNAVAILABLE", None}  # an event has no status
 _CANCELLED: Final = re.compile(r"request .* was cancelled")
 _TOO_LATE: Final = re.compile(r"time-?out|time ran out|deadline", re.IGNORECASE)
 _WRAPPING: Final = (

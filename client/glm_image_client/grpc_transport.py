@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import tritonclient.grpc as triton
@@ -26,11 +29,16 @@ T = TypeVar("T")
 _AROUND_FAULT = re.compile(r"(?:.*last error: )?(?:[A-Z_]+: )?(?:ipv[46]:\S+: )?(.*?)(?:: OK)?", re.DOTALL)
 
 
+WITH_STATUS = {"triton_grpc_error": "true"}
+"""Without it an error in a stream is nothing but its words."""
+
+
 class GrpcTransport:
     """One channel to a server."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._address = endpoint.address
+        self._tls = endpoint.tls
         self._client = triton.InferenceServerClient(endpoint.address, ssl=endpoint.tls)
 
     def infer(
@@ -39,6 +47,28 @@ class GrpcTransport:
         """See ``Transport.infer``."""
         arguments = infer_arguments(inputs, request_id, timeout)
         return self._told(lambda: outputs_of(self._client.infer(model, **arguments)), timeout)
+
+    def stream(
+        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
+    ) -> Generator[dict[str, NDArray[Any]], None, None]:
+        """See ``Transport.stream``: a connection of its own, as tritonclient has one stream for each."""
+        answers: queue.SimpleQueue[tuple[Any, InferenceServerException | None]] = queue.SimpleQueue()
+        with closing(triton.InferenceServerClient(self._address, ssl=self._tls)) as client:
+            client.start_stream(
+                lambda result, error: answers.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
+            )
+            is_last = False
+            try:
+                with suppress(InferenceServerException):  # of a connection that could not be made the callback tells
+                    client.async_stream_infer(model, **stream_arguments(inputs, request_id, timeout))
+                while not is_last:
+                    outputs, is_last = self._told(partial(next_response, answers), timeout)
+                    if outputs:
+                        yield outputs
+            finally:
+                # Triton 2.51 may never let go of a request that is cancelled just after its last response, nor of its
+                # model, which then cannot be unloaded.
+                client.stop_stream(cancel_requests=not is_last)
 
     def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""
@@ -81,6 +111,28 @@ def infer_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | 
         "timeout": microseconds(timeout),
         "client_timeout": timeout,
     }
+
+
+def stream_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
+    """Returns what a stream of tritonclient takes beside the model's name."""
+    arguments = infer_arguments(inputs, request_id, timeout)
+    del arguments["client_timeout"]
+    return {**arguments, "enable_empty_final_response": True}
+
+
+def next_response(
+    answers: queue.SimpleQueue[tuple[Any, InferenceServerException | None]],
+) -> tuple[dict[str, NDArray[Any]], bool]:
+    """Waits for a response; returns its outputs and whether it is the last."""
+    result, error = answers.get()
+    if error is not None:
+        raise error
+    return outputs_of(result), is_final(result)
+
+
+def is_final(result: Any) -> bool:
+    """Tells whether an ``InferResult`` of a stream is the last one."""
+    return bool(result.get_response().parameters["triton_final_response"].bool_param)
 
 
 def outputs_of(result: Any) -> dict[str, NDArray[Any]]:

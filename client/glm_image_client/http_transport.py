@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from http.client import HTTPException
+from http.client import OK, HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, TypeVar
 
 import tritonclient.http as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+from glm_image_client import server_sent
 from glm_image_client.errors import GlmImageClientError, ServerFailure, answered, timed_out, unreachable
 from glm_image_client.transport import (
     CONNECT_SECONDS,
@@ -41,6 +42,27 @@ class HttpTransport:
         """See ``Transport.infer``."""
         arguments = infer_arguments(inputs, request_id, timeout)
         return self._told(lambda client: outputs_of(client.infer(model, **arguments)), timeout)
+
+    def stream(
+        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
+    ) -> Generator[dict[str, NDArray[Any]], None, None]:
+        """See ``Transport.stream``; over Server-Sent Events."""
+        body = server_sent.body_of(inputs, request_id, timeout)
+        host, _, base = self._address.partition("/")
+        connect = HTTPSConnection if self._tls else HTTPConnection
+        try:
+            with closing(connect(host, timeout=timeout)) as connection:
+                connection.request("POST", f"{'/' * bool(base)}{base}{server_sent.path_of(model)}", body)
+                answer = connection.getresponse()
+                if answer.status != OK:
+                    raise server_sent.failure_of(answer.status, answer.read())
+                while line := answer.readline():
+                    if (outputs := server_sent.outputs_of_line(line)) is not None:
+                        yield outputs
+        except TimeoutError as error:
+            raise self._late(timeout) from error
+        except (OSError, HTTPException) as error:
+            raise unreachable(self._address, _reason(error)) from error
 
     def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""

@@ -31,6 +31,8 @@ INPUT_DATATYPES: Final[Mapping[str, str]] = {
     "top_p": "FP32",
     "top_k": "INT32",
     "output_format": "BYTES",
+    "preview_steps": "INT32",
+    "preview_every": "INT32",
 }
 
 _INTEGERS: Final[Mapping[str, type[np.signedinteger[Any]]]] = {"INT32": np.int32, "INT64": np.int64}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -94,6 +94,14 @@ class Transport(Protocol):
             ServerFailure: anything else the server answered, or an answer that is none.
         """
 
+    def stream(
+        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
+    ) -> Generator[dict[str, NDArray[Any]], None, None]:
+        """Sends one request and yields the outputs of each response; the server hears when it is closed.
+
+        Arguments and errors are those of ``infer``.
+        """
+
     def ready(self, timeout: float | None) -> bool:
         """Tells whether a server answers and all its models are ready; never raises for a server that is not there."""
 
@@ -111,6 +119,11 @@ class AsyncTransport(Protocol):
         self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
     ) -> dict[str, NDArray[Any]]:
         """See ``Transport.infer``."""
+
+    def stream(
+        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
+    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
+        """See ``Transport.stream``."""
 
     async def ready(self, timeout: float | None) -> bool:
         """See ``Transport.ready``."""

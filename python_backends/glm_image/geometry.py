@@ -130,6 +130,11 @@ def output_grids(target: Grid, *, image_to_image: bool) -> tuple[Grid, ...]:
     return (target,) if image_to_image else (preview_grid(target), target)
 
 
+def preview_of(grids: Sequence[Grid]) -> Grid | None:
+    """Returns the first of ``output_grids`` where it is worth a picture of its own: less than half of the last one."""
+    return grids[0] if 2 * grids[0].tokens < grids[-1].tokens else None
+
+
 def token_budget(grids: Sequence[Grid]) -> int:
     """Returns how many tokens the reference generates for ``grids``: all of theirs and the end of the image."""
     return sum(grid.tokens for grid in grids) + 1

@@ -145,6 +145,15 @@ class InFlight:
         for entry in entries:
             self.publish(key, partial(_told, entry))
 
+    def tell(self, job: Job, more: Callable[[], Event]) -> None:
+        """Publishes more of a job than its progress, if anybody listens."""
+        key = key_of(job.id)
+        with self._lock:
+            entry = next((entry for entry in self._entries.get(key, []) if entry.job is job), None)
+        if entry is not None:
+            told = entry
+            self.publish(key, lambda: {**_told(told), **more()})
+
     def cancel_gone(self) -> None:
         """Cancels the requests whose callers have gone away."""
         with self._lock:

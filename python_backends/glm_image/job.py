@@ -9,10 +9,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from glm_image.errors import CancelledError, DeadlineExceededError, shown
 
 logger = logging.getLogger(__name__)
+
+Told = TypeVar("Told")
 
 NANOSECONDS = 1_000_000_000
 LATEST_DEADLINE_NS = 2**63 - 1
@@ -58,6 +64,10 @@ def ignore_progress(progress: Progress) -> None:
     """The sink of a request nobody watches."""
 
 
+def ignore_picture(pixels: NDArray[np.uint8]) -> None:
+    """What is done with the pictures of what is being denoised where nobody looks."""
+
+
 def ignore_seconds(stage: str, seconds: float) -> None:
     """What is done with the parts of a stage's time where nobody traces."""
 
@@ -73,6 +83,10 @@ class Job:
         on_progress: called from the engine's thread; must return at once.
         seconds: wall-clock seconds per stage.
         on_seconds: called with each part of a stage's time when it is over; must return at once.
+        on_preview: called once, as ``on_progress``, with the tokens of the first picture's preview, int32 [tokens], as
+            soon as they are drawn; None = nobody wants them.
+        pictures_every: steps between two calls of ``on_picture``; 0 = none.
+        on_picture: called as ``on_progress``, with what the picture being denoised will be, uint8 [height, width, 3].
         cached_steps: denoising steps that the cache skipped, of each picture painted so far.
     """
 
@@ -82,6 +96,9 @@ class Job:
     on_progress: Callable[[Progress], None] = ignore_progress
     seconds: dict[str, float] = field(default_factory=dict)
     on_seconds: Callable[[str, float], None] = ignore_seconds
+    on_preview: Callable[[NDArray[np.int32]], None] | None = None
+    pictures_every: int = 0
+    on_picture: Callable[[NDArray[np.uint8]], None] = ignore_picture
     cached_steps: list[int] = field(default_factory=list)
     _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
     _on_cancel: Callable[[], None] | None = field(default=None, repr=False)
@@ -135,10 +152,23 @@ class Job:
 
     def report(self, stage: str, done: int, total: int, sigma: float | None = None) -> None:
         """Publishes progress; a sink that fails is no reason for the engine to stop."""
+        self._tell(self.on_progress, Progress(stage, done, total, sigma))
+
+    def hand_out_preview(self, tokens: NDArray[np.int32]) -> None:
+        """Gives a preview's tokens to who wants them, who then wants no more; a fault is as one of ``report``."""
+        wanted, self.on_preview = self.on_preview, None
+        if wanted is not None:
+            self._tell(wanted, tokens)
+
+    def show(self, pixels: NDArray[np.uint8]) -> None:
+        """Shows what the picture being denoised will be; a fault is as one of ``report``."""
+        self._tell(self.on_picture, pixels)
+
+    def _tell(self, sink: Callable[[Told], None], told: Told) -> None:
         try:
-            self.on_progress(Progress(stage, done, total, sigma))
+            sink(told)
         except Exception:
-            logger.exception("the progress of request %s cannot be published", self.id)
+            logger.exception("what is told of request %s cannot be published", self.id)
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to a stage's time."""

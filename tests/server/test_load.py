@@ -14,7 +14,13 @@ CLIENTS = 8
 WARM = 100
 """Requests after which every thread has its buffers."""
 
-MAY_GROW = {"tritonserver": 6 * MEGABYTE, "glm_ar": 6 * MEGABYTE, "glm_dit": 12 * MEGABYTE, "glm_control": MEGABYTE}
+MAY_GROW = {
+    "tritonserver": 6 * MEGABYTE,
+    "glm_ar": 6 * MEGABYTE,
+    "glm_dit": 12 * MEGABYTE,
+    "glm_control": MEGABYTE,
+    "glm_image_stream": MEGABYTE,
+}
 """What allocators take and give back; ten kilobytes kept of each of a thousand requests would be more."""
 
 

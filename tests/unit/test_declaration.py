@@ -41,13 +41,13 @@ def test_checked_in_files_are_what_the_declaration_writes() -> None:
     assert set(files) == {path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*.pbtxt")}
 
 
-@pytest.mark.parametrize("model", ["glm_image", "glm_ar", "glm_dit", "glm_control"])
+@pytest.mark.parametrize("model", ["glm_image", "glm_ar", "glm_dit", "glm_image_stream", "glm_control"])
 def test_files_parse_to_the_declared_message(model: str) -> None:
     config = parsed(model)
     assert config == configs.model_configs()[model]
     assert config.name == model
     assert config.max_batch_size == 0
-    assert not config.model_transaction_policy.decoupled
+    assert config.model_transaction_policy.decoupled == (model == "glm_image_stream")
 
 
 def test_the_ensemble_takes_and_gives_what_clients_are_promised() -> None:

@@ -58,13 +58,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Peek:
+    """Hand over the first ``count`` tokens of a slot, which goes on; they have been drawn."""
+
+    slot: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Release:
     """Make a slot idle and hand over the tokens it has drawn."""
 
     slot: int
 
 
-Command = Encode | Admit | Step | Release
+Command = Encode | Admit | Step | Peek | Release
 
 Prefill = Callable[[Tensor, Tensor, Tensor, KvCache, int], Tensor]
 """Reads a prompt into a slot, as ``Decoder.prefill`` does."""
@@ -137,7 +145,7 @@ class Executor:
         self._prefill = prompt_reader(decoder, device)
 
     def run(self, command: Command) -> NDArray[np.int32] | None:
-        """Runs one command; ``Encode`` and ``Release`` return tokens, int32 [tokens].
+        """Runs one command; ``Encode``, ``Peek`` and ``Release`` return tokens, int32 [tokens].
 
         Raises:
             DeviceMemoryError: the device has not the memory for it; whatever it took is given back.
@@ -149,6 +157,8 @@ class Executor:
     def _obey(self, command: Command) -> NDArray[np.int32] | None:
         if isinstance(command, Release):
             return self._release(command.slot)
+        if isinstance(command, Peek):
+            return self._tokens(command.slot, command.count)
         if isinstance(command, Encode):
             assert self._vision is not None
             return self._vision.encode(command.patches, command.grids)
@@ -210,7 +220,10 @@ class Executor:
         drawn = self._sequences.pop(slot).drawn if slot in self._sequences else 0
         state = self._state
         state.lengths[slot], state.drawn[slot], state.active[slot] = 0, 0, 0
-        tokens: NDArray[np.int32] = state.output[slot, :drawn].to("cpu", torch.int32).numpy()
+        return self._tokens(slot, drawn)
+
+    def _tokens(self, slot: int, count: int) -> NDArray[np.int32]:
+        tokens: NDArray[np.int32] = self._state.output[slot, :count].to("cpu", torch.int32).numpy()
         return tokens.copy()
 
     def _refill_noise(self, slot: int, sequence: _Sequence) -> None:

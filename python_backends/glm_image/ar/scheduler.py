@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.ar.admission import Admission, AtOnce, Line
-from glm_image.ar.executor import Admit, Command, Encode, Release, Step
+from glm_image.ar.executor import Admit, Command, Encode, Peek, Release, Step
 from glm_image.ar.measures import OCCUPANCY, PREFILL_SECONDS, QUEUE_SECONDS, RUNNING, STEP_SECONDS, TOKENS, WAITING
 from glm_image.errors import GlmImageError, QueueFullError, UnavailableError
 from glm_image.geometry import PlacedGrid
@@ -330,8 +330,22 @@ class Scheduler:
         self._record(TOKENS, len(self._running))
         for running in self._running.values():
             running.left -= 1
+        self._hand_out_previews()
         self._finish_done()
         self._report()
+
+    def _hand_out_previews(self) -> None:
+        for slot, running in list(self._running.items()):
+            request, preview = running.request, running.request.resolved.grids[0].tokens
+            if request.job.on_preview is None or running.index or request.length - running.left < preview:
+                continue
+            try:
+                tokens = self._run(Peek(slot, preview))
+            except Exception as error:  # this request alone ends with it
+                self._end(request, error)
+                continue
+            assert tokens is not None
+            request.job.hand_out_preview(tokens)
 
     def _finish_done(self) -> None:
         for slot, running in [item for item in self._running.items() if item[1].left == 0]:

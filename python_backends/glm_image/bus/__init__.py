@@ -4,9 +4,20 @@ An instance is a ``Node`` with two sockets in a private folder; whoever wants so
 is no broker, so nothing of the server depends on another part of it for this.
 """
 
-from glm_image.bus.caller import Answers, Listener, ask_all
+from glm_image.bus.caller import Answers, Listener, ask_all, ask_one
 from glm_image.bus.follower import Follower
 from glm_image.bus.node import Handler, Node
-from glm_image.bus.places import Message, folder
+from glm_image.bus.places import Message, folder, nodes
 
-__all__ = ["Answers", "Follower", "Handler", "Listener", "Message", "Node", "ask_all", "folder"]
+__all__ = [
+    "Answers",
+    "Follower",
+    "Handler",
+    "Listener",
+    "Message",
+    "Node",
+    "ask_all",
+    "ask_one",
+    "folder",
+    "nodes",
+]

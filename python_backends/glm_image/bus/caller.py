@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -33,6 +33,16 @@ def ask_all(directory: Path, question: Message, timeout: float, prefix: str = ""
         prefix: a model's name; "" = every node.
     """
     found = {name: path for name, path in nodes(directory).items() if name.startswith(prefix)}
+    return _ask(found, question, timeout)
+
+
+def ask_one(directory: Path, name: str, question: Message, timeout: float) -> Message | None:
+    """Asks the node of that name; None = it has not answered in time. May be called from any thread."""
+    found = {own: path for own, path in nodes(directory).items() if own == name}
+    return _ask(found, question, timeout).answers.get(name)
+
+
+def _ask(found: Mapping[str, Path], question: Message, timeout: float) -> Answers:
     context: zmq.Context[Any] = zmq.Context.instance()
     poller = zmq.Poller()
     waiting: dict[Any, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,8 +115,17 @@ class DitEngine:
         self._record(PEAK_MEMORY, self._device.peak_memory())
         return DitResult(pixels, encoded)
 
+    def preview(self, job: Job, request: PaintRequest) -> Future[NDArray[np.uint8]]:
+        """Has the first picture of a request painted beside others, uint8 [height, width, 3]; see ``dit.previews``.
+
+        Raises:
+            UnavailableError: there are too many, too much is painted, or the engine is closed.
+        """
+        return self._scheduler.previews.submit(job, request)
+
     def close(self) -> None:
-        """Ends the other ranks."""
+        """Ends the previews that wait, and the other ranks."""
+        self._scheduler.previews.close()
         self.executor.close()
 
     def _encode(self, picture: NDArray[np.uint8], output_format: str) -> bytes:

@@ -65,7 +65,19 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Step:
-    """Take a picture's next denoising step."""
+    """Take a picture's next denoising step, after which it may be asked for an ``Estimate`` if ``for_estimate``."""
+
+    picture: int
+    for_estimate: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sketch what a picture will be, by the step that it has just taken.
+
+    That went from latents x at noise level s to x' at s', along the velocity v = (x' - x) / (s' - s); so the clean
+    latents that it made for are x' - s' v = (s x' - s' x) / (s - s').
+    """
 
     picture: int
 
@@ -84,11 +96,11 @@ class Drop:
     picture: int
 
 
-Command = ReadSources | ForgetSources | Prepare | Step | Decode | Drop
+Command = ReadSources | ForgetSources | Prepare | Step | Estimate | Decode | Drop
 
 Result = NDArray[Any] | bool | None
 """``Prepare`` gives the noise levels, fp32 [steps + 1], ``Step`` whether the cache skipped it, ``Decode`` the picture,
-uint8 [height, width, 3]."""
+uint8 [height, width, 3], ``Estimate`` one of 1/8 of each side."""
 
 
 @dataclass
@@ -98,16 +110,18 @@ class _Picture:
     Attributes:
         grid: its size.
         latents: fp32, updated in place.
-        steps: how many there are.
+        levels: its noise levels, fp32 [steps + 1].
         advance: takes a step, and returns whether the cache skipped it; None when all are taken.
         taken: steps taken so far.
+        before: the latents before the latest step that was ``for_estimate``.
     """
 
     grid: Grid
     latents: Tensor
-    steps: int
+    levels: NDArray[np.float32]
     advance: Callable[[], bool | None] | None
     taken: int = 0
+    before: Tensor | None = None
 
 
 class _Repeated:
@@ -180,7 +194,9 @@ class Executor:
         if isinstance(command, Prepare):
             return self._prepare(command)
         if isinstance(command, Step):
-            return self._step(self._pictures[command.picture])
+            return self._step(self._pictures[command.picture], command.for_estimate)
+        if isinstance(command, Estimate):
+            return self._estimate(self._pictures[command.picture])
         if isinstance(command, Decode):
             pixels = self._vae.decode(self._pictures[command.picture].latents)
             del self._pictures[command.picture]
@@ -199,7 +215,8 @@ class Executor:
         if isinstance(command, ReadSources):
             pixels = sum(source.pixels.size for source in command.sources) / 3e6
             return Lack(f"source images of {pixels:.1f} megapixels", beside, "their number or size")
-        wanted = {Prepare: "the conditions", Step: "a step", Decode: "the pixels"}.get(type(command), "the end")
+        names = {Prepare: "the conditions", Step: "a step", Estimate: "a sketch", Decode: "the pixels"}
+        wanted = names.get(type(command), "the end")
         return Lack(f"{wanted} of a picture{self._size_of(command)}", beside, "height x width, or the source images")
 
     def _size_of(self, command: Command) -> str:
@@ -268,8 +285,8 @@ class Executor:
             halves = HalfSteps(self._transformer, self._blocks, self.cache, *tensors, self._sharing)
             sources = len(whole.sources.tokens) if whole.sources else 0
             advance = CachedSteps(halves, self.cache, command.num_inference_steps, sources, repeat)
-        self._pictures[command.picture] = _Picture(grid, latents, command.num_inference_steps, advance)
         levels: NDArray[np.float32] = steps.sigmas.float().cpu().numpy()
+        self._pictures[command.picture] = _Picture(grid, latents, levels, advance)
         self._device.mark().wait()
         return levels
 
@@ -283,15 +300,21 @@ class Executor:
         latents.copy_(denoise_step(*parts, latents, conditioning, step, sigmas, self._sharing))
         step.add_(1)
 
-    def _step(self, picture: _Picture) -> bool:
+    def _step(self, picture: _Picture, for_estimate: bool) -> bool:
         assert picture.advance is not None
+        picture.before = picture.latents.clone() if for_estimate else None
         skipped = bool(picture.advance())
         picture.taken += 1
         # None is enqueued ahead: what is enqueued cannot be taken back, and who cancels gets the device within a step.
         self._device.mark().wait()
-        if picture.taken == picture.steps:
+        if picture.taken == len(picture.levels) - 1:
             picture.advance = None
         return skipped
+
+    def _estimate(self, picture: _Picture) -> NDArray[np.uint8]:
+        assert picture.before is not None
+        last, now = (float(level) for level in picture.levels[picture.taken - 1 : picture.taken + 1])
+        return self._vae.sketch((last * picture.latents - now * picture.before) / (last - now))
 
     def _drop(self, picture: _Picture | None) -> None:
         if picture is not None and picture.advance is not None:

@@ -35,6 +35,10 @@ ENCODE_SECONDS: Final = Measure(
     "Seconds in which an image became a PNG, JPEG or WebP file; raw images have none",
     (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
 )
+PREVIEWS: Final = Measure("glm_image_dit_previews_total", Kind.COUNTER, "Previews painted for streams")
+DROPPED_PREVIEWS: Final = Measure(
+    "glm_image_dit_dropped_previews_total", Kind.COUNTER, "Previews not painted, as pictures were or nobody waited"
+)
 IMAGES: Final = Measure("glm_image_dit_images_total", Kind.COUNTER, "Images finished")
 PEAK_MEMORY: Final = Measure(
     "glm_image_dit_peak_memory_bytes",
@@ -45,6 +49,7 @@ PEAK_MEMORY: Final = Measure(
 DIT_ENDS: Final = Ends.of("glm_image_dit")
 
 DIT_MEASURES: Final = (
-    *(STEP_SECONDS, QUEUE_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PEAK_MEMORY),
+    *(STEP_SECONDS, QUEUE_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PREVIEWS, DROPPED_PREVIEWS),
+    PEAK_MEMORY,
     *DIT_ENDS.measures,
 )

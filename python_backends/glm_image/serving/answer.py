@@ -9,6 +9,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from glm_image.following import Following
 from glm_image.serving.errors import triton_error
 from glm_image.serving.tensors import response
 
@@ -24,7 +25,8 @@ class Answer:
     """
 
     def __init__(self, request: Any) -> None:
-        self._sender = request.get_response_sender()
+        self._sender: Any = request.get_response_sender()
+        self._is_relayed = Following.is_asked(request.parameters())
         self._lock = threading.Lock()
         self._sent = False
         self._on_end: list[OnEnd] = []
@@ -49,7 +51,7 @@ class Answer:
 
     def fail(self, error: BaseException) -> None:
         """Answers with an error."""
-        self._finish(pb_utils.InferenceResponse(error=triton_error(error)), error)
+        self._finish(pb_utils.InferenceResponse(error=triton_error(error, is_relayed=self._is_relayed)), error)
 
     def _finish(self, made: Any, error: BaseException | None) -> None:
         with self._lock:
@@ -60,3 +62,4 @@ class Answer:
             call(error)
         self._on_end.clear()
         self._sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._sender = None  # one that is left to the end of the process outlives the memory that it is in

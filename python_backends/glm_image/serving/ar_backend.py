@@ -7,13 +7,18 @@ import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from glm_image.ar.measures import AR_ENDS, AR_MEASURES
 from glm_image.errors import QueueFullError
+from glm_image.following import Following
+from glm_image.geometry import Grid, preview_of
 from glm_image.inflight import InFlight
 from glm_image.job import Job
 from glm_image.metadata import ar_metadata
@@ -39,6 +44,17 @@ logger = logging.getLogger(__name__)
 
 DECODING_THREADS = 2
 """Requests whose source images are decoded at once."""
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A request that was let in."""
+
+    asked: GenerationParameters
+    job: Job
+    answer: Answer
+    entry: Entry
+    following: Following
 
 
 class ArBackend:
@@ -87,37 +103,46 @@ class ArBackend:
 
     def _accept(self, request: Any, answer: Answer, entry: Entry) -> None:
         job = Job.with_timeout(request.request_id(), self._timeouts.of(request.timeout()))
+        following = Following.read(request.parameters())
+        job.arrived_ns = job.arrived_ns if following.arrived_ns is None else following.arrived_ns
         entry.follow(job)
         self._spans.follow(request, job)
         self._reception.begin(job, answer)
         asked = read_request(request)
         entry.note(asked.prompt, **_told(asked))
+        taken = _Taken(asked, job, answer, entry, following)
         if asked.images is None:
-            self._submit(asked, job, answer, entry)
+            self._submit(taken)
         elif self._may_decode.acquire(blocking=False):
-            self._decoder.submit(self._decode, asked, job, answer, entry)
+            self._decoder.submit(self._decode, taken)
         else:
             raise QueueFullError(
                 f"glm_ar decodes the source images of {self._max_decoding} requests, as many as max_queue allows; "
                 "try again later"
             )
 
-    def _decode(self, asked: GenerationParameters, job: Job, answer: Answer, entry: Entry) -> None:
+    def _decode(self, taken: _Taken) -> None:
         try:
-            job.check()
-            self._submit(asked, job, answer, entry)
+            taken.job.check()
+            self._submit(taken)
         except Exception as error:  # whatever it is, the client must get an answer
-            answer.fail(error)
+            taken.answer.fail(error)
         finally:
             self._may_decode.release()
 
-    def _submit(self, asked: GenerationParameters, job: Job, answer: Answer, entry: Entry) -> None:
-        resolved = asked.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
+    def _submit(self, taken: _Taken) -> None:
+        job = taken.job
+        resolved = taken.asked.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
         size = resolved.requested
-        entry.note(asked.prompt, width=size.width, height=size.height, seed=resolved.seeds[0])
+        taken.entry.note(taken.asked.prompt, width=size.width, height=size.height, seed=resolved.seeds[0])
+        if taken.following.previews and (grid := preview_of(resolved.grids)) is not None:
+            job.on_preview = partial(self._hand_out_preview, job, grid, resolved.seeds[0])
         if self._gathering is not None:
-            self._gathering.expect(job, len(resolved.seeds), answer)
-        self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(answer, job, resolved, done))
+            self._gathering.expect(job, len(resolved.seeds), taken.answer)
+        self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(taken.answer, job, resolved, done))
+
+    def _hand_out_preview(self, job: Job, grid: Grid, seed: int, tokens: NDArray[np.int32]) -> None:
+        self._reception.tell(job, lambda: {"preview": {"grid": list(grid), "tokens": tokens.tolist(), "seed": seed}})
 
 
 def _told(asked: GenerationParameters) -> dict[str, Any]:

@@ -59,6 +59,12 @@ def _second_stage() -> Any:
     return config
 
 
+def _stream() -> Any:
+    config = _python_model("glm_image_stream", declaration.STREAM_INPUTS, declaration.STREAM_OUTPUTS)
+    config.model_transaction_policy.decoupled = True
+    return config
+
+
 def _ensemble() -> Any:
     config = model_config_pb2.ModelConfig(name="glm_image", platform="ensemble", max_batch_size=0)
     _add_tensors(config, declaration.REQUEST_INPUTS, declaration.OUTPUTS)
@@ -91,6 +97,7 @@ def model_configs() -> dict[str, Any]:
         "glm_image": _ensemble(),
         "glm_ar": _stage("glm_ar", declaration.REQUEST_INPUTS, declaration.STAGE_TENSORS, declaration.AR_PARAMETERS),
         "glm_dit": _second_stage(),
+        "glm_image_stream": _stream(),
         "glm_control": _python_model("glm_control", declaration.CONTROL_INPUTS, declaration.CONTROL_OUTPUTS),
     }
 
@@ -112,6 +119,8 @@ def config_text(config: Any) -> str:
         f'{field}: "{getattr(config, field)}"' for field in ("name", "backend", "platform") if getattr(config, field)
     ]
     lines += _entries("instance_group", config.instance_group)
+    if config.HasField("model_transaction_policy"):
+        lines += _entries("model_transaction_policy", [config.model_transaction_policy])
     if config.HasField("dynamic_batching"):
         lines += _entries("dynamic_batching", [config.dynamic_batching])
     declared = [spec.name for spec in (*declaration.AR_PARAMETERS, *declaration.DIT_PARAMETERS)]

@@ -86,6 +86,17 @@ OUTPUTS: Final = (
 )
 """What clients of ``glm_image`` get."""
 
+STREAM_INPUTS: Final = (*REQUEST_INPUTS, _optional("preview_steps", "INT32"), _optional("preview_every", "INT32"))
+"""What clients of ``glm_image_stream`` send."""
+
+STREAM_OUTPUTS: Final = (
+    TensorSpec("event", "STRING"),
+    TensorSpec("images", "UINT8", (-1, -1, -1, 3)),
+    TensorSpec("images_base64", "STRING", (-1,)),
+    TensorSpec("metadata", "STRING", (-1,)),
+)
+"""What they get with each response."""
+
 CONTROL_INPUTS: Final = (TensorSpec("request_id", "STRING"), TensorSpec("action", "STRING"))
 """What clients of ``glm_control`` send."""
 

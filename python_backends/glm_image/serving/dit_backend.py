@@ -8,19 +8,22 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.backlog import TOPIC, Painting
+from glm_image.bus import Message
 from glm_image.dit.measures import DIT_ENDS, DIT_MEASURES, QUEUE_SECONDS
 from glm_image.errors import InvalidInputError
+from glm_image.following import Following
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.inflight import InFlight
 from glm_image.job import NANOSECONDS, Job
 from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadata
+from glm_image.preview_messages import PREVIEW, answer_preview, packed_picture, read_preview
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
@@ -105,9 +108,15 @@ class DitBackend:
         )
         log = RequestLog(instance, is_last=True)
         self._painting = Painting(instance.name)
-        topics = {TOPIC: self._painting.tell}
-        in_flight = InFlight("condition", "finished")
-        self._reception = Reception(instance, in_flight, DIT_ENDS, self._metrics.record, log, topics=topics)
+        self._reception = Reception(
+            instance,
+            InFlight("condition", "finished"),
+            DIT_ENDS,
+            self._metrics.record,
+            log,
+            handlers={PREVIEW: self._preview},
+            topics={TOPIC: self._painting.tell},
+        )
         self._painting.publish = self._reception.publish
         self._busy = BusyPeriod()
         self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
@@ -145,6 +154,7 @@ class DitBackend:
         answer.when_ended(lambda _: self._painting.end(job))
         self._painting.begin(job, len(paint.seeds))
         self._reception.begin(job, answer)
+        self._show(job, Following.read(request.parameters()).pictures_every)
         waited = queued_seconds(paint.ar_metadata)
         job.add_seconds("dit_queue", waited)
         self._metrics.record(QUEUE_SECONDS, waited)
@@ -153,6 +163,20 @@ class DitBackend:
         pictures = self._engine.denoise(job, paint, sources)
         self._may_wait.acquire()
         self._finisher.submit(self._finish, answer, job, paint, pictures)
+
+    def _show(self, job: Job, pictures_every: int) -> None:
+        def show(pixels: NDArray[np.uint8]) -> None:
+            self._reception.tell(job, lambda: {"picture": packed_picture(pixels)})
+
+        job.pictures_every, job.on_picture = pictures_every, show
+
+    def _preview(self, question: Message) -> Future[Message]:
+        """Answers ``glm_image.preview_messages.ask_preview`` over the bus, in the bus's thread."""
+        job, paint = read_preview(question)
+        paint.check(self._limits, self._engine.codebook_size)
+        answer: Future[Message] = Future()
+        self._engine.preview(job, paint).add_done_callback(lambda done: answer_preview(answer, done))
+        return answer
 
     def _job(self, request: Any, inputs: Inputs, paint: PaintRequest) -> Job:
         told = paint.ar_metadata

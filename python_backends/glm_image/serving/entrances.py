@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Final
 
-ENTRANCES: Final = ("glm_image",)
+ENTRANCES: Final = ("glm_image", "glm_image_stream")
 """A server that drains unloads them first."""

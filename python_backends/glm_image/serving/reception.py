@@ -10,7 +10,7 @@ from typing import Any
 
 from glm_image import bus
 from glm_image.bus import Handler, Message, Node
-from glm_image.inflight import InFlight, Publish, publish_nothing
+from glm_image.inflight import Event, InFlight, Publish, publish_nothing
 from glm_image.job import Job
 from glm_image.measures import Ends, Record
 from glm_image.run_directory import VARIABLE
@@ -74,6 +74,10 @@ class Reception:
         """
         answer.when_ended(partial(self._in_flight.end, job))
         self._in_flight.begin(job, answer.is_unwanted)
+
+    def tell(self, job: Job, more: Callable[[], Event]) -> None:
+        """Publishes more of a job than its progress, if anybody listens."""
+        self._in_flight.tell(job, more)
 
     def close(self) -> None:
         """Lets nobody ask any more."""

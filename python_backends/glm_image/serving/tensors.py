@@ -10,7 +10,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image.errors import MAX_SHOWN_CHARACTERS, InvalidInputError
-from glm_image.serving.declaration import CONTROL_OUTPUTS, OUTPUTS, STAGE_TENSORS
+from glm_image.serving.declaration import CONTROL_OUTPUTS, STAGE_TENSORS, STREAM_OUTPUTS
 
 NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING": np.object_}
 
@@ -67,7 +67,7 @@ def text_array(*texts: str) -> NDArray[np.object_]:
 
 def response(values: Mapping[str, NDArray[Any]]) -> Any:
     """Returns an ``InferenceResponse`` with outputs of their declared types."""
-    types = {spec.name: NUMPY_TYPES[spec.data_type] for spec in (*STAGE_TENSORS, *OUTPUTS, *CONTROL_OUTPUTS)}
+    types = {spec.name: NUMPY_TYPES[spec.data_type] for spec in (*STAGE_TENSORS, *STREAM_OUTPUTS, *CONTROL_OUTPUTS)}
     return pb_utils.InferenceResponse(
         output_tensors=[pb_utils.Tensor(name, value.astype(types[name], copy=False)) for name, value in values.items()]
     )

@@ -1,0 +1,64 @@
+"""``glm_image_stream``: runs both stages for a request, and tells meanwhile how far it is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from glm_image.errors import QueueFullError
+from glm_image.serving import strings
+from glm_image.serving.errors import triton_error
+from glm_image.serving.streamed import Streamed
+from glm_image.story import PaintingTimes
+
+MAX_STREAMS = 128
+"""Streams at once; each has threads of its own. More than the first stage lets wait by default."""
+
+
+class StreamBackend:
+    """The decoupled Triton Python model beside the ensemble.
+
+    Triton ends it only after the last response of every stream.
+    """
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Prepares for requests."""
+        strings.install()
+        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
+        self._times = PaintingTimes()
+        self._changed = threading.Condition()
+        self._running = 0
+
+    def execute(self, requests: list[Any]) -> None:
+        """Begins a stream for each request; its responses go out from threads of its own."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._begin(Streamed(request, sender, self._times))
+            except Exception as error:  # whatever it is, the client must get an answer
+                made = pb_utils.InferenceResponse(error=triton_error(error))
+                sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def finalize(self) -> None:
+        """Waits for what streams still have open after their last response, which would outlive the interpreter."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running == 0)
+
+    def _begin(self, stream: Streamed) -> None:
+        with self._changed:
+            if self._running >= MAX_STREAMS:
+                raise QueueFullError(f"glm_image_stream has {MAX_STREAMS} streams, as many as may be; try again later")
+            self._running += 1
+        threading.Thread(target=self._run, args=(stream,), name="stream", daemon=True).start()
+
+    def _run(self, stream: Streamed) -> None:
+        try:
+            stream.run()
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()

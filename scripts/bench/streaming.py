@@ -1,0 +1,138 @@
+r"""Measures ``glm_image_stream`` on a server of its own: how soon there is something to see, and what that costs.
+
+    streaming.py --checkpoint FULL --parameter glm_ar.load_format=dummy --parameter glm_dit.load_format=dummy \
+        --size 1024x1024 --steps 50
+
+Prints JSON lines: the seconds of a request over the plain ensemble, streamed with progress alone, and streamed with a
+preview and sketches, taken in turns; when the first picture came; the rate of requests in flight together with and
+without previews; and how soon the device is free after a stream is closed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deploy import add_flags
+from measure import say
+from served import PROMPT, served
+
+from glm_image_client import GlmImageClient
+
+WAYS: dict[str, dict[str, int]] = {
+    "progress": {"preview_steps": 0, "preview_every": 0},
+    "pictures": {"preview_steps": 6, "preview_every": 10},
+}
+LEAVE_AT = ("tokens", "denoise")
+
+
+class Watched(NamedTuple):
+    """Seconds of a request until its end, until its first picture, and its events."""
+
+    whole: float
+    first_picture: float | None
+    events: int
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="streaming.py", description="Measures glm_image_stream.")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: a tiny one of random weights")
+    parser.add_argument("--model-repository", type=Path, metavar="DIR", help="as serve has it")
+    parser.add_argument("--size", default="1024x1024", metavar="WxH", help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="requests of each kind, in turns (%(default)s)")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight together (%(default)s)")
+    parser.add_argument("--requests", type=int, default=16, help="of them in all, for a rate; 0 = none (%(default)s)")
+    add_flags(parser)
+    flags = parser.parse_args(arguments)
+    flags.url = None
+    return flags
+
+
+def watch(client: GlmImageClient, values: dict[str, Any]) -> Watched:
+    began, first, events = time.perf_counter(), None, 0
+    for event in client.stream(**values):
+        events += 1
+        if first is None and event.files:
+            first = time.perf_counter() - began
+    return Watched(time.perf_counter() - began, first, events)
+
+
+def plain(client: GlmImageClient, values: dict[str, Any]) -> Watched:
+    began = time.perf_counter()
+    client.generate(**values)
+    return Watched(time.perf_counter() - began, None, 0)
+
+
+def measure_alone(client: GlmImageClient, values: dict[str, Any], repeats: int) -> None:
+    kinds: dict[str, Callable[[int], Watched]] = {"plain": lambda seed: plain(client, {**values, "seed": seed})}
+    for name, options in WAYS.items():
+        kinds[name] = lambda seed, options=options: watch(client, {**values, **options, "seed": seed})  # type: ignore[misc]
+    for one in kinds.values():
+        one(0)  # what is loaded or captured at first use
+    taken: dict[str, list[Watched]] = {name: [] for name in kinds}
+    for seed in range(1, repeats + 1):
+        for name, one in kinds.items():
+            taken[name].append(one(seed))
+    base = statistics.median(one.whole for one in taken["plain"])
+    for name, all_of in taken.items():
+        whole = statistics.median(one.whole for one in all_of)
+        first = [one.first_picture for one in all_of if one.first_picture is not None]
+        told: dict[str, Any] = {"seconds": whole, "least": min(one.whole for one in all_of)}
+        told |= {"cost": whole / base - 1, "events": all_of[0].events} if name != "plain" else {}
+        told |= {"first_picture_seconds": statistics.median(first), "worst": max(first)} if first else {}
+        say(f"alone, {name}", **told)
+
+
+def measure_together(client: GlmImageClient, values: dict[str, Any], concurrency: int, requests: int) -> None:
+    base = 0.0
+    for name, options in WAYS.items():
+        with ThreadPoolExecutor(concurrency) as pool:
+            began = time.perf_counter()
+            asked = [{**values, **options, "seed": seed} for seed in range(requests)]
+            taken = list(pool.map(lambda one: watch(client, one), asked))
+            rate = requests / (time.perf_counter() - began)
+        base = base or rate
+        first = sorted(one.first_picture for one in taken if one.first_picture is not None)
+        told: dict[str, Any] = {"requests_per_second": rate, "slowest_seconds": max(one.whole for one in taken)}
+        told |= {"loss": 1 - rate / base, "with_pictures": len(first)} if first else {}
+        told |= {"first_picture_seconds": statistics.median(first), "worst": first[-1]} if first else {}
+        say(f"{concurrency} together, {name}", **told)
+
+
+def measure_leaving(client: GlmImageClient, values: dict[str, Any], repeats: int) -> None:
+    for stage in LEAVE_AT:
+        waits = []
+        for turn in range(repeats):
+            request_id = f"left-{stage}-{turn}"
+            events = client.stream(**values, **WAYS["progress"], request_id=request_id)
+            next(event for event in events if event.stage == stage and event.done > 0)
+            began = time.perf_counter()
+            events.close()
+            while client.status(request_id)["state"] in {"running", "queued"}:
+                pass
+            waits.append(time.perf_counter() - began)
+        say(f"closed to free in {stage}", median_seconds=statistics.median(waits), worst_seconds=max(waits))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    flags = parse_arguments(arguments)
+    width, height = (int(side) for side in flags.size.split("x"))
+    values = {"prompt": PROMPT, "width": width, "height": height, "num_inference_steps": flags.steps}
+    say("request", size=flags.size, steps=flags.steps)
+    with served(flags) as server, GlmImageClient(f"grpc://{server.grpc_url}") as client:
+        measure_alone(client, values, flags.repeats)
+        measure_leaving(client, values, flags.repeats)
+        if flags.requests:
+            measure_together(client, values, flags.concurrency, flags.requests)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
