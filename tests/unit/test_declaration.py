@@ -150,7 +150,6 @@ def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
         (AR_PARAMETERS, "quantization", "int4"),
         (AR_PARAMETERS, "graph_mode", "full"),
         (DIT_PARAMETERS, "cache", "on"),
-        (DIT_PARAMETERS, "parallel", "cfg=2"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_refused(specs: tuple[ParameterSpec, ...], name: str, value: str) -> None:

@@ -243,7 +243,9 @@ def test_no_half_of_a_step_looks_at_a_value(settings: CacheSettings) -> None:
         )  # fmt: skip
         branches = [Branch(torch.zeros(1, glyphs, 32), torch.zeros(1, 4, 32)) for glyphs in (3, 1)]
         rotary = (torch.zeros(4, 16), torch.zeros(4, 16))
-        conditioning = Conditioning(*branches, 1.5, torch.zeros(5, 16), rotary)
+        conditioning = Conditioning(
+            branches, guided=True, tokens=4, guidance_scale=1.5, times=torch.zeros(5, 16), rotary=rotary
+        )
         latents, step = torch.zeros(1, 16, 4, 4), torch.zeros(1, dtype=torch.int64)
         halves = HalfSteps(
             transformer, eager_blocks(transformer), settings, conditioning, latents, step, torch.zeros(6)
