@@ -42,7 +42,7 @@ def check(events: list[StreamEvent], expected: bytes, request_id: str) -> None:
     assert events[-1].images[0].size == (64, 96)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["grpc", pytest.param("http", marks=pytest.mark.full)])
 def test_the_events_end_with_what_generate_gives(triton: TritonServer, protocol: str) -> None:
     with client_of(triton, protocol) as client:
         (expected,) = client.generate(**ASKED).encoded
