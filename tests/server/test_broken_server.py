@@ -150,6 +150,7 @@ HANGS: dict[str, tuple[Callable[[Served], None], str]] = {
 }
 
 
+@pytest.mark.full
 def test_processes_that_hang(checkpoint: Path, tmp_path: Path) -> None:
     """Side by side: most of the time passes in waiting."""
 
@@ -196,6 +197,7 @@ def test_a_stop_between_restarts(checkpoint: Path, tmp_path: Path) -> None:
         served.assert_gone()
 
 
+@pytest.mark.full
 def test_a_drained_server_finishes_both_stages(tiny_checkpoint: Path, same_threads: None, tmp_path: Path) -> None:
     """A request that is in the first stage when the server is asked to end still becomes a picture."""
     with TritonServer(tiny_checkpoint, drain_seconds=60, request_log=tmp_path / "requests.jsonl") as server:

@@ -1,4 +1,4 @@
-"""A short time of chaos in every run, and a long one with ``--full``."""
+"""Chaos, a short time and a long one; both take too long for every run."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def check(report: Report) -> None:
     assert endings["good"]["closed"] + endings["good"].get("failed", 0) > 0
 
 
+@pytest.mark.full
 def test_a_broken_server_answers_everybody(tiny_checkpoint: Path, same_threads: None) -> None:
     check(Chaos(tiny_checkpoint, seed=1).run(SHORT_SECONDS, clients=3))
 

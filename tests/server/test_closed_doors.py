@@ -148,6 +148,7 @@ def test_it_listens_on_loopback_alone(triton: TritonServer) -> None:
         assert all(address.endswith(f"0100007F:{port}") for address in listening)  # of IPv4, or mapped into IPv6
 
 
+@pytest.mark.full
 def test_an_open_door_is_open_and_the_others_are_closed(tiny_checkpoint: Path, same_threads: None) -> None:
     """System shared memory for the pixels, as local clients like it."""
     with TritonServer(tiny_checkpoint, open_apis=["shared-memory"], drain_seconds=5) as server:

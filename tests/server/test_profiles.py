@@ -18,8 +18,8 @@ from server.kserve import at_once, grpc_infer
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 IMAGES = re.compile(r'^glm_image_dit_images_total\{instance="(\d+)",.*\} (\d+)', re.MULTILINE)
 
-# In the normal run, one of each layout of few processes; those of GPUs differ from them in the name of the device.
-FEW = ("cpu", "npu-1x64g", "npu-2")
+# In the normal run one profile; the others differ from it in the number of processes and the names of devices.
+FEW = ("npu-2",)
 MANY = tuple(name for name in PROFILES if name not in FEW)
 ALLOWED = {spec.name: spec.allowed for spec in DIT_PARAMETERS}
 
