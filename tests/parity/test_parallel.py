@@ -141,7 +141,7 @@ def _worker_pids(pid: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.full)])
 def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: Path, kind: signal.Signals) -> None:
     loss, decoding = _Loss(), threading.Event()
 
@@ -168,6 +168,7 @@ def _peers_of(failing: Load) -> Peers:
     return Peers(("cpu",), load_seconds=HANG_SECONDS if failing is failing_ranks.hangs else WAIT_SECONDS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arguments", "failing", "told"),
     [
@@ -208,6 +209,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.full
 def test_killing_the_first_rank_leaves_no_orphans(checkpoint_folder: Path) -> None:
     command = [sys.executable, "-c", ORPHANS, str(checkpoint_folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
