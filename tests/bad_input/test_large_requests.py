@@ -116,7 +116,7 @@ def test_large_requests_are_refused_and_leave_nothing_behind(triton: TritonServe
     assert processes(triton) == pids
     assert curve[1][1] == curve[0][1]
     for name in pids:
-        # The allocator may keep the pieces of one more request, with 100.5 MB seen; a leak would keep each of the round's.
+        # The allocator may keep the pieces of one more request (100.5 MB were seen); a leak keeps each of the round.
         assert curve[1][0][name] - curve[0][0][name] < 1.5 * BYTES, curve
     assert all(size < 2.5 * BYTES for size in curve[1][1].values())
     np.testing.assert_array_equal(grpc_infer(triton, PICTURE)["images"], picture)
