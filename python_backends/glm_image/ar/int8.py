@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-LARGEST = 127
+from glm_image.devices.quantized import quantize_rows
 
 Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``Device.int8_product``."""
@@ -33,11 +33,9 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear, product: Int8Product) -> None:
         super().__init__()
         self._product = product
-        weight = linear.weight.float()
-        scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
-        rounded = (weight / scale[:, None]).round_().to(torch.int8)
+        rounded, scales = quantize_rows(linear.weight, torch.int8)
         self.weight = nn.Parameter(rounded, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.scale = nn.Parameter(scales.squeeze(1), requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -28,14 +28,14 @@ def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, 
         CheckpointError: a tensor is missing or has a wrong shape.
         ConfigurationError: a setting is not allowed, or the device is too small.
     """
-    ranks.tp.reads_peers = settings.peer_memory
+    group = ranks.tp if settings.peer_memory else ranks.tp.without_peer_memory()
     config, dtype = ArConfig.read(checkpoint), settings.dtype or device.default_dtype
     slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
     capture = captured(settings.graph_mode, settings.graph_capture_sizes, slots)
-    _check_memory(checkpoint, config, settings, device, ranks.tp)
+    _check_memory(checkpoint, config, settings, device, group)
     source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
     return Executor(
-        Decoder.load(config, source, int8=device.int8_product if settings.int8 else None, group=ranks.tp),
+        Decoder.load(config, source, int8=device.int8_product if settings.int8 else None, group=group),
         device,
         slots,
         positions,

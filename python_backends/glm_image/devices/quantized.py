@@ -44,7 +44,7 @@ def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> Rows:
     full = matrix.float()
     scales = full.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_MAXIMUM) / LARGEST[dtype]
     scaled = full / scales
-    return Rows((scaled if dtype.is_floating_point else scaled.round()).to(dtype), scales)
+    return Rows((scaled if dtype.is_floating_point else scaled.round_()).to(dtype), scales)
 
 
 def scaled_product(rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
