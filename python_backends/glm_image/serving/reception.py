@@ -113,16 +113,16 @@ def _open_node(
     def status(question: Message) -> Message:
         return Message({"requests": in_flight.status(question.fields["request_id"])})
 
-    def tell(topic: bytes) -> None:
-        if topic in topics:
+    def note_listener(topic: bytes, listens: bool) -> None:
+        if topic not in topics:
+            (in_flight.watch if listens else in_flight.unwatch)(topic)
+        elif listens:
             topics[topic]()
-        else:
-            in_flight.tell_again(topic)
 
     own: dict[str, Handler] = {"cancel": cancel, "status": status, **handlers}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Node(folder, instance.name, own, tell)
+        return Node(folder, instance.name, own, note_listener)
     except OSError as error:
         logger.warning("requests cannot be cancelled or watched by their id: %s", error)
         return None
