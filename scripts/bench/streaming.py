@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=math.inf,
         metavar="SECONDS",
-        help="since the start in which those alone are to end",
+        help="by when those alone are to end",
     )
     add_flags(parser)
     flags = parser.parse_args(arguments)
