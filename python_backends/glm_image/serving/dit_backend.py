@@ -194,11 +194,12 @@ class DitBackend:
         try:
             result = self._engine.finish(job, paint, pictures)
             raw = paint.output_format == "raw"
+            metadata = request_metadata(self._checkpoint, job, paint, self._engine.attention_backend)
             answer.send(
                 {
                     "images": result.pixels if raw else np.zeros((0, 0, 0, 3)),
                     "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),
-                    "metadata": text_array(json.dumps(request_metadata(self._checkpoint, job, paint))),
+                    "metadata": text_array(json.dumps(metadata)),
                 }
             )
         except Exception as error:  # whatever it is, the client must get an answer
