@@ -147,6 +147,17 @@ def test_nothing_is_made_for_nobody(stages: tuple[Stage, Stage], tmp_path: Path)
         ar.node.publish(key_of("mine"), make)
 
 
+def test_an_event_is_made_away_from_who_publishes_and_a_faulty_one_is_left_out(
+    stages: tuple[Stage, Stage], tmp_path: Path
+) -> None:
+    ar, _ = stages
+    with Listener(tmp_path, "mine") as listener:
+        assert ar.listened.wait(SECONDS)
+        ar.node.publish(key_of("mine"), lambda: {"never": 1 / 0})
+        ar.node.publish(key_of("mine"), lambda: {"made_in": threading.current_thread().name})
+        assert next(listener.events(SECONDS)) == {"made_in": "bus"}
+
+
 def test_an_engine_is_never_kept_waiting(stages: tuple[Stage, Stage], tmp_path: Path) -> None:
     """Whoever listens and takes nothing loses events; the engine and other questions go on."""
     ar, _ = stages
