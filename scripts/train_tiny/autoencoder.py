@@ -11,8 +11,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from glm_image.geometry import Size
+from train_tiny.compilation import compiled
 from train_tiny.data import MAIN_SIZE, Choice, Item, drawn
-from train_tiny.models import build_vae, compiled, signed
+from train_tiny.models import build_vae, signed
 from train_tiny.world.scene import Scene
 
 DIVERGENCE_WEIGHT = 1e-4

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from glm_image import geometry
 from train_tiny.data import CellLabels, Choice, Item, by_size, cell_labels, small_pictures
-from train_tiny.models import CONFIG, build_ar, compiled, quantize, tower_block, tower_features
+from train_tiny.models import CONFIG, build_ar, quantize, tower_features
 from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
 
 NAMED = {
@@ -32,6 +32,8 @@ WEIGHTS = {
     "pixels": 4.0,
     "commitment": 8.0,
 }
+LETTER_WEIGHT = 6.0
+"""Of a cell that shows a letter, among the others."""
 DRAWN_SIDE = 8
 """Pixels of a drawn cell's side."""
 USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.05, 25
@@ -76,7 +78,7 @@ class Codes:
         self.module = nn.ModuleDict(parts).to(device)
         nn.init.normal_(model.vqmodel.quantize.embedding.weight, std=CONFIG.vq_dim**-0.5)
         self._device, self._batch, self._progress = device, batch, 0.0
-        self._block, self._decode = compiled(tower_block, device), compiled(parts["decoder"], device)
+        self._decode = parts["decoder"]
         self._use = torch.ones(CONFIG.codebook, device=device)
         self._vectors: Tensor | None = None
         self._pictures: list[Tensor] = []
@@ -103,7 +105,7 @@ class Codes:
         """Draws a batch."""
         self._progress = progress
         pictures, labels = self._batch_of()
-        features = tower_features(self.module["tower"], pictures, self._block)
+        features = tower_features(self.module["tower"], pictures)
         codes, vectors = quantize(self.module["quantizer"], features)
         embedding = F.normalize(self.module["quantizer"].quantize.embedding(codes).float(), dim=-1)
         commitment = 0.25 * F.mse_loss(vectors, embedding.detach()) + F.mse_loss(embedding, vectors.detach())
@@ -112,7 +114,7 @@ class Codes:
         cells = self.module["quantizer"].post_quant_conv(passed.transpose(1, 2).unflatten(2, grid))
         drawn_cells, names, place = self._decode(cells)
         wanted = F.interpolate(pictures.float(), scale_factor=DRAWN_SIDE / 16, mode="area") / 127.5 - 1
-        losses = {name: self._naming(logits, getattr(labels, name)) for name, logits in names.items()}
+        losses = {name: named_loss(name, logits, getattr(labels, name)) for name, logits in names.items()}
         losses["pixels"] = F.l1_loss(drawn_cells.float(), wanted) * 0.5 + F.mse_loss(drawn_cells.float(), wanted)
         shown = ((labels.shape + labels.letter) > 0).unsqueeze(-1)
         off = (place.flatten(2).transpose(1, 2).float() - labels.place).square() * shown
@@ -120,10 +122,6 @@ class Codes:
         losses["commitment"] = commitment * CONFIG.vq_dim / 8
         self._count(codes, vectors)
         return {"loss": sum(WEIGHTS[name] * value for name, value in losses.items())} | losses
-
-    @staticmethod
-    def _naming(logits: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(2).float(), label)
 
     def _count(self, codes: Tensor, vectors: Tensor) -> None:
         share = torch.zeros_like(self._use).scatter_add_(
@@ -164,6 +162,17 @@ class Codes:
                 hits[name] += torch.stack([right.sum(), asked.sum()])
         named = {f"{name}_named": float(hit[0] / hit[1].clamp(min=1)) for name, hit in hits.items()}
         return {"codes_used": float((seen > 0).float().mean()), **named}
+
+
+def named_loss(name: str, logits: Tensor, label: Tensor) -> Tensor:
+    """The mean cross-entropy of labels [n, cells] and logits [n, classes, gh, gw].
+
+    Few cells show a letter, and none would be told from another if all cells weighed alike.
+    """
+    weight = torch.ones(logits.shape[1], device=logits.device)
+    if name == "letter":
+        weight[1:] = LETTER_WEIGHT
+    return F.cross_entropy(logits.flatten(2).float(), label, weight)
 
 
 def clustered(vectors: Tensor, count: int) -> Tensor:

@@ -92,62 +92,107 @@ def rate(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
+def optimizer_of(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW that lets norms and biases decay not."""
+    matrices, others = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), fused=parameters[0].device.type == "cuda")
+
+
+class Training:
+    """A stage's steps so far, in its file and in memory.
+
+    Args:
+        stage: what is trained.
+        file: of the stage; goes on from it where it is there. What is done already goes on from its averaged weights,
+            with an optimizer and a learning rate that start anew.
+
+    Attributes:
+        step: taken in all calls.
+        seconds: spent in all calls, when this one began.
+        first_step: of this schedule of the learning rate.
+        first_second: as ``first_step``.
+    """
+
+    def __init__(self, stage: Stage, file: Path) -> None:
+        self.stage, self._file = stage, file
+        self.trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
+        self.optimizer = optimizer_of(self.trained, stage.learning_rate)
+        self.step = self.first_step = 0
+        self.seconds = self.first_second = 0.0
+        saved: dict[str, Any] = {}
+        if file.exists():
+            saved = torch.load(file, map_location=self.trained[0].device, weights_only=False)
+            stage.module.load_state_dict(saved["weights"])
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.first_step, self.first_second = saved.get("first", (self.step, self.seconds))
+        self.average = Average(stage.module)
+        if "optimizer" in saved:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.average.values = saved["average"]
+
+    def take_step(self, progress: float) -> dict[str, Tensor]:
+        """Takes one step, at ``progress`` from 0 to 1 of its schedule; returns the losses and the gradients' norm."""
+        stage, own = self.stage, self.step - self.first_step
+        for group in self.optimizer.param_groups:
+            group["lr"] = stage.learning_rate * rate(progress, own)
+        with mixed_precision(self.trained[0].device):
+            losses = stage.losses(progress)
+        losses["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.trained, GRADIENT_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        stage.after_step(self.step)
+        self.average.update(stage.module, own)
+        self.step += 1
+        return losses | {"gradient_norm": norm}
+
+    def save(self, seconds: float) -> None:
+        """Saves what is needed to go on."""
+        going_on = {"optimizer": self.optimizer.state_dict(), "average": self.average.values}
+        self._write(seconds, going_on | {"first": (self.first_step, self.first_second)})
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Takes the averaged weights, measures them, and saves both."""
+        self.average.copy_to(self.stage.module)
+        results = self.stage.results()
+        self._write(seconds, {"done": True, "results": results})
+        return results
+
+    def _write(self, seconds: float, more: dict[str, Any]) -> None:
+        save(self._file, {"weights": self.stage.module.state_dict(), "step": self.step, "seconds": seconds} | more)
+
+
 def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
     """Trains ``stage`` for ``minutes`` in all, going on where an earlier call stopped.
 
     Leaves ``NAME.pt`` in ``folder``: the averaged weights under ``weights`` and the stage's ``results``, once it is
     done; before that also what is needed to go on.
     """
-    file, log = folder / f"{stage.name}.pt", Log(folder, stage.name)
-    module = stage.module
-    device = next(module.parameters()).device
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, stage.learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda")
-    average, step, spent = Average(module), 0, 0.0
-    if file.exists():
-        saved = torch.load(file, map_location=device, weights_only=False)
-        if saved.get("done"):
-            log.write(event="already done", step=saved["step"])
-            return
-        module.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average.values = saved["average"]
-        step, spent = saved["step"], saved["seconds"]
-    torch.manual_seed(seed + step)
-    count = sum(parameter.numel() for parameter in trained)
-    log.write(event="start", step=step, parameters=count, device=str(device), minutes=minutes)
-    clock, saved_at, budget = time.monotonic() - spent, spent, minutes * 60
+    training, log = Training(stage, folder / f"{stage.name}.pt"), Log(folder, stage.name)
+    spent, budget = training.seconds, minutes * 60
+    if spent >= budget:
+        log.write(event="already done", step=training.step)
+        return
+    torch.manual_seed(seed + training.step)
+    parameters = training.trained
+    count = sum(parameter.numel() for parameter in parameters)
+    log.write(event="start", step=training.step, parameters=count, device=str(parameters[0].device), minutes=minutes)
+    clock, saved_at = time.monotonic() - spent, spent
     sums: Tensor | None = None
     while (seconds := time.monotonic() - clock) < budget:
-        progress = seconds / budget
-        for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * rate(progress, step)
-        with mixed_precision(device):
-            losses = stage.losses(progress)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        stage.after_step(step)
-        average.update(module, step)
-        step += 1
-        losses["gradient_norm"] = norm
+        losses = training.take_step((seconds - training.first_second) / (budget - training.first_second))
         values = torch.stack([value.detach().float() for value in losses.values()])
         sums = values if sums is None else sums + values
-        if step % STEPS_BETWEEN_LOGS == 0:
+        if training.step % STEPS_BETWEEN_LOGS == 0:
             means = dict(zip(losses, (sums / STEPS_BETWEEN_LOGS).tolist(), strict=True))
-            log.write(step=step, seconds=time.monotonic() - clock, **means)
+            log.write(step=training.step, seconds=time.monotonic() - clock, **means)
             sums = None
         if seconds - saved_at > SECONDS_BETWEEN_SAVES:
             saved_at = seconds
-            state = {"optimizer": optimizer.state_dict(), "average": average.values, "step": step, "seconds": seconds}
-            save(file, {"weights": module.state_dict(), **state})
-    average.copy_to(module)
-    results = stage.results()
-    log.write(event="end", step=step, seconds=time.monotonic() - clock, **results)
-    save(file, {"weights": module.state_dict(), "done": True, "step": step, "results": results})
+            training.save(seconds)
+    seconds = time.monotonic() - clock
+    log.write(event="end", step=training.step, seconds=seconds, **training.finish(seconds))
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:

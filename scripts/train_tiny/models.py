@@ -6,7 +6,7 @@ the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,10 @@ from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Con
 
 import tiny_checkpoint_configs as configs
 from train_tiny.loop import finished
+from train_tiny.painter_blocks import PLAIN, Passes, Source, block_forward
 
 CONFIG = configs.PRESETS["trained"]
 IMAGE = configs.image_processor_config(CONFIG)
-
-
-Forward = Callable[..., Any]
-
-
-def compiled(module: Forward, device: torch.device, *, dynamic: bool = True) -> Forward:
-    """``module`` with its elementwise work fused, on a GPU: the parts are so small that launches and memory decide.
-
-    ``dynamic`` compiles once for all sizes.
-    """
-    if device.type != "cuda":
-        return module
-    # Each kind of call compiles anew: with and without a source, words or gradients.
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(module, dynamic=dynamic)
-
-
-def compile_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Makes calls of each of ``blocks`` compiled ones; blocks of one kind share what is compiled."""
-    for block in blocks:
-        block.forward = compiled(block.forward, device)  # type: ignore[method-assign]
 
 
 def build_vae() -> Any:
@@ -109,9 +89,8 @@ def signed(pictures: Tensor) -> Tensor:
     return pictures.to(memory_format=torch.channels_last).float() / 127.5 - 1
 
 
-def tower_features(tower: Any, pictures: Tensor, call: Forward | None = None) -> Tensor:
-    """Features [n, gh * gw, hidden] of uint8 pictures [n, 3, 16 gh, 16 gw]; ``call`` is ``tower_block`` or faster."""
-    call = call or tower_block
+def tower_features(tower: Any, pictures: Tensor) -> Tensor:
+    """Features [n, gh * gw, hidden] of uint8 pictures [n, 3, 16 gh, 16 gw]."""
     _, _, height, width = pictures.shape
     mean, std = (
         torch.tensor(IMAGE[name], device=pictures.device).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
@@ -120,12 +99,11 @@ def tower_features(tower: Any, pictures: Tensor, call: Forward | None = None) ->
     hidden = tower.patch_embed.proj(values).flatten(2).transpose(1, 2)
     hidden = hidden + _positions(tower.embeddings, height // 16, width // 16)
     for block in tower.blocks:
-        hidden = call(block, hidden, tower.config.num_heads)
+        hidden = _tower_block(block, hidden, tower.config.num_heads)
     return hidden
 
 
-def tower_block(block: Any, hidden: Tensor, heads: int) -> Tensor:
-    """A block of the vision tower, [n, tokens, hidden] to the same."""
+def _tower_block(block: Any, hidden: Tensor, heads: int) -> Tensor:
     parts = block.attn.qkv(block.norm1(hidden)).unflatten(2, (3, heads, -1))
     query, key, value = parts.permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -179,9 +157,10 @@ def velocity(
     kept: Tensor | None,
     times: Tensor,
     rotary: tuple[Tensor, Tensor],
-    caches: Any = None,
-) -> Tensor:
-    """What the DiT predicts, [n, 16, h, w].
+    source: Sequence[Source] = (),
+    passes: Passes = PLAIN,
+) -> tuple[Tensor, list[Source]]:
+    """What the DiT predicts, [n, 16, h, w], and its keys and values, block by block.
 
     Args:
         model: diffusers' ``GlmImageTransformer2DModel``.
@@ -191,7 +170,8 @@ def velocity(
         kept: [n], 0 where the prior is dropped, 1 elsewhere; None keeps all.
         times: what the model is told, [n], 0..999.
         rotary: cosines and sines of the size.
-        caches: ``GlmImageKVCache`` to write (a source) or to read (its edit).
+        source: what the blocks made of a source picture; () where there is none.
+        passes: how the blocks run.
     """
     count, _, height, width = latents.shape
     embedded = model.prior_token_embedding(prior)
@@ -201,7 +181,9 @@ def velocity(
     text = model.glyph_projector(glyphs)
     sizes = torch.tensor([[height * 8.0, width * 8.0]], device=latents.device).expand(count, 2)
     time = model.time_condition_embed(times, sizes, torch.zeros_like(sizes), hidden.dtype)
-    for index, block in enumerate(model.transformer_blocks):
-        hidden, text = block(hidden, text, time, rotary, kv_cache=None if caches is None else caches[index])
+    made: list[Source] = []
+    for block, seen in zip(model.transformer_blocks, source or [None] * len(model.transformer_blocks), strict=True):
+        hidden, text, own = block_forward(block, hidden, text, time, rotary, seen, passes)
+        made.append(own)
     patches = model.proj_out(model.norm_out(hidden, time)).view(count, height // 2, width // 2, -1, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, -1, height, width)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, -1, height, width), made

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch import Tensor, nn
 
 import tiny_checkpoint_configs as configs
@@ -14,7 +13,8 @@ from glm_image import geometry
 from glm_image.geometry import Size
 from train_tiny.data import Choice, Item, by_size, common, drawn, glyph_rows, halved
 from train_tiny.loop import mixed_precision
-from train_tiny.models import CONFIG, Latents, Tokens, build_glyph_encoder, build_transformer, compile_blocks, velocity
+from train_tiny.models import CONFIG, Latents, Tokens, build_glyph_encoder, build_transformer, velocity
+from train_tiny.painter_blocks import Source, fast_passes
 
 EVALUATED = 20
 """Batches, at the end."""
@@ -59,7 +59,7 @@ class Painter:
     def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         parts = {"transformer": build_transformer(), "glyphs": build_glyph_encoder()}
         self.module = nn.ModuleDict(parts).to(device)
-        compile_blocks(parts["transformer"].transformer_blocks, device)
+        self._passes = fast_passes(device)
         self._device, self._batch = device, batch
         self._latents, self._tokens = Latents(folder).to(device), Tokens(folder).to(device)
         self._groups: list[Group] = []
@@ -110,8 +110,8 @@ class Painter:
             if dropped
             else self._glyph_states(group.glyphs[rows], group.lengths)
         )
-        caches = self._source_caches(group, rows) if group.source else None
-        predicted = velocity(
+        source = self._source(group.source, group.size, rows) if group.source else []
+        predicted, _ = velocity(
             self.module["transformer"],
             latents + (noise - latents) * level,
             glyphs,
@@ -119,7 +119,8 @@ class Painter:
             kept,
             (times * TRAIN_TIMESTEPS - 1).clamp(min=0),
             self._rotary_of(group.size),
-            caches,
+            source,
+            self._passes,
         )
         errors = (predicted.float() - (noise - latents)).square().mean(dim=(1, 2, 3))
         return {"loss": errors.mean(), **self._by_kind(errors, group)}
@@ -136,17 +137,12 @@ class Painter:
         encoder = self.module["glyphs"]
         return torch.cat([encoder(string).last_hidden_state for string in ids.split(lengths, dim=1)], dim=1)
 
-    def _source_caches(self, group: Group, rows: Tensor) -> Any:
-        caches = GlmImageKVCache(CONFIG.dit_layers)
-        caches.set_mode("write")
-        latents = group.source.latents[rows].float() if group.source else None
-        codes = group.source.codes[rows] if group.source else None
-        text = torch.zeros(len(rows), 0, CONFIG.glyph_d_model, device=self._device)
+    def _source(self, shown: Shown, size: Size, rows: Tensor) -> list[Source]:
+        nothing = torch.zeros(len(rows), 0, CONFIG.glyph_d_model, device=self._device)
         now = torch.zeros(len(rows), device=self._device)
-        prior, rotary = self._prior(codes, group.size), self._rotary_of(group.size)
-        velocity(self.module["transformer"], latents, text, prior, None, now, rotary, caches)
-        caches.set_mode("read")
-        return caches
+        latents, prior = shown.latents[rows].float(), self._prior(shown.codes[rows], size)
+        rotary = self._rotary_of(size)
+        return velocity(self.module["transformer"], latents, nothing, prior, None, now, rotary, (), self._passes)[1]
 
     def _prior(self, codes: Any, size: Size) -> Tensor:
         cells = codes.long().unflatten(1, geometry.target_grid(size))

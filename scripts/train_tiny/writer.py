@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from glm_image import geometry
 from glm_image.geometry import Grid, PlacedGrid, Size
 from glm_image.prompts import PromptTokenizer
+from train_tiny.compilation import compile_blocks, compiled
 from train_tiny.data import Choice, Item, by_size, small_pictures
 from train_tiny.loop import mixed_precision
-from train_tiny.models import CONFIG, Tokens, build_ar, compile_blocks, compiled
+from train_tiny.models import CONFIG, Tokens, build_ar
 from train_tiny.vocabulary import processor_of
 
 SOURCE_START = 1

@@ -53,11 +53,8 @@ def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> N
     glyphs = torch.randn(count, 3, models.CONFIG.glyph_d_model)
     prior = torch.randint(models.CONFIG.codebook, (count, height * width // 4))
     times, rotary = torch.tensor([30.0, 700.0]), transformer.rope(latents)
-    caches = GlmImageKVCache(models.CONFIG.dit_layers)
-    caches.set_mode("write")
-    models.velocity(transformer, sources, glyphs[:, :0], prior, None, torch.zeros(count), rotary, caches)
-    caches.set_mode("read")
-    batched = models.velocity(transformer, latents, glyphs, prior, None, times, rotary, caches)
+    _, source = models.velocity(transformer, sources, glyphs[:, :0], prior, None, torch.zeros(count), rotary)
+    batched, _ = models.velocity(transformer, latents, glyphs, prior, None, times, rotary, source)
     for row in range(count):
         one = slice(row, row + 1)
         caches = GlmImageKVCache(models.CONFIG.dit_layers)
@@ -199,3 +196,16 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert loop.finished(tmp_path, "line")["results"]["slope"] == pytest.approx(3, abs=0.05)
     ends = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
     assert [line["step"] for line in ends if line.get("event") == "end"] == [second.steps[-1] + 1]
+
+
+def test_a_stage_that_is_done_goes_on_when_it_is_given_more_minutes(tmp_path: Path) -> None:
+    first, second, third = Line(), Line(), Line()
+    loop.train(first, tmp_path, minutes=0.2 / 60)
+    loop.train(second, tmp_path, minutes=0.2 / 60)
+    assert second.steps == []
+    loop.train(third, tmp_path, minutes=0.9 / 60)
+    assert third.steps[0] == first.steps[-1] + 1
+    done = loop.finished(tmp_path, "line")
+    assert done["step"] == third.steps[-1] + 1
+    assert done["seconds"] >= 0.9
+    assert done["results"]["slope"] == pytest.approx(3, abs=0.05)
