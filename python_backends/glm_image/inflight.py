@@ -76,6 +76,7 @@ class InFlight:
         self._outcome = outcome
         self._lock = Lock()
         self._watched: set[bytes] = set()
+        self._beside: dict[bytes, list[Job]] = {}
         self._entries: dict[bytes, list[_Entry]] = {}
         self._ended: _Memory[bytes, list[Event]] = _Memory()
         self._cancels: _Memory[bytes, int] = _Memory()
@@ -128,10 +129,29 @@ class InFlight:
         with self._lock:
             entries = [entry for entry in self._entries.get(key, []) if entry.job.arrived_ns <= asked_ns]
             told = [_told(entry) for entry in entries] + self._ended_of(key)
+            beside = [job for job in self._beside.get(key, []) if job.arrived_ns <= asked_ns]
             self._cancels.note(key, max(asked_ns, self._cancels.get(key, (0.0, 0))[1]))
-        for entry in entries:  # outside the lock: what waits is ended here, by ``end``
-            entry.job.cancel()
+        for job in [entry.job for entry in entries] + beside:  # outside the lock: ``end`` may be called here
+            job.cancel()
         return [{**one, "cancelled_now": one["state"] in {"running", "handed_on"}} for one in told]
+
+    def beside(self, job: Job) -> Callable[[], None]:
+        """Has a job cancelled with the requests of its id, for which it does something; nothing is told of it.
+
+        Returns:
+            What lets go of it, to be called when it is over.
+        """
+        key = key_of(job.id)
+        with self._lock:
+            self._beside.setdefault(key, []).append(job)
+
+        def let_go() -> None:
+            with self._lock:
+                self._beside[key].remove(job)
+                if not self._beside[key]:
+                    del self._beside[key]
+
+        return let_go
 
     def status(self, request_id: str) -> list[Event]:
         """Returns what is told of each request of an id, ended ones included."""

@@ -73,7 +73,7 @@ def ignore_seconds(stage: str, seconds: float) -> None:
     """What is done with the parts of a stage's time where nobody traces."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request in flight, shared by the thread that serves it and whoever may cancel it.
 

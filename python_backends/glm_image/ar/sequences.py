@@ -107,5 +107,5 @@ class Running:
 def report_progress(running: Iterable[Running]) -> None:
     """Tells who watches how far their requests are; called after every step, and mostly for nobody."""
     jobs = [one.request.job for one in running]
-    for job in {id(job): job for job in jobs if job.on_progress is not None}.values():
+    for job in dict.fromkeys(job for job in jobs if job.on_progress is not None):
         job.tell_progress()

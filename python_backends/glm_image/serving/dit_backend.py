@@ -175,7 +175,10 @@ class DitBackend:
         job, paint = read_preview(question)
         paint.check(self._limits, self._engine.codebook_size)
         answer: Future[Message] = Future()
-        self._engine.preview(job, paint).add_done_callback(lambda done: answer_preview(answer, done))
+        done = self._engine.preview(job, paint)
+        let_go = self._reception.beside(job)
+        done.add_done_callback(lambda _: let_go())
+        done.add_done_callback(lambda done: answer_preview(answer, done))
         return answer
 
     def _job(self, request: Any, inputs: Inputs, paint: PaintRequest) -> Job:

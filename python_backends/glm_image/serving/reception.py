@@ -75,6 +75,10 @@ class Reception:
         answer.when_ended(partial(self._in_flight.end, job))
         self._in_flight.begin(job, answer.is_unwanted)
 
+    def beside(self, job: Job) -> Callable[[], None]:
+        """Has a job cancelled with the requests of its id; returns what lets go of it."""
+        return self._in_flight.beside(job)
+
     def tell(self, job: Job, more: Callable[[], Event]) -> None:
         """Publishes more of a job than its progress, if anybody listens."""
         self._in_flight.tell(job, more)
