@@ -41,6 +41,7 @@ class Metadata:
         generated_height: the height before cropping, a multiple of 32.
         steps: denoising steps.
         cached_steps: for each picture, what the residual cache skipped.
+        attention_backend: what attends in the transformer, by its name in diffusers' attention dispatch.
         tokens: counts: prompt, source, preview, image.
         seconds: time spent in each stage: ar_queue, prefill, decode, dit_queue, condition, denoise, vae, encode.
         model: name and revision of the checkpoint.
@@ -56,6 +57,7 @@ class Metadata:
     generated_height: int = 0
     steps: int = 0
     cached_steps: tuple[Any, ...] = ()
+    attention_backend: str = ""
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)

@@ -23,7 +23,7 @@ Event = dict[str, Any]
 """What is told of a request: plain data for JSON."""
 
 Publish = Callable[[bytes, Callable[[], Event]], None]
-"""Takes the key of an id, and what makes the event if anybody wants it; returns at once."""
+"""Takes the key of an id, and what makes the event if anybody wants it, in any thread; returns at once."""
 
 KEY_BYTES = 16
 
@@ -45,7 +45,6 @@ class _Entry:
     job: Job
     key: bytes
     is_gone: Callable[[], bool]
-    progress: Progress
 
 
 class _Memory(OrderedDict[Key, tuple[float, Value]]):
@@ -73,15 +72,17 @@ class InFlight:
 
     def __init__(self, first_stage: str, outcome: str) -> None:
         self.publish: Publish = publish_nothing
-        self._first = Progress(first_stage, 0, 1)
+        self._first_stage = first_stage
         self._outcome = outcome
         self._lock = Lock()
+        self._watched: set[bytes] = set()
+        self._beside: dict[bytes, list[Job]] = {}
         self._entries: dict[bytes, list[_Entry]] = {}
         self._ended: _Memory[bytes, list[Event]] = _Memory()
         self._cancels: _Memory[bytes, int] = _Memory()
 
     def begin(self, job: Job, is_gone: Callable[[], bool] = bool) -> None:
-        """Takes a job, and its progress from now on.
+        """Takes a job, and tells of its progress whenever its id is watched.
 
         Args:
             job: the job; ``end`` must be called with it whatever happens.
@@ -90,12 +91,12 @@ class InFlight:
         Raises:
             CancelledError: the request was cancelled before it came here.
         """
-        entry = _Entry(job, key_of(job.id), is_gone, self._first)
-        job.on_progress = partial(self._note_progress, entry)
+        entry = _Entry(job, key_of(job.id), is_gone)
         with self._lock:
             self._entries.setdefault(entry.key, []).append(entry)
             is_late = self._is_cancelled(entry.key, job.arrived_ns)
-        self.publish(entry.key, partial(_told, entry))
+            self._watch(entry)
+        job.report(self._first_stage, 0, 1)
         if is_late:
             job.cancel()
             job.check()
@@ -112,6 +113,7 @@ class InFlight:
             entries.remove(entry)
             if not entries:
                 del self._entries[key]
+            job.on_progress = None
             told = {**_told(entry), "state": outcome}
             self._ended.note(key, [*self._ended.get(key, (0.0, []))[1], told][-MAX_OF_AN_ID:])
         self.publish(key, lambda: told)
@@ -127,10 +129,29 @@ class InFlight:
         with self._lock:
             entries = [entry for entry in self._entries.get(key, []) if entry.job.arrived_ns <= asked_ns]
             told = [_told(entry) for entry in entries] + self._ended_of(key)
+            beside = [job for job in self._beside.get(key, []) if job.arrived_ns <= asked_ns]
             self._cancels.note(key, max(asked_ns, self._cancels.get(key, (0.0, 0))[1]))
-        for entry in entries:  # outside the lock: what waits is ended here, by ``end``
-            entry.job.cancel()
+        for job in [entry.job for entry in entries] + beside:  # outside the lock: ``end`` may be called here
+            job.cancel()
         return [{**one, "cancelled_now": one["state"] in {"running", "handed_on"}} for one in told]
+
+    def beside(self, job: Job) -> Callable[[], None]:
+        """Has a job cancelled with the requests of its id, for which it does something; nothing is told of it.
+
+        Returns:
+            What lets go of it, to be called when it is over.
+        """
+        key = key_of(job.id)
+        with self._lock:
+            self._beside.setdefault(key, []).append(job)
+
+        def let_go() -> None:
+            with self._lock:
+                self._beside[key].remove(job)
+                if not self._beside[key]:
+                    del self._beside[key]
+
+        return let_go
 
     def status(self, request_id: str) -> list[Event]:
         """Returns what is told of each request of an id, ended ones included."""
@@ -138,12 +159,22 @@ class InFlight:
         with self._lock:
             return [_told(entry) for entry in self._entries.get(key, [])] + self._ended_of(key)
 
-    def tell_again(self, key: bytes) -> None:
-        """Publishes where the requests of an id are now, for one who has just begun to listen."""
+    def watch(self, key: bytes) -> None:
+        """Publishes where the requests of an id are now, and their progress until ``unwatch``."""
         with self._lock:
+            self._watched.add(key)
             entries = list(self._entries.get(key, []))
+            for entry in entries:
+                self._watch(entry)
         for entry in entries:
             self.publish(key, partial(_told, entry))
+
+    def unwatch(self, key: bytes) -> None:
+        """Lets the requests of an id go on without a word: nobody listens."""
+        with self._lock:
+            self._watched.discard(key)
+            for entry in self._entries.get(key, []):
+                self._watch(entry)
 
     def tell(self, job: Job, more: Callable[[], Event]) -> None:
         """Publishes more of a job than its progress, if anybody listens."""
@@ -162,9 +193,12 @@ class InFlight:
             if not entry.job.cancelled and entry.is_gone():
                 entry.job.cancel()
 
-    def _note_progress(self, entry: _Entry, progress: Progress) -> None:
-        entry.progress = progress
-        self.publish(entry.key, partial(_told, entry))
+    def _watch(self, entry: _Entry) -> None:
+        # An engine reports at every step: where nobody watches, that must cost it a look at this attribute at most.
+        entry.job.on_progress = partial(self._publish_progress, entry) if entry.key in self._watched else None
+
+    def _publish_progress(self, entry: _Entry, progress: Progress) -> None:
+        self.publish(entry.key, lambda: _told(entry, progress))
 
     def _is_cancelled(self, key: bytes, arrived_ns: int) -> bool:
         return arrived_ns <= self._cancels.get(key, (0.0, -1))[1]
@@ -177,8 +211,8 @@ class InFlight:
         return ended
 
 
-def _told(entry: _Entry) -> Event:
-    job, progress = entry.job, entry.progress
+def _told(entry: _Entry, progress: Progress | None = None) -> Event:
+    job, progress = entry.job, progress or entry.job.progress()
     told = {
         "arrived_ns": job.arrived_ns,
         "state": "cancelled" if job.cancelled else "running",

@@ -60,8 +60,9 @@ class Progress:
     sigma: float | None = None
 
 
-def ignore_progress(progress: Progress) -> None:
-    """The sink of a request nobody watches."""
+def not_begun() -> Progress:
+    """How far a request is that nothing has been told of."""
+    return Progress("", 0, 1)
 
 
 def ignore_picture(pixels: NDArray[np.uint8]) -> None:
@@ -72,7 +73,7 @@ def ignore_seconds(stage: str, seconds: float) -> None:
     """What is done with the parts of a stage's time where nobody traces."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request in flight, shared by the thread that serves it and whoever may cancel it.
 
@@ -80,7 +81,8 @@ class Job:
         id: the caller's request id, or one made here.
         deadline_ns: ``time.monotonic_ns()`` after which the request is worthless; 0 = none.
         arrived_ns: ``time.monotonic_ns()`` when the server took it; with the id, what tells requests apart.
-        on_progress: called from the engine's thread; must return at once.
+        progress: says how far it is; may be asked from any thread.
+        on_progress: called from the engine's thread; must return at once. None = nobody watches.
         seconds: wall-clock seconds per stage.
         on_seconds: called with each part of a stage's time when it is over; must return at once.
         on_preview: called once, as ``on_progress``, with the tokens of the first picture's preview, int32 [tokens], as
@@ -93,7 +95,8 @@ class Job:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline_ns: int = 0
     arrived_ns: int = field(default_factory=time.monotonic_ns)
-    on_progress: Callable[[Progress], None] = ignore_progress
+    progress: Callable[[], Progress] = not_begun
+    on_progress: Callable[[Progress], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     on_seconds: Callable[[str, float], None] = ignore_seconds
     on_preview: Callable[[NDArray[np.int32]], None] | None = None
@@ -151,8 +154,16 @@ class Job:
             )
 
     def report(self, stage: str, done: int, total: int, sigma: float | None = None) -> None:
-        """Publishes progress; a sink that fails is no reason for the engine to stop."""
-        self._tell(self.on_progress, Progress(stage, done, total, sigma))
+        """Says how far it is; a sink that fails is no reason for the engine to stop."""
+        now = Progress(stage, done, total, sigma)
+        self.progress = lambda: now
+        self.tell_progress()
+
+    def tell_progress(self) -> None:
+        """Tells who watches how far it is, if anybody does."""
+        watcher = self.on_progress  # which another thread may take away
+        if watcher is not None:
+            self._tell(watcher, self.progress())
 
     def hand_out_preview(self, tokens: NDArray[np.int32]) -> None:
         """Gives a preview's tokens to who wants them, who then wants no more; a fault is as one of ``report``."""

@@ -83,7 +83,7 @@ def queued_seconds(metadata: Mapping[str, Any]) -> float:
     return max(0.0, (time.monotonic_ns() - finished) / NANOSECONDS) if isinstance(finished, int) else 0.0
 
 
-def request_metadata(checkpoint: Checkpoint, job: Job, request: PaintRequest) -> dict[str, Any]:
+def request_metadata(checkpoint: Checkpoint, job: Job, request: PaintRequest, attention_backend: str) -> dict[str, Any]:
     """Returns the ``metadata`` output of a finished request."""
     seconds = {**request.ar_metadata.get("seconds", {}), **job.seconds}
     return {
@@ -95,6 +95,7 @@ def request_metadata(checkpoint: Checkpoint, job: Job, request: PaintRequest) ->
         "generated_height": request.generated.height,
         "steps": request.num_inference_steps,
         "cached_steps": list(job.cached_steps),
+        "attention_backend": attention_backend,
         "tokens": request.ar_metadata.get("tokens", {"image": request.grid.tokens}),
         "seconds": {stage: round(float(seconds.get(stage, 0.0)), 6) for stage in STAGES},
         "model": {"name": checkpoint.name, "revision": checkpoint.revision},

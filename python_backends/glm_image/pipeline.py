@@ -115,7 +115,8 @@ class LocalPipeline:
         request.check(self._limits, self.dit.codebook_size)
         sources = request.read_sources(self._limits, self.dit.source_rule)
         result = self.dit.finish(job, request, self.dit.denoise(job, request, sources))
-        return GeneratedPictures(result.pixels, result.encoded, request_metadata(self.checkpoint, job, request))
+        metadata = request_metadata(self.checkpoint, job, request, self.dit.attention_backend)
+        return GeneratedPictures(result.pixels, result.encoded, metadata)
 
 
 def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: dict[str, Any]) -> PaintRequest:

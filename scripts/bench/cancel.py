@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures what holds on to the requests of an engine: how soon a cancelled one is gone, and what the bus costs.
+"""Measures how soon a cancelled request of an engine is gone, and what becomes of one that the memory is too small for.
 
     cancel.py --checkpoint DIR [--load-format dummy] [--device cuda:0] [--size 1024x1024] [--stage ar] [--memory]
 
@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,13 +22,11 @@ from measure import arguments, say
 
 from glm_image import geometry
 from glm_image.ar.engine import ArEngine, ArSettings
-from glm_image.bus import Listener, Node
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device, placement
 from glm_image.dit.engine import DitEngine, DitSettings
 from glm_image.errors import CancelledError, DeviceMemoryError
 from glm_image.geometry import Size
-from glm_image.inflight import InFlight
 from glm_image.job import Job, Progress
 from glm_image.request import GenerationParameters, Limits, PaintRequest
 
@@ -115,31 +111,6 @@ def measure_dit(engine: DitEngine, size: Size) -> None:
     say_steps("cancel to free device", waits, step)
 
 
-def measure_bus(count: int = 200_000) -> None:
-    """What a report costs the engine's thread, when nobody listens and when somebody does."""
-    with tempfile.TemporaryDirectory() as folder:
-        in_flight = InFlight("ar_queue", "handed_on")
-        listened = threading.Event()
-        node = Node(Path(folder), "glm_ar_0", {}, lambda _: listened.set())
-        bare, job = Job(), Job(id="mine")
-        in_flight.begin(job)
-
-        def cost(one: Job) -> float:
-            began = time.perf_counter()
-            for done in range(count):
-                one.report("tokens", done, count)
-            return (time.perf_counter() - began) / count * 1e6
-
-        before = cost(bare)
-        in_flight.publish = node.publish
-        alone = cost(job)
-        with Listener(Path(folder), "mine"):
-            listened.wait()
-            heard = cost(job)
-        node.close()
-    say("a report of progress", no_sink_us=before, nobody_listens_us=alone, somebody_listens_us=heard)
-
-
 def fill(device: Device) -> list[torch.Tensor]:
     """Takes all of a device's memory but ``LEFT_BYTES``, in pieces that get smaller."""
     taken, piece = [], 1 << 30
@@ -192,7 +163,6 @@ def main() -> None:
     size = Size(height, width)
     device = open_device(placement(flags.device, 0))
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
-    measure_bus()
     ar = ArEngine(checkpoint, device, ArSettings()) if flags.stage != "dit" else None
     if ar is not None:
         measure_ar(ar, size)

@@ -182,7 +182,9 @@ def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> Painted
     return Painted(time.perf_counter() - started, job, result.pixels)
 
 
-def measure_pictures(engine: DitEngine, grids: list[Grid], config: Any, rate: float) -> dict[Grid, float]:
+def measure_pictures(
+    engine: DitEngine, grids: list[Grid], config: Any, rate: float, quantization: str
+) -> dict[Grid, float]:
     """Whole pictures: the first of its size, and a warm one. Returns the seconds of the warm one's steps."""
     exact: dict[Grid, float] = {}
     for grid in grids:
@@ -193,6 +195,8 @@ def measure_pictures(engine: DitEngine, grids: list[Grid], config: Any, rate: fl
         say(
             "picture, 50 steps, guidance 1.5",
             size=size_of(grid),
+            quantization=quantization,
+            attention=engine.attention_backend,
             seconds=warm.seconds,
             denoise_seconds=parts["denoise"],
             floor_seconds=floor,
@@ -274,6 +278,14 @@ def profile(engine: DitEngine, device: Device, grid: Grid) -> None:
     executor.run(Decode(-2))
 
 
+def ways(text: str) -> list[str]:
+    """Reads ``--quantization``."""
+    asked = text.split(",")
+    if not set(asked) <= {"none", "int8", "fp8"}:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: none, int8, fp8, with commas between")
+    return asked
+
+
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
     device = open_device(placement(flags.device, 0))
@@ -292,10 +304,27 @@ def main(flags: argparse.Namespace) -> None:
         measure_difference(checkpoint, device)
         gc.collect()
         torch.cuda.empty_cache()
-    if flags.quantization != "none":
+    for quantization in flags.quantization:
+        measure_engine(flags, checkpoint, device, grids, rate, quantization)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def measure_engine(
+    flags: argparse.Namespace,
+    checkpoint: Checkpoint,
+    device: Device,
+    grids: list[Grid],
+    rate: float,
+    quantization: str,
+) -> None:
+    """Measures an engine whose blocks are in 8 bits, or not."""
+    if quantization != "none" and not flags.brief:
         say_linear_rates(checkpoint.config("transformer"), grids[0].tokens * 4, device)
-        with_bf16, in_8_bits = build(checkpoint, device), build(checkpoint, device, flags.quantization)
-        say_error(with_bf16, in_8_bits, device, flags.quantization)
+        with_bf16, in_8_bits = build(checkpoint, device), build(checkpoint, device, quantization)
+        say_error(with_bf16, in_8_bits, device, quantization)
         del with_bf16, in_8_bits
         gc.collect()
         torch.cuda.empty_cache()
@@ -303,18 +332,19 @@ def main(flags: argparse.Namespace) -> None:
             torch.cuda.reset_peak_memory_stats()
     settings = DitSettings(
         warmup_sizes=tuple(map(geometry.painted_size, grids)),
-        quantization=flags.quantization,
+        quantization=quantization,
         vae_tiling=flags.vae_tiling,
     )
     started = time.perf_counter()
     engine = DitEngine(checkpoint, device, settings)
     weights = torch.cuda.memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-    say("start to ready", seconds=time.perf_counter() - started, quantization=flags.quantization, weights_gb=weights)
-    exact = measure_pictures(engine, grids, checkpoint.config("transformer"), rate)
+    say("start to ready", seconds=time.perf_counter() - started, quantization=quantization, weights_gb=weights)
+    exact = measure_pictures(engine, grids, checkpoint.config("transformer"), rate, quantization)
     if flags.cache:
         measure_cache(engine, exact, checkpoint.config("transformer")["num_layers"])
     say("memory", allocated_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0)
-    measure_host(engine, device, grids[0])
+    if not flags.brief:
+        measure_host(engine, device, grids[0])
     if flags.profile:
         profile(engine, device, grids[0])
 
@@ -326,6 +356,7 @@ if __name__ == "__main__":
     parser.add_argument("--difference", action="store_true", help="also compare the blocks with diffusers' own")
     parser.add_argument("--cache", action="store_true", help="also measure cached denoising; needs cache-dit")
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a step")
-    parser.add_argument("--quantization", default="none", choices=("none", "int8", "fp8"), help="of the blocks")
+    parser.add_argument("--quantization", default="none", metavar="WAYS", type=ways, help="none, int8, fp8, or several")
+    parser.add_argument("--brief", action="store_true", help="the pictures alone")
     parser.add_argument("--vae-tiling", default="off", choices=("off", "on", "auto"))
     main(parser.parse_args())

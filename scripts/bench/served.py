@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import load
-from deploy import add_flags, deployed
+from deploy import add_flags, deployed, mps_clients
 from load import Answered, Level, Values
 from measure import say
 
@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         say("request", size=flags.size, steps=flags.steps)
     with served(flags) as server:
         url = server.grpc_url if flags.protocol == "grpc" else server.http_url
-        load.own_load(url, flags.protocol, requests, Level("concurrency", 1, flags.warm_ups))
+        alone = load.own_load(url, flags.protocol, requests, Level("concurrency", 1, flags.warm_ups))
+        say_stages({"warm_ups": flags.warm_ups}, alone)
         failed = sum(run_level(server, url, flags.protocol, program, requests, level) for level in levels)
         for process in memory(server.pid) if server.pid else ():
             say("memory", **process)
@@ -108,6 +109,11 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
         deployed(flags) as repository,
         TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
     ):
+        if flags.mps:
+            clients = mps_clients()
+            say("mps", clients=len(clients))
+            if not clients:
+                raise SystemExit("--mps: the MPS server runs, and none of the models computes through it")
         yield Served(server.http_url, server.grpc_url, os.getpid())
 
 

@@ -75,6 +75,7 @@ MANY = [
 def _paint(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np.int64]]:
     settings = LocalSettings(dit=DitSettings(parallel=parallel))
     with LocalPipeline(checkpoint, ",".join(["cpu"] * ranks), settings) as pipeline:
+        assert pipeline.dit.attention_backend == ("_native_flash" if "ring" in parallel else "native")
         return {name: pipeline.generate(request).pixels.astype(np.int64) for name, request in REQUESTS.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from glm_image.pipeline import LocalPipeline
+from glm_image.run_directory import VARIABLE
 from glm_image.supervisor import TritonServer
+from glm_image.supervisor.settings import default_model_repository
 from make_tiny_checkpoint import make_tiny_checkpoint
 
 DRAIN_SECONDS = 5
@@ -31,6 +34,20 @@ def same_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def triton(tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
     with TritonServer(tiny_checkpoint, drain_seconds=DRAIN_SECONDS) as server:
+        yield server
+        assert server.returncode is None, server.log_tail
+
+
+@pytest.fixture(scope="session")
+def bare_triton(
+    tiny_checkpoint: Path, same_threads: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """A server whose models find no run directory, as under a Triton started by hand; ``test_metrics`` is its first."""
+    repository = tmp_path_factory.mktemp("bare") / "models"
+    shutil.copytree(default_model_repository(), repository, ignore=shutil.ignore_patterns("__pycache__"))
+    for model in repository.glob("*/1/model.py"):
+        model.write_text(f"import os\n\ndel os.environ[{VARIABLE!r}]\n{model.read_text()}")
+    with TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=1) as server:
         yield server
         assert server.returncode is None, server.log_tail
 

@@ -122,6 +122,7 @@ def test_metadata_tells_of_the_picture(triton: TritonServer, tiny_checkpoint: Pa
         "generated_height": 64,
         "steps": 2,
         "cached_steps": [0, 0],
+        "attention_backend": "native",
     }
     assert set(seconds) == STAGES
     assert all(value >= 0 for value in seconds.values())

@@ -6,7 +6,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -75,10 +75,9 @@ def page_when(server: TritonServer, expected: Callable[[Page], bool]) -> Page:
 
 
 @pytest.fixture(scope="module")
-def watched(tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
+def watched(bare_triton: TritonServer) -> TritonServer:
     """A server that has had no requests of others: what is still on its way of theirs would be counted here."""
-    with TritonServer(tiny_checkpoint, drain_seconds=5) as server:
-        yield server
+    return bare_triton
 
 
 @pytest.fixture(scope="module")

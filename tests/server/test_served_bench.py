@@ -104,3 +104,37 @@ def test_a_steady_stream_with_other_parameters() -> None:
     assert min(alone["ar_seconds"], alone["dit_seconds"], alone["vae_seconds"]) > 0
     assert told["pictures_per_second"] > 0
     assert told["to_bound"] == pytest.approx(told["pictures_per_second"] / told["bound_per_second"], rel=1e-2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("program", "arguments", "expected"),
+    [
+        ("bus.py", ["--requests", "3"], {"a step's reports, nobody listens"}),
+        (
+            "streaming.py",
+            ["--size", "736x736", "--steps", "3", "--leave", "1", "--repeats", "1", "--requests", "2"],
+            {"closed to free in denoise", "alone, pictures", "8 together, pictures"},
+        ),
+        (
+            "previews.py",
+            ["--load-format", "auto", "--size", "736x736", "--steps", "3"],
+            {"a sketch, on the engine's thread", "a preview, alone", "a picture with a preview between its steps"},
+        ),
+        ("cancel.py", ["--load-format", "auto", "--size", "256x256"], {"cancel to free slot", "cancel to free device"}),
+    ],
+    ids=["bus", "streaming", "previews", "cancel"],
+)
+def test_what_it_costs_to_watch_and_to_cancel(
+    tiny_checkpoint: Path, program: str, arguments: list[str], expected: set[str]
+) -> None:
+    checkpoint = [] if program == "bus.py" else ["--checkpoint", str(tiny_checkpoint)]
+    command = [sys.executable, str(PROGRAM.with_name(program)), *checkpoint, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False)
+    assert ended.returncode == 0, ended.stderr
+    lines = {line["measure"]: line for line in map(json.loads, ended.stdout.splitlines())}
+    assert expected <= set(lines)
+    if program == "streaming.py":
+        assert {"throughput_loss", "p99_loss"} < set(lines["8 together, pictures"])
+    if program == "previews.py":
+        assert lines["a sketch, on the engine's thread"]["heard"] == 2

@@ -41,6 +41,7 @@ METADATA = {
     "generated_height": 32,
     "steps": 20,
     "cached_steps": [0, 4],
+    "attention_backend": "native",
     "tokens": {"prompt": 9, "source": 0, "preview": 1, "image": 1},
     "seconds": {"prefill": 0.25, "denoise": 1.5},
     "model": {"name": "tiny", "revision": None},
@@ -175,6 +176,7 @@ class TestResults:
         metadata = Metadata.from_json(json.dumps(METADATA | {"weather": "fine"}))
         assert metadata.seeds == (41, 42)
         assert metadata.cached_steps == (0, 4)
+        assert metadata.attention_backend == "native"
         assert (metadata.generated_width, metadata.steps, metadata.seconds["denoise"]) == (32, 20, 1.5)
         assert metadata.extra == {"weather": "fine"}
         assert metadata.raw == METADATA | {"weather": "fine"}

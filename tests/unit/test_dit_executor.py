@@ -2,15 +2,35 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import GlmImageTransformer2DModel
 
+from glm_image.checkpoint import Checkpoint
+from glm_image.devices.cpu import CpuDevice
+from glm_image.dit.blocks import best_blocks
 from glm_image.dit.executor import FEWEST_STEPS_TO_CAPTURE, Drop, Prepare, Step
 from glm_image.geometry import Grid
 from glm_image.pipeline import LocalPipeline
 
 GRID = Grid(1, 2)
+
+
+class CpuWithAnother(CpuDevice):
+    """A CPU on which diffusers is to attend in another way."""
+
+    attention_backend = "_native_math"
+
+
+def test_what_attends_is_named_as_in_diffusers(checkpoint_folder: Path) -> None:
+    config = Checkpoint.open(checkpoint_folder).config("transformer")
+    transformer = GlmImageTransformer2DModel.from_config(config | {"num_layers": 1})
+    cpu = torch.device("cpu")
+    assert best_blocks(transformer, CpuDevice(cpu)).attention_backend == "native"
+    assert best_blocks(transformer, CpuWithAnother(cpu)).attention_backend == "_native_math"
 
 
 @pytest.mark.parametrize("steps_taken", [0, 1, 3])

@@ -23,6 +23,20 @@ def test_all_requests_of_an_id_that_were_there_are_cancelled() -> None:
     assert [told["cancelled_now"] for told in in_flight.cancel("a", asked_ns)] == [False, False]
 
 
+def test_what_is_done_beside_a_request_is_cancelled_with_it_and_not_told_of() -> None:
+    in_flight = InFlight("condition", "finished")
+    mine, over, later = (Job(id="a") for _ in range(3))
+    lets_go = [in_flight.beside(job) for job in (mine, over)]
+    lets_go[1]()
+    later.arrived_ns = time.monotonic_ns() + 10**9
+    lets_go.append(in_flight.beside(later))
+    assert in_flight.cancel("a", time.monotonic_ns()) == in_flight.status("a") == []
+    assert [job.cancelled for job in (mine, over, later)] == [True, False, False]
+    lets_go[0]()
+    lets_go[2]()
+    assert in_flight._beside == {}
+
+
 def test_callers_that_are_gone_are_cancelled() -> None:
     in_flight = InFlight("ar_queue", "handed_on")
     gone, there = Job(), Job()

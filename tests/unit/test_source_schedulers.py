@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from glm_image.ar import executor as ar
 from glm_image.ar.scheduler import Scheduler as ArScheduler
-from glm_image.ar.scheduler import Sources
+from glm_image.ar.sequences import Sources
 from glm_image.dit import executor as dit
 from glm_image.dit.scheduler import Scheduler as DitScheduler
 from glm_image.errors import CancelledError

@@ -15,7 +15,8 @@ from glm_image.ar.executor import Command, Encode
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.loading import load_executor
 from glm_image.ar.measures import KV_CACHE_BYTES
-from glm_image.ar.scheduler import Run, Scheduler, Sources
+from glm_image.ar.scheduler import Run, Scheduler
+from glm_image.ar.sequences import Sources
 from glm_image.ar.settings import ArSettings
 from glm_image.ar.vision import patches_of
 from glm_image.ar.warm_up import warm_up_commands

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,71 +20,14 @@ from numpy.typing import NDArray
 from glm_image.ar.admission import Admission, AtOnce, Line
 from glm_image.ar.executor import Admit, Command, Encode, Peek, Release, Step
 from glm_image.ar.measures import OCCUPANCY, PREFILL_SECONDS, QUEUE_SECONDS, RUNNING, STEP_SECONDS, TOKENS, WAITING
+from glm_image.ar.sequences import Request, Running, Sources, report_progress
 from glm_image.errors import GlmImageError, QueueFullError, UnavailableError
-from glm_image.geometry import PlacedGrid
 from glm_image.job import NANOSECONDS, Job
 from glm_image.measures import Record, keep_nothing
 from glm_image.pace import Pace
 from glm_image.request import ResolvedRequest
 
 Run = Callable[[Command], "NDArray[np.int32] | None"]
-
-
-@dataclass
-class Sources:
-    """The source images of a request.
-
-    Attributes:
-        patches: fp32 [tokens, channels of a patch], what the vision tower reads.
-        placed: where in the prompt they are.
-        token_ids: int32 [tokens], what the vision tower made of them; None before the request's first turn.
-    """
-
-    patches: NDArray[np.float32]
-    placed: tuple[PlacedGrid, ...]
-    token_ids: NDArray[np.int32] | None = None
-
-    def fill(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the prompt with the images' tokens at their places."""
-        assert self.token_ids is not None
-        filled, begin = list(prompt_ids), 0
-        for start, grid in self.placed:
-            filled[start : start + grid.tokens] = self.token_ids[begin : begin + grid.tokens].tolist()
-            begin += grid.tokens
-        return tuple(filled)
-
-
-@dataclass(eq=False)
-class _Request:
-    job: Job
-    prompt_ids: tuple[int, ...]
-    resolved: ResolvedRequest
-    submitted: float
-    sources: Sources | None = None
-    future: Future[NDArray[np.int32]] = field(default_factory=Future)
-    waiting: deque[int] = field(default_factory=deque)
-    tokens: dict[int, NDArray[np.int32]] = field(default_factory=dict)
-    latest: float = math.inf  # when it is let in at the latest; inf before it is the first in line
-
-    @property
-    def length(self) -> int:
-        return sum(grid.tokens for grid in self.resolved.grids)
-
-    @property
-    def total(self) -> int:
-        return self.length * len(self.resolved.seeds)
-
-    @property
-    def has_begun(self) -> bool:
-        return len(self.waiting) < len(self.resolved.seeds)
-
-
-@dataclass
-class _Running:
-    request: _Request
-    index: int
-    left: int
-    since: float
 
 
 class Scheduler:
@@ -116,8 +58,8 @@ class Scheduler:
         self._record = record
         self._slots = slots
         self._max_queue = max_queue
-        self._waiting: deque[_Request] = deque()
-        self._running: dict[int, _Running] = {}
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, Running] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._load = (0, 0)
@@ -146,7 +88,7 @@ class Scheduler:
             DeadlineExceededError: it cannot be done in its time.
         """
         waiting = deque(range(len(resolved.seeds)))
-        request = _Request(job, prompt_ids, resolved, time.monotonic(), sources, waiting=waiting)
+        request = Request(job, prompt_ids, resolved, time.monotonic(), sources, waiting=waiting)
         with self._changed:
             if self._closed:
                 raise UnavailableError("glm_ar is stopping; no new requests are taken")
@@ -236,7 +178,7 @@ class Scheduler:
             )
         )
 
-    def _requests(self) -> Iterator[_Request]:
+    def _requests(self) -> Iterator[Request]:
         with self._changed:
             waiting = list(self._waiting)
         running = [running.request for running in self._running.values()]
@@ -249,7 +191,7 @@ class Scheduler:
             except GlmImageError as error:
                 self._end(request, error)
 
-    def _drop_waiting(self, request: _Request) -> None:
+    def _drop_waiting(self, request: Request) -> None:
         """Ends a cancelled request of which nothing runs, in the thread of whoever cancels it."""
         with self._changed:
             if request not in self._waiting or request.has_begun:
@@ -261,7 +203,7 @@ class Scheduler:
         except GlmImageError as error:
             self._fail(request, error)
 
-    def _needed_seconds(self, request: _Request) -> float:
+    def _needed_seconds(self, request: Request) -> float:
         """The least that a request's decoding still takes."""
         running = [running.left for running in list(self._running.values()) if running.request is request]
         rounds = math.ceil(len(request.waiting) / self._slots)
@@ -285,7 +227,7 @@ class Scheduler:
             self._admit_one(request, index)
             self._drop_unwanted()  # reading a prompt takes as long as some steps
 
-    def _admit_one(self, request: _Request, index: int) -> None:
+    def _admit_one(self, request: Request, index: int) -> None:
         if index == 0:
             waited = time.monotonic() - request.submitted
             request.job.add_seconds("ar_queue", waited)
@@ -293,7 +235,7 @@ class Scheduler:
         slot = next(slot for slot in range(self._slots) if slot not in self._running)
         resolved = request.resolved
         started = time.monotonic()
-        self._running[slot] = _Running(request, index, request.length - 1, started)
+        self._running[slot] = Running(request, index, request.length - 1, started)
         self._record_load()
         try:
             with request.job.timed("prefill"):
@@ -308,9 +250,11 @@ class Scheduler:
         self._record(PREFILL_SECONDS, self._running[slot].since - started)
         self._record(TOKENS, 1)
         request.job.report("prefill", index + 1, len(resolved.seeds))
+        request.drawn.done += 1
+        request.job.progress = request.drawn.progress
         self._finish_done()
 
-    def _encode(self, request: _Request) -> None:
+    def _encode(self, request: Request) -> None:
         sources = request.sources
         if sources is not None and sources.token_ids is None:
             grids = tuple(placed.grid for placed in sources.placed)
@@ -330,9 +274,10 @@ class Scheduler:
         self._record(TOKENS, len(self._running))
         for running in self._running.values():
             running.left -= 1
+            running.request.drawn.done += 1
         self._hand_out_previews()
         self._finish_done()
-        self._report()
+        report_progress(self._running.values())
 
     def _hand_out_previews(self) -> None:
         for slot, running in list(self._running.items()):
@@ -377,18 +322,7 @@ class Scheduler:
             self._record(OCCUPANCY, load[0] / self._slots)
             self._record(WAITING, load[1])
 
-    def _report(self) -> None:
-        left: dict[int, int] = {}
-        requests = {}
-        for running in self._running.values():
-            key = id(running.request)
-            requests[key] = running.request
-            left[key] = left.get(key, 0) + running.left
-        for key, request in requests.items():
-            total = request.total - left[key] - request.length * len(request.waiting)
-            request.job.report("tokens", total, request.total)
-
-    def _end(self, request: _Request, error: Exception) -> None:
+    def _end(self, request: Request, error: Exception) -> None:
         with self._changed:
             if request in self._waiting:
                 self._waiting.remove(request)
@@ -401,7 +335,7 @@ class Scheduler:
         self._fail(request, error)
 
     @staticmethod
-    def _fail(request: _Request, error: Exception) -> None:
+    def _fail(request: Request, error: Exception) -> None:
         if isinstance(error, GlmImageError):
             error.__traceback__ = None  # its frames hold the request, which holds the error
         with contextlib.suppress(InvalidStateError):  # it has ended

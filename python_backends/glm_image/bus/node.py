@@ -36,7 +36,8 @@ class Node:
         directory: the private folder of sockets.
         name: names this node's sockets; a node that was killed is replaced by one of the same name.
         handlers: what answers a question, by its field ``action``.
-        on_listener: called when somebody begins to listen, with the key.
+        on_listener: called with a key and whether anybody listens to it: when somebody begins to, and when all have
+            ended.
 
     Raises:
         OSError: the sockets cannot be made.
@@ -47,12 +48,12 @@ class Node:
         directory: Path,
         name: str,
         handlers: Mapping[str, Handler],
-        on_listener: Callable[[bytes], None] = lambda _: None,
+        on_listener: Callable[[bytes, bool], None] = lambda topic, listens: None,
     ) -> None:
         self._handlers = handlers
         self._on_listener = on_listener
         self._listened: set[bytes] = set()
-        self._events: deque[tuple[bytes, Event]] = deque(maxlen=MAX_EVENTS)
+        self._events: deque[tuple[bytes, Callable[[], Event]]] = deque(maxlen=MAX_EVENTS)
         self._answers: deque[list[bytes]] = deque()
         self._closing = self._asleep = False
         self._paths = [directory / f"{name}{kind}" for kind in (CONTROL, EVENTS)]
@@ -75,10 +76,11 @@ class Node:
     def publish(self, key: bytes, event: Callable[[], Event]) -> None:
         """Publishes an event if somebody listens to it; see ``glm_image.inflight.Publish``.
 
-        Keys are topics: all of one length, since a subscription takes every topic that begins with it.
+        It is made in the node's thread. Keys are topics: all of one length, since a subscription takes every topic that
+        begins with it.
         """
         if key in self._listened:
-            self._events.append((key, event()))
+            self._events.append((key, event))
             self._wake()
 
     def close(self) -> None:
@@ -116,12 +118,9 @@ class Node:
 
     def _note_listener(self, frame: bytes) -> None:
         listens, topic = frame[:1] == b"\1", frame[1:]
-        if not listens:
-            self._listened.discard(topic)
-            return
-        self._listened.add(topic)
+        (self._listened.add if listens else self._listened.discard)(topic)
         try:
-            self._on_listener(topic)
+            self._on_listener(topic, listens)
         except Exception:
             logger.exception("a listener cannot be told where its request is")
 
@@ -149,7 +148,12 @@ class Node:
             self._send(self._control, self._answers.popleft())
         while self._events:
             topic, event = self._events.popleft()
-            self._send(self._publisher, [topic, *packed(Message(event))])
+            try:
+                frames = [topic, *packed(Message(event()))]
+            except Exception:
+                logger.exception("an event cannot be made")
+            else:
+                self._send(self._publisher, frames)
 
     @staticmethod
     def _send(socket: Any, frames: list[bytes]) -> None:

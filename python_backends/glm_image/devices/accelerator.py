@@ -189,6 +189,7 @@ class CudaDevice(AcceleratorDevice):
     """An NVIDIA GPU."""
 
     runs_triton = importlib.util.find_spec("triton") is not None
+    lse_attention_backend = "_native_cudnn"
 
     def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
         super().__init__(torch_device, torch.cuda, known_as)

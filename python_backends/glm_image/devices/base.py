@@ -45,6 +45,7 @@ class Device(ABC):
         default_dtype: what ``dtype: auto`` stands for.
         runs_triton: whether the kernels of ``glm_image.kernels`` run here.
         attention_backend: diffusers' name of the attention to use here; None where torch's own choice is right.
+        lse_attention_backend: diffusers' name of what ``attention_with_lse`` is; "" where there is none.
         warmup_sizes: pictures painted and sources read at load, because libraries load and choose kernels at first use.
         hang_seconds: what one command of an engine never takes here; a first one may compile kernels.
     """
@@ -52,6 +53,7 @@ class Device(ABC):
     default_dtype = torch.bfloat16
     runs_triton = False
     attention_backend: str | None = None
+    lse_attention_backend = ""
     warmup_sizes: tuple[Size, ...] = ()
     hang_seconds = 60.0
 

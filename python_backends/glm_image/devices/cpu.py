@@ -23,6 +23,7 @@ class _Passed:
 class CpuDevice(Device):
     """The host's own cores."""
 
+    lse_attention_backend = "_native_flash"
     default_dtype = torch.float32
     hang_seconds = 600.0
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 
 from glm_image.devices import Device
@@ -19,7 +20,13 @@ Tokens = tuple[Tensor, Tensor]
 
 
 class Blocks(ABC):
-    """Runs the transformer's blocks over the sequences of a step."""
+    """Runs the transformer's blocks over the sequences of a step.
+
+    Attributes:
+        attention_backend: what attends there, by the name that it has in diffusers' attention dispatch.
+    """
+
+    attention_backend: str
 
     @abstractmethod
     def __len__(self) -> int:
@@ -70,8 +77,8 @@ class _JoinedKeys:
 
 
 class _EagerBlocks(Blocks):
-    def __init__(self, blocks: Sequence[Any]) -> None:
-        self._blocks = blocks
+    def __init__(self, blocks: Sequence[Any], attention_backend: str) -> None:
+        self._blocks, self.attention_backend = blocks, attention_backend
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -96,7 +103,13 @@ class _EagerBlocks(Blocks):
 
 def eager_blocks(transformer: Any) -> Blocks:
     """Returns the blocks of diffusers' ``GlmImageTransformer2DModel``, run one after the other as they are."""
-    return _EagerBlocks(transformer.transformer_blocks)
+    return _EagerBlocks(transformer.transformer_blocks, _dispatched(transformer))
+
+
+def _dispatched(transformer: Any) -> str:
+    """Returns to whom diffusers' dispatch hands the attention of a transformer."""
+    chosen = transformer.transformer_blocks[0].attn1.processor._attention_backend
+    return str((chosen or _AttentionBackendRegistry.get_active_backend()[0]).value)
 
 
 def best_blocks(transformer: Any, device: Device, shared: SequenceAttention | None = None) -> Blocks:
@@ -115,16 +128,17 @@ def best_blocks(transformer: Any, device: Device, shared: SequenceAttention | No
     if shared is not None:
         for block in transformer.transformer_blocks:
             block.attn1.set_processor(SharedAttentionProcessor(shared))
-    elif device.attention_backend is not None:
+        return _EagerBlocks(transformer.transformer_blocks, shared.backend)
+    if device.attention_backend is not None:
         transformer.set_attention_backend(device.attention_backend)
     return eager_blocks(transformer)
 
 
-def best_attention(transformer: Any, device: Device) -> Attend:
-    """Returns the attention that ``best_blocks`` uses."""
+def best_attention(transformer: Any, device: Device) -> tuple[Attend, str]:
+    """Returns the attention of ``best_blocks`` where several ranks share the tokens, and its name in diffusers."""
     if device.runs_triton:
         from glm_image.kernels import dit_blocks  # noqa: PLC0415 - Triton is only where it can run
 
         if dit_blocks.supports(transformer):
-            return dit_blocks.attention
-    return plain_attention
+            return dit_blocks.attention, dit_blocks.attention_backend(transformer)
+    return plain_attention, "native"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from glm_image import geometry, images
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device
+from glm_image.dit.executor import NameAttention
 from glm_image.dit.loading import load_executor
 from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
 from glm_image.dit.scheduler import Run, Scheduler
@@ -54,6 +55,7 @@ class DitEngine:
         codebook_size: prior token ids are below it.
         source_rule: how source images are sized.
         executor: what runs on the devices.
+        attention_backend: what attends in the transformer's blocks, by its name in diffusers' attention dispatch.
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
@@ -76,6 +78,7 @@ class DitEngine:
         self.source_rule = checkpoint.source_rule
         layout = ParallelLayout.parse(settings.parallel, 1 + len(peers.devices))
         self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
+        self.attention_backend = str(self.executor.run(NameAttention()))
         self._scheduler = Scheduler(watched(self.executor.run), record)
         for size in settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))

@@ -96,11 +96,16 @@ class Drop:
     picture: int
 
 
-Command = ReadSources | ForgetSources | Prepare | Step | Estimate | Decode | Drop
+@dataclass(frozen=True)
+class NameAttention:
+    """Name what attends in the blocks, as diffusers' attention dispatch does."""
 
-Result = NDArray[Any] | bool | None
+
+Command = ReadSources | ForgetSources | Prepare | Step | Estimate | Decode | Drop | NameAttention
+
+Result = NDArray[Any] | bool | str | None
 """``Prepare`` gives the noise levels, fp32 [steps + 1], ``Step`` whether the cache skipped it, ``Decode`` the picture,
-uint8 [height, width, 3], ``Estimate`` one of 1/8 of each side."""
+uint8 [height, width, 3], ``Estimate`` one of 1/8 of each side, ``NameAttention`` the name."""
 
 
 @dataclass
@@ -201,6 +206,8 @@ class Executor:
             pixels = self._vae.decode(self._pictures[command.picture].latents)
             del self._pictures[command.picture]
             return pixels
+        if isinstance(command, NameAttention):
+            return self._blocks.attention_backend
         if isinstance(command, ReadSources):
             self._sources[command.request] = self._read_sources(command.sources)
         elif isinstance(command, ForgetSources):
@@ -220,7 +227,8 @@ class Executor:
         return Lack(f"{wanted} of a picture{self._size_of(command)}", beside, "height x width, or the source images")
 
     def _size_of(self, command: Command) -> str:
-        picture = None if isinstance(command, ReadSources | ForgetSources) else self._pictures.get(command.picture)
+        of_none = ReadSources | ForgetSources | NameAttention
+        picture = None if isinstance(command, of_none) else self._pictures.get(command.picture)
         grid = command.grid if isinstance(command, Prepare) else picture and picture.grid
         return f" of {grid.width * PIXELS_PER_TOKEN} x {grid.height * PIXELS_PER_TOKEN}" if grid else ""
 

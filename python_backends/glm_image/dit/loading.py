@@ -109,7 +109,10 @@ def _sequence_attention(transformer: Any, device: Device, ranks: Ranks) -> Seque
     if ranks.ring.size * ranks.ulysses.size == 1:
         return None
     split = TokenSplit(ranks.ring, ranks.ulysses)
-    return SequenceAttention(split, best_attention(transformer, device), device.attention_with_lse)
+    attend, backend = best_attention(transformer, device)
+    if ranks.ring.size > 1:
+        backend = device.lse_attention_backend
+    return SequenceAttention(split, attend, device.attention_with_lse, backend)
 
 
 def _check_cache(cache: CacheSettings, blocks: int) -> None:

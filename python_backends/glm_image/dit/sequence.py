@@ -53,10 +53,15 @@ class SequenceAttention:
         split: who has which tokens.
         attend: attention on this device.
         attend_with_lse: the same, telling the sums; used where keys and values go around.
+        backend: see the attribute.
+
+    Attributes:
+        backend: the name in diffusers of the one that is used.
     """
 
-    def __init__(self, split: TokenSplit, attend: Attend, attend_with_lse: AttendWithLse) -> None:
+    def __init__(self, split: TokenSplit, attend: Attend, attend_with_lse: AttendWithLse, backend: str) -> None:
         self._split, self._attend, self._attend_with_lse = split, attend, attend_with_lse
+        self.backend = backend
         self._tokens = 0
         self._joined: tuple[int, ...] = ()
 

@@ -35,7 +35,14 @@ from glm_image.kernels.modulated_norm import (
 MOST_SEQUENCES = 2
 
 # cuDNN's is the fastest at these lengths. diffusers' dispatch would copy queries, keys and values before calling it.
-ATTENTION = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+ATTENTION = {
+    SDPBackend.CUDNN_ATTENTION: "_native_cudnn",
+    SDPBackend.FLASH_ATTENTION: "_native_flash",
+    SDPBackend.EFFICIENT_ATTENTION: "_native_efficient",
+}
+"""Kernels in the order in which they are tried, with their names there."""
+
+PROBE_TOKENS = 1024
 
 
 def supports(transformer: Any) -> bool:
@@ -71,6 +78,7 @@ class FusedBlocks(Blocks):
         self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
         self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
         self._linears = linears_of(self._blocks[0].qkv)
+        self.attention_backend = shared.backend if shared else attention_backend(transformer)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -146,3 +154,12 @@ def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     query, keys, values = (part.transpose(1, 2) for part in (query, keys, values))
     with sdpa_kernel(list(ATTENTION), set_priority=True):
         return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
+
+
+def attention_backend(transformer: Any) -> str:
+    """Returns diffusers' name of the kernel that ``attention`` takes for a transformer's heads, without running it."""
+    config, weight = transformer.config, transformer.proj_out.weight
+    shape = (1, PROBE_TOKENS, config.num_attention_heads, config.attention_head_dim)
+    probe = torch.empty(shape, dtype=weight.dtype, device=weight.device).transpose(1, 2)
+    with sdpa_kernel(list(ATTENTION), set_priority=True):
+        return ATTENTION.get(SDPBackend(torch._fused_sdp_choice(probe, probe, probe)), "native")

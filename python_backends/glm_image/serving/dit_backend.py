@@ -175,7 +175,10 @@ class DitBackend:
         job, paint = read_preview(question)
         paint.check(self._limits, self._engine.codebook_size)
         answer: Future[Message] = Future()
-        self._engine.preview(job, paint).add_done_callback(lambda done: answer_preview(answer, done))
+        done = self._engine.preview(job, paint)
+        let_go = self._reception.beside(job)
+        done.add_done_callback(lambda _: let_go())
+        done.add_done_callback(lambda done: answer_preview(answer, done))
         return answer
 
     def _job(self, request: Any, inputs: Inputs, paint: PaintRequest) -> Job:
@@ -194,11 +197,12 @@ class DitBackend:
         try:
             result = self._engine.finish(job, paint, pictures)
             raw = paint.output_format == "raw"
+            metadata = request_metadata(self._checkpoint, job, paint, self._engine.attention_backend)
             answer.send(
                 {
                     "images": result.pixels if raw else np.zeros((0, 0, 0, 3)),
                     "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),
-                    "metadata": text_array(json.dumps(request_metadata(self._checkpoint, job, paint))),
+                    "metadata": text_array(json.dumps(metadata)),
                 }
             )
         except Exception as error:  # whatever it is, the client must get an answer

@@ -75,6 +75,10 @@ class Reception:
         answer.when_ended(partial(self._in_flight.end, job))
         self._in_flight.begin(job, answer.is_unwanted)
 
+    def beside(self, job: Job) -> Callable[[], None]:
+        """Has a job cancelled with the requests of its id; returns what lets go of it."""
+        return self._in_flight.beside(job)
+
     def tell(self, job: Job, more: Callable[[], Event]) -> None:
         """Publishes more of a job than its progress, if anybody listens."""
         self._in_flight.tell(job, more)
@@ -113,16 +117,16 @@ def _open_node(
     def status(question: Message) -> Message:
         return Message({"requests": in_flight.status(question.fields["request_id"])})
 
-    def tell(topic: bytes) -> None:
-        if topic in topics:
+    def note_listener(topic: bytes, listens: bool) -> None:
+        if topic not in topics:
+            (in_flight.watch if listens else in_flight.unwatch)(topic)
+        elif listens:
             topics[topic]()
-        else:
-            in_flight.tell_again(topic)
 
     own: dict[str, Handler] = {"cancel": cancel, "status": status, **handlers}
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Node(folder, instance.name, own, tell)
+        return Node(folder, instance.name, own, note_listener)
     except OSError as error:
         logger.warning("requests cannot be cancelled or watched by their id: %s", error)
         return None
