@@ -6,11 +6,9 @@
 First single requests tell what each stage takes when nobody else is there. Then as many are kept in flight as keep all
 instances busy: how many pictures a second that gives is the first thing to compare. On the CPU it says instead how much
 instances get out of the host when all of them compute, which is less than its number of cores where two of these are
-threads of one: the simulation shares out so many (``cores``). Then requests are sent open loop: each at its time,
-whatever is unanswered. The same arrivals are simulated twice: from the times of the single requests (``alone``), which
-is what a planner has, and from the seconds that each stage took in the run itself (``run``), which judges the queues
-apart from the times. Prints JSON lines; ``host`` tells how many cores others used meanwhile: only where that is next to
-none do the ratios mean something.
+threads of one: the simulation shares out so many (``cores``). Then requests are sent open loop, each at its time,
+whatever is unanswered, and the same arrivals are simulated. Prints JSON lines; ``host`` tells how many cores others
+used meanwhile: on the CPU, only where that is next to none do the ratios mean something.
 
 Without --url it serves a checkpoint itself, without --checkpoint a tiny one; on CPU cards each instance has a thread.
 """
@@ -20,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import math
 import os
 import statistics
 import sys
@@ -34,7 +31,7 @@ import load
 from deploy import add_flags, deployed
 from load import Answered, Level, Values, answered
 from measure import say
-from served import PROC, Served, default_requests, descendants, tiny_checkpoint
+from served import DRAIN_SECONDS, PROC, Served, default_requests, descendants, tiny_checkpoint
 
 from glm_image.ar.admission import ADMISSIONS
 from glm_image.plan.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
@@ -85,13 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         (every, own), (every_before, own_before) = busy_seconds(), before
         say("host", cores_used=(own - own_before) / span, by_others=(every - every_before - own + own_before) / span)
     check(answers)
-    apart = replace(layout, cores=math.inf)  # what instances take from each other is in the seconds of the run
-    predictions = {
-        "alone": simulate(layout, work, arrivals, flags.seed),
-        "run": simulate(apart, work_of_run(work, answers), arrivals, flags.seed),
-    }
-    for times, predicted in predictions.items():
-        compare(times, predicted, answers)
+    compare(simulate(layout, work, arrivals, flags.seed), answers)
     return 0
 
 
@@ -116,7 +107,7 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
     with (
         nullcontext(flags.checkpoint) if flags.checkpoint else tiny_checkpoint() as checkpoint,
         deployed(flags) as repository,
-        TritonServer(checkpoint, model_repository=repository) as server,
+        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
     ):
         yield Served(server.http_url, server.grpc_url, os.getpid())
 
@@ -155,7 +146,8 @@ def fitted_cores(layout: Layout, work: Work, requests: int, most: float) -> floa
 
 def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) -> Work:
     """What single requests take, and a decode step of several together; of the painting, every measured value."""
-    load.own_load(url, "grpc", requests, Level("concurrency", 1, 2 * len(flags.dit.split(";"))))
+    warm_ups = 2 * len(flags.dit.split(";"))
+    check(load.own_load(url, "grpc", requests, Level("concurrency", warm_ups, warm_ups)))
     alone = load.own_load(url, "grpc", requests, Level("concurrency", 1, flags.alone))
     check(alone)
     tokens = tokens_of(read_size(flags.size))
@@ -167,7 +159,7 @@ def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) ->
     step = parts["decode"] / (tokens - 1)
     # Of a request for eight pictures the decoding counts eight times, and each of them takes its steps with the others.
     eight = [{**requests[0], "num_images": flags.slots, "num_inference_steps": 1}]
-    together = load.own_load(url, "grpc", eight, Level("concurrency", 1, 2))
+    together = load.own_load(url, "grpc", eight, Level("concurrency", 1, max(1, flags.alone // 4)))
     check(together)
     decode = statistics.median(one.metadata["seconds"]["decode"] for one in together) / flags.slots
     prefill_of_others = parts["prefill"] * (flags.slots - 1) / 2
@@ -181,25 +173,6 @@ def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) ->
         finish=parts["vae"],
         encode=parts["encode"],
         overhead=max(0.0, overhead),
-    )
-
-
-def work_of_run(work: Work, answers: list[Answered]) -> Work:
-    """The same with the seconds that the stages took while all requests were there."""
-    told = [one.metadata["seconds"] for one in answers]
-    paints = [sum(seconds[part] for part in PAINTING) for seconds in told]
-    step = statistics.mean(seconds["decode"] for seconds in told) / (work.tokens - 1)
-    prefill, finish, encode = (
-        statistics.mean(seconds[part] for seconds in told) for part in ("prefill", "vae", "encode")
-    )
-    return replace(
-        work,
-        prefill=prefill,
-        step=lambda _: step,
-        paint=lambda source: source.choice(paints),
-        finish=finish,
-        encode=encode,
-        overhead=statistics.mean(one.seconds - sum(one.metadata["seconds"].values()) for one in answers),
     )
 
 
@@ -229,7 +202,7 @@ def busy_seconds() -> tuple[float, float]:
     return (user + nice + system + sum(interrupts)) / tick, own / tick
 
 
-def compare(times: str, predicted: Outcome, answers: list[Answered]) -> None:
+def compare(predicted: Outcome, answers: list[Answered]) -> None:
     measured = [one.seconds for one in answers]
     span = max(one.answered for one in answers) - min(one.sent for one in answers)
     first = [sum(one.metadata["seconds"][part] for part in FIRST_STAGE_PARTS) for one in answers]
@@ -245,7 +218,7 @@ def compare(times: str, predicted: Outcome, answers: list[Answered]) -> None:
         "images_per_second": (predicted.throughput, len(answers) / span),
     }
     for name, (said, found) in rows.items():
-        say(name, times=times, predicted=said, measured=found, ratio=said / found if found else 0.0)
+        say(name, predicted=said, measured=found, ratio=said / found if found else 0.0)
 
 
 if __name__ == "__main__":
