@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import statistics
 import sys
@@ -69,7 +68,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     flags = parse_arguments(arguments)
-    logging.getLogger("glm_image.ar.admission").setLevel(logging.ERROR)  # that of simulated requests
     requests = default_requests(flags)
     with served(flags) as server:
         work = measure_work(server.grpc_url, requests, flags)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +52,6 @@ def plan(flags: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigurationError: a flag is not usable.
     """
-    logging.getLogger("glm_image.ar.admission").setLevel(logging.ERROR)  # a simulated request's patience is no news
     # These import torch and simpy, which a refusal of flags need not wait for.
     from glm_image.errors import ConfigurationError  # noqa: PLC0415
     from glm_image.geometry import generated_size  # noqa: PLC0415

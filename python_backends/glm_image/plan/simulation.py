@@ -159,6 +159,10 @@ class Device:
             self._reckon()
 
 
+def _say_nothing(*_: object) -> None:
+    """That a simulated request's patience ran out is no news."""
+
+
 @dataclass(eq=False)
 class _Sequence:
     """A request in the first stage; ``left`` are the steps that it has still to take."""
@@ -180,7 +184,9 @@ class _FirstStage:
         self._pace = Pace()
         self._changed = clock.event()
         self.backlog = Backlog(lambda: float(clock.now))
-        self._admission: Admission = Gathered(self.backlog) if layout.admission == "gathered" else AtOnce()
+        self._admission: Admission = (
+            Gathered(self.backlog, _say_nothing) if layout.admission == "gathered" else AtOnce()
+        )
         self._admission.when_changed(self._look_again)
         clock.process(self._run())
 
