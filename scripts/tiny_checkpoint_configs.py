@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_image import published
+from glm_image.published import DECODER
+
 Json = dict[str, Any]
 
 # In the order of the vocabulary: the first is the padding token, the last the image placeholder.
@@ -118,15 +121,38 @@ class TinyConfig:
         return self.first_special + len(SPECIAL_TOKENS) + self.trailing_ids
 
 
-# The sizes of the published model.
 FULL = TinyConfig(
-    dtype="bfloat16", codebook=16384, reserved_ids=126, unused_ids=167841 - 16512 - 256, trailing_ids=208,
-    ar_layers=40, ar_hidden=4096, ar_heads=32, ar_kv_heads=2, ar_head_dim=128, ar_ffn=13696,
-    vision_depth=40, vision_hidden=1536, vision_heads=16, vision_ffn=6144, vision_image_size=2048, vq_dim=2048,
-    dit_layers=30, dit_heads=32, dit_head_dim=128, dit_time_dim=512, dit_condition_dim=256,
-    glyph_d_model=1472, glyph_layers=12, glyph_heads=6, glyph_head_dim=64, glyph_ffn=3584,
-    vae_widths=(128, 512, 1024, 1024), vae_layers=3, vae_norm_groups=32,
-)  # fmt: skip
+    dtype="bfloat16",
+    codebook=DECODER.codebook_size,
+    reserved_ids=DECODER.vision_vocab_size - DECODER.codebook_size - 2,
+    unused_ids=published.FIRST_SPECIAL_ID - DECODER.vision_vocab_size - 256,
+    trailing_ids=DECODER.vocab_size - published.FIRST_SPECIAL_ID - len(SPECIAL_TOKENS),
+    ar_layers=DECODER.layers,
+    ar_hidden=DECODER.hidden_size,
+    ar_heads=DECODER.heads,
+    ar_kv_heads=DECODER.kv_heads,
+    ar_head_dim=DECODER.head_dim,
+    ar_ffn=DECODER.intermediate_size,
+    vision_depth=published.VISION["depth"],
+    vision_hidden=published.VISION["hidden_size"],
+    vision_heads=published.VISION["num_heads"],
+    vision_ffn=published.VISION["intermediate_size"],
+    vision_image_size=published.VISION["image_size"],
+    vq_dim=published.QUANTIZER_WIDTH,
+    dit_layers=published.TRANSFORMER["num_layers"],
+    dit_heads=published.TRANSFORMER["num_attention_heads"],
+    dit_head_dim=published.TRANSFORMER["attention_head_dim"],
+    dit_time_dim=published.TRANSFORMER["time_embed_dim"],
+    dit_condition_dim=published.TRANSFORMER["condition_dim"],
+    glyph_d_model=published.GLYPH_ENCODER["d_model"],
+    glyph_layers=published.GLYPH_ENCODER["num_layers"],
+    glyph_heads=published.GLYPH_ENCODER["num_heads"],
+    glyph_head_dim=published.GLYPH_ENCODER["d_kv"],
+    glyph_ffn=published.GLYPH_ENCODER["d_ff"],
+    vae_widths=published.VAE["block_out_channels"],
+    vae_layers=published.VAE["layers_per_block"],
+    vae_norm_groups=published.VAE["norm_num_groups"],
+)
 # The sizes of the trained checkpoint of scripts/train_tiny.
 TRAINED = TinyConfig(
     dtype="bfloat16", max_shard_size=12 * 10**6, codebook=2048, reserved_ids=14, unused_ids=768, reserved_logit=0.0,

@@ -28,20 +28,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODEL.NAME=VALUE",
-        help="a parameter of config.pbtxt, as glm_dit.load_format=dummy; any number of times",
+        help="a parameter of config.pbtxt, as glm_dit.load_format=dummy; any number of times; "
+        "devices sets the number of instances too",
     )
     parser.add_argument("--mps", action="store_true", help="run the server's processes under CUDA MPS")
 
 
 @contextmanager
-def repository_with(repository: Path | None, parameters: Sequence[str]) -> Iterator[Path | None]:
-    """A copy of a model repository whose configs have other parameters; the repository itself where there are none."""
+def repository_with(repository: Path | None, parameters: Sequence[str], models: str = "*") -> Iterator[Path | None]:
+    """A copy of a model repository whose configs have other parameters; the repository itself where there are none.
+
+    ``models`` is the pattern of those that the copy has.
+    """
     if not parameters:
         yield repository
         return
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch, "model_repository")
-        shutil.copytree(repository or default_model_repository(), copy)
+        for model in (repository or default_model_repository()).glob(models):
+            shutil.copytree(model, copy / model.name)
         for parameter in parameters:
             set_parameter(copy, parameter)
         yield copy
@@ -56,6 +61,8 @@ def set_parameter(repository: Path, parameter: str) -> None:
         raise SystemExit(f"--parameter is {parameter!r}; allowed: MODEL.NAME=VALUE, MODEL one of {repository}")
     config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     config.parameters[key].string_value = value
+    if key == "devices":
+        config.instance_group[0].count = len(value.split(";"))
     path.write_text(text_format.MessageToString(config), encoding="utf-8")
 
 

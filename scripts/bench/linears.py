@@ -26,7 +26,7 @@ from glm_image.ar.state import DecodeState
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device, placement
 from glm_image.devices.attention import masked_decode_attention
-from glm_image.kernels.decoder import SPLIT_PLANS, WIDENING_PLANS, FusedDecoder, Plans
+from glm_image.kernels.decoder import INT8_PLANS, FusedDecoder, Plans
 from glm_image.kernels.skinny_linear import Plan, gate_up, linear_parts, parts_buffer
 from glm_image.kernels.split_rows import SplitRows
 from glm_image.kernels.step import FusedStep
@@ -36,7 +36,7 @@ LENGTH = 664
 BYTES_READ = 600e6
 """By one replay: copies of the weights, so that none is in the L2 cache when its turn comes."""
 
-START = {"bf16": Plans(), "widened": WIDENING_PLANS, "split": SPLIT_PLANS}
+START = {"bf16": Plans(), "split": INT8_PLANS}
 SPLITS = {"qkv": (1, 2, 4), "out": (2, 4), "gate_up": (1,), "down": (2, 4, 6), "head": (1,)}
 SHOWN = 3
 
@@ -173,14 +173,14 @@ def main(flags: argparse.Namespace) -> None:
     if device.torch_device.type == "cpu":  # Triton's interpreter multiplies no bf16 matrices
         return
     plans = {flags.activations: START[flags.activations], "best of the sweep": best}
-    if flags.activations != "bf16":
-        plans = {"widened": WIDENING_PLANS} | plans
     measure_steps(checkpoint, config, device, plans)
 
 
 if __name__ == "__main__":
     parser = arguments(__doc__ or "")
-    parser.add_argument("--activations", default="split", choices=START, help="bf16: with bf16 weights; else int8 ones")
+    parser.add_argument(
+        "--activations", default="split", choices=START, help="bf16: with bf16 weights; split: with int8 ones"
+    )
     parser.add_argument("--linears", default=",".join(SPLITS), help="those to sweep; of the others, the plan in use")
     parser.add_argument("--no-sweep", action="store_true", help="only the plans in use")
     main(parser.parse_args())

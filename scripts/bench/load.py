@@ -9,14 +9,19 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_image_client import AsyncGlmImageClient, GlmImageClientError
+from measure import say
+
+from glm_image_client import AsyncGlmImageClient, GenerationResult, GlmImageClientError
 
 MODEL = "glm_image"
 Values = dict[str, Any]
+Ask = Callable[[AsyncGlmImageClient, int], Awaitable[GenerationResult]]
+"""Sends a request of its own for each number."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,63 @@ async def _own_load(url: str, requests: list[Values], level: Level) -> list[Answ
         if level.mode == "rate":
             await asyncio.sleep(max(0.0, began + index / level.value - time.monotonic()))
         async with in_flight:
-            sent = time.monotonic()
-            try:
-                result = await client.generate(**requests[index % len(requests)])
-            except GlmImageClientError as error:
-                return Answered(sent, time.monotonic(), str(error), {})
-            return Answered(sent, time.monotonic(), None, dict(result.metadata.raw))
+            return await answered(client.generate(**requests[index % len(requests)]))
 
     async with AsyncGlmImageClient(url) as client:
         return await asyncio.gather(*(ask(client, index) for index in range(level.requests)))
+
+
+async def answered(asking: Awaitable[GenerationResult]) -> Answered:
+    """Waits for a request's answer."""
+    sent = time.monotonic()
+    try:
+        result = await asking
+    except GlmImageClientError as error:
+        return Answered(sent, time.monotonic(), str(error), {})
+    return Answered(sent, time.monotonic(), None, dict(result.metadata.raw))
+
+
+def steady_load(url: str, ask: Ask, concurrency: int, wanted: int) -> list[Answered]:
+    """Keeps requests in flight until so many are answered, and gives the rest up; in the order of the answers.
+
+    Says when each came, so that a stream that is cut off still tells how far it got. An error ends it.
+    """
+    return asyncio.run(_steady_load(url, ask, concurrency, wanted))
+
+
+async def _steady_load(url: str, ask: Ask, concurrency: int, wanted: int) -> list[Answered]:
+    answers = asyncio.Queue[Answered]()
+
+    async def keep_asking(client: AsyncGlmImageClient, first: int) -> None:
+        for seed in range(first, first + wanted):
+            one = await answered(ask(client, seed))
+            await answers.put(one)
+            if one.error:
+                return
+
+    async with AsyncGlmImageClient(url) as client:
+        asking = [asyncio.create_task(keep_asking(client, index * wanted)) for index in range(concurrency)]
+        got: list[Answered] = []
+        began = time.monotonic()
+        while len(got) < wanted and not (got and got[-1].error):
+            got.append(one := await answers.get())
+            since_start = one.answered - began
+            say("answered", number=len(got), since_start=since_start, seconds=one.seconds, error=one.error)
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    return got
+
+
+def has_failed(answers: list[Answered]) -> bool:
+    """Says what went wrong, if anything."""
+    errors = [one.error for one in answers if one.error]
+    if errors:
+        say("failed", requests=len(errors), errors=sorted(set(errors)))
+    return bool(errors)
+
+
+def steady_rate(answers: list[Answered], painters: int = 1) -> float:
+    """Returns the pictures a second of a steady stream, over whole turns of its painters: they may answer together."""
+    turns = (len(answers) - 1) // painters
+    return turns * painters / (answers[-1].answered - answers[-1 - turns * painters].answered)

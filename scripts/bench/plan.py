@@ -1,62 +1,68 @@
 """Measures a server under requests that come at random, against what the planner's simulation says of it.
 
-    plan.py [--painters 2] [--size 128x128] [--steps 60] [--rate 0.7] [--requests 60]
+    plan.py [--ar cpu:0] [--dit "cpu:1;cpu:2"] [--size 128x128] [--steps 60] [--rate 0.7] [--requests 200]
+    plan.py --ar cuda:0 --dit "cuda:0;cuda:1" --checkpoint FULL --dummy ...
 
-First single requests tell what each stage takes when nobody else is there. Then requests are sent open loop: each at
-its time, whatever is unanswered. The same arrivals are simulated twice: from the times of the single requests
-(``alone``), which is what a planner has, and from the seconds that each stage took in the run itself (``run``), which
-judges the queues apart from the times: on a machine that others use too, only that can hold. Prints JSON lines;
-``host`` tells how many cores others used meanwhile, and only where that is next to none do the ratios mean something.
+First single requests tell what each stage takes when nobody else is there. Then as many are kept in flight as keep all
+instances busy: how many pictures a second that gives is the first thing to compare. On the CPU it says instead how much
+instances get out of the host when all of them compute, which is less than its number of cores where two of these are
+threads of one: the simulation shares out so many (``cores``). Then requests are sent open loop, each at its time,
+whatever is unanswered, and the same arrivals are simulated. Prints JSON lines; ``host`` tells how many cores others
+used meanwhile: on the CPU, only where that is next to none do the ratios mean something.
 
-Without --url it serves a tiny checkpoint with one first stage and ``--painters`` second ones on CPU cards, each with
-one thread. They share the cores; so does the simulation of ``alone`` (--cores).
+Without --url it serves a checkpoint itself, without --checkpoint a tiny one; on CPU cards each instance has a thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
 import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import load
-from load import Answered, Level, Values
+from deploy import add_flags, deployed
+from load import Answered, Level, Values, answered
 from measure import say
-from served import PROC, Served, default_requests, descendants, tiny_checkpoint
+from served import DRAIN_SECONDS, PROC, Served, default_requests, descendants, tiny_checkpoint
 
+from glm_image.ar.admission import ADMISSIONS
 from glm_image.plan.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
 from glm_image.plan.times import read_size, tokens_of
 from glm_image.supervisor import TritonServer
-from glm_image.supervisor.settings import default_model_repository
-from glm_image_client import AsyncGlmImageClient, GlmImageClientError
+from glm_image_client import AsyncGlmImageClient
 
-REPEATS_OF_ONE = 8
+HOST = "host"
 FIRST_STAGE_PARTS = ("ar_queue", "prefill", "decode")
 PAINTING = ("condition", "denoise")
+HALVINGS = 12
+"""Of the range in which ``cores`` is looked for."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="plan.py", description="Measures a server against the planner's simulation.")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: a tiny one of random weights")
+    parser.add_argument("--dummy", action="store_true", help="random weights of the checkpoint's sizes")
     parser.add_argument("--url", metavar="HOST:PORT", help="gRPC of a server that runs already, in place of one's own")
-    parser.add_argument("--painters", type=int, default=2, help="instances of glm_dit (%(default)s)")
-    parser.add_argument("--shared", action="store_true", help="all instances share a device (own server: the cores)")
-    parser.add_argument("--cores", type=float, default=len(os.sched_getaffinity(0)), help="of it (%(default)s)")
+    parser.add_argument("--ar", default="cpu:0", metavar="DEVICE", help="of glm_ar (%(default)s)")
+    parser.add_argument("--dit", default="cpu:1;cpu:2", metavar="DEVICES", help="of glm_dit (%(default)s)")
+    parser.add_argument("--admission", choices=ADMISSIONS, default="at_once", help="of glm_ar (%(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="max_num_seqs of glm_ar (%(default)s)")
     parser.add_argument("--size", default="128x128", metavar="WxH", help="of the pictures (%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="denoising steps (%(default)s)")
-    parser.add_argument("--rate", type=float, default=0.7, help="of what the simulation says is the most (%(default)s)")
-    parser.add_argument("--requests", type=int, default=80, help="sent (%(default)s)")
+    parser.add_argument("--alone", type=int, default=16, help="requests sent one after the other (%(default)s)")
+    parser.add_argument("--busy", type=int, default=100, help="sent to keep all instances busy (%(default)s)")
+    parser.add_argument("--rate", type=float, default=0.7, help="of the pictures a second then (%(default)s)")
+    parser.add_argument("--requests", type=int, default=200, help="sent at random (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of their arrivals (%(default)s)")
+    parser.set_defaults(model_repository=None)
+    add_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -65,57 +71,83 @@ def main(arguments: list[str] | None = None) -> int:
     requests = default_requests(flags)
     with served(flags) as server:
         work = measure_work(server.grpc_url, requests, flags)
-        layout = layout_of(flags)
-        most = saturate(layout, work, 400).throughput
+        layout, most = measure_most(server.grpc_url, requests, work, flags)
         arrivals = poisson_arrivals(flags.rate * most, flags.requests, flags.seed)
-        say("plan", painters=flags.painters, most_a_second=most, rate=flags.rate * most, requests=flags.requests)
+        say("plan", painters=len(layout.dit), rate=flags.rate * most, requests=flags.requests)
         began, before = time.monotonic(), busy_seconds()
         answers = asyncio.run(send(server.grpc_url, requests, arrivals))
         span = time.monotonic() - began
         (every, own), (every_before, own_before) = busy_seconds(), before
         say("host", cores_used=(own - own_before) / span, by_others=(every - every_before - own + own_before) / span)
+    check(answers)
+    compare(simulate(layout, work, arrivals, flags.seed), answers)
+    return 0
+
+
+def check(answers: list[Answered]) -> None:
     failed = [one.error for one in answers if one.error]
     if failed:
         raise SystemExit(f"{len(failed)} of {len(answers)} requests failed: {failed[0]}")
-    apart = replace(layout, cores=math.inf)  # what instances take from each other is in the seconds of the run
-    predictions = {
-        "alone": simulate(layout, work, arrivals, flags.seed),
-        "run": simulate(apart, work_of_run(work, answers), arrivals, flags.seed),
-    }
-    for times, predicted in predictions.items():
-        compare(times, predicted, answers)
-    return 0
 
 
 @contextmanager
 def served(flags: argparse.Namespace) -> Iterator[Served]:
-    """The server that was named, or one with so many painters over a checkpoint."""
+    """The server that was named, or one with these devices over a checkpoint."""
     if flags.url:
         yield Served("", flags.url, None)
         return
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryDirectory() as scratch, tiny_checkpoint() as tiny:
-        repository = Path(scratch, "models")
-        shutil.copytree(default_model_repository(), repository)
-        config = repository / "glm_dit" / "config.pbtxt"
-        cards = ";".join(f"cpu:{card}" for card in range(1, flags.painters + 1))
-        text = config.read_text().replace("count: 1", f"count: {flags.painters}")
-        config.write_text(text.replace('string_value: "auto"', f'string_value: "{cards}"', 1))
-        with TritonServer(flags.checkpoint or tiny, model_repository=repository) as server:
-            yield Served(server.http_url, server.grpc_url, os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    own = [f"glm_ar.devices={flags.ar}", f"glm_dit.devices={flags.dit}", f"glm_ar.admission={flags.admission}"]
+    own.append(f"glm_ar.max_num_seqs={flags.slots}")
+    if flags.dummy:
+        own += ["glm_ar.load_format=dummy", "glm_dit.load_format=dummy"]
+    flags.parameter = own + flags.parameter
+    with (
+        nullcontext(flags.checkpoint) if flags.checkpoint else tiny_checkpoint() as checkpoint,
+        deployed(flags) as repository,
+        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
+    ):
+        yield Served(server.http_url, server.grpc_url, os.getpid())
 
 
 def layout_of(flags: argparse.Namespace) -> Layout:
-    painters = range(1, flags.painters + 1)
-    if flags.shared or not flags.url:
-        return Layout(("host",), ("host",) * flags.painters, flags.slots, flags.cores)
-    return Layout(("card 0",), tuple(f"card {painter}" for painter in painters), flags.slots)
+    """Each card is a device; all CPU cards are the host."""
+    ar, *dit = (HOST if name.startswith("cpu") else name for name in (flags.ar, *flags.dit.split(";")))
+    return Layout((ar,), tuple(dit), flags.slots, admission=flags.admission)
+
+
+def measure_most(url: str, requests: list[Values], work: Work, flags: argparse.Namespace) -> tuple[Layout, float]:
+    """Keeps all instances busy; returns the layout, with the cores the host has then, and the pictures a second."""
+    layout = layout_of(flags)
+    in_flight = layout.slots + 2 * len(layout.dit)  # as ``saturate`` has it
+    answers = load.own_load(url, "grpc", requests, Level("concurrency", in_flight, flags.busy))
+    check(answers)
+    most = len(answers) / (max(one.answered for one in answers) - min(one.sent for one in answers))
+    if HOST in layout.dit:
+        layout = replace(layout, cores=fitted_cores(layout, work, flags.busy, most))
+    predicted = saturate(layout, work, flags.busy).throughput
+    say("most_a_second", predicted=predicted, measured=most, ratio=predicted / most, cores=layout.cores)
+    return layout, most
+
+
+def fitted_cores(layout: Layout, work: Work, requests: int, most: float) -> float:
+    """Returns the cores with which so many pictures a second are simulated; at most one for each instance."""
+    low, high = 0.0, float(1 + len(layout.dit))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if saturate(replace(layout, cores=middle), work, requests).throughput < most:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) -> Work:
     """What single requests take, and a decode step of several together; of the painting, every measured value."""
-    load.own_load(url, "grpc", requests, Level("concurrency", 1, 2 * flags.painters))
-    alone = load.own_load(url, "grpc", requests, Level("concurrency", 1, REPEATS_OF_ONE * flags.painters))
+    warm_ups = 2 * len(flags.dit.split(";"))
+    check(load.own_load(url, "grpc", requests, Level("concurrency", warm_ups, warm_ups)))
+    alone = load.own_load(url, "grpc", requests, Level("concurrency", 1, flags.alone))
+    check(alone)
     tokens = tokens_of(read_size(flags.size))
     parts = {
         name: statistics.median(one.metadata["seconds"][name] for one in alone) for name in alone[0].metadata["seconds"]
@@ -125,7 +157,8 @@ def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) ->
     step = parts["decode"] / (tokens - 1)
     # Of a request for eight pictures the decoding counts eight times, and each of them takes its steps with the others.
     eight = [{**requests[0], "num_images": flags.slots, "num_inference_steps": 1}]
-    together = load.own_load(url, "grpc", eight, Level("concurrency", 1, 3))
+    together = load.own_load(url, "grpc", eight, Level("concurrency", 1, max(1, flags.alone // 4)))
+    check(together)
     decode = statistics.median(one.metadata["seconds"]["decode"] for one in together) / flags.slots
     prefill_of_others = parts["prefill"] * (flags.slots - 1) / 2
     full = max(step, (decode - prefill_of_others) / (tokens - 1))
@@ -141,25 +174,6 @@ def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) ->
     )
 
 
-def work_of_run(work: Work, answers: list[Answered]) -> Work:
-    """The same with the seconds that the stages took while all requests were there."""
-    told = [one.metadata["seconds"] for one in answers]
-    paints = [sum(seconds[part] for part in PAINTING) for seconds in told]
-    step = statistics.mean(seconds["decode"] for seconds in told) / (work.tokens - 1)
-    prefill, finish, encode = (
-        statistics.mean(seconds[part] for seconds in told) for part in ("prefill", "vae", "encode")
-    )
-    return replace(
-        work,
-        prefill=prefill,
-        step=lambda _: step,
-        paint=lambda source: source.choice(paints),
-        finish=finish,
-        encode=encode,
-        overhead=statistics.mean(one.seconds - sum(one.metadata["seconds"].values()) for one in answers),
-    )
-
-
 async def send(url: str, requests: list[Values], arrivals: list[float]) -> list[Answered]:
     """Sends each request at its time."""
     async with AsyncGlmImageClient(f"grpc://{url}") as client:
@@ -168,11 +182,8 @@ async def send(url: str, requests: list[Values], arrivals: list[float]) -> list[
         async def ask(index: int) -> Answered:
             due = began + arrivals[index]
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-            try:
-                result = await client.generate(**requests[index % len(requests)])
-            except GlmImageClientError as error:
-                return Answered(due, time.monotonic(), str(error), {})
-            return Answered(due, time.monotonic(), None, dict(result.metadata.raw))
+            one = await answered(client.generate(**requests[index % len(requests)]))
+            return replace(one, sent=due)
 
         return await asyncio.gather(*(ask(index) for index in range(len(arrivals))))
 
@@ -189,7 +200,7 @@ def busy_seconds() -> tuple[float, float]:
     return (user + nice + system + sum(interrupts)) / tick, own / tick
 
 
-def compare(times: str, predicted: Outcome, answers: list[Answered]) -> None:
+def compare(predicted: Outcome, answers: list[Answered]) -> None:
     measured = [one.seconds for one in answers]
     span = max(one.answered for one in answers) - min(one.sent for one in answers)
     first = [sum(one.metadata["seconds"][part] for part in FIRST_STAGE_PARTS) for one in answers]
@@ -205,7 +216,7 @@ def compare(times: str, predicted: Outcome, answers: list[Answered]) -> None:
         "images_per_second": (predicted.throughput, len(answers) / span),
     }
     for name, (said, found) in rows.items():
-        say(name, times=times, predicted=said, measured=found, ratio=said / found if found else 0.0)
+        say(name, predicted=said, measured=found, ratio=said / found if found else 0.0)
 
 
 if __name__ == "__main__":

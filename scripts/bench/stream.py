@@ -12,18 +12,15 @@ AR / 8 seconds; that is the bound. Prints JSON lines; the code is 1 when a reque
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from deploy import add_flags
-from load import Answered, Level, Values, own_load
+from load import Answered, Level, has_failed, own_load, steady_load, steady_rate
 from measure import say
 from served import PROMPT, served
-
-from glm_image_client import AsyncGlmImageClient, GlmImageClientError
 
 AR_TOGETHER = 8
 """Sequences that the first stage decodes in the time of one: its ``max_num_seqs``."""
@@ -50,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     flags = parse_arguments(arguments)
     width, height = (int(side) for side in flags.size.split("x"))
-    request = {"prompt": PROMPT, "width": width, "height": height, "num_inference_steps": flags.steps}
+    request: dict[str, Any] = {"prompt": PROMPT, "width": width, "height": height, "num_inference_steps": flags.steps}
     request["output_format"] = "png"
     started = time.monotonic()
     with served(flags) as server:
@@ -59,51 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
         if has_failed(alone):
             return 1
         say("alone", size=flags.size, steps=flags.steps, mps=flags.mps, **stages(alone[1:]), requests=flags.alone)
-        answers = asyncio.run(stream(f"grpc://{server.grpc_url}", request, flags))
+        answers = steady_load(
+            f"grpc://{server.grpc_url}",
+            lambda client, seed: client.generate(**request, seed=seed),
+            flags.concurrency,
+            flags.warm_ups + flags.requests,
+        )
         if has_failed(answers):
             return 1
         say_stream(flags, stages(alone[1:]), answers[flags.warm_ups :])
     return 0
-
-
-def has_failed(answers: list[Answered]) -> bool:
-    """Says what went wrong, if anything."""
-    errors = [one.error for one in answers if one.error]
-    if errors:
-        say("failed", requests=len(errors), errors=sorted(set(errors)))
-    return bool(errors)
-
-
-async def stream(url: str, request: Values, flags: argparse.Namespace) -> list[Answered]:
-    """Keeps requests in flight until enough have been answered; gives the answers in the order in which they came."""
-    wanted, answers = flags.warm_ups + flags.requests, asyncio.Queue[Answered]()
-
-    async def keep_asking(client: AsyncGlmImageClient, first: int) -> None:
-        for seed in range(first, first + wanted):
-            sent = time.monotonic()
-            try:
-                metadata = dict((await client.generate(**request, seed=seed)).metadata.raw)
-                await answers.put(Answered(sent, time.monotonic(), None, metadata))
-            except GlmImageClientError as error:
-                await answers.put(Answered(sent, time.monotonic(), str(error), {}))
-                return
-
-    async with AsyncGlmImageClient(url) as client:
-        asking = [asyncio.create_task(keep_asking(client, index * wanted)) for index in range(flags.concurrency)]
-        got: list[Answered] = []
-        began = time.monotonic()
-        while len(got) < wanted and not (got and got[-1].error):
-            got.append(await answers.get())
-            say_answer(len(got), got[-1], began)
-        for task in asking:
-            task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
-    return got
-
-
-def say_answer(number: int, one: Answered, began: float) -> None:
-    """Says when an answer came, so that a stream that is cut off still tells how far it got."""
-    say("answered", number=number, since_start=one.answered - began, seconds=one.seconds, error=one.error)
 
 
 def stages(answers: list[Answered]) -> dict[str, float]:
@@ -117,7 +79,7 @@ def say_stream(flags: argparse.Namespace, alone: dict[str, float], answers: list
     """Says what came of it: pictures a second between the first answer and the last, against the bound."""
     named: dict[str, Any] = {"size": flags.size, "steps": flags.steps, "mps": flags.mps}
     say("in the stream", **named, **stages(answers), requests=len(answers))
-    rate = (len(answers) - 1) / (answers[-1].answered - answers[0].answered)
+    rate = steady_rate(answers)
     bound = 1 / (alone["dit_seconds"] + alone["vae_seconds"] + alone["ar_seconds"] / AR_TOGETHER)
     say(
         "steady stream",

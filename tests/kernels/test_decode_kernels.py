@@ -15,7 +15,7 @@ from glm_image.ar.state import DecodeState
 from glm_image.checkpoint import RandomTensors
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.int8 import widened_product
-from glm_image.kernels.decoder import SPLIT_PLANS, WIDENING_PLANS, FusedDecoder, Plans
+from glm_image.kernels.decoder import INT8_PLANS, FusedDecoder, Plans
 from glm_image.kernels.sampling import draw_tokens
 from glm_image.kernels.skinny_linear import Plan, gate_up, linear_parts
 from glm_image.request import Sampling
@@ -50,7 +50,7 @@ def torch_logits(decoder: Decoder, state: DecodeState) -> Tensor:
 
 @needs_gpu
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("plans", [Plans(), WIDENING_PLANS, SPLIT_PLANS])
+@pytest.mark.parametrize("plans", [Plans(), INT8_PLANS])
 def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, plans: Plans) -> None:
     config = replace(CONFIG, attention_bias=bias)
     product = None if plans == Plans() else widened_product

@@ -25,15 +25,19 @@ from server.test_placement import copy_repository, set_parameter
 
 READY_SECONDS = 120
 SOON_SECONDS = 10.0
+HANG_SECONDS = 6.0
 POLICY = RestartPolicy(max_restarts=4)
 ASKED: Values = {"prompt": "a fox reading 'NEWS'", "height": 96, "width": 160, "num_inference_steps": 3, "seed": 1}
 
 
-def _repository(folder: Path) -> Path:
+def _repository(folder: Path, hang_seconds: float | None = None) -> Path:
     repository = copy_repository(folder / "models", "glm_image", "glm_ar", "glm_dit", "glm_control")
     set_parameter(repository, "glm_ar", "devices", "cpu:0,cpu:1")
     set_parameter(repository, "glm_dit", "devices", "cpu:2,cpu:3")
     set_parameter(repository, "glm_dit", "parallel", "cfg=2")
+    if hang_seconds is not None:
+        for model in ("glm_ar", "glm_dit"):
+            set_parameter(repository, model, "hang_seconds", str(hang_seconds))
     return repository
 
 
@@ -61,14 +65,33 @@ def _workers() -> dict[str, int]:
     return found
 
 
+# What is done to rank 1, how long it then takes to be noticed at the most, and what is said of it.
+LOSSES = {
+    "killed": (signal.SIGKILL, 0.0, "was ended by signal 9"),
+    "stopped": (signal.SIGSTOP, HANG_SECONDS, f"has not finished a command for {HANG_SECONDS:g} s"),
+}
+
+
+def _lose_rank(server: TritonServer, stage: str, doing: str, kind: signal.Signals, lost: list[float]) -> None:
+    """Sends rank 1 of a stage a signal when a request is at that."""
+    with GlmImageClient(server.grpc_url) as client:
+        while [one["stage"] for one in client.status("lost")["requests"]] != [doing]:
+            pass
+    os.kill(_workers()[stage], kind)
+    lost.append(time.monotonic())
+
+
 @pytest.mark.full
-def test_a_rank_that_is_killed_under_a_request(
-    triton: TritonServer, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_rank_that_is_lost_under_a_request(
+    triton: TritonServer, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    kind, notice_seconds, told = LOSSES[loss]
     alone = grpc_infer(triton, ASKED)["images"].astype(int)
     log, ready = io.StringIO(), threading.Semaphore(0)
-    server = TritonServer(tiny_checkpoint, model_repository=_repository(tmp_path), drain_seconds=5, log=log)
+    repository = _repository(tmp_path, HANG_SECONDS)
+    server = TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=5, log=log)
     with _kept(server, ready):
         seen = set(_workers().values())
         for stage, doing in (("glm_ar", "tokens"), ("glm_dit", "denoise")):
@@ -77,30 +100,22 @@ def test_a_rank_that_is_killed_under_a_request(
             long = (
                 {**ASKED, "height": 1024, "width": 1024} if stage == "glm_ar" else {**ASKED, "num_inference_steps": 200}
             )
-            killed: list[float] = []
-
-            def kill(stage: str = stage, doing: str = doing, killed: list[float] = killed) -> None:
-                with GlmImageClient(server.grpc_url) as client:
-                    while [one["stage"] for one in client.status("lost")["requests"]] != [doing]:
-                        pass
-                os.kill(_workers()[stage], signal.SIGKILL)
-                killed.append(time.monotonic())
-
-            killing = threading.Thread(target=kill)
-            killing.start()
+            lost: list[float] = []
+            losing = threading.Thread(target=_lose_rank, args=(server, stage, doing, kind, lost))
+            losing.start()
             with pytest.raises(KServeError) as refusal:
                 grpc_infer(server, long, request_id="lost")
             answered = time.monotonic()
-            killing.join()
-            assert answered - killed[0] < SOON_SECONDS
+            losing.join()
+            assert answered - lost[0] < notice_seconds + SOON_SECONDS
             assert refusal.value.status == "UNAVAILABLE"
             assert ready.acquire(timeout=READY_SECONDS), server.log_tail
             seen |= set(_workers().values())
         assert np.abs(grpc_infer(server, ASKED)["images"].astype(int) - alone).max() <= 1
     for pid in seen:
         wait_gone(pid)
-    assert re.search(r"rank 1 \(cpu:1, pid \d+\) was ended by signal 9", log.getvalue())
-    assert re.search(r"rank 1 \(cpu:3, pid \d+\) was ended by signal 9", log.getvalue())
+    for device in ("cpu:1", "cpu:3"):
+        assert re.search(rf"rank 1 \({device}, pid \d+\) {told}", log.getvalue())
 
 
 @pytest.mark.full

@@ -20,7 +20,11 @@ PROGRAM_SECONDS = 240
 
 
 def bench(*arguments: str, code: int = 0) -> list[dict[str, Any]]:
-    command = [sys.executable, str(PROGRAM), *BRIEF, *arguments]
+    return other_bench(PROGRAM.name, *BRIEF, *arguments, code=code)
+
+
+def other_bench(name: str, *arguments: str, code: int = 0) -> list[dict[str, Any]]:
+    command = [sys.executable, str(PROGRAM.with_name(name)), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False)
     assert ended.returncode == code, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines()]
@@ -84,19 +88,38 @@ def test_own_load_at_a_rate_tells_failures(triton: TritonServer, tmp_path: Path)
 
 
 @pytest.mark.full
+def test_stages_on_cards_of_their_own() -> None:
+    brief = ["--size", "64x64", "--steps", "2", "--concurrency", "3", "--requests", "4"]
+    lines = other_bench("cards.py", "painters", *brief)
+    one, two = measures(lines, "glm_dit alone")
+    assert [(told["painters"], told["requests"]) for told in (one, two)] == [(1, 4), (2, 8)]
+    (told,) = measures(lines, "several painters")
+    assert told["speedup"] == pytest.approx(two["pictures_per_second"] / one["pictures_per_second"], rel=1e-2)
+    lines = other_bench("cards.py", "pipeline", *brief)
+    (both,), (told,) = measures(lines, "both stages"), measures(lines, "pipelined")
+    rates = {name: measures(lines, f"{name} alone")[0]["pictures_per_second"] for name in ("glm_ar", "glm_dit")}
+    assert told["slower"] == min(rates, key=rates.__getitem__)
+    assert told["to_slower"] == pytest.approx(both["pictures_per_second"] / min(rates.values()), rel=1e-2)
+
+
+@pytest.mark.full
+def test_a_server_against_the_planner() -> None:
+    """Only that all is told: how near the simulation comes is for a quiet machine."""
+    brief = ["--size", "64x64", "--steps", "2", "--alone", "4", "--busy", "20", "--requests", "20"]
+    lines = other_bench("plan.py", *brief, "--dit", "cpu:1", "--admission", "gathered")
+    (most,), (host,) = measures(lines, "most_a_second"), measures(lines, "host")
+    assert most["ratio"] == pytest.approx(1, abs=0.02) or most["cores"] == 2
+    assert host["cores_used"] > 0
+    for name in ("p50_seconds", "p99_seconds", "images_per_second"):
+        (told,) = measures(lines, name)
+        assert told["ratio"] == pytest.approx(told["predicted"] / told["measured"], rel=1e-2)
+
+
+@pytest.mark.full
 def test_a_steady_stream_with_other_parameters() -> None:
-    program = PROGRAM.with_name("stream.py")
     brief = ["--size", "64x64", "--steps", "2", "--concurrency", "3", "--requests", "4", "--warm-ups", "1"]
     parameters = ["--parameter", "glm_dit.quantization=int8", "--parameter", "glm_ar.admission=gathered"]
-    ended = subprocess.run(
-        [sys.executable, str(program), *brief, *parameters],
-        capture_output=True,
-        text=True,
-        timeout=PROGRAM_SECONDS,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    lines = other_bench("stream.py", *brief, *parameters)
     (alone,), (told,) = measures(lines, "alone"), measures(lines, "steady stream")
     assert [line["number"] for line in measures(lines, "answered")] == [1, 2, 3, 4, 5]
     assert lines.index(alone) < lines.index(measures(lines, "answered")[0])

@@ -10,7 +10,7 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from glm_image import parameter_counts
+from glm_image import parameter_counts, published
 from glm_image.ar.config import ArConfig
 from glm_image.ar.vision import Vision
 from glm_image.cards import Cards
@@ -132,7 +132,7 @@ def test_parameters_are_known_and_their_values_allowed_or_not_there_yet() -> Non
 def test_memory_is_that_of_the_published_sizes(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "full", FULL, weights=False)
     checkpoint = Checkpoint.open(folder, "dummy")
-    assert ArConfig.read(checkpoint) == memory.DECODER
+    assert ArConfig.read(checkpoint) == published.DECODER
     assert Vision.bytes_needed(checkpoint, torch.bfloat16) == memory.VISION_PARAMETERS * 2
     assert parameter_counts.transformer(checkpoint.config("transformer")) == memory.TRANSFORMER_PARAMETERS
     assert parameter_counts.vae(checkpoint.config("vae")) == memory.VAE_PARAMETERS

@@ -91,10 +91,12 @@ class Gathered:
 
     Args:
         backlog: of the second stage.
+        warn: takes, once, that the second stage has not said what was expected; a message and its arguments.
     """
 
-    def __init__(self, backlog: Backlog) -> None:
+    def __init__(self, backlog: Backlog, warn: Callable[..., None] = logger.warning) -> None:
         self._backlog = backlog
+        self._warn = warn
         self._has_warned = False
 
     def longest_wait(self, running: int, decode_seconds: float) -> float:
@@ -132,7 +134,7 @@ class Gathered:
     def _warn_once(self, ahead: int) -> None:
         if not self._has_warned:
             self._has_warned = True
-            logger.warning(
+            self._warn(
                 "glm_dit has %d pictures to paint and has not said in the expected time that they are nearly done; "
                 "requests that wait so long are let in at once",
                 ahead,

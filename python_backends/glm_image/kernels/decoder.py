@@ -23,8 +23,8 @@ class Plans:
     """How each linear of a layer, and the head, is cut up.
 
     Attributes:
-        split: whether int8 weights are multiplied by activations in two int8 parts. Else they are widened to bf16 in
-            registers, which keeps the largest matrices from the memory's bandwidth.
+        split: whether activations come in two int8 parts, by which int8 weights can be multiplied as they are. Widening
+            the weights to bf16 in registers keeps the largest matrices from the memory's bandwidth.
     """
 
     # The best of a sweep on an H100 at the real sizes, 8 rows.
@@ -36,16 +36,8 @@ class Plans:
     split: bool = False
 
 
-WIDENING_PLANS = Plans(
-    qkv=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
-    out=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
-    gate_up=Plan(64, 128, splits=1, warps=4, stages=3, fetch=256),
-    down=Plan(32, 256, splits=2, warps=4, stages=5, fetch=256),
-    head=Plan(32, 256, splits=1, warps=4, stages=3, fetch=256),
-)
-
 # What the heads attended to is widened all the same: its matrix is small, and splitting it would be a kernel more.
-SPLIT_PLANS = Plans(
+INT8_PLANS = Plans(
     qkv=Plan(64, 128, splits=4, warps=4, stages=4, fetch=256),
     out=Plan(32, 256, splits=2, warps=4, stages=3, fetch=256),
     gate_up=Plan(64, 256, splits=1, warps=4, stages=3, fetch=512),
@@ -53,7 +45,6 @@ SPLIT_PLANS = Plans(
     head=Plan(64, 256, splits=1, warps=4, stages=4, fetch=256),
     split=True,
 )
-INT8_PLANS = SPLIT_PLANS
 
 
 def supports(decoder: Decoder, slots: int) -> bool:

@@ -7,43 +7,24 @@ from typing import Final
 
 import torch
 
-from glm_image.ar.config import ArConfig
+from glm_image import parameter_counts
 from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
 from glm_image.geometry import Size
 from glm_image.inspection import WORKING_MAPS
-from glm_image.request import Sampling
+from glm_image.published import DECODER, GLYPH_ENCODER, TRANSFORMER, VAE
 from glm_image.serving.declaration import AR_PARAMETERS, DIT_PARAMETERS
 from glm_image.serving.profiles import Profile, StageLayout
 
 DTYPE: Final = torch.bfloat16
 
-DECODER: Final = ArConfig(
-    layers=40,
-    hidden_size=4096,
-    intermediate_size=13696,
-    heads=32,
-    kv_heads=2,
-    head_dim=128,
-    rotary_dim=64,
-    rotary_theta=10000.0,
-    mrope_section=(8, 12, 12),
-    norm_eps=1e-5,
-    attention_bias=True,
-    vocab_size=168064,
-    vision_vocab_size=16512,
-    codebook_size=16384,
-    end_ids=(16385,),
-    sampling=Sampling(0.9, 0.75, 16512),
-)
-"""The published first stage."""
-
 VISION_PARAMETERS: Final = 1_233_012_224
-TRANSFORMER_PARAMETERS: Final = 6_926_882_880
+"""Of the first stage beside its decoder, as it holds them."""
+TRANSFORMER_PARAMETERS: Final = parameter_counts.transformer(TRANSFORMER)
 TRANSFORMER_LINEAR_PARAMETERS: Final = 6_857_162_752
 """Those of its matrices, which int8 halves."""
-VAE_PARAMETERS: Final = 406_100_643
-GLYPH_ENCODER_PARAMETERS: Final = 217_657_472
-VAE_CHANNELS: Final = 512
+VAE_PARAMETERS: Final = parameter_counts.vae(VAE)
+GLYPH_ENCODER_PARAMETERS: Final = parameter_counts.text_encoder(GLYPH_ENCODER)
+VAE_CHANNELS: Final = VAE["block_out_channels"][1]
 """Of the autoencoder's largest feature maps, which are as large as the picture."""
 
 
@@ -82,7 +63,8 @@ def second_stage_bytes(layout: StageLayout, size: Size) -> int:
     weights = parameters * DTYPE.itemsize
     if values["quantization"] == "int8":
         weights -= TRANSFORMER_LINEAR_PARAMETERS * (DTYPE.itemsize - torch.int8.itemsize)
-    return weights + WORKING_MAPS * size.height * size.width * VAE_CHANNELS * DTYPE.itemsize
+    working: int = WORKING_MAPS * size.height * size.width * VAE_CHANNELS * DTYPE.itemsize
+    return weights + working
 
 
 def shares(profile: Profile) -> dict[str, float]:

@@ -78,13 +78,12 @@ def work_of(profile: Profile, asked: Asked, times: StageTimes) -> Work:
 
 def layout_of(profile: Profile) -> Layout:
     """Returns the instances of a profile, each on one device."""
-    slots = profile.ar.parameters.get("max_num_seqs") or next(
-        spec.default for spec in AR_PARAMETERS if spec.name == "max_num_seqs"
-    )
+    values = {spec.name: spec.default for spec in AR_PARAMETERS} | profile.ar.values()
     return Layout(
         ar=tuple(device for (device,) in profile.ar.entries),
         dit=tuple(device for (device,) in profile.dit.entries),
-        slots=int(slots),
+        slots=int(values["max_num_seqs"]),
+        admission=values["admission"],
     )
 
 

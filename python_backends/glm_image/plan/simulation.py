@@ -1,7 +1,8 @@
 """Requests on their way through both stages, simulated: who waits for what, event by event.
 
 The stages are those of this project: a first one that decodes up to so many sequences together, which join and leave
-between steps, and second ones that each paint a picture at a time, the next going to whichever is free.
+between steps when its admission lets them, and second ones that each paint a picture at a time, the next going to
+whichever is free. Who is admitted is decided by the code that a server decides it with.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import simpy
 
-Process = Generator[simpy.Event, Any, None]
+from glm_image.ar.admission import Admission, AtOnce, Gathered, Line
+from glm_image.backlog import Backlog
+from glm_image.pace import Pace
 
-STEPS_A_LOOK = 4
-"""Decode steps between two looks at who came, as in ``ar.scheduler``."""
+Process = Generator[simpy.Event, Any, None]
 
 UNFINISHED_REQUESTS = 2
 """Pictures that may wait for the VAE while a next one is denoised, as in ``serving.dit_backend``."""
@@ -59,12 +61,14 @@ class Layout:
         dit: the device of each second stage.
         slots: sequences that a first stage decodes together.
         cores: pieces of work that a device does at full speed at once; more than those share it evenly.
+        admission: the first stages', of ``ar.admission.ADMISSIONS``.
     """
 
     ar: tuple[str, ...]
     dit: tuple[str, ...]
     slots: int = 8
     cores: float = 1.0
+    admission: str = "at_once"
 
 
 @dataclass(frozen=True)
@@ -155,62 +159,126 @@ class Device:
             self._reckon()
 
 
+def _say_nothing(*_: object) -> None:
+    """That a simulated request's patience ran out is no news."""
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request in the first stage; ``left`` are the steps that it has still to take."""
+
+    index: int
+    done: simpy.Event
+    latest: float = math.inf
+    left: int = 0
+    since: float = 0.0
+
+
 class _FirstStage:
     """Continuous batching: sequences are admitted one after the other, then all take steps together."""
 
-    def __init__(self, clock: simpy.Environment, device: Device, slots: int, work: Work) -> None:
-        self._clock, self._device, self._slots, self._work = clock, device, slots, work
-        self._waiting: deque[simpy.Event] = deque()
-        self._running: dict[simpy.Event, int] = {}
-        self._came = clock.event()
+    def __init__(self, clock: simpy.Environment, device: Device, layout: Layout, work: Work) -> None:
+        self._clock, self._device, self._slots, self._work = clock, device, layout.slots, work
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._pace = Pace()
+        self._changed = clock.event()
+        self.backlog = Backlog(lambda: float(clock.now))
+        self._admission: Admission = (
+            Gathered(self.backlog, _say_nothing) if layout.admission == "gathered" else AtOnce()
+        )
+        self._admission.when_changed(self._look_again)
         clock.process(self._run())
 
-    def decode(self) -> simpy.Event:
-        """Queues a sequence; the event is its end."""
-        done = self._clock.event()
-        self._waiting.append(done)
-        if not self._came.triggered:
-            self._came.succeed()
-        return done
+    def decode(self, index: int) -> simpy.Event:
+        """Queues a request's sequence; the event is its end."""
+        self._waiting.append(_Sequence(index, self._clock.event()))
+        self._look_again()
+        return self._waiting[-1].done
+
+    def _look_again(self) -> None:
+        if not self._changed.triggered:
+            self._changed.succeed()
 
     def _run(self) -> Process:
         while True:
-            if not self._waiting and not self._running:
-                self._came = self._clock.event()
-                yield self._came
-            while self._waiting and len(self._running) < self._slots:
+            while not self._running and (seconds := self._admission_wait()):
+                yield self._change(seconds)
+            while len(self._running) < self._slots and not self._admission_wait():
                 admitted = self._waiting.popleft()
                 yield self._device.work(self._work.prefill).done
-                self._running[admitted] = self._work.tokens - 1  # the prompt gives the first
+                admitted.left, admitted.since = self._work.tokens - 1, self._clock.now  # the prompt gives the first
+                self._running.append(admitted)
             yield from self._take_steps()
-            for done in [done for done, left in self._running.items() if left == 0]:
-                del self._running[done]
-                done.succeed()
+            for done in [one for one in self._running if one.left == 0]:
+                self._running.remove(done)
+                self._pace.add((self._clock.now - done.since) / max(1, self._work.tokens - 1))
+                self.backlog.hand_on(done.index, 1)
+                done.done.succeed()
+
+    def _admission_wait(self) -> float:
+        """As ``ar.scheduler`` asks: seconds that the first in line is to wait still; inf where nobody waits."""
+        if not self._waiting:
+            return math.inf
+        first, now, running, length = self._waiting[0], self._clock.now, len(self._running), self._work.tokens
+        decode_seconds = length * self._pace.mean
+        if first.latest == math.inf:
+            first.latest = now + self._admission.longest_wait(running, decode_seconds)
+        return self._admission.wait(
+            Line(
+                now=now,
+                waiting=len(self._waiting),
+                free=self._slots - running,
+                running=running,
+                extends=1 - max((one.left for one in self._running), default=0) / length,
+                has_begun=False,
+                latest=first.latest,
+                deadline=math.inf,
+                decode_seconds=decode_seconds,
+            )
+        )
+
+    def _change(self, seconds: float) -> simpy.Event:
+        """What happens when somebody comes, a painter says something, or the time is over."""
+        self._changed = self._clock.event()
+        if seconds == math.inf:
+            return self._changed
+        return self._changed | self._clock.timeout(max(seconds, NOTHING_LEFT))
 
     def _take_steps(self) -> Process:
-        """Takes steps until the first sequence ends, or until someone comes for whom there is a slot."""
-        count = min(self._running.values())
+        """Takes steps until the first sequence ends, or until someone is let into a free slot."""
+        count = min(one.left for one in self._running)
         step = self._work.step(len(self._running))
         job = self._device.work(count * step)
-        if len(self._running) < self._slots:
-            self._came = self._clock.event()
-            yield job.done | self._came
-            if not job.done.triggered:
+        while len(self._running) < self._slots and not job.done.triggered:
+            yield job.done | self._change(self._admission_wait())
+            if not job.done.triggered and not self._admission_wait():
                 taken = count - self._device.left(job) / step
-                count = min(count, STEPS_A_LOOK * math.ceil(taken / STEPS_A_LOOK - NOTHING_LEFT))
+                count = min(count, math.ceil(taken - NOTHING_LEFT))  # the step under way is the last before
                 self._device.shorten(job, (count - taken) * step)
+                break
         yield job.done
-        for done in self._running:
-            self._running[done] -= count
+        for one in self._running:
+            one.left -= count
 
 
+@dataclass(eq=False)
 class _Painter:
-    """An instance of the second stage."""
+    """An instance of the second stage, which states what it has left to paint whenever that changes."""
 
-    def __init__(self, clock: simpy.Environment, device: Device) -> None:
-        self.device = device
-        self.unfinished = simpy.Resource(clock, UNFINISHED_REQUESTS)
-        self.finisher = simpy.Resource(clock, 1)
+    name: str
+    device: Device
+    unfinished: simpy.Resource
+    finisher: simpy.Resource
+    listeners: Sequence[Backlog]
+    left: dict[int, int] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
+
+    def tell(self) -> None:
+        """As ``backlog.Painting`` does."""
+        for backlog in self.listeners:
+            requests = list(self.left.items())
+            backlog.hear({"painter": self.name, "requests": requests, "seconds_a_picture": self.pace.mean})
 
 
 class _Server:
@@ -219,9 +287,12 @@ class _Server:
     def __init__(self, layout: Layout, work: Work, requests: int, seed: int) -> None:
         self.clock = simpy.Environment()
         devices = {name: Device(self.clock, layout.cores) for name in (*layout.ar, *layout.dit)}
-        self._first = [_FirstStage(self.clock, devices[name], layout.slots, work) for name in layout.ar]
+        self._first = [_FirstStage(self.clock, devices[name], layout, work) for name in layout.ar]
+        backlogs = [first.backlog for first in self._first]
         self._free = simpy.Store(self.clock)
-        self._free.items.extend(_Painter(self.clock, devices[name]) for name in layout.dit)
+        for number, name in enumerate(layout.dit):
+            unfinished, finisher = simpy.Resource(self.clock, UNFINISHED_REQUESTS), simpy.Resource(self.clock, 1)
+            self._free.items.append(_Painter(str(number), devices[name], unfinished, finisher, backlogs))
         self._work = work
         self._random = random.Random(
             f"work {seed}"
@@ -243,11 +314,16 @@ class _Server:
         work, clock, outcome = self._work, self.clock, self.outcome
         outcome.arrived[index] = clock.now
         yield clock.timeout(work.overhead)
-        yield self._first[index % len(self._first)].decode()
+        yield self._first[index % len(self._first)].decode(index)
         outcome.decoded[index] = clock.now
-        painter = yield self._free.get()
+        painter: _Painter = yield self._free.get()
         outcome.painting[index] = clock.now
+        painter.left[index] = 1
+        painter.tell()
         yield painter.device.work(work.paint(self._random)).done
+        painter.pace.add(clock.now - outcome.painting[index])
+        painter.left[index] = 0
+        painter.tell()
         with painter.unfinished.request() as may_wait:
             yield may_wait
             self._free.put(painter)
@@ -255,6 +331,8 @@ class _Server:
                 yield turn
                 yield painter.device.work(work.finish).done
                 yield clock.timeout(work.encode)
+        del painter.left[index]
+        painter.tell()
         outcome.answered[index] = clock.now
 
 

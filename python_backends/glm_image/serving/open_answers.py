@@ -30,8 +30,10 @@ class OpenAnswers:
 
         The server's guard sees the process end, and the server is started anew.
         """
-        for answer in list(self._answers):
-            answer.fail(error)
-        logger.error("this instance ends: %s", error)
-        logging.shutdown()
-        os._exit(EXIT_CODE)
+        try:
+            for answer in list(self._answers):
+                answer.fail(error)
+            logger.error("this instance ends: %s", error)
+            logging.shutdown()
+        finally:  # a process that went on would refuse all requests and never be started anew
+            os._exit(EXIT_CODE)
