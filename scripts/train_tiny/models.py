@@ -179,7 +179,8 @@ def velocity(
     if kept is not None:
         embedded = embedded * kept[:, None, None]
     hidden = model.image_projector(latents) + model.prior_projector(embedded)
-    text = None if glyphs is None else model.glyph_projector(glyphs)
+    # A copy, for what is compiled takes a linear's output, which is a view, for another kind of input.
+    text = None if glyphs is None else model.glyph_projector(glyphs).clone()
     sizes = torch.tensor([[height * 8.0, width * 8.0]], device=latents.device).expand(count, 2)
     time = model.time_condition_embed(times, sizes, torch.zeros_like(sizes), hidden.dtype)
     made: list[Source] = []
