@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration, T5Config, T5EncoderModel
 
 import tiny_checkpoint_configs as configs
+from train_tiny.compilation import Forward
 from train_tiny.loop import finished
-from train_tiny.painter_blocks import PLAIN, Passes, Source, block_forward
+from train_tiny.painter_blocks import Source, block_forward
 
 CONFIG = configs.PRESETS["trained"]
 IMAGE = configs.image_processor_config(CONFIG)
@@ -152,38 +153,39 @@ class Tokens(nn.Module):
 def velocity(
     model: Any,
     latents: Tensor,
-    glyphs: Tensor,
+    glyphs: Tensor | None,
     prior: Tensor,
     kept: Tensor | None,
     times: Tensor,
     rotary: tuple[Tensor, Tensor],
     source: Sequence[Source] = (),
-    passes: Passes = PLAIN,
+    call: Forward = block_forward,
 ) -> tuple[Tensor, list[Source]]:
     """What the DiT predicts, [n, 16, h, w], and its keys and values, block by block.
 
     Args:
         model: diffusers' ``GlmImageTransformer2DModel``.
         latents: noisy, normalised [n, 16, h, w].
-        glyphs: hidden states of the quoted strings [n, glyph tokens, width].
+        glyphs: hidden states of the quoted strings [n, glyph tokens, width]; None for a source picture.
         prior: ids [n, h/2 * w/2].
         kept: [n], 0 where the prior is dropped, 1 elsewhere; None keeps all.
         times: what the model is told, [n], 0..999.
         rotary: cosines and sines of the size.
         source: what the blocks made of a source picture; () where there is none.
-        passes: how the blocks run.
+        call: ``block_forward``, or faster.
     """
     count, _, height, width = latents.shape
     embedded = model.prior_token_embedding(prior)
     if kept is not None:
         embedded = embedded * kept[:, None, None]
     hidden = model.image_projector(latents) + model.prior_projector(embedded)
-    text = model.glyph_projector(glyphs)
+    # A copy, for what is compiled takes a linear's output, which is a view, for another kind of input.
+    text = None if glyphs is None else model.glyph_projector(glyphs).clone()
     sizes = torch.tensor([[height * 8.0, width * 8.0]], device=latents.device).expand(count, 2)
     time = model.time_condition_embed(times, sizes, torch.zeros_like(sizes), hidden.dtype)
     made: list[Source] = []
     for block, seen in zip(model.transformer_blocks, source or [None] * len(model.transformer_blocks), strict=True):
-        hidden, text, own = block_forward(block, hidden, text, time, rotary, seen, passes)
+        hidden, text, own = call(block, hidden, text, time, rotary, seen)
         made.append(own)
     patches = model.proj_out(model.norm_out(hidden, time)).view(count, height // 2, width // 2, -1, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, -1, height, width), made

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import tiny_checkpoint_configs as configs
 from glm_image import geometry
 from glm_image.geometry import Size
+from train_tiny.compilation import compiled
 from train_tiny.data import Choice, Item, by_size, common, drawn, glyph_rows, halved
 from train_tiny.loop import mixed_precision
-from train_tiny.models import CONFIG, Latents, Tokens, build_glyph_encoder, build_transformer, velocity
-from train_tiny.painter_blocks import Source, fast_passes
+from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
+from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states
 
 EVALUATED = 20
 """Batches, at the end."""
@@ -59,7 +60,7 @@ class Painter:
     def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         parts = {"transformer": build_transformer(), "glyphs": build_glyph_encoder()}
         self.module = nn.ModuleDict(parts).to(device)
-        self._passes = fast_passes(device)
+        self._block, self._states = compiled(block_forward, device), compiled(glyph_states, device)
         self._device, self._batch = device, batch
         self._latents, self._tokens = Latents(folder).to(device), Tokens(folder).to(device)
         self._groups: list[Group] = []
@@ -120,7 +121,7 @@ class Painter:
             (times * TRAIN_TIMESTEPS - 1).clamp(min=0),
             self._rotary_of(group.size),
             source,
-            self._passes,
+            self._block,
         )
         errors = (predicted.float() - (noise - latents)).square().mean(dim=(1, 2, 3))
         return {"loss": errors.mean(), **self._by_kind(errors, group)}
@@ -135,14 +136,17 @@ class Painter:
 
     def _glyph_states(self, ids: Tensor, lengths: Signature) -> Tensor:
         encoder = self.module["glyphs"]
-        return torch.cat([encoder(string).last_hidden_state for string in ids.split(lengths, dim=1)], dim=1)
+        strings = [
+            self._states(encoder, string, glyph_bias(encoder, length))
+            for string, length in zip(ids.split(lengths, dim=1), lengths, strict=True)
+        ]
+        return torch.cat(strings, dim=1)
 
     def _source(self, shown: Shown, size: Size, rows: Tensor) -> list[Source]:
-        nothing = torch.zeros(len(rows), 0, CONFIG.glyph_d_model, device=self._device)
         now = torch.zeros(len(rows), device=self._device)
         latents, prior = shown.latents[rows].float(), self._prior(shown.codes[rows], size)
         rotary = self._rotary_of(size)
-        return velocity(self.module["transformer"], latents, nothing, prior, None, now, rotary, (), self._passes)[1]
+        return velocity(self.module["transformer"], latents, None, prior, None, now, rotary, (), self._block)[1]
 
     def _prior(self, codes: Any, size: Size) -> Tensor:
         cells = codes.long().unflatten(1, geometry.target_grid(size))

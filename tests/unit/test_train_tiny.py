@@ -22,6 +22,7 @@ from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered
 from train_tiny.data import cell_labels, glyph_rows, sample_items
 from train_tiny.painter import noise_levels
+from train_tiny.painter_blocks import glyph_bias, glyph_states
 from train_tiny.vocabulary import train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
@@ -53,7 +54,7 @@ def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> N
     glyphs = torch.randn(count, 3, models.CONFIG.glyph_d_model)
     prior = torch.randint(models.CONFIG.codebook, (count, height * width // 4))
     times, rotary = torch.tensor([30.0, 700.0]), transformer.rope(latents)
-    _, source = models.velocity(transformer, sources, glyphs[:, :0], prior, None, torch.zeros(count), rotary)
+    _, source = models.velocity(transformer, sources, None, prior, None, torch.zeros(count), rotary)
     batched, _ = models.velocity(transformer, latents, glyphs, prior, None, times, rotary, source)
     for row in range(count):
         one = slice(row, row + 1)
@@ -63,6 +64,15 @@ def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> N
         caches.set_mode("read")
         alone = reference_velocity(transformer, latents[one], glyphs[one], prior[one], times[one], caches)
         assert torch.allclose(batched[one], alone, atol=1e-4)
+
+
+def test_a_batch_of_words_is_the_glyph_encoders_own_forward() -> None:
+    torch.manual_seed(2)
+    encoder = models.build_glyph_encoder().requires_grad_(False)
+    ids = torch.randint(3, 259, (3, 9))
+    own = encoder(ids).last_hidden_state
+    assert torch.allclose(glyph_states(encoder, ids, glyph_bias(encoder, 9)), own, atol=1e-5)
+    assert own.std() > 0.1
 
 
 def test_a_batch_through_the_vision_tower_is_the_towers_own_forward() -> None:
