@@ -23,6 +23,7 @@ from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.inflight import InFlight
 from glm_image.job import NANOSECONDS, Job
 from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadata
+from glm_image.preload import preload
 from glm_image.preview_messages import PREVIEW, answer_preview, packed_picture, read_preview
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
 from glm_image.serving import strings
@@ -32,6 +33,7 @@ from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
 from glm_image.serving.open_answers import OpenAnswers
+from glm_image.serving.process_end import end_process
 from glm_image.serving.pulse import Pulse
 from glm_image.serving.reception import Reception
 from glm_image.serving.request_log import Entry, RequestLog
@@ -75,6 +77,7 @@ class DitBackend:
         instance = Instance.read(args, DIT_PARAMETERS)
         place = instance.take_place(spare_first=True)
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
+        preload("glm_image.dit.engine")
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
         from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
@@ -143,6 +146,7 @@ class DitBackend:
         self._reception.close()
         self._metrics.close()
         self._spans.close()
+        end_process()
 
     def _paint(self, request: Any, answer: Answer, entry: Entry) -> None:
         inputs = Inputs(request)
