@@ -174,6 +174,9 @@ def _load(
     instance: Instance, metrics: Metrics, open_answers: OpenAnswers, gathering: Gathering | None
 ) -> tuple[Any, Pulse]:
     place = instance.take_place(spare_first=False)
+    # Read before seconds of imports, so that what is not allowed is told at once.
+    folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
+    slots, positions, longest_queue = (instance.integer(name, 1) for name in names)
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
     preload("glm_image.ar.engine")
     from glm_image.ar.engine import ArEngine  # noqa: PLC0415
@@ -185,16 +188,16 @@ def _load(
     device = open_device(place.inside[0], known_as=place.devices[0])
     settings = ArSettings(
         dtype=named_dtype(parameters["dtype"]),
-        max_num_seqs=instance.integer("max_num_seqs", 1),
-        max_sequence_tokens=instance.integer("max_sequence_tokens", 1),
-        max_queue=instance.integer("max_queue", 1),
+        max_num_seqs=slots,
+        max_sequence_tokens=positions,
+        max_queue=longest_queue,
         graph_mode=parameters["graph_mode"],
         graph_capture_sizes=instance.integers("graph_capture_sizes"),
         memory_utilization=instance.share("memory_utilization"),
         int8=parameters["quantization"] == "int8",
     )
     logger.info("loading the decoder on %s", device)
-    checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
+    checkpoint = Checkpoint.open(folder, parameters["load_format"])
     pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
     engine = ArEngine(
         checkpoint,

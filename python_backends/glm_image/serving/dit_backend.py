@@ -76,6 +76,8 @@ class DitBackend:
         strings.install()
         instance = Instance.read(args, DIT_PARAMETERS)
         place = instance.take_place(spare_first=True)
+        # Read before seconds of imports, so that what is not allowed is told at once.
+        parameters, folder, cache = instance.parameters, instance.checkpoint, cache_settings(instance)
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
         preload("glm_image.dit.engine")
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
@@ -83,9 +85,8 @@ class DitBackend:
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
         from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
-        parameters, cache = instance.parameters, cache_settings(instance)
         self._limits, self._timeouts = instance.limits, instance.timeouts
-        self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
+        self._checkpoint = Checkpoint.open(folder, parameters["load_format"])
         device = open_device(place.inside[0], known_as=place.devices[0])
         logger.info("loading the transformer on %s", device)
         self._spans = Spans(instance)
