@@ -189,17 +189,20 @@ def test_the_counters_move_by_what_requests_took(watched: TritonServer, fresh: P
     assert page["dit_peak_memory_bytes"] >= fresh["dit_peak_memory_bytes"]
 
 
+def slots(page: Page) -> tuple[float, float, float]:
+    """Running and waiting sequences, and the share of slots that are taken: set one after the other."""
+    return *page.load(), page["ar_slot_occupancy_ratio"]
+
+
 def test_the_load_is_told_while_it_lasts(watched: TritonServer) -> None:
     """Requests that would take long, and are cancelled when the page has been seen."""
     asked = {"prompt": "A fox", "height": 2048, "width": 2048, "num_images": SLOTS}
     with ThreadPoolExecutor(2) as pool, GlmImageClient(watched.grpc_url) as client:
         answers = [pool.submit(grpc_infer, watched, asked, "glm_ar", request_id="load") for _ in range(2)]
-        page = page_when(watched, lambda page: page.load() == (SLOTS, SLOTS))
-        assert page.load() == (SLOTS, SLOTS)
-        assert page["ar_slot_occupancy_ratio"] == 1
+        page = page_when(watched, lambda page: slots(page) == (SLOTS, SLOTS, 1))
+        assert slots(page) == (SLOTS, SLOTS, 1)
         assert not any(answer.done() for answer in answers)
         client.cancel("load")
         assert [getattr(answer.exception(), "status", None) for answer in answers] == ["CANCELLED"] * 2
-    page = page_when(watched, lambda page: page.load() == (0, 0))
-    assert page.load() == (0, 0)
-    assert page["ar_slot_occupancy_ratio"] == 0
+    page = page_when(watched, lambda page: slots(page) == (0, 0, 0))
+    assert slots(page) == (0, 0, 0)
