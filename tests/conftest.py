@@ -16,9 +16,12 @@ if not torch.cuda.is_available():
 
 from glm_image.ar.settings import ArSettings
 from glm_image.pipeline import LocalPipeline, LocalSettings
+from glm_image.supervisor import TritonServer
 from helpers import MakeCheckpoint
 from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint
 from parity.reference import load_reference
+
+DRAIN_SECONDS = 5
 
 # Layers of this size lose more to handing work between threads than they win.
 torch.set_num_threads(1)
@@ -44,6 +47,28 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 @pytest.fixture(scope="session")
 def checkpoint_folder(make_checkpoint: MakeCheckpoint) -> Path:
     return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(checkpoint_folder: Path) -> Path:
+    """What servers serve."""
+    return checkpoint_folder
+
+
+@pytest.fixture(scope="session")
+def same_threads() -> Iterator[None]:
+    """Servers compute with as many threads as this process: the order of a sum, and so its last bits, hangs on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+        yield
+
+
+@pytest.fixture(scope="session")
+def triton(tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
+    """The server of all tests that need no other."""
+    with TritonServer(tiny_checkpoint, drain_seconds=DRAIN_SECONDS) as server:
+        yield server
+        assert server.returncode is None, server.log_tail
 
 
 @pytest.fixture(scope="session")

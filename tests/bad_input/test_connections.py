@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 
 import grpc
 import numpy as np
@@ -17,7 +18,7 @@ from tritonclient.grpc import service_pb2
 from bad_input.wire import INFER, json_body
 from bench.soak import processes
 from glm_image.supervisor import TritonServer
-from server.kserve import Values, grpc_infer, http_binary_infer
+from server.kserve import Values, at_once, grpc_infer, http_binary_infer
 
 PICTURE: Values = {"prompt": "a fox", "height": 40, "width": 64, "num_inference_steps": 2, "seed": 3}
 SECONDS = 30
@@ -63,8 +64,8 @@ def unharmed(triton: TritonServer, picture: NDArray[np.uint8]) -> Iterator[None]
     pids = processes(triton)
     yield
     assert processes(triton) == pids
-    for infer in (grpc_infer, http_binary_infer):
-        np.testing.assert_array_equal(infer(triton, PICTURE)["images"], picture)
+    for outputs in at_once([partial(infer, triton, PICTURE) for infer in (grpc_infer, http_binary_infer)]).outputs:
+        np.testing.assert_array_equal(outputs["images"], picture)
 
 
 def urls(triton: TritonServer) -> list[str]:

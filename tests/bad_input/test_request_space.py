@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ ANY: dict[str, st.SearchStrategy[Any]] = {
     "output_format": st.text(max_size=8),
     "images": st.lists(st.binary(max_size=64), max_size=6).map(tuple),
 }
-SLOW_IS_FINE = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+AT_ONCE = 5
+SLOW_IS_FINE = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 
 RIGHT: dict[str, Any] = {
     "prompt": "x",
@@ -67,20 +69,28 @@ RIGHT: dict[str, Any] = {
 
 
 @SLOW_IS_FINE
-@given(st.fixed_dictionaries(LEGAL))
-@example({**RIGHT, "num_images": 2})
-@example({**RIGHT, "prompt": "\u2028\ufeff", "guidance_scale": 1e-38, "top_p": 1e-300})
-@example({**RIGHT, "height": 33, "width": 95, "output_format": "webp", "top_k": 1})
-def test_what_is_legal_is_served_right(pipeline: LocalPipeline, asked: dict[str, Any]) -> None:
+@given(st.lists(st.fixed_dictionaries(LEGAL), min_size=1, max_size=AT_ONCE))
+@example(
+    [
+        {**RIGHT, "num_images": 2},
+        {**RIGHT, "prompt": "\u2028\ufeff", "guidance_scale": 1e-38, "top_p": 1e-300},
+        {**RIGHT, "height": 33, "width": 95, "output_format": "webp", "top_k": 1},
+    ]
+)
+def test_what_is_legal_is_served_right(pipeline: LocalPipeline, asked: list[dict[str, Any]]) -> None:
+    """Requests beside each other, which decode together; their seeds make them again, in other company."""
     made = generate(pipeline, asked)
-    again = generate(pipeline, {**asked, "seed": made.metadata["seeds"][0]})
-    np.testing.assert_array_equal(made.pixels, again.pixels)
-    assert made.encoded == again.encoded
-    check(made, asked)
+    seeds = [one.metadata["seeds"][0] for one in made]
+    again = generate(pipeline, [{**one, "seed": seed} for one, seed in zip(asked, seeds, strict=True)][::-1])[::-1]
+    for one, first, second in zip(asked, made, again, strict=True):
+        np.testing.assert_array_equal(first.pixels, second.pixels)
+        assert first.encoded == second.encoded
+        check(first, one)
 
 
-def generate(pipeline: LocalPipeline, asked: dict[str, Any]) -> GeneratedPictures:
-    return pipeline.generate(GenerationParameters(**asked), Job())
+def generate(pipeline: LocalPipeline, asked: list[dict[str, Any]]) -> list[GeneratedPictures]:
+    with ThreadPoolExecutor(AT_ONCE) as clients:
+        return list(clients.map(lambda one: pipeline.generate(GenerationParameters(**one), Job()), asked))
 
 
 def check(made: GeneratedPictures, asked: dict[str, Any]) -> None:

@@ -150,8 +150,9 @@ class HeldRequest:
 
 
 def wait_for_log(served: Served, words: str) -> None:
-    """Follows the supervisor's log until it says ``words``."""
-    with subprocess.Popen(["tail", "-n", "+1", "-F", str(served.log)], stdout=subprocess.PIPE, text=True) as tail:
+    """Follows the supervisor's log until it says ``words``, or the supervisor has ended without them."""
+    command = ["tail", "-n", "+1", f"--pid={served.process.pid}", "-F", str(served.log)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
         assert tail.stdout is not None
         try:
             assert any(words in line for line in tail.stdout)

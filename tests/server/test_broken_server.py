@@ -218,3 +218,17 @@ def test_a_drained_server_finishes_both_stages(tiny_checkpoint: Path, same_threa
     assert PICTURE.items() - {("prompt", PICTURE["prompt"]), ("num_inference_steps", 1)} <= lines[2].items()
     assert set(lines[2]["seconds"]) == set(STAGES)
     assert "a fox" not in (tmp_path / "requests.jsonl").read_text()
+
+
+@pytest.mark.full
+def test_a_drained_server_finishes_what_a_stage_was_asked_directly(tiny_checkpoint: Path, same_threads: None) -> None:
+    """It is unloaded meanwhile, and so is the stage that does the unloading."""
+    asked: Values = {"prompt": "a fox", "num_inference_steps": 20}
+    with TritonServer(tiny_checkpoint, drain_seconds=60) as server:
+        prior = grpc_infer(server, PICTURE, "glm_ar")
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(grpc_infer, server, {**asked, **prior}, "glm_dit")
+            page_when(server, lambda page: page["dit_step_seconds_count"] > 0)
+            server.request_stop()
+            assert answer.result()["images"].shape == (1, PICTURE["height"], PICTURE["width"], 3)
+        assert server.wait() == 0

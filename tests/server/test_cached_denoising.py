@@ -51,7 +51,8 @@ def test_pictures_of_several_sizes_at_once(tiny_checkpoint: Path, same_threads: 
         expected = [local.generate(GenerationParameters(**asked)) for asked in REQUESTS]
         prior = grpc_infer(server, {**ASKED, "height": 512, "width": 512, "seed": 5}, "glm_ar")
         late = {"prompt": "x", **prior, "num_inference_steps": 200}
-        with pytest.raises(KServeError, match="past its deadline"):
+        # Stopped in the middle, or before: by the pace of its first steps it may be told that it will not be in time.
+        with pytest.raises(KServeError, match=r"past its deadline|cannot meet its deadline"):
             grpc_infer(server, late, "glm_dit", timeout_seconds=0.3)
         outputs = at_once([partial(grpc_infer, server, asked) for asked in REQUESTS * 2]).outputs
         for answer, picture in zip(outputs, expected * 2, strict=True):

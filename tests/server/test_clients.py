@@ -30,7 +30,6 @@ from glm_image.pipeline import LocalPipeline
 from glm_image.request import GenerationParameters
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
-from server.conftest import DRAIN_SECONDS
 from server.kserve import REQUEST_INPUTS, decoded
 
 REQUEST: dict[str, Any] = {
@@ -143,7 +142,7 @@ class TestSharedMemory:
 
     @pytest.fixture(scope="class")
     def opened(self, tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
-        with TritonServer(tiny_checkpoint, drain_seconds=DRAIN_SECONDS, open_apis=["shared-memory"]) as server:
+        with TritonServer(tiny_checkpoint, drain_seconds=5, open_apis=["shared-memory"]) as server:
             yield server
 
     @pytest.fixture

@@ -20,6 +20,7 @@ from glm_image.dit.measures import DIT_ENDS, DIT_MEASURES
 from glm_image.measures import REFUSALS, Ends, Kind, Measure
 from glm_image.serving.declaration import AR_PARAMETERS
 from glm_image.supervisor import TritonServer
+from glm_image_client import GlmImageClient
 from server.kserve import KServeError, Values, at_once, grpc_infer, metadata
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -187,16 +188,20 @@ def test_the_counters_move_by_what_requests_took(watched: TritonServer, fresh: P
     assert page["dit_peak_memory_bytes"] >= fresh["dit_peak_memory_bytes"]
 
 
+def slots(page: Page) -> tuple[float, float, float]:
+    """Running and waiting sequences, and the share of slots that are taken: set one after the other."""
+    return *page.load(), page["ar_slot_occupancy_ratio"]
+
+
 def test_the_load_is_told_while_it_lasts(watched: TritonServer) -> None:
-    asked = {"prompt": "A fox", "height": 1024, "width": 1024, "num_images": SLOTS}
-    with ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(grpc_infer, watched, {**asked, "seed": seed}, "glm_ar") for seed in range(2)]
-        page = page_when(watched, lambda page: page.load() == (SLOTS, SLOTS))
-        assert page.load() == (SLOTS, SLOTS)
-        assert page["ar_slot_occupancy_ratio"] == 1
+    """Requests that would take long, and are cancelled when the page has been seen."""
+    asked = {"prompt": "A fox", "height": 2048, "width": 2048, "num_images": SLOTS}
+    with ThreadPoolExecutor(2) as pool, GlmImageClient(watched.grpc_url) as client:
+        answers = [pool.submit(grpc_infer, watched, asked, "glm_ar", request_id="load") for _ in range(2)]
+        page = page_when(watched, lambda page: slots(page) == (SLOTS, SLOTS, 1))
+        assert slots(page) == (SLOTS, SLOTS, 1)
         assert not any(answer.done() for answer in answers)
-        for answer in answers:
-            answer.result()
-    page = page_when(watched, lambda page: page.load() == (0, 0))
-    assert page.load() == (0, 0)
-    assert page["ar_slot_occupancy_ratio"] == 0
+        client.cancel("load")
+        assert [getattr(answer.exception(), "status", None) for answer in answers] == ["CANCELLED"] * 2
+    page = page_when(watched, lambda page: slots(page) == (0, 0, 0))
+    assert slots(page) == (0, 0, 0)

@@ -82,12 +82,20 @@ def test_raw_pixels_are_those_of_the_png(triton: TritonServer, png: bytes, infer
     np.testing.assert_array_equal(outputs["images"], decoded(png)[None])
 
 
-def test_generate_needs_no_more_than_a_prompt_and_a_format(triton: TritonServer) -> None:
-    """The shortest request there is: a picture of the default size, in the default number of steps."""
-    outputs = generate(triton, {"prompt": "a fox", "output_format": "jpeg"})
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"num_inference_steps": 1},
+        pytest.param({}, marks=pytest.mark.full),  # the shortest request there is; the default steps have a test each
+    ],
+    ids=["and steps", "alone"],
+)
+def test_generate_needs_no_more_than_a_prompt_and_a_format(triton: TritonServer, beside: Values) -> None:
+    outputs = generate(triton, {"prompt": "a fox", "output_format": "jpeg", **beside})
     told = metadata(outputs)
     assert decoded(files(outputs)[0]).shape == (1024, 1024, 3)
-    assert (told["height"], told["width"], told["steps"], len(told["seeds"])) == (1024, 1024, 50, 1)
+    steps = beside.get("num_inference_steps", 50)
+    assert (told["height"], told["width"], told["steps"], len(told["seeds"])) == (1024, 1024, steps, 1)
 
 
 @pytest.mark.parametrize("model", MODELS)

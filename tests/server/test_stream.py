@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -169,3 +170,7 @@ def test_a_drained_server_finishes_its_streams(tiny_checkpoint: Path, same_threa
             assert texts(last, "images_base64")
             assert end.result is not None
         assert server.wait() == 0
+        _, _, stopping = server.log_tail.partition("Signal (15) received")
+        assert re.findall(r"Found (\d+) live models", stopping) == ["0"], (
+            "Triton is asked when nothing is left to unload"
+        )

@@ -12,11 +12,20 @@ from pathlib import Path
 import pytest
 
 from glm_image.errors import CheckpointError, ConfigurationError
+from glm_image.serving.entrances import DRAINED
 from glm_image.supervisor import guard
 from glm_image.supervisor.access import CLOSABLE_APIS, closing_flags, is_loopback
 from glm_image.supervisor.cli import parse_arguments
 from glm_image.supervisor.installation import Installation
-from glm_image.supervisor.log import SERVICES, StartFailure, start_failure, started_service, syntax_error
+from glm_image.supervisor.log import (
+    SERVICES,
+    StartFailure,
+    drained_model,
+    start_failure,
+    started_service,
+    syntax_error,
+    unloaded_model,
+)
 from glm_image.supervisor.requirements import check_bundled_server, libpython_directory
 from glm_image.supervisor.settings import ServerSettings, default_model_repository, free_ports
 
@@ -194,6 +203,21 @@ class TestLog:
         assert failure is not None
         assert failure.port_lost
         assert failure.message == "Socket '127.0.0.1:18001' already in use"
+
+    @pytest.mark.parametrize(
+        ("line", "drained", "unloaded"),
+        [
+            (f"2026-11-22 08:51:42,993 glm_image_stream_0_0 {DRAINED}\n", "glm_image_stream", None),
+            (f"2026-11-22 08:51:42,993 glm_image_stream_0_0 a prompt: {DRAINED}\n", None, None),
+            (
+                "I1122 08:51:44.0 9 model_lifecycle.cc:624] \"successfully unloaded 'glm_ar' version 1\"\n",
+                None,
+                "glm_ar",
+            ),
+        ],
+    )
+    def test_what_a_stop_waits_for(self, line: str, drained: str | None, unloaded: str | None) -> None:
+        assert (drained_model(line), unloaded_model(line)) == (drained, unloaded)
 
     def test_an_ordinary_line(self) -> None:
         assert start_failure("I1122 02:06:43.2 4474 model_lifecycle.cc:839] \"successfully loaded 'good'\"\n") is None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import GlmImageProcessor
 
 from glm_image.ar.admission import Admission
 from glm_image.ar.config import ArConfig
@@ -82,8 +83,6 @@ class ArEngine:
         watched: Callable[[Run], Run] = lambda run: run,
         admission: Admission | None = None,
     ) -> None:
-        from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import, so not before a device is chosen
-
         device.bind()
         dtype = settings.dtype or device.default_dtype
         self.config = ArConfig.read(checkpoint)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import GlmImageConfig, GlmImageVisionModel, GlmImageVQVAE
 
 from glm_image.checkpoint import Checkpoint, fill
 from glm_image.errors import CheckpointError
@@ -85,8 +86,6 @@ def patches_of(processor: Any, sources: Sequence[Source]) -> NDArray[np.float32]
 
 
 def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    from transformers import GlmImageConfig, GlmImageVisionModel, GlmImageVQVAE  # noqa: PLC0415 - seconds to import
-
     json: Mapping[str, Any] = checkpoint.config("vision_language_encoder")
     try:
         config = GlmImageConfig(**json)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +23,17 @@ from glm_image.geometry import Grid, preview_of
 from glm_image.inflight import InFlight
 from glm_image.job import Job
 from glm_image.metadata import ar_metadata
+from glm_image.preload import preload
 from glm_image.request import GenerationParameters, ResolvedRequest
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
 from glm_image.serving.declaration import AR_PARAMETERS
-from glm_image.serving.entrances import ENTRANCES
+from glm_image.serving.entrances import ENTRANCES, STAGES
 from glm_image.serving.gathering import Gathering
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
 from glm_image.serving.open_answers import OpenAnswers
+from glm_image.serving.process_end import end_process
 from glm_image.serving.pulse import Pulse
 from glm_image.serving.reception import Reception
 from glm_image.serving.request_log import Entry, RequestLog
@@ -75,7 +78,8 @@ class ArBackend:
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
         self._max_decoding = instance.integer("max_queue", 1)
         self._may_decode = threading.Semaphore(self._max_decoding)
-        self._pulse.start(self._engine.is_alive, _unload_entrances if instance.index == 0 else None)
+        orders = {"drain": partial(_unload, ENTRANCES), "unload": partial(_unload, STAGES)}
+        self._pulse.start(self._engine.is_alive, orders if instance.index == 0 else {})
 
     def execute(self, requests: list[Any]) -> None:
         """Hands requests over; the answers go out later, from the engine's thread.
@@ -100,6 +104,7 @@ class ArBackend:
         self._reception.close()
         self._metrics.close()
         self._spans.close()
+        end_process()
 
     def _accept(self, request: Any, answer: Answer, entry: Entry) -> None:
         job = Job.with_timeout(request.request_id(), self._timeouts.of(request.timeout()))
@@ -158,17 +163,22 @@ def _told(asked: GenerationParameters) -> dict[str, Any]:
     }
 
 
-def _unload_entrances() -> None:
-    """Takes the models that take requests away; requests in flight go on."""
-    for model in ENTRANCES:
-        pb_utils.unload_model(model)
+def _unload(models: Sequence[str]) -> None:
+    """Takes models away; requests in flight go on, and Triton ends a model's process after its last one."""
+    for model in models:
+        with contextlib.suppress(pb_utils.TritonModelException):  # this server was started without it
+            pb_utils.unload_model(model)
 
 
 def _load(
     instance: Instance, metrics: Metrics, open_answers: OpenAnswers, gathering: Gathering | None
 ) -> tuple[Any, Pulse]:
     place = instance.take_place(spare_first=False)
+    # Read before seconds of imports, so that what is not allowed is told at once.
+    folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
+    slots, positions, longest_queue = (instance.integer(name, 1) for name in names)
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
+    preload("glm_image.ar.engine")
     from glm_image.ar.engine import ArEngine  # noqa: PLC0415
     from glm_image.ar.settings import ArSettings  # noqa: PLC0415
     from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
@@ -178,16 +188,16 @@ def _load(
     device = open_device(place.inside[0], known_as=place.devices[0])
     settings = ArSettings(
         dtype=named_dtype(parameters["dtype"]),
-        max_num_seqs=instance.integer("max_num_seqs", 1),
-        max_sequence_tokens=instance.integer("max_sequence_tokens", 1),
-        max_queue=instance.integer("max_queue", 1),
+        max_num_seqs=slots,
+        max_sequence_tokens=positions,
+        max_queue=longest_queue,
         graph_mode=parameters["graph_mode"],
         graph_capture_sizes=instance.integers("graph_capture_sizes"),
         memory_utilization=instance.share("memory_utilization"),
         int8=parameters["quantization"] == "int8",
     )
     logger.info("loading the decoder on %s", device)
-    checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
+    checkpoint = Checkpoint.open(folder, parameters["load_format"])
     pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
     engine = ArEngine(
         checkpoint,

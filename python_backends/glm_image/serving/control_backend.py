@@ -14,6 +14,7 @@ from glm_image.errors import InvalidInputError, UnavailableError
 from glm_image.run_directory import VARIABLE
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
+from glm_image.serving.process_end import end_process
 from glm_image.serving.tensors import Inputs, text_array
 
 THREADS = 4
@@ -43,6 +44,7 @@ class ControlBackend:
     def finalize(self) -> None:
         """Waits for the last answers."""
         self._threads.shutdown(wait=True)
+        end_process()
 
     def _answer(self, answer: Answer, request_id: str, action: str) -> None:
         try:

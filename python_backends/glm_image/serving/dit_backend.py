@@ -23,6 +23,7 @@ from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.inflight import InFlight
 from glm_image.job import NANOSECONDS, Job
 from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadata
+from glm_image.preload import preload
 from glm_image.preview_messages import PREVIEW, answer_preview, packed_picture, read_preview
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
 from glm_image.serving import strings
@@ -32,6 +33,7 @@ from glm_image.serving.declaration import DIT_PARAMETERS
 from glm_image.serving.instance import Instance
 from glm_image.serving.metrics import Metrics
 from glm_image.serving.open_answers import OpenAnswers
+from glm_image.serving.process_end import end_process
 from glm_image.serving.pulse import Pulse
 from glm_image.serving.reception import Reception
 from glm_image.serving.request_log import Entry, RequestLog
@@ -74,15 +76,17 @@ class DitBackend:
         strings.install()
         instance = Instance.read(args, DIT_PARAMETERS)
         place = instance.take_place(spare_first=True)
+        # Read before seconds of imports, so that what is not allowed is told at once.
+        parameters, folder, cache = instance.parameters, instance.checkpoint, cache_settings(instance)
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
+        preload("glm_image.dit.engine")
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
         from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
         from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
-        parameters, cache = instance.parameters, cache_settings(instance)
         self._limits, self._timeouts = instance.limits, instance.timeouts
-        self._checkpoint = Checkpoint.open(instance.checkpoint, parameters["load_format"])
+        self._checkpoint = Checkpoint.open(folder, parameters["load_format"])
         device = open_device(place.inside[0], known_as=place.devices[0])
         logger.info("loading the transformer on %s", device)
         self._spans = Spans(instance)
@@ -143,6 +147,7 @@ class DitBackend:
         self._reception.close()
         self._metrics.close()
         self._spans.close()
+        end_process()
 
     def _paint(self, request: Any, answer: Answer, entry: Entry) -> None:
         inputs = Inputs(request)

@@ -57,7 +57,7 @@ class Instance:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         config = json.loads(args["model_config"])
         given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
-        index, siblings = _position(args, config.get("instance_group", ()))
+        index, siblings = position(args)
         return cls(
             model=args["model_name"],
             index=index,
@@ -204,8 +204,9 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _position(args: Mapping[str, str], groups: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+def position(args: Mapping[str, str]) -> tuple[int, int]:
     """Returns which instance of a model this is, counted over all its groups, and how many there are."""
+    groups: Sequence[Mapping[str, Any]] = json.loads(args["model_config"]).get("instance_group", ())
     name, index, count = args["model_instance_name"], None, 0
     for number, group in enumerate(groups or ({},)):
         group_name, size = group.get("name") or f"{args['model_name']}_{number}", int(group.get("count") or 1)

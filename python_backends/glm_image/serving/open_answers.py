@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 
 from glm_image.errors import UnavailableError
 from glm_image.serving.answer import Answer
+from glm_image.serving.process_end import end_process
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,5 @@ class OpenAnswers:
             for answer in list(self._answers):
                 answer.fail(error)
             logger.error("this instance ends: %s", error)
-            logging.shutdown()
         finally:  # a process that went on would refuse all requests and never be started anew
-            os._exit(EXIT_CODE)
+            end_process(EXIT_CODE)

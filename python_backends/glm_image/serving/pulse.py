@@ -14,7 +14,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 
 _PID, _BEATS, _BUSY_SINCE, _MAY_LAST = range(4)
+
+Orders = Mapping[str, Callable[[], None]]
+NO_ORDERS: Orders = {}
 
 Given = TypeVar("Given")
 Returned = TypeVar("Returned")
@@ -64,22 +67,23 @@ class Pulse:
             self._page = words.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(words)))
         self._page[_MAY_LAST] = int(hang_seconds * NANOSECONDS)
 
-    def start(self, is_alive: Callable[[], bool] = lambda: True, on_drain: Callable[[], None] | None = None) -> None:
+    def start(self, is_alive: Callable[[], bool] = lambda: True, orders: Orders = NO_ORDERS) -> None:
         """Begins to beat: when the model is loaded, and what may take as long as it likes is over.
 
         Args:
             is_alive: asked before each beat; a process of which it says no, or never says anything, does not live.
-            on_drain: called when the server is to end: what takes requests is to be unloaded.
+            orders: what to do, in the pulse's own thread, at an order of the guard: ``drain`` when the server is to
+                end, so that nothing may take requests any more; ``unload`` when none is left.
         """
         if self._directory is None:
             return
-        orders = self._directory / f"{self._name}.orders"
-        os.mkfifo(orders, 0o600)
+        pipe = self._directory / f"{self._name}.orders"
+        os.mkfifo(pipe, 0o600)
         # For reading and writing: a pipe that always has a writer has no end.
-        descriptor = os.open(orders, os.O_RDWR | os.O_NONBLOCK)
+        descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
         self._page[_PID] = os.getpid()
         self._thread = threading.Thread(
-            target=self._beat, args=(descriptor, is_alive, on_drain), name="pulse", daemon=True
+            target=self._beat, args=(descriptor, is_alive, orders), name="pulse", daemon=True
         )
         self._thread.start()
 
@@ -116,20 +120,20 @@ class Pulse:
     def _show_busy(self) -> None:
         self._page[_BUSY_SINCE] = next(iter(self._busy.values()), 0)  # the oldest one
 
-    def _beat(self, orders: int, is_alive: Callable[[], bool], on_drain: Callable[[], None] | None) -> None:
+    def _beat(self, pipe: int, is_alive: Callable[[], bool], orders: Orders) -> None:
         ready: list[int] = []
         while self._end not in ready:
             if is_alive():
                 self._page[_BEATS] += 1
-            if orders in ready:
-                os.read(orders, 4096)
-                _drain(on_drain)
-            ready = select.select([orders, self._end], [], [], BEAT_SECONDS)[0]
+            if pipe in ready:
+                for order in os.read(pipe, 4096).decode().split():
+                    _obey(order, orders)
+            ready = select.select([pipe, self._end], [], [], BEAT_SECONDS)[0]
 
 
-def _drain(on_drain: Callable[[], None] | None) -> None:
+def _obey(order: str, orders: Orders) -> None:
     try:
-        if on_drain is not None:
-            on_drain()
+        if order in orders:
+            orders[order]()
     except Exception:  # the server is asked to end after its time for this, and the thread must go on beating
-        logger.exception("what takes requests cannot be unloaded")
+        logger.exception("the order to %s is not carried out", order)

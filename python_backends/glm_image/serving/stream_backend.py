@@ -9,11 +9,17 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from glm_image.errors import QueueFullError
+from glm_image.errors import QueueFullError, UnavailableError
 from glm_image.serving import strings
+from glm_image.serving.entrances import DRAINED
 from glm_image.serving.errors import triton_error
+from glm_image.serving.instance import position
+from glm_image.serving.process_end import end_process
+from glm_image.serving.pulse import Pulse
 from glm_image.serving.streamed import Streamed
 from glm_image.story import PaintingTimes
+
+logger = logging.getLogger(__name__)
 
 MAX_STREAMS = 128
 """Streams at once; each has threads of its own. More than the first stage lets wait by default."""
@@ -32,6 +38,10 @@ class StreamBackend:
         self._times = PaintingTimes()
         self._changed = threading.Condition()
         self._running = 0
+        self._drains = False
+        index, siblings = position(args)
+        self._pulse = Pulse(f"{args['model_name']}_{index}", hang_seconds=0)
+        self._pulse.start(orders={"drain": self._drain} if siblings == 1 else {})
 
     def execute(self, requests: list[Any]) -> None:
         """Begins a stream for each request; its responses go out from threads of its own."""
@@ -47,9 +57,23 @@ class StreamBackend:
         """Waits for what streams still have open after their last response, which would outlive the interpreter."""
         with self._changed:
             self._changed.wait_for(lambda: self._running == 0)
+        self._pulse.close()
+        end_process()
+
+    def _drain(self) -> None:
+        """Refuses what Triton has taken and not yet handed over, and says when the last stream has ended."""
+        with self._changed:
+            self._drains = True
+            self._tell_drained()
+
+    def _tell_drained(self) -> None:
+        if self._drains and self._running == 0:
+            logger.info(DRAINED)
 
     def _begin(self, stream: Streamed) -> None:
         with self._changed:
+            if self._drains:
+                raise UnavailableError("the server is stopping")
             if self._running >= MAX_STREAMS:
                 raise QueueFullError(f"glm_image_stream has {MAX_STREAMS} streams, as many as may be; try again later")
             self._running += 1
@@ -62,3 +86,4 @@ class StreamBackend:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
+                self._tell_drained()

@@ -1,9 +1,9 @@
 """Runs one tritonserver and sees to it that nothing of it stays behind, however its owner ends.
 
 A script of its own, standard library only. Its owner speaks through its standard input, an order a line: ``watch`` when
-all models are loaded, ``drain`` and ``stop`` for an orderly end, ``kill`` or the end of the input (the owner is gone)
-for an immediate one. It adopts what the server leaves running, so that model processes cannot linger either, and
-removes the server's shared memory and run directory last.
+all models are loaded, ``drain``, ``unload`` and ``stop`` for an orderly end, ``kill`` or the end of the input (the
+owner is gone) for an immediate one. It adopts what the server leaves running, so that model processes cannot linger
+either, and removes the server's shared memory and run directory last.
 
 From ``watch`` on it ends the server with the first of its processes that dies, is stopped or hangs. Triton 2.51 would
 go on, say that it is ready, and never answer what a dead process had accepted; a model that is loaded again in place
@@ -34,6 +34,8 @@ SHARED_MEMORY = Path("/dev/shm")
 SERVER_STACK_BYTES = 256 * 1024 * 1024
 # What Triton takes to end after its drain, before it is killed.
 STOP_GRACE_SECONDS = 10
+# What unloading takes that no request keeps waiting: Triton looks for a second whether a model's process lives.
+UNLOAD_SECONDS = 2.0
 
 STUB = "triton_python_backend_stub"
 NAME_IN_STAT = STUB[:15]  # Linux cuts the names of processes
@@ -238,6 +240,8 @@ class Guard:
                 self._watch()
             elif order == "drain":
                 self._drain()
+            elif order == "unload":
+                self._unload()
             else:
                 self._stop()
 
@@ -280,13 +284,22 @@ class Guard:
         self._signal(signal.SIGKILL)
 
     def _drain(self) -> None:
-        """Lets the models that take requests be unloaded; the owner sees when they are, and orders ``stop``."""
+        """Lets the models that take requests be unloaded; the owner sees when none is left, and orders ``unload``."""
         self._ends_by(self._drain_seconds + STOP_GRACE_SECONDS)
         self._stop_at = time.monotonic() + self._drain_seconds
+        self._pass_on(b"drain\n")
+
+    def _unload(self) -> None:
+        """Lets the others be unloaded, all at once; the owner sees when they are, and orders ``stop``."""
+        if self._stop_at is not None:
+            self._stop_at = min(self._stop_at, time.monotonic() + UNLOAD_SECONDS)
+            self._pass_on(b"unload\n")
+
+    def _pass_on(self, order: bytes) -> None:
         for orders in self._pulses.glob("*.orders"):
             with contextlib.suppress(OSError):  # nobody reads any more
                 descriptor = os.open(orders, os.O_WRONLY | os.O_NONBLOCK)
-                os.write(descriptor, b"drain\n")
+                os.write(descriptor, order)
                 os.close(descriptor)
 
     def _stop(self) -> None:

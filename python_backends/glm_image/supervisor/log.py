@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from glm_image import errors
+from glm_image.serving.entrances import DRAINED
 
 # In the order in which they start. HTTP is said to be up before its port is bound; the next one's start proves it.
 SERVICES = frozenset({"GRPCInferenceService", "HTTPService", "Metrics Service"})
@@ -23,6 +24,7 @@ _MODEL_FAILURES = [
 _SYNTAX = re.compile(r"^\[libprotobuf ERROR .*\] Error parsing text-format \S+ (?P<place>\d+:\d+: .*)$")
 _UNREADABLE = "failed to read text proto from "
 _UNLOADED = re.compile(r""""successfully unloaded '(?P<model>[^']+)' version \d+"$""")
+_DRAINED = re.compile(rf"^\S+ \S+ (?P<model>\w+)_\d+_\d+ {DRAINED}$")
 _STATUS = re.compile(r"^(?:Internal|Invalid argument|Unavailable|Unknown|Not found|Unsupported|Already exists): ")
 _OWN_ERRORS = "|".join(name for name, value in vars(errors).items() if isinstance(value, type))
 _OWN_ERROR = re.compile(rf"^(?:[\w.]+\.)?(?:{_OWN_ERRORS}): ")
@@ -45,6 +47,12 @@ def started_service(line: str) -> str | None:
 def unloaded_model(line: str) -> str | None:
     """The model that this line of the log says is unloaded, its last request answered, else None."""
     match = _UNLOADED.search(line.rstrip())
+    return match["model"] if match else None
+
+
+def drained_model(line: str) -> str | None:
+    """The model that says in this line of the log that it has no requests and takes no more, else None."""
+    match = _DRAINED.search(line.rstrip())
     return match["model"] if match else None
 
 

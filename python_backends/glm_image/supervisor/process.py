@@ -21,14 +21,16 @@ from glm_image.supervisor.installation import Installation
 from glm_image.supervisor.log import (
     SERVICES,
     StartFailure,
+    drained_model,
     start_failure,
     started_service,
     syntax_error,
     unloaded_model,
 )
-from glm_image.supervisor.settings import ServerSettings, entrances_of
+from glm_image.supervisor.settings import ServerSettings, unloading_of
 
 LOG_TAIL_LINES = 200
+METRICS_INTERVAL_MS = 250
 FIRST_SIGNAL_CODE = 128
 
 
@@ -51,8 +53,10 @@ class ServerProcess:
         self._failure: StartFailure | None = None
         self._ended = False
         self._last_words: str | None = None
-        self._entrances = entrances_of(settings.model_repository)
-        self._to_unload: set[str] = set()
+        self._entrances, self._stages = unloading_of(settings.model_repository)
+        self._drained: set[str] = set()
+        self._unloaded: set[str] = set()
+        self._next_order: bytes | None = None
         try:
             self._guard = self._launch(installation, settings, restarts)
         except BaseException:
@@ -97,9 +101,10 @@ class ServerProcess:
         """Asks for the end after what is in flight; returns at once, safe in a signal handler.
 
         Once Triton is asked to end, a request that is between two steps of an ensemble is refused. So what takes
-        requests is unloaded first, which makes the server unready; when the last answer is out, Triton is asked.
+        requests is unloaded first, which makes the server unready; when the last answer is out, the others are, all at
+        once; then Triton is asked. It would unload them, too, and look but once a second whether they are.
         """
-        self._to_unload = set(self._entrances)
+        self._next_order = b"unload\n"
         self._order(b"drain\n" if self._entrances else b"stop\n")
 
     def request_kill(self) -> None:
@@ -148,6 +153,8 @@ class ServerProcess:
             *(f"--{service}-address={settings.host}" for service in ("http", "grpc", "metrics")),
             *(f"{flag}={port}" for flag, port in settings.ports().items()),
             "--allow-metrics=true",
+            # A server that ends waits for the thread that collects them, which sleeps for so long.
+            f"--metrics-interval-ms={METRICS_INTERVAL_MS}",
             f"--exit-timeout-secs={settings.drain_seconds}",
             # For the models' own processes, which unload what takes requests; the API is closed to everybody else.
             "--model-control-mode=explicit",
@@ -185,11 +192,20 @@ class ServerProcess:
             self._failure = self._failure or start_failure(line, self._syntax_error)
             if line.startswith(guard.LAST_WORDS) and self._last_words is None:
                 self._last_words = line.removeprefix(guard.LAST_WORDS).strip()
-            if (unloaded := unloaded_model(line)) in self._to_unload:
-                self._to_unload.discard(str(unloaded))
-                if not self._to_unload:
-                    self._order(b"stop\n")
+            self._follow_stop(line)
             self._changed.notify_all()
+
+    def _follow_stop(self, line: str) -> None:
+        if drained := drained_model(line):
+            self._drained.add(drained)
+        if unloaded := unloaded_model(line):
+            self._unloaded.add(unloaded)
+        if self._next_order == b"unload\n" and self._entrances <= self._drained | self._unloaded:
+            self._next_order = b"stop\n"
+            self._order(b"unload\n")
+        if self._next_order == b"stop\n" and self._entrances | self._stages <= self._unloaded:
+            self._next_order = None
+            self._order(b"stop\n")
 
     def _order(self, order: bytes) -> None:
         assert self._guard.stdin is not None

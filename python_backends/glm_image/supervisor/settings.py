@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glm_image.errors import CheckpointError, ConfigurationError, shown
-from glm_image.serving.entrances import ENTRANCES
+from glm_image.serving.entrances import ENTRANCES, STAGES
 from glm_image.supervisor.access import DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 
 LARGEST_PORT = 65535
@@ -119,9 +119,10 @@ class ServerSettings:
         return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
 
 
-def entrances_of(repository: Path) -> list[str]:
-    """The models of a repository that take whole requests and hand them to others: a drain unloads them first."""
-    return [model.name for model in model_folders(repository) if model.name in ENTRANCES]
+def unloading_of(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """The models of a repository that take whole requests and hand them to others, and these others."""
+    models = frozenset(model.name for model in model_folders(repository))
+    return models.intersection(ENTRANCES), models.intersection(STAGES)
 
 
 def default_model_repository() -> Path:
