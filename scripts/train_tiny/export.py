@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,21 @@ def reports(run: Path, stage: str) -> list[dict[str, Any]]:
 
 def _row(run: Path, stage: str) -> str:
     lines = reports(run, stage)
-    prepared = next(line for line in lines if line.get("event") == "prepared")
+    prepared = [line for line in lines if line.get("event") == "prepared"]
+    samples, batches = (_each(line[name] for line in prepared) for name in ("samples", "batch"))
     end = next(line for line in reversed(lines) if line.get("event") == "end")
     losses = [line["loss"] for line in lines if "loss" in line and "event" not in line] or [float("nan")]
     known = {"stage", "event", "step", "seconds", "latents_mean", "latents_std"}
     measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in end.items() if name not in known)
     return (
-        f"| {stage} | {prepared['samples']:,} | {prepared['batch']} | {end['step']:,} | {end['seconds']:.0f} "
+        f"| {stage} | {samples} | {batches} | {end['step']:,} | {end['seconds']:.0f} "
         f"| {losses[0]:.4g} | {losses[-1]:.4g} | {measured} |"
     )
+
+
+def _each(values: Iterable[int]) -> str:
+    """Every value once, in order: a stage may have been called several times."""
+    return " / ".join(f"{value:,}" for value in dict.fromkeys(values))
 
 
 def _parameters() -> str:
@@ -128,7 +134,8 @@ cosine over the time given, averaged weights.
 {stages}
 
 A batch is counted in pictures of 256x256 (the vision tower's are half that); other sizes give as many pixels or tokens.
-The first and last losses are means over fifty steps. "Named" is the share of cells whose shape, colour, letter or kind
+Seconds are those of all calls of a stage; each call has its own cosine, and starts from the averaged weights of the last.
+The first and last losses are means over a hundred steps. "Named" is the share of cells whose shape, colour, letter or kind
 of background a light decoder reads from the codes; "large grid right" how often the AR's likeliest code is the
 picture's, given all before it.
 
