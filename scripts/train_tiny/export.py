@@ -134,10 +134,10 @@ cosine over the time given, averaged weights.
 {stages}
 
 A batch is counted in pictures of 256x256 (the vision tower's are half that); other sizes give as many pixels or tokens.
-Seconds are those of all calls of a stage; each call has its own cosine, and starts from the averaged weights of the last.
-The first and last losses are means over a hundred steps. "Named" is the share of cells whose shape, colour, letter or kind
-of background a light decoder reads from the codes; "large grid right" how often the AR's likeliest code is the
-picture's, given all before it.
+Seconds are those of all calls of a stage; each call has its own cosine, and starts from the averaged weights of the
+last. The first and last losses are means over a hundred steps. "Named" is the share of cells whose shape, colour,
+letter or kind of background a light decoder reads from the codes; "large grid right" how often the AR's likeliest code
+is the picture's, given all before it.
 
 ## Limits
 
