@@ -139,6 +139,10 @@ last. The first and last losses are means over a hundred steps. "Named" is the s
 letter or kind of background a light decoder reads from the codes; "large grid right" how often the AR's likeliest code
 is the picture's, given all before it.
 
+## How well it does what it is told
+
+{adherence}
+
 ## Limits
 
 It knows nothing beyond its world: other words in a prompt are noise to it, photographs as sources as well. It has no
@@ -150,6 +154,34 @@ Apache 2.0, as the code that made it.
 """
 
 
+MEASURED = """\
+By `scripts/eval/adherence.py`, on prompts and edits kept from training, 256x256, 20 steps, guidance 1.5. The same judge
+finds everything right in drawings of all these scenes.\
+"""
+
+
 def model_card(run: Path) -> str:
     """The README of the checkpoint, its figures from the logs."""
-    return CARD.format(parameters=_parameters(), stages="\n".join(_row(run, stage) for stage in STAGES))
+    stages = "\n".join(_row(run, stage) for stage in STAGES)
+    return CARD.format(parameters=_parameters(), stages=stages, adherence=_adherence(run))
+
+
+def _adherence(run: Path) -> str:
+    """The table of ``run/adherence.jsonl``, which is what ``scripts/eval/adherence.py`` prints."""
+    file = run / "adherence.jsonl"
+    if not file.exists():
+        return "Not measured."
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    told = {line["measure"]: line for line in lines}
+    rows = [
+        f"| {name.replace('_', ' ')} | {_share(told, measure, name)} | {_share(told, chance, name)} "
+        f"| {told[measure]['of'][name]} |"
+        for measure, chance in (("pictures", "shuffled"), ("edits", "edits_shuffled"))
+        for name in told.get(measure, {}).get("of", {})
+    ]
+    head = ["| right | of its pictures | of its pictures for other prompts | pictures |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n\n" + MEASURED
+
+
+def _share(told: Mapping[str, Any], measure: str, name: str) -> str:
+    return f"{told[measure][name]:.0%}"
