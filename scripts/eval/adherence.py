@@ -1,6 +1,6 @@
 """Measures how well a model of the drawn world does what prompts say, one JSON object a line.
 
-    adherence.py --checkpoint DIR | --url HOST:PORT [-n 200] [--edits 60] [--size 256x256] [--steps 20] [--out FOLDER]
+    adherence.py --checkpoint DIR | --url HOST:PORT [-n 200] [--edits 60] [--size 256x256] [--together 8] [--out FOLDER]
 
 Prompts are ones kept from training. ``pictures`` tells the model's shares of right answers for each property;
 ``drawings`` what the same judge says of the true drawings: its own accuracy; ``shuffled`` what it says of the model's
@@ -15,6 +15,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -75,9 +76,12 @@ def edits_by_kind(questions: list[Question], verdicts: list[Verdict]) -> dict[st
     return {kind: shares(of_kind) for kind, of_kind in kinds.items()}
 
 
-def measure(painter: Painter, questions: list[Question], request: Request) -> tuple[list[Picture], list[Seen], float]:
-    """Returns the pictures, what they show, and the median of the seconds each took."""
-    answers = [painter(question, request) for question in questions]
+def measure(
+    painter: Painter, questions: list[Question], request: Request, together: int = 1
+) -> tuple[list[Picture], list[Seen], float]:
+    """Returns the pictures, what they show, and the median of the seconds each took, ``together`` at a time."""
+    with ThreadPoolExecutor(together) as threads:
+        answers = list(threads.map(lambda question: painter(question, request), questions))
     pictures = [picture for picture, _ in answers]
     return pictures, [look(picture) for picture in pictures], float(np.median([seconds for _, seconds in answers]))
 
@@ -92,7 +96,7 @@ def run(painter: Painter, asked: argparse.Namespace, request: Request) -> None:
                             ("edits", edit_questions(asked.edits, asked.seed))):  # fmt: skip
         if not questions:
             continue
-        pictures, seen, seconds = measure(painter, questions, request)
+        pictures, seen, seconds = measure(painter, questions, request, asked.together)
         verdicts = [judge_question(one, question) for one, question in zip(seen, questions, strict=True)]
         say(name, **shares(verdicts), seconds=round(seconds, 3))
         for baseline, values in baselines(questions, seen, request, asked.seed).items():
@@ -113,6 +117,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     where.add_argument("--checkpoint", type=Path, metavar="DIR", help="painted by the engines in this process")
     where.add_argument("--url", metavar="HOST:PORT", help="painted by a server")
     add_request_arguments(parser)
+    parser.add_argument("--together", type=int, default=1, help="requests in flight (%(default)s)")
     parser.add_argument("--tell-wrong", action="store_true", help="a line for each picture that is not all right")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="saves the pictures, and sheets with what is wrong")
     asked = parser.parse_args(arguments)
