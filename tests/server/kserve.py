@@ -90,6 +90,15 @@ def grpc_infer(
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
 
+def grpc_start(
+    client: tritonclient.grpc.InferenceServerClient, values: Values, model: str, *, request_id: str = ""
+) -> Any:
+    """Asks over gRPC and waits for nothing; ``cancel`` of what is returned breaks the call off."""
+    return client.async_infer(
+        model, _inputs(tritonclient.grpc, values), lambda result, error: None, request_id=request_id
+    )
+
+
 def http_binary_infer(server: TritonServer, values: Values, model: str = "glm_image") -> Outputs:
     with closing(tritonclient.http.InferenceServerClient(server.http_url, network_timeout=ANSWER_SECONDS)) as client:
         result = _told(lambda: client.infer(model, _inputs(tritonclient.http, values)))

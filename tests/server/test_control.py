@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RequestCancelled, RequestTimeout
-from server.kserve import KServeError, Outputs, Values, grpc_infer, metadata, post
+from server.kserve import KServeError, Outputs, Values, grpc_infer, grpc_start, metadata, post
 
 SMALL: Values = {"prompt": "A fox reading 'NEWS'", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
 LONG_TOKENS: Values = {**SMALL, "height": 2048, "width": 2048, "num_inference_steps": 1}
@@ -217,13 +218,8 @@ def test_the_command_cancels_when_it_is_interrupted(triton: TritonServer, reques
 
 def test_a_direct_call_that_is_broken_off_is_cancelled(triton: TritonServer, requests: Requests) -> None:
     """Triton knows of the callers of a model itself, not of those of an ensemble."""
-    import tritonclient.grpc
-
-    from server.kserve import _inputs
-
     with tritonclient.grpc.InferenceServerClient(triton.grpc_url) as client:
-        inputs = _inputs(tritonclient.grpc, {**LONG_TOKENS})
-        call = client.async_infer("glm_ar", inputs, lambda result, error: None, request_id="broken off")
+        call = grpc_start(client, LONG_TOKENS, "glm_ar", request_id="broken off")
         requests.wait_for("broken off", "tokens")
         call.cancel()
         requests.wait_until("broken off", lambda told: told["state"] == "cancelled")

@@ -7,11 +7,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.measures import AR_ENDS, AR_MEASURES
@@ -20,8 +21,7 @@ from glm_image.dit.measures import DIT_ENDS, DIT_MEASURES
 from glm_image.measures import REFUSALS, Ends, Kind, Measure
 from glm_image.serving.declaration import AR_PARAMETERS
 from glm_image.supervisor import TritonServer
-from glm_image_client import GlmImageClient
-from server.kserve import KServeError, Values, at_once, grpc_infer, metadata
+from server.kserve import KServeError, Values, at_once, grpc_infer, grpc_start, metadata
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 TOLD = re.compile(r"^# (?P<what>TYPE|HELP) (?P<name>\w+) (?P<text>.*)$")
@@ -194,14 +194,13 @@ def slots(page: Page) -> tuple[float, float, float]:
 
 
 def test_the_load_is_told_while_it_lasts(watched: TritonServer) -> None:
-    """Requests that would take long, and are cancelled when the page has been seen."""
-    asked = {"prompt": "A fox", "height": 2048, "width": 2048, "num_images": SLOTS}
-    with ThreadPoolExecutor(2) as pool, GlmImageClient(watched.grpc_url) as client:
-        answers = [pool.submit(grpc_infer, watched, asked, "glm_ar", request_id="load") for _ in range(2)]
+    """Requests that would take long, and are broken off when the page has been seen."""
+    asked: Values = {"prompt": "A fox", "height": 2048, "width": 2048, "num_images": SLOTS}
+    with closing(tritonclient.grpc.InferenceServerClient(watched.grpc_url)) as client:
+        calls = [grpc_start(client, asked, "glm_ar") for _ in range(2)]
         page = page_when(watched, lambda page: slots(page) == (SLOTS, SLOTS, 1))
         assert slots(page) == (SLOTS, SLOTS, 1)
-        assert not any(answer.done() for answer in answers)
-        client.cancel("load")
-        assert [getattr(answer.exception(), "status", None) for answer in answers] == ["CANCELLED"] * 2
+        for call in calls:
+            call.cancel()
     page = page_when(watched, lambda page: slots(page) == (0, 0, 0))
     assert slots(page) == (0, 0, 0)
