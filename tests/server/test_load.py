@@ -11,7 +11,7 @@ from glm_image.supervisor import TritonServer
 
 MEGABYTE = 1024 * 1024
 CLIENTS = 8
-WARM = 100
+WARM = 80
 """Requests after which every thread has its buffers."""
 
 MAY_GROW = {
@@ -25,7 +25,7 @@ MAY_GROW = {
 
 
 @pytest.mark.parametrize(
-    ("requests", "size_of_round"), [(200, 50), pytest.param(1000, 100, marks=pytest.mark.full)], ids=str
+    ("requests", "size_of_round"), [(120, 20), pytest.param(1000, 100, marks=pytest.mark.full)], ids=str
 )
 def test_a_load_is_answered_and_leaves_nothing_behind(triton: TritonServer, requests: int, size_of_round: int) -> None:
     pids = processes(triton)

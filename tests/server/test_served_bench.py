@@ -47,6 +47,7 @@ def check_loads(lines: list[dict[str, Any]], driver: str) -> None:
         assert {"ar_queue", "decode", "dit_queue", "denoise", "vae"} < set(told)
 
 
+@pytest.mark.full
 def test_own_load_with_its_own_server() -> None:
     lines = bench("--driver", "own", "--concurrency", "2")
     check_loads(lines, "own")
