@@ -10,7 +10,7 @@ from eval.questions import Request, local_painter, scene_questions
 TRAINED = Path(__file__).parents[2] / "checkpoints" / "tiny"
 REQUEST = Request(256, 256, steps=6)
 LEAST = {"colour": 0.8, "shape": 0.4, "position": 0.75, "background": 0.9}
-"""Below what it did in ten steps, 0.94, 0.62, 0.91 and 1, by two or three pictures: another processor rounds otherwise."""
+"""Below what it did, 0.94, 0.62, 0.91 and 1, by two or three pictures: another processor rounds otherwise."""
 TOGETHER = 8
 
 
