@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm_image.preload import COMPILER
 from glm_image.supervisor import ServerStartError, TritonServer
 from glm_image_client import GlmImageClient
 from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
@@ -184,11 +183,6 @@ def test_an_instance_takes_the_entry_of_its_index(two_instances: TritonServer) -
         assert f"glm_dit_0_{index} instance {index} of 2 takes {device}: devices is cpu:4;cpu:7, found " in log
         assert f"glm_dit_0_{index} loading the transformer on {device}" in log
     assert "glm_ar_0_0 instance 0 of 1 takes " in log
-
-
-def test_the_engines_are_imported_without_the_compiler(two_instances: TritonServer) -> None:
-    """See ``preload``, which says so in the log when an import wants more of the compiler than its marks."""
-    assert f"{COMPILER} is imported after all" not in LOGS[two_instances].getvalue()
 
 
 def test_what_a_checkpoint_lacks_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:

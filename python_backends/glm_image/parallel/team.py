@@ -102,7 +102,7 @@ class _Worker:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         with theirs:
             self.process = subprocess.Popen(
-                [_interpreter(), "-m", "glm_image.parallel.worker", str(theirs.fileno()), work.load.__module__],
+                [_interpreter(), "-m", "glm_image.parallel.worker", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 env={**os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,

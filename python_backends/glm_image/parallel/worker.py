@@ -20,7 +20,6 @@ from glm_image.devices import open_device
 from glm_image.errors import DeviceMemoryError, GlmImageError
 from glm_image.parallel.messages import Done, Failed, Reached, Stage
 from glm_image.parallel.ranks import Rendezvous, join
-from glm_image.preload import preload
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class Work:
 
 
 def main() -> None:
-    """Runs a worker on the connection whose file descriptor is the first argument; the second names ``load``'s module.
+    """Runs a worker on the connection whose file descriptor is the first argument.
 
     On SIGUSR1 it writes where each of its threads is to its standard error.
     """
@@ -84,7 +83,6 @@ def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank says when it is over
         signal.signal(ignored, signal.SIG_IGN)
     connection: Connection = Connection(int(sys.argv[1]))
-    preload(sys.argv[2])
     work: Work = connection.recv()
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {work.rank} on {work.known_as} %(message)s")
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -23,7 +23,6 @@ from glm_image.geometry import Grid, preview_of
 from glm_image.inflight import InFlight
 from glm_image.job import Job
 from glm_image.metadata import ar_metadata
-from glm_image.preload import preload
 from glm_image.request import GenerationParameters, ResolvedRequest
 from glm_image.serving import strings
 from glm_image.serving.answer import Answer
@@ -178,7 +177,6 @@ def _load(
     folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
     slots, positions, longest_queue = (instance.integer(name, 1) for name in names)
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
-    preload("glm_image.ar.engine")
     from glm_image.ar.engine import ArEngine  # noqa: PLC0415
     from glm_image.ar.settings import ArSettings  # noqa: PLC0415
     from glm_image.checkpoint import Checkpoint  # noqa: PLC0415

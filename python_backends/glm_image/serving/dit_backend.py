@@ -23,7 +23,6 @@ from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.inflight import InFlight
 from glm_image.job import NANOSECONDS, Job
 from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadata
-from glm_image.preload import preload
 from glm_image.preview_messages import PREVIEW, answer_preview, packed_picture, read_preview
 from glm_image.request import PaintRequest, consecutive_seeds, random_seed
 from glm_image.serving import strings
@@ -79,7 +78,6 @@ class DitBackend:
         # Read before seconds of imports, so that what is not allowed is told at once.
         parameters, folder, cache = instance.parameters, instance.checkpoint, cache_settings(instance)
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
-        preload("glm_image.dit.engine")
         from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
         from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
