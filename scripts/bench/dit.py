@@ -85,8 +85,9 @@ def measure_reference(checkpoint: Checkpoint, device: Device, grids: list[Grid])
             given = forward_arguments(transformer, grid, device)
             took = seconds(lambda g=given: transformer(**g), synchronize)
             say("diffusers eager", size=size_of(grid), forward_ms=took * 1e3, seconds_50_steps=took * 2 * STEPS)
-        transformer.compile_repeated_blocks()
-        for grid in grids[:1]:
+        for grid in grids:
+            torch.compiler.reset()  # a second size would be compiled for sizes of any kind, which are slower
+            transformer.compile_repeated_blocks()
             given = forward_arguments(transformer, grid, device)
             started = time.perf_counter()
             transformer(**given)

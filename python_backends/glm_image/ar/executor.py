@@ -67,9 +67,13 @@ class Peek:
 
 @dataclass(frozen=True)
 class Release:
-    """Make a slot idle and hand over the tokens it has drawn."""
+    """Make a slot idle and hand over the tokens it has drawn.
+
+    Handing over waits for the steps that are under way; where nobody wants the tokens, nothing is waited for.
+    """
 
     slot: int
+    wanted: bool = True
 
 
 Command = Encode | Admit | Step | Peek | Release
@@ -145,7 +149,7 @@ class Executor:
         self._prefill = prompt_reader(decoder, device)
 
     def run(self, command: Command) -> NDArray[np.int32] | None:
-        """Runs one command; ``Encode``, ``Peek`` and ``Release`` return tokens, int32 [tokens].
+        """Runs one command; ``Encode``, ``Peek`` and a wanted ``Release`` return tokens, int32 [tokens].
 
         Raises:
             DeviceMemoryError: the device has not the memory for it; whatever it took is given back.
@@ -156,7 +160,7 @@ class Executor:
     @torch.inference_mode()
     def _obey(self, command: Command) -> NDArray[np.int32] | None:
         if isinstance(command, Release):
-            return self._release(command.slot)
+            return self._release(command)
         if isinstance(command, Peek):
             return self._tokens(command.slot, command.count)
         if isinstance(command, Encode):
@@ -201,7 +205,7 @@ class Executor:
         row = state.sampler.row(slot)
         token = draw(logits, state.noise[slot, :1], row, state.allowed[(row.preview_tokens <= 0).long()])
         state.tokens[slot] = state.output[slot, 0] = token[0]
-        state.lengths[slot], state.drawn[slot], state.active[slot] = length, 1, 1
+        state.set(slot, length, drawn=1, active=True)
         sequence.drawn = 1
         self._device.mark().wait()
 
@@ -216,11 +220,11 @@ class Executor:
         while len(self._queue) > STEPS_AHEAD:
             self._queue.popleft().wait()
 
-    def _release(self, slot: int) -> NDArray[np.int32]:
+    def _release(self, command: Release) -> NDArray[np.int32] | None:
+        slot, state = command.slot, self._state
         drawn = self._sequences.pop(slot).drawn if slot in self._sequences else 0
-        state = self._state
-        state.lengths[slot], state.drawn[slot], state.active[slot] = 0, 0, 0
-        return self._tokens(slot, drawn)
+        state.set(slot, 0, drawn=0, active=False)
+        return self._tokens(slot, drawn) if command.wanted else None
 
     def _tokens(self, slot: int, count: int) -> NDArray[np.int32]:
         tokens: NDArray[np.int32] = self._state.output[slot, :count].to("cpu", torch.int32).numpy()

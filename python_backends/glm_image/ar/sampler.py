@@ -44,11 +44,11 @@ class SamplerRows:
         )
 
     def set(self, slot: int, sampling: Sampling, preview_tokens: int, vocabulary: int) -> None:
-        """Sets one slot's row."""
-        self.temperature[slot] = sampling.temperature
-        self.cut[slot] = 1 - sampling.top_p
-        self.kth[slot] = vocabulary - min(sampling.top_k, vocabulary)
-        self.preview_tokens[slot] = preview_tokens
+        """Sets one slot's row, without waiting for the device, as an assignment would."""
+        self.temperature[slot].fill_(sampling.temperature)
+        self.cut[slot].fill_(1 - sampling.top_p)
+        self.kth[slot].fill_(vocabulary - min(sampling.top_k, vocabulary))
+        self.preview_tokens[slot].fill_(preview_tokens)
 
     def row(self, slot: int) -> SamplerRows:
         """Returns one slot's row, as rows."""

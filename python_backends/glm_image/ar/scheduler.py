@@ -329,7 +329,7 @@ class Scheduler:
         for slot in [slot for slot, running in self._running.items() if running.request is request]:
             del self._running[slot]
             try:
-                self._run(Release(slot))
+                self._run(Release(slot, wanted=False))
             except Exception:  # the error that ended the request is the one to tell
                 continue
         self._fail(request, error)

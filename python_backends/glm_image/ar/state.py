@@ -63,6 +63,14 @@ class DecodeState:
             cache=KvCache(config, slots, positions, device, dtype),
         )
 
+    def set(self, slot: int, length: int, drawn: int, active: bool) -> None:
+        """Sets where a slot is, once the steps under way are done; waits for none of them.
+
+        Filled, since an assigned number is copied from the host, which waits for the device.
+        """
+        for tensor, value in ((self.lengths, length), (self.drawn, drawn), (self.active, int(active))):
+            tensor[slot].fill_(value)
+
     def advance(self, rows: Tensor) -> None:
         """Notes the tokens just drawn and moves the active slots on; ``rows`` is int64 [slots], 0 and up."""
         self.output[rows, self.drawn] = self.tokens
