@@ -49,8 +49,9 @@ class SharedAttentionProcessor:
             _rotated(norm(part), text, image_rotary_emb) for norm, part in ((attn.norm_q, query), (attn.norm_k, key))
         )
         join: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = kv_cache.get if kv_cache else None
-        attended = self._attention(query, key, value, text, join).flatten(2)
-        out = attn.to_out[1](attn.to_out[0](attended))
+        attended = torch.empty_like(query)
+        self._attention([torch.stack([query, key, value], dim=2)[0]], [text], [attended[0]], join)
+        out = attn.to_out[1](attn.to_out[0](attended.flatten(2)))
         words, image = out.split([text, out.shape[1] - text], dim=1)
         return image, words
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glm_image.dit.conditioning import Conditioning, Rotary
 from glm_image.dit.sources import Join
-from glm_image.parallel.group import Group
+from glm_image.parallel.group import Group, Transfer
 from glm_image.parallel.ranks import ONE_RANK, Ranks
 
 # Attention of queries [1, tokens, heads, head_dim] over keys and values of that form: what is attended to, as the
@@ -74,48 +74,57 @@ class SequenceAttention:
         """
         self._tokens, self._joined = tokens, tuple(joined)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, text: int, join: Join | None) -> Tensor:
-        """Attends.
+    def __call__(
+        self, sequences: Sequence[Tensor], texts: Sequence[int], results: Sequence[Tensor], join: Join | None
+    ) -> None:
+        """Attends within each sequence of a step. While one attends, what the others need is on its way.
 
         Args:
-            query: [1, text + own image tokens, heads, head_dim].
-            key: as ``query``.
-            value: as ``query``.
-            text: tokens of text, which come first.
-            join: what happens to keys and values of this rank's heads and ring.
-
-        Returns:
-            As ``query``.
+            sequences: queries, keys and values, [text + own image tokens, 3, heads, head_dim] each.
+            texts: tokens of text of each, which come first.
+            results: written, [text + own image tokens, heads, head_dim] each.
+            join: what happens to the first one's keys and values, of this rank's heads and ring.
         """
-        query, key, value = (self._to_heads(tensor, text) for tensor in (query, key, value))
-        if self._split.ring.size == 1:
-            attended = self._attend(query, *(join(key, value) if join else (key, value)))
-        else:
-            attended = self._around(query, key, value, text, join)
-        return self._to_tokens(attended, text)
+        arriving = [self._to_heads(*sequence) for sequence in zip(sequences, texts, strict=True)]
+        leaving = []
+        for index, (text, result) in enumerate(zip(texts, results, strict=True)):
+            query, key, value = arriving[index].whole()[None].unbind(2)
+            attended = self._attend_to_all(query, key, value, text, None if index else join)
+            leaving.append(self._to_tokens(attended[0], text, result))
+        for each in leaving:
+            each.write()
 
-    def _to_heads(self, tensor: Tensor, text: int) -> Tensor:
+    def _attend_to_all(self, query: Tensor, key: Tensor, value: Tensor, text: int, join: Join | None) -> Tensor:
+        if self._split.ring.size == 1:
+            return self._attend(query, *(join(key, value) if join else (key, value)))
+        return self._around(query, key, value, text, join)
+
+    def _to_heads(self, qkv: Tensor, text: int) -> _Arriving:
         """From all heads of own tokens to own heads of the ring's share of tokens."""
         group = self._split.ulysses
         if group.size == 1:
-            return tensor
-        words, image = torch.split(tensor[0], [text, tensor.shape[1] - text])
-        heads = tensor.shape[2] // group.size
-        rows = group.shares(len(self._split.ring.share(self._tokens)))
-        shapes = [(len(row), heads, tensor.shape[3]) for row in rows]
-        received = group.exchange(image.chunk(group.size, dim=1), shapes)
-        return torch.cat([words.chunk(group.size, dim=1)[group.rank], *received])[None]
+            return _Arriving(qkv)
+        by_rank = qkv.view(len(qkv), 3, group.size, qkv.shape[2] // group.size, qkv.shape[3])
+        rows = [len(share) for share in group.shares(len(self._split.ring.share(self._tokens)))]
+        whole = qkv.new_empty(text + sum(rows), 3, *by_rank.shape[3:])
+        whole[:text] = by_rank[:text, :, group.rank]
+        sent = by_rank[text:].movedim(2, 0).flatten(0, 1)
+        own = [len(qkv) - text] * group.size
+        return _Arriving(whole, group.start_exchange(sent, own, whole[text:], rows))
 
-    def _to_tokens(self, tensor: Tensor, text: int) -> Tensor:
+    def _to_tokens(self, attended: Tensor, text: int, result: Tensor) -> _Leaving:
         """The way back."""
         group = self._split.ulysses
         if group.size == 1:
-            return tensor
-        words, image = torch.split(tensor[0], [text, tensor.shape[1] - text])
-        rows = [len(row) for row in group.shares(len(image))]
-        received = group.exchange(torch.split(image, rows), [(rows[group.rank], *image.shape[1:])] * group.size)
-        parts = [torch.cat(part) for part in zip(group.gather(words), received, strict=True)]
-        return torch.cat(parts, dim=1)[None]
+            return _Leaving([(attended[None], result)])
+        words, image = torch.split(attended.contiguous(), [text, len(attended) - text])
+        rows = [len(share) for share in group.shares(len(image))]
+        own = rows[group.rank]
+        of_words, of_image = (words.new_empty(group.size, count, *words.shape[1:]) for count in (text, own))
+        transfers = [group.start_exchange(image, rows, of_image.flatten(0, 1), [own] * group.size)]
+        if text:
+            transfers.append(group.start_gather(of_words.flatten(0, 1), words))
+        return _Leaving([(of_words, result[:text]), (of_image, result[text:])], transfers)
 
     def _around(self, query: Tensor, key: Tensor, value: Tensor, text: int, join: Join | None) -> Tensor:
         """Ring attention (Liu et al., 2023): partial results are merged by their sums as keys and values come by."""
@@ -123,15 +132,48 @@ class SequenceAttention:
         words, keys, values = (key[:, :text], value[:, :text]), key[:, text:], value[:, text:]
         if join:
             keys, values = join(keys, values)
-        total = self._attend_with_lse(query, torch.cat([words[0], keys], 1), torch.cat([words[1], values], 1))
         moving = torch.stack([keys, values])
         counts = (self._tokens, *(self._joined if join else ()))
-        for step in range(1, ring.size):
-            before = (ring.rank - step) % ring.size
+        total: tuple[Tensor, Tensor] | None = None
+        for step in range(ring.size):
+            before = (ring.rank - step - 1) % ring.size
             length = sum(len(ring.shares(count)[before]) for count in counts)
-            moving = ring.pass_on(moving, (*moving.shape[:2], length, *moving.shape[3:]))
-            total = _merged(total, self._attend_with_lse(query, *moving))
+            coming = moving.new_empty(*moving.shape[:2], length, *moving.shape[3:])
+            passing = ring.start_passing(moving, coming) if step + 1 < ring.size else None
+            seen = moving if step else (torch.cat([words[0], keys], 1), torch.cat([words[1], values], 1))
+            own = self._attend_with_lse(query, *seen)
+            total = _merged(total, own) if total else own
+            if passing:
+                passing.wait()
+                moving = coming
+        assert total is not None
         return total[0].to(query.dtype)
+
+
+class _Arriving:
+    """Queries, keys and values that other ranks may still be writing."""
+
+    def __init__(self, tensor: Tensor, transfer: Transfer | None = None) -> None:
+        self._tensor, self._transfer = tensor, transfer
+
+    def whole(self) -> Tensor:
+        if self._transfer:
+            self._transfer.wait()
+        return self._tensor
+
+
+class _Leaving:
+    """Heads [ranks, tokens, heads, head_dim] that others may still be writing, and where those of all ranks belong."""
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], transfers: Sequence[Transfer] = ()) -> None:
+        self._parts, self._transfers = parts, transfers
+
+    def write(self) -> None:
+        for transfer in self._transfers:
+            transfer.wait()
+        for by_rank, result in self._parts:
+            ranks, tokens, *heads = by_rank.shape
+            result.view(tokens, ranks, *heads).copy_(by_rank.movedim(0, 1))
 
 
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -136,15 +136,17 @@ class FusedBlocks(Blocks):
     ) -> Tensor:
         qkv = self._linears.linear(block.qkv, normed)
         head_norm_rotary(qkv, self._heads, self._head_dim, rotary, self._head_eps, segments)
+        texts = (segments[0], segments[2])[: len(lengths)]
+        sequences = qkv.view(-1, 3, self._heads, self._head_dim).split(lengths)
+        if self._shared is not None:
+            heads = qkv.new_empty(len(qkv), self._heads, self._head_dim)
+            self._shared(sequences, texts, heads.split(lengths), join)
+            return heads.flatten(1)
         attended: list[Tensor] = []
-        for sequence, text in zip(qkv.split(lengths), (segments[0], segments[2]), strict=False):
-            query, key, value = sequence.view(1, -1, 3, self._heads, self._head_dim).unbind(2)
-            own = None if attended else join
-            if self._shared is not None:
-                attended.append(self._shared(query, key, value, text, own)[0].flatten(1))
-                continue
-            if own is not None:
-                key, value = own(key, value)
+        for sequence in sequences:
+            query, key, value = sequence[None].unbind(2)
+            if join is not None and not attended:
+                key, value = join(key, value)
             attended.append(attention(query, key, value)[0].flatten(1))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
 

@@ -11,6 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class Transfer:
+    """What ranks are sending each other, while the device does something else.
+
+    Args:
+        works: torch's handles.
+        sent: kept until it has left.
+    """
+
+    def __init__(self, works: Sequence[Any], sent: Tensor) -> None:
+        self._works, self._sent = works, sent
+
+    def wait(self) -> None:
+        """Has what the device is told from now on wait until all of it is there."""
+        for work in self._works:
+            work.wait()
+
+
 class Group:
     """Some ranks of an instance; every rank of a group must call the same collectives in the same order.
 
@@ -64,7 +81,11 @@ class Group:
 
     def gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
         """Writes the tensor of every rank to ``gathered``, one after the other along the first dimension."""
-        dist.all_gather_into_tensor(gathered, tensor, group=self.process_group)
+        self.start_gather(gathered, tensor).wait()
+
+    def start_gather(self, gathered: Tensor, tensor: Tensor) -> Transfer:
+        """Begins ``gather_into``."""
+        return Transfer([dist.all_gather_into_tensor(gathered, tensor, self.process_group, async_op=True)], tensor)
 
     def gather_rows(self, tensor: Tensor, count: int) -> Tensor:
         """Puts the ranks' shares of ``count`` rows one after the other; ``tensor`` is [rows of this share, ...]."""
@@ -75,32 +96,28 @@ class Group:
         padded[: len(tensor)] = tensor
         return torch.cat([part[:size] for part, size in zip(self.gather(padded), sizes, strict=True)])
 
-    def exchange(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """Gives part i to rank i and returns what each rank gave this one.
+    def start_exchange(
+        self, sent: Tensor, sent_rows: Sequence[int], received: Tensor, received_rows: Sequence[int]
+    ) -> Transfer:
+        """Begins to give every rank some rows of ``sent``, and to write what each gives this one to ``received``.
 
         Args:
-            parts: one a rank.
-            shapes: the shape of what comes from each rank.
+            sent: contiguous, [sum of ``sent_rows``, ...].
+            sent_rows: how many are each rank's, in their order.
+            received: contiguous, [sum of ``received_rows``, ...].
+            received_rows: how many come from each rank.
         """
-        if self.size == 1:
-            return [parts[0]]
-        sent = torch.cat([part.reshape(-1) for part in parts])
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        received = sent.new_empty(sum(sizes))
-        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=self.process_group)
-        return [flat.view(shape) for flat, shape in zip(torch.split(received, sizes), shapes, strict=True)]
+        rows = list(received_rows), list(sent_rows)
+        return Transfer([dist.all_to_all_single(received, sent, *rows, self.process_group, async_op=True)], sent)
 
-    def pass_on(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Gives ``tensor`` to the next rank of the ring and returns what the one before gave, which has ``shape``."""
-        received = tensor.new_empty(shape)
+    def start_passing(self, tensor: Tensor, received: Tensor) -> Transfer:
+        """Begins to give ``tensor`` to the next rank of the ring, and to write what the one before gives."""
         following, before = ((self.rank + offset) % self.size for offset in (1, -1))
         transfers = [
-            dist.P2POp(dist.isend, tensor.contiguous(), self._ranks[following], self.process_group),
+            dist.P2POp(dist.isend, tensor, self._ranks[following], self.process_group),
             dist.P2POp(dist.irecv, received, self._ranks[before], self.process_group),
         ]
-        for transfer in dist.batch_isend_irecv(transfers):
-            transfer.wait()
-        return received
+        return Transfer(dist.batch_isend_irecv(transfers), tensor)
 
     def least(self, value: int, device: torch.device) -> int:
         """Returns the smallest of the ranks' values, so that all decide alike; waits for the device."""
