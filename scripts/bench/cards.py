@@ -4,19 +4,21 @@
     cards.py pipeline --checkpoint FULL --dummy --devices cuda:0,cuda:1 --size 1024x1024
 
 ``painters`` serves the second stage alone, with tokens given: an instance on the first device, then, by a server anew,
-an instance on each; the same number of requests is kept in flight. ``pipeline`` puts the first stage on the first
-device and the second on the second; it measures each alone, the first with a request that fills its slots, the second
-with a steady stream of given tokens, and then a steady stream through both, against the slower stage. Prints JSON
-lines; the code is 1 when a request failed. Without --checkpoint a tiny one is served; CPU cards (cpu:0,cpu:1, the
-default) compute with a thread each.
+an instance on each; the same number of requests is kept in flight, and the seconds of each card's own steps are told,
+for cards of one kind differ. ``pipeline`` puts the first stage on the first device and the second on the second; it
+measures each alone, the first with a request that fills its slots, the second with a steady stream of given tokens, and
+then a steady stream through both, against the slower stage. Prints JSON lines; the code is 1 when a request failed.
+Without --checkpoint a tiny one is served; CPU cards (cpu:0,cpu:1, the default) compute with a thread each.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,6 +29,7 @@ from load import Answered, has_failed, steady_load, steady_rate
 from measure import say
 from served import DRAIN_SECONDS, PROMPT, tiny_checkpoint
 
+from glm_image.dit.measures import STEP_SECONDS
 from glm_image.geometry import Size, generated_size, target_grid
 from glm_image.plan.times import read_size
 from glm_image.supervisor import TritonServer
@@ -37,6 +40,8 @@ TOKEN_VALUES = 64
 
 SLOTS = 8
 """Sequences that the first stage decodes together: its ``max_num_seqs``."""
+
+METRICS_SECONDS = 10
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -106,21 +111,38 @@ def painting_rate(server: TritonServer, painters: int, flags: argparse.Namespace
 
 
 def say_rate(name: str, answers: list[Answered], painters: int, flags: argparse.Namespace) -> float:
-    rate = steady_rate(answers, painters)
+    rate = steady_rate(answers)
     say(name, painters=painters, concurrency=flags.concurrency, requests=len(answers), pictures_per_second=rate)
     return rate
 
 
+def say_painters(server: TritonServer, places: list[str], steps: int) -> float:
+    """Says how fast each painter's card was, and returns what all of them would paint if they did nothing but steps."""
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=METRICS_SECONDS) as answer:
+        metrics = answer.read().decode()
+    pictures_per_second = 0.0
+    for index, place in enumerate(places):
+        total, count = (
+            float(re.findall(rf'^{STEP_SECONDS.name}_{part}{{.*instance="{index}".*}} (.+)$', metrics, re.MULTILINE)[0])
+            for part in ("sum", "count")
+        )
+        say("a painter", device=place, step_seconds=total / count, steps=int(count))
+        pictures_per_second += count / total / steps
+    return pictures_per_second
+
+
 def measure_painters(checkpoint: Path, devices: list[str], flags: argparse.Namespace) -> float | None:
     """Says what several painters give against one; None where a request failed."""
-    rates = []
+    rates, steps_alone = [], 0.0
     for places in (devices[:1], devices):
         with served(checkpoint, flags, glm_dit=places) as server:
             rate = painting_rate(server, len(places), flags)
-        if rate is None:
-            return None
+            if rate is None:
+                return None
+            steps_alone = say_painters(server, places, flags.steps)
         rates.append(rate)
-    say("several painters", painters=len(devices), speedup=rates[1] / rates[0], steps=flags.steps, size=flags.size)
+    named = {"painters": len(devices), "steps": flags.steps, "size": flags.size}
+    say("several painters", **named, speedup=rates[1] / rates[0], to_steps_of_each=rates[1] / steps_alone)
     return rates[1]
 
 
