@@ -24,6 +24,30 @@ class _Meets:
         pass
 
 
+class _MeetsToTheEnd(_Meets):
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__(ranks)
+        self._ranks = ranks
+
+    def run(self, command: Any, /) -> Any:
+        """The other rank stays in a sum until this one closes."""
+        if self._ranks.world.rank:
+            self._ranks.world.sum(torch.ones(1))
+        return command
+
+    def close(self) -> None:
+        ENDS.append(self._ranks.world.sum(torch.ones(1)).item())
+
+
+ENDS: list[float] = []
+"""What the sums at the end of ``meets_to_the_end`` were."""
+
+
+def meets_to_the_end(device: Device, ranks: Ranks) -> Runs:
+    """Has something under way that ends with the others alone."""
+    return _MeetsToTheEnd(ranks)
+
+
 def meets(_: object, device: Device, ranks: Ranks) -> Runs:
     """Loads, once all ranks are there."""
     return _Meets(ranks)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import GlmImageTransformer2DModel
-from measure import arguments, matmul_rate, say, seconds
+from measure import arguments, matmul_rate, say, say_kernels, seconds
 from numpy.typing import NDArray
 from quantized import say_error, say_linear_rates
 
@@ -263,19 +263,10 @@ def measure_host(engine: DitEngine, device: Device, grid: Grid) -> None:
 
 def profile(engine: DitEngine, device: Device, grid: Grid) -> None:
     """Prints the kernels of one step."""
-    from torch.profiler import ProfilerActivity  # noqa: PLC0415
-    from torch.profiler import profile as record  # noqa: PLC0415
-
     executor = engine.executor
     executor.run(Prepare(-2, PROMPT, "", np.zeros(grid.tokens, dtype=np.int32), grid, STEPS, GUIDANCE, 0))
     executor.run(Step(-2))
-    device.mark().wait()
-    with record(activities=[ProfilerActivity.CUDA]) as recorded:
-        executor.run(Step(-2))
-        device.mark().wait()
-    kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
-    for event in kernels[:14]:
-        say("kernel", name=event.key[:60], ms=event.self_device_time_total / 1e3, calls=event.count)
+    say_kernels(lambda: executor.run(Step(-2)), lambda: device.mark().wait())
     executor.run(Decode(-2))
 
 

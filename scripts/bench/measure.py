@@ -64,3 +64,15 @@ def matmul_rate(device: torch.device, synchronize: Callable[[], None], for_secon
         synchronize()
         count += 20
     return count * 2 * side**3 / (time.perf_counter() - started)
+
+
+def say_kernels(work: Callable[[], object], synchronize: Callable[[], None], most: int = 14) -> None:
+    """Prints the kernels of some work on this process's GPU, those that take longest first."""
+    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415 - only where it is asked for
+
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        work()
+        synchronize()
+    for event in sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)[:most]:
+        say("kernel", name=event.key[:60], ms=event.self_device_time_total / 1e3, calls=event.count)

@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 import torch
-from measure import arguments, say
+from measure import arguments, say, say_kernels
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.engine import ArEngine
@@ -40,8 +40,11 @@ ROUNDS = 7
 LOAD_SECONDS = 120.0
 
 
-def decode_seconds(checkpoint: Checkpoint, devices: list[str], settings: ArSettings) -> float:
-    """Returns the median time of a decode step with all slots running, after 592 tokens of 1024x1024."""
+def decode_seconds(checkpoint: Checkpoint, devices: list[str], settings: ArSettings, *, profiled: bool) -> float:
+    """Returns the median time of a decode step with all slots running, after 592 tokens of 1024x1024.
+
+    If ``profiled``, prints the kernels of a command's steps on the first device.
+    """
     engine = ArEngine(
         checkpoint, open_device(devices[0]), settings, peers=Peers(tuple(devices[1:]), load_seconds=LOAD_SECONDS)
     )
@@ -60,6 +63,8 @@ def decode_seconds(checkpoint: Checkpoint, devices: list[str], settings: ArSetti
         run(Step(STEPS_A_COMMAND))
         synchronize(devices[0])
         times.append((time.perf_counter() - started) / STEPS_A_COMMAND)
+    if profiled:
+        say_kernels(lambda: run(Step(STEPS_A_COMMAND)), lambda: synchronize(devices[0]))
     tokens = [run(Release(slot)) for slot in range(SLOTS)]
     assert all(row is not None for row in tokens)
     engine.executor.close()
@@ -89,13 +94,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_decoder(checkpoint: Checkpoint, devices: list[str]) -> None:
+def measure_decoder(checkpoint: Checkpoint, devices: list[str], *, profiled: bool) -> None:
     """One device, then all of them with each way of exchanging."""
-    alone = decode_seconds(checkpoint, devices[:1], ArSettings())
+    alone = decode_seconds(checkpoint, devices[:1], ArSettings(), profiled=profiled)
     say("decode step", devices=1, running=SLOTS, ms=alone * 1e3)
     clear()
     for peer_memory in (True, False):
-        took = decode_seconds(checkpoint, devices, ArSettings(peer_memory=peer_memory))
+        took = decode_seconds(checkpoint, devices, ArSettings(peer_memory=peer_memory), profiled=profiled)
         how = "memory of the peers" if peer_memory else "collectives"
         say("decode step", devices=len(devices), through=how, ms=took * 1e3, speedup=alone / took)
         clear()
@@ -141,7 +146,7 @@ def main(flags: argparse.Namespace) -> None:
     name = torch.cuda.get_device_name(devices[0]) if devices[0] != "cpu" else "cpu"
     say("devices", count=len(devices), name=name, torch=torch.__version__)
     if "ar" in flags.stages:
-        measure_decoder(checkpoint, devices)
+        measure_decoder(checkpoint, devices, profiled=flags.profile)
     if "dit" in flags.stages:
         measure_painter(checkpoint, devices, flags)
 
@@ -149,6 +154,7 @@ def main(flags: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = arguments(__doc__ or "")
     parser.add_argument("--stages", default="ar,dit", help="which (%(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of 16 decode steps")
     parser.add_argument("--parallel", default="cfg=2;ulysses=2;ring=2;tp=2", help="with semicolons between")
     parser.add_argument("--steps", type=int, default=15, help="of a picture")
     parser.add_argument(

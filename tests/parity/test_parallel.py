@@ -197,6 +197,15 @@ def test_a_rank_without_its_device_is_told_and_leaves_nothing() -> None:
     assert not _worker_pids(os.getpid())
 
 
+def test_what_is_under_way_ends_before_the_ranks_do() -> None:
+    team = start(failing_ranks.meets_to_the_end, (), open_device("cpu"), ParallelLayout(tp=2), Peers(("cpu",)))
+    team.run("anything")
+    failing_ranks.ENDS.clear()
+    team.close()
+    assert failing_ranks.ENDS == [2.0]
+    assert not _worker_pids(os.getpid())
+
+
 ORPHANS = """
 import sys
 from pathlib import Path

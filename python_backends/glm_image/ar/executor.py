@@ -23,6 +23,7 @@ from glm_image.ar.state import DecodeState
 from glm_image.ar.step import TorchStep
 from glm_image.ar.vision import Vision
 from glm_image.devices import Device, Lack, Mark, within_memory
+from glm_image.errors import UnavailableError
 from glm_image.geometry import PIXELS_PER_TOKEN, Grid, PlacedGrid
 from glm_image.request import Sampling
 
@@ -102,6 +103,10 @@ def prompt_reader(decoder: Decoder, device: Device) -> Prefill:
         if supports(decoder, slots=1):
             return FusedPrompt(decoder)
     return decoder.prefill
+
+
+def _never() -> None:
+    raise UnavailableError("the decoder is closed")
 
 
 @dataclass
@@ -185,7 +190,10 @@ class Executor:
         return Lack("a decode step", beside, settings)
 
     def close(self) -> None:
-        """Nothing to end: what it holds goes with it."""
+        """Waits for what is under way and forgets the captured step: a communicator in it cannot be ended before."""
+        self._device.bind()
+        self._device.mark().wait()
+        self._step_once = _never
 
     def _admit(self, command: Admit) -> None:
         config, place, state = self._decoder.config, self._device.torch_device, self._state

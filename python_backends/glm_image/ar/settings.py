@@ -19,7 +19,7 @@ class ArSettings:
         graph_mode: ``NONE``, ``FULL_DECODE_ONLY``, or ``FULL``, which runs as the latter.
         graph_capture_sizes: sequences of the captured step; () = max_num_seqs, the only size there is.
         memory_utilization: share of the device's memory this stage may use.
-        peer_memory: whether the ranks of an instance on several devices read each other's memory, where these can.
+        peer_memory: whether the ranks of an instance on several devices write each other's memory, where these can.
         int8: whether the decoder's linear layers keep int8 weights.
     """
 

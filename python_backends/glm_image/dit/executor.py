@@ -233,7 +233,10 @@ class Executor:
         return f" of {grid.width * PIXELS_PER_TOKEN} x {grid.height * PIXELS_PER_TOKEN}" if grid else ""
 
     def close(self) -> None:
-        """Nothing to end: what it holds goes with it."""
+        """Waits for what is under way and drops all pictures: communicators in captured steps cannot be ended before."""
+        self._device.bind()
+        self._device.mark().wait()
+        self._pictures.clear()
 
     def _read_sources(self, sources: tuple[SourcePicture, ...]) -> SourceCache:
         dtype, config = self._transformer.proj_out.weight.dtype, self._transformer.config

@@ -60,29 +60,29 @@ class GatheredSum:
 
 
 class PeerSum:
-    """The sum of all ranks' parts, each read where it is: no collective, no copy, no launch of its own.
+    """The sum of all ranks' parts, which each writes into the others' memory: no collective, no launch of its own.
 
-    Before a row is read, the ranks tell each other by a count that only grows that theirs is written. One buffer is not
-    enough: a rank may write the next parts as soon as it has read these, while another still reads. With two, used in
-    turn, the count of the one tells that the other has been read.
+    A row's parts are followed by a count that only grows, for which the reader waits. One inbox is not enough: a rank
+    may write the next parts as soon as it has read these, while another still reads. With two, used in turn, the count
+    of the one tells that the other has been read.
 
     Args:
-        like: fp32 [splits, rows, width], of which the parts have the shape.
-        group: the ranks; their devices can read each other's memory.
+        parts: fp32 [splits, rows, width], the buffer of this rank.
+        group: the ranks; their devices can write each other's memory.
 
     Raises:
         RuntimeError: they can't.
     """
 
-    def __init__(self, like: Tensor, group: Group) -> None:
+    def __init__(self, parts: Tensor, group: Group) -> None:
         from torch.distributed import _symmetric_memory as symmetric  # noqa: PLC0415 - on CUDA alone
 
-        rows = like.shape[1]
-        self._group = group
-        self.parts = symmetric.empty(like.shape, dtype=like.dtype, device=like.device)
-        self._told = symmetric.empty((group.size, rows), dtype=torch.int32, device=like.device).zero_()
-        self._counts = torch.zeros(rows, dtype=torch.int32, device=like.device)
-        self._all_parts, self._all_told = (
+        rows, device = parts.shape[1], parts.device
+        self.parts, self._group = parts, group
+        self._inbox = symmetric.empty((group.size, *parts.shape), dtype=parts.dtype, device=device)
+        self._told = symmetric.empty((group.size, rows), dtype=torch.int32, device=device).zero_()
+        self._counts = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._inboxes, self._all_told = (
             torch.tensor(
                 [
                     handle.get_buffer(rank, tensor.shape, tensor.dtype).data_ptr()
@@ -90,11 +90,11 @@ class PeerSum:
                     for rank in range(group.size)
                 ],
                 dtype=torch.int64,
-                device=like.device,
+                device=device,
             )
-            for tensor in (self.parts, self._told)
+            for tensor in (self._inbox, self._told)
         )
-        torch.cuda.synchronize(like.device)
+        torch.cuda.synchronize(device)
         dist.barrier(group.process_group)
 
     def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float) -> None:
@@ -102,16 +102,16 @@ class PeerSum:
         splits, rows, width = self.parts.shape
         place, scale, split = destination(out)
         _peer_sum_kernel[(rows,)](
-            self._all_parts, self._all_told, self._told, self._counts, residual, after, before, place, scale, rows,
-            width, eps, self._group.rank, self._group.size, splits, split, triton.next_power_of_2(width), can_overlap(),
-            num_warps=16, launch_pdl=can_overlap(),
+            self.parts, self._inboxes, self._inbox, self._all_told, self._told, self._counts, residual, after, before,
+            place, scale, rows, width, eps, self._group.rank, self._group.size, splits, split,
+            triton.next_power_of_2(width), can_overlap(), num_warps=16, launch_pdl=can_overlap(),
         )  # fmt: skip
 
 
 @triton.jit
 def _peer_sum_kernel(
-    all_parts_ptr, all_told_ptr, told_ptr, counts_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, scale_ptr, rows,
-    width, eps, RANK: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+    parts_ptr, inboxes_ptr, inbox_ptr, all_told_ptr, told_ptr, counts_ptr, residual_ptr, after_ptr, before_ptr, out_ptr,
+    scale_ptr, rows, width, eps, RANK: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
@@ -121,12 +121,21 @@ def _peer_sum_kernel(
     after = tl.load(after_ptr + at, mask=inside, other=0.0).to(tl.float32)
     before = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
-    residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
     count = tl.load(counts_ptr + row) + 1
+    for split in tl.static_range(SPLITS):
+        part = (split * rows + row) * width + at
+        values = tl.load(parts_ptr + part, mask=inside, other=0.0)
+        for rank in tl.static_range(RANKS):
+            if rank != RANK:
+                inbox = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.float32))
+                inbox = tl.multiple_of(inbox, 16)  # so that whole vectors are written
+                tl.store(inbox + RANK * SPLITS * rows * width + part, values, mask=inside)
+    tl.debug_barrier()  # all of the row is written before one thread tells so
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             told = tl.load(all_told_ptr + rank).to(tl.pointer_type(tl.int32)) + RANK * rows + row
             tl.atomic_xchg(told, count, sem="release", scope="sys")
+    residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             while tl.atomic_add(told_ptr + rank * rows + row, 0, sem="acquire", scope="sys") < count:
@@ -134,9 +143,13 @@ def _peer_sum_kernel(
     tl.store(counts_ptr + row, count)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     for rank in tl.static_range(RANKS):
-        parts = tl.load(all_parts_ptr + rank).to(tl.pointer_type(tl.float32))
         for split in tl.static_range(SPLITS):
-            sums += tl.load(parts + (split * rows + row) * width + at, mask=inside, other=0.0, volatile=True)
+            part = (split * rows + row) * width + at
+            if rank == RANK:
+                sums += tl.load(parts_ptr + part, mask=inside, other=0.0)
+            else:
+                theirs = inbox_ptr + rank * SPLITS * rows * width + part
+                sums += tl.load(theirs, mask=inside, other=0.0, volatile=True)
     end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT)
 
 
@@ -149,9 +162,9 @@ def branch_sum(parts: Tensor, group: Group) -> BranchSum:
     """
     if group.size == 1:
         return OwnSum(parts)
-    if group.reads_peers:
+    if group.uses_peer_memory:
         try:
             return PeerSum(parts, group)
         except (ImportError, AttributeError, RuntimeError) as error:
-            logger.warning("the ranks' devices can't read each other's memory, so parts are gathered: %s", error)
+            logger.warning("the ranks' devices can't write each other's memory, so parts are gathered: %s", error)
     return GatheredSum(parts, group)

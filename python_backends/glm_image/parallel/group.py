@@ -35,26 +35,26 @@ class Group:
         ranks: the instance's ranks that belong to it, in order.
         rank: this process's place among them.
         process_group: torch's; None for a group of one, whose collectives do nothing.
-        reads_peers: see the attribute.
+        uses_peer_memory: see the attribute.
 
     Attributes:
         rank: this process's place in the group.
         size: how many ranks it has.
         process_group: as given.
-        reads_peers: whether kernels may read the other ranks' memory, where the devices can.
+        uses_peer_memory: whether kernels may use the other ranks' memory, where the devices can.
     """
 
     def __init__(
-        self, ranks: Sequence[int] = (0,), rank: int = 0, process_group: Any = None, *, reads_peers: bool = True
+        self, ranks: Sequence[int] = (0,), rank: int = 0, process_group: Any = None, *, uses_peer_memory: bool = True
     ) -> None:
         self.rank, self.size = rank, len(ranks)
         self._ranks = tuple(ranks)
         self.process_group = process_group
-        self.reads_peers = reads_peers
+        self.uses_peer_memory = uses_peer_memory
 
     def without_peer_memory(self) -> Group:
         """Returns the same ranks, whose kernels leave each other's memory alone."""
-        return Group(self._ranks, self.rank, self.process_group, reads_peers=False)
+        return Group(self._ranks, self.rank, self.process_group, uses_peer_memory=False)
 
     def share(self, count: int) -> range:
         """Returns which of ``count`` things are this rank's: consecutive ones, as even as can be."""

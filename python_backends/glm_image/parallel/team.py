@@ -198,12 +198,16 @@ class Team:
             return self._lost or error
 
     def close(self) -> None:
-        """Ends the other ranks."""
-        self._closing = True
-        self._wake.send(None)
-        for worker in self._workers:
-            worker.process.kill()
-            worker.process.wait()
+        """Ends what runs here, which may need the other ranks to end, and then those."""
+        try:
+            if self._loaded and self._lost is None:
+                self._here.close()
+        finally:
+            self._closing = True
+            self._wake.send(None)
+            for worker in self._workers:
+                worker.process.kill()
+                worker.process.wait()
         if self._lost is None:
             leave()
         elif self._watching is not threading.current_thread():
