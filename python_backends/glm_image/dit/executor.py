@@ -233,7 +233,7 @@ class Executor:
         return f" of {grid.width * PIXELS_PER_TOKEN} x {grid.height * PIXELS_PER_TOKEN}" if grid else ""
 
     def close(self) -> None:
-        """Waits for what is under way and drops all pictures: communicators in captured steps cannot be ended before."""
+        """Waits for what is under way and drops all pictures: communicators in captured steps can't be ended before."""
         self._device.bind()
         self._device.mark().wait()
         self._pictures.clear()
