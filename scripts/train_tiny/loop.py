@@ -17,6 +17,8 @@ STEPS_BETWEEN_LOGS = 100
 WARM_UP_STEPS = 300
 GRADIENT_NORM = 1.0
 AVERAGE_DECAY = 0.999
+STEPS_OF_COMPILING = 20
+"""At the beginning; the learning rate's schedule starts when they are over."""
 
 
 class Stage(Protocol):
@@ -181,6 +183,8 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
     clock, saved_at = time.monotonic() - spent, spent
     sums: Tensor | None = None
     while (seconds := time.monotonic() - clock) < budget:
+        if training.step == training.first_step + STEPS_OF_COMPILING:
+            training.first_second = seconds
         losses = training.take_step((seconds - training.first_second) / (budget - training.first_second))
         values = torch.stack([value.detach().float() for value in losses.values()])
         sums = values if sums is None else sums + values

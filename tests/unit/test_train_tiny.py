@@ -22,7 +22,7 @@ from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered
 from train_tiny.data import cell_labels, glyph_rows, sample_items
 from train_tiny.painter import noise_levels
-from train_tiny.painter_blocks import glyph_bias, glyph_states
+from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
@@ -52,10 +52,11 @@ def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> N
     count, height, width = 2, 16, 24
     latents, sources = torch.randn(2, count, 16, height, width)
     glyphs = torch.randn(count, 3, models.CONFIG.glyph_d_model)
-    prior = torch.randint(models.CONFIG.codebook, (count, height * width // 4))
+    codes = torch.randint(models.CONFIG.codebook, (count, height // 4, width // 4))
+    prior = codes.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
     times, rotary = torch.tensor([30.0, 700.0]), transformer.rope(latents)
-    _, source = models.velocity(transformer, sources, None, prior, None, torch.zeros(count), rotary)
-    batched, _ = models.velocity(transformer, latents, glyphs, prior, None, times, rotary, source)
+    _, source = models.velocity(transformer, sources, None, codes, None, torch.zeros(count), rotary)
+    batched, _ = models.velocity(transformer, latents, glyphs, codes, None, times, rotary, source)
     for row in range(count):
         one = slice(row, row + 1)
         caches = GlmImageKVCache(models.CONFIG.dit_layers)
@@ -70,8 +71,9 @@ def test_a_batch_of_words_is_the_glyph_encoders_own_forward() -> None:
     torch.manual_seed(2)
     encoder = models.build_glyph_encoder().requires_grad_(False)
     ids = torch.randint(3, 259, (3, 9))
-    own = encoder(ids).last_hidden_state
-    assert torch.allclose(glyph_states(encoder, ids, glyph_bias(encoder, 9)), own, atol=1e-5)
+    lengths = (2, 1, 6)
+    own = torch.cat([encoder(string).last_hidden_state for string in ids.split(lengths, dim=1)], dim=1)
+    assert torch.allclose(glyph_states(encoder, ids, glyph_bias(encoder, strings_apart(lengths))), own, atol=1e-5)
     assert own.std() > 0.1
 
 
