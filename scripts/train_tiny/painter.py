@@ -60,6 +60,8 @@ class Painter:
     def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         parts = {"transformer": build_transformer(), "glyphs": build_glyph_encoder()}
         self.module = nn.ModuleDict(parts).to(device)
+        self.inner = [part for block in parts["transformer"].transformer_blocks for part in (block.attn1, block.ff)]
+        self.inner.append(parts["glyphs"].encoder.block)
         self._block, self._states = compiled(block_forward, device), compiled(glyph_states, device)
         self._device, self._batch = device, batch
         self._latents, self._tokens = Latents(folder).to(device), Tokens(folder).to(device)

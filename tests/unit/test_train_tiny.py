@@ -21,6 +21,7 @@ from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered
 from train_tiny.data import cell_labels, glyph_rows, sample_items
+from train_tiny.muon import Muon
 from train_tiny.painter import noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import train_merges
@@ -175,6 +176,7 @@ class Line:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.module = nn.Linear(1, 1)
+        self.inner: tuple[nn.Module, ...] = ()
         self.steps: list[int] = []
 
     def losses(self, progress: float) -> dict[str, Tensor]:
@@ -208,6 +210,23 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert loop.finished(tmp_path, "line")["results"]["slope"] == pytest.approx(3, abs=0.05)
     ends = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
     assert [line["step"] for line in ends if line.get("event") == "end"] == [second.steps[-1] + 1]
+
+
+def test_matrices_of_one_shape_take_muons_step_together_and_go_on_from_its_state() -> None:
+    torch.manual_seed(3)
+    own = [nn.Parameter(torch.randn(*shape)) for shape in ((16, 16), (32, 16), (16, 32), (16, 16))]
+    theirs = [nn.Parameter(matrix.detach().clone()) for matrix in own]
+    one_by_one = torch.optim.Muon(theirs, 0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    together = Muon(own, 0.01)
+    for _ in range(4):
+        for mine, other in zip(own, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        state, together = together.state_dict(), Muon(own, 0.01)
+        together.load_state_dict(state)
+        together.step()
+        one_by_one.step()
+    assert all(torch.allclose(mine, other, atol=1e-4) for mine, other in zip(own, theirs, strict=True))
 
 
 def test_a_stage_that_is_done_goes_on_when_it_is_given_more_minutes(tmp_path: Path) -> None:
