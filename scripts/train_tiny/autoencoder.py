@@ -26,6 +26,7 @@ class Autoencoder:
 
     name = "vae"
     learning_rate = 1e-3
+    inner = ()
 
     def __init__(self, items: list[Item], device: torch.device, batch: int, seed: int) -> None:
         self.module = nn.ModuleDict({"vae": build_vae()}).to(device, memory_format=torch.channels_last)

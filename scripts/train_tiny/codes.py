@@ -71,6 +71,7 @@ class Codes:
 
     name = "vision"
     learning_rate = 1.5e-3
+    inner = ()
 
     def __init__(self, items: list[Item], device: torch.device, batch: int, seed: int) -> None:
         model = build_ar().model

@@ -18,8 +18,10 @@ def compiled(module: Forward, device: torch.device, *, dynamic: bool = True) -> 
     """
     if device.type != "cuda":
         return module
-    # Each kind of call compiles anew: with and without a source, words or gradients.
+    # Each kind of call compiles anew: with and without a source or gradients.
     torch._dynamo.config.recompile_limit = 64
+    # Otherwise a first batch of as many samples as a layer is wide is taken to be always so large.
+    torch.fx.experimental._config.use_duck_shape = False
     return torch.compile(module, dynamic=dynamic)
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from train_tiny.muon import Muon
+
 SECONDS_BETWEEN_SAVES = 60.0
 STEPS_BETWEEN_LOGS = 100
 WARM_UP_STEPS = 300
 GRADIENT_NORM = 1.0
 AVERAGE_DECAY = 0.999
+STEPS_OF_COMPILING = 20
+"""At the beginning; the learning rate's schedule starts when they are over."""
 
 
 class Stage(Protocol):
@@ -26,11 +30,13 @@ class Stage(Protocol):
         name: of its files in the run's folder.
         module: everything trained, also what is thrown away afterwards.
         learning_rate: at its highest.
+        inner: parts of the module whose linears' updates are made orthogonal.
     """
 
     name: str
     module: nn.Module
     learning_rate: float
+    inner: Sequence[nn.Module]
 
     def losses(self, progress: float) -> dict[str, Tensor]:
         """Draws a batch; ``loss`` is differentiated, the others are logged. ``progress`` goes from 0 to 1."""
@@ -92,11 +98,16 @@ def rate(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def optimizer_of(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW that lets norms and biases decay not."""
-    matrices, others = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+def optimizers_of(stage: Stage, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for the linears inside, where there are; for the rest AdamW that lets norms and biases decay not."""
+    linears = [m for part in stage.inner for m in part.modules() if isinstance(m, nn.Linear)]
+    inner = {id(linear.weight): linear.weight for linear in linears}
+    rest = [p for p in parameters if id(p) not in inner]
+    matrices, others = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), fused=parameters[0].device.type == "cuda")
+    fused = parameters[0].device.type == "cuda"
+    adam = torch.optim.AdamW(groups, stage.learning_rate, betas=(0.9, 0.98), fused=fused)
+    return [adam, Muon(inner.values(), stage.learning_rate)] if inner else [adam]
 
 
 class Training:
@@ -117,7 +128,7 @@ class Training:
     def __init__(self, stage: Stage, file: Path) -> None:
         self.stage, self._file = stage, file
         self.trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
-        self.optimizer = optimizer_of(self.trained, stage.learning_rate)
+        self.optimizers = optimizers_of(stage, self.trained)
         self.step = self.first_step = 0
         self.seconds = self.first_second = 0.0
         saved: dict[str, Any] = {}
@@ -127,21 +138,24 @@ class Training:
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.first_step, self.first_second = saved.get("first", (self.step, self.seconds))
         self.average = Average(stage.module)
-        if "optimizer" in saved:
-            self.optimizer.load_state_dict(saved["optimizer"])
+        if "optimizers" in saved:
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             self.average.values = saved["average"]
 
     def take_step(self, progress: float) -> dict[str, Tensor]:
         """Takes one step, at ``progress`` from 0 to 1 of its schedule; returns the losses and the gradients' norm."""
         stage, own = self.stage, self.step - self.first_step
-        for group in self.optimizer.param_groups:
-            group["lr"] = stage.learning_rate * rate(progress, own)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * rate(progress, own)
         with mixed_precision(self.trained[0].device):
             losses = stage.losses(progress)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.trained, GRADIENT_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         stage.after_step(self.step)
         self.average.update(stage.module, own)
         self.step += 1
@@ -149,7 +163,8 @@ class Training:
 
     def save(self, seconds: float) -> None:
         """Saves what is needed to go on."""
-        going_on = {"optimizer": self.optimizer.state_dict(), "average": self.average.values}
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        going_on = {"optimizers": states, "average": self.average.values}
         self._write(seconds, going_on | {"first": (self.first_step, self.first_second)})
 
     def finish(self, seconds: float) -> dict[str, Any]:
@@ -181,6 +196,8 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
     clock, saved_at = time.monotonic() - spent, spent
     sums: Tensor | None = None
     while (seconds := time.monotonic() - clock) < budget:
+        if training.step == training.first_step + STEPS_OF_COMPILING:
+            training.first_second = seconds
         losses = training.take_step((seconds - training.first_second) / (budget - training.first_second))
         values = torch.stack([value.detach().float() for value in losses.values()])
         sums = values if sums is None else sums + values

@@ -167,7 +167,7 @@ def velocity(
         model: diffusers' ``GlmImageTransformer2DModel``.
         latents: noisy, normalised [n, 16, h, w].
         glyphs: hidden states of the quoted strings [n, glyph tokens, width]; None for a source picture.
-        prior: ids [n, h/2 * w/2].
+        prior: codes [n, h/4, w/4], each of 2x2 tokens.
         kept: [n], 0 where the prior is dropped, 1 elsewhere; None keeps all.
         times: what the model is told, [n], 0..999.
         rotary: cosines and sines of the size.
@@ -177,15 +177,25 @@ def velocity(
     count, _, height, width = latents.shape
     embedded = model.prior_token_embedding(prior)
     if kept is not None:
-        embedded = embedded * kept[:, None, None]
-    hidden = model.image_projector(latents) + model.prior_projector(embedded)
-    # A copy, for what is compiled takes a linear's output, which is a view, for another kind of input.
-    text = None if glyphs is None else model.glyph_projector(glyphs).clone()
-    sizes = torch.tensor([[height * 8.0, width * 8.0]], device=latents.device).expand(count, 2)
+        embedded = embedded * kept[:, None, None, None]
+    hidden = model.image_projector(latents) + _doubled(model.prior_projector(embedded)).flatten(1, 2)
+    words = 0 if glyphs is None else glyphs.shape[1]
+    if glyphs is not None:
+        hidden = torch.cat([model.glyph_projector(glyphs), hidden], dim=1)
+    # Words are not rotated.
+    cos, sin = (F.pad(table, (0, 0, words, 0), value=still) for table, still in zip(rotary, (1.0, 0.0), strict=True))
+    are_words = torch.arange(len(cos), device=latents.device) < words
+    # Filled there: what is copied from the host makes it wait for the device.
+    sizes = torch.cat([latents.new_full((count, 1), side * 8.0) for side in (height, width)], dim=1)
     time = model.time_condition_embed(times, sizes, torch.zeros_like(sizes), hidden.dtype)
     made: list[Source] = []
     for block, seen in zip(model.transformer_blocks, source or [None] * len(model.transformer_blocks), strict=True):
-        hidden, text, own = call(block, hidden, text, time, rotary, seen)
+        hidden, own = call(block, hidden, are_words, time, (cos, sin), seen)
         made.append(own)
-    patches = model.proj_out(model.norm_out(hidden, time)).view(count, height // 2, width // 2, -1, 2, 2)
+    patches = model.proj_out(model.norm_out(hidden[:, words:], time)).view(count, height // 2, width // 2, -1, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(count, -1, height, width), made
+
+
+def _doubled(cells: Tensor) -> Tensor:
+    wide = cells[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+    return wide.flatten(3, 4).flatten(1, 2)

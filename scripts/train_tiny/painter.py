@@ -15,7 +15,7 @@ from train_tiny.compilation import compiled
 from train_tiny.data import Choice, Item, by_size, common, drawn, glyph_rows, halved
 from train_tiny.loop import mixed_precision
 from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
-from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states
+from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states, strings_apart
 
 EVALUATED = 20
 """Batches, at the end."""
@@ -42,7 +42,7 @@ class Shown(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Samples of one size whose quoted strings have the same lengths: nothing has to be padded."""
+    """Samples of one size whose quoted strings have the same lengths, one after another in ``glyphs``: [n, tokens]."""
 
     size: Size
     lengths: Signature
@@ -60,6 +60,8 @@ class Painter:
     def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         parts = {"transformer": build_transformer(), "glyphs": build_glyph_encoder()}
         self.module = nn.ModuleDict(parts).to(device)
+        self.inner = [part for block in parts["transformer"].transformer_blocks for part in (block.attn1, block.ff)]
+        self.inner.append(parts["glyphs"].encoder.block)
         self._block, self._states = compiled(block_forward, device), compiled(glyph_states, device)
         self._device, self._batch = device, batch
         self._latents, self._tokens = Latents(folder).to(device), Tokens(folder).to(device)
@@ -70,6 +72,8 @@ class Painter:
                 self._groups += self._grouped(size, sized)
         self._choice = Choice([len(group.glyphs) for group in self._groups], seed)
         self._rotary: dict[Size, tuple[Tensor, Tensor]] = {}
+        self._apart: dict[Signature, Tensor] = {}
+        self._no_words = self._words([glyph_rows("")])
 
     def _grouped(self, size: Size, items: Any) -> list[Group]:
         rows = [glyph_rows(item.prompt) for item in items]
@@ -79,11 +83,14 @@ class Painter:
         groups = []
         for key in sorted(common(lengths, at_least=2)):
             members = torch.tensor([index for index, own in enumerate(lengths) if own == key])
-            flat = torch.tensor([[byte for string in rows[index] for byte in string] for index in members])
             chosen = members.to(self._device)
             mine = [Shown(*(part[chosen] for part in shown)) if shown else None for shown in (target, source)]
-            groups.append(Group(size, key, flat.to(self._device), mine[0] or target, mine[1]))
+            groups.append(Group(size, key, self._words([rows[index] for index in members]), mine[0] or target, mine[1]))
         return groups
+
+    def _words(self, rows: list[Any]) -> Tensor:
+        # A token more than there are: what is compiled takes a sequence of one for another kind of input.
+        return torch.tensor([[byte for string in (*row, (0,)) for byte in string] for row in rows], device=self._device)
 
     def _shown(self, scenes: Any, size: Size) -> Shown:
         latents, codes = [], []
@@ -107,7 +114,7 @@ class Painter:
         # A batch has words of one length, so that all of them are dropped or none.
         dropped = bool(torch.rand(()) < DROPPED)
         glyphs = (
-            self._glyph_states(*self._nothing(count))
+            self._glyph_states(self._no_words.repeat(count, 1), (1,))
             if dropped
             else self._glyph_states(group.glyphs[rows], group.lengths)
         )
@@ -129,18 +136,14 @@ class Painter:
     def _by_kind(self, errors: Tensor, group: Group) -> dict[str, Tensor]:
         # Sums over steps of a kind and their number, so that a log line's quotient is that kind's mean.
         edit = float(group.source is not None)
-        return {"edit_loss_sum": errors.mean() * edit, "edit_steps": errors.new_tensor(edit)}
-
-    def _nothing(self, count: int) -> tuple[Tensor, Signature]:
-        return torch.tensor(glyph_rows(""), device=self._device).expand(count, 1), (1,)
+        return {"edit_loss_sum": errors.mean() * edit, "edit_steps": errors.new_full((), edit)}
 
     def _glyph_states(self, ids: Tensor, lengths: Signature) -> Tensor:
+        if lengths not in self._apart:
+            self._apart[lengths] = strings_apart((*lengths, 1)).to(self._device)
         encoder = self.module["glyphs"]
-        strings = [
-            self._states(encoder, string, glyph_bias(encoder, length))
-            for string, length in zip(ids.split(lengths, dim=1), lengths, strict=True)
-        ]
-        return torch.cat(strings, dim=1)
+        states: Tensor = self._states(encoder, ids, glyph_bias(encoder, self._apart[lengths]))
+        return states[:, :-1]
 
     def _source(self, shown: Shown, size: Size, rows: Tensor) -> list[Source]:
         now = torch.zeros(len(rows), device=self._device)
@@ -149,9 +152,8 @@ class Painter:
         return velocity(self.module["transformer"], latents, None, prior, None, now, rotary, (), self._block)[1]
 
     def _prior(self, codes: Any, size: Size) -> Tensor:
-        cells = codes.long().unflatten(1, geometry.target_grid(size))
-        doubled: Tensor = cells.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
-        return doubled
+        cells: Tensor = codes.long().unflatten(1, geometry.target_grid(size))
+        return cells
 
     def _rotary_of(self, size: Size) -> tuple[Tensor, Tensor]:
         if size not in self._rotary:

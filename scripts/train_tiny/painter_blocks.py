@@ -6,6 +6,7 @@ as long as the GPU needs for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5
+UNSEEN = -1e4
+"""Added to a score, leaves nothing of its weight."""
 
 Source = tuple[Tensor, Tensor]
 """Keys and values of a source picture in one block, [n, heads, tokens, head_dim] each."""
@@ -20,36 +23,36 @@ Source = tuple[Tensor, Tensor]
 
 def block_forward(
     block: Any,
-    image: Tensor,
-    text: Tensor | None,
+    hidden: Tensor,
+    words: Tensor,
     time: Tensor,
     rotary: tuple[Tensor, Tensor],
     source: Source | None = None,
-) -> tuple[Tensor, Tensor | None, Source]:
+) -> tuple[Tensor, Source]:
     """Runs a block of the DiT.
+
+    Words and image are one sequence, so that any number of words, none too, is the same compiled code.
 
     Args:
         block: diffusers' ``GlmImageTransformerBlock``.
-        image: [n, tokens, width].
-        text: [n, glyph tokens, width]; None where there are none.
+        hidden: [n, tokens, width].
+        words: bool [tokens]: which of them are of glyphs, not of the image.
         time: [n, time width].
-        rotary: cosines and sines of the image's tokens, [tokens, head_dim].
+        rotary: cosines and sines, [tokens, head_dim].
         source: keys and values to attend to besides.
 
     Returns:
-        image and text as given, and the block's own keys and values.
+        hidden as given, and the block's own keys and values.
     """
-    table = block.norm1.linear(time)[:, None].chunk(12, dim=2)
-    of_image, of_text = table[::2], table[1::2]
-    words = 0 if text is None else text.shape[1]
-    joined = _modulated(image, of_image[0], of_image[1])
-    if text is not None:
-        joined = torch.cat([_modulated(text, of_text[0], of_text[1]), joined], dim=1)
-    attended, made = _attention(block.attn1, joined, words, rotary, source)
-    image = _end(block, image, attended[:, words:], of_image)
-    if text is not None:
-        text = _end(block, text, attended[:, :words], of_text)
-    return image, text, made
+    table = block.norm1.linear(time).unflatten(1, (6, 2, -1)).unbind(1)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (
+        torch.where(words[:, None], of_text, of_image)
+        for of_image, of_text in (pair[:, :, None].unbind(1) for pair in table)
+    )
+    attended, made = _attention(block.attn1, _modulated(hidden, shift, scale), rotary, source)
+    hidden = hidden + attended * gate
+    after: Tensor = hidden + block.ff(_modulated(hidden, shift_mlp, scale_mlp)) * gate_mlp
+    return after, made
 
 
 def _modulated(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -57,22 +60,13 @@ def _modulated(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (normed * (1 + scale.float()) + shift.float()).to(hidden.dtype)
 
 
-def _end(block: Any, hidden: Tensor, attended: Tensor, table: tuple[Tensor, ...]) -> Tensor:
-    _, _, gate, shift, scale, gate_mlp = table
-    hidden = hidden + attended * gate
-    after: Tensor = hidden + block.ff(_modulated(hidden, shift, scale)) * gate_mlp
-    return after
-
-
 def _attention(
-    attention: Any, joined: Tensor, words: int, rotary: tuple[Tensor, Tensor], source: Source | None
+    attention: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], source: Source | None
 ) -> tuple[Tensor, Source]:
     linears = (attention.to_q, attention.to_k, attention.to_v)
     weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
-    query, key, value = F.linear(joined, weight, bias).unflatten(2, (3, attention.heads, -1)).unbind(2)
-    # Words are not rotated.
-    cos, sin = (F.pad(table, (0, 0, words, 0), value=still) for table, still in zip(rotary, (1.0, 0.0), strict=True))
-    query, key = (_turned(heads, cos, sin).transpose(1, 2) for heads in (query, key))
+    query, key, value = F.linear(hidden, weight, bias).unflatten(2, (3, attention.heads, -1)).unbind(2)
+    query, key = (_turned(heads, *rotary).transpose(1, 2) for heads in (query, key))
     made = key, value.transpose(1, 2)
     keys, values = made if source is None else (torch.cat(pair, dim=2) for pair in zip(source, made, strict=True))
     attended = F.scaled_dot_product_attention(query, keys, values)
@@ -92,7 +86,7 @@ def glyph_states(encoder: Any, ids: Tensor, bias: Tensor) -> Tensor:
     Args:
         encoder: transformers' module (Raffel et al., 2020, with gated GELU).
         ids: byte tokens.
-        bias: ``glyph_bias`` of as many tokens.
+        bias: ``glyph_bias`` of as many tokens: several strings may follow one another, each by itself.
     """
     hidden = encoder.shared(ids)
     for block in encoder.encoder.block:
@@ -111,10 +105,21 @@ def glyph_states(encoder: Any, ids: Tensor, bias: Tensor) -> Tensor:
     return _rms(hidden, encoder.encoder.final_layer_norm)
 
 
-def glyph_bias(encoder: Any, tokens: int) -> Tensor:
-    """What the places of ``tokens`` words add to the scores of their attention, [1, heads, tokens, tokens]."""
-    bias: Tensor = encoder.encoder.block[0].layer[0].SelfAttention.compute_bias(tokens, tokens)
-    return bias
+def glyph_bias(encoder: Any, apart: Tensor) -> Tensor:
+    """What the places of words add to the scores of their attention, [1, heads, tokens, tokens].
+
+    Args:
+        encoder: as of ``glyph_states``.
+        apart: bool [tokens, tokens]: which do not see each other, as ``strings_apart`` gives it.
+    """
+    bias: Tensor = encoder.encoder.block[0].layer[0].SelfAttention.compute_bias(*apart.shape)
+    return bias.masked_fill(apart, UNSEEN)
+
+
+def strings_apart(lengths: Sequence[int]) -> Tensor:
+    """Which bytes of strings of so many, one after another, are of different strings: bool [tokens, tokens]."""
+    string = torch.repeat_interleave(torch.tensor(lengths))
+    return string[:, None] != string
 
 
 def _rms(hidden: Tensor, norm: Any) -> Tensor:

@@ -51,6 +51,7 @@ class Writer:
 
     name = "writer"
     learning_rate = 1.5e-3
+    inner = ()
 
     def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         model = build_ar()

@@ -21,8 +21,9 @@ from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered
 from train_tiny.data import cell_labels, glyph_rows, sample_items
+from train_tiny.muon import Muon
 from train_tiny.painter import noise_levels
-from train_tiny.painter_blocks import glyph_bias, glyph_states
+from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
@@ -52,10 +53,11 @@ def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> N
     count, height, width = 2, 16, 24
     latents, sources = torch.randn(2, count, 16, height, width)
     glyphs = torch.randn(count, 3, models.CONFIG.glyph_d_model)
-    prior = torch.randint(models.CONFIG.codebook, (count, height * width // 4))
+    codes = torch.randint(models.CONFIG.codebook, (count, height // 4, width // 4))
+    prior = codes.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)
     times, rotary = torch.tensor([30.0, 700.0]), transformer.rope(latents)
-    _, source = models.velocity(transformer, sources, None, prior, None, torch.zeros(count), rotary)
-    batched, _ = models.velocity(transformer, latents, glyphs, prior, None, times, rotary, source)
+    _, source = models.velocity(transformer, sources, None, codes, None, torch.zeros(count), rotary)
+    batched, _ = models.velocity(transformer, latents, glyphs, codes, None, times, rotary, source)
     for row in range(count):
         one = slice(row, row + 1)
         caches = GlmImageKVCache(models.CONFIG.dit_layers)
@@ -70,8 +72,9 @@ def test_a_batch_of_words_is_the_glyph_encoders_own_forward() -> None:
     torch.manual_seed(2)
     encoder = models.build_glyph_encoder().requires_grad_(False)
     ids = torch.randint(3, 259, (3, 9))
-    own = encoder(ids).last_hidden_state
-    assert torch.allclose(glyph_states(encoder, ids, glyph_bias(encoder, 9)), own, atol=1e-5)
+    lengths = (2, 1, 6)
+    own = torch.cat([encoder(string).last_hidden_state for string in ids.split(lengths, dim=1)], dim=1)
+    assert torch.allclose(glyph_states(encoder, ids, glyph_bias(encoder, strings_apart(lengths))), own, atol=1e-5)
     assert own.std() > 0.1
 
 
@@ -173,6 +176,7 @@ class Line:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.module = nn.Linear(1, 1)
+        self.inner: tuple[nn.Module, ...] = ()
         self.steps: list[int] = []
 
     def losses(self, progress: float) -> dict[str, Tensor]:
@@ -206,6 +210,23 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert loop.finished(tmp_path, "line")["results"]["slope"] == pytest.approx(3, abs=0.05)
     ends = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
     assert [line["step"] for line in ends if line.get("event") == "end"] == [second.steps[-1] + 1]
+
+
+def test_matrices_of_one_shape_take_muons_step_together_and_go_on_from_its_state() -> None:
+    torch.manual_seed(3)
+    own = [nn.Parameter(torch.randn(*shape)) for shape in ((16, 16), (32, 16), (16, 32), (16, 16))]
+    theirs = [nn.Parameter(matrix.detach().clone()) for matrix in own]
+    one_by_one = torch.optim.Muon(theirs, 0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    together = Muon(own, 0.01)
+    for _ in range(4):
+        for mine, other in zip(own, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        state, together = together.state_dict(), Muon(own, 0.01)
+        together.load_state_dict(state)
+        together.step()
+        one_by_one.step()
+    assert all(torch.allclose(mine, other, atol=1e-4) for mine, other in zip(own, theirs, strict=True))
 
 
 def test_a_stage_that_is_done_goes_on_when_it_is_given_more_minutes(tmp_path: Path) -> None:
