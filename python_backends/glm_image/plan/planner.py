@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from glm_image.errors import ConfigurationError
 from glm_image.geometry import Size
+from glm_image.parallel.layout import ParallelLayout
 from glm_image.plan.memory import card_bytes, shares
 from glm_image.plan.simulation import Layout, Work, percentile, poisson_arrivals, saturate, simulate
 from glm_image.plan.times import StageTimes, tokens_of
@@ -63,13 +65,15 @@ class Option:
 
 def work_of(profile: Profile, asked: Asked, times: StageTimes) -> Work:
     """Returns what a picture asks of the stages of a profile."""
-    int8 = times.int8_step if profile.ar.parameters.get("quantization") == "int8" else 1.0
-    paint = times.condition + asked.steps * times.denoise_step(asked.size)
+    of_one = times.int8_step if profile.ar.parameters.get("quantization") == "int8" else 1.0
+    of_one *= times.splits.decode_step(len(profile.ar.entries[0]))
+    split = ParallelLayout.parse(profile.dit.parameters.get("parallel", "auto"), len(profile.dit.entries[0]))
+    step = times.denoise_step(asked.size) * times.splits.denoising_step(split)
     return Work(
         tokens=tokens_of(asked.size),
         prefill=times.prefill,
-        step=lambda running: times.step(running) * int8,
-        paint=lambda _: paint,
+        step=lambda running: times.step(running) * of_one,
+        paint=lambda _: times.condition + asked.steps * step,
         finish=times.pixels(times.vae, asked.size),
         encode=times.pixels(times.encode, asked.size),
         overhead=times.overhead,
@@ -77,11 +81,11 @@ def work_of(profile: Profile, asked: Asked, times: StageTimes) -> Work:
 
 
 def layout_of(profile: Profile) -> Layout:
-    """Returns the instances of a profile, each on one device."""
+    """Returns the instances of a profile; several devices of one are a device here."""
     values = {spec.name: spec.default for spec in AR_PARAMETERS} | profile.ar.values()
     return Layout(
-        ar=tuple(device for (device,) in profile.ar.entries),
-        dit=tuple(device for (device,) in profile.dit.entries),
+        ar=tuple(map(",".join, profile.ar.entries)),
+        dit=tuple(map(",".join, profile.dit.entries)),
         slots=int(values["max_num_seqs"]),
         admission=values["admission"],
     )
@@ -103,16 +107,15 @@ def _option(profile: Profile, machine: Machine, asked: Asked, times: StageTimes)
         refusal = f"needs {len(profile.devices)} cards"
     elif any(size / 1e9 > usable[device] for device, size in held.items()):
         refusal = f"needs cards of {most / min(1.0, max(shares(profile).values())):.0f} GB"
-    elif profile.spans_devices:
-        refusal = "instances over several cards have not been measured"
     else:
         refusal = _not_served(profile)
     if refusal:
         return Option(profile, most, refusal)
     layout, work = layout_of(profile), work_of(profile, asked, times)
     alone = simulate(layout, work, [0.0]).latencies[0]
-    paint = times.condition + asked.steps * times.denoise_step(asked.size)
-    feeds = (paint + work.finish) / (work.prefill + (work.tokens - 1) * work.step(layout.slots) / layout.slots)
+    feeds = (work.paint(random.Random()) + work.finish) / (
+        work.prefill + (work.tokens - 1) * work.step(layout.slots) / layout.slots
+    )
     kept_up = saturate(layout, work, SATURATING_REQUESTS).throughput
     return Option(profile, most, "", kept_up, alone, feeds)
 

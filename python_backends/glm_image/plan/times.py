@@ -11,6 +11,8 @@ from typing import Any, Final
 from glm_image import geometry
 from glm_image.errors import ConfigurationError, shown
 from glm_image.geometry import Grid, Size
+from glm_image.parallel.layout import MEMBERS
+from glm_image.plan.splits import Splits, undivided
 
 DIT_WIDTH: Final = 4096
 """Channels of the published transformer: what weighs its linear layers against its attention."""
@@ -19,6 +21,9 @@ BENCH_STEPS = 50
 """Steps of the pictures that ``scripts/bench/dit.py`` paints."""
 
 MEGAPIXEL: Final = 1024 * 1024
+
+OWN_SUM: Final = "memory of the peers"
+"""How ``scripts/bench/parallel.py`` names the exchange of a decode step that is no collective's."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class StageTimes:
         encode: pixels to a file, of 1024 x 1024.
         overhead: of a request, beside the stages.
         int8_step: what a decode step with int8 weights takes of one with bf16.
+        splits: what steps take where several cards share them.
     """
 
     source: str
@@ -50,6 +56,7 @@ class StageTimes:
     encode: float = 0.0
     overhead: float = 0.0
     int8_step: float = 1.0
+    splits: Splits = Splits()  # noqa: RUF009 - it cannot be changed
 
     def step(self, running: int) -> float:
         """Seconds of a decode step of ``running`` sequences: what one takes, and each further one more."""
@@ -68,7 +75,7 @@ class StageTimes:
 
 
 H100: Final = StageTimes(
-    source="docs/performance.md: one H100 80GB HBM3, bf16, real sizes, random weights",
+    source="docs/performance.md: one and two H100 80GB HBM3, bf16, real sizes, random weights; more by Amdahl's law",
     step_one=0.00633,
     step_full=0.00641,
     prefill=0.034,
@@ -77,6 +84,13 @@ H100: Final = StageTimes(
     vae=0.19,
     overhead=0.05,
     int8_step=0.69,
+    splits=Splits(
+        decode=undivided(2, 1.52),
+        cfg=undivided(2, 1.91),
+        tp=undivided(2, 1.93),
+        ring=undivided(2, 1.38),
+        ulysses=undivided(2, 1.69),
+    ),
 )
 """The defaults."""
 
@@ -109,7 +123,7 @@ def read_size(text: str) -> Size:
 
 
 def read_measured(paths: list[Path], base: StageTimes = H100) -> StageTimes:
-    """Replaces times by those that ``scripts/bench/ar.py``, ``dit.py`` and ``served.py`` have printed.
+    """Replaces times by those that ``scripts/bench/ar.py``, ``dit.py``, ``served.py`` and ``parallel.py`` have printed.
 
     Args:
         paths: files of JSON lines; a later line counts more than an earlier one.
@@ -128,7 +142,7 @@ def read_measured(paths: list[Path], base: StageTimes = H100) -> StageTimes:
     if not reader.told:
         raise ConfigurationError(
             f"{', '.join(map(str, paths))}: no line tells a time of a stage; "
-            "allowed: what scripts/bench/ar.py, dit.py or served.py print"
+            "allowed: what scripts/bench/ar.py, dit.py, served.py or parallel.py print"
         )
     rest = "" if reader.told >= {"step", "denoise"} else f"; the rest: {base.source}"
     return replace(reader.times, source=", ".join(map(str, paths)) + rest)
@@ -145,6 +159,7 @@ class _Reader:
             "decode step": self._decode_step,
             "admission of a 64-token prompt": lambda line: self._set("prefill", prefill=line["lost_ms"] / 1e3),
             f"picture, {BENCH_STEPS} steps, guidance 1.5": self._picture,
+            "denoising step": self._split_denoising_step,
             "request": self._asked,
             "stages": self._stages,
         }
@@ -159,6 +174,9 @@ class _Reader:
         self.told.add(told)
 
     def _decode_step(self, line: Mapping[str, Any]) -> None:
+        if "devices" in line:
+            self._split_decode_step(line)
+            return
         if line["size"] != 1024:  # noqa: PLR2004 - the longest sequences alone have others
             return
         seconds, running = line["ms"] / 1e3, line["running"]
@@ -166,6 +184,19 @@ class _Reader:
             self._set("step", step_one=seconds, step_full=max(seconds, self.times.step_full))
         else:
             self._set("step", step_full=seconds, full=running)
+
+    def _split_decode_step(self, line: Mapping[str, Any]) -> None:
+        if line.get("through") == OWN_SUM:  # what is served where the cards can
+            self._set_split("decode", line)
+
+    def _split_denoising_step(self, line: Mapping[str, Any]) -> None:
+        member, _, _ = line["parallel"].partition("=")
+        if "," not in line["parallel"] and member in MEMBERS:
+            self._set_split(member, line)
+
+    def _set_split(self, name: str, line: Mapping[str, Any]) -> None:
+        share = undivided(line["devices"], line["speedup"])
+        self._set("splits", splits=replace(self.times.splits, **{name: share}))
 
     def _picture(self, line: Mapping[str, Any]) -> None:
         size = read_size(line["size"])
