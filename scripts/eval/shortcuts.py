@@ -3,7 +3,8 @@
     shortcuts.py --checkpoint DIR [--only exact,cache-0.24] [-n 100] [--edits 24] [--markdown]
 
 Each line: adherence per property, PSNR and SSIM against the exact pictures of the same seeds, the median seconds a
-picture. ``--markdown`` prints the table besides. A shortcut that this build or device does not have says so.
+picture. ``--markdown`` prints the table besides. What several devices share takes those that follow ``--device``. A
+shortcut that this build or device does not have says so.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ class Shortcut:
         dit: fields of ``DitSettings``.
         cache: fields of ``CacheSettings``; None = no cached denoising.
         steps_share: of the steps asked for.
+        devices: how many share the second stage.
     """
 
     ar: Mapping[str, Any] = field(default_factory=dict)
     dit: Mapping[str, Any] = field(default_factory=dict)
     cache: Mapping[str, Any] | None = None
     steps_share: float = 1.0
+    devices: int = 1
 
     def settings(self) -> LocalSettings:
         """Returns the engines' settings.
@@ -73,6 +76,10 @@ SHORTCUTS: Final[dict[str, Shortcut]] = {
     "fp8-dit": Shortcut(dit={"quantization": "fp8"}),
     "int8-both": Shortcut(ar={"int8": True}, dit={"quantization": "int8"}),
     "int8-both-cache-0.24": Shortcut({"int8": True}, {"quantization": "int8"}, {"residual_diff_threshold": 0.24}),
+    "cfg-2": Shortcut(dit={"parallel": "cfg=2"}, devices=2),
+    "ulysses-2": Shortcut(dit={"parallel": "ulysses=2"}, devices=2),
+    "ring-2": Shortcut(dit={"parallel": "ring=2"}, devices=2),
+    "tp-2": Shortcut(dit={"parallel": "tp=2"}, devices=2),
 }
 """By the name that ``--only`` takes; the first is what the others are compared with."""
 EXACT: Final = next(iter(SHORTCUTS))
@@ -105,13 +112,20 @@ def _built(settings: type, values: Mapping[str, Any]) -> Any:
     return settings(**values)
 
 
+def devices_from(first: str, count: int) -> str:
+    """Returns so many devices, the first one and those after it; of the CPU as many processes."""
+    kind, _, index = first.partition(":")
+    return ",".join(f"{kind}:{int(index) + offset}" if index else kind for offset in range(count))
+
+
 def measure_shortcut(
     shortcut: Shortcut, checkpoint: Path, device: str, questions: list[Question], request: Request
 ) -> tuple[list[Picture], dict[str, Any]]:
     """Paints every question with a shortcut; returns the pictures, adherence and seconds."""
     request = dataclasses.replace(request, steps=max(1, round(request.steps * shortcut.steps_share)))
     started = time.perf_counter()
-    with local_painter(checkpoint, device, shortcut.settings()) as painter:
+    devices = devices_from(device, shortcut.devices)
+    with local_painter(checkpoint, devices, shortcut.settings()) as painter:
         loaded = time.perf_counter() - started
         painter(questions[0], request)  # the first picture of a size chooses kernels and captures
         pictures, seen, seconds = measure(painter, questions, request)
