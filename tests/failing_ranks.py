@@ -24,7 +24,7 @@ class _Meets:
         pass
 
 
-class _MeetsToTheEnd(_Meets):
+class _EndsBadly(_Meets):
     def __init__(self, ranks: Ranks) -> None:
         super().__init__(ranks)
         self._ranks = ranks
@@ -37,15 +37,16 @@ class _MeetsToTheEnd(_Meets):
 
     def close(self) -> None:
         ENDS.append(self._ranks.world.sum(torch.ones(1)).item())
+        raise RuntimeError("this rank does not end well")
 
 
 ENDS: list[float] = []
-"""What the sums at the end of ``meets_to_the_end`` were."""
+"""What the sums at the end of ``ends_badly`` were."""
 
 
-def meets_to_the_end(device: Device, ranks: Ranks) -> Runs:
-    """Has something under way that ends with the others alone."""
-    return _MeetsToTheEnd(ranks)
+def ends_badly(device: Device, ranks: Ranks) -> Runs:
+    """Has something under way that ends with the others alone, and then raises."""
+    return _EndsBadly(ranks)
 
 
 def meets(_: object, device: Device, ranks: Ranks) -> Runs:

@@ -87,8 +87,10 @@ class LocalPipeline:
 
     def close(self) -> None:
         """Stops the engines."""
-        self.ar.close()
-        self.dit.close()
+        try:
+            self.ar.close()
+        finally:
+            self.dit.close()
 
     def resolve(self, parameters: GenerationParameters) -> ResolvedRequest:
         """Validates a request; see ``GenerationParameters.resolve``."""

@@ -136,9 +136,10 @@ class Training:
             saved = torch.load(file, map_location=self.trained[0].device, weights_only=False)
             stage.module.load_state_dict(saved["weights"])
             self.step, self.seconds = saved["step"], saved["seconds"]
-            self.first_step, self.first_second = saved.get("first", (self.step, self.seconds))
+            self.first_step, self.first_second = self.step, self.seconds
         self.average = Average(stage.module)
         if "optimizers" in saved:
+            self.first_step, self.first_second = saved["first"]
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             self.average.values = saved["average"]

@@ -22,7 +22,7 @@ from glm_image.checkpoint import Checkpoint
 from glm_image.devices import open_device
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.cpu import CpuDevice
-from glm_image.errors import CancelledError, DeadlineExceededError
+from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
 from glm_image.job import Job, Progress
 from glm_image.request import GenerationParameters, Limits, ResolvedRequest
 from helpers import MakeCheckpoint, OpenExecutor, sequence_length
@@ -141,6 +141,29 @@ def test_one_that_is_cancelled_leaves_the_others_and_its_slot_as_they_were(
     done = run_together(opened, [(0, 0), (0, 1), (50, 2)], slots=2, stride=10, cancel={1: 100})
     assert done[1].tolist() == alone[1][:101].tolist()
     assert [done[index].tolist() for index in (0, 2)] == [alone[index].tolist() for index in (0, 2)]
+
+
+def test_a_slot_whose_tokens_nobody_wants_gives_none_and_is_free(opened: OpenExecutor, alone: list[Tokens]) -> None:
+    kept, dropped, next_one = opened.admit(0, REQUESTS[0]), opened.admit(1, REQUESTS[1]), opened.admit(1, REQUESTS[2])
+    opened.run(kept)
+    opened.run(dropped)
+    opened.run(Step(30))
+    assert opened.run(Release(1, wanted=False)) is None
+    opened.run(next_one)
+    left = {0: sequence_length(kept) - 31, 1: sequence_length(next_one) - 1}
+    taken, tokens = 0, dict[int, list[int]]()
+    for slot in sorted(left, key=left.__getitem__):
+        opened.run(Step(left[slot] - taken))
+        taken, tokens[slot] = left[slot], opened.release(slot).tolist()
+    assert tokens == {0: alone[0].tolist(), 1: alone[2].tolist()}
+
+
+def test_a_closed_executor_takes_no_step_and_closes_again(make_checkpoint: MakeCheckpoint) -> None:
+    executor = OpenExecutor(make_checkpoint(), slots=1).executor
+    executor.close()
+    executor.close()
+    with pytest.raises(UnavailableError, match="closed"):
+        executor.run(Step(1))
 
 
 class MaskedDevice(CpuDevice):

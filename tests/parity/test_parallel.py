@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 import failing_ranks
@@ -45,6 +46,9 @@ SOON_SECONDS = 10.0
 REQUESTS = {
     "text": GenerationParameters(
         prompt="a fox 'NEWS' and “ok”", height=160, width=96, seed=1, num_inference_steps=3, guidance_scale=4.0
+    ),
+    "few tokens": GenerationParameters(
+        prompt="'A'", height=32, width=32, seed=4, num_inference_steps=2, guidance_scale=2.0
     ),
     "no guidance": GenerationParameters(
         prompt="no quotes", height=96, width=96, seed=2, num_inference_steps=2, guidance_scale=1.0
@@ -197,12 +201,13 @@ def test_a_rank_without_its_device_is_told_and_leaves_nothing() -> None:
     assert not _worker_pids(os.getpid())
 
 
-def test_what_is_under_way_ends_before_the_ranks_do() -> None:
-    team = start(failing_ranks.meets_to_the_end, (), open_device("cpu"), ParallelLayout(tp=2), Peers(("cpu",)))
+def test_what_is_under_way_ends_before_the_ranks_do_and_they_end_whatever_it_ends_with() -> None:
+    team = start(failing_ranks.ends_badly, (), open_device("cpu"), ParallelLayout(tp=2), Peers(("cpu",)))
     team.run("anything")
     failing_ranks.ENDS.clear()
     team.close()
     assert failing_ranks.ENDS == [2.0]
+    assert not dist.is_initialized()
     assert not _worker_pids(os.getpid())
 
 

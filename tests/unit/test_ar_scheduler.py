@@ -197,10 +197,8 @@ def test_a_cancelled_request_gives_its_slot_back(served: Served) -> None:
     assert 4 not in served.executor.seeds()
     steps = sum(command.count for command in served.executor.commands if isinstance(command, Step))
     assert steps < 100
-    unwanted_slots = [
-        command for command in served.executor.commands if isinstance(command, Release) and not command.wanted
-    ]
-    assert len(unwanted_slots) == 1  # the others of its steps are not waited for
+    dropped = [command for command in served.executor.commands if isinstance(command, Release) and not command.wanted]
+    assert len(dropped) == 1  # the others of its steps are not waited for
 
 
 def test_a_late_request_is_dropped_while_it_waits_and_while_it_runs(served: Served) -> None:

@@ -14,7 +14,7 @@ from eval.adherence import shares
 from eval.judge import judge, judge_edit
 from eval.questions import Request, drawn, edit_questions, scene_questions
 from eval.seeing import connected_pieces, look
-from eval.shortcuts import EXACT, SHORTCUTS, Shortcut
+from eval.shortcuts import EXACT, SHORTCUTS, Shortcut, devices_from
 from eval.similarity import psnr, ssim
 from glm_image.errors import ConfigurationError
 from glm_image.pipeline import LocalSettings
@@ -141,6 +141,14 @@ def test_similarity_follows_its_definition() -> None:
     assert ssim(one, one) == pytest.approx(1)
     assert psnr(np.zeros_like(one), np.full_like(one, 255)) == 0
     assert psnr(np.zeros_like(one), np.full_like(one, 1)) == pytest.approx(48.13, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("first", "all_of"), [("cpu", "cpu,cpu"), ("cpu:2", "cpu:2,cpu:3"), ("cuda:0", "cuda:0,cuda:1")]
+)
+def test_devices_are_counted_on_from_the_first(monkeypatch: pytest.MonkeyPatch, first: str, all_of: str) -> None:
+    monkeypatch.setattr("eval.shortcuts.placement", lambda devices, _: devices)
+    assert devices_from(first, 2) == all_of
 
 
 def test_the_exact_shortcut_is_the_default_and_an_unknown_setting_is_named() -> None:

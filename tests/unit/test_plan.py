@@ -123,7 +123,7 @@ def test_measured_times_replace_the_defaults(tmp_path: Path) -> None:
     times = read_measured([ar, dit])
     assert times.denoise_step(WIDE) == pytest.approx(0.6)
     assert times.pixels(times.vae, WIDE) == pytest.approx(0.375)
-    assert times.source == f"{ar}, {dit}"
+    assert times.source == f"{ar}, {dit}; the rest: {H100.source}"  # how cards share a step
 
 
 def test_what_several_cards_gained_tells_how_they_share_a_step(tmp_path: Path) -> None:
@@ -136,6 +136,7 @@ def test_what_several_cards_gained_tells_how_they_share_a_step(tmp_path: Path) -
         {**split, "devices": 1, "parallel": "none", "speedup": 1.0},
         {**split, "speedup": 3.2},
         {**split, "parallel": "cfg=2,ulysses=2", "speedup": 3.3},
+        {**split, "size": "2048x2048", "speedup": 3.6},
     )
     splits = read_measured([measured]).splits
     assert splits.decode_step(2) == pytest.approx(1 / 1.5)

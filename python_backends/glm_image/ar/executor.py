@@ -191,9 +191,11 @@ class Executor:
 
     def close(self) -> None:
         """Waits for what is under way and forgets the captured step: a communicator in it cannot be ended before."""
-        self._device.bind()
-        self._device.mark().wait()
-        self._step_once = _never
+        try:
+            self._device.bind()
+            self._device.mark().wait()
+        finally:
+            self._step_once = _never
 
     def _admit(self, command: Admit) -> None:
         config, place, state = self._decoder.config, self._device.torch_device, self._state

@@ -234,9 +234,11 @@ class Executor:
 
     def close(self) -> None:
         """Waits for what is under way and drops all pictures: communicators in captured steps can't be ended before."""
-        self._device.bind()
-        self._device.mark().wait()
-        self._pictures.clear()
+        try:
+            self._device.bind()
+            self._device.mark().wait()
+        finally:
+            self._pictures.clear()
 
     def _read_sources(self, sources: tuple[SourcePicture, ...]) -> SourceCache:
         dtype, config = self._transformer.proj_out.weight.dtype, self._transformer.config

@@ -108,7 +108,7 @@ class SequenceAttention:
         rows = [len(share) for share in group.shares(len(self._split.ring.share(self._tokens)))]
         whole = qkv.new_empty(text + sum(rows), 3, *by_rank.shape[3:])
         whole[:text] = by_rank[:text, :, group.rank]
-        sent = by_rank[text:].movedim(2, 0).flatten(0, 1)
+        sent = by_rank[text:].movedim(2, 0).flatten(0, 1).contiguous()  # of one token, it would be a view
         own = [len(qkv) - text] * group.size
         return _Arriving(whole, group.start_exchange(sent, own, whole[text:], rows))
 
@@ -138,8 +138,9 @@ class SequenceAttention:
         for step in range(ring.size):
             before = (ring.rank - step - 1) % ring.size
             length = sum(len(ring.shares(count)[before]) for count in counts)
-            coming = moving.new_empty(*moving.shape[:2], length, *moving.shape[3:])
-            passing = ring.start_passing(moving, coming) if step + 1 < ring.size else None
+            is_last = step + 1 == ring.size
+            coming = moving.new_empty(*moving.shape[:2], 0 if is_last else length, *moving.shape[3:])
+            passing = None if is_last else ring.start_passing(moving, coming)
             seen = moving if step else (torch.cat([words[0], keys], 1), torch.cat([words[1], values], 1))
             own = self._attend_with_lse(query, *seen)
             total = _merged(total, own) if total else own

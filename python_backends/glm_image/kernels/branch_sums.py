@@ -62,9 +62,9 @@ class GatheredSum:
 class PeerSum:
     """The sum of all ranks' parts, which each writes into the others' memory: no collective, no launch of its own.
 
-    A row's parts are followed by a count that only grows, for which the reader waits. One inbox is not enough: a rank
-    may write the next parts as soon as it has read these, while another still reads. With two, used in turn, the count
-    of the one tells that the other has been read.
+    A row's parts are followed by a count, one more each time, for which the reader waits. One inbox is not enough: a
+    rank may write the next parts as soon as it has read these, while another still reads. With two, used in turn, the
+    count of the one tells that the other has been read.
 
     Args:
         parts: fp32 [splits, rows, width], the buffer of this rank.
@@ -138,7 +138,8 @@ def _peer_sum_kernel(
     residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            while tl.atomic_add(told_ptr + rank * rows + row, 0, sem="acquire", scope="sys") < count:
+            # As a difference, since counts begin anew below zero after some days of decoding.
+            while tl.atomic_add(told_ptr + rank * rows + row, 0, sem="acquire", scope="sys") - count < 0:
                 pass
     tl.store(counts_ptr + row, count)
     sums = tl.zeros([BLOCK], dtype=tl.float32)

@@ -20,12 +20,14 @@ class Transfer:
     """
 
     def __init__(self, works: Sequence[Any], sent: Tensor) -> None:
-        self._works, self._sent = works, sent
+        self._works: Sequence[Any] = works
+        self._sent: Tensor | None = sent
 
     def wait(self) -> None:
         """Has what the device is told from now on wait until all of it is there."""
         for work in self._works:
             work.wait()
+        self._works, self._sent = (), None
 
 
 class Group:
@@ -81,7 +83,7 @@ class Group:
 
     def gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
         """Writes the tensor of every rank to ``gathered``, one after the other along the first dimension."""
-        self.start_gather(gathered, tensor).wait()
+        dist.all_gather_into_tensor(gathered, tensor, self.process_group)
 
     def start_gather(self, gathered: Tensor, tensor: Tensor) -> Transfer:
         """Begins ``gather_into``."""

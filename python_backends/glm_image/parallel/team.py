@@ -202,12 +202,13 @@ class Team:
         try:
             if self._loaded and self._lost is None:
                 self._here.close()
-        finally:
-            self._closing = True
-            self._wake.send(None)
-            for worker in self._workers:
-                worker.process.kill()
-                worker.process.wait()
+        except Exception:  # a rank is lost meanwhile, or the device; the others must end all the same
+            logger.exception("rank 0 did not end well")
+        self._closing = True
+        self._wake.send(None)
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.wait()
         if self._lost is None:
             leave()
         elif self._watching is not threading.current_thread():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -67,17 +66,22 @@ def work_of(profile: Profile, asked: Asked, times: StageTimes) -> Work:
     """Returns what a picture asks of the stages of a profile."""
     of_one = times.int8_step if profile.ar.parameters.get("quantization") == "int8" else 1.0
     of_one *= times.splits.decode_step(len(profile.ar.entries[0]))
-    split = ParallelLayout.parse(profile.dit.parameters.get("parallel", "auto"), len(profile.dit.entries[0]))
-    step = times.denoise_step(asked.size) * times.splits.denoising_step(split)
+    painting = painting_seconds(profile, asked, times)
     return Work(
         tokens=tokens_of(asked.size),
         prefill=times.prefill,
         step=lambda running: times.step(running) * of_one,
-        paint=lambda _: times.condition + asked.steps * step,
+        paint=lambda _: painting,
         finish=times.pixels(times.vae, asked.size),
         encode=times.pixels(times.encode, asked.size),
         overhead=times.overhead,
     )
+
+
+def painting_seconds(profile: Profile, asked: Asked, times: StageTimes) -> float:
+    """Returns what the conditions and steps of a picture take."""
+    split = ParallelLayout.parse(profile.dit.parameters.get("parallel", "auto"), len(profile.dit.entries[0]))
+    return times.condition + asked.steps * times.denoise_step(asked.size) * times.splits.denoising_step(split)
 
 
 def layout_of(profile: Profile) -> Layout:
@@ -113,7 +117,7 @@ def _option(profile: Profile, machine: Machine, asked: Asked, times: StageTimes)
         return Option(profile, most, refusal)
     layout, work = layout_of(profile), work_of(profile, asked, times)
     alone = simulate(layout, work, [0.0]).latencies[0]
-    feeds = (work.paint(random.Random()) + work.finish) / (
+    feeds = (painting_seconds(profile, asked, times) + work.finish) / (
         work.prefill + (work.tokens - 1) * work.step(layout.slots) / layout.slots
     )
     kept_up = saturate(layout, work, SATURATING_REQUESTS).throughput

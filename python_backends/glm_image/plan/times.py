@@ -144,7 +144,7 @@ def read_measured(paths: list[Path], base: StageTimes = H100) -> StageTimes:
             f"{', '.join(map(str, paths))}: no line tells a time of a stage; "
             "allowed: what scripts/bench/ar.py, dit.py, served.py or parallel.py print"
         )
-    rest = "" if reader.told >= {"step", "denoise"} else f"; the rest: {base.source}"
+    rest = "" if reader.told >= {"step", "denoise", "splits"} else f"; the rest: {base.source}"
     return replace(reader.times, source=", ".join(map(str, paths)) + rest)
 
 
@@ -191,7 +191,7 @@ class _Reader:
 
     def _split_denoising_step(self, line: Mapping[str, Any]) -> None:
         member, _, _ = line["parallel"].partition("=")
-        if "," not in line["parallel"] and member in MEMBERS:
+        if line["size"] == "1024x1024" and "," not in line["parallel"] and member in MEMBERS:
             self._set_split(member, line)
 
     def _set_split(self, name: str, line: Mapping[str, Any]) -> None:

@@ -64,11 +64,6 @@ class Profile:
         return sum(map(len, (*self.ar.entries, *self.dit.entries)))
 
     @property
-    def spans_devices(self) -> bool:
-        """Whether an instance runs on several devices."""
-        return any(len(entry) > 1 for entry in (*self.ar.entries, *self.dit.entries))
-
-    @property
     def is_quantized(self) -> bool:
         """Whether a stage keeps its weights in fewer bits."""
         return any(layout.parameters.get("quantization", "none") != "none" for layout in (self.ar, self.dit))
