@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Torch 2.13's name for it, before which there was the other."""
+
 
 class Transfer:
     """What ranks are sending each other, while the device does something else.
@@ -83,11 +86,11 @@ class Group:
 
     def gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
         """Writes the tensor of every rank to ``gathered``, one after the other along the first dimension."""
-        dist.all_gather_into_tensor(gathered, tensor, self.process_group)
+        _gather_single(gathered, tensor, self.process_group)
 
     def start_gather(self, gathered: Tensor, tensor: Tensor) -> Transfer:
         """Begins ``gather_into``."""
-        return Transfer([dist.all_gather_into_tensor(gathered, tensor, self.process_group, async_op=True)], tensor)
+        return Transfer([_gather_single(gathered, tensor, self.process_group, async_op=True)], tensor)
 
     def gather_rows(self, tensor: Tensor, count: int) -> Tensor:
         """Puts the ranks' shares of ``count`` rows one after the other; ``tensor`` is [rows of this share, ...]."""
