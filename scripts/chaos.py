@@ -174,8 +174,8 @@ class Chaos:
             futures = [pool.submit(self._client, random.Random(self._dice.random()), over) for _ in range(clients)]
             try:
                 end = time.monotonic() + seconds
-                # Each kind of blow comes, however short the time.
-                while time.monotonic() < end or len(self.report.blows) < len(UNREADY_SECONDS):
+                # Each kind of blow comes, however short the time, and none that would end after it.
+                while time.monotonic() + self._longest() < end or len(self.report.blows) < len(UNREADY_SECONDS):
                     self._watch_peace(self._dice.uniform(*PEACE_SECONDS))
                     self._strike(list(UNREADY_SECONDS)[len(self.report.blows) % 2])
             finally:
@@ -186,6 +186,10 @@ class Chaos:
             was_broken = any(asked.began <= back and asked.ended >= blow for blow, back in self._broken)
             if words := fault_of(asked, expected, was_broken):
                 self._fault(words)
+
+    def _longest(self) -> float:
+        """How long the next blow and the peace before it may take, by those that came."""
+        return PEACE_SECONDS[1] + max((blow.back_seconds for blow in self.report.blows), default=0.0)
 
     def _client(self, dice: random.Random, over: threading.Event) -> list[Asked]:
         asked = []
