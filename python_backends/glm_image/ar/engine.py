@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ from glm_image.job import Job
 from glm_image.measures import Record, keep_nothing
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.parallel.team import NO_PEERS, Peers, start
+from glm_image.parallel.worker import Runs
 from glm_image.prompts import PromptTokenizer
 from glm_image.request import ResolvedRequest, Sampling
 from glm_image.sources import Source
@@ -92,7 +94,7 @@ class ArEngine:
         self._image_processor = checkpoint.image_processor
         self.source_rule = checkpoint.source_rule
         layout = ParallelLayout(tp=1 + len(peers.devices))
-        self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
+        self.executor = _loaded(device, partial(start, load_executor, (checkpoint, settings), device, layout, peers))
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
         first = self._warm_up_commands(device.warmup_sizes)
         self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first, admission)
@@ -166,6 +168,14 @@ class ArEngine:
     def close_scheduler(self) -> None:
         """Ends what runs and what waits; ``executor`` is the caller's from then on."""
         self._scheduler.close()
+
+
+def _loaded(device: Device, load: Callable[[], Runs]) -> Runs:
+    """Loads; on the host in a thread that then ends, so that only the scheduler's has ever computed."""
+    if not device.is_host:
+        return load()
+    with ThreadPoolExecutor(1, thread_name_prefix="ar-loading") as loading:
+        return loading.submit(load).result()
 
 
 def _hand_on(

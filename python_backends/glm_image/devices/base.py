@@ -48,6 +48,9 @@ class Device(ABC):
         lse_attention_backend: diffusers' name of what ``attention_with_lse`` is; "" where there is none.
         warmup_sizes: pictures painted and sources read at load, because libraries load and choose kernels at first use.
         hang_seconds: what one command of an engine never takes here; a first one may compile kernels.
+        is_host: whether the host's own cores compute. There it is one thread that should: OpenMP keeps threads for each
+            that ever has, and once they are more than the cores they no longer wait for work awake, which makes
+            steps over small matrices take twice as long.
     """
 
     default_dtype = torch.bfloat16
@@ -56,6 +59,7 @@ class Device(ABC):
     lse_attention_backend = ""
     warmup_sizes: tuple[Size, ...] = ()
     hang_seconds = 60.0
+    is_host = False
 
     def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
         self.torch_device = torch_device

@@ -26,6 +26,7 @@ class CpuDevice(Device):
     lse_attention_backend = "_native_flash"
     default_dtype = torch.float32
     hang_seconds = 600.0
+    is_host = True
 
     def bind(self) -> None:
         """Nothing to choose."""

@@ -121,7 +121,7 @@ class DitBackend:
         )
         self._painting.publish = self._reception.publish
         self._busy = BusyPeriod()
-        self._finisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dit-finisher")
+        self._finisher = None if device.is_host else ThreadPoolExecutor(1, thread_name_prefix="dit-finisher")
         self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
         self._pulse.start()
 
@@ -140,7 +140,8 @@ class DitBackend:
     def finalize(self) -> None:
         """Finishes what is denoised."""
         self._pulse.close()
-        self._finisher.shutdown(wait=True)
+        if self._finisher is not None:
+            self._finisher.shutdown(wait=True)
         self._engine.close()
         self._reception.close()
         self._metrics.close()
@@ -165,7 +166,10 @@ class DitBackend:
         sources = paint.read_sources(self._limits, self._engine.source_rule)
         pictures = self._engine.denoise(job, paint, sources)
         self._may_wait.acquire()
-        self._finisher.submit(self._finish, answer, job, paint, pictures)
+        if self._finisher is None:
+            self._finish(answer, job, paint, pictures)
+        else:
+            self._finisher.submit(self._finish, answer, job, paint, pictures)
 
     def _show(self, job: Job, pictures_every: int) -> None:
         def show(pixels: NDArray[np.uint8]) -> None:
