@@ -66,7 +66,7 @@ def matmul_rate(device: torch.device, synchronize: Callable[[], None], for_secon
     return count * 2 * side**3 / (time.perf_counter() - started)
 
 
-def say_kernels(work: Callable[[], object], synchronize: Callable[[], None], most: int = 14) -> None:
+def say_kernels(work: Callable[[], object], synchronize: Callable[[], None], most: int = 14, **named: Any) -> None:
     """Prints the kernels of some work on this process's GPU, those that take longest first."""
     from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415 - only where it is asked for
 
@@ -75,4 +75,4 @@ def say_kernels(work: Callable[[], object], synchronize: Callable[[], None], mos
         work()
         synchronize()
     for event in sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)[:most]:
-        say("kernel", name=event.key[:60], ms=event.self_device_time_total / 1e3, calls=event.count)
+        say("kernel", **named, name=event.key[:70], ms=event.self_device_time_total / 1e3, calls=event.count)

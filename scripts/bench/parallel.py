@@ -30,6 +30,7 @@ from glm_image.dit.executor import Step as DenoisingStep
 from glm_image.dit.settings import DitSettings
 from glm_image.geometry import Grid, Size, generated_size, output_grids, target_grid
 from glm_image.parallel.team import Peers
+from glm_image.plan.times import OWN_SUM
 
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
 PROMPT_TOKENS = 64
@@ -101,7 +102,7 @@ def measure_decoder(checkpoint: Checkpoint, devices: list[str], *, profiled: boo
     clear()
     for peer_memory in (True, False):
         took = decode_seconds(checkpoint, devices, ArSettings(peer_memory=peer_memory), profiled=profiled)
-        how = "memory of the peers" if peer_memory else "collectives"
+        how = OWN_SUM if peer_memory else "collectives"
         say("decode step", devices=len(devices), through=how, ms=took * 1e3, speedup=alone / took)
         clear()
 

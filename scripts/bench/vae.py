@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from measure import arguments, say, seconds
+from measure import arguments, say, say_kernels, seconds
 
 from glm_image.checkpoint import Checkpoint, fill
 from glm_image.devices import Device, open_device, placement
@@ -78,15 +78,7 @@ def measure(vae: Vae, latents: torch.Tensor, exact: np.ndarray | None, device: D
 
 def profile(vae: Vae, latents: torch.Tensor, device: Device, **named: Any) -> None:
     """Prints the kernels of a decode that take longest."""
-    from torch.profiler import ProfilerActivity  # noqa: PLC0415
-    from torch.profiler import profile as record  # noqa: PLC0415
-
-    with record(activities=[ProfilerActivity.CUDA]) as recorded:
-        vae.decode(latents)
-        device.mark().wait()
-    kernels = sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)
-    for event in kernels[:KERNELS_SHOWN]:
-        say("kernel", **named, name=event.key[:70], ms=event.self_device_time_total / 1e3, calls=event.count)
+    say_kernels(lambda: vae.decode(latents), lambda: device.mark().wait(), KERNELS_SHOWN, **named)
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -126,8 +126,8 @@ the font that comes with Pillow.
 
 ## Training
 
-`scripts/train_tiny`, one stage after the other (the last two need not wait for each other), bf16 autocast, AdamW, a
-cosine over the time given, averaged weights.
+`scripts/train_tiny`, one stage after the other (the last two need not wait for each other), bf16 autocast, AdamW (Muon
+for the linears inside the painter), a cosine over the time given, averaged weights.
 
 | stage | samples | batch | steps | seconds | first loss | last loss | at the end |
 |---|---|---|---|---|---|---|---|

@@ -134,21 +134,21 @@ class SequenceAttention:
             keys, values = join(keys, values)
         moving = torch.stack([keys, values])
         counts = (self._tokens, *(self._joined if join else ()))
-        total: tuple[Tensor, Tensor] | None = None
-        for step in range(ring.size):
-            before = (ring.rank - step - 1) % ring.size
-            length = sum(len(ring.shares(count)[before]) for count in counts)
-            is_last = step + 1 == ring.size
-            coming = moving.new_empty(*moving.shape[:2], 0 if is_last else length, *moving.shape[3:])
-            passing = None if is_last else ring.start_passing(moving, coming)
-            seen = moving if step else (torch.cat([words[0], keys], 1), torch.cat([words[1], values], 1))
-            own = self._attend_with_lse(query, *seen)
-            total = _merged(total, own) if total else own
-            if passing:
-                passing.wait()
-                moving = coming
-        assert total is not None
+        coming = self._pass_on(moving, counts, 1)
+        total = self._attend_with_lse(query, torch.cat([words[0], keys], 1), torch.cat([words[1], values], 1))
+        for step in range(1, ring.size):
+            moving = coming.whole()
+            if step + 1 < ring.size:
+                coming = self._pass_on(moving, counts, step + 1)
+            total = _merged(total, self._attend_with_lse(query, *moving))
         return total[0].to(query.dtype)
+
+    def _pass_on(self, moving: Tensor, counts: Sequence[int], step: int) -> _Arriving:
+        """Gives the next rank of the ring what this one has; what comes is that of the rank ``step`` places before."""
+        ring = self._split.ring
+        length = sum(len(ring.shares(count)[(ring.rank - step) % ring.size]) for count in counts)
+        coming = moving.new_empty(*moving.shape[:2], length, *moving.shape[3:])
+        return _Arriving(coming, ring.start_passing(moving, coming))
 
 
 class _Arriving:
