@@ -161,7 +161,7 @@ TRAINED = TinyConfig(
     vision_depth=4, vision_hidden=192, vision_heads=3, vision_ffn=512, vq_dim=32,
     dit_layers=7, dit_heads=4, dit_head_dim=64, dit_time_dim=128, dit_condition_dim=32,
     glyph_d_model=128, glyph_layers=3, glyph_heads=4, glyph_head_dim=32, glyph_ffn=256,
-    vae_widths=(32, 48, 80, 96), source_min_pixels=128 * 128, source_max_pixels=512 * 512,
+    vae_widths=(32, 48, 80, 96), temperature=1.0, top_p=0.9, source_min_pixels=128 * 128, source_max_pixels=512 * 512,
 )  # fmt: skip
 PRESETS = {"tiny": TinyConfig(), "trained": TRAINED, "full": FULL}
 

@@ -5,7 +5,8 @@
 Prompts are ones kept from training. ``pictures`` tells the model's shares of right answers for each property;
 ``drawings`` what the same judge says of the true drawings: its own accuracy; ``shuffled`` what it says of the model's
 pictures for other prompts: chance. ``edits`` tells how often the change asked for is there, and all else kept. A
-property's share is of the pictures that were asked for it (``of``).
+property's share is of the pictures that were asked for it (``of``). With ``--true-codes`` the second stage is given the
+codes of the true drawings, which tells its own faults from the first stage's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -117,10 +119,13 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     where.add_argument("--checkpoint", type=Path, metavar="DIR", help="painted by the engines in this process")
     where.add_argument("--url", metavar="HOST:PORT", help="painted by a server")
     add_request_arguments(parser)
+    parser.add_argument("--true-codes", action="store_true", help="the second stage alone, given true drawings' codes")
     parser.add_argument("--together", type=int, default=1, help="requests in flight (%(default)s)")
     parser.add_argument("--tell-wrong", action="store_true", help="a line for each picture that is not all right")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="saves the pictures, and sheets with what is wrong")
     asked = parser.parse_args(arguments)
+    if asked.true_codes and asked.url:
+        parser.error("--true-codes: the engines must be in this process; allowed with --checkpoint only")
     return asked, request_of(asked)
 
 
@@ -143,7 +148,8 @@ def request_of(asked: argparse.Namespace) -> Request:
 
 def main() -> None:
     asked, request = parse_arguments()
-    with served_painter(asked.url) if asked.url else local_painter(asked.checkpoint, asked.device) as painter:
+    local = partial(local_painter, asked.checkpoint, asked.device, true_codes=asked.true_codes)
+    with served_painter(asked.url) if asked.url else local() as painter:
         run(painter, asked, request)
 
 

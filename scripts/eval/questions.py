@@ -6,7 +6,7 @@ import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Protocol
@@ -95,18 +95,27 @@ def png(picture: Picture) -> bytes:
 
 
 @contextmanager
-def local_painter(checkpoint: Path, device: str = "auto", settings: object = None) -> Iterator[Painter]:
+def local_painter(
+    checkpoint: Path, device: str = "auto", settings: object = None, *, true_codes: bool = False
+) -> Iterator[Painter]:
     """Opens the engines.
 
     Args:
         checkpoint: a folder with ``model_index.json``.
         device: as ``LocalPipeline`` takes it.
         settings: ``LocalSettings``; None = the defaults.
+        true_codes: the second stage is given what the vision tower sees in the true drawing, not what the first wrote.
     """
-    from glm_image.pipeline import LocalPipeline  # noqa: PLC0415 - a served model needs no engine here
+    from glm_image.pipeline import LocalPipeline, paint_request  # noqa: PLC0415 - a served model needs no engine here
     from glm_image.request import GenerationParameters  # noqa: PLC0415
 
     with LocalPipeline(checkpoint, device, settings) as pipeline:  # type: ignore[arg-type]
+
+        def of_true_codes(asked: GenerationParameters, drawing: bytes) -> Picture:
+            resolved = pipeline.resolve(asked)
+            seen = pipeline.prior(pipeline.resolve(replace(asked, images=(drawing,)))).source_token_ids
+            prior = replace(pipeline.prior(resolved), prior_token_ids=seen[None])
+            return pipeline.paint(paint_request(resolved, prior, {})).pixels[0]
 
         def paint(question: Question, request: Request) -> tuple[Picture, float]:
             source = question.source(request)
@@ -120,7 +129,10 @@ def local_painter(checkpoint: Path, device: str = "auto", settings: object = Non
                 images=None if source is None else (png(source),),
             )
             started = time.perf_counter()
-            pixels = pipeline.generate(asked).pixels[0]
+            if true_codes:
+                pixels = of_true_codes(asked, png(drawn(question.scene, request)))
+            else:
+                pixels = pipeline.generate(asked).pixels[0]
             return pixels, time.perf_counter() - started
 
         yield paint

@@ -22,6 +22,10 @@ from train_tiny.vocabulary import processor_of
 
 SOURCE_START = 1
 """Of a source picture's codes in a prompt: after the image start."""
+ONE_IN = 50
+"""Samples is kept from training, to measure by."""
+EVALUATED = 20
+"""Batches, at the end."""
 MULTIPLE = 8
 """Sequences are as long as the batch's longest, rounded up: fewer shapes for the device's allocator."""
 
@@ -61,11 +65,15 @@ class Writer:
         self._device, self._batch = device, batch
         self._tokens = Tokens(folder).to(device)
         self._processor = processor_of(folder)
-        self._groups: list[Group] = []
-        for edits in (False, True):
-            own = [item for item in items if (item.source is not None) == edits]
-            self._groups += [self._group(size, sized) for size, sized in by_size(own, main_share=0.65)]
-        self._choice = Choice([len(group.lengths) for group in self._groups], seed)
+        self._groups = self._grouped([item for index, item in enumerate(items) if index % ONE_IN])
+        self._kept = self._grouped(items[::ONE_IN])
+        self._choice, self._kept_choice = (
+            Choice([len(group.lengths) for group in groups], seed) for groups in (self._groups, self._kept)
+        )
+
+    def _grouped(self, items: list[Item]) -> list[Group]:
+        kinds = [[item for item in items if (item.source is not None) == edits] for edits in (False, True)]
+        return [self._group(size, sized) for own in kinds if own for size, sized in by_size(own, main_share=0.65)]
 
     def _group(self, size: Size, items: Sequence[Item]) -> Group:
         target, edit = geometry.target_grid(size), items[0].source is not None
@@ -100,10 +108,13 @@ class Writer:
 
     def losses(self, progress: float) -> dict[str, Tensor]:
         """Draws a batch."""
-        index = self._choice.group()
-        group = self._groups[index]
+        return self._losses(self._groups, self._choice)
+
+    def _losses(self, groups: Sequence[Group], choice: Choice) -> dict[str, Tensor]:
+        index = choice.group()
+        group = groups[index]
         tokens = group.targets.shape[1] + group.prompts.shape[1]
-        rows = self._choice.rows(index, max(2, self._batch * 384 // tokens), self._device)
+        rows = choice.rows(index, max(2, self._batch * 384 // tokens), self._device)
         ids, positions, wanted_at = sequences(group, rows)
         states = self.module["decoder"](ids, position_ids=positions, use_cache=False).last_hidden_state
         written = states.gather(1, wanted_at[:, :, None].expand(-1, -1, CONFIG.ar_hidden))
@@ -114,10 +125,17 @@ class Writer:
         """Nothing is left to do."""
 
     def results(self) -> dict[str, Any]:
-        """The averaged weights' loss, and how often the likeliest code of the large grid is the picture's."""
+        """The averaged weights' losses and how often the likeliest code of the large grid is the picture's.
+
+        On samples kept from training, and, by names that begin with ``trained``, on others.
+        """
+        kept, trained = ((self._kept, self._kept_choice), (self._groups, self._choice))
+        return self._measured(*kept) | {f"trained_{name}": value for name, value in self._measured(*trained).items()}
+
+    def _measured(self, groups: Sequence[Group], choice: Choice) -> dict[str, float]:
         # With gradients, as what is compiled has them.
         with mixed_precision(self._device):
-            measured = [{n: v.detach() for n, v in self.losses(1.0).items()} for _ in range(20)]
+            measured = [{n: v.detach() for n, v in self._losses(groups, choice).items()} for _ in range(EVALUATED)]
         return {name: float(torch.stack([one[name] for one in measured]).mean()) for name in measured[0]}
 
 
