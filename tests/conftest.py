@@ -22,12 +22,21 @@ from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint
 from parity.reference import load_reference
 
 DRAIN_SECONDS = 5
+OF_SERVERS = {"server", "bad_input"}
+"""Folders."""
 
 # Layers of this size lose more to handing work between threads than they win.
 torch.set_num_threads(1)
 
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves tests of servers to one process: they share a server, and tell what it holds and how soon it answers."""
+    for item in items:
+        if item.path.parent.name in OF_SERVERS:
+            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 @pytest.fixture(scope="session")

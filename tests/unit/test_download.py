@@ -20,6 +20,8 @@ import pytest
 
 PROGRAM = Path(__file__).resolve().parents[2] / "scripts" / "download.py"
 PROGRAM_SECONDS = 120
+POLL_SECONDS = 0.02
+"""Within which a server of a test notices that it is to end."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "zai-org/GLM-Image"
 
@@ -121,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(checkpoint_folder: Path) -> Iterator[Hub]:
     with Hub(checkpoint_folder) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
+        threading.Thread(target=made.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
         yield made
         made.shutdown()
 

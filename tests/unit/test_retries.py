@@ -25,6 +25,8 @@ from glm_image_client.errors import GlmImageClientError
 from glm_image_client.retries import Attempts
 
 QUICK = Retries(attempts=3, first_seconds=0.01, jitter=0)
+POLL_SECONDS = 0.02
+"""Within which a server of a test notices that it is to end."""
 OUTPUTS = [
     {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]},
     {"name": "images_base64", "datatype": "BYTES", "shape": [0], "data": []},
@@ -69,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[BusyServer]:
     with BusyServer() as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
+        threading.Thread(target=made.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
         yield made
         made.shutdown()
 

@@ -94,7 +94,7 @@ class TestSettings:
             changed(settings, checkpoint=tmp_path).check()
 
     def test_repository_without_models(self, settings: ServerSettings, tmp_path: Path) -> None:
-        with pytest.raises(ConfigurationError, match=r"the model repository is .*checkpoint; allowed:"):
+        with pytest.raises(ConfigurationError, match=r"the model repository is /.*; allowed:"):
             changed(settings, model_repository=tmp_path / "checkpoint").check()
 
     def test_free_ports_replace_zeros_only(self, settings: ServerSettings) -> None:
