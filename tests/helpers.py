@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from socketserver import BaseServer
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +20,21 @@ from glm_image.request import GenerationParameters, Limits
 
 MakeCheckpoint = Callable[..., Path]
 """The ``make_checkpoint`` fixture: sizes of ``TinyConfig``, and ``weights``, by name."""
+
+POLL_SECONDS = 0.02
+"""Within which a server of a test notices that it is to end."""
+
+
+@contextmanager
+def serving(server: BaseServer) -> Iterator[None]:
+    """Has a server of the standard library answer in a thread of its own."""
+    thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 class OpenExecutor:

@@ -112,10 +112,13 @@ def local_painter(
     with LocalPipeline(checkpoint, device, settings) as pipeline:  # type: ignore[arg-type]
 
         def of_true_codes(asked: GenerationParameters, drawing: bytes) -> Picture:
-            resolved = pipeline.resolve(asked)
-            seen = pipeline.prior(pipeline.resolve(replace(asked, images=(drawing,)))).source_token_ids
-            prior = replace(pipeline.prior(resolved), prior_token_ids=seen[None])
-            return pipeline.paint(paint_request(resolved, prior, {})).pixels[0]
+            sources = asked.images or ()
+            seen = pipeline.prior(pipeline.resolve(replace(asked, images=(*sources, drawing))))
+            of_sources, own = np.split(seen.source_token_ids, [-seen.source_grids[-1].tokens])
+            prior = replace(
+                seen, prior_token_ids=own[None], source_token_ids=of_sources, source_grids=seen.source_grids[:-1]
+            )
+            return pipeline.paint(paint_request(pipeline.resolve(asked), prior, {})).pixels[0]
 
         def paint(question: Question, request: Request) -> tuple[Picture, float]:
             source = question.source(request)

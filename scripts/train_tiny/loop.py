@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ STEPS_BETWEEN_LOGS = 100
 WARM_UP_STEPS = 300
 GRADIENT_NORM = 1.0
 AVERAGE_DECAY = 0.999
+EVALUATED = 20
+"""Batches that are measured at the end."""
 STEPS_OF_COMPILING = 20
 """At the beginning; the learning rate's schedule starts when they are over."""
 
@@ -73,6 +75,14 @@ def _rounded(value: Any) -> Any:
 def mixed_precision(device: torch.device) -> torch.autocast:
     """What training computes in: bf16 on a GPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def measured(losses: Callable[[], Mapping[str, Tensor]], device: torch.device) -> dict[str, float]:
+    """The means of what ``losses`` gives over batches."""
+    # With gradients, as what is compiled has them.
+    with mixed_precision(device):
+        batches = [{name: value.detach() for name, value in losses().items()} for _ in range(EVALUATED)]
+    return {name: float(torch.stack([batch[name] for batch in batches]).mean()) for name in batches[0]}
 
 
 class Average:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,10 @@ from glm_image import geometry
 from glm_image.geometry import Size
 from train_tiny.compilation import compiled
 from train_tiny.data import Choice, Item, by_size, common, drawn, glyph_rows, halved
-from train_tiny.loop import mixed_precision
+from train_tiny.loop import measured, mixed_precision
 from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
 from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states, strings_apart
 
-EVALUATED = 20
-"""Batches, at the end."""
 ENCODED_PIXELS = 256 * 256 * 256
 """At once by the VAE."""
 DROPPED = 0.1
@@ -167,10 +166,7 @@ class Painter:
 
     def results(self) -> dict[str, Any]:
         """The averaged weights' loss."""
-        # With gradients, as what is compiled has them.
-        with mixed_precision(self._device):
-            losses = torch.stack([self.losses(1.0)["loss"].detach() for _ in range(EVALUATED)])
-        return {"loss": float(losses.mean())}
+        return {"loss": measured(partial(self.losses, 1.0), self._device)["loss"]}
 
 
 def sample_times(count: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from glm_image.geometry import Grid, PlacedGrid, Size
 from glm_image.prompts import PromptTokenizer
 from train_tiny.compilation import compile_blocks, compiled
 from train_tiny.data import Choice, Item, by_size, small_pictures
-from train_tiny.loop import mixed_precision
+from train_tiny.loop import measured
 from train_tiny.models import CONFIG, Tokens, build_ar
 from train_tiny.vocabulary import processor_of
 
@@ -24,8 +25,6 @@ SOURCE_START = 1
 """Of a source picture's codes in a prompt: after the image start."""
 ONE_IN = 50
 """Samples is kept from training, to measure by."""
-EVALUATED = 20
-"""Batches, at the end."""
 MULTIPLE = 8
 """Sequences are as long as the batch's longest, rounded up: fewer shapes for the device's allocator."""
 
@@ -129,14 +128,11 @@ class Writer:
 
         On samples kept from training, and, by names that begin with ``trained``, on others.
         """
-        kept, trained = ((self._kept, self._kept_choice), (self._groups, self._choice))
-        return self._measured(*kept) | {f"trained_{name}": value for name, value in self._measured(*trained).items()}
-
-    def _measured(self, groups: Sequence[Group], choice: Choice) -> dict[str, float]:
-        # With gradients, as what is compiled has them.
-        with mixed_precision(self._device):
-            measured = [{n: v.detach() for n, v in self._losses(groups, choice).items()} for _ in range(EVALUATED)]
-        return {name: float(torch.stack([one[name] for one in measured]).mean()) for name in measured[0]}
+        kept, trained = (
+            measured(partial(self._losses, *drawn_from), self._device)
+            for drawn_from in ((self._kept, self._kept_choice), (self._groups, self._choice))
+        )
+        return kept | {f"trained_{name}": value for name, value in trained.items()}
 
 
 def predicted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,21 +53,19 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=SECONDS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def picture(triton: TritonServer) -> Iterator[NDArray[np.uint8]]:
-    """What the server painted before; after all tests it paints the same over both protocols."""
-    picture: NDArray[np.uint8] = grpc_infer(triton, PICTURE)["images"]
-    yield picture
-    for outputs in at_once([partial(infer, triton, PICTURE) for infer in (grpc_infer, http_binary_infer)]).outputs:
-        np.testing.assert_array_equal(outputs["images"], picture)
+@pytest.fixture(scope="module")
+def picture(triton: TritonServer) -> NDArray[np.uint8]:
+    return grpc_infer(triton, PICTURE)["images"]
 
 
 @pytest.fixture(autouse=True)
-def alive(triton: TritonServer) -> Iterator[None]:
-    """Each test leaves the processes that it found."""
+def unharmed(triton: TritonServer, picture: NDArray[np.uint8]) -> Iterator[None]:
+    """After each test the same processes give the same picture over both protocols."""
     pids = processes(triton)
     yield
     assert processes(triton) == pids
+    for outputs in at_once([partial(infer, triton, PICTURE) for infer in (grpc_infer, http_binary_infer)]).outputs:
+        np.testing.assert_array_equal(outputs["images"], picture)
 
 
 def urls(triton: TritonServer) -> list[str]:

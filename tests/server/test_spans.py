@@ -6,7 +6,6 @@ import gzip
 import http.server
 import json
 import queue
-import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from glm_image.metadata import STAGES
 from glm_image.supervisor import TritonServer
+from helpers import serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SECONDS = 60
@@ -59,12 +59,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    with Collector() as collector:
-        thread = threading.Thread(target=collector.serve_forever)
-        thread.start()
+    with Collector() as collector, serving(collector):
         yield collector
-        collector.shutdown()
-        thread.join()
 
 
 @pytest.mark.full

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from helpers import serving
+
 PROGRAM = Path(__file__).resolve().parents[2] / "scripts" / "download.py"
 PROGRAM_SECONDS = 120
-POLL_SECONDS = 0.02
-"""Within which a server of a test notices that it is to end."""
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "zai-org/GLM-Image"
 
@@ -122,10 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(checkpoint_folder: Path) -> Iterator[Hub]:
-    with Hub(checkpoint_folder) as made:
-        threading.Thread(target=made.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
+    with Hub(checkpoint_folder) as made, serving(made):
         yield made
-        made.shutdown()
 
 
 @pytest.fixture

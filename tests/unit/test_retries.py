@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,10 +22,9 @@ from glm_image_client import (
 )
 from glm_image_client.errors import GlmImageClientError
 from glm_image_client.retries import Attempts
+from helpers import serving
 
 QUICK = Retries(attempts=3, first_seconds=0.01, jitter=0)
-POLL_SECONDS = 0.02
-"""Within which a server of a test notices that it is to end."""
 OUTPUTS = [
     {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]},
     {"name": "images_base64", "datatype": "BYTES", "shape": [0], "data": []},
@@ -70,10 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[BusyServer]:
-    with BusyServer() as made:
-        threading.Thread(target=made.serve_forever, args=(POLL_SECONDS,), daemon=True).start()
+    with BusyServer() as made, serving(made):
         yield made
-        made.shutdown()
 
 
 def ask(server: BusyServer, way: str, **options: Any) -> GenerationResult:
