@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import os
-import secrets
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from glm_image.request import GenerationParameters
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
 from server.kserve import REQUEST_INPUTS, decoded
+from server.regions import registered_region
 
 REQUEST: dict[str, Any] = {
     "prompt": "A fox reading “NEWS” 雪",
@@ -41,6 +41,7 @@ REQUEST: dict[str, Any] = {
     "seed": 23,
     "output_format": "png",
 }
+PIXEL_BYTES = 64 * 96 * 3
 PROTOCOLS = ("grpc", "http")
 THREADS = 8
 PROGRAM_SECONDS = 120
@@ -145,44 +146,30 @@ class TestSharedMemory:
         with TritonServer(tiny_checkpoint, drain_seconds=5, open_apis=["shared-memory"]) as server:
             yield server
 
-    @pytest.fixture
-    def region(self) -> Iterator[tuple[str, Any]]:
-        key = f"/glm_image_test_{secrets.token_hex(8)}"
-        made = shared_memory.create_shared_memory_region(key[1:], key, 64 * 96 * 3)
-        yield key, made
-        shared_memory.destroy_shared_memory_region(made)
-
     @pytest.mark.parametrize("protocol", PROTOCOLS)
-    def test_pixels_come_through_system_shared_memory(
-        self, opened: TritonServer, png: bytes, region: tuple[str, Any], protocol: str
-    ) -> None:
+    def test_pixels_come_through_system_shared_memory(self, opened: TritonServer, png: bytes, protocol: str) -> None:
         half = tritonclient.grpc if protocol == "grpc" else tritonclient.http
-        key, handle = region
-        name, size = key[1:], 64 * 96 * 3
-        with closing(half.InferenceServerClient(address(opened, protocol))) as client:
-            client.register_system_shared_memory(name, key, size)
-            try:
-                output = half.InferRequestedOutput("images")
-                output.set_shared_memory(name, size)
-                inputs = request_inputs(half, {**REQUEST, "output_format": "raw"})
-                client.infer("glm_image", inputs, outputs=[output])
-                shared: NDArray[Any] = shared_memory.get_contents_as_numpy(handle, np.uint8, [64, 96, 3])
-                np.testing.assert_array_equal(shared, decoded(png))
-            finally:
-                client.unregister_system_shared_memory(name)
+        with (
+            closing(half.InferenceServerClient(address(opened, protocol))) as client,
+            registered_region(client, PIXEL_BYTES) as (name, handle),
+        ):
+            output = half.InferRequestedOutput("images")
+            output.set_shared_memory(name, PIXEL_BYTES)
+            inputs = request_inputs(half, {**REQUEST, "output_format": "raw"})
+            client.infer("glm_image", inputs, outputs=[output])
+            shared: NDArray[Any] = shared_memory.get_contents_as_numpy(handle, np.uint8, [64, 96, 3])
+            np.testing.assert_array_equal(shared, decoded(png))
 
-    def test_a_region_that_is_too_small_is_refused(self, opened: TritonServer, region: tuple[str, Any]) -> None:
-        key, _ = region
-        with closing(tritonclient.grpc.InferenceServerClient(opened.grpc_url)) as client:
-            client.register_system_shared_memory(key[1:], key, 64 * 96 * 3)
-            try:
-                output = tritonclient.grpc.InferRequestedOutput("images")
-                output.set_shared_memory(key[1:], 64)
-                inputs = request_inputs(tritonclient.grpc, {**REQUEST, "output_format": "raw"})
-                with pytest.raises(InferenceServerException, match="shared memory size"):
-                    client.infer("glm_image", inputs, outputs=[output])
-            finally:
-                client.unregister_system_shared_memory(key[1:])
+    def test_a_region_that_is_too_small_is_refused(self, opened: TritonServer) -> None:
+        with (
+            closing(tritonclient.grpc.InferenceServerClient(opened.grpc_url)) as client,
+            registered_region(client, PIXEL_BYTES) as (name, _),
+        ):
+            output = tritonclient.grpc.InferRequestedOutput("images")
+            output.set_shared_memory(name, 64)
+            inputs = request_inputs(tritonclient.grpc, {**REQUEST, "output_format": "raw"})
+            with pytest.raises(InferenceServerException, match="shared memory size"):
+                client.infer("glm_image", inputs, outputs=[output])
 
 
 class TestOurClient:

@@ -22,6 +22,7 @@ from glm_image.errors import ConfigurationError
 from glm_image.supervisor import TritonServer
 from glm_image.supervisor.access import CLOSABLE_APIS
 from server.kserve import Values, grpc_infer, http_binary_infer
+from server.regions import registered_region
 
 PICTURE: Values = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "seed": 3}
 REGION = {"key": "/nothing", "offset": 0, "byte_size": 8}
@@ -156,24 +157,22 @@ def test_an_open_door_is_open_and_the_others_are_closed(tiny_checkpoint: Path, s
             status = ask(server, *HTTP[door][0])[0]
             assert status == (200 if door == "shared-memory" else 403), door
         expected = grpc_infer(server, PICTURE)["images"]
-        region = shm.create_shared_memory_region("pixels", f"{server.shm_prefix}pixels", expected.nbytes)
-        try:
-            with closing(Client(server.grpc_url)) as client:
-                client.register_system_shared_memory("pixels", f"{server.shm_prefix}pixels", expected.nbytes)
-                inputs = []
-                for name, value in PICTURE.items():
-                    datatype = "BYTES" if name == "prompt" else "INT64" if name == "seed" else "INT32"
-                    array = np.array([value.encode()], object) if name == "prompt" else np.array([value])
-                    inputs.append(tritonclient.grpc.InferInput(name, [1], datatype))
-                    kinds = {"BYTES": object, "INT64": np.int64, "INT32": np.int32}
-                    inputs[-1].set_data_from_numpy(array.astype(kinds[datatype]))
-                output = tritonclient.grpc.InferRequestedOutput("images")
-                output.set_shared_memory("pixels", expected.nbytes)
-                client.infer("glm_image", inputs, outputs=[output])
-                client.unregister_system_shared_memory("pixels")
-            np.testing.assert_array_equal(shm.get_contents_as_numpy(region, np.uint8, list(expected.shape)), expected)
-        finally:
-            shm.destroy_shared_memory_region(region)
+        with (
+            closing(Client(server.grpc_url)) as client,
+            registered_region(client, expected.nbytes) as (region, handle),
+        ):
+            inputs = []
+            for name, value in PICTURE.items():
+                datatype = "BYTES" if name == "prompt" else "INT64" if name == "seed" else "INT32"
+                array = np.array([value.encode()], object) if name == "prompt" else np.array([value])
+                inputs.append(tritonclient.grpc.InferInput(name, [1], datatype))
+                kinds = {"BYTES": object, "INT64": np.int64, "INT32": np.int32}
+                inputs[-1].set_data_from_numpy(array.astype(kinds[datatype]))
+            output = tritonclient.grpc.InferRequestedOutput("images")
+            output.set_shared_memory(region, expected.nbytes)
+            client.infer("glm_image", inputs, outputs=[output])
+            shared = shm.get_contents_as_numpy(handle, np.uint8, list(expected.shape))
+            np.testing.assert_array_equal(shared, expected)
 
 
 @pytest.mark.parametrize("name", ["inference", "health", "", "shared_memory"])
