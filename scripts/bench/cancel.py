@@ -25,9 +25,11 @@ from glm_image.ar.engine import ArEngine, ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import Device, open_device, placement
 from glm_image.dit.engine import DitEngine, DitSettings
+from glm_image.dit.measures import STEP_SECONDS
 from glm_image.errors import CancelledError, DeviceMemoryError
 from glm_image.geometry import Size
 from glm_image.job import Job, Progress
+from glm_image.measures import Measure
 from glm_image.request import GenerationParameters, Limits, PaintRequest
 
 REPEATS = 7
@@ -90,12 +92,23 @@ def paint_request(size: Size, steps: int) -> PaintRequest:
     return PaintRequest("a fox", tokens, grid, size, (1,), num_inference_steps=steps)
 
 
-def measure_dit(engine: DitEngine, size: Size) -> None:
+class StepEnds:
+    """Takes what the second stage records, and keeps when its latest step ended and how long its longest one took."""
+
+    def __init__(self) -> None:
+        self.latest = self.longest = 0.0
+
+    def __call__(self, measure: Measure, value: float, times: int = 1, /) -> None:
+        if measure is STEP_SECONDS:
+            self.latest, self.longest = time.perf_counter(), max(self.longest, value)
+
+
+def measure_dit(engine: DitEngine, ends: StepEnds, size: Size) -> None:
     """Cancels a painting at different moments of a step."""
-    request, waits = paint_request(size, 50), []
+    request, waits, after_step = paint_request(size, 50), [], []
     whole = Job()
     engine.finish(whole, request, engine.denoise(whole, request))
-    step = whole.seconds["denoise"] / 50
+    step, ends.longest = whole.seconds["denoise"] / 50, 0.0
     with ThreadPoolExecutor(1) as pool:
         for index in range(REPEATS):
             job = Job()
@@ -106,9 +119,12 @@ def measure_dit(engine: DitEngine, size: Size) -> None:
             began = time.perf_counter()
             job.cancel()
             assert isinstance(answer.exception(), CancelledError)
-            waits.append(time.perf_counter() - began)
+            ended = time.perf_counter()
+            waits.append(ended - began)
+            after_step.append(ended - ends.latest)
     say("denoising", seconds=whole.seconds["denoise"], steps=50)
     say_steps("cancel to free device", waits, step)
+    say("step under way to free device", longest_step_ms=1000 * ends.longest, worst_ms=1000 * max(after_step))
 
 
 def fill(device: Device) -> list[torch.Tensor]:
@@ -166,9 +182,10 @@ def main() -> None:
     ar = ArEngine(checkpoint, device, ArSettings()) if flags.stage != "dit" else None
     if ar is not None:
         measure_ar(ar, size)
-    dit = DitEngine(checkpoint, device, DitSettings()) if flags.stage != "ar" else None
+    ends = StepEnds()
+    dit = DitEngine(checkpoint, device, DitSettings(), ends) if flags.stage != "ar" else None
     if dit is not None:
-        measure_dit(dit, size)
+        measure_dit(dit, ends, size)
     if flags.memory:
         measure_memory(device, ar, dit, size)
     if ar is not None:
