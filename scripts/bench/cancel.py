@@ -99,6 +99,7 @@ class StepEnds:
         self.latest = self.longest = 0.0
 
     def __call__(self, measure: Measure, value: float, times: int = 1, /) -> None:
+        """See ``measures.Record``."""
         if measure is STEP_SECONDS:
             self.latest, self.longest = time.perf_counter(), max(self.longest, value)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
+from typing import Any
+
 import pytest
 import torch
 from diffusers import GlmImageTransformer2DModel
@@ -9,7 +14,11 @@ from torch import Tensor
 
 from glm_image.checkpoint import RandomTensors, fill
 from glm_image.dit.blocks import Rotary, Tokens, eager_blocks
+from glm_image.dit.sequence import Heads, SequenceAttention, TokenSplit
+from glm_image.kernels import dit_blocks
 from glm_image.kernels.dit_blocks import ATTENTION, FusedBlocks
+from glm_image.kernels.head_norm_rotary import deal_heads, head_norm_rotary
+from glm_image.parallel.group import ALONE, Group, Transfer
 
 TEXT_TOKENS = ((6, 1), (1, 1), (3,), (0,))
 GRID = (4, 6)
@@ -74,3 +83,99 @@ def test_the_blocks_are_those_of_diffusers(device: torch.device, text_tokens: tu
     for ours, theirs in zip(got, want, strict=True):
         error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
         assert error < BF16_ERROR
+
+
+class Meeting:
+    """Where ranks that are threads show each other what they send; one computes at a time, as the interpreter wants."""
+
+    def __init__(self, ranks: int) -> None:
+        self.turn = Lock()
+        self._shown: list[Any] = [None] * ranks
+        self._barrier = Barrier(ranks, timeout=60)
+
+    def everyones(self, rank: int, value: Any) -> list[Any]:
+        self._shown[rank] = value
+        self.turn.release()
+        try:
+            self._barrier.wait()
+            everyones = list(self._shown)
+            self._barrier.wait()
+        finally:
+            self.turn.acquire()
+        return everyones
+
+
+class ThreadGroup(Group):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, ranks: int, meeting: Meeting) -> None:
+        super().__init__(range(ranks), rank)
+        self._meeting = meeting
+
+    def start_exchange(
+        self, sent: Tensor, sent_rows: Sequence[int], received: Tensor, received_rows: Sequence[int]
+    ) -> Transfer:
+        parts = [rows[self.rank] for rows in self._meeting.everyones(self.rank, sent.split(list(sent_rows)))]
+        assert [len(part) for part in parts] == list(received_rows)
+        received.copy_(torch.cat(parts))
+        return Transfer([], sent)
+
+    def start_gather(self, gathered: Tensor, tensor: Tensor) -> Transfer:
+        gathered.copy_(torch.cat(self._meeting.everyones(self.rank, tensor)))
+        return Transfer([], tensor)
+
+
+@pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (6, 2), (24, 4), (3, 1)])
+@pytest.mark.parametrize("text", [0, 3])
+def test_heads_are_dealt_as_they_are_normed_in_place(device: torch.device, heads: int, ranks: int, text: int) -> None:
+    rows, head_dim = text + 10, 32
+    generator = torch.Generator().manual_seed(2)
+    qkv = torch.randn(rows, 3, heads, head_dim, generator=generator).to(device, torch.bfloat16)
+    angles = torch.randn(rows - text, head_dim // 2, generator=generator).repeat(1, 2).to(device)
+    rotary = angles.cos(), angles.sin()
+    normed = qkv.clone()
+    head_norm_rotary(normed.flatten(1), heads, head_dim, rotary, 1e-5, (text, rows, 0))
+    for rank in range(ranks):
+        want, got = (
+            (qkv.new_zeros(text, 3, heads // ranks, head_dim), qkv.new_zeros(ranks, 10, 3, heads // ranks, head_dim))
+            for _ in range(2)
+        )
+        Heads(normed, text).deal(rank, *want)
+        deal_heads(qkv, text, rotary, 1e-5, rank, *got)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("text_tokens", [(6, 1), (0,)])
+def test_blocks_over_ranks_are_those_of_one(device: torch.device, ranks: int, text_tokens: tuple[int, ...]) -> None:
+    transformer = build(device)
+    sequences, time, rotary = arguments(transformer, device, text_tokens)
+    backend = dit_blocks.attention_backend(transformer)
+    tokens = GRID[0] * GRID[1] - 1  # which 3 does not divide
+    sequences = [(image[:, :tokens], text) for image, text in sequences]
+    rotary = rotary[0][:tokens], rotary[1][:tokens]
+    with torch.inference_mode():
+        want = FusedBlocks(build(device))(sequences, time, rotary)
+    meeting = Meeting(ranks)
+
+    @torch.inference_mode()
+    def run(rank: int) -> list[Tensor]:
+        split = TokenSplit(ALONE, ThreadGroup(rank, ranks, meeting) if ranks > 1 else ALONE)
+        shared = SequenceAttention(split, dit_blocks.attention, _no_lse, backend)
+        shared.begin(tokens)
+        own = [(split.own(image, dim=1), text) for image, text in sequences]
+        tables = split.own(rotary[0]), split.own(rotary[1])
+        with meeting.turn:
+            return FusedBlocks(build(device), shared)(own, time, tables)
+
+    with ThreadPoolExecutor(ranks) as threads:
+        parts = list(threads.map(run, range(ranks)))
+    for one, whole in enumerate(want):
+        got = torch.cat([part[one] for part in parts], dim=1)
+        error = float((got.float() - whole.float()).norm() / whole.float().norm())
+        assert error < BF16_ERROR
+
+
+def _no_lse(*_: Tensor) -> tuple[Tensor, Tensor]:
+    raise AssertionError("no keys go around")

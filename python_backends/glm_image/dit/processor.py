@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from glm_image.dit.sequence import SequenceAttention
+from glm_image.dit.sequence import Heads, SequenceAttention
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class SharedAttentionProcessor:
         )
         join: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = kv_cache.get if kv_cache else None
         attended = torch.empty_like(query)
-        self._attention([torch.stack([query, key, value], dim=2)[0]], [text], [attended[0]], join)
+        self._attention([Heads(torch.stack([query, key, value], dim=2)[0], text)], [attended[0]], join)
         out = attn.to_out[1](attn.to_out[0](attended.flatten(2)))
         words, image = out.split([text, out.shape[1] - text], dim=1)
         return image, words

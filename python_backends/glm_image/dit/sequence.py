@@ -46,6 +46,39 @@ class TokenSplit:
         return self.ring.gather_rows(self.ulysses.gather_rows(own, len(shares)), count)
 
 
+class Heads:
+    """Queries, keys and values of a sequence's own tokens.
+
+    Args:
+        qkv: [text + own image tokens, 3, heads, head_dim].
+        text: see the attribute.
+
+    Attributes:
+        qkv: as given.
+        text: tokens of text, which come first.
+    """
+
+    def __init__(self, qkv: Tensor, text: int) -> None:
+        self.qkv, self.text = qkv, text
+
+    def whole(self) -> Tensor:
+        """Returns what is attended with, as ``qkv``."""
+        return self.qkv
+
+    def deal(self, rank: int, words: Tensor, image: Tensor) -> None:
+        """Writes what is attended with by whose heads they are.
+
+        Args:
+            rank: whose heads of the text are wanted.
+            words: written, [text, 3, heads / ranks, head_dim].
+            image: written, [ranks, own image tokens, 3, heads / ranks, head_dim].
+        """
+        rows, _, heads, head_dim = self.qkv.shape
+        by_rank = self.qkv.view(rows, 3, len(image), heads // len(image), head_dim)
+        words.copy_(by_rank[: self.text, :, rank])
+        image.copy_(by_rank[self.text :].movedim(2, 0))
+
+
 class SequenceAttention:
     """Attention from a rank's tokens to everyone's.
 
@@ -74,23 +107,20 @@ class SequenceAttention:
         """
         self._tokens, self._joined = tokens, tuple(joined)
 
-    def __call__(
-        self, sequences: Sequence[Tensor], texts: Sequence[int], results: Sequence[Tensor], join: Join | None
-    ) -> None:
+    def __call__(self, sequences: Sequence[Heads], results: Sequence[Tensor], join: Join | None) -> None:
         """Attends within each sequence of a step. While one attends, what the others need is on its way.
 
         Args:
-            sequences: queries, keys and values, [text + own image tokens, 3, heads, head_dim] each.
-            texts: tokens of text of each, which come first.
+            sequences: of this rank's tokens.
             results: written, [text + own image tokens, heads, head_dim] each.
             join: what happens to the first one's keys and values, of this rank's heads and ring.
         """
-        arriving = [self._to_heads(*sequence) for sequence in zip(sequences, texts, strict=True)]
+        arriving = [self._to_heads(sequence) for sequence in sequences]
         leaving = []
-        for index, (text, result) in enumerate(zip(texts, results, strict=True)):
+        for index, (sequence, result) in enumerate(zip(sequences, results, strict=True)):
             query, key, value = arriving[index].whole()[None].unbind(2)
-            attended = self._attend_to_all(query, key, value, text, None if index else join)
-            leaving.append(self._to_tokens(attended[0], text, result))
+            attended = self._attend_to_all(query, key, value, sequence.text, None if index else join)
+            leaving.append(self._to_tokens(attended[0], sequence.text, result))
         for each in leaving:
             each.write()
 
@@ -99,18 +129,17 @@ class SequenceAttention:
             return self._attend(query, *(join(key, value) if join else (key, value)))
         return self._around(query, key, value, text, join)
 
-    def _to_heads(self, qkv: Tensor, text: int) -> _Arriving:
+    def _to_heads(self, sequence: Heads) -> _Arriving:
         """From all heads of own tokens to own heads of the ring's share of tokens."""
         group = self._split.ulysses
         if group.size == 1:
-            return _Arriving(qkv)
-        by_rank = qkv.view(len(qkv), 3, group.size, qkv.shape[2] // group.size, qkv.shape[3])
+            return _Arriving(sequence.whole())
+        qkv, text = sequence.qkv, sequence.text
         rows = [len(share) for share in group.shares(len(self._split.ring.share(self._tokens)))]
-        whole = qkv.new_empty(text + sum(rows), 3, *by_rank.shape[3:])
-        whole[:text] = by_rank[:text, :, group.rank]
-        sent = by_rank[text:].movedim(2, 0).flatten(0, 1).contiguous()  # of one token, it would be a view
-        own = [len(qkv) - text] * group.size
-        return _Arriving(whole, group.start_exchange(sent, own, whole[text:], rows))
+        own, of_rank = rows[group.rank], (3, qkv.shape[2] // group.size, qkv.shape[3])
+        whole, sent = qkv.new_empty(text + sum(rows), *of_rank), qkv.new_empty(group.size, own, *of_rank)
+        sequence.deal(group.rank, whole[:text], sent)
+        return _Arriving(whole, group.start_exchange(sent.flatten(0, 1), [own] * group.size, whole[text:], rows))
 
     def _to_tokens(self, attended: Tensor, text: int, result: Tensor) -> _Leaving:
         """The way back."""

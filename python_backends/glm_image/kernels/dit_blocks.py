@@ -17,10 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glm_image.devices.quantized import Rows
 from glm_image.dit.blocks import Blocks, Tokens
-from glm_image.dit.sequence import SequenceAttention
+from glm_image.dit.conditioning import Rotary
+from glm_image.dit.sequence import Heads, SequenceAttention
 from glm_image.dit.sources import Join
 from glm_image.kernels.dit_linears import AnyLinear, joined, linears_of
-from glm_image.kernels.head_norm_rotary import head_norm_rotary
+from glm_image.kernels.head_norm_rotary import deal_heads, head_norm_rotary
 from glm_image.kernels.modulated_norm import (
     GATE_ATTENTION,
     GATE_MLP,
@@ -135,13 +136,14 @@ class FusedBlocks(Blocks):
         join: Join | None,
     ) -> Tensor:
         qkv = self._linears.linear(block.qkv, normed)
-        head_norm_rotary(qkv, self._heads, self._head_dim, rotary, self._head_eps, segments)
-        texts = (segments[0], segments[2])[: len(lengths)]
         sequences = qkv.view(-1, 3, self._heads, self._head_dim).split(lengths)
         if self._shared is not None:
+            texts = (segments[0], segments[2])
+            own = [_UnnormedHeads(*each, rotary, self._head_eps) for each in zip(sequences, texts, strict=False)]
             heads = qkv.new_empty(len(qkv), self._heads, self._head_dim)
-            self._shared(sequences, texts, heads.split(lengths), join)
+            self._shared(own, heads.split(lengths), join)
             return heads.flatten(1)
+        head_norm_rotary(qkv, self._heads, self._head_dim, rotary, self._head_eps, segments)
         attended: list[Tensor] = []
         for sequence in sequences:
             query, key, value = sequence[None].unbind(2)
@@ -149,6 +151,22 @@ class FusedBlocks(Blocks):
                 key, value = join(key, value)
             attended.append(attention(query, key, value)[0].flatten(1))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+
+class _UnnormedHeads(Heads):
+    """Heads that are normed and rotated on their way."""
+
+    def __init__(self, qkv: Tensor, text: int, rotary: Rotary, eps: float) -> None:
+        super().__init__(qkv, text)
+        self._rotary, self._eps = rotary, eps
+
+    def whole(self) -> Tensor:
+        rows, _, heads, head_dim = self.qkv.shape
+        head_norm_rotary(self.qkv.flatten(1), heads, head_dim, self._rotary, self._eps, (self.text, rows, 0))
+        return self.qkv
+
+    def deal(self, rank: int, words: Tensor, image: Tensor) -> None:
+        deal_heads(self.qkv, self.text, self._rotary, self._eps, rank, words, image)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
