@@ -32,8 +32,8 @@ WEIGHTS = {
     "pixels": 4.0,
     "commitment": 8.0,
 }
-LETTER_WEIGHT = 6.0
-"""Of a cell that shows a letter, among the others."""
+LETTER_WEIGHT, HELD_WEIGHT = 6.0, 8.0
+"""Of a cell that shows a letter, and of one that shows a thing inside another, among the others: they are few."""
 DRAWN_SIDE = 8
 """Pixels of a drawn cell's side."""
 USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.05, 25
@@ -115,9 +115,14 @@ class Codes:
         cells = self.module["quantizer"].post_quant_conv(passed.transpose(1, 2).unflatten(2, grid))
         drawn_cells, names, place = self._decode(cells)
         wanted = F.interpolate(pictures.float(), scale_factor=DRAWN_SIDE / 16, mode="area") / 127.5 - 1
-        losses = {name: named_loss(name, logits, getattr(labels, name)) for name, logits in names.items()}
+        held = 1 + (HELD_WEIGHT - 1) * labels.held
+        weights = {"shape": held, "colour": held, "letter": 1 + (LETTER_WEIGHT - 1) * (labels.letter > 0)}
+        losses = {
+            name: named_loss(logits, getattr(labels, name), weights.get(name, torch.ones_like(held)))
+            for name, logits in names.items()
+        }
         losses["pixels"] = F.l1_loss(drawn_cells.float(), wanted) * 0.5 + F.mse_loss(drawn_cells.float(), wanted)
-        shown = ((labels.shape + labels.letter) > 0).unsqueeze(-1)
+        shown = (held * ((labels.shape + labels.letter) > 0)).unsqueeze(-1)
         off = (place.flatten(2).transpose(1, 2).float() - labels.place).square() * shown
         losses["place"] = off.sum() / (3 * shown.sum() + 1)
         losses["commitment"] = commitment * CONFIG.vq_dim / 8
@@ -146,9 +151,9 @@ class Codes:
 
     @torch.no_grad()
     def results(self) -> dict[str, Any]:
-        """How many codes are in use, and the share of cells that are named right."""
+        """The share of codes in use, and of cells that are named right; ``held``: shapes inside others."""
         seen = torch.zeros(CONFIG.codebook, device=self._device)
-        hits = {name: torch.zeros(2, device=self._device) for name in NAMED}
+        hits = {name: torch.zeros(2, device=self._device) for name in (*NAMED, "held")}
         for _ in range(40):
             pictures, labels = self._batch_of()
             codes, _ = quantize(self.module["quantizer"], tower_features(self.module["tower"], pictures))
@@ -161,19 +166,16 @@ class Codes:
                 asked = torch.ones_like(label) if name == "background" else label > 0
                 right = (logits.flatten(2).argmax(1) == label) * asked
                 hits[name] += torch.stack([right.sum(), asked.sum()])
+                if name == "shape":
+                    hits["held"] += torch.stack([(right * labels.held).sum(), labels.held.sum()])
         named = {f"{name}_named": float(hit[0] / hit[1].clamp(min=1)) for name, hit in hits.items()}
         return {"codes_used": float((seen > 0).float().mean()), **named}
 
 
-def named_loss(name: str, logits: Tensor, label: Tensor) -> Tensor:
-    """The mean cross-entropy of labels [n, cells] and logits [n, classes, gh, gw].
-
-    Few cells show a letter, and none would be told from another if all cells weighed alike.
-    """
-    weight = torch.ones(logits.shape[1], device=logits.device)
-    if name == "letter":
-        weight[1:] = LETTER_WEIGHT
-    return F.cross_entropy(logits.flatten(2).float(), label, weight)
+def named_loss(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """The mean cross-entropy of logits [n, classes, gh, gw] and labels [n, cells], by the cells' weights."""
+    loss = F.cross_entropy(logits.flatten(2).float(), label, reduction="none")
+    return (loss * weight).sum() / weight.sum()
 
 
 def clustered(vectors: Tensor, count: int) -> Tensor:

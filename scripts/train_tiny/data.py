@@ -137,6 +137,7 @@ class CellLabels(NamedTuple):
         colour: as ``shape``.
         letter: 0 = no letter, else 1 + its index.
         background: index of the background's kind.
+        held: whether it shows a thing that is inside another.
         place: [n, cells, 3]: how far the cell's centre is from its thing's centre, in radii, right and down, and the
             radius in short sides; of letters, in cells of a letter, and 0.
     """
@@ -145,6 +146,7 @@ class CellLabels(NamedTuple):
     colour: Tensor
     letter: Tensor
     background: Tensor
+    held: Tensor
     place: Tensor
 
 
@@ -162,7 +164,7 @@ def _labels(scene: Scene, size: Size) -> tuple[NDArray[np.int8], NDArray[np.floa
     cell = geometry.PIXELS_PER_TOKEN
     y = np.arange(0, size.height, cell)[:, None] + cell / 2
     x = np.arange(0, size.width, cell)[None] + cell / 2
-    ids = np.zeros((4, *geometry.target_grid(size)), np.int8)
+    ids = np.zeros((5, *geometry.target_grid(size)), np.int8)
     place = np.zeros((*geometry.target_grid(size), 3), np.float32)
     ids[3] = BACKGROUNDS.index(scene.background.kind)
     frame = Frame.of(scene.sign.place if scene.sign else None, *size)
@@ -173,6 +175,7 @@ def _labels(scene: Scene, size: Size) -> tuple[NDArray[np.int8], NDArray[np.floa
         nearest = np.hypot(np.maximum(abs(right) - cell / 2, 0), np.maximum(abs(down) - cell / 2, 0))
         covered = nearest < 0.8 * radius
         ids[0][covered], ids[1][covered] = SHAPE_IDS[thing.shape], COLOUR_IDS[thing.colour]
+        ids[4][covered] = scene.relation == "inside" and index == 0
         whole = np.broadcast_arrays(right / radius, down / radius, radius / frame.short)
         place[covered] = np.stack(whole, axis=-1)[covered]
     if scene.sign:
@@ -186,4 +189,4 @@ def _labels(scene: Scene, size: Size) -> tuple[NDArray[np.int8], NDArray[np.floa
         ids[:2, inside] = 0
         offsets = np.broadcast_arrays(along - number - 0.5, down - 0.5, 0.0)
         place[inside] = np.stack(offsets, axis=-1)[inside]
-    return ids.reshape(4, -1), place.reshape(-1, 3)
+    return ids.reshape(len(ids), -1), place.reshape(-1, 3)

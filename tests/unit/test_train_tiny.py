@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from glm_image.dit.schedule import schedule
 from glm_image.geometry import Grid, PlacedGrid, Size
 from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
-from train_tiny.codes import clustered
-from train_tiny.data import cell_labels, glyph_rows, sample_items
+from train_tiny.codes import clustered, named_loss
+from train_tiny.data import COLOUR_IDS, cell_labels, glyph_rows, sample_items
 from train_tiny.muon import Muon
 from train_tiny.painter import noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
@@ -138,6 +139,25 @@ def test_cells_are_named_by_what_they_show() -> None:
     assert not shapes[7].any()
     assert letters[6].unique().tolist() == [0, 8, 9]  # nothing, H, I
     assert not letters[:5].any()
+
+
+def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
+    ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
+    inside, beside = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
+    labels = cell_labels([inside, beside], Size(256, 256))
+    assert labels.held[0].any()
+    assert torch.equal(labels.held[0] == 1, labels.colour[0] == COLOUR_IDS["red"])
+    assert (labels.colour[1] == COLOUR_IDS["red"]).any()
+    assert not labels.held[1].any()
+
+
+def test_a_cells_weight_is_its_part_of_the_loss() -> None:
+    logits, label = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 12))
+    each = nn.functional.cross_entropy(logits.flatten(2), label, reduction="none")
+    weight = torch.ones(2, 12)
+    assert torch.allclose(named_loss(logits, label, weight), each.mean())
+    weight[0, 3] = 9.0
+    assert torch.allclose(named_loss(logits, label, weight), (each.sum() + 8 * each[0, 3]) / 32)
 
 
 def test_the_vaes_pictures_are_whole_ones_parts_of_large_ones_and_four_small_ones() -> None:
