@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from parity.reference import load_reference
 DRAIN_SECONDS = 5
 OF_SERVERS = {"server", "bad_input"}
 """Folders."""
+
+# A shell that starts this in the background has it ignore interrupts, and all programs that it starts would.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Layers of this size lose more to handing work between threads than they win.
 torch.set_num_threads(1)
