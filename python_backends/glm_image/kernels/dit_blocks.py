@@ -138,8 +138,8 @@ class FusedBlocks(Blocks):
         qkv = self._linears.linear(block.qkv, normed)
         sequences = qkv.view(-1, 3, self._heads, self._head_dim).split(lengths)
         if self._shared is not None:
-            texts = (segments[0], segments[2])
-            own = [_UnnormedHeads(*each, rotary, self._head_eps) for each in zip(sequences, texts, strict=False)]
+            texts = (segments[0], segments[2])[: len(lengths)]
+            own = [_UnnormedHeads(*each, rotary, self._head_eps) for each in zip(sequences, texts, strict=True)]
             heads = qkv.new_empty(len(qkv), self._heads, self._head_dim)
             self._shared(own, heads.split(lengths), join)
             return heads.flatten(1)
