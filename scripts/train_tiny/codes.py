@@ -116,11 +116,9 @@ class Codes:
         drawn_cells, names, place = self._decode(cells)
         wanted = F.interpolate(pictures.float(), scale_factor=DRAWN_SIDE / 16, mode="area") / 127.5 - 1
         held = 1 + (HELD_WEIGHT - 1) * labels.held
-        weights = {"shape": held, "colour": held, "letter": 1 + (LETTER_WEIGHT - 1) * (labels.letter > 0)}
-        losses = {
-            name: named_loss(logits, getattr(labels, name), weights.get(name, torch.ones_like(held)))
-            for name, logits in names.items()
-        }
+        letter = 1 + (LETTER_WEIGHT - 1) * (labels.letter > 0)
+        weights = {"shape": held, "colour": held, "letter": letter, "background": torch.ones_like(held)}
+        losses = {name: named_loss(logits, getattr(labels, name), weights[name]) for name, logits in names.items()}
         losses["pixels"] = F.l1_loss(drawn_cells.float(), wanted) * 0.5 + F.mse_loss(drawn_cells.float(), wanted)
         shown = (held * ((labels.shape + labels.letter) > 0)).unsqueeze(-1)
         off = (place.flatten(2).transpose(1, 2).float() - labels.place).square() * shown

@@ -134,7 +134,7 @@ def test_heads_are_dealt_as_they_are_normed_in_place(device: torch.device, heads
     angles = torch.randn(rows - text, head_dim // 2, generator=generator).repeat(1, 2).to(device)
     rotary = angles.cos(), angles.sin()
     normed = qkv.clone()
-    head_norm_rotary(normed.flatten(1), heads, head_dim, rotary, 1e-5, (text, rows, 0))
+    head_norm_rotary(normed, rotary, 1e-5, (text, rows, 0))
     for rank in range(ranks):
         want, got = (
             (qkv.new_zeros(text, 3, heads // ranks, head_dim), qkv.new_zeros(ranks, 10, 3, heads // ranks, head_dim))

@@ -83,7 +83,7 @@ def grpc_infer(
     """Asks over gRPC; the server is told of ``timeout_seconds``, 0 = none."""
     timeout = int(timeout_seconds * 1e6) or None
     with closing(tritonclient.grpc.InferenceServerClient(server.grpc_url)) as client:
-        inputs = _inputs(tritonclient.grpc, values)
+        inputs = infer_inputs(tritonclient.grpc, values)
         result = _told(
             lambda: client.infer(model, inputs, request_id=request_id, client_timeout=ANSWER_SECONDS, timeout=timeout)
         )
@@ -95,13 +95,13 @@ def grpc_start(
 ) -> Any:
     """Asks over gRPC and waits for nothing; ``cancel`` of what is returned breaks the call off."""
     return client.async_infer(
-        model, _inputs(tritonclient.grpc, values), lambda result, error: None, request_id=request_id
+        model, infer_inputs(tritonclient.grpc, values), lambda result, error: None, request_id=request_id
     )
 
 
 def http_binary_infer(server: TritonServer, values: Values, model: str = "glm_image") -> Outputs:
     with closing(tritonclient.http.InferenceServerClient(server.http_url, network_timeout=ANSWER_SECONDS)) as client:
-        result = _told(lambda: client.infer(model, _inputs(tritonclient.http, values)))
+        result = _told(lambda: client.infer(model, infer_inputs(tritonclient.http, values)))
         return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
 
 
@@ -200,12 +200,13 @@ def _as_bytes(texts: NDArray[Any]) -> NDArray[Any]:
     return np.array([text.encode() if isinstance(text, str) else text for text in texts], dtype=object)
 
 
-def _inputs(protocol: Any, values: Values) -> list[Any]:
+def infer_inputs(protocol: Any, values: Values, **options: bool) -> list[Any]:
+    """Values as inputs of one of tritonclient's halves; ``binary_data=False`` has HTTP write them as JSON."""
     inputs = []
     for name, value in values.items():
         array = _array(name, value)
         inputs.append(protocol.InferInput(name, list(array.shape), _datatype(name)))
-        inputs[-1].set_data_from_numpy(array)
+        inputs[-1].set_data_from_numpy(array, **options)
     return inputs
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import tritonclient.grpc
 
 from glm_image.supervisor import TritonServer
-from server.kserve import ANSWER_SECONDS, KServeError, Outputs, Values, _inputs
+from server.kserve import ANSWER_SECONDS, KServeError, Outputs, Values, infer_inputs
 
 STREAM = "glm_image_stream"
 
@@ -37,7 +37,7 @@ def grpc_stream(
         client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer(
             STREAM,
-            _inputs(tritonclient.grpc, values),
+            infer_inputs(tritonclient.grpc, values),
             request_id=request_id,
             enable_empty_final_response=True,
             timeout=int(timeout_seconds * 1e6) or None,

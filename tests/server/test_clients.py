@@ -29,7 +29,7 @@ from glm_image.pipeline import LocalPipeline
 from glm_image.request import GenerationParameters
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
-from server.kserve import REQUEST_INPUTS, decoded
+from server.kserve import decoded, infer_inputs
 from server.regions import registered_region
 
 REQUEST: dict[str, Any] = {
@@ -53,18 +53,6 @@ def png(pipeline: LocalPipeline) -> bytes:
     return file
 
 
-def request_inputs(triton: Any, values: dict[str, Any] = REQUEST, **options: bool) -> list[Any]:
-    """A request as tritonclient's inputs; ``binary_data=False`` has HTTP write them as JSON."""
-    dtypes = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BYTES": np.object_}
-    inputs = []
-    for name, value in values.items():
-        datatype = REQUEST_INPUTS[name][0]
-        inputs.append(triton.InferInput(name, [1], datatype))
-        data = value.encode() if isinstance(value, str) else value
-        inputs[-1].set_data_from_numpy(np.array([data], dtype=dtypes[datatype]), **options)
-    return inputs
-
-
 def file_of(result: Any) -> bytes:
     return base64.b64decode(result.as_numpy("images_base64")[0])
 
@@ -77,7 +65,7 @@ class TestTritonclient:
     @pytest.mark.parametrize("binary", [True, False])
     def test_http_with_binary_and_json_data_both_ways(self, triton: TritonServer, png: bytes, binary: bool) -> None:
         outputs = [tritonclient.http.InferRequestedOutput("images_base64", binary_data=binary)]
-        inputs = request_inputs(tritonclient.http, binary_data=binary)
+        inputs = infer_inputs(tritonclient.http, REQUEST, binary_data=binary)
         with closing(tritonclient.http.InferenceServerClient(triton.http_url)) as client:
             result = client.infer("glm_image", inputs, outputs=outputs)
         assert file_of(result) == png
@@ -87,7 +75,9 @@ class TestTritonclient:
         with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
             answers: Queue[tuple[Any, Any]] = Queue()
             client.async_infer(
-                "glm_image", request_inputs(tritonclient.grpc), lambda result, error: answers.put((result, error))
+                "glm_image",
+                infer_inputs(tritonclient.grpc, REQUEST),
+                lambda result, error: answers.put((result, error)),
             )
             result, error = answers.get(timeout=PROGRAM_SECONDS)
         assert error is None
@@ -96,7 +86,7 @@ class TestTritonclient:
     @pytest.mark.parametrize("compression", ["gzip", "deflate"])
     def test_grpc_compression(self, triton: TritonServer, png: bytes, compression: str) -> None:
         with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
-            inputs = request_inputs(tritonclient.grpc)
+            inputs = infer_inputs(tritonclient.grpc, REQUEST)
             assert file_of(client.infer("glm_image", inputs, compression_algorithm=compression)) == png
 
     @pytest.mark.parametrize("compression", ["gzip", "deflate"])
@@ -104,7 +94,7 @@ class TestTritonclient:
         with closing(tritonclient.http.InferenceServerClient(triton.http_url)) as client:
             result = client.infer(
                 "glm_image",
-                request_inputs(tritonclient.http),
+                infer_inputs(tritonclient.http, REQUEST),
                 request_compression_algorithm=compression,
                 response_compression_algorithm=compression,
             )
@@ -116,7 +106,7 @@ class TestTritonclient:
 
         async def ask() -> list[bytes]:
             async with half.InferenceServerClient(address(triton, protocol)) as client:
-                calls = [client.infer("glm_image", request_inputs(half)) for _ in range(4)]
+                calls = [client.infer("glm_image", infer_inputs(half, REQUEST)) for _ in range(4)]
                 return [file_of(result) for result in await asyncio.gather(*calls)]
 
         assert asyncio.run(ask()) == [png] * 4
@@ -127,14 +117,14 @@ class TestTritonclient:
         async def ask() -> bytes:
             async with half.InferenceServerClient(triton.http_url) as client:
                 outputs = [half.InferRequestedOutput("images_base64", binary_data=False)]
-                inputs = request_inputs(half, binary_data=False)
+                inputs = infer_inputs(half, REQUEST, binary_data=False)
                 return file_of(await client.infer("glm_image", inputs, outputs=outputs))
 
         assert asyncio.run(ask()) == png
 
     def test_threads_share_one_grpc_client(self, triton: TritonServer, png: bytes) -> None:
         with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
-            answers = at_once(lambda: client.infer("glm_image", request_inputs(tritonclient.grpc)))
+            answers = at_once(lambda: client.infer("glm_image", infer_inputs(tritonclient.grpc, REQUEST)))
         assert [file_of(answer) for answer in answers] == [png] * THREADS
 
 
@@ -155,7 +145,7 @@ class TestSharedMemory:
         ):
             output = half.InferRequestedOutput("images")
             output.set_shared_memory(name, PIXEL_BYTES)
-            inputs = request_inputs(half, {**REQUEST, "output_format": "raw"})
+            inputs = infer_inputs(half, {**REQUEST, "output_format": "raw"})
             client.infer("glm_image", inputs, outputs=[output])
             shared: NDArray[Any] = shared_memory.get_contents_as_numpy(handle, np.uint8, [64, 96, 3])
             np.testing.assert_array_equal(shared, decoded(png))
@@ -167,7 +157,7 @@ class TestSharedMemory:
         ):
             output = tritonclient.grpc.InferRequestedOutput("images")
             output.set_shared_memory(name, 64)
-            inputs = request_inputs(tritonclient.grpc, {**REQUEST, "output_format": "raw"})
+            inputs = infer_inputs(tritonclient.grpc, {**REQUEST, "output_format": "raw"})
             with pytest.raises(InferenceServerException, match="shared memory size"):
                 client.infer("glm_image", inputs, outputs=[output])
 

@@ -21,7 +21,7 @@ from bench.soak import processes
 from glm_image.errors import ConfigurationError
 from glm_image.supervisor import TritonServer
 from glm_image.supervisor.access import CLOSABLE_APIS
-from server.kserve import Values, grpc_infer, http_binary_infer
+from server.kserve import Values, grpc_infer, http_binary_infer, infer_inputs
 from server.regions import registered_region
 
 PICTURE: Values = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "seed": 3}
@@ -161,16 +161,9 @@ def test_an_open_door_is_open_and_the_others_are_closed(tiny_checkpoint: Path, s
             closing(Client(server.grpc_url)) as client,
             registered_region(client, expected.nbytes) as (region, handle),
         ):
-            inputs = []
-            for name, value in PICTURE.items():
-                datatype = "BYTES" if name == "prompt" else "INT64" if name == "seed" else "INT32"
-                array = np.array([value.encode()], object) if name == "prompt" else np.array([value])
-                inputs.append(tritonclient.grpc.InferInput(name, [1], datatype))
-                kinds = {"BYTES": object, "INT64": np.int64, "INT32": np.int32}
-                inputs[-1].set_data_from_numpy(array.astype(kinds[datatype]))
             output = tritonclient.grpc.InferRequestedOutput("images")
             output.set_shared_memory(region, expected.nbytes)
-            client.infer("glm_image", inputs, outputs=[output])
+            client.infer("glm_image", infer_inputs(tritonclient.grpc, PICTURE), outputs=[output])
             shared = shm.get_contents_as_numpy(handle, np.uint8, list(expected.shape))
             np.testing.assert_array_equal(shared, expected)
 

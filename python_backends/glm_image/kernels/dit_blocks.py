@@ -135,15 +135,15 @@ class FusedBlocks(Blocks):
         lengths: list[int],
         join: Join | None,
     ) -> Tensor:
-        qkv = self._linears.linear(block.qkv, normed)
-        sequences = qkv.view(-1, 3, self._heads, self._head_dim).split(lengths)
+        qkv = self._linears.linear(block.qkv, normed).view(-1, 3, self._heads, self._head_dim)
+        sequences = qkv.split(lengths)
         if self._shared is not None:
             texts = (segments[0], segments[2])[: len(lengths)]
             own = [_UnnormedHeads(*each, rotary, self._head_eps) for each in zip(sequences, texts, strict=True)]
             heads = qkv.new_empty(len(qkv), self._heads, self._head_dim)
             self._shared(own, heads.split(lengths), join)
             return heads.flatten(1)
-        head_norm_rotary(qkv, self._heads, self._head_dim, rotary, self._head_eps, segments)
+        head_norm_rotary(qkv, rotary, self._head_eps, segments)
         attended: list[Tensor] = []
         for sequence in sequences:
             query, key, value = sequence[None].unbind(2)
@@ -161,8 +161,7 @@ class _UnnormedHeads(Heads):
         self._rotary, self._eps = rotary, eps
 
     def whole(self) -> Tensor:
-        rows, _, heads, head_dim = self.qkv.shape
-        head_norm_rotary(self.qkv.flatten(1), heads, head_dim, self._rotary, self._eps, (self.text, rows, 0))
+        head_norm_rotary(self.qkv, self._rotary, self._eps, (self.text, len(self.qkv), 0))
         return self.qkv
 
     def deal(self, rank: int, words: Tensor, image: Tensor) -> None:

@@ -22,6 +22,14 @@ def _head_normed(first, second, eps, HALF: tl.constexpr):
 
 
 @triton.jit
+def _rotated(first, second, cos_ptr, sin_ptr, token, HALF: tl.constexpr):
+    """Heads, [heads, HALF] of each half, rotated by an image token's place in the picture."""
+    at = token * 2 * HALF + tl.arange(0, HALF)
+    cos, sin = tl.load(cos_ptr + at)[None, :], tl.load(sin_ptr + at)[None, :]
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
 def _head_norm_rotary_kernel(
     qkv_ptr, cos_ptr, sin_ptr, stride, heads, eps, first_text, first_rows, second_text,
     HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr,
@@ -36,29 +44,25 @@ def _head_norm_rotary_kernel(
     first, second = _head_normed(first, second, eps, HALF)
     if not is_text_row(row, first_text, first_rows, second_text):
         token = tl.where(row < first_rows, row - first_text, row - first_rows - second_text)
-        cos = tl.load(cos_ptr + token * 2 * HALF + at)[None, :]
-        sin = tl.load(sin_ptr + token * 2 * HALF + at)[None, :]
-        first, second = first * cos - second * sin, second * cos + first * sin
+        first, second = _rotated(first, second, cos_ptr, sin_ptr, token, HALF)
     tl.store(place, first.to(tl.bfloat16), mask=mask)
     tl.store(place + HALF, second.to(tl.bfloat16), mask=mask)
 
 
-def head_norm_rotary(
-    qkv: Tensor, heads: int, head_dim: int, rotary: tuple[Tensor, Tensor], eps: float, segments: tuple[int, int, int]
-) -> None:
+def head_norm_rotary(qkv: Tensor, rotary: tuple[Tensor, Tensor], eps: float, segments: tuple[int, int, int]) -> None:
     """Norms the query and key heads; rotates those of image rows by their place in the picture.
 
     Args:
-        qkv: bf16 [rows, 3 * heads * head_dim]: queries, keys and values; queries and keys are overwritten.
-        heads: attention heads.
-        head_dim: width of a head, twice a power of two.
+        qkv: bf16 [rows, 3, heads, head_dim], of which queries and keys are overwritten; contiguous, head_dim twice a
+            power of two.
         rotary: cosines and sines, fp32 [image tokens, head_dim] each, the same in both halves of a head.
         eps: the norm's epsilon.
         segments: text rows of the first sequence, all its rows, text rows of the second.
     """
+    rows, _, heads, head_dim = qkv.shape
     block = _block(2 * heads)
-    _head_norm_rotary_kernel[(qkv.shape[0], triton.cdiv(2 * heads, block))](
-        qkv, *rotary, qkv.shape[1], 2 * heads, eps, *segments, block, head_dim // 2, num_warps=4
+    _head_norm_rotary_kernel[(rows, triton.cdiv(2 * heads, block))](
+        qkv, *rotary, 3 * heads * head_dim, 2 * heads, eps, *segments, block, head_dim // 2, num_warps=4
     )
 
 
@@ -88,9 +92,7 @@ def _deal_heads_kernel(
         place = words_ptr + ((row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + at[None, :]
     else:
         token = row - text
-        cos = tl.load(cos_ptr + token * 2 * HALF + at)[None, :]
-        sin = tl.load(sin_ptr + token * 2 * HALF + at)[None, :]
-        first, second = first * cos - second * sin, second * cos + first * sin
+        first, second = _rotated(first, second, cos_ptr, sin_ptr, token, HALF)
         its_row = (owner * image_rows + token).to(tl.int64)
         place = image_ptr + ((its_row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + at[None, :]
     is_value = index[:, None] >= 2 * heads
