@@ -38,6 +38,8 @@ SLOTS = 8
 DRAWN_BEFORE = 592
 STEPS_A_COMMAND = 16
 ROUNDS = 7
+STEPS_BEFORE = 3
+"""Of a picture, in which a step is captured."""
 LOAD_SECONDS = 120.0
 
 
@@ -72,19 +74,25 @@ def decode_seconds(checkpoint: Checkpoint, devices: list[str], settings: ArSetti
     return statistics.median(times)
 
 
-def denoising_seconds(engine: DitEngine, grid: Grid, device: str, steps: int) -> float:
-    """Returns the time of a denoising step, guidance 1.5, once it is captured."""
+def denoising_seconds(engine: DitEngine, grid: Grid, device: str, steps: int, *, profiled: bool) -> float:
+    """Returns the time of a denoising step, guidance 1.5, once it is captured.
+
+    If ``profiled``, prints the kernels of the last step on the first device.
+    """
     tokens = torch.arange(grid.tokens, dtype=torch.int32).remainder(engine.codebook_size).numpy()
     run = engine.executor.run
     run(Prepare(0, PROMPT, "", tokens, grid, steps, 1.5, 7))
-    for _ in range(3):
+    for _ in range(STEPS_BEFORE):
         run(DenoisingStep(0))
     synchronize(device)
+    timed = steps - STEPS_BEFORE - profiled
     started = time.perf_counter()
-    for _ in range(steps - 3):
+    for _ in range(timed):
         run(DenoisingStep(0))
     synchronize(device)
-    took = (time.perf_counter() - started) / (steps - 3)
+    took = (time.perf_counter() - started) / timed
+    if profiled:
+        say_kernels(lambda: run(DenoisingStep(0)), lambda: synchronize(device))
     run(Drop(0))
     return took
 
@@ -118,7 +126,7 @@ def measure_painter(checkpoint: Checkpoint, devices: list[str], flags: argparse.
             checkpoint, open_device(used[0]), settings, peers=Peers(tuple(used[1:]), load_seconds=LOAD_SECONDS)
         )
         for grid in grids:
-            took = denoising_seconds(engine, grid, used[0], flags.steps)
+            took = denoising_seconds(engine, grid, used[0], flags.steps, profiled=flags.profile)
             alone.setdefault(grid, took)
             size = f"{grid.width * 32}x{grid.height * 32}"
             figures: dict[str, Any] = {"ms": took * 1e3, "speedup": alone[grid] / took}
@@ -155,7 +163,7 @@ def main(flags: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = arguments(__doc__ or "")
     parser.add_argument("--stages", default="ar,dit", help="which (%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="also print the kernels of 16 decode steps")
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of 16 decode steps, of a denoising step")
     parser.add_argument("--parallel", default="cfg=2;ulysses=2;ring=2;tp=2", help="with semicolons between")
     parser.add_argument("--steps", type=int, default=15, help="of a picture")
     parser.add_argument(

@@ -15,11 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
-from glm_image.kernels.residual_norm import end_branch, residual_norm
+from glm_image.kernels.residual_norm import end_branch, residual_norm, sum_of_parts
 from glm_image.kernels.split_rows import SplitRows, destination
 from glm_image.parallel.group import Group
 
 logger = logging.getLogger(__name__)
+
+TURNS = tl.constexpr(3)
+"""Inboxes that are used in turn."""
+EMPTY = tl.constexpr(-(2**31))
+"""The bits of -0.0."""
 
 
 class BranchSum(Protocol):
@@ -60,58 +65,66 @@ class GatheredSum:
 
 
 class PeerSum:
-    """The sum of all ranks' parts, which each writes into the others' memory: no collective, no launch of its own.
+    """The sum of all ranks' parts, which each adds up and writes into the others' memory: no launch of its own.
 
-    A row's parts are followed by a count, one more each time, for which the reader waits. One inbox is not enough: a
-    rank may write the next parts as soon as it has read these, while another still reads. With two, used in turn, the
-    count of the one tells that the other has been read.
+    What has arrived tells so by itself: an inbox is full of -0.0, which nothing is that was added to 0.0, and a reader
+    waits until no -0.0 is left. So an exchange costs one way from memory to memory (the low-latency protocols of
+    NCCL and of TensorRT-LLM's all-reduce do the same). Three inboxes take turns: a rank reads one and empties the one
+    that it read before, while another that is ahead by a sum, which is as far as it gets, writes to the third.
 
     Args:
         parts: fp32 [splits, rows, width], the buffer of this rank.
-        group: the ranks; their devices can write each other's memory.
-
-    Raises:
-        RuntimeError: they can't.
+        inboxes: addresses of the ranks' inboxes, int64 [ranks]; each fp32 [``TURNS``, ranks, rows, width] and empty.
+        rank: this one.
+        kept: what the inboxes belong to.
     """
 
-    def __init__(self, parts: Tensor, group: Group) -> None:
+    def __init__(self, parts: Tensor, inboxes: Tensor, rank: int, kept: object = None) -> None:
+        self.parts, self._inboxes, self._rank, self._kept = parts, inboxes, rank, kept
+        self._turns = torch.zeros(parts.shape[1], dtype=torch.int32, device=parts.device)
+
+    @classmethod
+    def between(cls, parts: Tensor, group: Group) -> PeerSum:
+        """Makes a sum over ranks; all of them must call this.
+
+        Args:
+            parts: fp32 [splits, rows, width], the buffer of this rank.
+            group: the ranks.
+
+        Raises:
+            RuntimeError: their devices can't write each other's memory.
+        """
         from torch.distributed import _symmetric_memory as symmetric  # noqa: PLC0415 - on CUDA alone
 
-        rows, device = parts.shape[1], parts.device
-        self.parts, self._group = parts, group
-        self._inbox = symmetric.empty((group.size, *parts.shape), dtype=parts.dtype, device=device)
-        self._told = symmetric.empty((group.size, rows), dtype=torch.int32, device=device).zero_()
-        self._counts = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._inboxes, self._all_told = (
-            torch.tensor(
-                [
-                    handle.get_buffer(rank, tensor.shape, tensor.dtype).data_ptr()
-                    for handle in [symmetric.rendezvous(tensor, group.process_group)]
-                    for rank in range(group.size)
-                ],
-                dtype=torch.int64,
-                device=device,
-            )
-            for tensor in (self._inbox, self._told)
-        )
+        device, shape = parts.device, inbox_shape(parts, group.size)
+        inbox = symmetric.empty(shape, dtype=parts.dtype, device=device).fill_(-0.0)
+        handle = symmetric.rendezvous(inbox, group.process_group)
+        everyones = [handle.get_buffer(rank, shape, inbox.dtype) for rank in range(group.size)]
+        addresses = torch.tensor([one.data_ptr() for one in everyones], device=device)
         torch.cuda.synchronize(device)
-        dist.barrier(group.process_group)
+        dist.barrier(group.process_group)  # every inbox is empty before anything is sent
+        return cls(parts, addresses, group.rank, kept=(inbox, handle, everyones))
 
     def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float) -> None:
         """See ``BranchSum``."""
         splits, rows, width = self.parts.shape
         place, scale, split = destination(out)
         _peer_sum_kernel[(rows,)](
-            self.parts, self._inboxes, self._inbox, self._all_told, self._told, self._counts, residual, after, before,
-            place, scale, rows, width, eps, self._group.rank, self._group.size, splits, split,
+            self.parts, self._inboxes, self._turns, residual, after, before, place, scale, rows, width, eps,
+            self._rank, len(self._inboxes), splits, split,
             triton.next_power_of_2(width), can_overlap(), num_warps=16, launch_pdl=can_overlap(),
         )  # fmt: skip
 
 
+def inbox_shape(parts: Tensor, ranks: int) -> tuple[int, ...]:
+    """The shape of an inbox for parts [splits, rows, width]."""
+    return TURNS.value, ranks, *parts.shape[1:]
+
+
 @triton.jit
 def _peer_sum_kernel(
-    parts_ptr, inboxes_ptr, inbox_ptr, all_told_ptr, told_ptr, counts_ptr, residual_ptr, after_ptr, before_ptr, out_ptr,
-    scale_ptr, rows, width, eps, RANK: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+    parts_ptr, inboxes_ptr, turns_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, scale_ptr, rows, width, eps,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
@@ -121,37 +134,42 @@ def _peer_sum_kernel(
     after = tl.load(after_ptr + at, mask=inside, other=0.0).to(tl.float32)
     before = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
-    count = tl.load(counts_ptr + row) + 1
-    for split in tl.static_range(SPLITS):
-        part = (split * rows + row) * width + at
-        values = tl.load(parts_ptr + part, mask=inside, other=0.0)
-        for rank in tl.static_range(RANKS):
-            if rank != RANK:
-                inbox = tl.load(inboxes_ptr + rank).to(tl.pointer_type(tl.float32))
-                inbox = tl.multiple_of(inbox, 16)  # so that whole vectors are written
-                tl.store(inbox + RANK * SPLITS * rows * width + part, values, mask=inside)
-    tl.debug_barrier()  # all of the row is written before one thread tells so
+    turn = tl.load(turns_ptr + row)
+    own = sum_of_parts(parts_ptr, rows, row, width, at, inside, SPLITS)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            told = tl.load(all_told_ptr + rank).to(tl.pointer_type(tl.int32)) + RANK * rows + row
-            tl.atomic_xchg(told, count, sem="release", scope="sys")
+            tl.store(_inbox(inboxes_ptr, rank, turn, RANK, RANKS, rows, row, width) + at, own, mask=inside)
     residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            # As a difference, since counts begin anew below zero after some days of decoding.
-            while tl.atomic_add(told_ptr + rank * rows + row, 0, sem="acquire", scope="sys") - count < 0:
-                pass
-    tl.store(counts_ptr + row, count)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     for rank in tl.static_range(RANKS):
-        for split in tl.static_range(SPLITS):
-            part = (split * rows + row) * width + at
-            if rank == RANK:
-                sums += tl.load(parts_ptr + part, mask=inside, other=0.0)
-            else:
-                theirs = inbox_ptr + rank * SPLITS * rows * width + part
-                sums += tl.load(theirs, mask=inside, other=0.0, volatile=True)
+        if rank == RANK:
+            sums += own
+        else:
+            sums += _received(_inbox(inboxes_ptr, RANK, turn, rank, RANKS, rows, row, width) + at, inside)
+    before_this = (turn + TURNS - 1) % TURNS
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            read = _inbox(inboxes_ptr, RANK, before_this, rank, RANKS, rows, row, width) + at
+            tl.store(read.to(tl.pointer_type(tl.int32)), tl.full([BLOCK], EMPTY, tl.int32), mask=inside)
+    tl.store(turns_ptr + row, (turn + 1) % TURNS)  # here, where all threads have read it: they waited together
     end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT)
+
+
+@triton.jit
+def _inbox(inboxes_ptr, owner, turn, sender, RANKS: tl.constexpr, rows, row, width):
+    # Where a rank has a row of what another sends.
+    inbox = tl.load(inboxes_ptr + owner).to(tl.pointer_type(tl.float32))
+    inbox = tl.multiple_of(inbox, 16)  # so that whole vectors are written
+    return inbox + ((turn * RANKS + sender) * rows + row) * width
+
+
+@triton.jit
+def _received(pointers, inside):
+    pointers = pointers.to(tl.pointer_type(tl.int32))
+    values = tl.load(pointers, mask=inside, other=0, volatile=True)
+    while tl.max((values == EMPTY).to(tl.int32), axis=0) > 0:
+        values = tl.load(pointers, mask=inside, other=0, volatile=True)
+    return values.to(tl.float32, bitcast=True)
 
 
 def branch_sum(parts: Tensor, group: Group) -> BranchSum:
@@ -165,7 +183,7 @@ def branch_sum(parts: Tensor, group: Group) -> BranchSum:
         return OwnSum(parts)
     if group.uses_peer_memory:
         try:
-            return PeerSum(parts, group)
+            return PeerSum.between(parts, group)
         except (ImportError, AttributeError, RuntimeError) as error:
             logger.warning("the ranks' devices can't write each other's memory, so parts are gathered: %s", error)
     return GatheredSum(parts, group)

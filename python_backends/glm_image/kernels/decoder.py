@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -47,6 +47,23 @@ INT8_PLANS = Plans(
 )
 
 
+# The same at half of the sizes, on two H100.
+RANK_PLANS = Plans(
+    qkv=Plan(64, 128, splits=4, warps=4, stages=3, fetch=256),
+    out=Plan(64, 128, splits=2, warps=4, stages=4, fetch=256),
+    gate_up=Plan(64, 128, splits=1, warps=4, stages=4, fetch=512),
+    down=Plan(64, 128, splits=2, warps=4, stages=6, fetch=256),
+    head=Plan(64, 256, splits=1, warps=4, stages=4, fetch=256),
+)
+
+
+def default_plans(decoder: Decoder) -> Plans:
+    """Returns the best known plans for a decoder, or a rank's part of it."""
+    if isinstance(decoder.head, Int8Linear):
+        return INT8_PLANS
+    return Plans() if decoder.group.size == 1 else RANK_PLANS
+
+
 def supports(decoder: Decoder, slots: int) -> bool:
     """Tells whether the kernels can run a decoder: bf16 activations, at most 16 slots, heads a power of two wide."""
     dim = decoder.config.head_dim
@@ -64,10 +81,7 @@ class FusedDecoder:
 
     def __init__(self, decoder: Decoder, slots: int, plans: Plans | None = None) -> None:
         config, device = decoder.config, decoder.head.weight.device
-        default = INT8_PLANS if isinstance(decoder.head, Int8Linear) else Plans()
-        if decoder.group.size > 1:  # a rank has fewer columns, and every part is exchanged
-            default = replace(default, down=replace(default.down, splits=2))
-        self._decoder, self._plans = decoder, plans or default
+        self._decoder, self._plans = decoder, plans or default_plans(decoder)
         qkv_width = (config.heads + 2 * config.kv_heads) * config.head_dim
 
         def rows(width: int) -> Tensor:

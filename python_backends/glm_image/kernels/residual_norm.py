@@ -36,6 +36,15 @@ def _embed_norm_kernel(
 
 
 @triton.jit
+def sum_of_parts(parts_ptr, rows, row, width, at, inside, SPLITS: tl.constexpr):
+    """Adds a row of the parts up, in order, to 0.0: the sum is never -0.0."""
+    sums = tl.zeros(at.shape, dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        sums += tl.load(parts_ptr + (split * rows + row) * width + at, mask=inside, other=0.0)
+    return sums
+
+
+@triton.jit
 def end_branch(
     sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT: tl.constexpr
 ):
@@ -60,9 +69,7 @@ def _residual_norm_kernel(
     before = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
     residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    sums = tl.zeros([BLOCK], dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        sums += tl.load(parts_ptr + (split * rows + row) * width + at, mask=inside, other=0.0)
+    sums = sum_of_parts(parts_ptr, rows, row, width, at, inside, SPLITS)
     end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT)
 
 
