@@ -163,7 +163,9 @@ def main(flags: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = arguments(__doc__ or "")
     parser.add_argument("--stages", default="ar,dit", help="which (%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="also print the kernels of 16 decode steps, of a denoising step")
+    parser.add_argument(
+        "--profile", action="store_true", help="also print the kernels of 16 decode and 1 denoising step"
+    )
     parser.add_argument("--parallel", default="cfg=2;ulysses=2;ring=2;tp=2", help="with semicolons between")
     parser.add_argument("--steps", type=int, default=15, help="of a picture")
     parser.add_argument(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer
@@ -21,7 +22,7 @@ from glm_image.geometry import Grid, PlacedGrid, Size
 from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered, named_loss
-from train_tiny.data import COLOUR_IDS, cell_labels, glyph_rows, sample_items
+from train_tiny.data import COLOUR_IDS, cell_labels, glyph_rows, halved, sample_items
 from train_tiny.muon import Muon
 from train_tiny.painter import noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
@@ -39,6 +40,15 @@ def transformer() -> Any:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
     return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (160, 224)])
+def test_pictures_are_halved_as_the_image_processor_does(size: tuple[int, int]) -> None:
+    pictures = draw([item.scene for item in sample_items(4, seed=5)], *size)
+    wanted = F.interpolate(pictures.float(), scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 255).round()
+    off = (halved(pictures).float() - wanted).abs()
+    assert off.max() <= 1  # where a value lies between two
+    assert off.mean() < 1e-3
 
 
 def reference_velocity(model: Any, latents: Tensor, glyphs: Tensor, prior: Tensor, time: Tensor, caches: Any) -> Tensor:

@@ -85,11 +85,11 @@ H100: Final = StageTimes(
     overhead=0.05,
     int8_step=0.69,
     splits=Splits(
-        decode=undivided(2, 1.52),
+        decode=undivided(2, 1.66),
         cfg=undivided(2, 1.91),
         tp=undivided(2, 1.93),
-        ring=undivided(2, 1.38),
-        ulysses=undivided(2, 1.69),
+        ring=undivided(2, 1.58),
+        ulysses=undivided(2, 1.78),
     ),
 )
 """The defaults."""
