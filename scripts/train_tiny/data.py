@@ -34,6 +34,8 @@ OTHER_SIZES = tuple(
 )  # fmt: skip
 """Height and width."""
 ENGLISH = 0.65
+EDIT_WEIGHTS = {"recolour": 2.0, "move": 1.5, "add": 1.5, "remove": 6.0, "background": 1.0, "word": 1.0}
+"""How often each kind of edit is trained on: which thing is to go is what the AR learns last."""
 PIXELS_AT_ONCE = 4096 * 256 * 256
 CHUNK = 500
 
@@ -50,7 +52,8 @@ def _items(job: tuple[int, int, int, bool]) -> list[Item]:
     seed, chunk, count, edits = job
     rng = Random(f"{seed} {chunk} {edits}")
     if edits:
-        made = (sample_edit(rng) for _ in range(count))
+        kinds = rng.choices(list(EDIT_WEIGHTS), list(EDIT_WEIGHTS.values()), k=count)
+        made = (sample_edit(rng, kind=kind) for kind in kinds)
         return [Item(edit.after, edit.instruction, edit.before) for edit in made]
     scenes = (sample_scene(rng) for _ in range(count))
     return [Item(scene, caption(scene, rng, "en" if rng.random() < ENGLISH else "zh")) for scene in scenes]
@@ -86,16 +89,17 @@ def drawn(scenes: Sequence[Scene], size: Size, device: torch.device) -> Iterator
 def halved(pictures: Tensor) -> Tensor:
     """What the vision tower sees of uint8 pictures, as the image processor scales them; uint8."""
     rows, columns = (halving(side, pictures.device) for side in pictures.shape[-2:])
-    return (rows @ pictures.float() @ columns.T).clamp(0, 255).round().to(torch.uint8)
+    return (rows @ pictures.double() @ columns.T).clamp(0, 255).round().to(torch.uint8)
 
 
 @lru_cache(maxsize=32)
 def halving(side: int, device: torch.device) -> Tensor:
     """The matrix [side / 2, side] that halves one side, bicubic with antialiasing.
 
-    On a GPU torch's own interpolation goes through a batch one picture after another.
+    On a GPU torch's own interpolation goes through a batch one picture after another. In fp64, which no product
+    rounds to TF32.
     """
-    each = torch.eye(side, device=device)[None, None]
+    each = torch.eye(side, device=device, dtype=torch.float64)[None, None]
     return F.interpolate(each, scale_factor=(0.5, 1.0), mode="bicubic", antialias=True)[0, 0]
 
 

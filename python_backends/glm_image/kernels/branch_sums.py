@@ -1,6 +1,7 @@
 """How a branch of the decoder ends: the parts of its last linear are summed, over one rank or over several.
 
-Ranks sum the same parts in the same order, so that all of them have the same bits.
+Ranks add the same numbers up in the same order, so that all of them have the same bits: all parts where they are
+gathered, else the sum of each rank's parts.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ class PeerSum:
     """The sum of all ranks' parts, which each adds up and writes into the others' memory: no launch of its own.
 
     What has arrived tells so by itself: an inbox is full of -0.0, which nothing is that was added to 0.0, and a reader
-    waits until no -0.0 is left. So an exchange costs one way from memory to memory (the low-latency protocols of
-    NCCL and of TensorRT-LLM's all-reduce do the same). Three inboxes take turns: a rank reads one and empties the one
-    that it read before, while another that is ahead by a sum, which is as far as it gets, writes to the third.
+    waits until no -0.0 is left. So an exchange costs one way from memory to memory (TensorRT-LLM's all-reduce for few
+    rows does the same). Three inboxes take turns: a rank reads one and empties the one that it read before, while
+    another that is ahead by a sum, which is as far as it gets, writes to the third.
 
     Args:
         parts: fp32 [splits, rows, width], the buffer of this rank.
@@ -146,11 +147,11 @@ def _peer_sum_kernel(
             sums += own
         else:
             sums += _received(_inbox(inboxes_ptr, RANK, turn, rank, RANKS, rows, row, width) + at, inside)
-    before_this = (turn + TURNS - 1) % TURNS
+    emptied = (turn + TURNS - 1) % TURNS
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            read = _inbox(inboxes_ptr, RANK, before_this, rank, RANKS, rows, row, width) + at
-            tl.store(read.to(tl.pointer_type(tl.int32)), tl.full([BLOCK], EMPTY, tl.int32), mask=inside)
+            inbox = _inbox(inboxes_ptr, RANK, emptied, rank, RANKS, rows, row, width) + at
+            tl.store(inbox.to(tl.pointer_type(tl.int32)), tl.full([BLOCK], EMPTY, tl.int32), mask=inside)
     tl.store(turns_ptr + row, (turn + 1) % TURNS)  # here, where all threads have read it: they waited together
     end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT)
 
