@@ -27,8 +27,8 @@ from train_tiny.vocabulary import merges_of
 
 SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (0.67, 0.33), "writer": (0.67, 0.33)}
 """Of the samples: pictures with captions, and edits."""
-SAMPLES = {"vae": 24_000, "vision": 30_000, "painter": 160_000, "writer": 120_000}
-BATCH = {"vae": 16, "vision": 256, "painter": 512, "writer": 96}
+SAMPLES = {"vae": 24_000, "vision": 150_000, "painter": 160_000, "writer": 400_000}
+BATCH = {"vae": 16, "vision": 256, "painter": 512, "writer": 128}
 """Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
 
 

@@ -16,7 +16,7 @@ from glm_image import geometry
 from glm_image.geometry import Grid, PlacedGrid, Size
 from glm_image.prompts import PromptTokenizer
 from train_tiny.compilation import compile_blocks, compiled
-from train_tiny.data import Choice, Item, by_size, small_pictures
+from train_tiny.data import Choice, Item, by_size, decision_weights, small_pictures
 from train_tiny.loop import measured
 from train_tiny.models import CONFIG, Tokens, build_ar
 from train_tiny.vocabulary import processor_of
@@ -39,6 +39,7 @@ class Group(NamedTuple):
         prompt_positions: M-RoPE positions of the longest prompt and one more, [3, longest + 1].
         target_positions: of the targets, from 0: [3, tokens].
         large: tokens of the large grid, the last but the end.
+        weights: how much each target counts, [n, tokens].
     """
 
     prompts: Tensor
@@ -47,6 +48,7 @@ class Group(NamedTuple):
     prompt_positions: Tensor
     target_positions: Tensor
     large: int
+    weights: Tensor
 
 
 class Writer:
@@ -86,19 +88,24 @@ class Writer:
         for row, own in zip(prompts, ids, strict=True):
             row[: len(own)] = torch.tensor(own)
         prompts = prompts.to(self._device)
+        targets = torch.cat([*codes, end], dim=1)
+        weights = torch.ones(targets.shape, device=self._device)
         sources = [PlacedGrid(SOURCE_START, target)] if edit else []
         if edit:
-            seen = self._codes([item.source for item in items if item.source], target, preview=False)
+            before = [item.source for item in items if item.source]
+            seen = self._codes(before, target, preview=False)
             prompts[:, SOURCE_START : SOURCE_START + target.tokens] = seen
+            weights[:, : target.tokens] = decision_weights(before, size)
         decoded = geometry.decode_positions(grids, 0)
         decoded = np.concatenate([decoded, decoded[:, -1:] + 1], axis=1)  # nothing is read from the end's
         return Group(
             prompts,
             torch.tensor([len(own) for own in ids], device=self._device),
-            torch.cat([*codes, end], dim=1),
+            targets,
             torch.from_numpy(geometry.prompt_positions(longest + 1, sources)).to(self._device),
             torch.from_numpy(decoded).to(self._device),
             target.tokens,
+            weights,
         )
 
     def _codes(self, scenes: Sequence[Any], grid: Grid, *, preview: bool) -> Tensor:
@@ -117,7 +124,7 @@ class Writer:
         ids, positions, wanted_at = sequences(group, rows)
         states = self.module["decoder"](ids, position_ids=positions, use_cache=False).last_hidden_state
         written = states.gather(1, wanted_at[:, :, None].expand(-1, -1, CONFIG.ar_hidden))
-        loss, right = self._predicted(self.module["head"](written), group.targets[rows])
+        loss, right = self._predicted(self.module["head"](written), group.targets[rows], group.weights[rows])
         return {"loss": loss, "large_grid_right": right[:, -1 - group.large : -1].mean()}
 
     def after_step(self, step: int) -> None:
@@ -135,10 +142,16 @@ class Writer:
         return kept | {f"trained_{name}": value for name, value in trained.items()}
 
 
-def predicted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss of logits [n, targets, codes], and where the likeliest code is the target, [n, targets]."""
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-    return loss, (logits.argmax(-1) == targets).float()
+def predicted(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean loss of logits [n, targets, codes] by weights, and where the likeliest code is the target, [n, targets].
+
+    Args:
+        logits: as said.
+        targets: [n, targets].
+        weights: likewise.
+    """
+    each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(weights)
+    return (each * weights).sum() / weights.sum(), (logits.argmax(-1) == targets).float()
 
 
 def sequences(group: Group, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,14 +22,14 @@ from glm_image.geometry import Grid, PlacedGrid, Size
 from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered, named_loss
-from train_tiny.data import COLOUR_IDS, cell_labels, glyph_rows, halved, sample_items
+from train_tiny.data import COLOUR_IDS, cell_labels, decision_weights, glyph_rows, halved, sample_items
 from train_tiny.muon import Muon
 from train_tiny.painter import noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
-from train_tiny.writer import Group, sequences
+from train_tiny.writer import Group, predicted, sequences
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,7 @@ def test_the_writers_sequences_are_what_the_engine_decodes(edit: bool) -> None:
         torch.from_numpy(geometry.prompt_positions(longest + 1, sources)),
         torch.nn.functional.pad(torch.from_numpy(geometry.decode_positions(grids, 0)), (0, 1)),
         target.tokens,
+        torch.ones(2, tokens + 1),
     )
     ids, positions, wanted_at = sequences(group, torch.tensor([0, 1]))
     for row, length in enumerate(lengths):
@@ -159,6 +160,26 @@ def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
     assert torch.equal(labels.held[0] == 1, labels.colour[0] == COLOUR_IDS["red"])
     assert (labels.colour[1] == COLOUR_IDS["red"]).any()
     assert not labels.held[1].any()
+
+
+def test_of_an_edit_the_cells_where_things_begin_count_more() -> None:
+    circle, square = Thing("circle", "red", "large", x=0.25, y=0.5), Thing("square", "blue", "small", x=0.75, y=0.5)
+    scenes = [Scene((circle, square), "left of"), Scene((replace(circle, x=0.5),))]
+    both, one = decision_weights(scenes, Size(256, 256)).view(2, 8, 8)
+    assert one.amax(dim=1).tolist() == [1, 1, 8, 4, 1, 1, 1, 1]
+    assert both[:, :4].amax(dim=1).tolist() == one.amax(dim=1).tolist()
+    assert both[3, 4:].max() == 8, "the small one begins a row further down"
+    assert one[2].tolist() == [1, 1, 8, 8, 8, 8, 1, 1]
+
+
+def test_a_targets_weight_is_its_part_of_the_loss() -> None:
+    logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 3)
+    weights = torch.ones(2, 3)
+    weights[0, 1] = 9.0
+    loss, right = predicted(logits, targets, weights)
+    assert torch.allclose(loss, (each.sum() + 8 * each[0, 1]) / 14)
+    assert torch.equal(right, (logits.argmax(-1) == targets).float())
 
 
 def test_a_cells_weight_is_its_part_of_the_loss() -> None:

@@ -9,7 +9,7 @@ import torch
 from glm_image.prompts import quoted_strings
 from train_tiny.world.caption import LANGUAGES, caption
 from train_tiny.world.draw import draw
-from train_tiny.world.edits import KINDS, sample_edit
+from train_tiny.world.edits import KINDS, sample_edit, sample_removals
 from train_tiny.world.scene import Background, Scene, Sign, Thing, combination_held_out, sample_scene, word_held_out
 from train_tiny.world.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, RELATIONS, SHAPES
 
@@ -32,6 +32,16 @@ def test_no_scene_of_a_training_edit_is_held_out() -> None:
     for edit in (sample_edit(rng) for _ in range(300)):
         assert not edit.before.held_out
         assert not edit.after.held_out
+
+
+def test_each_thing_of_a_scene_can_go_and_only_the_words_tell_which() -> None:
+    rng = Random(4)
+    for removals in (sample_removals(rng) for _ in range(100)):
+        before = removals[0].before
+        assert all(edit.before == before and not edit.after.held_out for edit in removals)
+        gone = [next(iter(set(before.things) - set(edit.after.things))) for edit in removals]
+        assert gone == list(before.things)
+        assert len({edit.instruction for edit in removals}) == len(removals)
 
 
 @pytest.mark.parametrize("kind", KINDS)

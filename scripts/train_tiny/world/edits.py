@@ -57,6 +57,17 @@ def sample_edit(rng: Random, held_out: bool = False, kind: str | None = None, la
             return Edit(before, instruction, after, kind)
 
 
+def sample_removals(rng: Random) -> list[Edit]:
+    """Draws a scene and each of the things that could go from it: only the words tell these changes from each other."""
+    while True:
+        scene, language = sample_scene(rng), rng.choices(LANGUAGES, (0.65, 0.35))[0]
+        if not _parts(scene) or scene.held_out:
+            continue
+        changes = [_removal(rng, scene, language, index) for index in range(len(scene.things))]
+        if not any(after.held_out for _, _, after in changes):
+            return [Edit(*change, "remove") for change in changes]
+
+
 def _recolour(rng: Random, scene: Scene, language: str) -> Change:
     index = rng.randrange(len(scene.things))
     thing = scene.things[index]
@@ -108,20 +119,20 @@ def _move_alone(rng: Random, scene: Scene, language: str) -> Change:
 
 
 def _remove(rng: Random, scene: Scene, language: str) -> Change | None:
-    parted = _parted(rng, scene)
-    if parted is None:
-        return None
-    index, after = parted
+    return _removal(rng, scene, language, rng.randrange(len(scene.things))) if _parts(scene) else None
+
+
+def _removal(rng: Random, scene: Scene, language: str, index: int) -> Change:
     known = name(scene.things[index], rng, language, "never", "the")
     ways = ("去掉{}", "删除{}", "把{}移除") if language == "zh" else ("Remove {}", "Take away {}", "Delete {}")
-    return scene, rng.choice(ways).format(known), after
+    return scene, rng.choice(ways).format(known), _without(scene, index)
 
 
 def _add(rng: Random, scene: Scene, language: str) -> Change | None:
-    parted = _parted(rng, scene)
-    if parted is None:
+    if not _parts(scene):
         return None
-    index, before = parted
+    index = rng.randrange(len(scene.things))
+    before = _without(scene, index)
     near = index + 1 if index + 1 < len(scene.things) else index - 1
     first = index < near
     new = name(scene.things[index], rng, language)
@@ -133,14 +144,15 @@ def _add(rng: Random, scene: Scene, language: str) -> Change | None:
     return before, f"{rng.choice(('Add', 'Put'))} {new} {sides[0 if first else 1]} {known}", scene
 
 
-def _parted(rng: Random, scene: Scene) -> tuple[int, Scene] | None:
-    """Returns which thing goes, and the scene without it; None where the others could not stay as they are."""
-    if len(scene.things) == 1 or scene.relation == "inside":
-        return None
-    index = rng.randrange(len(scene.things))
+def _parts(scene: Scene) -> bool:
+    """Tells whether a thing can go, and the others stay as they are."""
+    return len(scene.things) > 1 and scene.relation != "inside"
+
+
+def _without(scene: Scene, index: int) -> Scene:
     left = (*scene.things[:index], *scene.things[index + 1 :])
     relation = scene.relation if len(left) == 2 else SIDES[scene.relation][1 - index]
-    return index, replace(scene, things=left, relation=relation)
+    return replace(scene, things=left, relation=relation)
 
 
 def _background(rng: Random, scene: Scene, language: str) -> Change | None:
