@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from glm_image import geometry
 from train_tiny.data import CellLabels, Choice, Item, by_size, cell_labels, small_pictures
+from train_tiny.loop import weighted_mean
 from train_tiny.models import CONFIG, build_ar, quantize, tower_features
 from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
 
@@ -173,7 +174,7 @@ class Codes:
 def named_loss(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """The mean cross-entropy of logits [n, classes, gh, gw] and labels [n, cells], by the cells' weights."""
     loss = F.cross_entropy(logits.flatten(2).float(), label, reduction="none")
-    return (loss * weight).sum() / weight.sum()
+    return weighted_mean(loss, weight)
 
 
 def clustered(vectors: Tensor, count: int) -> Tensor:

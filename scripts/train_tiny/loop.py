@@ -85,6 +85,11 @@ def measured(losses: Callable[[], Mapping[str, Tensor]], device: torch.device) -
     return {name: float(torch.stack([batch[name] for batch in batches]).mean()) for name in batches[0]}
 
 
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean of values by their weights, of one shape."""
+    return (values * weights).sum() / weights.sum()
+
+
 class Average:
     """An exponential moving average of a module's parameters."""
 

@@ -17,7 +17,7 @@ from glm_image.geometry import Grid, PlacedGrid, Size
 from glm_image.prompts import PromptTokenizer
 from train_tiny.compilation import compile_blocks, compiled
 from train_tiny.data import Choice, Item, by_size, decision_weights, small_pictures
-from train_tiny.loop import measured
+from train_tiny.loop import measured, weighted_mean
 from train_tiny.models import CONFIG, Tokens, build_ar
 from train_tiny.vocabulary import processor_of
 
@@ -143,15 +143,15 @@ class Writer:
 
 
 def predicted(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss of logits [n, targets, codes] by weights, and where the likeliest code is the target, [n, targets].
+    """The mean loss of logits [n, targets, codes], and where the likeliest code is the target, [n, targets].
 
     Args:
-        logits: as said.
-        targets: [n, targets].
-        weights: likewise.
+        logits: of the codes that may follow.
+        targets: those that do, [n, targets].
+        weights: how much each counts in the mean, [n, targets].
     """
     each = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(weights)
-    return (each * weights).sum() / weights.sum(), (logits.argmax(-1) == targets).float()
+    return weighted_mean(each, weights), (logits.argmax(-1) == targets).float()
 
 
 def sequences(group: Group, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ def sample_edit(rng: Random, held_out: bool = False, kind: str | None = None, la
         language: one of ``LANGUAGES``; None = English more often than Chinese.
     """
     kind = kind or rng.choice(KINDS)
-    language = language or rng.choices(LANGUAGES, (0.65, 0.35))[0]
+    language = language or _language(rng)
     while True:
         # Any scene may be before a held-out one, so that every kind of change can lead there.
         before = sample_scene(rng, held_out and rng.random() < 0.5, sign=True if kind == "word" else None)
@@ -60,12 +60,16 @@ def sample_edit(rng: Random, held_out: bool = False, kind: str | None = None, la
 def sample_removals(rng: Random) -> list[Edit]:
     """Draws a scene and each of the things that could go from it: only the words tell these changes from each other."""
     while True:
-        scene, language = sample_scene(rng), rng.choices(LANGUAGES, (0.65, 0.35))[0]
+        scene, language = sample_scene(rng), _language(rng)
         if not _parts(scene) or scene.held_out:
             continue
         changes = [_removal(rng, scene, language, index) for index in range(len(scene.things))]
         if not any(after.held_out for _, _, after in changes):
             return [Edit(*change, "remove") for change in changes]
+
+
+def _language(rng: Random) -> str:
+    return rng.choices(LANGUAGES, (0.65, 0.35))[0]
 
 
 def _recolour(rng: Random, scene: Scene, language: str) -> Change:
