@@ -40,7 +40,11 @@ class Autoencoder:
     def _draw(self) -> Tensor:
         return signed(self._pictures[self._choice.rows(0, self._batch, self._device)])
 
-    def losses(self, progress: float) -> dict[str, Tensor]:
+    def kind(self) -> int:
+        """There is one."""
+        return 0
+
+    def losses(self, kind: int) -> dict[str, Tensor]:
         """Draws a batch."""
         pictures = self._draw()
         posterior = DiagonalGaussianDistribution(self._encode(pictures).float())
@@ -51,7 +55,7 @@ class Autoencoder:
         loss = pixels + edges + DIVERGENCE_WEIGHT * divergence
         return {"loss": loss, "pixels": pixels, "edges": edges, "divergence": divergence}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, progress: float) -> None:
         """Nothing is left to do."""
 
     @torch.no_grad()

@@ -38,6 +38,8 @@ LETTER_WEIGHT, HELD_WEIGHT = 6.0, 8.0
 DRAWN_SIDE = 8
 """Pixels of a drawn cell's side."""
 USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.05, 25
+RECENT = 16384
+"""Features of the last batch, drawn from it, that codes may be put to."""
 FIRST_CODES_AT, ROUNDS = 50, 8
 """The step at which the codes become means of features, and the rounds of k-means."""
 REVIVED_UNTIL = 0.7
@@ -79,10 +81,10 @@ class Codes:
         parts = {"tower": model.visual, "quantizer": model.vqmodel, "decoder": CellDecoder(CONFIG.vision_hidden)}
         self.module = nn.ModuleDict(parts).to(device)
         nn.init.normal_(model.vqmodel.quantize.embedding.weight, std=CONFIG.vq_dim**-0.5)
-        self._device, self._batch, self._progress = device, batch, 0.0
+        self._device, self._batch = device, batch
         self._decode = parts["decoder"]
         self._use = torch.ones(CONFIG.codebook, device=device)
-        self._vectors: Tensor | None = None
+        self._recent = torch.zeros(RECENT, CONFIG.vq_dim, device=device)
         self._pictures: list[Tensor] = []
         self._labels: list[CellLabels] = []
         for size, own in by_size(items, main_share=0.7):
@@ -96,17 +98,19 @@ class Codes:
                 self._labels.append(CellLabels(*(label.to(device) for label in labels)))
         self._choice = Choice([len(pictures) for pictures in self._pictures], seed)
 
-    def _batch_of(self) -> tuple[Tensor, CellLabels]:
-        group = self._choice.group()
+    def kind(self) -> int:
+        """Chooses a size, of pictures or previews."""
+        return self._choice.group()
+
+    def _batch_of(self, group: int) -> tuple[Tensor, CellLabels]:
         pictures = self._pictures[group]
         count = max(2, self._batch * 128 * 128 // pictures[0, 0].numel())
         rows = self._choice.rows(group, count, self._device)
         return pictures[rows], CellLabels(*(label[rows] for label in self._labels[group]))
 
-    def losses(self, progress: float) -> dict[str, Tensor]:
+    def losses(self, kind: int) -> dict[str, Tensor]:
         """Draws a batch."""
-        self._progress = progress
-        pictures, labels = self._batch_of()
+        pictures, labels = self._batch_of(kind)
         features = tower_features(self.module["tower"], pictures)
         codes, vectors = quantize(self.module["quantizer"], features)
         embedding = F.normalize(self.module["quantizer"].quantize.embedding(codes).float(), dim=-1)
@@ -133,17 +137,18 @@ class Codes:
             0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=torch.float)
         )
         self._use.lerp_(share * (len(self._use) / codes.numel()), 1 - USE_DECAY)
-        self._vectors = vectors.detach().flatten(0, 1)
+        found = vectors.detach().flatten(0, 1)
+        self._recent.copy_(found[torch.randint(len(found), (RECENT,), device=self._device)])
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, progress: float) -> None:
         """Moves codes that are hardly used to where the last batch's features are."""
-        if step == FIRST_CODES_AT and self._vectors is not None:
-            self.module["quantizer"].quantize.embedding.weight.copy_(clustered(self._vectors, len(self._use)))
-        if (step + 1) % STEPS_BETWEEN_REVIVALS or self._progress > REVIVED_UNTIL or self._vectors is None:
+        if step == FIRST_CODES_AT:
+            self.module["quantizer"].quantize.embedding.weight.copy_(clustered(self._recent, len(self._use)))
+        if (step + 1) % STEPS_BETWEEN_REVIVALS or progress > REVIVED_UNTIL:
             return
         dead = self._use < DEAD_SHARE
-        chosen = self._vectors[torch.randint(len(self._vectors), (len(dead),), device=self._device)]
+        chosen = self._recent[torch.randint(RECENT, (len(dead),), device=self._device)]
         embedding = self.module["quantizer"].quantize.embedding.weight
         embedding.copy_(torch.where(dead[:, None], chosen.to(embedding.dtype), embedding))
         self._use.masked_fill_(dead, 1.0)
@@ -154,7 +159,7 @@ class Codes:
         seen = torch.zeros(CONFIG.codebook, device=self._device)
         hits = {name: torch.zeros(2, device=self._device) for name in (*NAMED, "held")}
         for _ in range(40):
-            pictures, labels = self._batch_of()
+            pictures, labels = self._batch_of(self.kind())
             codes, _ = quantize(self.module["quantizer"], tower_features(self.module["tower"], pictures))
             seen[codes.flatten()] += 1
             embedding = F.normalize(self.module["quantizer"].quantize.embedding(codes).float(), dim=-1)

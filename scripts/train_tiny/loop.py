@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from train_tiny.captured import Captured, own_stream
 from train_tiny.muon import Muon
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -40,12 +41,16 @@ class Stage(Protocol):
     learning_rate: float
     inner: Sequence[nn.Module]
 
-    def losses(self, progress: float) -> dict[str, Tensor]:
-        """Draws a batch; ``loss`` is differentiated, the others are logged. ``progress`` goes from 0 to 1."""
+    def kind(self) -> Hashable:
+        """Chooses what kind of batch is next; batches of a kind have the same shapes."""
         ...
 
-    def after_step(self, step: int) -> None:
-        """Does what the optimizer does not."""
+    def losses(self, kind: Any) -> dict[str, Tensor]:
+        """Draws a batch; ``loss`` is differentiated, the others are logged. Keeps to what ``Captured`` asks for."""
+        ...
+
+    def after_step(self, step: int, progress: float) -> None:
+        """Does what the optimizer does not; ``progress`` goes from 0 to 1."""
         ...
 
     def results(self) -> dict[str, Any]:
@@ -113,16 +118,19 @@ def rate(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def optimizers_of(stage: Stage, parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """Muon for the linears inside, where there are; for the rest AdamW that lets norms and biases decay not."""
+def optimizers_of(stage: Stage, parameters: list[nn.Parameter], rate: Tensor) -> list[torch.optim.Optimizer]:
+    """Muon for the linears inside, where there are; for the rest AdamW that lets norms and biases decay not.
+
+    Both read the learning rate where it is, a scalar on the device.
+    """
     linears = [m for part in stage.inner for m in part.modules() if isinstance(m, nn.Linear)]
     inner = {id(linear.weight): linear.weight for linear in linears}
     rest = [p for p in parameters if id(p) not in inner]
     matrices, others = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    fused = parameters[0].device.type == "cuda"
-    adam = torch.optim.AdamW(groups, stage.learning_rate, betas=(0.9, 0.98), fused=fused)
-    return [adam, Muon(inner.values(), stage.learning_rate)] if inner else [adam]
+    on_gpu = rate.device.type == "cuda"
+    adam = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), fused=on_gpu, capturable=on_gpu)
+    return [adam, Muon(inner.values(), rate)] if inner else [adam]
 
 
 class Training:
@@ -138,17 +146,22 @@ class Training:
         seconds: spent in all calls, when this one began.
         first_step: of this schedule of the learning rate.
         first_second: as ``first_step``.
+        logged: names of what a step returns: the losses, the same for all kinds of batches, and the gradients' norm.
     """
 
     def __init__(self, stage: Stage, file: Path) -> None:
         self.stage, self._file = stage, file
         self.trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
-        self.optimizers = optimizers_of(stage, self.trained)
+        self.device = self.trained[0].device
+        self._rate = torch.zeros((), device=self.device)
+        self.optimizers = optimizers_of(stage, self.trained, self._rate)
+        self._descend = Captured(self._descended, self.device)
         self.step = self.first_step = 0
         self.seconds = self.first_second = 0.0
+        self.logged: tuple[str, ...] = ()
         saved: dict[str, Any] = {}
         if file.exists():
-            saved = torch.load(file, map_location=self.trained[0].device, weights_only=False)
+            saved = torch.load(file, map_location=self.device, weights_only=False)
             stage.module.load_state_dict(saved["weights"])
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.first_step, self.first_second = self.step, self.seconds
@@ -157,25 +170,30 @@ class Training:
             self.first_step, self.first_second = saved["first"]
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
+                for group in optimizer.param_groups:
+                    group["lr"] = self._rate
             self.average.values = saved["average"]
 
-    def take_step(self, progress: float) -> dict[str, Tensor]:
-        """Takes one step, at ``progress`` from 0 to 1 of its schedule; returns the losses and the gradients' norm."""
+    def take_step(self, progress: float) -> Tensor:
+        """Takes one step, at ``progress`` from 0 to 1 of its schedule; returns what is ``logged``, until the next."""
         stage, own = self.stage, self.step - self.first_step
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * rate(progress, own)
-        with mixed_precision(self.trained[0].device):
-            losses = stage.losses(progress)
+        self._rate.fill_(stage.learning_rate * rate(progress, own))
+        values = self._descend(stage.kind())
+        stage.after_step(self.step, progress)
+        self.average.update(stage.module, own)
+        self.step += 1
+        return values
+
+    def _descended(self, kind: Hashable) -> Tensor:
+        with mixed_precision(self.device):
+            losses = self.stage.losses(kind)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.trained, GRADIENT_NORM)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        stage.after_step(self.step)
-        self.average.update(stage.module, own)
-        self.step += 1
-        return losses | {"gradient_norm": norm}
+        self.logged = (*losses, "gradient_norm")
+        return torch.stack([value.detach().float() for value in (*losses.values(), norm)])
 
     def save(self, seconds: float) -> None:
         """Saves what is needed to go on."""
@@ -199,6 +217,9 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
 
     Leaves ``NAME.pt`` in ``folder``: the averaged weights under ``weights`` and the stage's ``results``, once it is
     done; before that also what is needed to go on.
+
+    Raises:
+        SystemExit: the losses are not finite any more; called again, it goes on from what was saved last.
     """
     training, log = Training(stage, folder / f"{stage.name}.pt"), Log(folder, stage.name)
     spent, budget = training.seconds, minutes * 60
@@ -206,26 +227,30 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
         log.write(event="already done", step=training.step)
         return
     torch.manual_seed(seed + training.step)
-    parameters = training.trained
-    count = sum(parameter.numel() for parameter in parameters)
-    log.write(event="start", step=training.step, parameters=count, device=str(parameters[0].device), minutes=minutes)
-    clock, saved_at = time.monotonic() - spent, spent
-    sums: Tensor | None = None
+    count = sum(parameter.numel() for parameter in training.trained)
+    log.write(event="start", step=training.step, parameters=count, device=str(training.device), minutes=minutes)
+    clock = time.monotonic() - spent
+    with own_stream(training.device):
+        _take_steps(training, log, clock, budget)
+        seconds = time.monotonic() - clock
+        log.write(event="end", step=training.step, seconds=seconds, **training.finish(seconds))
+
+
+def _take_steps(training: Training, log: Log, clock: float, budget: float) -> None:
+    saved_at, sums = training.seconds, torch.zeros((), device=training.device)
     while (seconds := time.monotonic() - clock) < budget:
         if training.step == training.first_step + STEPS_OF_COMPILING:
             training.first_second = seconds
-        losses = training.take_step((seconds - training.first_second) / (budget - training.first_second))
-        values = torch.stack([value.detach().float() for value in losses.values()])
-        sums = values if sums is None else sums + values
+        sums = sums + training.take_step((seconds - training.first_second) / (budget - training.first_second))
         if training.step % STEPS_BETWEEN_LOGS == 0:
-            means = dict(zip(losses, (sums / STEPS_BETWEEN_LOGS).tolist(), strict=True))
+            means = dict(zip(training.logged, (sums / STEPS_BETWEEN_LOGS).tolist(), strict=True))
             log.write(step=training.step, seconds=time.monotonic() - clock, **means)
-            sums = None
-        if seconds - saved_at > SECONDS_BETWEEN_SAVES:
-            saved_at = seconds
-            training.save(seconds)
-    seconds = time.monotonic() - clock
-    log.write(event="end", step=training.step, seconds=seconds, **training.finish(seconds))
+            sums = torch.zeros_like(sums)
+            if not all(map(math.isfinite, means.values())):
+                raise SystemExit(f"{training.stage.name}: not finite at step {training.step}: {means}")
+            if seconds - saved_at > SECONDS_BETWEEN_SAVES:
+                saved_at = seconds
+                training.save(seconds)
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ the device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,20 @@ def signed(pictures: Tensor) -> Tensor:
 def tower_features(tower: Any, pictures: Tensor) -> Tensor:
     """Features [n, gh * gw, hidden] of uint8 pictures [n, 3, 16 gh, 16 gw]."""
     _, _, height, width = pictures.shape
-    mean, std = (
-        torch.tensor(IMAGE[name], device=pictures.device).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
-    )
+    mean, std = image_statistics(pictures.device)
     values = (pictures.float() / 255 - mean) / std
     hidden = tower.patch_embed.proj(values).flatten(2).transpose(1, 2)
     hidden = hidden + _positions(tower.embeddings, height // 16, width // 16)
     for block in tower.blocks:
         hidden = _tower_block(block, hidden, tower.config.num_heads)
     return hidden
+
+
+@lru_cache
+def image_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What the image processor takes for the mean and the deviation of values in [0, 1], [1, 3, 1, 1] each."""
+    mean, std = (torch.tensor(IMAGE[name], device=device).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
+    return mean, std
 
 
 def _tower_block(block: Any, hidden: Tensor, heads: int) -> Tensor:

@@ -23,10 +23,10 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         matrices: [a, b] each.
-        learning_rate: what AdamW would have.
+        learning_rate: what AdamW would have, a scalar where the matrices are.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], learning_rate: float) -> None:
+    def __init__(self, matrices: Iterable[nn.Parameter], learning_rate: Tensor) -> None:
         by_shape = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape].append(matrix)
@@ -41,9 +41,9 @@ class Muon(torch.optim.Optimizer):
             momenta = [self._momentum(matrix) for matrix in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             ahead = torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM))
-            updates = orthogonalised(ahead).to(ahead.dtype).unbind()
+            updates = orthogonalised(ahead).to(ahead.dtype) * (rate * ADAM_RMS * max(matrices[0].shape) ** 0.5)
             torch._foreach_mul_(matrices, 1 - rate * WEIGHT_DECAY)
-            torch._foreach_add_(matrices, updates, alpha=-rate * ADAM_RMS * max(matrices[0].shape) ** 0.5)
+            torch._foreach_sub_(matrices, updates.unbind())
 
     def _momentum(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,8 @@ SCHEDULER = configs.scheduler_config()
 TRAIN_TIMESTEPS = SCHEDULER["num_train_timesteps"]
 
 Signature = tuple[int, ...]
+Kind = tuple[int, bool]
+"""The number of a group, and whether it is painted without its words."""
 
 
 class Shown(NamedTuple):
@@ -100,9 +101,13 @@ class Painter:
             codes.append(self._tokens.encode(halved(pictures)).to(torch.int16))
         return Shown(torch.cat(latents), torch.cat(codes))
 
-    def losses(self, progress: float) -> dict[str, Tensor]:
+    def kind(self) -> Kind:
+        """Chooses a group, and whether its words are dropped: a batch has words of one length, so all of them are."""
+        return self._choice.group(), bool(torch.rand(()) < DROPPED)
+
+    def losses(self, kind: Kind) -> dict[str, Tensor]:
         """Draws a batch."""
-        index = self._choice.group()
+        index, dropped = kind
         group = self._groups[index]
         grid = geometry.target_grid(group.size)
         count = max(2, self._batch * 64 // grid.tokens // (2 if group.source else 1))
@@ -110,8 +115,6 @@ class Painter:
         latents, times = group.target.latents[rows].float(), sample_times(count, self._device)
         noise, level = torch.randn_like(latents), noise_levels(times, 4 * grid.tokens)[:, None, None, None]
         kept = (torch.rand(count, device=self._device) > DROPPED).float()
-        # A batch has words of one length, so that all of them are dropped or none.
-        dropped = bool(torch.rand(()) < DROPPED)
         glyphs = (
             self._glyph_states(self._no_words.repeat(count, 1), (1,))
             if dropped
@@ -161,12 +164,12 @@ class Painter:
             self._rotary[size] = cos.to(self._device), sin.to(self._device)
         return self._rotary[size]
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, progress: float) -> None:
         """Nothing is left to do."""
 
     def results(self) -> dict[str, Any]:
         """The averaged weights' loss."""
-        return {"loss": measured(partial(self.losses, 1.0), self._device)["loss"]}
+        return {"loss": measured(lambda: self.losses(self.kind()), self._device)["loss"]}
 
 
 def sample_times(count: int, device: torch.device) -> Tensor:

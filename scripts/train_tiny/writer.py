@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from train_tiny.vocabulary import processor_of
 SOURCE_START = 1
 """Of a source picture's codes in a prompt: after the image start."""
 ONE_IN = 50
-"""Samples is kept from training, to measure by."""
+"""Scenes is kept from training, to measure by."""
 MULTIPLE = 8
 """Sequences are as long as the batch's longest, rounded up: fewer shapes for the device's allocator."""
 
@@ -66,8 +66,8 @@ class Writer:
         self._device, self._batch = device, batch
         self._tokens = Tokens(folder).to(device)
         self._processor = processor_of(folder)
-        self._groups = self._grouped([item for index, item in enumerate(items) if index % ONE_IN])
-        self._kept = self._grouped(items[::ONE_IN])
+        trained, kept = apart(items)
+        self._groups, self._kept = self._grouped(trained), self._grouped(kept)
         self._choice, self._kept_choice = (
             Choice([len(group.lengths) for group in groups], seed) for groups in (self._groups, self._kept)
         )
@@ -112,22 +112,25 @@ class Writer:
         pictures = small_pictures(scenes, grid, self._device, preview=preview)
         return torch.cat([self._tokens.encode(small) for small in pictures])
 
-    def losses(self, progress: float) -> dict[str, Tensor]:
-        """Draws a batch."""
-        return self._losses(self._groups, self._choice)
+    def kind(self) -> int:
+        """Chooses a size, of pictures or edits."""
+        return self._choice.group()
 
-    def _losses(self, groups: Sequence[Group], choice: Choice) -> dict[str, Tensor]:
-        index = choice.group()
+    def losses(self, kind: int) -> dict[str, Tensor]:
+        """Draws a batch."""
+        return self._losses(self._groups, self._choice, kind)
+
+    def _losses(self, groups: Sequence[Group], choice: Choice, index: int) -> dict[str, Tensor]:
         group = groups[index]
         tokens = group.targets.shape[1] + group.prompts.shape[1]
         rows = choice.rows(index, max(2, self._batch * 384 // tokens), self._device)
         ids, positions, wanted_at = sequences(group, rows)
-        states = self.module["decoder"](ids, position_ids=positions, use_cache=False).last_hidden_state
+        states = decoded(self.module["decoder"], ids, positions)
         written = states.gather(1, wanted_at[:, :, None].expand(-1, -1, CONFIG.ar_hidden))
         loss, right = self._predicted(self.module["head"](written), group.targets[rows], group.weights[rows])
         return {"loss": loss, "large_grid_right": right[:, -1 - group.large : -1].mean()}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, progress: float) -> None:
         """Nothing is left to do."""
 
     def results(self) -> dict[str, Any]:
@@ -136,10 +139,41 @@ class Writer:
         On samples kept from training, and, by names that begin with ``trained``, on others.
         """
         kept, trained = (
-            measured(partial(self._losses, *drawn_from), self._device)
-            for drawn_from in ((self._kept, self._kept_choice), (self._groups, self._choice))
+            measured(lambda own=groups, by=choice: self._losses(own, by, by.group()), self._device)
+            for groups, choice in ((self._kept, self._kept_choice), (self._groups, self._choice))
         )
         return kept | {f"trained_{name}": value for name, value in trained.items()}
+
+
+def apart(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Samples to train on, and those of one scene in ``ONE_IN`` to measure by.
+
+    Edits of one scene follow one another.
+    """
+    begins = [item.source is None or item.source != last.source for last, item in pairwise(items)]
+    scenes = list(accumulate(begins, initial=0))
+    parts: tuple[list[Item], list[Item]] = [], []
+    for item, scene in zip(items, scenes, strict=True):
+        parts[scene % ONE_IN == 0].append(item)
+    return parts
+
+
+def decoded(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    """The last hidden states [n, length, width] of a ``GlmImageTextModel``, causal and without a mask.
+
+    The module's own forward makes one while a graph is captured, which turns off the fastest attention.
+
+    Args:
+        decoder: transformers' module.
+        ids: [n, length].
+        positions: M-RoPE's, [3, n, length].
+    """
+    hidden = decoder.embed_tokens(ids)
+    rotary = decoder.rotary_emb(hidden, position_ids=positions)
+    for layer in decoder.layers:
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+    states: Tensor = decoder.norm(hidden)
+    return states
 
 
 def predicted(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,14 +22,14 @@ from glm_image.geometry import Grid, PlacedGrid, Size
 from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered, named_loss
-from train_tiny.data import COLOUR_IDS, cell_labels, decision_weights, glyph_rows, halved, sample_items
+from train_tiny.data import COLOUR_IDS, Item, cell_labels, decision_weights, glyph_rows, halved, sample_items
 from train_tiny.muon import Muon
 from train_tiny.painter import noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
-from train_tiny.writer import Group, predicted, sequences
+from train_tiny.writer import ONE_IN, Group, apart, decoded, predicted, sequences
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,29 @@ def test_the_writers_sequences_are_what_the_engine_decodes(edit: bool) -> None:
         decoded = geometry.decode_positions(grids, int(prompt[:, -1].max()) + 1)
         assert positions[:, row, :end].tolist() == np.concatenate([prompt, decoded], axis=1).tolist()
         assert wanted_at[row].tolist() == list(range(length - 1, end))
+
+
+def test_a_batch_of_sequences_is_the_decoders_own_forward() -> None:
+    torch.manual_seed(4)
+    decoder = models.build_ar().model.language_model.requires_grad_(False)
+    ids, positions = torch.randint(models.CONFIG.codebook, (2, 21)), torch.randint(9, (3, 2, 21))
+    own = decoder(ids, position_ids=positions, use_cache=False).last_hidden_state
+    assert torch.allclose(decoded(decoder, ids, positions), own, atol=1e-5)
+    assert own.std() > 0.1
+
+
+def test_edits_of_a_scene_are_trained_on_or_measured_by_together() -> None:
+    pictures, edits = sample_items(300, 1), sample_items(600, 1, edits=True)
+    items = [*pictures, *edits]
+    trained, kept = apart(items)
+    assert len(trained) + len(kept) == len(items)
+    assert len(kept) == pytest.approx(len(items) / ONE_IN, rel=0.5)
+
+    def scenes(some: list[Item]) -> set[Scene]:
+        return {item.source or item.scene for item in some}
+
+    assert len(scenes(kept)) < len(kept)
+    assert not scenes(kept) & scenes(trained)
 
 
 @pytest.mark.parametrize("tokens", [64, 256, 1024])
@@ -230,11 +253,17 @@ class Line:
         self.inner: tuple[nn.Module, ...] = ()
         self.steps: list[int] = []
 
-    def losses(self, progress: float) -> dict[str, Tensor]:
+    def kind(self) -> int:
+        return 0
+
+    def losses(self, kind: int) -> dict[str, Tensor]:
         x = torch.rand(64, 1)
         return {"loss": (self.module(x) - (3 * x - 1)).square().mean()}
 
-    def after_step(self, step: int) -> None:
+    def factor(self, breaks_at: int) -> float:
+        return float("nan") if len(self.steps) >= breaks_at else 1.0
+
+    def after_step(self, step: int, progress: float) -> None:
         self.steps.append(step)
 
     def results(self) -> dict[str, Any]:
@@ -245,7 +274,7 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
     first = Line()
 
-    def stops(step: int) -> None:
+    def stops(step: int, progress: float) -> None:
         if step == 400:
             raise KeyboardInterrupt
 
@@ -263,17 +292,32 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert [line["step"] for line in ends if line.get("event") == "end"] == [second.steps[-1] + 1]
 
 
+def test_a_stage_whose_losses_are_not_finite_ends_and_keeps_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
+    broken = Line()
+    losses = broken.losses
+    monkeypatch.setattr(broken, "losses", lambda kind: {"loss": losses(kind)["loss"] * broken.factor(250)})
+    with pytest.raises(SystemExit, match=r"line: not finite at step 300: .*nan"):
+        loop.train(broken, tmp_path, minutes=1)
+    saved = torch.load(tmp_path / "line.pt")
+    assert saved["step"] == 200
+    assert all(value.isfinite().all() for value in saved["weights"].values())
+
+
 def test_matrices_of_one_shape_take_muons_step_together_and_go_on_from_its_state() -> None:
     torch.manual_seed(3)
     own = [nn.Parameter(torch.randn(*shape)) for shape in ((16, 16), (32, 16), (16, 32), (16, 16))]
     theirs = [nn.Parameter(matrix.detach().clone()) for matrix in own]
     one_by_one = torch.optim.Muon(theirs, 0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    together = Muon(own, 0.01)
+    rate = torch.tensor(0.01)
+    together = Muon(own, rate)
     for _ in range(4):
         for mine, other in zip(own, theirs, strict=True):
             mine.grad = torch.randn_like(mine)
             other.grad = mine.grad.clone()
-        state, together = together.state_dict(), Muon(own, 0.01)
+        state, together = together.state_dict(), Muon(own, rate)
         together.load_state_dict(state)
         together.step()
         one_by_one.step()
