@@ -175,4 +175,8 @@ if __name__ == "__main__":
         help="WIDTHxHEIGHT, with commas between them",
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")  # how far each rank is
-    main(parser.parse_args())
+    flags = parser.parse_args()
+    fewest = STEPS_BEFORE + 1 + flags.profile
+    if flags.steps < fewest:
+        parser.error(f"--steps: {flags.steps} leaves none to time; allowed: {fewest} or more")
+    main(flags)

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 
 from train_tiny.data import Item, sample_items
-from train_tiny.loop import Log, Stage, train
+from train_tiny.loop import Log, Stage, seconds_of, train
 from train_tiny.vocabulary import merges_of
 
 SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (0.67, 0.33), "writer": (0.67, 0.33)}
 """Of the samples: pictures with captions, and edits."""
-SAMPLES = {"vae": 24_000, "vision": 150_000, "painter": 160_000, "writer": 400_000}
+SAMPLES = {"vae": 24_000, "vision": 150_000, "painter": 100_000, "writer": 600_000}
 BATCH = {"vae": 16, "vision": 256, "painter": 512, "writer": 128}
 """Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
 
@@ -51,8 +51,12 @@ def build(name: str, items: list[Item], folder: Path, device: torch.device, batc
 
 
 def run_stage(name: str, arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
     folder, device = arguments.folder, torch.device(arguments.device)
-    began = time.perf_counter()
+    log = Log(folder, name)
+    if (spent := seconds_of(folder, name)) >= arguments.minutes * 60:
+        log.write(event="already done", seconds=spent)
+        return
     samples, batch = arguments.samples or SAMPLES[name], arguments.batch or BATCH[name]
     counts = [round(samples * share) for share in SHARES[name]]
     items = [
@@ -65,20 +69,21 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
         merges_of(folder)
     torch.manual_seed(arguments.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # cuDNN's backward of attention gives NaN for some lengths once scores are far below zero (pytorch issue 196678).
+    # cuDNN's backward of attention gives NaN for some lengths once scores are far below zero, as of torch 2.11 to 2.13:
+    # github.com/pytorch/pytorch/issues/196678
     torch.backends.cuda.enable_cudnn_sdp(False)
-    sampled = time.perf_counter() - began
+    sampled = time.monotonic() - began
     stage = build(name, items, folder, device, batch, arguments.seed)
-    prepared = time.perf_counter() - began
-    Log(folder, name).write(event="prepared", samples=len(items), batch=batch, sampled=sampled, prepared=prepared)
-    train(stage, folder, arguments.minutes, arguments.seed)
+    prepared = time.monotonic() - began
+    log.write(event="prepared", samples=len(items), batch=batch, sampled=sampled, prepared=prepared)
+    train(stage, folder, arguments.minutes, arguments.seed, began)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="train_tiny", description="Train a tiny GLM-Image, stage by stage.")
     parser.add_argument("stage", choices=[*SAMPLES, "export", "sheet"])
     parser.add_argument("folder", type=Path, help="of the run: weights, logs, the checkpoint")
-    parser.add_argument("--minutes", type=float, default=2.0, help="the stage's training, in all calls together")
+    parser.add_argument("--minutes", type=float, default=2.0, help="the stage's, in all calls together")
     parser.add_argument("--samples", type=int, help="scenes and edits to learn from")
     parser.add_argument("--batch", type=int, help="pictures of 256x256 at once")
     parser.add_argument("--seed", type=int, default=0)

@@ -23,11 +23,11 @@ class Captured:
     Args:
         compute: does a step for a kind of batch, on the device alone: it takes nothing from the host, waits for
             nothing, and keeps what it keeps in place. Random numbers are new ones in each replay.
-        device: where it is computed.
+        device: where it is computed, within ``own_stream``.
     """
 
     def __init__(self, compute: Callable[[Hashable], Tensor], device: torch.device) -> None:
-        self._compute, self._captures = compute, device.type == "cuda"
+        self._compute, self._device, self._captures = compute, device, device.type == "cuda"
         self._runs: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         # Replays follow one another, so that all graphs can work in the same memory.
@@ -46,7 +46,7 @@ class Captured:
 
     def _captured(self, kind: Hashable) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._device)
         # What the runs before left in the allocator's other pool is not to be had for the graphs' own.
         torch.cuda.empty_cache()
         graph.capture_begin(pool=self._pool)
@@ -63,7 +63,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     with torch.cuda.stream(torch.cuda.Stream(device)):
         yield
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)

@@ -42,7 +42,7 @@ class Stage(Protocol):
     inner: Sequence[nn.Module]
 
     def kind(self) -> Hashable:
-        """Chooses what kind of batch is next; batches of a kind have the same shapes."""
+        """Chooses what kind of batch is next; with batches of a kind the same is done, in the same shapes."""
         ...
 
     def losses(self, kind: Any) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def rate(progress: float, step: int) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def optimizers_of(stage: Stage, parameters: list[nn.Parameter], rate: Tensor) -> list[torch.optim.Optimizer]:
+def optimizers_of(stage: Stage, parameters: list[nn.Parameter], learning_rate: Tensor) -> list[torch.optim.Optimizer]:
     """Muon for the linears inside, where there are; for the rest AdamW that lets norms and biases decay not.
 
     Both read the learning rate where it is, a scalar on the device.
@@ -128,9 +128,9 @@ def optimizers_of(stage: Stage, parameters: list[nn.Parameter], rate: Tensor) ->
     rest = [p for p in parameters if id(p) not in inner]
     matrices, others = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    on_gpu = rate.device.type == "cuda"
-    adam = torch.optim.AdamW(groups, rate, betas=(0.9, 0.98), fused=on_gpu, capturable=on_gpu)
-    return [adam, Muon(inner.values(), rate)] if inner else [adam]
+    on_gpu = learning_rate.device.type == "cuda"
+    adam = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), fused=on_gpu, capturable=on_gpu)
+    return [adam, Muon(inner.values(), learning_rate)] if inner else [adam]
 
 
 class Training:
@@ -169,7 +169,8 @@ class Training:
         if "optimizers" in saved:
             self.first_step, self.first_second = saved["first"]
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+                # The groups' settings are this run's: the learning rate is read where it is.
+                optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
                 for group in optimizer.param_groups:
                     group["lr"] = self._rate
             self.average.values = saved["average"]
@@ -212,8 +213,15 @@ class Training:
         save(self._file, {"weights": self.stage.module.state_dict(), "step": self.step, "seconds": seconds} | more)
 
 
-def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
+def train(stage: Stage, folder: Path, minutes: float, seed: int = 0, began: float | None = None) -> None:
     """Trains ``stage`` for ``minutes`` in all, going on where an earlier call stopped.
+
+    Args:
+        stage: what is trained.
+        folder: of the run.
+        minutes: that all calls may take together.
+        seed: of the random numbers, with the step that a call begins at.
+        began: when this call did, by the monotonic clock, so that its preparations are among the minutes; None = now.
 
     Leaves ``NAME.pt`` in ``folder``: the averaged weights under ``weights`` and the stage's ``results``, once it is
     done; before that also what is needed to go on.
@@ -221,36 +229,44 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0) -> None:
     Raises:
         SystemExit: the losses are not finite any more; called again, it goes on from what was saved last.
     """
+    began = time.monotonic() if began is None else began
     training, log = Training(stage, folder / f"{stage.name}.pt"), Log(folder, stage.name)
-    spent, budget = training.seconds, minutes * 60
-    if spent >= budget:
-        log.write(event="already done", step=training.step)
-        return
     torch.manual_seed(seed + training.step)
     count = sum(parameter.numel() for parameter in training.trained)
     log.write(event="start", step=training.step, parameters=count, device=str(training.device), minutes=minutes)
-    clock = time.monotonic() - spent
+    clock = began - training.seconds
     with own_stream(training.device):
-        _take_steps(training, log, clock, budget)
+        _take_steps(training, log, clock, minutes * 60)
         seconds = time.monotonic() - clock
         log.write(event="end", step=training.step, seconds=seconds, **training.finish(seconds))
 
 
 def _take_steps(training: Training, log: Log, clock: float, budget: float) -> None:
-    saved_at, sums = training.seconds, torch.zeros((), device=training.device)
+    # Takes steps until the budget of seconds is spent, and ends when the device has done them.
+    saved_at, sums, summed = time.monotonic() - clock, torch.zeros((), device=training.device), 0
     while (seconds := time.monotonic() - clock) < budget:
         if training.step == training.first_step + STEPS_OF_COMPILING:
             training.first_second = seconds
         sums = sums + training.take_step((seconds - training.first_second) / (budget - training.first_second))
+        summed += 1
         if training.step % STEPS_BETWEEN_LOGS == 0:
-            means = dict(zip(training.logged, (sums / STEPS_BETWEEN_LOGS).tolist(), strict=True))
-            log.write(step=training.step, seconds=time.monotonic() - clock, **means)
-            sums = torch.zeros_like(sums)
+            means = dict(zip(training.logged, (sums / summed).tolist(), strict=True))
+            seconds = time.monotonic() - clock
+            log.write(step=training.step, seconds=seconds, **means)
             if not all(map(math.isfinite, means.values())):
                 raise SystemExit(f"{training.stage.name}: not finite at step {training.step}: {means}")
+            sums, summed = torch.zeros_like(sums), 0
             if seconds - saved_at > SECONDS_BETWEEN_SAVES:
                 saved_at = seconds
                 training.save(seconds)
+    if summed and not bool(sums.isfinite().all()):
+        raise SystemExit(f"{training.stage.name}: not finite after step {training.step - summed}")
+
+
+def seconds_of(folder: Path, name: str) -> float:
+    """What a stage's calls so far took."""
+    file = folder / f"{name}.pt"
+    return float(torch.load(file, map_location="cpu", weights_only=False)["seconds"]) if file.exists() else 0.0
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:

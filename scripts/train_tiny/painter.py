@@ -6,21 +6,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny_checkpoint_configs as configs
 from glm_image import geometry
 from glm_image.geometry import Size
 from train_tiny.compilation import compiled
-from train_tiny.data import Choice, Item, by_size, common, drawn, glyph_rows, halved
-from train_tiny.loop import measured, mixed_precision
+from train_tiny.data import CellLabels, Choice, Item, by_size, cell_labels, common, drawn, glyph_rows, halved
+from train_tiny.loop import measured, mixed_precision, weighted_mean
 from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
 from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states, strings_apart
+from train_tiny.world.scene import DIAMETERS
 
 ENCODED_PIXELS = 256 * 256 * 256
 """At once by the VAE."""
 DROPPED = 0.1
 """The share of samples without prior, and of batches without glyphs."""
+SHOWN_WEIGHT, SMALL_WEIGHT, HELD_WEIGHT = 4.0, 8.0, 12.0
+"""Of a cell that shows a thing or a letter, a small thing, a small one inside another; of the background it is 1."""
+SMALL_RADIUS = (DIAMETERS["small"] + DIAMETERS["large"]) / 4
+"""In short sides: things of a smaller radius are small."""
+LATENTS_PER_CELL = 4
+"""Along a side."""
 SCHEDULER = configs.scheduler_config()
 TRAIN_TIMESTEPS = SCHEDULER["num_train_timesteps"]
 
@@ -42,11 +50,21 @@ class Shown(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Samples of one size whose quoted strings have the same lengths, one after another in ``glyphs``: [n, tokens]."""
+    """Samples of one size whose quoted strings have the same lengths.
+
+    Attributes:
+        size: of the pictures.
+        lengths: of the strings.
+        glyphs: the strings, one after another, [n, tokens].
+        weights: how much each cell's error counts, fp16 [n, cells].
+        target: what is to be painted.
+        source: what is edited; None = nothing is.
+    """
 
     size: Size
     lengths: Signature
     glyphs: Tensor
+    weights: Tensor
     target: Shown
     source: Shown | None
 
@@ -78,14 +96,16 @@ class Painter:
     def _grouped(self, size: Size, items: Any) -> list[Group]:
         rows = [glyph_rows(item.prompt) for item in items]
         lengths = [tuple(map(len, row)) for row in rows]
-        target = self._shown([item.scene for item in items], size)
+        scenes = [item.scene for item in items]
+        target, weights = self._shown(scenes, size), cell_weights(cell_labels(scenes, size)).to(self._device)
         source = self._shown([item.source for item in items], size) if items[0].source else None
         groups = []
         for key in sorted(common(lengths, at_least=2)):
             members = torch.tensor([index for index, own in enumerate(lengths) if own == key])
             chosen = members.to(self._device)
             mine = [Shown(*(part[chosen] for part in shown)) if shown else None for shown in (target, source)]
-            groups.append(Group(size, key, self._words([rows[index] for index in members]), mine[0] or target, mine[1]))
+            words = self._words([rows[index] for index in members])
+            groups.append(Group(size, key, words, weights[chosen], mine[0] or target, mine[1]))
         return groups
 
     def _words(self, rows: list[Any]) -> Tensor:
@@ -132,13 +152,12 @@ class Painter:
             source,
             self._block,
         )
-        errors = (predicted.float() - (noise - latents)).square().mean(dim=(1, 2, 3))
-        return {"loss": errors.mean(), **self._by_kind(errors, group)}
-
-    def _by_kind(self, errors: Tensor, group: Group) -> dict[str, Tensor]:
+        errors = (predicted.float() - (noise - latents)).square()
+        loss = weighted_mean(by_cell(errors), group.weights[rows].float())
         # Sums over steps of a kind and their number, so that a log line's quotient is that kind's mean.
         edit = float(group.source is not None)
-        return {"edit_loss_sum": errors.mean() * edit, "edit_steps": errors.new_full((), edit)}
+        kinds = {"edit_loss_sum": loss * edit, "edit_steps": errors.new_full((), edit)}
+        return {"loss": loss, "error": errors.mean(), **kinds}
 
     def _glyph_states(self, ids: Tensor, lengths: Signature) -> Tensor:
         if lengths not in self._apart:
@@ -168,8 +187,27 @@ class Painter:
         """Nothing is left to do."""
 
     def results(self) -> dict[str, Any]:
-        """The averaged weights' loss."""
-        return {"loss": measured(lambda: self.losses(self.kind()), self._device)["loss"]}
+        """The averaged weights' loss, and the error of all cells alike."""
+        found = measured(lambda: self.losses(self.kind()), self._device)
+        return {name: found[name] for name in ("loss", "error")}
+
+
+def by_cell(errors: Tensor) -> Tensor:
+    """The mean error of each code's cell, [n, cells], from those of latents [n, 16, h, w]."""
+    return F.avg_pool2d(errors.mean(dim=1), LATENTS_PER_CELL).flatten(1)
+
+
+def cell_weights(labels: CellLabels) -> Tensor:
+    """How much cells count that show what ``labels`` say, fp16 [n, cells].
+
+    Most cells are background, which is learned long before the shape of a thing of two cells.
+    """
+    shown = (labels.shape + labels.letter) > 0
+    small = (labels.shape > 0) & (labels.place[..., 2] < SMALL_RADIUS)
+    weights = torch.ones(shown.shape, dtype=torch.float16)
+    for cells, weight in ((shown, SHOWN_WEIGHT), (small, SMALL_WEIGHT), (labels.held > 0, HELD_WEIGHT)):
+        weights[cells] = weight
+    return weights
 
 
 def sample_times(count: int, device: torch.device) -> Tensor:

@@ -25,8 +25,6 @@ SOURCE_START = 1
 """Of a source picture's codes in a prompt: after the image start."""
 ONE_IN = 50
 """Scenes is kept from training, to measure by."""
-MULTIPLE = 8
-"""Sequences are as long as the batch's longest, rounded up: fewer shapes for the device's allocator."""
 
 
 class Group(NamedTuple):
@@ -83,7 +81,7 @@ class Writer:
         codes = [self._codes(scenes, grid, preview=len(grids) == 2 and not n) for n, grid in enumerate(grids)]
         end = torch.full((len(items), 1), CONFIG.codebook + 1, device=self._device)
         ids = prompt_ids(self._processor, [item.prompt for item in items], target, (target,) if edit else ())
-        longest = -(-max(map(len, ids)) // MULTIPLE) * MULTIPLE
+        longest = max(map(len, ids))
         prompts = torch.zeros(len(ids), longest, dtype=torch.long)
         for row, own in zip(prompts, ids, strict=True):
             row[: len(own)] = torch.tensor(own)

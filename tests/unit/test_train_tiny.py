@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered, named_loss
 from train_tiny.data import COLOUR_IDS, Item, cell_labels, decision_weights, glyph_rows, halved, sample_items
 from train_tiny.muon import Muon
-from train_tiny.painter import noise_levels
+from train_tiny.painter import HELD_WEIGHT, SHOWN_WEIGHT, SMALL_WEIGHT, by_cell, cell_weights, noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import train_merges
 from train_tiny.world.draw import draw
@@ -195,6 +196,25 @@ def test_of_an_edit_the_cells_where_things_begin_count_more() -> None:
     assert one[2].tolist() == [1, 1, 8, 8, 8, 8, 1, 1]
 
 
+def test_the_painters_cells_count_by_what_they_show() -> None:
+    ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
+    scenes = [Scene((star, ring), "inside"), Scene((), sign=Sign("HI")), Scene((star,))]
+    labels = cell_labels(scenes, Size(256, 384))
+    weights = cell_weights(labels)
+    assert weights.shape == (3, 96)
+    assert torch.equal(weights[0] == HELD_WEIGHT, labels.held[0] == 1)
+    assert torch.equal(weights[0] == SHOWN_WEIGHT, labels.colour[0] == COLOUR_IDS["blue"])
+    assert torch.equal(weights[1] == SHOWN_WEIGHT, labels.letter[1] > 0)
+    assert torch.equal(weights[2] == SMALL_WEIGHT, labels.shape[2] > 0)
+    assert [set(of_one.unique().tolist()) - {1.0} for of_one in weights] == [
+        {SHOWN_WEIGHT, HELD_WEIGHT}, {SHOWN_WEIGHT}, {SMALL_WEIGHT},
+    ]  # fmt: skip
+    errors = torch.zeros(2, 16, 32, 48)
+    errors[1, :, 4:8, 8:12] = 3.0
+    assert torch.equal(by_cell(errors).view(2, 8, 12)[1, 1], torch.tensor([0, 0, 3.0] + [0] * 9))
+    assert by_cell(errors).sum() == 3
+
+
 def test_a_targets_weight_is_its_part_of_the_loss() -> None:
     logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
     each = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 3)
@@ -260,9 +280,6 @@ class Line:
         x = torch.rand(64, 1)
         return {"loss": (self.module(x) - (3 * x - 1)).square().mean()}
 
-    def factor(self, breaks_at: int) -> float:
-        return float("nan") if len(self.steps) >= breaks_at else 1.0
-
     def after_step(self, step: int, progress: float) -> None:
         self.steps.append(step)
 
@@ -285,6 +302,11 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         loop.finished(tmp_path, "line")
     spent = torch.load(tmp_path / "line.pt")["seconds"]
     second = Line()
+    resumed = loop.Training(second, tmp_path / "line.pt")
+    groups = [group for optimizer in resumed.optimizers for group in optimizer.param_groups]
+    resumed.take_step(0.5)
+    assert {float(group["lr"]) for group in groups} == {float(torch.tensor(0.1 * loop.rate(0.5, 400)))}
+    second = Line()
     loop.train(second, tmp_path, minutes=(spent + 0.7) / 60)
     assert second.steps[0] == 400
     assert loop.finished(tmp_path, "line")["results"]["slope"] == pytest.approx(3, abs=0.05)
@@ -298,12 +320,34 @@ def test_a_stage_whose_losses_are_not_finite_ends_and_keeps_what_was_saved(
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
     broken = Line()
     losses = broken.losses
-    monkeypatch.setattr(broken, "losses", lambda kind: {"loss": losses(kind)["loss"] * broken.factor(250)})
+
+    def turns_bad(kind: int) -> dict[str, Tensor]:
+        return {"loss": losses(kind)["loss"] * (1.0 if len(broken.steps) < 250 else float("nan"))}
+
+    monkeypatch.setattr(broken, "losses", turns_bad)
     with pytest.raises(SystemExit, match=r"line: not finite at step 300: .*nan"):
         loop.train(broken, tmp_path, minutes=1)
     saved = torch.load(tmp_path / "line.pt")
     assert saved["step"] == 200
     assert all(value.isfinite().all() for value in saved["weights"].values())
+
+
+def test_what_is_not_finite_at_the_end_is_not_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_LOGS", 10**9)
+    broken = Line()
+    monkeypatch.setattr(broken, "losses", lambda kind: {"loss": broken.module(torch.ones(1, 1)).sum() * float("nan")})
+    with pytest.raises(SystemExit, match="line: not finite after step 0"):
+        loop.train(broken, tmp_path, minutes=0.2 / 60)
+    assert not (tmp_path / "line.pt").exists()
+
+
+def test_what_came_before_the_steps_is_among_a_stages_minutes(tmp_path: Path) -> None:
+    stage = Line()
+    loop.train(stage, tmp_path, minutes=1, began=time.monotonic() - 58)
+    assert stage.steps
+    assert 60 <= loop.seconds_of(tmp_path, "line") < 90
+    log = [json.loads(line) for line in (tmp_path / "line.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] > 58 for line in log if "seconds" in line)
 
 
 def test_matrices_of_one_shape_take_muons_step_together_and_go_on_from_its_state() -> None:
@@ -327,6 +371,7 @@ def test_matrices_of_one_shape_take_muons_step_together_and_go_on_from_its_state
 def test_a_stage_that_is_done_goes_on_when_it_is_given_more_minutes(tmp_path: Path) -> None:
     first, second, third = Line(), Line(), Line()
     loop.train(first, tmp_path, minutes=0.2 / 60)
+    assert 0.2 <= loop.seconds_of(tmp_path, "line") < 0.9
     loop.train(second, tmp_path, minutes=0.2 / 60)
     assert second.steps == []
     loop.train(third, tmp_path, minutes=0.9 / 60)
