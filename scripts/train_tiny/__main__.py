@@ -4,7 +4,8 @@
 
     vae       the VAE
     vision    the vision tower and its quantizer
-    painter   the DiT and the glyph encoder; needs vae and vision
+    painter   the DiT and the glyph encoder, on pictures of one size; needs vae and vision
+    editor    both further, on every size and on edits; needs painter
     writer    the AR; needs vision
     export    the checkpoint: FOLDER/checkpoint, with its model card
     sheet     pictures for prompts it was not trained on: FOLDER/sheet.png
@@ -25,10 +26,10 @@ from train_tiny.data import Item, sample_items
 from train_tiny.loop import Log, Stage, seconds_of, train
 from train_tiny.vocabulary import merges_of
 
-SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (0.67, 0.33), "writer": (0.67, 0.33)}
+SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (1.0, 0.0), "editor": (0.6, 0.4), "writer": (0.67, 0.33)}
 """Of the samples: pictures with captions, and edits."""
-SAMPLES = {"vae": 24_000, "vision": 150_000, "painter": 100_000, "writer": 600_000}
-BATCH = {"vae": 16, "vision": 256, "painter": 512, "writer": 128}
+SAMPLES = {"vae": 24_000, "vision": 150_000, "painter": 100_000, "editor": 100_000, "writer": 600_000}
+BATCH = {"vae": 16, "vision": 256, "painter": 512, "editor": 512, "writer": 128}
 """Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
 
 
@@ -41,10 +42,10 @@ def build(name: str, items: list[Item], folder: Path, device: torch.device, batc
         from train_tiny.codes import Codes  # noqa: PLC0415
 
         return Codes(items, device, batch, seed)
-    if name == "painter":
-        from train_tiny.painter import Painter  # noqa: PLC0415
+    if name in ("painter", "editor"):
+        from train_tiny.painter import Editor, Painter  # noqa: PLC0415
 
-        return Painter(items, folder, device, batch, seed)
+        return (Painter if name == "painter" else Editor)(items, folder, device, batch, seed)
     from train_tiny.writer import Writer  # noqa: PLC0415
 
     return Writer(items, folder, device, batch, seed)

@@ -78,9 +78,10 @@ def sample_items(count: int, seed: int, *, edits: bool = False) -> list[Item]:
 
 
 def by_size(items: Sequence[Item], main_share: float) -> Iterator[tuple[Size, Sequence[Item]]]:
-    """Deals items out to the sizes: ``main_share`` to the main one, as many to each of the others."""
+    """Deals items out to the sizes: ``main_share`` to the main one, as many to each of the others, if there are any."""
     start = round(len(items) * main_share)
-    yield MAIN_SIZE, items[:start]
+    if start:
+        yield MAIN_SIZE, items[:start]
     bounds = np.linspace(start, len(items), len(OTHER_SIZES) + 1).astype(int)
     for size, first, last in zip(OTHER_SIZES, bounds, bounds[1:], strict=False):
         if last > first:

@@ -15,7 +15,7 @@ from train_tiny.loop import finished
 from train_tiny.models import CONFIG, build_ar, build_glyph_encoder, build_transformer, build_vae, load
 from train_tiny.vocabulary import merges_of
 
-STAGES = ("vae", "vision", "painter", "writer")
+STAGES = ("vae", "vision", "painter", "editor", "writer")
 
 
 def export(run: Path) -> Path:
@@ -46,8 +46,8 @@ def trained_modules(run: Path) -> dict[str, nn.Module]:
     load(ar.model.vqmodel, run, "vision", "quantizer.")
     load(ar.model.language_model, run, "writer", "decoder.")
     load(ar.lm_head, run, "writer", "head.")
-    load(transformer, run, "painter", "transformer.")
-    load(glyphs, run, "painter", "glyphs.")
+    load(transformer, run, "editor", "transformer.")
+    load(glyphs, run, "editor", "glyphs.")
     load(vae, run, "vae", "vae.")
     return {"vision_language_encoder": ar, "transformer": transformer, "text_encoder": glyphs, "vae": vae}
 
@@ -128,17 +128,18 @@ the font that comes with Pillow.
 
 ## Training
 
-`scripts/train_tiny`, one stage after the other (the last two need not wait for each other), bf16 autocast, AdamW (Muon
-for the linears inside the painter), a cosine over the time given, averaged weights.
+`scripts/train_tiny`, one stage after the other (the writer needs the vision stage alone), bf16 autocast, AdamW (Muon
+for the linears inside painter and editor), a cosine over the time given, averaged weights. The editor goes on from the
+painter's weights.
 
 | stage | samples | batch | steps | seconds | first loss | last loss | at the end |
 |---|---|---|---|---|---|---|---|
 {stages}
 
 A batch is counted in pictures of 256x256 (the vision tower's are half that); other sizes give as many pixels or tokens.
-Seconds are those of all calls of a stage. The first and last losses are means over a hundred steps. "Named" is the
-share of cells whose shape, colour, letter or kind of background a light decoder reads from the codes; "large grid
-right" how often the AR's likeliest code is the picture's, given all before it.
+Seconds are those of all calls of a stage, with the drawing of its samples. The first and last losses are means over a
+hundred steps. "Named" is the share of cells whose shape, colour, letter or kind of background a light decoder reads
+from the codes; "large grid right" how often the AR's likeliest code is the picture's, given all before it.
 
 ## How well it does what it is told
 

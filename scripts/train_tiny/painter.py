@@ -1,4 +1,7 @@
-"""Stage 3, the DiT and the glyph encoder: from codes and words to latents, by flow matching."""
+"""Stages 3 and 4, the DiT and the glyph encoder: from codes and words to latents, by flow matching.
+
+First pictures of one size, which are few kinds of batches and no sources; then every size, and edits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from glm_image import geometry
 from glm_image.geometry import Size
 from train_tiny.compilation import compiled
 from train_tiny.data import CellLabels, Choice, Item, by_size, cell_labels, common, drawn, glyph_rows, halved
-from train_tiny.loop import measured, mixed_precision, weighted_mean
+from train_tiny.loop import finished, measured, mixed_precision, weighted_mean
 from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
 from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states, strings_apart
 from train_tiny.world.scene import DIAMETERS
@@ -70,10 +73,15 @@ class Group(NamedTuple):
 
 
 class Painter:
-    """Trains the velocity from noise to picture at the model's own noise levels, with and without source pictures."""
+    """Trains the velocity from noise to picture at the model's own noise levels, with and without source pictures.
+
+    Attributes:
+        main_share: of the pictures, and of the edits, that are of the main size.
+    """
 
     name = "painter"
     learning_rate = 1e-3
+    main_share = 1.0
 
     def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         parts = {"transformer": build_transformer(), "glyphs": build_glyph_encoder()}
@@ -86,7 +94,7 @@ class Painter:
         self._groups: list[Group] = []
         for edits in (False, True):
             own = [item for item in items if (item.source is not None) == edits]
-            for size, sized in by_size(own, main_share=0.65):
+            for size, sized in by_size(own, self.main_share):
                 self._groups += self._grouped(size, sized)
         self._choice = Choice([len(group.glyphs) for group in self._groups], seed)
         self._rotary: dict[Size, tuple[Tensor, Tensor]] = {}
@@ -208,6 +216,18 @@ def cell_weights(labels: CellLabels) -> Tensor:
     for cells, weight in ((shown, SHOWN_WEIGHT), (small, SMALL_WEIGHT), (labels.held > 0, HELD_WEIGHT)):
         weights[cells] = weight
     return weights
+
+
+class Editor(Painter):
+    """Goes on from what ``Painter`` learned; ``folder`` holds it."""
+
+    name = "editor"
+    main_share = 0.5
+
+    def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
+        learned = finished(folder, Painter.name)["weights"]
+        super().__init__(items, folder, device, batch, seed)
+        self.module.load_state_dict(learned)
 
 
 def sample_times(count: int, device: torch.device) -> Tensor:
