@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_tiny.world.draw import BORDER, Board, glyph_atlas
+from train_tiny.world.draw import glyph_atlas
+from train_tiny.world.layout import BORDER, Board
 from train_tiny.world.scene import Sign
 from train_tiny.world.vocabulary import LETTERS, MAX_LETTERS, SIGN_PLACES
 

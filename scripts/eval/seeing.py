@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eval.reading import read_sign
-from train_tiny.world.draw import Frame, draw
+from train_tiny.world.draw import draw
+from train_tiny.world.layout import Frame
 from train_tiny.world.scene import Background, Scene, Sign, Thing
 from train_tiny.world.shapes import CREAM, DARK, WOOD
 from train_tiny.world.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, SHAPES

@@ -20,10 +20,11 @@ from torch import Tensor
 from glm_image import geometry, prompts
 from glm_image.geometry import Grid, Size
 from train_tiny.world.caption import caption
-from train_tiny.world.draw import Board, Frame, draw
+from train_tiny.world.draw import draw
 from train_tiny.world.edits import Edit, sample_edit, sample_removals
+from train_tiny.world.layout import Board
 from train_tiny.world.scene import Scene, sample_scene
-from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
+from train_tiny.world.table import MOST_THINGS, NO_THING, Circles, Signs, Table
 
 MAIN_SIZE = Size(256, 256)
 OTHER_SIZES = tuple(
@@ -174,14 +175,27 @@ class CellLabels(NamedTuple):
     place: Tensor
 
 
-SHAPE_IDS, COLOUR_IDS = ({name: 1 + n for n, name in enumerate(names)} for names in (SHAPES, COLOURS))
-
-
 def cell_labels(scenes: Sequence[Scene], size: Size) -> CellLabels:
     """Tells what the cells of scenes drawn at a size show."""
-    rows = [_labels(scene, size) for scene in scenes]
-    ids = torch.from_numpy(np.stack([row[0] for row in rows])).long()
-    return CellLabels(*ids.unbind(1), place=torch.from_numpy(np.stack([row[1] for row in rows])))
+    table, grid = Table.of(scenes), geometry.target_grid(size)
+    shape, colour, letter, background, held = np.zeros((5, len(scenes), *grid), np.int64)
+    background[:] = table.backgrounds[:, None, None]
+    place = np.zeros((*shape.shape, 3), np.float32)
+    for thing in reversed(range(MOST_THINGS)):
+        right, down, nearest, radius = _seen_from(table, thing, size)
+        covered = (nearest < 0.8 * radius) & (table.shapes[:, thing] != NO_THING)[:, None, None]  # more than its rim
+        row = np.nonzero(covered)[0]
+        shape[covered], colour[covered] = 1 + table.shapes[row, thing], 1 + table.colours[row, thing]
+        held[covered] = table.inside[row] & (thing == 0)
+        whole = np.broadcast_arrays(right / radius, down / radius, radius / min(size), nearest)[:3]
+        place[covered] = np.stack([values[covered] for values in whole], axis=-1)
+    for signs in table.signs():
+        inside, number, offsets = _cells_of_letters(signs, size)
+        letter[signs.rows[:, None], inside] = 1 + signs.letters[:, number]
+        shape[signs.rows[:, None], inside] = colour[signs.rows[:, None], inside] = 0
+        place[signs.rows[:, None], inside] = offsets
+    ids = (torch.from_numpy(values.reshape(len(scenes), -1)) for values in (shape, colour, letter, background, held))
+    return CellLabels(*ids, place=torch.from_numpy(place).flatten(1, 2))
 
 
 def decision_weights(scenes: Sequence[Scene], size: Size) -> Tensor:
@@ -190,52 +204,40 @@ def decision_weights(scenes: Sequence[Scene], size: Size) -> Tensor:
     Codes are written row by row, so whether a thing stays is decided where it begins: in one cell of many, by a thing
     that lies mostly below. Counted as all others, these are too few to learn from which thing is to go.
     """
+    table = Table.of(scenes)
     weights = np.ones((len(scenes), *geometry.target_grid(size)), np.float32)
-    for weight, scene in zip(weights, scenes, strict=True):
-        frame = Frame.of(scene.sign.place if scene.sign else None, *size)
-        for index in range(len(scene.things)):
-            *_, nearest, radius = _seen_from(scene, index, frame, size)
-            touched = nearest < radius
-            for row, value in zip(np.flatnonzero(touched.any(axis=1)), DECISIVE, strict=False):
-                weight[row] = np.where(touched[row], np.maximum(weight[row], value), weight[row])
+    for thing in range(MOST_THINGS):
+        *_, nearest, radius = _seen_from(table, thing, size)
+        touched = (nearest < radius) & (table.shapes[:, thing] != NO_THING)[:, None, None]
+        begun = touched.any(axis=2).cumsum(axis=1)
+        for number, value in enumerate(DECISIVE, 1):
+            # A row that it does not touch has the number of the last one that it does.
+            decides = touched & (begun == number)[:, :, None]
+            weights[decides] = np.maximum(weights[decides], value)
     return torch.from_numpy(weights).flatten(1)
 
 
-def _seen_from(
-    scene: Scene, index: int, frame: Frame, size: Size
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float]:
-    # How far the cells' centres are from a thing's, right and down, how far their nearest point, and its radius.
-    cell, thing = geometry.PIXELS_PER_TOKEN, scene.things[index]
-    right = np.arange(0, size.width, cell)[None] + cell / 2 - thing.x * frame.width
-    down = np.arange(0, size.height, cell)[:, None] + cell / 2 - frame.top - thing.y * frame.height
-    nearest = np.hypot(np.maximum(abs(right) - cell / 2, 0), np.maximum(abs(down) - cell / 2, 0))
-    return right, down, nearest, scene.diameter(index) * frame.short / 2
-
-
-def _labels(scene: Scene, size: Size) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def _centres(size: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    # Of cells, in pixels: [gh, 1] and [1, gw].
     cell = geometry.PIXELS_PER_TOKEN
-    y = np.arange(0, size.height, cell)[:, None] + cell / 2
-    x = np.arange(0, size.width, cell)[None] + cell / 2
-    ids = np.zeros((5, *geometry.target_grid(size)), np.int8)
-    place = np.zeros((*geometry.target_grid(size), 3), np.float32)
-    ids[3] = BACKGROUNDS.index(scene.background.kind)
-    frame = Frame.of(scene.sign.place if scene.sign else None, *size)
-    for index, thing in reversed(list(enumerate(scene.things))):
-        right, down, nearest, radius = _seen_from(scene, index, frame, size)
-        covered = nearest < 0.8 * radius  # more than its rim
-        ids[0][covered], ids[1][covered] = SHAPE_IDS[thing.shape], COLOUR_IDS[thing.colour]
-        ids[4][covered] = scene.relation == "inside" and index == 0
-        whole = np.broadcast_arrays(right / radius, down / radius, radius / frame.short)
-        place[covered] = np.stack(whole, axis=-1)[covered]
-    if scene.sign:
-        word = scene.sign.word
-        board = Board.of(len(word), scene.sign.place, *size)
-        along, down = (x - board.left) / board.cell_width, (y - board.top) / board.cell_height
-        inside = (along > 0) & (along < len(word)) & (down > -0.2) & (down < 1.2)
-        letters = 1 + np.array([LETTERS.index(letter) for letter in word])
-        number = np.clip(np.floor(along), 0, len(word) - 1).astype(int)
-        ids[2][inside] = np.broadcast_to(letters[number], inside.shape)[inside]
-        ids[:2, inside] = 0
-        offsets = np.broadcast_arrays(along - number - 0.5, down - 0.5, 0.0)
-        place[inside] = np.stack(offsets, axis=-1)[inside]
-    return ids.reshape(len(ids), -1), place.reshape(-1, 3)
+    return np.arange(0, size.height, cell)[:, None] + cell / 2, np.arange(0, size.width, cell)[None] + cell / 2
+
+
+def _seen_from(table: Table, thing: int, size: Size) -> tuple[NDArray[np.float64], ...]:
+    # How far the cells' centres are from a thing's, right and down, how far their nearest point, and its radius.
+    half, (y, x) = geometry.PIXELS_PER_TOKEN / 2, _centres(size)
+    circles = Circles(*(values[:, None, None] for values in table.circles(thing, *size)))
+    right, down = x - circles.x, y - circles.y
+    nearest = np.hypot(np.maximum(abs(right) - half, 0), np.maximum(abs(down) - half, 0))
+    return right, down, nearest, circles.radius
+
+
+def _cells_of_letters(signs: Signs, size: Size) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.float64]]:
+    # The cells [gh, gw] with letters; of each of these, the letter's number, and where the cell is in it, [cells, 3].
+    length, (y, x) = signs.letters.shape[1], _centres(size)
+    board = Board.of(length, signs.place, *size)
+    along, down = (x - board.left) / board.cell_width, (y - board.top) / board.cell_height
+    inside = (along > 0) & (along < length) & (down > -0.2) & (down < 1.2)
+    number = np.clip(np.floor(along), 0, length - 1).astype(np.int64)
+    offsets = np.stack(np.broadcast_arrays(along - number - 0.5, down - 0.5, 0.0), axis=-1)
+    return inside, np.broadcast_to(number, inside.shape)[inside], offsets[inside]

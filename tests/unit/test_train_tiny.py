@@ -22,7 +22,6 @@ from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.codes import clustered, named_loss
 from train_tiny.data import (
-    COLOUR_IDS,
     MAIN_SIZE,
     Item,
     cell_labels,
@@ -45,6 +44,7 @@ from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
+from train_tiny.world.table import COLOUR_INDEX
 from train_tiny.writer import ONE_IN, Group, apart, decoded, predicted, sequences
 
 
@@ -196,8 +196,8 @@ def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
     inside, beside = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
     labels = cell_labels([inside, beside], Size(256, 256))
     assert labels.held[0].any()
-    assert torch.equal(labels.held[0] == 1, labels.colour[0] == COLOUR_IDS["red"])
-    assert (labels.colour[1] == COLOUR_IDS["red"]).any()
+    assert torch.equal(labels.held[0] == 1, labels.colour[0] == 1 + COLOUR_INDEX["red"])
+    assert (labels.colour[1] == 1 + COLOUR_INDEX["red"]).any()
     assert not labels.held[1].any()
 
 
@@ -218,7 +218,7 @@ def test_the_painters_cells_count_by_what_they_show() -> None:
     weights = cell_weights(labels)
     assert weights.shape == (3, 96)
     assert torch.equal(weights[0] == HELD_WEIGHT, labels.held[0] == 1)
-    assert torch.equal(weights[0] == SHOWN_WEIGHT, labels.colour[0] == COLOUR_IDS["blue"])
+    assert torch.equal(weights[0] == SHOWN_WEIGHT, labels.colour[0] == 1 + COLOUR_INDEX["blue"])
     assert torch.equal(weights[1] == SHOWN_WEIGHT, labels.letter[1] > 0)
     assert torch.equal(weights[2] == SMALL_WEIGHT, labels.shape[2] > 0)
     assert [set(of_one.unique().tolist()) - {1.0} for of_one in weights] == [

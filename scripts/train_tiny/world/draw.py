@@ -3,62 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .scene import SIGN_BAND, Scene
-from .shapes import SHAPE_LAYERS
-from .vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, LETTERS
+from .layout import Board
+from .scene import Scene
+from .shapes import SHAPE_LAYERS, Layers
+from .table import MOST_THINGS, NO_THING, Table
+from .vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES, Rgb
 
 TILES: Final = 8
 """Stripes and squares of checks along the short side."""
-CELL_WIDTH, CELL_HEIGHT = 0.145, 0.17
-"""Of a letter, in short sides of the picture."""
-BORDER: Final = 0.014
-"""Of a sign, in short sides of the picture."""
 INK, BOARD = 10.0, 255.0
-
-
-class Frame(NamedTuple):
-    """Where things may be, in pixels: the picture without its sign's band."""
-
-    short: int
-    top: int
-    height: int
-    width: int
-
-    @classmethod
-    def of(cls, sign_place: str | None, height: int, width: int) -> Frame:
-        """Returns the frame of a picture whose sign is at ``sign_place``; None = it has none."""
-        short = min(height, width)
-        band = round(SIGN_BAND * short) if sign_place else 0
-        return cls(short, band if sign_place == "top" else 0, height - band, width)
-
-
-class Board(NamedTuple):
-    """Where a sign is, in pixels: the corner of its first letter, a letter's cell, the border around."""
-
-    top: int
-    left: int
-    cell_height: int
-    cell_width: int
-    border: int
-
-    @classmethod
-    def of(cls, letters: int, place: str, height: int, width: int) -> Board:
-        """Returns where the board is of a word of so many letters."""
-        short = min(height, width)
-        cell_height, cell_width = round(CELL_HEIGHT * short), round(CELL_WIDTH * short)
-        margin = (round(SIGN_BAND * short) - cell_height) // 2
-        top = margin if place == "top" else height - margin - cell_height
-        return cls(top, (width - letters * cell_width) // 2, cell_height, cell_width, max(1, round(BORDER * short)))
+RGB: Final = np.asarray(list(COLOURS.values()))
 
 
 def draw(scenes: Sequence[Scene], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -73,17 +36,17 @@ def draw(scenes: Sequence[Scene], height: int, width: int, device: torch.device 
     Returns:
         uint8 [n, 3, height, width].
     """
-    pictures = _backgrounds(scenes, height, width, torch.device(device))
+    table = Table.of(scenes)
+    pictures = _backgrounds(table, height, width, torch.device(device))
     # The last ones first: what is inside comes before what holds it.
-    for slot in reversed(range(max((len(scene.things) for scene in scenes), default=0))):
-        _draw_things(pictures, scenes, slot)
-    _draw_signs(pictures, scenes)
+    for thing in reversed(range(MOST_THINGS)):
+        _draw_things(pictures, table, thing)
+    _draw_signs(pictures, table)
     return pictures.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
-def _backgrounds(scenes: Sequence[Scene], height: int, width: int, device: torch.device) -> Tensor:
-    colours = [[BACKGROUND_COLOURS[scene.background.colours[end]] for scene in scenes] for end in (0, -1)]
-    first, last = torch.tensor(colours, dtype=torch.float32).to(device)[..., None, None]
+def _backgrounds(table: Table, height: int, width: int, device: torch.device) -> Tensor:
+    first, last = torch.from_numpy(table.ends).to(device, torch.float32).unbind(1)
     tile = min(height, width) / TILES
     y = torch.arange(height, device=device)[:, None].expand(height, width)
     x = torch.arange(width, device=device)[None].expand(height, width)
@@ -94,32 +57,47 @@ def _backgrounds(scenes: Sequence[Scene], height: int, width: int, device: torch
         "stripes": column % 2,
         "checks": (column + row) % 2,
     }
-    kinds = [BACKGROUNDS.index(scene.background.kind) for scene in scenes]
-    share = torch.stack([patterns[kind] for kind in BACKGROUNDS])[torch.tensor(kinds, device=device)][:, None]
-    return first + (last - first) * share
+    kinds = torch.from_numpy(table.backgrounds).to(device)
+    share = torch.stack([patterns[kind] for kind in BACKGROUNDS])[kinds][:, None]
+    return first[..., None, None] + (last - first)[..., None, None] * share
 
 
-def _draw_things(pictures: Tensor, scenes: Sequence[Scene], slot: int) -> None:
+def _draw_things(pictures: Tensor, table: Table, thing: int) -> None:
     height, width = pictures.shape[-2:]
-    alike = defaultdict(list)
-    for index, scene in enumerate(scenes):
-        if slot < len(scene.things):
-            circle = _circle(scene, slot, height, width)
-            alike[scene.things[slot].shape, circle[2]].append((index, *circle))
-    for (shape, radius), members in alike.items():
-        chosen = torch.tensor([index for index, *_ in members], device=pictures.device)[:, None, None]
-        centre_x, centre_y = torch.tensor([centre for _, *centre, _ in members]).to(pictures.device).T[..., None]
-        painted = [COLOURS[scenes[index].things[slot].colour] for index, *_ in members]
-        colour = torch.tensor(painted, dtype=torch.float32).to(pictures.device)[:, None, None]
-        # A shape changes nothing outside the square around its circle.
-        rows, columns = _around(centre_y, radius, height)[..., None], _around(centre_x, radius, width)[:, None]
-        x, y = (columns + 0.5 - centre_x[..., None]) / radius, (rows + 0.5 - centre_y[..., None]) / radius
-        drawn = pictures[chosen, :, rows, columns]  # [n, rows, columns, 3]
-        for layer in SHAPE_LAYERS[shape](*torch.broadcast_tensors(x, y)):
-            cover = (0.5 - layer.distance * radius).clamp_(0, 1)[..., None]
-            paint = colour if layer.paint is None else colour.new_tensor(layer.paint)
-            drawn = drawn + (paint - drawn) * cover
-        pictures[chosen, :, rows, columns] = drawn
+    circles = table.circles(thing, height, width)
+    rows = np.flatnonzero(table.shapes[:, thing] != NO_THING)
+    # Those of one shape and radius are drawn together; all are copied at once, since a copy waits for the device.
+    rows = rows[np.lexsort((circles.radius[rows], table.shapes[rows, thing]))]
+    alike = np.stack([table.shapes[rows, thing], circles.radius[rows]], axis=1)
+    sizes = np.diff([0, *1 + np.flatnonzero((np.diff(alike, axis=0) != 0).any(axis=1)), len(rows)])
+    if not len(rows):
+        return
+    values = np.stack([circles.x[rows], circles.y[rows], *RGB[table.colours[rows, thing]].T], axis=1)
+    members = torch.from_numpy(rows).to(pictures.device).split(sizes.tolist())
+    found = torch.from_numpy(values.astype(np.float32)).to(pictures.device).split(sizes.tolist())
+    for one, chosen, own in zip(np.cumsum(sizes) - 1, members, found, strict=True):
+        shape, radius = SHAPES[int(alike[one, 0])], float(alike[one, 1])
+        _draw_alike(pictures, chosen[:, None, None], own, SHAPE_LAYERS[shape], radius)
+
+
+def _draw_alike(pictures: Tensor, chosen: Tensor, values: Tensor, layers: Layers, radius: float) -> None:
+    height, width = pictures.shape[-2:]
+    centre_x, centre_y = values[:, :2].T[..., None]
+    colour = values[:, 2:][:, None, None]
+    # A shape changes nothing outside the square around its circle.
+    rows, columns = _around(centre_y, radius, height)[..., None], _around(centre_x, radius, width)[:, None]
+    x, y = (columns + 0.5 - centre_x[..., None]) / radius, (rows + 0.5 - centre_y[..., None]) / radius
+    drawn = pictures[chosen, :, rows, columns]  # [n, rows, columns, 3]
+    for layer in layers(*torch.broadcast_tensors(x, y)):
+        cover = (0.5 - layer.distance * radius).clamp_(0, 1)[..., None]
+        paint = colour if layer.paint is None else _paint(layer.paint, colour.device)
+        drawn = drawn + (paint - drawn) * cover
+    pictures[chosen, :, rows, columns] = drawn
+
+
+@lru_cache
+def _paint(rgb: Rgb, device: torch.device) -> Tensor:
+    return torch.tensor(rgb, dtype=torch.float32, device=device)
 
 
 def _around(centre: Tensor, radius: float, length: int) -> Tensor:
@@ -129,25 +107,14 @@ def _around(centre: Tensor, radius: float, length: int) -> Tensor:
     return start + torch.arange(side, device=centre.device)
 
 
-def _circle(scene: Scene, slot: int, height: int, width: int) -> tuple[float, float, float]:
-    frame = Frame.of(scene.sign.place if scene.sign else None, height, width)
-    thing = scene.things[slot]
-    return thing.x * frame.width, frame.top + thing.y * frame.height, scene.diameter(slot) * frame.short / 2
-
-
-def _draw_signs(pictures: Tensor, scenes: Sequence[Scene]) -> None:
+def _draw_signs(pictures: Tensor, table: Table) -> None:
     height, width = pictures.shape[-2:]
     atlas = torch.from_numpy(glyph_atlas(min(height, width))).to(pictures.device)
-    alike = defaultdict(list)
-    for index, scene in enumerate(scenes):
-        if scene.sign:
-            alike[scene.sign.place, len(scene.sign.word)].append((index, scene.sign.word))
-    for (place, letters), members in alike.items():
-        chosen = torch.tensor([index for index, _ in members], device=pictures.device)
-        glyphs = torch.tensor([[LETTERS.index(letter) for letter in word] for _, word in members])
-        board = Board.of(letters, place, height, width)
+    for signs in table.signs():
+        chosen, glyphs = (torch.from_numpy(ids).to(pictures.device) for ids in (signs.rows, signs.letters))
+        board = Board.of(glyphs.shape[1], signs.place, height, width)
         # [n, cell height, letters * cell width]
-        line = atlas[glyphs.to(pictures.device)].permute(0, 2, 1, 3).flatten(2)
+        line = atlas[glyphs].permute(0, 2, 1, 3).flatten(2)
         bottom, right, border = board.top + line.shape[1], board.left + line.shape[2], board.border
         pictures[chosen, :, board.top - border : bottom + border, max(0, board.left - border) : right + border] = INK
         pictures[chosen, :, board.top : bottom, board.left : right] = (BOARD + (INK - BOARD) * line)[:, None]

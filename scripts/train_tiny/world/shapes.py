@@ -19,6 +19,8 @@ class Layer(NamedTuple):
     paint: tuple[int, int, int] | None = None
 
 
+Layers = Callable[[Tensor, Tensor], list[Layer]]
+
 DARK: Final = (40, 30, 30)
 CREAM: Final = (250, 235, 215)
 WOOD: Final = (105, 62, 28)
@@ -93,7 +95,7 @@ def _fox(x: Tensor, y: Tensor) -> list[Layer]:
     ]
 
 
-SHAPE_LAYERS: Final[dict[str, Callable[[Tensor, Tensor], list[Layer]]]] = {
+SHAPE_LAYERS: Final[dict[str, Layers]] = {
     "circle": lambda x, y: [Layer(disc(x, y, radius=0.97))],
     "square": lambda x, y: [Layer(box(x, y, -0.86, -0.86, 0.86, 0.86))],
     "triangle": lambda x, y: [Layer(polygon(x, y, [(0, -0.95), (0.98, 0.82), (-0.98, 0.82)]))],
