@@ -23,8 +23,8 @@ from train_tiny.world.caption import caption
 from train_tiny.world.draw import draw
 from train_tiny.world.edits import Edit, sample_edit, sample_removals
 from train_tiny.world.layout import Board
-from train_tiny.world.scene import Scene, sample_scene
-from train_tiny.world.table import MOST_THINGS, NO_THING, Circles, Signs, Table
+from train_tiny.world.scene import MOST_THINGS, Scene, sample_scene
+from train_tiny.world.table import NO_THING, Circles, Floats, Integers, Signs, Table
 
 MAIN_SIZE = Size(256, 256)
 OTHER_SIZES = tuple(
@@ -187,14 +187,14 @@ def cell_labels(scenes: Sequence[Scene], size: Size) -> CellLabels:
         row = np.nonzero(covered)[0]
         shape[covered], colour[covered] = 1 + table.shapes[row, thing], 1 + table.colours[row, thing]
         held[covered] = table.inside[row] & (thing == 0)
-        whole = np.broadcast_arrays(right / radius, down / radius, radius / min(size), nearest)[:3]
+        whole = np.broadcast_arrays(right / radius, down / radius, radius / min(size))
         place[covered] = np.stack([values[covered] for values in whole], axis=-1)
     for signs in table.signs():
         inside, number, offsets = _cells_of_letters(signs, size)
         letter[signs.rows[:, None], inside] = 1 + signs.letters[:, number]
         shape[signs.rows[:, None], inside] = colour[signs.rows[:, None], inside] = 0
         place[signs.rows[:, None], inside] = offsets
-    ids = (torch.from_numpy(values.reshape(len(scenes), -1)) for values in (shape, colour, letter, background, held))
+    ids = (torch.from_numpy(values).flatten(1) for values in (shape, colour, letter, background, held))
     return CellLabels(*ids, place=torch.from_numpy(place).flatten(1, 2))
 
 
@@ -217,14 +217,15 @@ def decision_weights(scenes: Sequence[Scene], size: Size) -> Tensor:
     return torch.from_numpy(weights).flatten(1)
 
 
-def _centres(size: Size) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _centres(size: Size) -> tuple[Floats, Floats]:
     # Of cells, in pixels: [gh, 1] and [1, gw].
     cell = geometry.PIXELS_PER_TOKEN
     return np.arange(0, size.height, cell)[:, None] + cell / 2, np.arange(0, size.width, cell)[None] + cell / 2
 
 
-def _seen_from(table: Table, thing: int, size: Size) -> tuple[NDArray[np.float64], ...]:
-    # How far the cells' centres are from a thing's, right and down, how far their nearest point, and its radius.
+def _seen_from(table: Table, thing: int, size: Size) -> tuple[Floats, Floats, Floats, Floats]:
+    # How far the cells' centres are from a thing's, right [n, 1, gw] and down [n, gh, 1], how far their nearest point
+    # [n, gh, gw], and its radius [n, 1, 1].
     half, (y, x) = geometry.PIXELS_PER_TOKEN / 2, _centres(size)
     circles = Circles(*(values[:, None, None] for values in table.circles(thing, *size)))
     right, down = x - circles.x, y - circles.y
@@ -232,7 +233,7 @@ def _seen_from(table: Table, thing: int, size: Size) -> tuple[NDArray[np.float64
     return right, down, nearest, circles.radius
 
 
-def _cells_of_letters(signs: Signs, size: Size) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.float64]]:
+def _cells_of_letters(signs: Signs, size: Size) -> tuple[NDArray[np.bool_], Integers, Floats]:
     # The cells [gh, gw] with letters; of each of these, the letter's number, and where the cell is in it, [cells, 3].
     length, (y, x) = signs.letters.shape[1], _centres(size)
     board = Board.of(length, signs.place, *size)

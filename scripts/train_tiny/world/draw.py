@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .layout import Board
-from .scene import Scene
+from .scene import MOST_THINGS, Scene
 from .shapes import SHAPE_LAYERS, Layers
-from .table import MOST_THINGS, NO_THING, Table
+from .table import NO_THING, Table
 from .vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES, Rgb
 
 TILES: Final = 8
@@ -69,15 +69,12 @@ def _draw_things(pictures: Tensor, table: Table, thing: int) -> None:
     # Those of one shape and radius are drawn together; all are copied at once, since a copy waits for the device.
     rows = rows[np.lexsort((circles.radius[rows], table.shapes[rows, thing]))]
     alike = np.stack([table.shapes[rows, thing], circles.radius[rows]], axis=1)
-    sizes = np.diff([0, *1 + np.flatnonzero((np.diff(alike, axis=0) != 0).any(axis=1)), len(rows)])
-    if not len(rows):
-        return
+    kinds, counts = np.unique(alike, axis=0, return_counts=True)
     values = np.stack([circles.x[rows], circles.y[rows], *RGB[table.colours[rows, thing]].T], axis=1)
-    members = torch.from_numpy(rows).to(pictures.device).split(sizes.tolist())
-    found = torch.from_numpy(values.astype(np.float32)).to(pictures.device).split(sizes.tolist())
-    for one, chosen, own in zip(np.cumsum(sizes) - 1, members, found, strict=True):
-        shape, radius = SHAPES[int(alike[one, 0])], float(alike[one, 1])
-        _draw_alike(pictures, chosen[:, None, None], own, SHAPE_LAYERS[shape], radius)
+    members = torch.from_numpy(rows).to(pictures.device).split(counts.tolist())
+    found = torch.from_numpy(values.astype(np.float32)).to(pictures.device).split(counts.tolist())
+    for (shape, radius), chosen, own in zip(kinds.tolist(), members, found, strict=True):
+        _draw_alike(pictures, chosen[:, None, None], own, SHAPE_LAYERS[SHAPES[int(shape)]], radius)
 
 
 def _draw_alike(pictures: Tensor, chosen: Tensor, values: Tensor, layers: Layers, radius: float) -> None:

@@ -13,19 +13,17 @@ BORDER: Final = 0.014
 
 
 class Frame(NamedTuple):
-    """Where things may be, in pixels: the picture without its sign's band."""
+    """Where things may be, in pixels: all of the picture's width, and its height without its sign's band."""
 
-    short: int
     top: int
     height: int
-    width: int
 
     @classmethod
     def of(cls, sign_place: str | None, height: int, width: int) -> Frame:
         """Returns the frame of a picture whose sign is at ``sign_place``; None = it has none."""
         short = min(height, width)
         band = round(SIGN_BAND * short) if sign_place else 0
-        return cls(short, band if sign_place == "top" else 0, height - band, width)
+        return cls(band if sign_place == "top" else 0, height - band)
 
 
 class Board(NamedTuple):

@@ -27,6 +27,7 @@ DIAMETERS: Final = {"small": 0.22, "large": 0.38}
 """Of a thing, in short sides of the picture."""
 CONTAINER_DIAMETER: Final = 0.57
 """Of a large thing that holds another."""
+MOST_THINGS: Final = 3
 SIGN_BAND: Final = 0.24
 """What a sign takes of the picture's height, in short sides."""
 HELD_OUT_EVERY: Final = 10
@@ -72,7 +73,7 @@ class Scene:
     """A picture's content.
 
     Attributes:
-        things: one to three, of different colours.
+        things: ``MOST_THINGS`` at most, of different colours.
         relation: one of ``PLACES`` for one thing; else one of ``RELATIONS``, which the first thing is to the second,
             and the second to the third.
         background: behind them.

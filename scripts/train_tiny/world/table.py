@@ -9,20 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .layout import Frame
-from .scene import Scene
+from .scene import MOST_THINGS, Scene
 from .vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, LETTERS, SHAPES, SIGN_PLACES
 
-MOST_THINGS: Final = 3
 NO_THING: Final = -1
-BOARDS: Final = (None, *SIGN_PLACES)
-"""Places of a sign; None = there is none."""
+PLACES_OF_SIGNS: Final = (None, *SIGN_PLACES)
+"""Of a sign; None = there is none."""
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
 class Circles(NamedTuple):
-    """Where the pictures' things of one number are, in pixels: [n] each."""
+    """Where the pictures' things of one number are, in pixels."""
 
     x: Floats
     y: Floats
@@ -55,7 +54,7 @@ class Table(NamedTuple):
         inside: whether the first thing is inside the second, bool [n].
         backgrounds: indices into ``BACKGROUNDS``, [n].
         ends: RGB of the background's first and last colour, [n, 2, 3].
-        places: of the signs, indices into ``BOARDS``, [n].
+        places: of the signs, indices into ``PLACES_OF_SIGNS``, [n].
         words: on the signs; empty where there is none.
     """
 
@@ -83,13 +82,13 @@ class Table(NamedTuple):
             np.asarray([scene.relation == "inside" for scene in scenes], dtype=bool),
             np.asarray([BACKGROUNDS.index(kind.kind) for kind in kinds], dtype=np.int64),
             np.asarray(ends, dtype=np.int64).reshape(-1, 2, 3),
-            np.asarray([BOARDS.index(scene.sign and scene.sign.place) for scene in scenes], dtype=np.int64),
+            np.asarray([PLACES_OF_SIGNS.index(scene.sign and scene.sign.place) for scene in scenes], dtype=np.int64),
             [scene.sign.word if scene.sign else "" for scene in scenes],
         )
 
     def circles(self, thing: int, height: int, width: int) -> Circles:
-        """Returns where each scene's thing of a number is, on pictures of a size."""
-        frames = [Frame.of(place, height, width) for place in BOARDS]
+        """Returns where each scene's thing of a number is, on pictures of a size: [n] each."""
+        frames = [Frame.of(place, height, width) for place in PLACES_OF_SIGNS]
         top, tall = np.asarray([(frame.top, frame.height) for frame in frames])[self.places].T
         radius = self.diameters[:, thing] * min(height, width) / 2
         return Circles(self.x[:, thing] * width, top + self.y[:, thing] * tall, radius)
@@ -100,7 +99,7 @@ class Table(NamedTuple):
         for place, length in np.unique(np.stack([self.places, lengths], axis=1)[lengths > 0], axis=0):
             rows = np.flatnonzero((self.places == place) & (lengths == length))
             letters = [[LETTERS.index(letter) for letter in self.words[row]] for row in rows]
-            yield Signs(rows, str(BOARDS[place]), np.asarray(letters, dtype=np.int64))
+            yield Signs(rows, str(PLACES_OF_SIGNS[place]), np.asarray(letters, dtype=np.int64))
 
 
 SHAPE_INDEX: Final = {name: index for index, name in enumerate(SHAPES)}
