@@ -159,9 +159,8 @@ class Training:
         self.step = self.first_step = 0
         self.seconds = self.first_second = 0.0
         self.logged: tuple[str, ...] = ()
-        saved: dict[str, Any] = {}
-        if file.exists():
-            saved = torch.load(file, map_location=self.device, weights_only=False)
+        saved = _saved(file, self.device)
+        if saved:
             stage.module.load_state_dict(saved["weights"])
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.first_step, self.first_second = self.step, self.seconds
@@ -265,8 +264,13 @@ def _take_steps(training: Training, log: Log, clock: float, budget: float) -> No
 
 def seconds_of(folder: Path, name: str) -> float:
     """What a stage's calls so far took."""
-    file = folder / f"{name}.pt"
-    return float(torch.load(file, map_location="cpu", weights_only=False)["seconds"]) if file.exists() else 0.0
+    return float(_saved(folder / f"{name}.pt", "cpu").get("seconds", 0.0))
+
+
+def _saved(file: Path, device: torch.device | str) -> dict[str, Any]:
+    # Empty where nothing was saved yet.
+    found: dict[str, Any] = torch.load(file, map_location=device, weights_only=False) if file.exists() else {}
+    return found
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:
@@ -283,7 +287,7 @@ def finished(folder: Path, name: str) -> dict[str, Any]:
         SystemExit: it is not.
     """
     file = folder / f"{name}.pt"
-    saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False) if file.exists() else {}
+    saved = _saved(file, "cpu")
     if not saved.get("done"):
         raise SystemExit(f"{file}: the stage {name} is not done; run it first")
     return saved
