@@ -18,37 +18,38 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from train_tiny.data import Item, sample_items
+from train_tiny.data import Samples, sample
 from train_tiny.loop import Log, Stage, seconds_of, train
 from train_tiny.vocabulary import merges_of
 
-SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (1.0, 0.0), "editor": (0.6, 0.4), "writer": (0.67, 0.33)}
+SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (1.0, 0.0), "editor": (0.7, 0.3), "writer": (0.67, 0.33)}
 """Of the samples: pictures with captions, and edits."""
-SAMPLES = {"vae": 24_000, "vision": 150_000, "painter": 100_000, "editor": 100_000, "writer": 600_000}
-BATCH = {"vae": 16, "vision": 256, "painter": 512, "editor": 512, "writer": 128}
+SAMPLES = {"vae": 24_000, "vision": 200_000, "painter": 150_000, "editor": 120_000, "writer": 1_600_000}
+BATCH = {"vae": 16, "vision": 256, "painter": 256, "editor": 256, "writer": 128}
 """Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
 
 
-def build(name: str, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> Stage:
+def build(name: str, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> Stage:
     if name == "vae":
         from train_tiny.autoencoder import Autoencoder  # noqa: PLC0415 - samples come before the libraries' threads
 
-        return Autoencoder(items, device, batch, seed)
+        return Autoencoder(samples, device, batch, seed)
     if name == "vision":
         from train_tiny.codes import Codes  # noqa: PLC0415
 
-        return Codes(items, device, batch, seed)
+        return Codes(samples, device, batch, seed)
     if name in ("painter", "editor"):
         from train_tiny.painter import Editor, Painter  # noqa: PLC0415
 
-        return (Painter if name == "painter" else Editor)(items, folder, device, batch, seed)
+        return (Painter if name == "painter" else Editor)(samples, folder, device, batch, seed)
     from train_tiny.writer import Writer  # noqa: PLC0415
 
-    return Writer(items, folder, device, batch, seed)
+    return Writer(samples, folder, device, batch, seed)
 
 
 def run_stage(name: str, arguments: argparse.Namespace) -> None:
@@ -58,14 +59,9 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
     if (spent := seconds_of(folder, name)) >= arguments.minutes * 60:
         log.write(event="already done", seconds=spent)
         return
-    samples, batch = arguments.samples or SAMPLES[name], arguments.batch or BATCH[name]
-    counts = [round(samples * share) for share in SHARES[name]]
-    items = [
-        item
-        for count, edits in zip(counts, (False, True), strict=True)
-        if count
-        for item in sample_items(count, arguments.seed, edits=edits)
-    ]
+    count, batch = arguments.samples or SAMPLES[name], arguments.batch or BATCH[name]
+    counts = zip((round(count * share) for share in SHARES[name]), (False, True), strict=True)
+    samples = [sample(some, arguments.seed, edits=edits) for some, edits in counts if some]
     if name == "writer":
         merges_of(folder)
     torch.manual_seed(arguments.seed)
@@ -74,9 +70,9 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
     # github.com/pytorch/pytorch/issues/196678
     torch.backends.cuda.enable_cudnn_sdp(False)
     sampled = time.monotonic() - began
-    stage = build(name, items, folder, device, batch, arguments.seed)
+    stage = build(name, samples, folder, device, batch, arguments.seed)
     prepared = time.monotonic() - began
-    log.write(event="prepared", samples=len(items), batch=batch, sampled=sampled, prepared=prepared)
+    log.write(event="prepared", samples=count, batch=batch, sampled=sampled, prepared=prepared)
     train(stage, folder, arguments.minutes, arguments.seed, began)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from glm_image.geometry import Size
 from train_tiny.compilation import compiled
-from train_tiny.data import MAIN_SIZE, Choice, Item, drawn
+from train_tiny.data import MAIN_SIZE, Choice, Samples, drawn
 from train_tiny.models import build_vae, signed
-from train_tiny.world.scene import Scene
+from train_tiny.world.table import Table
 
 DIVERGENCE_WEIGHT = 1e-4
 LEAST_SHARE = 0.2
@@ -28,13 +29,13 @@ class Autoencoder:
     learning_rate = 1e-3
     inner = ()
 
-    def __init__(self, items: list[Item], device: torch.device, batch: int, seed: int) -> None:
+    def __init__(self, samples: Sequence[Samples], device: torch.device, batch: int, seed: int) -> None:
         self.module = nn.ModuleDict({"vae": build_vae()}).to(device, memory_format=torch.channels_last)
         self._device, self._batch = device, batch
         vae = self.module["vae"]
         self._encode = compiled(vae.encoder, device, dynamic=False)
         self._decode = compiled(vae.decoder, device, dynamic=False)
-        self._pictures = sheets([item.scene for item in items], device)
+        self._pictures = sheets(samples[0].scenes, device)
         self._choice = Choice([len(self._pictures)], seed)
 
     def _draw(self) -> Tensor:
@@ -76,15 +77,15 @@ class Autoencoder:
         }
 
 
-def sheets(scenes: Sequence[Scene], device: torch.device) -> Tensor:
+def sheets(scenes: Table, device: torch.device) -> Tensor:
     """Pictures all of the main size, so that the device meets one shape: uint8 [n, 3, 256, 256].
 
     Of every twelve, six show a scene of that size, two a quarter of one twice as large, two of one half as large again,
     and two show four small ones each.
     """
     height, width = MAIN_SIZE
-    twelfth = len(scenes) // 12
-    whole, double, larger, small = scenes[: 6 * twelfth], *(scenes[n * twelfth : (n + 2) * twelfth] for n in (6, 8, 10))
+    bounds = [scenes.height // 12 * twelfths for twelfths in (0, 6, 8, 10, 12)]
+    whole, double, larger, small = (scenes.rows(slice(*ends)) for ends in pairwise(bounds))
     parts = [*drawn(whole, MAIN_SIZE, device)]
     for others, size in ((double, Size(2 * height, 2 * width)), (larger, Size(3 * height // 2, 3 * width // 2))):
         for pictures in drawn(others, size, device):

@@ -48,7 +48,8 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         # What the runs before left in the allocator's other pool is not to be had for the graphs' own.
-        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(self._device)[0] < torch.cuda.memory_reserved(self._device):
+            torch.cuda.empty_cache()
         graph.capture_begin(pool=self._pool)
         try:
             made = self._compute(kind)

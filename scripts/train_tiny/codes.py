@@ -6,6 +6,7 @@ names each cell's shape, colour, letter and background.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm_image import geometry
-from train_tiny.data import CellLabels, Choice, Item, by_size, cell_labels, small_pictures
+from train_tiny.cells import CellLabels, cell_labels, cell_weights
+from train_tiny.data import Choice, Samples, by_size, small_pictures
 from train_tiny.loop import weighted_mean
 from train_tiny.models import CONFIG, build_ar, quantize, tower_features
 from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
@@ -76,7 +78,7 @@ class Codes:
     learning_rate = 1.5e-3
     inner = ()
 
-    def __init__(self, items: list[Item], device: torch.device, batch: int, seed: int) -> None:
+    def __init__(self, samples: Sequence[Samples], device: torch.device, batch: int, seed: int) -> None:
         model = build_ar().model
         parts = {"tower": model.visual, "quantizer": model.vqmodel, "decoder": CellDecoder(CONFIG.vision_hidden)}
         self.module = nn.ModuleDict(parts).to(device)
@@ -87,10 +89,10 @@ class Codes:
         self._recent = torch.zeros(RECENT, CONFIG.vq_dim, device=device)
         self._pictures: list[Tensor] = []
         self._labels: list[CellLabels] = []
-        for size, own in by_size(items, main_share=0.7):
+        for size, own in by_size(samples[0], main_share=0.7):
             # Every second picture is a preview's, whose grid is finer than that of a picture below 512x512.
             for preview in (False, True):
-                scenes = [item.scene for item in own[preview::2]]
+                scenes = own.scenes.rows(slice(preview, None, 2))
                 grid = geometry.target_grid(size)
                 grid = geometry.preview_grid(grid) if preview else grid
                 self._pictures.append(torch.cat(list(small_pictures(scenes, grid, device, preview=preview))))
@@ -124,7 +126,7 @@ class Codes:
         letter = 1 + (LETTER_WEIGHT - 1) * (labels.letter > 0)
         weights = {"shape": held, "colour": held, "letter": letter, "background": torch.ones_like(held)}
         losses = {name: named_loss(logits, getattr(labels, name), weights[name]) for name, logits in names.items()}
-        losses["pixels"] = F.l1_loss(drawn_cells.float(), wanted) * 0.5 + F.mse_loss(drawn_cells.float(), wanted)
+        losses["pixels"] = drawn_loss(drawn_cells.float() - wanted, labels)
         shown = (held * ((labels.shape + labels.letter) > 0)).unsqueeze(-1)
         off = (place.flatten(2).transpose(1, 2).float() - labels.place).square() * shown
         losses["place"] = off.sum() / (3 * shown.sum() + 1)
@@ -180,6 +182,12 @@ def named_loss(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     """The mean cross-entropy of logits [n, classes, gh, gw] and labels [n, cells], by the cells' weights."""
     loss = F.cross_entropy(logits.flatten(2).float(), label, reduction="none")
     return weighted_mean(loss, weight)
+
+
+def drawn_loss(errors: Tensor, labels: CellLabels) -> Tensor:
+    """The loss of errors of drawn cells, [n, 3, 8 gh, 8 gw]: cells count as they will for the painter."""
+    by_cell = F.avg_pool2d((errors.abs() * 0.5 + errors.square()).mean(dim=1), DRAWN_SIDE).flatten(1)
+    return weighted_mean(by_cell, cell_weights(labels).float())
 
 
 def clustered(vectors: Tensor, count: int) -> Tensor:

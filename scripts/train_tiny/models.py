@@ -155,6 +155,16 @@ class Tokens(nn.Module):
         """Codes [n, gh * gw] of uint8 pictures [n, 3, 16 gh, 16 gw]."""
         return quantize(self.quantizer, tower_features(self.tower, small))[0]
 
+    @torch.no_grad()
+    def spread_to(self, rows: Tensor) -> None:
+        """Makes ``rows``, [codes, width], the codes' own directions in a wider space, as long as they are in the mean.
+
+        Codes that stand for like cells are then alike from the start, and what is learned of one is learned of others.
+        """
+        directions = F.normalize(self.quantizer.quantize.embedding.weight, dim=-1)
+        frame = nn.init.orthogonal_(torch.empty(rows.shape[1], directions.shape[1], device=rows.device))
+        rows.copy_(directions @ frame.T * rows.norm(dim=-1).mean())
+
 
 def velocity(
     model: Any,

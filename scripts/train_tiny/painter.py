@@ -5,6 +5,7 @@ First pictures of one size, which are few kinds of batches and no sources; then 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +16,18 @@ from torch import Tensor, nn
 import tiny_checkpoint_configs as configs
 from glm_image import geometry
 from glm_image.geometry import Size
+from train_tiny.cells import cell_labels, cell_weights
 from train_tiny.compilation import compiled
-from train_tiny.data import CellLabels, Choice, Item, by_size, cell_labels, common, drawn, glyph_rows, halved
+from train_tiny.data import Choice, Samples, by_size, common, drawn, glyph_rows, halved
 from train_tiny.loop import finished, measured, mixed_precision, weighted_mean
 from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
 from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states, strings_apart
-from train_tiny.world.scene import DIAMETERS
+from train_tiny.world.table import Table
 
 ENCODED_PIXELS = 256 * 256 * 256
 """At once by the VAE."""
 DROPPED = 0.1
 """The share of samples without prior, and of batches without glyphs."""
-SHOWN_WEIGHT, SMALL_WEIGHT, HELD_WEIGHT = 4.0, 8.0, 12.0
-"""Of a cell that shows a thing or a letter, a small thing, a small one inside another; of the background it is 1."""
-SMALL_RADIUS = (DIAMETERS["small"] + DIAMETERS["large"]) / 4
-"""In short sides: things of a smaller radius are small."""
 LATENTS_PER_CELL = 4
 """Along a side."""
 SCHEDULER = configs.scheduler_config()
@@ -83,7 +81,7 @@ class Painter:
     learning_rate = 1e-3
     main_share = 1.0
 
-    def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
+    def __init__(self, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         parts = {"transformer": build_transformer(), "glyphs": build_glyph_encoder()}
         self.module = nn.ModuleDict(parts).to(device)
         self.inner = [part for block in parts["transformer"].transformer_blocks for part in (block.attn1, block.ff)]
@@ -91,9 +89,9 @@ class Painter:
         self._block, self._states = compiled(block_forward, device), compiled(glyph_states, device)
         self._device, self._batch = device, batch
         self._latents, self._tokens = Latents(folder).to(device), Tokens(folder).to(device)
+        self._tokens.spread_to(parts["transformer"].prior_token_embedding.weight)
         self._groups: list[Group] = []
-        for edits in (False, True):
-            own = [item for item in items if (item.source is not None) == edits]
+        for own in samples:
             for size, sized in by_size(own, self.main_share):
                 self._groups += self._grouped(size, sized)
         self._choice = Choice([len(group.glyphs) for group in self._groups], seed)
@@ -101,12 +99,12 @@ class Painter:
         self._apart: dict[Signature, Tensor] = {}
         self._no_words = self._words([glyph_rows("")])
 
-    def _grouped(self, size: Size, items: Any) -> list[Group]:
-        rows = [glyph_rows(item.prompt) for item in items]
+    def _grouped(self, size: Size, samples: Samples) -> list[Group]:
+        rows = [glyph_rows(prompt) for prompt in samples.prompts]
         lengths = [tuple(map(len, row)) for row in rows]
-        scenes = [item.scene for item in items]
-        target, weights = self._shown(scenes, size), cell_weights(cell_labels(scenes, size)).to(self._device)
-        source = self._shown([item.source for item in items], size) if items[0].source else None
+        target = self._shown(samples.scenes, size)
+        weights = cell_weights(cell_labels(samples.scenes, size)).to(self._device)
+        source = None if samples.sources is None else self._shown(samples.sources, size)
         groups = []
         for key in sorted(common(lengths, at_least=2)):
             members = torch.tensor([index for index, own in enumerate(lengths) if own == key])
@@ -120,7 +118,7 @@ class Painter:
         # A token more than there are: what is compiled takes a sequence of one for another kind of input.
         return torch.tensor([[byte for string in (*row, (0,)) for byte in string] for row in rows], device=self._device)
 
-    def _shown(self, scenes: Any, size: Size) -> Shown:
+    def _shown(self, scenes: Table, size: Size) -> Shown:
         latents, codes = [], []
         for pictures in drawn(scenes, size, self._device):
             with mixed_precision(self._device):
@@ -205,28 +203,15 @@ def by_cell(errors: Tensor) -> Tensor:
     return F.avg_pool2d(errors.mean(dim=1), LATENTS_PER_CELL).flatten(1)
 
 
-def cell_weights(labels: CellLabels) -> Tensor:
-    """How much cells count that show what ``labels`` say, fp16 [n, cells].
-
-    Most cells are background, which is learned long before the shape of a thing of two cells.
-    """
-    shown = (labels.shape + labels.letter) > 0
-    small = (labels.shape > 0) & (labels.place[..., 2] < SMALL_RADIUS)
-    weights = torch.ones(shown.shape, dtype=torch.float16)
-    for cells, weight in ((shown, SHOWN_WEIGHT), (small, SMALL_WEIGHT), (labels.held > 0, HELD_WEIGHT)):
-        weights[cells] = weight
-    return weights
-
-
 class Editor(Painter):
     """Goes on from what ``Painter`` learned; ``folder`` holds it."""
 
     name = "editor"
-    main_share = 0.5
+    main_share = 0.6
 
-    def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
+    def __init__(self, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         learned = finished(folder, Painter.name)["weights"]
-        super().__init__(items, folder, device, batch, seed)
+        super().__init__(samples, folder, device, batch, seed)
         self.module.load_state_dict(learned)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from glm_image.prompts import QUOTED
 from make_tiny_checkpoint import write_configs
-from train_tiny.data import sample_items
+from train_tiny.data import sample
 from train_tiny.models import CONFIG
 
 Merge = tuple[str, str]
@@ -43,8 +43,8 @@ def merges_of(folder: Path) -> list[Merge]:
     """The merges of a run: the same for all its stages."""
     file = folder / "merges.json"
     if not file.exists():
-        items = sample_items(TEXTS, SEED) + sample_items(TEXTS, SEED, edits=True)
-        file.write_text(json.dumps(train_merges([item.prompt for item in items])), encoding="utf-8")
+        texts = [prompt for edits in (False, True) for prompt in sample(TEXTS, SEED, edits=edits).prompts]
+        file.write_text(json.dumps(train_merges(texts)), encoding="utf-8")
     return [tuple(merge) for merge in json.loads(file.read_text(encoding="utf-8"))]
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from glm_image import geometry
 from glm_image.geometry import Grid, PlacedGrid, Size
 from glm_image.prompts import PromptTokenizer
+from train_tiny.cells import decision_weights
 from train_tiny.compilation import compile_blocks, compiled
-from train_tiny.data import Choice, Item, by_size, decision_weights, small_pictures
+from train_tiny.data import Choice, Samples, by_size, small_pictures
 from train_tiny.loop import measured, weighted_mean
 from train_tiny.models import CONFIG, Tokens, build_ar
 from train_tiny.vocabulary import processor_of
+from train_tiny.world.table import Table
 
 SOURCE_START = 1
 """Of a source picture's codes in a prompt: after the image start."""
@@ -54,59 +57,54 @@ class Writer:
 
     name = "writer"
     learning_rate = 1.5e-3
-    inner = ()
 
-    def __init__(self, items: list[Item], folder: Path, device: torch.device, batch: int, seed: int) -> None:
+    def __init__(self, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         model = build_ar()
         self.module = nn.ModuleDict({"decoder": model.model.language_model, "head": model.lm_head}).to(device)
+        self.inner = [model.model.language_model.layers]
         compile_blocks(model.model.language_model.layers, device)
         self._predicted = compiled(predicted, device)
         self._device, self._batch = device, batch
         self._tokens = Tokens(folder).to(device)
+        for rows in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
+            self._tokens.spread_to(rows[: CONFIG.codebook])
         self._processor = processor_of(folder)
-        trained, kept = apart(items)
+        trained, kept = zip(*map(apart, samples), strict=True)
         self._groups, self._kept = self._grouped(trained), self._grouped(kept)
         self._choice, self._kept_choice = (
             Choice([len(group.lengths) for group in groups], seed) for groups in (self._groups, self._kept)
         )
 
-    def _grouped(self, items: list[Item]) -> list[Group]:
-        kinds = [[item for item in items if (item.source is not None) == edits] for edits in (False, True)]
-        return [self._group(size, sized) for own in kinds if own for size, sized in by_size(own, main_share=0.65)]
+    def _grouped(self, parts: Sequence[Samples]) -> list[Group]:
+        return [self._group(size, sized) for own in parts for size, sized in by_size(own, main_share=0.65)]
 
-    def _group(self, size: Size, items: Sequence[Item]) -> Group:
-        target, edit = geometry.target_grid(size), items[0].source is not None
-        grids = geometry.output_grids(target, image_to_image=edit)
-        scenes = [item.scene for item in items]
+    def _group(self, size: Size, samples: Samples) -> Group:
+        target, scenes, sources = geometry.target_grid(size), samples.scenes, samples.sources
+        grids = geometry.output_grids(target, image_to_image=sources is not None)
         codes = [self._codes(scenes, grid, preview=len(grids) == 2 and not n) for n, grid in enumerate(grids)]
-        end = torch.full((len(items), 1), CONFIG.codebook + 1, device=self._device)
-        ids = prompt_ids(self._processor, [item.prompt for item in items], target, (target,) if edit else ())
-        longest = max(map(len, ids))
-        prompts = torch.zeros(len(ids), longest, dtype=torch.long)
-        for row, own in zip(prompts, ids, strict=True):
-            row[: len(own)] = torch.tensor(own)
-        prompts = prompts.to(self._device)
+        end = torch.full((scenes.height, 1), CONFIG.codebook + 1, device=self._device)
         targets = torch.cat([*codes, end], dim=1)
         weights = torch.ones(targets.shape, device=self._device)
-        sources = [PlacedGrid(SOURCE_START, target)] if edit else []
-        if edit:
-            before = [item.source for item in items if item.source]
-            seen = self._codes(before, target, preview=False)
+        placed = () if sources is None else (PlacedGrid(SOURCE_START, target),)
+        ids, lengths = prompt_ids(self._processor, samples.prompts, target, [target] * len(placed))
+        prompts, longest = torch.from_numpy(ids).to(self._device), ids.shape[1]
+        if sources is not None:
+            seen = self._codes(sources, target, preview=False)
             prompts[:, SOURCE_START : SOURCE_START + target.tokens] = seen
-            weights[:, : target.tokens] = decision_weights(before, size)
+            weights[:, : target.tokens] = decision_weights(sources, size)
         decoded = geometry.decode_positions(grids, 0)
         decoded = np.concatenate([decoded, decoded[:, -1:] + 1], axis=1)  # nothing is read from the end's
         return Group(
             prompts,
-            torch.tensor([len(own) for own in ids], device=self._device),
+            torch.from_numpy(lengths).to(self._device),
             targets,
-            torch.from_numpy(geometry.prompt_positions(longest + 1, sources)).to(self._device),
+            torch.from_numpy(geometry.prompt_positions(longest + 1, placed)).to(self._device),
             torch.from_numpy(decoded).to(self._device),
             target.tokens,
             weights,
         )
 
-    def _codes(self, scenes: Sequence[Any], grid: Grid, *, preview: bool) -> Tensor:
+    def _codes(self, scenes: Table, grid: Grid, *, preview: bool) -> Tensor:
         pictures = small_pictures(scenes, grid, self._device, preview=preview)
         return torch.cat([self._tokens.encode(small) for small in pictures])
 
@@ -143,17 +141,17 @@ class Writer:
         return kept | {f"trained_{name}": value for name, value in trained.items()}
 
 
-def apart(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+def apart(samples: Samples) -> tuple[Samples, Samples]:
     """Samples to train on, and those of one scene in ``ONE_IN`` to measure by.
 
     Edits of one scene follow one another.
     """
-    begins = [item.source is None or item.source != last.source for last, item in pairwise(items)]
-    scenes = list(accumulate(begins, initial=0))
-    parts: tuple[list[Item], list[Item]] = [], []
-    for item, scene in zip(items, scenes, strict=True):
-        parts[scene % ONE_IN == 0].append(item)
-    return parts
+    begins = np.ones(samples.scenes.height, dtype=bool)
+    if samples.sources is not None:
+        begins[1:] = samples.sources.changes()
+    kept = begins.cumsum() % ONE_IN == 1
+    trained, measured_by = (samples.rows(np.flatnonzero(some)) for some in (~kept, kept))
+    return trained, measured_by
 
 
 def decoded(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
@@ -207,8 +205,14 @@ def sequences(group: Group, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ids, positions, wanted_at
 
 
-def prompt_ids(processor: Any, texts: Sequence[str], target: Grid, sources: Sequence[Grid]) -> list[list[int]]:
-    """The AR's input ids of many prompts for one size, as ``glm_image.prompts.PromptTokenizer`` gives them singly."""
+def prompt_ids(
+    processor: Any, texts: Sequence[str], target: Grid, sources: Sequence[Grid]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The AR's input ids of many prompts for one size, as ``glm_image.prompts.PromptTokenizer`` gives them singly.
+
+    Returns:
+        ids [n, longest], padded at the end; their lengths, [n].
+    """
     one = PromptTokenizer(processor)
 
     def whole(text: str) -> list[int]:
@@ -216,18 +220,17 @@ def prompt_ids(processor: Any, texts: Sequence[str], target: Grid, sources: Sequ
             return one.image_to_image(text, target, sources)[0]
         return one.text_to_image(text, target, geometry.preview_grid(target))
 
-    def alone(some: list[str]) -> list[list[int]]:
-        found: list[list[int]] = processor.tokenizer(
-            some, add_special_tokens=False, split_special_tokens=True
-        ).input_ids
-        return found
-
     # The template puts special tokens on both sides of the text, so that the text's ids are its own alone.
+    own = processor.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
     first = whole(texts[0])
-    own = alone(list(texts))
     start = next(i for i in range(len(first)) if first[i : i + len(own[0])] == own[0])
     head, tail = first[:start], first[start + len(own[0]) :]
-    ids = [head + body + tail for body in own]
-    if ids[-1] != whole(texts[-1]):
+    inner = np.fromiter(map(len, own), np.int64, len(own))
+    lengths = inner + len(head) + len(tail)
+    ids, column = np.zeros((len(own), lengths.max()), np.int64), np.arange(lengths.max()) - len(head)
+    ids[:, : len(head)] = head
+    ids[(column >= 0) & (column < inner[:, None])] = np.fromiter(chain.from_iterable(own), np.int64, inner.sum())
+    ids[(column >= inner[:, None]) & (column < inner[:, None] + len(tail))] = tail * len(own)
+    if ids[-1, : lengths[-1]].tolist() != whole(texts[-1]):
         raise RuntimeError(f"{texts[-1]!r} is not tokenised alone as it is in the template")
-    return ids
+    return ids, lengths

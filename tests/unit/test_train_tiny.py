@@ -18,34 +18,19 @@ import tiny_checkpoint_configs as configs
 from glm_image import geometry, prompts
 from glm_image.dit.schedule import schedule
 from glm_image.geometry import Grid, PlacedGrid, Size
+from glm_image.prompts import PromptTokenizer
 from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
-from train_tiny.codes import clustered, named_loss
-from train_tiny.data import (
-    MAIN_SIZE,
-    Item,
-    cell_labels,
-    decision_weights,
-    glyph_rows,
-    halved,
-    sample_items,
-)
-from train_tiny.painter import (
-    HELD_WEIGHT,
-    SHOWN_WEIGHT,
-    SMALL_WEIGHT,
-    Editor,
-    Painter,
-    by_cell,
-    cell_weights,
-    noise_levels,
-)
+from train_tiny.cells import HELD_WEIGHT, SHOWN_WEIGHT, SMALL_WEIGHT, cell_labels, cell_weights, decision_weights
+from train_tiny.codes import DRAWN_SIDE, clustered, drawn_loss, named_loss
+from train_tiny.data import MAIN_SIZE, Samples, glyph_rows, halved, sample
+from train_tiny.painter import Editor, Painter, by_cell, noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
-from train_tiny.vocabulary import train_merges
+from train_tiny.vocabulary import processor_of, train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
-from train_tiny.world.table import COLOUR_INDEX
-from train_tiny.writer import ONE_IN, Group, apart, decoded, predicted, sequences
+from train_tiny.world.table import COLOUR_INDEX, Table
+from train_tiny.writer import ONE_IN, Group, apart, decoded, predicted, prompt_ids, sequences
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +45,7 @@ def transformer() -> Any:
 
 @pytest.mark.parametrize("size", [(256, 256), (160, 224)])
 def test_pictures_are_halved_as_the_image_processor_does(size: tuple[int, int]) -> None:
-    pictures = draw([item.scene for item in sample_items(4, seed=5)], *size)
+    pictures = draw(sample(4, seed=5).scenes, *size)
     wanted = F.interpolate(pictures.float(), scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 255).round()
     off = (halved(pictures).float() - wanted).abs()
     assert off.max() <= 1  # where a value lies between two
@@ -154,18 +139,69 @@ def test_a_batch_of_sequences_is_the_decoders_own_forward() -> None:
     assert own.std() > 0.1
 
 
-def test_edits_of_a_scene_are_trained_on_or_measured_by_together() -> None:
-    pictures, edits = sample_items(300, 1), sample_items(600, 1, edits=True)
-    items = [*pictures, *edits]
-    trained, kept = apart(items)
-    assert len(trained) + len(kept) == len(items)
-    assert len(kept) == pytest.approx(len(items) / ONE_IN, rel=0.5)
+@pytest.mark.parametrize("edits", [False, True])
+def test_edits_of_a_scene_are_trained_on_or_measured_by_together(edits: bool) -> None:
+    samples = sample(900, 1, edits=edits)
+    parts = apart(samples)
+    tables = (part.sources if edits else part.scenes for part in parts)
+    trained, kept = ([str(row) for row in zip(*(column.tolist() for column in table), strict=True)] for table in tables)
+    assert len(trained) + len(kept) == samples.scenes.height
+    assert sorted(parts[0].prompts + parts[1].prompts) == sorted(samples.prompts)
+    assert len(kept) == pytest.approx(samples.scenes.height / ONE_IN, rel=0.5)
+    assert not set(kept) & set(trained)
+    assert (len(set(kept)) < len(kept)) == edits
 
-    def scenes(some: list[Item]) -> set[Scene]:
-        return {item.source or item.scene for item in some}
 
-    assert len(scenes(kept)) < len(kept)
-    assert not scenes(kept) & scenes(trained)
+@pytest.mark.parametrize("edits", [False, True])
+def test_prompts_have_the_ids_that_the_engine_gives_them(edits: bool, run_so_far: Path) -> None:
+    samples, target = sample(40, 2, edits=edits), Grid(8, 8)
+    processor = processor_of(run_so_far)
+    ids, lengths = prompt_ids(processor, samples.prompts, target, [target] if edits else [])
+    one = PromptTokenizer(processor)
+    for row, length, prompt in zip(ids, lengths, samples.prompts, strict=True):
+        own = (
+            one.image_to_image(prompt, target, [target])[0]
+            if edits
+            else one.text_to_image(prompt, target, geometry.preview_grid(target))
+        )
+        assert row[:length].tolist() == own
+        assert not row[length:].any()
+
+
+def test_samples_are_the_same_however_they_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train_tiny.data.CHUNK", 20)
+    whole, first = sample(50, 3, edits=True), sample(20, 3, edits=True)
+    assert whole.prompts[:20] == first.prompts
+    parts = [whole.rows(slice(30)), whole.rows(np.arange(30, 50))]
+    again = Samples.joined(parts)
+    assert again.prompts == whole.prompts
+    for table, wanted in ((again.scenes, whole.scenes), (again.sources, whole.sources)):
+        assert table is not None
+        assert wanted is not None
+        assert all(np.array_equal(*columns) for columns in zip(table, wanted, strict=True))
+
+
+def test_codes_that_are_alike_start_alike(run_so_far: Path) -> None:
+    tokens = models.Tokens(run_so_far)
+    rows = nn.Parameter(torch.randn(models.CONFIG.codebook + 7, 96))
+    before = rows.detach().clone()
+    tokens.spread_to(rows[: models.CONFIG.codebook])
+    assert torch.equal(rows[models.CONFIG.codebook :], before[models.CONFIG.codebook :])
+    codebook = nn.functional.normalize(tokens.quantizer.quantize.embedding.weight, dim=-1)
+    own = nn.functional.normalize(rows[: models.CONFIG.codebook], dim=-1)
+    assert torch.allclose(own @ own[:50].T, codebook @ codebook[:50].T, atol=1e-5)
+    assert float(rows[0].detach().norm()) == pytest.approx(before.norm(dim=-1).mean().item(), rel=0.05)
+
+
+def test_an_error_of_a_drawn_cell_counts_as_the_cell_does() -> None:
+    ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
+    labels = cell_labels(Table.of([Scene((star, ring), "inside")]), Size(256, 256))
+    weights = cell_weights(labels).view(8, 8)
+    for cell in ((0, 0), (4, 4)):
+        errors = torch.zeros(1, 3, 8 * DRAWN_SIDE, 8 * DRAWN_SIDE)
+        errors[0, :, cell[0] * DRAWN_SIDE : (cell[0] + 1) * DRAWN_SIDE, cell[1] * DRAWN_SIDE :][..., :DRAWN_SIDE] = 2.0
+        assert drawn_loss(errors, labels) == pytest.approx(5.0 * float(weights[cell] / weights.float().sum()), rel=1e-3)
+    assert weights[4, 4] == HELD_WEIGHT
 
 
 @pytest.mark.parametrize("tokens", [64, 256, 1024])
@@ -182,7 +218,7 @@ def test_glyph_rows_are_the_prompts(prompt: str) -> None:
 
 def test_cells_are_named_by_what_they_show() -> None:
     scene = Scene((Thing("star", "red", "large"),), sign=Sign("HI"))
-    labels = cell_labels([scene], Size(256, 256))
+    labels = cell_labels(Table.of([scene]), Size(256, 256))
     shapes, letters = labels.shape.view(8, 8), labels.letter.view(8, 8)
     assert shapes[3, 4] == 4  # the star's middle, above the sign
     assert not shapes[0].any()
@@ -194,7 +230,7 @@ def test_cells_are_named_by_what_they_show() -> None:
 def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     inside, beside = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
-    labels = cell_labels([inside, beside], Size(256, 256))
+    labels = cell_labels(Table.of([inside, beside]), Size(256, 256))
     assert labels.held[0].any()
     assert torch.equal(labels.held[0] == 1, labels.colour[0] == 1 + COLOUR_INDEX["red"])
     assert (labels.colour[1] == 1 + COLOUR_INDEX["red"]).any()
@@ -204,7 +240,7 @@ def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
 def test_of_an_edit_the_cells_where_things_begin_count_more() -> None:
     circle, square = Thing("circle", "red", "large", x=0.25, y=0.5), Thing("square", "blue", "small", x=0.75, y=0.5)
     scenes = [Scene((circle, square), "left of"), Scene((replace(circle, x=0.5),))]
-    both, one = decision_weights(scenes, Size(256, 256)).view(2, 8, 8)
+    both, one = decision_weights(Table.of(scenes), Size(256, 256)).view(2, 8, 8)
     assert one.amax(dim=1).tolist() == [1, 1, 8, 4, 1, 1, 1, 1]
     assert both[:, :4].amax(dim=1).tolist() == one.amax(dim=1).tolist()
     assert both[3, 4:].max() == 8, "the small one begins a row further down"
@@ -214,7 +250,7 @@ def test_of_an_edit_the_cells_where_things_begin_count_more() -> None:
 def test_the_painters_cells_count_by_what_they_show() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     scenes = [Scene((star, ring), "inside"), Scene((), sign=Sign("HI")), Scene((star,))]
-    labels = cell_labels(scenes, Size(256, 384))
+    labels = cell_labels(Table.of(scenes), Size(256, 384))
     weights = cell_weights(labels)
     assert weights.shape == (3, 96)
     assert torch.equal(weights[0] == HELD_WEIGHT, labels.held[0] == 1)
@@ -250,14 +286,14 @@ def test_a_cells_weight_is_its_part_of_the_loss() -> None:
 
 
 def test_the_vaes_pictures_are_whole_ones_parts_of_large_ones_and_four_small_ones() -> None:
-    scenes = [item.scene for item in sample_items(48, 0)]
+    scenes = sample(48, 0).scenes
     pictures = sheets(scenes, torch.device("cpu"))
     assert pictures.shape == (24 + 8 + 8 + 2, 3, 256, 256)
-    assert torch.equal(pictures[:24], draw(scenes[:24], 256, 256))
-    double = draw(scenes[24:32], 512, 512)
+    assert torch.equal(pictures[:24], draw(scenes.rows(slice(24)), 256, 256))
+    double = draw(scenes.rows(slice(24, 32)), 512, 512)
     assert torch.equal(pictures[24:26], double[::4, :, :256, :256])
     assert torch.equal(pictures[30:32], double[3::4, :, 256:, 256:])
-    small = draw(scenes[40:48], 128, 128)
+    small = draw(scenes.rows(slice(40, 48)), 128, 128)
     assert torch.equal(pictures[41, :, 128:, :128], small[6])
 
 
@@ -297,9 +333,9 @@ def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes
     device = torch.device("cpu")
     with pytest.raises(SystemExit, match="the stage painter is not done"):
         Editor([], run_so_far, device, 2, 0)
-    painter = Painter(sample_items(6, 0), run_so_far, device, 2, 0)
+    painter = Painter([sample(6, 0)], run_so_far, device, 2, 0)
     loop.Training(painter, run_so_far / "painter.pt").finish(1.0)
-    editor = Editor([*sample_items(12, 1), *sample_items(8, 1, edits=True)], run_so_far, device, 2, 0)
+    editor = Editor([sample(12, 1), sample(8, 1, edits=True)], run_so_far, device, 2, 0)
     learned = painter.module.state_dict()
     assert all(torch.equal(value, learned[name]) for name, value in editor.module.state_dict().items())
     assert {group.size for group in painter._groups} == {MAIN_SIZE}

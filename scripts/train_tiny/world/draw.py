@@ -24,11 +24,11 @@ INK, BOARD = 10.0, 255.0
 RGB: Final = np.asarray(list(COLOURS.values()))
 
 
-def draw(scenes: Sequence[Scene], height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def draw(scenes: Sequence[Scene] | Table, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Draws scenes.
 
     Args:
-        scenes: what is on the pictures.
+        scenes: what is on the pictures, one by one or as a table.
         height: of all pictures, in pixels; a multiple of 32.
         width: likewise.
         device: where the work is done and the pictures are.
@@ -36,7 +36,7 @@ def draw(scenes: Sequence[Scene], height: int, width: int, device: torch.device 
     Returns:
         uint8 [n, 3, height, width].
     """
-    table = Table.of(scenes)
+    table = scenes if isinstance(scenes, Table) else Table.of(scenes)
     pictures = _backgrounds(table, height, width, torch.device(device))
     # The last ones first: what is inside comes before what holds it.
     for thing in reversed(range(MOST_THINGS)):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 Point = tuple[float, float]
+Number = float | Tensor
+MOST_CORNERS: Final = 10
+"""Of a polygon."""
 
 
 class Layer(NamedTuple):
@@ -28,17 +32,38 @@ WOOD: Final = (105, 62, 28)
 
 def polygon(x: Tensor, y: Tensor, corners: Sequence[Point]) -> Tensor:
     """Returns the signed distance to a polygon, its corners in order."""
+    if not x.is_cuda:
+        return _to_polygon(x, y, corners)
+    # Compiled once for all, which flat they are: launched singly, an edge's operations take longer than their work.
+    padded = (*corners, *[corners[-1]] * (MOST_CORNERS - len(corners)))
+    return _compiled()(x.flatten(), y.flatten(), _on_device(padded, x.device)).view_as(x)
+
+
+def _to_polygon(x: Tensor, y: Tensor, corners: Iterable[tuple[Number, Number]]) -> Tensor:
+    corners = list(corners)
     nearest = torch.full_like(x, math.inf)
     inside = torch.ones_like(x)
     for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):
         ex, ey = bx - ax, by - ay
         px, py = x - ax, y - ay
-        along = ((px * ex + py * ey) / (ex * ex + ey * ey)).clamp(0, 1)
+        # Of an edge between a corner and itself no part is along it.
+        along = ((px * ex + py * ey) / (ex * ex + ey * ey + 1e-30)).clamp(0, 1)
         nearest = torch.minimum(nearest, (px - ex * along).square() + (py - ey * along).square())
         # Each edge that a ray to the right crosses turns outside into inside.
-        crosses = ((y >= ay) != (y >= by)) & (px * (by - ay) < py * ex if by > ay else px * (by - ay) > py * ex)
+        crosses = ((y >= ay) != (y >= by)) & ((px * ey < py * ex) == (by > ay))
         inside = torch.where(crosses, -inside, inside)
     return nearest.sqrt() * inside
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    made: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(_to_polygon, dynamic=True)
+    return made
+
+
+@lru_cache
+def _on_device(corners: tuple[Point, ...], device: torch.device) -> Tensor:
+    return torch.tensor(corners, device=device)
 
 
 def disc(x: Tensor, y: Tensor, centre: Point = (0.0, 0.0), radius: float = 1.0) -> Tensor:

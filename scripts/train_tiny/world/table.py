@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .layout import Frame
 from .scene import MOST_THINGS, Scene
-from .vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, LETTERS, SHAPES, SIGN_PLACES
+from .vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, LETTERS, MAX_LETTERS, SHAPES, SIGN_PLACES
 
 NO_THING: Final = -1
 PLACES_OF_SIGNS: Final = (None, *SIGN_PLACES)
@@ -34,7 +34,7 @@ class Signs(NamedTuple):
     Attributes:
         rows: the pictures that have one, [n].
         place: ``top`` or ``bottom``.
-        letters: indices into ``LETTERS``, [n, length].
+        letters: indices into ``LETTERS``, which follow one another in Unicode, [n, length].
     """
 
     rows: Integers
@@ -55,7 +55,7 @@ class Table(NamedTuple):
         backgrounds: indices into ``BACKGROUNDS``, [n].
         ends: RGB of the background's first and last colour, [n, 2, 3].
         places: of the signs, indices into ``PLACES_OF_SIGNS``, [n].
-        words: on the signs; empty where there is none.
+        words: on the signs, str [n]; empty where there is none.
     """
 
     shapes: Integers
@@ -67,7 +67,7 @@ class Table(NamedTuple):
     backgrounds: Integers
     ends: Integers
     places: Integers
-    words: Sequence[str]
+    words: NDArray[np.str_]
 
     @classmethod
     def of(cls, scenes: Sequence[Scene]) -> Table:
@@ -83,8 +83,27 @@ class Table(NamedTuple):
             np.asarray([BACKGROUNDS.index(kind.kind) for kind in kinds], dtype=np.int64),
             np.asarray(ends, dtype=np.int64).reshape(-1, 2, 3),
             np.asarray([PLACES_OF_SIGNS.index(scene.sign and scene.sign.place) for scene in scenes], dtype=np.int64),
-            [scene.sign.word if scene.sign else "" for scene in scenes],
+            np.asarray([scene.sign.word if scene.sign else "" for scene in scenes], dtype=f"U{MAX_LETTERS}"),
         )
+
+    @classmethod
+    def joined(cls, tables: Sequence[Table]) -> Table:
+        """Puts tables one under the other."""
+        return cls(*map(np.concatenate, zip(*tables, strict=True)))
+
+    @property
+    def height(self) -> int:
+        """How many scenes there are."""
+        return len(self.words)
+
+    def rows(self, chosen: slice | Integers) -> Table:
+        """Returns the table of some of the scenes."""
+        return Table(*(column[chosen] for column in self))
+
+    def changes(self) -> NDArray[np.bool_]:
+        """Returns whether each scene but the first is another than the one before: [n - 1]."""
+        columns = (column.reshape(self.height, -1) for column in self)
+        return np.any([(column[1:] != column[:-1]).any(axis=1) for column in columns], axis=0)
 
     def circles(self, thing: int, height: int, width: int) -> Circles:
         """Returns where each scene's thing of a number is, on pictures of a size: [n] each."""
@@ -95,11 +114,11 @@ class Table(NamedTuple):
 
     def signs(self) -> Iterator[Signs]:
         """Deals the signs out to places and lengths of words."""
-        lengths = np.asarray([len(word) for word in self.words], dtype=np.int64)
+        lengths = np.char.str_len(self.words)
         for place, length in np.unique(np.stack([self.places, lengths], axis=1)[lengths > 0], axis=0):
             rows = np.flatnonzero((self.places == place) & (lengths == length))
-            letters = [[LETTERS.index(letter) for letter in self.words[row]] for row in rows]
-            yield Signs(rows, str(PLACES_OF_SIGNS[place]), np.asarray(letters, dtype=np.int64))
+            letters = self.words[rows].astype(f"U{length}").view(np.uint32).reshape(-1, length)
+            yield Signs(rows, str(PLACES_OF_SIGNS[place]), letters.astype(np.int64) - ord(LETTERS[0]))
 
 
 SHAPE_INDEX: Final = {name: index for index, name in enumerate(SHAPES)}
