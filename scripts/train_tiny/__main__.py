@@ -29,7 +29,7 @@ from train_tiny.vocabulary import merges_of
 
 SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (1.0, 0.0), "editor": (0.7, 0.3), "writer": (0.67, 0.33)}
 """Of the samples: pictures with captions, and edits."""
-SAMPLES = {"vae": 24_000, "vision": 200_000, "painter": 150_000, "editor": 120_000, "writer": 1_600_000}
+SAMPLES = {"vae": 24_000, "vision": 200_000, "painter": 150_000, "editor": 70_000, "writer": 1_000_000}
 BATCH = {"vae": 16, "vision": 256, "painter": 256, "editor": 256, "writer": 128}
 """Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
 

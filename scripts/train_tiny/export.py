@@ -129,8 +129,8 @@ the font that comes with Pillow.
 ## Training
 
 `scripts/train_tiny`, one stage after the other (the writer needs the vision stage alone), bf16 autocast, AdamW (Muon
-for the linears inside painter and editor), a cosine over the time given, averaged weights. The editor goes on from the
-painter's weights.
+for the linears inside painter, editor and writer), a cosine over the time given, averaged weights. The editor goes on
+from the painter's weights.
 
 | stage | samples | batch | steps | seconds | first loss | last loss | at the end |
 |---|---|---|---|---|---|---|---|
@@ -147,7 +147,8 @@ from the codes; "large grid right" how often the AR's likeliest code is the pict
 
 ## Limits
 
-It knows nothing beyond its world: other words in a prompt are noise to it, photographs as sources as well. It has no
+In pictures with a side below 256 the letters are smaller than what a code stands for, and words come out wrong; below 192
+shapes do so too. It knows nothing beyond its world: other words in a prompt are noise to it, photographs as sources as well. It has no
 idea of people, and was trained on nothing about them.
 
 ## Licence
