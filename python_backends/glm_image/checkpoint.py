@@ -18,6 +18,8 @@ from glm_image.geometry import PIXELS_PER_TOKEN, SourceRule
 from glm_image.layout import COMPONENTS, WEIGHT_FILES, check_model_index, read_json, read_weight_map
 
 DUMMY_STD = 0.02
+BYTES_OF_REVISION = 65536
+"""At the end of each file of weights."""
 
 
 class TensorSource(Protocol):
@@ -113,15 +115,15 @@ class Checkpoint:
 
     @cached_property
     def revision(self) -> str:
-        """The revision to report: a hub's commit, else 12 hex digits over the configs and the weight files' sizes."""
+        """The revision to report: a hub's commit, else 12 hex digits over the configs and the weight files' ends."""
         folder = self.folder.resolve()
         if folder.parent.name == "snapshots":
             return folder.name
         digest = hashlib.sha256()
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            weights = path.suffix == ".safetensors"
-            content = str(path.stat().st_size).encode() if weights else path.read_bytes()
-            digest.update(str(path.relative_to(folder)).encode() + b"\0" + content + b"\0")
+            digest.update(str(path.relative_to(folder)).encode() + b"\0")
+            digest.update(_end_of(path) if path.suffix == ".safetensors" else path.read_bytes())
+            digest.update(b"\0")
         return digest.hexdigest()[:12]
 
     def tensors(self, component: str, device: torch.device, dtype: torch.dtype) -> TensorSource:
@@ -144,6 +146,14 @@ class Checkpoint:
                 with _opened(folder / file) as tensors:
                     return dict.fromkeys(tensors.keys(), folder / file)
         raise CheckpointError(f"{folder}: no {' or '.join(WEIGHT_FILES)}, whole or with an index")
+
+
+def _end_of(path: Path) -> bytes:
+    """A file's size and last bytes: of weights trained further sizes are the same, and reading all takes too long."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, size - BYTES_OF_REVISION))
+        return str(size).encode() + b"\0" + file.read()
 
 
 def _opened(path: Path, device: str = "cpu") -> Any:

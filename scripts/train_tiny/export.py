@@ -147,9 +147,9 @@ from the codes; "large grid right" how often the AR's likeliest code is the pict
 
 ## Limits
 
-In pictures with a side below 256 the letters are smaller than what a code stands for, and words come out wrong; below 192
-shapes do so too. It knows nothing beyond its world: other words in a prompt are noise to it, photographs as sources as well. It has no
-idea of people, and was trained on nothing about them.
+256x256 is what it knows best; what it gets wrong at other sizes, above all in words and below 256, stands in
+`docs/training.md`. It knows nothing beyond its world: other words in a prompt are noise to it, photographs as sources
+as well. It has no idea of people, and was trained on nothing about them.
 
 ## Licence
 
