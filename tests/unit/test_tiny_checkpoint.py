@@ -93,8 +93,12 @@ def test_shards_and_dtype_change_files_but_not_the_model(folder: Path, tmp_path:
     assert all(torch.equal(whole[name], split[name]) for name in whole)
     half = tensors(make_tiny_checkpoint(tmp_path / "half", TinyConfig(dtype="bfloat16")))
     assert all(torch.equal(whole[name].to(torch.bfloat16), half[name]) for name in whole)
-    one, other = (reference_image(load_reference(f), "a 'b'", 64, 64, 3, 2, 1.5) for f in (folder, sharded))
-    assert np.array_equal(one, other)
+    # Not their pictures: where a file's tensors lie in memory may round products otherwise.
+    one, other = (load_reference(f) for f in (folder, sharded))
+    for part in PARTS:
+        loaded, again = (getattr(pipe, part.folder).state_dict() for pipe in (one, other))
+        assert loaded.keys() == again.keys()
+        assert all(torch.equal(loaded[name], again[name]) for name in loaded)
 
 
 @pytest.mark.parametrize("config", ODD, ids=range(len(ODD)))
