@@ -84,7 +84,7 @@ def sheets(scenes: Table, device: torch.device) -> Tensor:
     and two show four small ones each.
     """
     height, width = MAIN_SIZE
-    bounds = [scenes.height // 12 * twelfths for twelfths in (0, 6, 8, 10, 12)]
+    bounds = [scenes.length // 12 * twelfths for twelfths in (0, 6, 8, 10, 12)]
     whole, double, larger, small = (scenes.rows(slice(*ends)) for ends in pairwise(bounds))
     parts = [*drawn(whole, MAIN_SIZE, device)]
     for others, size in ((double, Size(2 * height, 2 * width)), (larger, Size(3 * height // 2, 3 * width // 2))):

@@ -47,7 +47,8 @@ class Captured:
     def _captured(self, kind: Hashable) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        # What the runs before left in the allocator's other pool is not to be had for the graphs' own.
+        # A capture takes no more than the runs before it did. What they left in the allocator's other pool is not to be
+        # had for the graphs' own; it is given back where less is free, not always, as the next runs take it again.
         if torch.cuda.mem_get_info(self._device)[0] < torch.cuda.memory_reserved(self._device):
             torch.cuda.empty_cache()
         graph.capture_begin(pool=self._pool)

@@ -47,7 +47,7 @@ class CellLabels(NamedTuple):
 def cell_labels(table: Table, size: Size) -> CellLabels:
     """Tells what the cells of scenes drawn at a size show."""
     grid = geometry.target_grid(size)
-    shape, colour, letter, background, held = np.zeros((5, table.height, *grid), np.int64)
+    shape, colour, letter, background, held = np.zeros((5, table.length, *grid), np.int64)
     background[:] = table.backgrounds[:, None, None]
     place = np.zeros((*shape.shape, 3), np.float32)
     for thing in reversed(range(MOST_THINGS)):
@@ -86,7 +86,7 @@ def decision_weights(table: Table, size: Size) -> Tensor:
     Codes are written row by row, so whether a thing stays is decided where it begins: in one cell of many, by a thing
     that lies mostly below. Counted as all others, these are too few to learn from which thing is to go.
     """
-    weights = np.ones((table.height, *geometry.target_grid(size)), np.float32)
+    weights = np.ones((table.length, *geometry.target_grid(size)), np.float32)
     for thing in range(MOST_THINGS):
         *_, nearest, radius = _seen_from(table, thing, size)
         touched = (nearest < radius) & (table.shapes[:, thing] != NO_THING)[:, None, None]

@@ -35,8 +35,9 @@ WEIGHTS = {
     "pixels": 4.0,
     "commitment": 8.0,
 }
-LETTER_WEIGHT, HELD_WEIGHT = 6.0, 8.0
-"""Of a cell that shows a letter, and of one that shows a thing inside another, among the others: they are few."""
+NAMED_LETTER_WEIGHT, NAMED_HELD_WEIGHT = 6.0, 8.0
+"""Of the names of a cell that shows a letter, and of one that shows a thing inside another, among the others: they are
+few. Its pixels count by ``cell_weights``."""
 DRAWN_SIDE = 8
 """Pixels of a drawn cell's side."""
 USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.05, 25
@@ -122,8 +123,8 @@ class Codes:
         cells = self.module["quantizer"].post_quant_conv(passed.transpose(1, 2).unflatten(2, grid))
         drawn_cells, names, place = self._decode(cells)
         wanted = F.interpolate(pictures.float(), scale_factor=DRAWN_SIDE / 16, mode="area") / 127.5 - 1
-        held = 1 + (HELD_WEIGHT - 1) * labels.held
-        letter = 1 + (LETTER_WEIGHT - 1) * (labels.letter > 0)
+        held = 1 + (NAMED_HELD_WEIGHT - 1) * labels.held
+        letter = 1 + (NAMED_LETTER_WEIGHT - 1) * (labels.letter > 0)
         weights = {"shape": held, "colour": held, "letter": letter, "background": torch.ones_like(held)}
         losses = {name: named_loss(logits, getattr(labels, name), weights[name]) for name, logits in names.items()}
         losses["pixels"] = drawn_loss(drawn_cells.float() - wanted, labels)

@@ -99,7 +99,7 @@ def sample(count: int, seed: int, *, edits: bool = False) -> Samples:
 
 def by_size(samples: Samples, main_share: float) -> Iterator[tuple[Size, Samples]]:
     """Deals samples out to the sizes: ``main_share`` to the main one, as many to each other, if there are any."""
-    count = samples.scenes.height
+    count = samples.scenes.length
     start = round(count * main_share)
     if start:
         yield MAIN_SIZE, samples.rows(slice(start))
@@ -112,7 +112,7 @@ def by_size(samples: Samples, main_share: float) -> Iterator[tuple[Size, Samples
 def drawn(scenes: Table, size: Size, device: torch.device) -> Iterator[Tensor]:
     """Draws scenes, as many at a time as have ``PIXELS_AT_ONCE``: uint8 [n, 3, height, width]."""
     count = PIXELS_AT_ONCE // (size.height * size.width)
-    for start in range(0, scenes.height, count):
+    for start in range(0, scenes.length, count):
         yield draw(scenes.rows(slice(start, start + count)), size.height, size.width, device)
 
 

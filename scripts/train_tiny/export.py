@@ -129,8 +129,8 @@ the font that comes with Pillow.
 ## Training
 
 `scripts/train_tiny`, one stage after the other (the writer needs the vision stage alone), bf16 autocast, AdamW (Muon
-for the linears inside painter, editor and writer), a cosine over the time given, averaged weights. The editor goes on
-from the painter's weights.
+for the linears of attention and feed-forward in painter, editor and writer), a cosine over the time given, averaged
+weights. The editor goes on from the painter's weights.
 
 | stage | samples | batch | steps | seconds | first loss | last loss | at the end |
 |---|---|---|---|---|---|---|---|
@@ -147,9 +147,9 @@ from the codes; "large grid right" how often the AR's likeliest code is the pict
 
 ## Limits
 
-256x256 is what it knows best; what it gets wrong at other sizes, above all in words and below 256, stands in
-`docs/training.md`. It knows nothing beyond its world: other words in a prompt are noise to it, photographs as sources
-as well. It has no idea of people, and was trained on nothing about them.
+What it gets wrong at other sizes, above all in words and below 256, stands in `docs/training.md`. It knows nothing
+beyond its world: other words in a prompt are noise to it, photographs as sources as well. It has no idea of people, and
+was trained on nothing about them.
 
 ## Licence
 

@@ -1,4 +1,4 @@
-"""Stage 4, the AR: from words, and the codes of a source picture, to the codes of a picture."""
+"""Stage 5, the AR: from words, and the codes of a source picture, to the codes of a picture."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Writer:
         target, scenes, sources = geometry.target_grid(size), samples.scenes, samples.sources
         grids = geometry.output_grids(target, image_to_image=sources is not None)
         codes = [self._codes(scenes, grid, preview=len(grids) == 2 and not n) for n, grid in enumerate(grids)]
-        end = torch.full((scenes.height, 1), CONFIG.codebook + 1, device=self._device)
+        end = torch.full((scenes.length, 1), CONFIG.codebook + 1, device=self._device)
         targets = torch.cat([*codes, end], dim=1)
         weights = torch.ones(targets.shape, device=self._device)
         placed = () if sources is None else (PlacedGrid(SOURCE_START, target),)
@@ -146,7 +146,7 @@ def apart(samples: Samples) -> tuple[Samples, Samples]:
 
     Edits of one scene follow one another.
     """
-    begins = np.ones(samples.scenes.height, dtype=bool)
+    begins = np.ones(samples.scenes.length, dtype=bool)
     if samples.sources is not None:
         begins[1:] = samples.sources.changes()
     kept = begins.cumsum() % ONE_IN == 1

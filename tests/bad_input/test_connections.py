@@ -110,8 +110,8 @@ def test_calls_that_are_cancelled(triton: TritonServer) -> None:
     """At any moment of their way."""
     request = service_pb2.ModelInferRequest(model_name="glm_image")
     request.inputs.add(name="prompt", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a fox")
-    # So many steps that none is done within the longest of these times, on whatever machine.
-    for name, value in (("height", 32), ("width", 32), ("num_inference_steps", 200)):
+    # So many steps that none is done within the longest of these times.
+    for name, value in (("height", 64), ("width", 64), ("num_inference_steps", 200)):
         request.inputs.add(name=name, datatype="INT32", shape=[1]).contents.int_contents.append(value)
     with grpc.insecure_channel(triton.grpc_url) as channel:
         infer = channel.unary_unary(

@@ -22,15 +22,15 @@ from glm_image.prompts import PromptTokenizer
 from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.cells import HELD_WEIGHT, SHOWN_WEIGHT, SMALL_WEIGHT, cell_labels, cell_weights, decision_weights
-from train_tiny.codes import DRAWN_SIDE, clustered, drawn_loss, named_loss
-from train_tiny.data import MAIN_SIZE, Samples, glyph_rows, halved, sample
+from train_tiny.codes import DRAWN_SIDE, Codes, clustered, drawn_loss, named_loss
+from train_tiny.data import MAIN_SIZE, Samples, glyph_rows, halved, sample, small_pictures
 from train_tiny.painter import Editor, Painter, by_cell, noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import processor_of, train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
 from train_tiny.world.table import COLOUR_INDEX, Table
-from train_tiny.writer import ONE_IN, Group, apart, decoded, predicted, prompt_ids, sequences
+from train_tiny.writer import ONE_IN, Group, Writer, apart, decoded, predicted, prompt_ids, sequences
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +145,9 @@ def test_edits_of_a_scene_are_trained_on_or_measured_by_together(edits: bool) ->
     parts = apart(samples)
     tables = (part.sources if edits else part.scenes for part in parts)
     trained, kept = ([str(row) for row in zip(*(column.tolist() for column in table), strict=True)] for table in tables)
-    assert len(trained) + len(kept) == samples.scenes.height
+    assert len(trained) + len(kept) == samples.scenes.length
     assert sorted(parts[0].prompts + parts[1].prompts) == sorted(samples.prompts)
-    assert len(kept) == pytest.approx(samples.scenes.height / ONE_IN, rel=0.5)
+    assert len(kept) == pytest.approx(samples.scenes.length / ONE_IN, rel=0.5)
     assert not set(kept) & set(trained)
     assert (len(set(kept)) < len(kept)) == edits
 
@@ -168,17 +168,30 @@ def test_prompts_have_the_ids_that_the_engine_gives_them(edits: bool, run_so_far
         assert not row[length:].any()
 
 
-def test_samples_are_the_same_however_they_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def same(one: Table | None, other: Table | None) -> bool:
+    assert one is not None
+    assert other is not None
+    return all(np.array_equal(*columns) for columns in zip(one, other, strict=True))
+
+
+def test_samples_are_the_same_by_however_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train_tiny.data.CHUNK", 20)
-    whole, first = sample(50, 3, edits=True), sample(20, 3, edits=True)
-    assert whole.prompts[:20] == first.prompts
-    parts = [whole.rows(slice(30)), whole.rows(np.arange(30, 50))]
-    again = Samples.joined(parts)
+    found = []
+    for processes in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda count=processes: count)
+        found.append(sample(50, 3, edits=True))
+    one, other = found
+    assert one.prompts == other.prompts
+    assert same(one.scenes, other.scenes)
+    assert same(one.sources, other.sources)
+
+
+def test_parts_of_samples_make_the_whole() -> None:
+    whole = sample(50, 3, edits=True)
+    again = Samples.joined([whole.rows(slice(30)), whole.rows(np.arange(30, 50))])
     assert again.prompts == whole.prompts
-    for table, wanted in ((again.scenes, whole.scenes), (again.sources, whole.sources)):
-        assert table is not None
-        assert wanted is not None
-        assert all(np.array_equal(*columns) for columns in zip(table, wanted, strict=True))
+    assert same(again.scenes, whole.scenes)
+    assert same(again.sources, whole.sources)
 
 
 def test_codes_that_are_alike_start_alike(run_so_far: Path) -> None:
@@ -334,6 +347,10 @@ def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes
     with pytest.raises(SystemExit, match="the stage painter is not done"):
         Editor([], run_so_far, device, 2, 0)
     painter = Painter([sample(6, 0)], run_so_far, device, 2, 0)
+    codebook = models.Tokens(run_so_far).quantizer.quantize.embedding.weight
+    assert torch.allclose(
+        likeness(painter.module["transformer"].prior_token_embedding.weight), likeness(codebook), atol=1e-5
+    )
     loop.Training(painter, run_so_far / "painter.pt").finish(1.0)
     editor = Editor([sample(12, 1), sample(8, 1, edits=True)], run_so_far, device, 2, 0)
     learned = painter.module.state_dict()
@@ -346,3 +363,46 @@ def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes
             losses = stage.losses((index, False))
             assert losses["loss"].isfinite()
             assert losses["edit_steps"] == (group.source is not None)
+
+
+@pytest.fixture
+def few_texts_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train_tiny.data.OTHER_SIZES", (Size(128, 128),))
+    monkeypatch.setattr("train_tiny.vocabulary.TEXTS", 600)
+
+
+def likeness(rows: Tensor) -> Tensor:
+    directions = nn.functional.normalize(rows.detach()[:40].float(), dim=-1)
+    return directions @ directions.T
+
+
+@pytest.mark.usefixtures("few_texts_and_sizes")
+def test_the_writer_reads_sources_and_begins_with_codes_that_are_alike(run_so_far: Path) -> None:
+    samples = [sample(60, 0), sample(60, 0, edits=True)]
+    writer = Writer(samples, run_so_far, torch.device("cpu"), 2, 0)
+    assert [group.targets.shape[1] for group in writer._groups] == [256 + 64 + 1, 256 + 16 + 1, 64 + 1, 16 + 1]
+    tokens = models.Tokens(run_so_far)
+    trained = apart(samples[1])[0]
+    sources = next(iter(small_pictures(trained.sources.rows(slice(2)), Grid(8, 8), torch.device("cpu"), preview=False)))
+    assert torch.equal(writer._groups[2].prompts[:2, 1:65], tokens.encode(sources))
+    for index, group in enumerate(writer._groups):
+        assert set(group.weights.unique().tolist()) == ({1.0, 4.0, 8.0} if index >= 2 else {1.0})
+        assert writer.losses(index)["loss"].isfinite()
+    codebook = likeness(tokens.quantizer.quantize.embedding.weight)
+    decoder = writer.module["decoder"]
+    for rows in (decoder.embed_tokens.weight, writer.module["head"].weight):
+        assert torch.allclose(likeness(rows), codebook, atol=1e-5)
+    by_muon = loop.Training(writer, run_so_far / "writer.pt").optimizers[1].param_groups
+    taken = {id(matrix) for group in by_muon for matrix in group["params"]}
+    assert taken == {id(m.weight) for m in decoder.layers.modules() if isinstance(m, nn.Linear)}
+
+
+@pytest.mark.usefixtures("few_texts_and_sizes")
+def test_every_second_picture_of_the_codes_is_a_preview(run_so_far: Path) -> None:
+    samples = sample(24, 0)
+    codes = Codes([samples], torch.device("cpu"), 4, 0)
+    assert [pictures.shape[2:] for pictures in codes._pictures] == [(128, 128), (256, 256), (64, 64), (256, 256)]
+    main = samples.rows(slice(17)).scenes
+    assert torch.equal(codes._pictures[0][1], halved(draw(main.rows(slice(2, 3)), 256, 256))[0])
+    assert torch.equal(codes._pictures[1][0], draw(main.rows(slice(1, 2)), 256, 256)[0])
+    assert all(codes.losses(group)["loss"].isfinite() for group in range(4))

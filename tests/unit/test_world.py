@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from glm_image.prompts import quoted_strings
+from train_tiny.world import shapes
 from train_tiny.world.caption import LANGUAGES, caption
 from train_tiny.world.draw import draw
 from train_tiny.world.edits import KINDS, sample_edit, sample_removals
 from train_tiny.world.scene import Background, Scene, Sign, Thing, combination_held_out, sample_scene, word_held_out
+from train_tiny.world.shapes import SHAPE_LAYERS, padded, to_polygon
 from train_tiny.world.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, RELATIONS, SHAPES
 
 
@@ -109,6 +111,21 @@ def test_a_thing_is_where_and_what_colour_it_is_said_to_be(shape: str) -> None:
     assert abs(rows.mean() - 0.6 * 256) < 18
     assert abs(columns.mean() - 0.3 * 256) < 18
     assert 0.6 * 0.38 * 256 < columns.max() - columns.min() < 0.39 * 256
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_polygon_is_the_same_padded_and_as_a_tensor(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU is given it."""
+    x, y = torch.broadcast_tensors(torch.linspace(-1.2, 1.2, 61), torch.linspace(-1.1, 1.3, 47)[:, None])
+    own = SHAPE_LAYERS[shape](x, y)
+    monkeypatch.setattr(shapes, "polygon", lambda x, y, corners: to_polygon(x, y, torch.tensor(padded(corners))))
+    for layer, other in zip(own, SHAPE_LAYERS[shape](x, y), strict=True):
+        assert torch.allclose(layer.distance, other.distance, atol=1e-5)
+
+
+def test_too_many_corners_are_refused() -> None:
+    with pytest.raises(ValueError, match="a polygon has 11 corners; allowed: 10 at most"):
+        padded([(0.0, float(corner)) for corner in range(11)])
 
 
 def test_letters_are_black_on_a_white_board_and_big() -> None:

@@ -31,15 +31,23 @@ WOOD: Final = (105, 62, 28)
 
 
 def polygon(x: Tensor, y: Tensor, corners: Sequence[Point]) -> Tensor:
-    """Returns the signed distance to a polygon, its corners in order."""
+    """Returns the signed distance to a polygon, its corners in order, ``MOST_CORNERS`` at most."""
     if not x.is_cuda:
-        return _to_polygon(x, y, corners)
-    # Compiled once for all, which flat they are: launched singly, an edge's operations take longer than their work.
-    padded = (*corners, *[corners[-1]] * (MOST_CORNERS - len(corners)))
-    return _compiled()(x.flatten(), y.flatten(), _on_device(padded, x.device)).view_as(x)
+        return to_polygon(x, y, corners)
+    # Launched singly, an edge's operations take longer than their work. Compiled once for all sizes and polygons, which
+    # flattening and padding make alike.
+    return _compiled()(x.flatten(), y.flatten(), _on_device(padded(corners), x.device)).view_as(x)
 
 
-def _to_polygon(x: Tensor, y: Tensor, corners: Iterable[tuple[Number, Number]]) -> Tensor:
+def padded(corners: Sequence[Point]) -> tuple[Point, ...]:
+    """Returns the same polygon by ``MOST_CORNERS`` corners, the last one several times."""
+    if len(corners) > MOST_CORNERS:
+        raise ValueError(f"a polygon has {len(corners)} corners; allowed: {MOST_CORNERS} at most")
+    return (*corners, *[corners[-1]] * (MOST_CORNERS - len(corners)))
+
+
+def to_polygon(x: Tensor, y: Tensor, corners: Iterable[tuple[Number, Number]]) -> Tensor:
+    """Returns what ``polygon`` does; ``corners`` may be a tensor, [corners, 2]."""
     corners = list(corners)
     nearest = torch.full_like(x, math.inf)
     inside = torch.ones_like(x)
@@ -57,7 +65,7 @@ def _to_polygon(x: Tensor, y: Tensor, corners: Iterable[tuple[Number, Number]]) 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    made: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(_to_polygon, dynamic=True)
+    made: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(to_polygon, dynamic=True)
     return made
 
 

@@ -34,7 +34,7 @@ class Signs(NamedTuple):
     Attributes:
         rows: the pictures that have one, [n].
         place: ``top`` or ``bottom``.
-        letters: indices into ``LETTERS``, which follow one another in Unicode, [n, length].
+        letters: indices into ``LETTERS``, [n, length].
     """
 
     rows: Integers
@@ -92,7 +92,7 @@ class Table(NamedTuple):
         return cls(*map(np.concatenate, zip(*tables, strict=True)))
 
     @property
-    def height(self) -> int:
+    def length(self) -> int:
         """How many scenes there are."""
         return len(self.words)
 
@@ -102,7 +102,7 @@ class Table(NamedTuple):
 
     def changes(self) -> NDArray[np.bool_]:
         """Returns whether each scene but the first is another than the one before: [n - 1]."""
-        columns = (column.reshape(self.height, -1) for column in self)
+        columns = (column.reshape(self.length, -1) for column in self)
         return np.any([(column[1:] != column[:-1]).any(axis=1) for column in columns], axis=0)
 
     def circles(self, thing: int, height: int, width: int) -> Circles:
@@ -117,6 +117,7 @@ class Table(NamedTuple):
         lengths = np.char.str_len(self.words)
         for place, length in np.unique(np.stack([self.places, lengths], axis=1)[lengths > 0], axis=0):
             rows = np.flatnonzero((self.places == place) & (lengths == length))
+            # The letters follow one another in Unicode.
             letters = self.words[rows].astype(f"U{length}").view(np.uint32).reshape(-1, length)
             yield Signs(rows, str(PLACES_OF_SIGNS[place]), letters.astype(np.int64) - ord(LETTERS[0]))
 
