@@ -85,6 +85,8 @@ class Streamed:
         follower.start()
         try:
             outputs = self._generate()
+            self._done.set()
+            follower.join()  # pictures on the way are told before the last one
             self._send(self._story.end(), outputs, is_last=True)
         except StageError as error:
             self._send_error(relayed(str(error)))
@@ -131,9 +133,12 @@ class Streamed:
             if self._bus is None:
                 return
             with Listener(self._bus, self._id) as listener:
-                while not self._done.wait(EVENT_SECONDS):
-                    self._cancel_if_gone()
-                    self._tell([event for event in listener.events(EVENT_SECONDS) if self._story.is_about(event)])
+                is_done = False
+                while not is_done:
+                    is_done = self._done.wait(EVENT_SECONDS)
+                    if not is_done:
+                        self._cancel_if_gone()
+                    self._tell([event for event in listener.events(0) if self._story.is_about(event)])
         except Exception:  # the picture is made all the same
             logger.exception("the progress of request %s is not told", self._id)
 
