@@ -163,25 +163,30 @@ def decoded(file: bytes) -> NDArray[np.uint8]:
 
 @dataclass
 class Burst:
-    """What requests sent at the same moment gave, in their order, and the seconds until the last answer."""
+    """What requests sent at the same moment gave, in their order, and after how many seconds each."""
 
     outputs: list[Outputs]
-    seconds: float
+    answered: list[float]
+
+    @property
+    def seconds(self) -> float:
+        """Until the last answer."""
+        return max(self.answered)
 
 
 def at_once(calls: Sequence[Callable[[], Outputs]]) -> Burst:
     barrier = Barrier(len(calls) + 1)
 
-    def call(one: Callable[[], Outputs]) -> Outputs:
+    def call(one: Callable[[], Outputs]) -> tuple[Outputs, float]:
         barrier.wait()
-        return one()
+        return one(), time.monotonic()
 
     with ThreadPoolExecutor(len(calls)) as pool:
         answers = [pool.submit(call, one) for one in calls]
         barrier.wait()
         began = time.monotonic()
-        outputs = [answer.result() for answer in answers]
-        return Burst(outputs, time.monotonic() - began)
+        outputs, ends = zip(*(answer.result() for answer in answers), strict=True)
+        return Burst(list(outputs), [end - began for end in ends])
 
 
 def _datatype(name: str) -> str:
