@@ -71,8 +71,8 @@ def _sampled(job: tuple[int, int, int, bool]) -> Samples:
     rng = Random(f"{seed} {chunk} {edits}")
     if edits:
         found = list(islice(_edits(rng), count))
-        tables = [Table.of([getattr(edit, scene) for edit in found]) for scene in ("after", "before")]
-        return Samples(tables[0], [edit.instruction for edit in found], tables[1])
+        before, after = Table.of([edit.before for edit in found]), Table.of([edit.after for edit in found])
+        return Samples(after, [edit.instruction for edit in found], before)
     scenes, captions = [], []
     for _ in range(count):
         scenes.append(sample_scene(rng))

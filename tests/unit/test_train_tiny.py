@@ -339,10 +339,16 @@ def run_so_far(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes(
-    run_so_far: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def few_texts_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train_tiny.data.OTHER_SIZES", (Size(128, 128),))
+    monkeypatch.setattr("train_tiny.vocabulary.TEXTS", 600)
+
+
+@pytest.mark.usefixtures("few_texts_and_sizes")
+def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes(
+    run_so_far: Path,
+) -> None:
     device = torch.device("cpu")
     with pytest.raises(SystemExit, match="the stage painter is not done"):
         Editor([], run_so_far, device, 2, 0)
@@ -363,12 +369,6 @@ def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes
             losses = stage.losses((index, False))
             assert losses["loss"].isfinite()
             assert losses["edit_steps"] == (group.source is not None)
-
-
-@pytest.fixture
-def few_texts_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train_tiny.data.OTHER_SIZES", (Size(128, 128),))
-    monkeypatch.setattr("train_tiny.vocabulary.TEXTS", 600)
 
 
 def likeness(rows: Tensor) -> Tensor:
