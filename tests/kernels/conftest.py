@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="kernels need Triton, which torch brings along with CUDA only")
+pytest.importorskip("triton", reason="kernels need Triton")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import GlmImageTransformer2DModel
 from torch import Tensor
 
-from glm_image.checkpoint import RandomTensors, fill
+from glm_image.checkpoint import fill
 from glm_image.devices import open_device
 from glm_image.devices.quantized import DTYPES, Rows, int8_sums, quantize_rows, scaled_product
 from glm_image.dit.blocks import eager_blocks
@@ -16,18 +16,13 @@ from glm_image.dit.quantized import QuantizedLinear, block_linears
 from glm_image.kernels.dit_blocks import FusedBlocks
 from glm_image.kernels.modulated_norm import SCALE_MLP, SHIFT_MLP, modulated_norm
 from glm_image.kernels.rows import empty_rows, in_8_bits, sums_in_8_bits, sums_to_bf16
+from kernels.blocks import LargeTensors, arguments, change_error, empty_transformer
+from kernels.sizes import relative_error
 
-GRID = (4, 6)
-HEADS, HEAD_DIM = 3, 32
-WIDTH = HEADS * HEAD_DIM
-# Of the blocks with bf16 layers they are further off: what is compared is rounded at the same places.
-ERROR_OF_TWINS = {"int8": 0.02, "fp8": 0.03}
+# What 8 bits cost is 0.021 and 0.058 of the blocks' change; the interpreter cuts bf16 off instead of rounding it, which
+# costs 0.018 by itself and puts rows to other values of 8 bits, and rounds fp8 in a way of its own.
+MOST_ERROR = {"int8": 0.04, "fp8": 0.12}
 MANTISSA, EXPONENT = 0b111, 0b1111000
-ERROR_OF_ROUNDING = {"int8": 0.03, "fp8": 0.06}
-
-
-def apart(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
 
 
 def share_of_same(got: Tensor, want: Tensor) -> float:
@@ -41,22 +36,13 @@ def share_of_same(got: Tensor, want: Tensor) -> float:
 
 
 def build(device: torch.device, quantization: str | None) -> GlmImageTransformer2DModel:
-    with torch.device("meta"):
-        transformer = GlmImageTransformer2DModel(
-            num_layers=2,
-            attention_head_dim=HEAD_DIM,
-            num_attention_heads=HEADS,
-            text_embed_dim=24,
-            time_embed_dim=32,
-            condition_dim=16,
-            prior_vq_quantizer_codebook_size=64,
-        )
+    transformer = empty_transformer()
     if quantization:
         opened = open_device(f"{device.type}:0" if device.type == "cuda" else "cpu")
         for owner, name in (place for block in transformer.transformer_blocks for place in block_linears(block)):
             # The twin of fp8 runs on the CPU as well, where a configuration may not ask for it.
             setattr(owner, name, QuantizedLinear(getattr(owner, name), quantization, opened))
-    fill(transformer, RandomTensors(device, torch.bfloat16))
+    fill(transformer, LargeTensors(device, torch.bfloat16))
     return transformer
 
 
@@ -70,16 +56,13 @@ def test_the_blocks_are_those_of_diffusers_with_the_same_layers(
     device: torch.device, text_tokens: tuple[int, ...], quantization: str
 ) -> None:
     transformer = build(device, quantization)
-    sequences = [(drawn(device, 1, GRID[0] * GRID[1], WIDTH), drawn(device, 1, n, WIDTH)) for n in text_tokens]
-    cos, sin = transformer.rope(torch.empty(1, 1, GRID[0] * 2, GRID[1] * 2))
-    given = (sequences, drawn(device, 1, 32), (cos.to(device), sin.to(device)))
+    given = arguments(transformer, device, text_tokens)
     with torch.inference_mode():
         exact = eager_blocks(build(device, None))(*given)
         want = eager_blocks(transformer)(*given)
         got = FusedBlocks(transformer)(*given)
-    for ours, theirs, unrounded in zip(got, want, exact, strict=True):
-        assert apart(ours, theirs) < ERROR_OF_TWINS[quantization]
-        assert 0 < apart(ours, unrounded) < ERROR_OF_ROUNDING[quantization]
+    assert change_error(got, want, given[0]) < MOST_ERROR[quantization]
+    assert 0 < change_error(got, exact, given[0]) < MOST_ERROR[quantization]
 
 
 @pytest.mark.parametrize("quantization", DTYPES)
@@ -112,8 +95,8 @@ def test_sums_of_int8_become_what_the_layer_gives(device: torch.device) -> None:
     sums = int8_sums(rows.values, weight.values)
     exact = (rows.values.float() * rows.scales) @ (weight.values.float() * weight.scales).T + bias.float()
     got = sums_to_bf16(sums, rows, weight, bias)
-    assert apart(got, exact) < 1e-2
-    assert apart(scaled_product(rows, weight, bias, torch.float32), exact) < 1e-5
+    assert relative_error(got, exact) < 1e-2
+    assert relative_error(scaled_product(rows, weight, bias, torch.float32), exact) < 1e-5
     then = sums_in_8_bits(sums, rows, weight, bias)
     twin = in_8_bits(got, torch.int8, gelu=True)
     assert isinstance(then, Rows)

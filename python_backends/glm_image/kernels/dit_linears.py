@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm_image.devices.quantized import Rows, int8_sums, scaled_product
@@ -44,7 +43,9 @@ class Bf16Linears:
 
     def linear(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
         """See ``Linears``."""
-        return F.linear(hidden, layer.weight, layer.bias)
+        # By its own forward: a layer whose channels ranks share also adds up what theirs give.
+        result: Tensor = layer(hidden)
+        return result
 
     def linear_gelu(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
         """See ``Linears``."""

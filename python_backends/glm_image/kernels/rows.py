@@ -54,7 +54,7 @@ def _rows_kernel(
         values = values * tl.load(row_scales_ptr + row) * scales + bias
         values = values.to(tl.bfloat16).to(tl.float32)
     if GELU:
-        values = values * tl.sigmoid(GELU_SLOPE * (values + 0.044715 * values * values * values))
+        values = values * tl.sigmoid((values + 0.044715 * values * values * values) * GELU_SLOPE)
     store_row(values.to(tl.bfloat16), out_ptr + place, scales_ptr + row, inside, LARGEST)
 
 
