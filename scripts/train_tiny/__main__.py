@@ -7,6 +7,7 @@
     painter   the DiT and the glyph encoder, on pictures of one size; needs vae and vision
     editor    both further, on every size and on edits; needs painter
     writer    the AR; needs vision
+    all       these, each as soon as it can be, and then export; --device cuda:0,cuda:1 trains two at a time
     export    the checkpoint: FOLDER/checkpoint, with its model card
     sheet     pictures for prompts it was not trained on: FOLDER/sheet.png
 
@@ -17,6 +18,8 @@ its log (STAGE.jsonl).
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +28,7 @@ import torch
 
 from train_tiny.data import Samples, sample
 from train_tiny.loop import Log, Stage, seconds_of, train
+from train_tiny.schedule import Schedule
 from train_tiny.vocabulary import merges_of
 
 SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (1.0, 0.0), "editor": (0.7, 0.3), "writer": (0.67, 0.33)}
@@ -32,6 +36,8 @@ SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (1.0, 0.0), "edito
 SAMPLES = {"vae": 24_000, "vision": 200_000, "painter": 150_000, "editor": 70_000, "writer": 1_000_000}
 BATCH = {"vae": 16, "vision": 256, "painter": 256, "editor": 256, "writer": 128}
 """Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
+MINUTES = {"vae": 6.0, "vision": 4.2, "painter": 7.6, "editor": 6.6, "writer": 7.6}
+"""What the shipped weights were given."""
 
 
 def build(name: str, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> Stage:
@@ -56,7 +62,8 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     folder, device = arguments.folder, torch.device(arguments.device)
     log = Log(folder, name)
-    if (spent := seconds_of(folder, name)) >= arguments.minutes * 60:
+    minutes = MINUTES[name] if arguments.minutes is None else arguments.minutes
+    if (spent := seconds_of(folder, name)) >= minutes * 60:
         log.write(event="already done", seconds=spent)
         return
     count, batch = arguments.samples or SAMPLES[name], arguments.batch or BATCH[name]
@@ -65,6 +72,8 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
     if name == "writer":
         merges_of(folder)
     torch.manual_seed(arguments.seed)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # where kernels are compiled and graphs captured
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # cuDNN's backward of attention gives NaN for some lengths once scores are far below zero, as of torch 2.11 to 2.13:
     # github.com/pytorch/pytorch/issues/196678
@@ -73,14 +82,31 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
     stage = build(name, samples, folder, device, batch, arguments.seed)
     prepared = time.monotonic() - began
     log.write(event="prepared", samples=count, batch=batch, sampled=sampled, prepared=prepared)
-    train(stage, folder, arguments.minutes, arguments.seed, began)
+    train(stage, folder, minutes, arguments.seed, began)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Trains all stages, each in a process of its own, and exports them; goes on where an earlier call stopped."""
+
+    def train_stage(name: str, device: str) -> None:
+        command = [sys.executable, "-m", "train_tiny", name, str(arguments.folder), "--device", device]
+        for option in ("minutes", "samples", "batch", "seed"):
+            if (value := getattr(arguments, option)) is not None:
+                command += [f"--{option}", str(value)]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"the stage {name} did not end well on {device}")
+
+    Schedule(train_stage).run(arguments.device.split(","))
+    from train_tiny.export import export  # noqa: PLC0415
+
+    export(arguments.folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="train_tiny", description="Train a tiny GLM-Image, stage by stage.")
-    parser.add_argument("stage", choices=[*SAMPLES, "export", "sheet"])
+    parser.add_argument("stage", choices=[*SAMPLES, "all", "export", "sheet"])
     parser.add_argument("folder", type=Path, help="of the run: weights, logs, the checkpoint")
-    parser.add_argument("--minutes", type=float, default=2.0, help="the stage's, in all calls together")
+    parser.add_argument("--minutes", type=float, help="of a stage, in all calls together; of each its own if not given")
     parser.add_argument("--samples", type=int, help="scenes and edits to learn from")
     parser.add_argument("--batch", type=int, help="pictures of 256x256 at once")
     parser.add_argument("--seed", type=int, default=0)
@@ -96,6 +122,8 @@ def main() -> None:
 
         device = "cuda:0" if arguments.device == "cuda" else arguments.device
         sample_sheet(arguments.folder / "checkpoint", arguments.folder / "sheet.png", device, arguments.samples or 18)
+    elif arguments.stage == "all":
+        run_all(arguments)
     else:
         run_stage(arguments.stage, arguments)
 

@@ -1,0 +1,55 @@
+"""When stages are trained, and where."""
+
+from __future__ import annotations
+
+from threading import Barrier, Lock
+
+import pytest
+
+from train_tiny.__main__ import MINUTES, SAMPLES
+from train_tiny.schedule import NEEDS, Schedule
+
+
+class Trained:
+    """Notes the stages that were trained."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.devices: dict[str, str] = {}
+        self._lock = Lock()
+
+    def __call__(self, stage: str, device: str) -> None:
+        with self._lock:
+            assert set(NEEDS[stage]) <= set(self.stages), f"{stage} before what it needs"
+            self.stages.append(stage)
+            self.devices[stage] = device
+
+
+def test_every_stage_has_its_place() -> None:
+    assert set(NEEDS) == set(SAMPLES) == set(MINUTES)
+
+
+@pytest.mark.parametrize("devices", [["cpu"], ["cuda:0", "cuda:1"], ["cuda:0", "cuda:1", "cuda:2"]])
+def test_each_stage_is_trained_once_and_after_what_it_needs(devices: list[str]) -> None:
+    trained = Trained()
+    Schedule(trained).run(devices)
+    assert sorted(trained.stages) == sorted(NEEDS)
+    assert set(trained.devices.values()) <= set(devices)
+
+
+def test_two_devices_train_two_stages_at_a_time() -> None:
+    together = Barrier(2, timeout=60)
+    needs = {"vision": (), "vae": (), "painter": ("vae", "vision"), "writer": ("vision",)}
+    Schedule(lambda stage, device: together.wait() and None, needs).run(["cuda:0", "cuda:1"])
+
+
+def test_a_stage_that_fails_ends_those_that_wait_for_it() -> None:
+    begun: list[str] = []
+
+    def train(stage: str, device: str) -> None:
+        begun.append(stage)
+        raise SystemExit(f"{stage} did not end well")
+
+    with pytest.raises(SystemExit, match="vae did not end well"):
+        Schedule(train, {"vae": (), "painter": ("vae",)}).run(["cuda:0", "cuda:1"])
+    assert begun == ["vae"]
