@@ -28,8 +28,17 @@ GRID = Grid(1, 2)
 CODES = 2048
 # Of the way from noise to picture, where a sum left out is more than half of it. The interpreter cuts bf16 off.
 MOST_ERROR = 0.1
-FEW = ["tp=2"]
-MANY = ["auto", "cfg=2", "ulysses=2", "ring=2", "cfg=2,tp=2", "tp=2,ulysses=2", "ring=2,tp=2", "cfg=2,ulysses=2"]
+MODES = [
+    "auto",
+    "tp=2",
+    "cfg=2",
+    "ulysses=2",
+    "ring=2",
+    "cfg=2,tp=2",
+    "tp=2,ulysses=2",
+    "ring=2,tp=2",
+    "cfg=2,ulysses=2",
+]
 """How the ranks share a step; ``auto`` is one alone."""
 
 
@@ -64,7 +73,8 @@ def way_error(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want - noise))
 
 
-@pytest.mark.parametrize("parallel", [*FEW, *(pytest.param(each, marks=pytest.mark.full) for each in MANY)])
+@pytest.mark.full
+@pytest.mark.parametrize("parallel", MODES)
 def test_edits_are_those_of_plain_blocks_on_one_device(plain: NDArray[np.float32], parallel: str) -> None:
     ranks = math.prod(int(ways) for ways in re.findall(r"\d", parallel))
     assert way_error(painted(load_fused, parallel, ranks), plain) < MOST_ERROR

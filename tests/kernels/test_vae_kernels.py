@@ -25,7 +25,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 # Sizes that fill less than a tile, and many; channels and groups that are no powers of two.
-@pytest.mark.parametrize(("channels", "groups", "height", "width"), [(16, 8, 5, 3), (48, 8, 16, 8), (1000, 8, 24, 48)])
+@pytest.mark.parametrize(("channels", "groups", "height", "width"), [(16, 8, 5, 3), (48, 8, 16, 8), (1000, 8, 12, 24)])
 def test_the_norm_is_torchs(device: torch.device, channels: int, groups: int, height: int, width: int) -> None:
     image = (drawn(device, 1, channels, height, width) * 3 + 5).contiguous(memory_format=torch.channels_last)
     weight, bias = drawn(device, channels), drawn(device, channels)

@@ -206,8 +206,9 @@ class Team:
             logger.exception("rank 0 did not end well")
         self._closing = True
         self._wake.send(None)
-        for worker in self._workers:
+        for worker in self._workers:  # all before any is waited for, or those in a collective tell of the others' end
             worker.process.kill()
+        for worker in self._workers:
             worker.process.wait()
         if self._lost is None:
             leave()
