@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import GlmImageTransformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices.cpu import CpuDevice
@@ -25,7 +26,9 @@ class CpuWithAnother(CpuDevice):
     attention_backend = "_native_math"
 
 
-def test_what_attends_is_named_as_in_diffusers(checkpoint_folder: Path) -> None:
+def test_what_attends_is_named_as_in_diffusers(checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # diffusers sets it for all transformers of the process.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry.get_active_backend()[0])
     config = Checkpoint.open(checkpoint_folder).config("transformer")
     transformer = GlmImageTransformer2DModel.from_config(config | {"num_layers": 1})
     cpu = torch.device("cpu")
