@@ -28,7 +28,7 @@ import torch
 
 from train_tiny.data import Samples, sample
 from train_tiny.loop import Log, Stage, seconds_of, train
-from train_tiny.schedule import Schedule
+from train_tiny.schedule import train_all
 from train_tiny.vocabulary import merges_of
 
 SHARES = {"vae": (1.0, 0.0), "vision": (1.0, 0.0), "painter": (1.0, 0.0), "editor": (0.7, 0.3), "writer": (0.67, 0.33)}
@@ -96,7 +96,7 @@ def run_all(arguments: argparse.Namespace) -> None:
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"the stage {name} did not end well on {device}")
 
-    Schedule(train_stage).run(arguments.device.split(","))
+    train_all(train_stage, arguments.device.split(","))
     from train_tiny.export import export  # noqa: PLC0415
 
     export(arguments.folder)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices import open_device
-from glm_image.dit.executor import ForgetSources, Prepare, ReadSources, Step
+from glm_image.dit.executor import Prepare, ReadSources, Step
 from glm_image.dit.settings import DitSettings
 from glm_image.geometry import Grid
 from glm_image.parallel.layout import ParallelLayout
@@ -56,10 +56,9 @@ def painted(load: Load, parallel: str = "auto", ranks: int = 1) -> NDArray[np.fl
         running.run(Prepare(0, "a red star with a sign 'FOX'", "", ids, GRID, 1, 1.5, seed=1, sources_of=0))
         running.run(Step(0))
         latents: NDArray[np.float32] = running.run(TakeLatents(0))
-        running.run(ForgetSources(0))
+        return latents
     finally:
         running.close()
-    return latents
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from threading import Barrier, Lock
 import pytest
 
 from train_tiny.__main__ import MINUTES, SAMPLES
-from train_tiny.schedule import NEEDS, Schedule
+from train_tiny.schedule import NEEDS, train_all
 
 
 class Trained:
@@ -32,7 +32,7 @@ def test_every_stage_has_its_place() -> None:
 @pytest.mark.parametrize("devices", [["cpu"], ["cuda:0", "cuda:1"], ["cuda:0", "cuda:1", "cuda:2"]])
 def test_each_stage_is_trained_once_and_after_what_it_needs(devices: list[str]) -> None:
     trained = Trained()
-    Schedule(trained).run(devices)
+    train_all(trained, devices)
     assert sorted(trained.stages) == sorted(NEEDS)
     assert set(trained.devices.values()) <= set(devices)
 
@@ -40,7 +40,7 @@ def test_each_stage_is_trained_once_and_after_what_it_needs(devices: list[str]) 
 def test_two_devices_train_two_stages_at_a_time() -> None:
     together = Barrier(2, timeout=60)
     needs = {"vision": (), "vae": (), "painter": ("vae", "vision"), "writer": ("vision",)}
-    Schedule(lambda stage, device: together.wait() and None, needs).run(["cuda:0", "cuda:1"])
+    train_all(lambda stage, device: together.wait() and None, ["cuda:0", "cuda:1"], needs)
 
 
 def test_a_stage_that_fails_ends_those_that_wait_for_it() -> None:
@@ -51,5 +51,5 @@ def test_a_stage_that_fails_ends_those_that_wait_for_it() -> None:
         raise SystemExit(f"{stage} did not end well")
 
     with pytest.raises(SystemExit, match="vae did not end well"):
-        Schedule(train, {"vae": (), "painter": ("vae",)}).run(["cuda:0", "cuda:1"])
+        train_all(train, ["cuda:0", "cuda:1"], {"vae": (), "painter": ("vae",)})
     assert begun == ["vae"]
