@@ -87,8 +87,7 @@ H100: Final = StageTimes(
     splits=Splits(
         decode=undivided(2, 1.66),
         cfg=undivided(2, 1.91),
-        # Reckoned: 95.5 ms of the kernels alone, and two sums of 67 MB in each of 30 blocks at the rate of `ulysses`.
-        tp=undivided(2, 1.47),
+        tp=undivided(2, 1.64),  # on two H200
         ring=undivided(2, 1.58),
         ulysses=undivided(2, 1.78),
     ),
