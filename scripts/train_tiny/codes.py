@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from glm_image import geometry
 from train_tiny.cells import CellLabels, cell_labels, cell_weights
-from train_tiny.data import Choice, Samples, by_size, small_pictures
+from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, small_pictures
 from train_tiny.loop import weighted_mean
 from train_tiny.models import CONFIG, build_ar, quantize, tower_features
 from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
@@ -90,7 +90,7 @@ class Codes:
         self._recent = torch.zeros(RECENT, CONFIG.vq_dim, device=device)
         self._pictures: list[Tensor] = []
         self._labels: list[CellLabels] = []
-        for size, own in by_size(samples[0], main_share=0.7):
+        for size, own in by_size(samples[0], 0.35, SPREAD_SIZES):
             # Every second picture is a preview's, whose grid is finer than that of a picture below 512x512.
             for preview in (False, True):
                 scenes = own.scenes.rows(slice(preview, None, 2))

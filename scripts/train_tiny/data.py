@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
 from random import Random
 from typing import NamedTuple
 
@@ -25,14 +26,23 @@ from train_tiny.world.scene import sample_scene
 from train_tiny.world.table import Integers, Table
 
 MAIN_SIZE = Size(256, 256)
-OTHER_SIZES = tuple(
-    Size(*size)
-    for size in (
-        (128, 128), (160, 224), (192, 192), (192, 256), (256, 192), (224, 320), (320, 224), (256, 384), (384, 256),
-        (320, 320), (256, 512), (512, 256), (384, 384), (512, 512),
-    )
-)  # fmt: skip
-"""Height and width."""
+SIDES = range(128, 513, 32)
+"""Of all pictures that there are."""
+OTHER_SIZES = tuple(Size(*sides) for sides in product(SIDES, SIDES) if sides != MAIN_SIZE)
+
+
+def _spread_sizes() -> Iterator[Size]:
+    for short in SIDES:
+        # Rounded up to a side that there is.
+        half_as_long_again = min(math.ceil(1.5 * short / SIDES.step) * SIDES.step, SIDES[-1])
+        for long in {short, half_as_long_again}:
+            yield from {Size(short, long), Size(long, short)} - {MAIN_SIZE}
+    yield from (Size(256, 512), Size(512, 256))
+
+
+SPREAD_SIZES = tuple(sorted(_spread_sizes()))
+"""Square, wide and tall ones of every short side, for stages whose batches are of one size each: for each size a batch
+is compiled and captured."""
 ENGLISH = 0.65
 EDIT_WEIGHTS = {"recolour": 2.0, "move": 1.5, "add": 1.5, "remove": 2.5, "background": 1.0, "word": 1.0}
 """How often each kind of edit is drawn, of removals all that a scene allows: which thing is to go is learned last."""
@@ -66,7 +76,7 @@ class Samples(NamedTuple):
         return Samples(self.scenes.rows(chosen), prompts, None if self.sources is None else self.sources.rows(chosen))
 
 
-def _sampled(job: tuple[int, int, int, bool]) -> Samples:
+def _sampled(job: tuple[str, int, int, bool]) -> Samples:
     seed, chunk, count, edits = job
     rng = Random(f"{seed} {chunk} {edits}")
     if edits:
@@ -87,24 +97,24 @@ def _edits(rng: Random) -> Iterator[Edit]:
         yield from sample_removals(rng) if kind == "remove" else [sample_edit(rng, kind=kind)]
 
 
-def sample(count: int, seed: int, *, edits: bool = False) -> Samples:
+def sample(count: int, seed: int | str, *, edits: bool = False) -> Samples:
     """Samples scenes with captions, or edits, in as many processes as there are cores; the same whatever their number.
 
     To be called before the device is first used: processes are forked.
     """
-    jobs = [(seed, start, min(CHUNK, count - start), edits) for start in range(0, count, CHUNK)]
+    jobs = [(str(seed), start, min(CHUNK, count - start), edits) for start in range(0, count, CHUNK)]
     with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
         return Samples.joined(pool.map(_sampled, jobs, chunksize=1))
 
 
-def by_size(samples: Samples, main_share: float) -> Iterator[tuple[Size, Samples]]:
-    """Deals samples out to the sizes: ``main_share`` to the main one, as many to each other, if there are any."""
+def by_size(samples: Samples, main_share: float, others: Sequence[Size]) -> Iterator[tuple[Size, Samples]]:
+    """Deals samples out to sizes: ``main_share`` to the main one, as many to each other, if there are any."""
     count = samples.scenes.length
     start = round(count * main_share)
     if start:
         yield MAIN_SIZE, samples.rows(slice(start))
-    bounds = np.linspace(start, count, len(OTHER_SIZES) + 1).astype(int)
-    for size, first, last in zip(OTHER_SIZES, bounds, bounds[1:], strict=False):
+    bounds = np.linspace(start, count, len(others) + 1).astype(int)
+    for size, first, last in zip(others, bounds, bounds[1:], strict=False):
         if last > first:
             yield size, samples.rows(slice(first, last))
 

@@ -15,7 +15,7 @@ from train_tiny.loop import finished
 from train_tiny.models import CONFIG, build_ar, build_glyph_encoder, build_transformer, build_vae, load
 from train_tiny.vocabulary import merges_of
 
-STAGES = ("vae", "vision", "painter", "editor", "writer")
+STAGES = ("vae", "vision", "painter", "editor", "writer", "reviser")
 
 
 def export(run: Path) -> Path:
@@ -44,8 +44,8 @@ def trained_modules(run: Path) -> dict[str, nn.Module]:
     ar, transformer, glyphs, vae = build_ar(), build_transformer(), build_glyph_encoder(), build_vae()
     load(ar.model.visual, run, "vision", "tower.")
     load(ar.model.vqmodel, run, "vision", "quantizer.")
-    load(ar.model.language_model, run, "writer", "decoder.")
-    load(ar.lm_head, run, "writer", "head.")
+    load(ar.model.language_model, run, "reviser", "decoder.")
+    load(ar.lm_head, run, "reviser", "head.")
     load(transformer, run, "editor", "transformer.")
     load(glyphs, run, "editor", "glyphs.")
     load(vae, run, "vae", "vae.")
@@ -128,8 +128,8 @@ the font that comes with Pillow.
 ## Training
 
 `scripts/train_tiny`, one stage after the other (the writer needs the vision stage alone), bf16 autocast, AdamW (Muon
-for the linears of attention and feed-forward in painter, editor and writer), a cosine over the time given, averaged
-weights. The editor goes on from the painter's weights.
+for the linears of attention and feed-forward in the last four), a cosine over the time given, averaged weights. The
+editor goes on from the painter's weights, the reviser from the writer's.
 
 | stage | samples | batch | steps | seconds | first loss | last loss | at the end |
 |---|---|---|---|---|---|---|---|

@@ -18,7 +18,7 @@ from glm_image import geometry
 from glm_image.geometry import Size
 from train_tiny.cells import cell_labels, cell_weights
 from train_tiny.compilation import compiled
-from train_tiny.data import Choice, Samples, by_size, common, drawn, glyph_rows, halved
+from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, common, drawn, glyph_rows, halved
 from train_tiny.loop import finished, measured, mixed_precision, weighted_mean
 from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
 from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states, strings_apart
@@ -92,7 +92,7 @@ class Painter:
         self._tokens.spread_to(parts["transformer"].prior_token_embedding.weight)
         self._groups: list[Group] = []
         for own in samples:
-            for size, sized in by_size(own, self.main_share):
+            for size, sized in by_size(own, self.main_share, SPREAD_SIZES):
                 self._groups += self._grouped(size, sized)
         self._choice = Choice([len(group.glyphs) for group in self._groups], seed)
         self._rotary: dict[Size, tuple[Tensor, Tensor]] = {}
@@ -207,7 +207,7 @@ class Editor(Painter):
     """Goes on from what ``Painter`` learned; ``folder`` holds it."""
 
     name = "editor"
-    main_share = 0.6
+    main_share = 0.4
 
     def __init__(self, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> None:
         learned = finished(folder, Painter.name)["weights"]

@@ -11,6 +11,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "painter": ("vae", "vision"),
     "writer": ("vision",),
     "editor": ("painter",),
+    "reviser": ("writer",),
 }
 """Of each stage, those that are done before; in the order in which they are begun where several can be."""
 

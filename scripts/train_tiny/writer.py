@@ -1,7 +1,11 @@
-"""Stage 5, the AR: from words, and the codes of a source picture, to the codes of a picture."""
+"""Stages 5 and 6, the AR: from words, and the codes of a source picture, to the codes of a picture.
+
+First pictures alone; then edits as well.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,8 +22,8 @@ from glm_image.geometry import Grid, PlacedGrid, Size
 from glm_image.prompts import PromptTokenizer
 from train_tiny.cells import decision_weights
 from train_tiny.compilation import compile_blocks, compiled
-from train_tiny.data import Choice, Samples, by_size, small_pictures
-from train_tiny.loop import measured, weighted_mean
+from train_tiny.data import OTHER_SIZES, Choice, Samples, by_size, small_pictures
+from train_tiny.loop import finished, measured, weighted_mean
 from train_tiny.models import CONFIG, Tokens, build_ar
 from train_tiny.vocabulary import processor_of
 from train_tiny.world.table import Table
@@ -28,28 +32,31 @@ SOURCE_START = 1
 """Of a source picture's codes in a prompt: after the image start."""
 ONE_IN = 50
 """Scenes is kept from training, to measure by."""
+MAIN_SHARE = 0.5
+"""Of the pictures, and of the edits, that are of the main size."""
+LENGTH_STEP = 32
 
 
 class Group(NamedTuple):
-    """Samples of one size, with or without a source.
+    """Sequences of about one length, of any sizes: prompts, and what the AR writes after them.
+
+    They are padded at the end, where nothing looks: attention is causal.
 
     Attributes:
-        prompts: ids [n, longest], padded at the end.
+        ids: [n, length].
+        positions: M-RoPE's, [n, 3, length].
         lengths: of the prompts, [n].
         targets: codes of the grids, then the image end: [n, tokens].
-        prompt_positions: M-RoPE positions of the longest prompt and one more, [3, longest + 1].
-        target_positions: of the targets, from 0: [3, tokens].
-        large: tokens of the large grid, the last but the end.
-        weights: how much each target counts, [n, tokens].
+        weights: how much each target counts, 0 where there is none: [n, tokens].
+        large: which of them are of the large grid, [n, tokens].
     """
 
-    prompts: Tensor
+    ids: Tensor
+    positions: Tensor
     lengths: Tensor
     targets: Tensor
-    prompt_positions: Tensor
-    target_positions: Tensor
-    large: int
     weights: Tensor
+    large: Tensor
 
 
 class Writer:
@@ -76,40 +83,38 @@ class Writer:
         )
 
     def _grouped(self, parts: Sequence[Samples]) -> list[Group]:
-        return [self._group(size, sized) for own in parts for size, sized in by_size(own, main_share=0.65)]
+        # Pictures apart from edits: a batch's loss is a mean, in which the few codes of edits would count for little.
+        by_part = (by_length([self._sized(*own) for own in by_size(part, MAIN_SHARE, OTHER_SIZES)]) for part in parts)
+        return list(chain.from_iterable(by_part))
 
-    def _group(self, size: Size, samples: Samples) -> Group:
+    def _sized(self, size: Size, samples: Samples) -> Group:
         target, scenes, sources = geometry.target_grid(size), samples.scenes, samples.sources
         grids = geometry.output_grids(target, image_to_image=sources is not None)
         codes = [self._codes(scenes, grid, preview=len(grids) == 2 and not n) for n, grid in enumerate(grids)]
         end = torch.full((scenes.length, 1), CONFIG.codebook + 1, device=self._device)
         targets = torch.cat([*codes, end], dim=1)
-        weights = torch.ones(targets.shape, device=self._device)
+        weights = torch.ones(targets.shape, dtype=torch.float16, device=self._device)
         placed = () if sources is None else (PlacedGrid(SOURCE_START, target),)
         ids, lengths = prompt_ids(self._processor, samples.prompts, target, [target] * len(placed))
-        prompts, longest = torch.from_numpy(ids).to(self._device), ids.shape[1]
+        prompts, ends = torch.from_numpy(ids).to(self._device), torch.from_numpy(lengths).to(self._device)
         if sources is not None:
             seen = self._codes(sources, target, preview=False)
             prompts[:, SOURCE_START : SOURCE_START + target.tokens] = seen
             weights[:, : target.tokens] = decision_weights(sources, size)
         decoded = geometry.decode_positions(grids, 0)
         decoded = np.concatenate([decoded, decoded[:, -1:] + 1], axis=1)  # nothing is read from the end's
-        return Group(
-            prompts,
-            torch.from_numpy(lengths).to(self._device),
-            targets,
-            torch.from_numpy(geometry.prompt_positions(longest + 1, placed)).to(self._device),
-            torch.from_numpy(decoded).to(self._device),
-            target.tokens,
-            weights,
-        )
+        positions = (geometry.prompt_positions(ids.shape[1] + 1, placed), decoded)
+        laid_out = sequences(prompts, ends, targets, *(torch.from_numpy(own).to(self._device) for own in positions))
+        large = torch.zeros(targets.shape, dtype=torch.bool, device=self._device)
+        large[:, -1 - target.tokens : -1] = True
+        return Group(*laid_out, ends, targets.int(), weights, large)
 
     def _codes(self, scenes: Table, grid: Grid, *, preview: bool) -> Tensor:
         pictures = small_pictures(scenes, grid, self._device, preview=preview)
         return torch.cat([self._tokens.encode(small) for small in pictures])
 
     def kind(self) -> int:
-        """Chooses a size, of pictures or edits."""
+        """Chooses a length, of pictures or edits."""
         return self._choice.group()
 
     def losses(self, kind: int) -> dict[str, Tensor]:
@@ -118,13 +123,17 @@ class Writer:
 
     def _losses(self, groups: Sequence[Group], choice: Choice, index: int) -> dict[str, Tensor]:
         group = groups[index]
-        tokens = group.targets.shape[1] + group.prompts.shape[1]
-        rows = choice.rows(index, max(2, self._batch * 384 // tokens), self._device)
-        ids, positions, wanted_at = sequences(group, rows)
-        states = decoded(self.module["decoder"], ids, positions)
+        rows = choice.rows(index, max(2, self._batch * 384 // group.ids.shape[1]), self._device)
+        return self.loss_of(Group(*(part[rows] for part in group)))
+
+    def loss_of(self, batch: Group) -> dict[str, Tensor]:
+        """The loss, and how often the likeliest code of the large grid is the picture's."""
+        states = decoded(self.module["decoder"], batch.ids, batch.positions.transpose(0, 1))
+        column = torch.arange(batch.targets.shape[1], device=self._device)
+        wanted_at = (batch.lengths[:, None] - 1 + column).clamp(max=batch.ids.shape[1] - 1)
         written = states.gather(1, wanted_at[:, :, None].expand(-1, -1, CONFIG.ar_hidden))
-        loss, right = self._predicted(self.module["head"](written), group.targets[rows], group.weights[rows])
-        return {"loss": loss, "large_grid_right": right[:, -1 - group.large : -1].mean()}
+        loss, right = self._predicted(self.module["head"](written), batch.targets.long(), batch.weights.float())
+        return {"loss": loss, "large_grid_right": weighted_mean(right, batch.large.float())}
 
     def after_step(self, step: int, progress: float) -> None:
         """Nothing is left to do."""
@@ -139,6 +148,17 @@ class Writer:
             for groups, choice in ((self._kept, self._kept_choice), (self._groups, self._choice))
         )
         return kept | {f"trained_{name}": value for name, value in trained.items()}
+
+
+class Reviser(Writer):
+    """Goes on from what ``Writer`` learned; ``folder`` holds it."""
+
+    name = "reviser"
+
+    def __init__(self, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> None:
+        learned = finished(folder, Writer.name)["weights"]
+        super().__init__(samples, folder, device, batch, seed)
+        self.module.load_state_dict(learned)
 
 
 def apart(samples: Samples) -> tuple[Samples, Samples]:
@@ -184,25 +204,56 @@ def predicted(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor,
     return weighted_mean(each, weights), (logits.argmax(-1) == targets).float()
 
 
-def sequences(group: Group, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lays out prompts and what follows them, without gaps, padded at the end where nothing looks.
+def sequences(
+    prompts: Tensor, lengths: Tensor, targets: Tensor, prompt_positions: Tensor, target_positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Lays out prompts of one size and what follows them, without gaps.
+
+    Args:
+        prompts: ids [n, longest], padded at the end.
+        lengths: of the prompts, [n].
+        targets: ids [n, tokens].
+        prompt_positions: M-RoPE's of the longest prompt and one more, [3, longest + 1].
+        target_positions: of the targets, from 0: [3, tokens].
 
     Returns:
-        ids [n, length]; positions [3, n, length]; where the state is that each target is predicted from, [n, targets].
+        ids, int32 [n, longest + tokens]; positions, int16 [n, 3, longest + tokens].
     """
-    lengths, targets = group.lengths[rows], group.targets[rows]
-    count, longest = len(rows), group.prompts.shape[1]
-    column = torch.arange(longest + targets.shape[1], device=rows.device)[None]
+    count, longest = prompts.shape
+    column = torch.arange(longest + targets.shape[1], device=prompts.device)[None]
     written = (column - lengths[:, None]).clamp(0, targets.shape[1] - 1)
     in_prompt = column < lengths[:, None]
     prompt_column = column.clamp(max=longest - 1).expand(count, -1)
-    ids = torch.where(in_prompt, group.prompts[rows].gather(1, prompt_column), targets.gather(1, written))
-    start = group.prompt_positions[:, lengths][:, :, None]
-    positions = torch.where(
-        in_prompt, group.prompt_positions[:, prompt_column], start + group.target_positions[:, written]
-    )
-    wanted_at = lengths[:, None] - 1 + torch.arange(targets.shape[1], device=rows.device)[None]
-    return ids, positions, wanted_at
+    ids = torch.where(in_prompt, prompts.gather(1, prompt_column), targets.gather(1, written))
+    start = prompt_positions[:, lengths][:, :, None]
+    positions = torch.where(in_prompt, prompt_positions[:, prompt_column], start + target_positions[:, written])
+    return ids.int(), positions.transpose(0, 1).to(torch.int16)
+
+
+def by_length(groups: Sequence[Group]) -> list[Group]:
+    """Deals sequences of one size each out to groups of all sizes, by their lengths, rounded up.
+
+    Batches are then of few kinds, and each has many sizes.
+    """
+    parts = defaultdict(list)
+    for group in groups:
+        steps = (group.lengths + group.targets.shape[1] + LENGTH_STEP - 1) // LENGTH_STEP
+        for step in steps.unique().tolist():
+            parts[step].append(Group(*(part[steps == step] for part in group)))
+    return [_joined(parts[step], step * LENGTH_STEP) for step in sorted(parts)]
+
+
+def _joined(groups: Sequence[Group], length: int) -> Group:
+    tokens = max(group.targets.shape[1] for group in groups)
+
+    def padded(part: Tensor, width: int) -> Tensor:
+        return F.pad(part[..., :width], (0, max(0, width - part.shape[-1])))
+
+    alike = [
+        Group(padded(ids, length), padded(positions, length), lengths, *(padded(part, tokens) for part in of_targets))
+        for ids, positions, lengths, *of_targets in groups
+    ]
+    return Group(*(torch.cat(parts) for parts in zip(*alike, strict=True)))
 
 
 def prompt_ids(

@@ -30,7 +30,19 @@ from train_tiny.vocabulary import processor_of, train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Scene, Sign, Thing
 from train_tiny.world.table import COLOUR_INDEX, Table
-from train_tiny.writer import ONE_IN, Group, Writer, apart, decoded, predicted, prompt_ids, sequences
+from train_tiny.writer import (
+    LENGTH_STEP,
+    ONE_IN,
+    Group,
+    Reviser,
+    Writer,
+    apart,
+    by_length,
+    decoded,
+    predicted,
+    prompt_ids,
+    sequences,
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,27 +119,36 @@ def test_a_batch_through_the_vision_tower_is_the_towers_own_forward() -> None:
 
 @pytest.mark.parametrize("edit", [False, True])
 def test_the_writers_sequences_are_what_the_engine_decodes(edit: bool) -> None:
-    target = Grid(2, 3)
-    grids = geometry.output_grids(target, image_to_image=edit)
-    sources = [PlacedGrid(1, target)] if edit else []
-    lengths, longest, tokens = [9, 12], 16, sum(grid.tokens for grid in grids)
-    group = Group(
-        torch.arange(2 * longest).view(2, longest) + 1000,
-        torch.tensor(lengths),
-        torch.arange(2 * (tokens + 1)).view(2, -1),
-        torch.from_numpy(geometry.prompt_positions(longest + 1, sources)),
-        torch.nn.functional.pad(torch.from_numpy(geometry.decode_positions(grids, 0)), (0, 1)),
-        target.tokens,
-        torch.ones(2, tokens + 1),
-    )
-    ids, positions, wanted_at = sequences(group, torch.tensor([0, 1]))
-    for row, length in enumerate(lengths):
-        end = length + tokens
-        assert ids[row, :end].tolist() == [*group.prompts[row, :length].tolist(), *group.targets[row, :-1].tolist()]
-        prompt = geometry.prompt_positions(length, sources)
-        decoded = geometry.decode_positions(grids, int(prompt[:, -1].max()) + 1)
-        assert positions[:, row, :end].tolist() == np.concatenate([prompt, decoded], axis=1).tolist()
-        assert wanted_at[row].tolist() == list(range(length - 1, end))
+    lengths, longest, groups = [29, 32, 27], 36, []
+    targets = [Grid(2, 3), Grid(2, 3), Grid(5, 4)]
+    sources = {target: [PlacedGrid(1, target)] if edit else [] for target in targets}
+    grids = {target: geometry.output_grids(target, image_to_image=edit) for target in targets}
+    prompts, written = torch.randint(1000, 2000, (3, longest)), torch.randint(1000, 2000, (3, 321))
+    for rows in ([0, 1], [2]):
+        target = targets[rows[0]]
+        tokens = sum(grid.tokens for grid in grids[target]) + 1
+        laid_out = sequences(
+            prompts[rows],
+            torch.tensor(lengths)[rows],
+            written[rows, :tokens],
+            torch.from_numpy(geometry.prompt_positions(longest + 1, sources[target])),
+            F.pad(torch.from_numpy(geometry.decode_positions(grids[target], 0)), (0, 1)),
+        )
+        ones = torch.ones(len(rows), tokens)
+        groups.append(Group(*laid_out, torch.tensor(lengths)[rows], written[rows, :tokens], ones, ones == 1))
+    found = {int(row[2]): row for group in by_length(groups) for row in zip(*group, strict=True)}
+    assert len(found) == 3
+    for row, (length, target) in enumerate(zip(lengths, targets, strict=True)):
+        ids, positions, _, own, weights, large = found[length]
+        tokens = int(weights.sum())
+        assert tokens == sum(grid.tokens for grid in grids[target]) + 1
+        end = length + tokens - 1
+        assert ids[:end].tolist() == [*prompts[row, :length].tolist(), *written[row, : tokens - 1].tolist()]
+        assert own[:tokens].tolist() == written[row, :tokens].tolist()
+        assert torch.equal(large, weights == 1)
+        prompt = geometry.prompt_positions(length, sources[target])
+        decoded = geometry.decode_positions(grids[target], int(prompt[:, -1].max()) + 1)
+        assert positions[:, :end].tolist() == np.concatenate([prompt, decoded], axis=1).tolist()
 
 
 def test_a_batch_of_sequences_is_the_decoders_own_forward() -> None:
@@ -341,7 +362,8 @@ def run_so_far(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def few_texts_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train_tiny.data.OTHER_SIZES", (Size(128, 128),))
+    for sizes in ("codes.SPREAD_SIZES", "painter.SPREAD_SIZES", "writer.OTHER_SIZES"):
+        monkeypatch.setattr(f"train_tiny.{sizes}", (Size(128, 128),))
     monkeypatch.setattr("train_tiny.vocabulary.TEXTS", 600)
 
 
@@ -377,18 +399,54 @@ def likeness(rows: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("few_texts_and_sizes")
-def test_the_writer_reads_sources_and_begins_with_codes_that_are_alike(run_so_far: Path) -> None:
+def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes(run_so_far: Path) -> None:
+    device = torch.device("cpu")
+    with pytest.raises(SystemExit, match="the stage writer is not done"):
+        Reviser([], run_so_far, device, 2, 0)
     samples = [sample(60, 0), sample(60, 0, edits=True)]
-    writer = Writer(samples, run_so_far, torch.device("cpu"), 2, 0)
-    assert [group.targets.shape[1] for group in writer._groups] == [256 + 64 + 1, 256 + 16 + 1, 64 + 1, 16 + 1]
-    tokens = models.Tokens(run_so_far)
+    writer = Writer(samples[:1], run_so_far, device, 2, 0)
+    loop.Training(writer, run_so_far / "writer.pt").finish(1.0)
+    reviser = Reviser(samples, run_so_far, device, 2, 0)
+    learned = writer.module.state_dict()
+    assert all(torch.equal(value, learned[name]) for name, value in reviser.module.state_dict().items())
+    sizes = [256 + 16, 256 + 64, 16, 64]  # codes of the grids of 128x128 and 256x256, of edits of the large one alone
+    seen = {int(tokens) - 1 for group in reviser._groups for tokens in (group.weights > 0).sum(1)}
+    assert seen == set(sizes)
+    assert {int(tokens) - 1 for group in writer._groups for tokens in (group.weights > 0).sum(1)} == set(sizes[:2])
+    for index, group in enumerate(reviser._groups):
+        assert group.ids.shape[1] % LENGTH_STEP == 0
+        assert ((group.lengths + (group.weights > 0).sum(1)) <= group.ids.shape[1]).all()
+        edits = group.targets.shape[1] < 256
+        assert set(group.weights.unique().tolist()) - {0.0} == ({1.0, 4.0, 8.0} if edits else {1.0})
+        assert set(group.large.sum(1).tolist()) <= {16, 64}
+        assert reviser.losses(index)["loss"].isfinite()
     trained = apart(samples[1])[0]
-    sources = next(iter(small_pictures(trained.sources.rows(slice(2)), Grid(8, 8), torch.device("cpu"), preview=False)))
-    assert torch.equal(writer._groups[2].prompts[:2, 1:65], tokens.encode(sources))
-    for index, group in enumerate(writer._groups):
-        assert set(group.weights.unique().tolist()) == ({1.0, 4.0, 8.0} if index >= 2 else {1.0})
-        assert writer.losses(index)["loss"].isfinite()
-    codebook = likeness(tokens.quantizer.quantize.embedding.weight)
+    source = next(iter(small_pictures(trained.sources.rows(slice(1)), Grid(8, 8), device, preview=False)))
+    codes = models.Tokens(run_so_far).encode(source)[0].int()
+    assert any((group.ids[:, 1:65] == codes).all(1).any() for group in reviser._groups if group.ids.shape[1] > 65)
+
+
+@pytest.mark.usefixtures("few_texts_and_sizes")
+def test_what_pads_a_batch_of_sequences_changes_no_loss(run_so_far: Path) -> None:
+    writer = Writer([sample(40, 0)], run_so_far, torch.device("cpu"), 40, 0)
+    (group,) = writer._groups[-1:]
+    rows = torch.arange(3)
+    padded = Group(*(part[rows] for part in group))
+    longer = Group(
+        F.pad(padded.ids, (0, 32), value=5),
+        F.pad(padded.positions, (0, 32), value=3),
+        padded.lengths,
+        *(F.pad(part, (0, 9)) for part in (padded.targets, padded.weights, padded.large)),
+    )
+    found = [writer.loss_of(of) for of in (padded, longer)]
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-6), name
+
+
+@pytest.mark.usefixtures("few_texts_and_sizes")
+def test_the_writer_begins_with_codes_that_are_alike(run_so_far: Path) -> None:
+    writer = Writer([sample(60, 0)], run_so_far, torch.device("cpu"), 2, 0)
+    codebook = likeness(models.Tokens(run_so_far).quantizer.quantize.embedding.weight)
     decoder = writer.module["decoder"]
     for rows in (decoder.embed_tokens.weight, writer.module["head"].weight):
         assert torch.allclose(likeness(rows), codebook, atol=1e-5)
@@ -402,7 +460,7 @@ def test_every_second_picture_of_the_codes_is_a_preview(run_so_far: Path) -> Non
     samples = sample(24, 0)
     codes = Codes([samples], torch.device("cpu"), 4, 0)
     assert [pictures.shape[2:] for pictures in codes._pictures] == [(128, 128), (256, 256), (64, 64), (256, 256)]
-    main = samples.rows(slice(17)).scenes
+    main = samples.rows(slice(8)).scenes
     assert torch.equal(codes._pictures[0][1], halved(draw(main.rows(slice(2, 3)), 256, 256))[0])
     assert torch.equal(codes._pictures[1][0], draw(main.rows(slice(1, 2)), 256, 256)[0])
     assert all(codes.losses(group)["loss"].isfinite() for group in range(4))
