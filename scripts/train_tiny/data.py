@@ -46,7 +46,8 @@ is compiled and captured."""
 ENGLISH = 0.65
 EDIT_WEIGHTS = {"recolour": 2.0, "move": 1.5, "add": 1.5, "remove": 2.5, "background": 1.0, "word": 1.0}
 """How often each kind of edit is drawn, of removals all that a scene allows: which thing is to go is learned last."""
-PIXELS_AT_ONCE = 4096 * 256 * 256
+PIXELS_AT_ONCE = 8192 * 256 * 256
+"""Drawn together: of few pictures the launches take longer than their work."""
 CHUNK = 500
 
 

@@ -58,6 +58,10 @@ class Group(NamedTuple):
     weights: Tensor
     large: Tensor
 
+    def rows(self, chosen: Tensor) -> Group:
+        """Returns some of the sequences."""
+        return Group(*(part[chosen] for part in self))
+
 
 class Writer:
     """Trains the next token, over all tokens that the AR writes itself."""
@@ -76,16 +80,21 @@ class Writer:
         for rows in (model.model.language_model.embed_tokens.weight, model.lm_head.weight):
             self._tokens.spread_to(rows[: CONFIG.codebook])
         self._processor = processor_of(folder)
-        trained, kept = zip(*map(apart, samples), strict=True)
-        self._groups, self._kept = self._grouped(trained), self._grouped(kept)
+        self._groups, self._kept = list[Group](), list[Group]()
+        for part in samples:
+            self._add(part)
         self._choice, self._kept_choice = (
             Choice([len(group.lengths) for group in groups], seed) for groups in (self._groups, self._kept)
         )
 
-    def _grouped(self, parts: Sequence[Samples]) -> list[Group]:
-        # Pictures apart from edits: a batch's loss is a mean, in which the few codes of edits would count for little.
-        by_part = (by_length([self._sized(*own) for own in by_size(part, MAIN_SHARE, OTHER_SIZES)]) for part in parts)
-        return list(chain.from_iterable(by_part))
+    def _add(self, samples: Samples) -> None:
+        # Pictures apart from edits: in a batch's mean loss the few codes of edits would count for little.
+        kept = torch.from_numpy(measured_by(samples)).to(self._device)
+        sized = [self._sized(*own) for own in by_size(samples, MAIN_SHARE, OTHER_SIZES)]
+        shares = kept.split([len(group.lengths) for group in sized])
+        pairs = list(zip(sized, shares, strict=True))
+        self._groups += by_length([group.rows(~own) for group, own in pairs])
+        self._kept += by_length([group.rows(own) for group, own in pairs])
 
     def _sized(self, size: Size, samples: Samples) -> Group:
         target, scenes, sources = geometry.target_grid(size), samples.scenes, samples.sources
@@ -124,7 +133,7 @@ class Writer:
     def _losses(self, groups: Sequence[Group], choice: Choice, index: int) -> dict[str, Tensor]:
         group = groups[index]
         rows = choice.rows(index, max(2, self._batch * 384 // group.ids.shape[1]), self._device)
-        return self.loss_of(Group(*(part[rows] for part in group)))
+        return self.loss_of(group.rows(rows))
 
     def loss_of(self, batch: Group) -> dict[str, Tensor]:
         """The loss, and how often the likeliest code of the large grid is the picture's."""
@@ -161,17 +170,16 @@ class Reviser(Writer):
         self.module.load_state_dict(learned)
 
 
-def apart(samples: Samples) -> tuple[Samples, Samples]:
-    """Samples to train on, and those of one scene in ``ONE_IN`` to measure by.
+def measured_by(samples: Samples) -> NDArray[np.bool_]:
+    """Which samples are not trained on but measured by: those of one scene in ``ONE_IN``, [n].
 
     Edits of one scene follow one another.
     """
     begins = np.ones(samples.scenes.length, dtype=bool)
     if samples.sources is not None:
         begins[1:] = samples.sources.changes()
-    kept = begins.cumsum() % ONE_IN == 1
-    trained, measured_by = (samples.rows(np.flatnonzero(some)) for some in (~kept, kept))
-    return trained, measured_by
+    kept: NDArray[np.bool_] = begins.cumsum() % ONE_IN == 1
+    return kept
 
 
 def decoded(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
@@ -239,7 +247,7 @@ def by_length(groups: Sequence[Group]) -> list[Group]:
     for group in groups:
         steps = (group.lengths + group.targets.shape[1] + LENGTH_STEP - 1) // LENGTH_STEP
         for step in steps.unique().tolist():
-            parts[step].append(Group(*(part[steps == step] for part in group)))
+            parts[step].append(group.rows(steps == step))
     return [_joined(parts[step], step * LENGTH_STEP) for step in sorted(parts)]
 
 

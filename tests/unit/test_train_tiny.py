@@ -36,9 +36,9 @@ from train_tiny.writer import (
     Group,
     Reviser,
     Writer,
-    apart,
     by_length,
     decoded,
+    measured_by,
     predicted,
     prompt_ids,
     sequences,
@@ -163,7 +163,8 @@ def test_a_batch_of_sequences_is_the_decoders_own_forward() -> None:
 @pytest.mark.parametrize("edits", [False, True])
 def test_edits_of_a_scene_are_trained_on_or_measured_by_together(edits: bool) -> None:
     samples = sample(900, 1, edits=edits)
-    parts = apart(samples)
+    chosen = measured_by(samples)
+    parts = [samples.rows(np.flatnonzero(some)) for some in (~chosen, chosen)]
     tables = (part.sources if edits else part.scenes for part in parts)
     trained, kept = ([str(row) for row in zip(*(column.tolist() for column in table), strict=True)] for table in tables)
     assert len(trained) + len(kept) == samples.scenes.length
@@ -420,7 +421,7 @@ def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes
         assert set(group.weights.unique().tolist()) - {0.0} == ({1.0, 4.0, 8.0} if edits else {1.0})
         assert set(group.large.sum(1).tolist()) <= {16, 64}
         assert reviser.losses(index)["loss"].isfinite()
-    trained = apart(samples[1])[0]
+    trained = samples[1].rows(np.flatnonzero(~measured_by(samples[1])))
     source = next(iter(small_pictures(trained.sources.rows(slice(1)), Grid(8, 8), device, preview=False)))
     codes = models.Tokens(run_so_far).encode(source)[0].int()
     assert any((group.ids[:, 1:65] == codes).all(1).any() for group in reviser._groups if group.ids.shape[1] > 65)
