@@ -6,7 +6,8 @@ Prompts are ones kept from training. ``pictures`` tells the model's shares of ri
 ``drawings`` what the same judge says of the true drawings: its own accuracy; ``shuffled`` what it says of the model's
 pictures for other prompts: chance. ``edits`` tells how often the change asked for is there, and all else kept. A
 property's share is of the pictures that were asked for it (``of``). With ``--true-codes`` the second stage is given the
-codes of the true drawings, which tells its own faults from the first stage's.
+codes of the true drawings, which tells its own faults from the first stage's. With ``--other-words`` prompts are said
+as people may who do not know the world's own phrases.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from eval.questions import (
     drawn,
     edit_questions,
     local_painter,
+    otherwise,
     scene_questions,
     served_painter,
 )
@@ -88,14 +90,22 @@ def measure(
     return pictures, [look(picture) for picture in pictures], float(np.median([seconds for _, seconds in answers]))
 
 
+def questions_of(asked: argparse.Namespace) -> dict[str, list[Question]]:
+    """Returns what is asked for, by the name of the measure."""
+    questions = {
+        "pictures": scene_questions(asked.n, asked.seed),
+        "edits": edit_questions(asked.edits, asked.seed),
+    }
+    return {name: otherwise(own, asked.seed) if asked.other_words else own for name, own in questions.items()}
+
+
 def say(what: str, **values: Any) -> None:
     print(json.dumps({"measure": what, **values}, ensure_ascii=False), flush=True)
 
 
 def run(painter: Painter, asked: argparse.Namespace, request: Request) -> None:
     """Asks, judges and tells; the wrong ones in words, and as a sheet if there is a folder for it."""
-    for name, questions in (("pictures", scene_questions(asked.n, asked.seed)),
-                            ("edits", edit_questions(asked.edits, asked.seed))):  # fmt: skip
+    for name, questions in questions_of(asked).items():
         if not questions:
             continue
         pictures, seen, seconds = measure(painter, questions, request, asked.together)
@@ -120,6 +130,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     where.add_argument("--url", metavar="HOST:PORT", help="painted by a server")
     add_request_arguments(parser)
     parser.add_argument("--true-codes", action="store_true", help="the second stage alone, given true drawings' codes")
+    parser.add_argument("--other-words", action="store_true", help="prompts otherwise than the world says them")
     parser.add_argument("--together", type=int, default=1, help="requests in flight (%(default)s)")
     parser.add_argument("--tell-wrong", action="store_true", help="a line for each picture that is not all right")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="saves the pictures, and sheets with what is wrong")

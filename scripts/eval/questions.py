@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 from train_tiny.world.caption import LANGUAGES, caption
 from train_tiny.world.draw import draw
 from train_tiny.world.edits import KINDS, Edit, sample_edit
+from train_tiny.world.paraphrase import in_other_words
 from train_tiny.world.scene import Scene, sample_scene
 
 Picture = NDArray[np.uint8]
@@ -78,6 +79,12 @@ def edit_questions(count: int, seed: int) -> list[Question]:
     rng = Random(seed)
     edits = [sample_edit(rng, held_out=True, kind=KINDS[index % len(KINDS)]) for index in range(count)]
     return [Question(edit.instruction, edit.after, seed + index, edit) for index, edit in enumerate(edits)]
+
+
+def otherwise(questions: Sequence[Question], seed: int) -> list[Question]:
+    """Returns the same questions with prompts in other words, as far as they can be said so."""
+    rng = Random(seed)
+    return [replace(question, prompt=in_other_words(question.prompt, rng)) for question in questions]
 
 
 def drawn(scene: Scene, request: Request) -> Picture:

@@ -22,6 +22,7 @@ from glm_image.geometry import Grid, Size
 from train_tiny.world.caption import caption
 from train_tiny.world.draw import draw
 from train_tiny.world.edits import Edit, sample_edit, sample_removals
+from train_tiny.world.paraphrase import paraphrased
 from train_tiny.world.scene import sample_scene
 from train_tiny.world.table import Integers, Table
 
@@ -83,11 +84,12 @@ def _sampled(job: tuple[str, int, int, bool]) -> Samples:
     if edits:
         found = list(islice(_edits(rng), count))
         before, after = Table.of([edit.before for edit in found]), Table.of([edit.after for edit in found])
-        return Samples(after, [edit.instruction for edit in found], before)
+        return Samples(after, [paraphrased(edit.instruction, rng) for edit in found], before)
     scenes, captions = [], []
     for _ in range(count):
         scenes.append(sample_scene(rng))
-        captions.append(caption(scenes[-1], rng, "en" if rng.random() < ENGLISH else "zh"))
+        language = "en" if rng.random() < ENGLISH else "zh"
+        captions.append(paraphrased(caption(scenes[-1], rng, language), rng))
     return Samples(Table.of(scenes), captions)
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from random import Random
 
 import pytest
@@ -8,9 +11,10 @@ import torch
 
 from glm_image.prompts import quoted_strings
 from train_tiny.world import shapes
-from train_tiny.world.caption import LANGUAGES, caption
+from train_tiny.world.caption import COLOURS_ZH, LANGUAGES, caption
 from train_tiny.world.draw import draw
 from train_tiny.world.edits import KINDS, sample_edit, sample_removals
+from train_tiny.world.paraphrase import RULES, in_other_words, paraphrased
 from train_tiny.world.scene import Background, Scene, Sign, Thing, combination_held_out, sample_scene, word_held_out
 from train_tiny.world.shapes import SHAPE_LAYERS, padded, to_polygon
 from train_tiny.world.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, RELATIONS, SHAPES
@@ -75,6 +79,42 @@ def test_the_only_quoted_text_of_a_caption_is_the_word(language: str) -> None:
     rng = Random(5)
     for scene in (sample_scene(rng) for _ in range(300)):
         assert quoted_strings(caption(scene, rng, language)) == ([scene.sign.word] if scene.sign else [])
+
+
+@lru_cache
+def texts(count: int) -> list[str]:
+    rng = Random(7)
+    captions = [caption(sample_scene(rng), rng, rng.choice(LANGUAGES)) for _ in range(count)]
+    return captions + [sample_edit(rng).instruction for _ in range(count)]
+
+
+def test_other_words_leave_colours_and_what_is_in_quotes() -> None:
+    rng = Random(8)
+    synonyms = {"gray": "grey", "violet": "purple", "turquoise": "cyan", "pale": "light"}
+    colours = {part for colour in (*COLOURS, *BACKGROUND_COLOURS) for part in colour.split()}
+
+    def told(text: str) -> Counter[str]:
+        words = (synonyms.get(word, word) for word in re.findall(r"[a-z]+", text.lower()))
+        chinese = re.findall("|".join(colour[:-1] for colour in COLOURS_ZH.values()), text)
+        return Counter([*(word for word in words if word in colours), *chinese])
+
+    others = {text: in_other_words(text, rng) for text in texts(1500)}
+    assert sum(text != other for text, other in others.items()) > 0.8 * len(others)
+    for text, other in others.items():
+        assert quoted_strings(other) == quoted_strings(text)
+        assert told(other) == told(text), other
+        assert "  " not in other
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, _ in RULES], ids=lambda pattern: pattern.pattern)
+def test_every_rule_says_something_otherwise(pattern: re.Pattern[str]) -> None:
+    assert any(pattern.search(text) for text in texts(1500))
+
+
+def test_half_of_what_is_learned_is_in_the_worlds_own_words() -> None:
+    rng, own = Random(9), texts(500)
+    kept = sum(paraphrased(text, rng) == text for text in own) / len(own)
+    assert 0.5 < kept < 0.65
 
 
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (256, 256), (128, 512), (512, 160)])
