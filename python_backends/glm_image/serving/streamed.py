@@ -8,7 +8,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -81,22 +82,28 @@ class Streamed:
 
     def run(self) -> None:
         """Takes the request through both stages and sends its last response; whatever happens, there is one."""
-        follower = threading.Thread(target=self._follow, name="stream-follower", daemon=True)
-        follower.start()
         try:
-            outputs = self._generate()
-            self._done.set()
-            follower.join()  # pictures on the way are told before the last one
+            with self._followed():  # pictures on the way are told before the last one
+                outputs = self._generate()
             self._send(self._story.end(), outputs, is_last=True)
         except StageError as error:
             self._send_error(relayed(str(error)))
         except Exception as error:  # whatever it is, the client must get an answer
             self._send_error(triton_error(error))
         finally:
-            self._done.set()
-            follower.join()
             for preview in self._previews:
                 preview.join()
+
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """Tells the progress of what is done within, to its end."""
+        follower = threading.Thread(target=self._follow, name="stream-follower", daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            follower.join()
 
     def _generate(self) -> Arrays:
         following = Following(self._arrived_ns, self._preview_steps > 0, self._pictures_every)
