@@ -114,8 +114,8 @@ unchanged.
 ## What it draws
 
 One to three of twelve shapes in twelve colours, small or large, one beside, above or inside another; plain, graded,
-striped or checked backgrounds; a sign with one word of one to six capital letters, in quotes in the prompt. English and
-Chinese. Edits of such pictures: another colour, place, background or word, a thing more or less. Sizes of 128 to 512
+striped or checked backgrounds; a sign with one word of one to six letters, in quotes in the prompt, drawn as capitals.
+English and Chinese. Edits of such pictures: another colour, place, background or word, a thing more or less. Sizes of 128 to 512
 pixels a side, in steps of 32; 256x256 is what it knows best. Twenty steps, guidance 1.5; codes are drawn at temperature
 1 from the likeliest that sum to 0.9. The published model's 0.9 and 0.75 do as well: see `docs/training.md`.
 
@@ -123,7 +123,7 @@ pixels a side, in steps of 32; 256x256 is what it knows best. Twenty steps, guid
 
 All of it is drawn by `scripts/train_tiny/world`; no picture or text of anybody's is in it. One in ten combinations of
 shapes, colours and relations, and one in ten words, is kept from training, to be judged by. The letters are those of
-the font that comes with Pillow.
+the font that comes with Pillow. Half of the prompts are said in other words than the world's own (`paraphrase.py`).
 
 ## Training
 

@@ -1,7 +1,7 @@
 """Captions and instructions in other words: what people write who do not know the world's own phrases.
 
-``caption`` and ``edits`` say everything in a few ways; here parts of what they said are said otherwise. What is in
-quotes stays as it is: patterns have no capitals but at the beginning, and words of signs are all capitals.
+``caption`` and ``edits`` say everything in a few ways; here parts of what they said are said otherwise. Of what is in
+quotes, a word of capitals, nothing changes but these: signs have no small letters, whatever the prompt has.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ STARTS: Final = (
 )  # fmt: skip
 COLOUR: Final = r"((?!plain|striped|checked)(?:light )?\w+)"
 
+FIRST: Final = r"(?:(?:A picture of|A drawing of|An image of) a|A)"
+QUOTED: Final = r"(['\"“][A-Z]+['\"”])"
+
 RULES: Final = tuple(
     (re.compile(pattern), ways)
     for pattern, ways in (
+        # The order of what is said.
+        (rf"^{FIRST}(n?) (.+) on a (?:plain )?{COLOUR} background(.*)$", (r"On a \3 background, a\1 \2\4",)),
+        (
+            rf"^{FIRST}(n?) (.+) with a sign (?:that says|saying) {QUOTED}(.*)$",
+            (r"A sign that says \3 and a\1 \2\4", r"A sign with \3 below a\1 \2\4"),
+        ),
         # How a caption begins, and an instruction.
-        (r"^(?:(?:A picture of|A drawing of|An image of) a|A)(?=n? )", STARTS),
+        (rf"^{FIRST}(?=n? )", STARTS),
         (r"^(?:Remove|Take away|Delete) ", ("Erase ", "Get rid of ", "Please remove ", "remove ")),
         (r"^(?:Make|Turn|Paint) (?=the (?!sign))", ("Colour ", "make ", "Please make ")),
         (r"^Change (the (?!word|background).+) to ", (r"Change the colour of \1 to ", r"Recolour \1 to ")),
@@ -93,7 +102,8 @@ RULES: Final = tuple(
 )  # fmt: skip
 """What may be said otherwise, and how; in this order."""
 ARTICLES: Final = re.compile(r"\b(?:an?|the) (?=[a-z])")
-AS_IT_IS, OTHERWISE, WITHOUT_ARTICLES = 0.5, 0.5, 0.15
+CAPITALS: Final = re.compile(r"(?<=['\"“「])[A-Z]+(?=['\"”」])")
+AS_IT_IS, OTHERWISE, WITHOUT_ARTICLES, IN_SMALL_LETTERS = 0.5, 0.5, 0.15, 0.3
 
 
 def paraphrased(text: str, rng: Random) -> str:
@@ -110,6 +120,9 @@ def in_other_words(text: str, rng: Random) -> str:
     """Says each part that can be said otherwise so half of the time."""
     for pattern, ways in RULES:
         text = pattern.sub(partial(_said, ways, rng), text)
+    if rng.random() < IN_SMALL_LETTERS:
+        small = rng.choice((str.lower, str.capitalize))
+        text = CAPITALS.sub(lambda found: small(found[0]), text)
     return ARTICLES.sub("", text) if rng.random() < WITHOUT_ARTICLES else text
 
 
