@@ -115,9 +115,10 @@ unchanged.
 
 One to three of twelve shapes in twelve colours, small or large, one beside, above or inside another; plain, graded,
 striped or checked backgrounds; a sign with one word of one to six letters, in quotes in the prompt, drawn as capitals.
-English and Chinese. Edits of such pictures: another colour, place, background or word, a thing more or less. Sizes of 128 to 512
-pixels a side, in steps of 32; 256x256 is what it knows best. Twenty steps, guidance 1.5; codes are drawn at temperature
-1 from the likeliest that sum to 0.9. The published model's 0.9 and 0.75 do as well: see `docs/training.md`.
+English and Chinese. Edits of such pictures: another colour, place, background or word, a thing more or less. Sizes of
+128 to 512 pixels a side, in steps of 32; 256x256 is what it knows best. Twenty steps, guidance 1.5; codes are drawn at
+temperature 1 from the likeliest that sum to 0.9. The published model's 0.9 and 0.75 do as well: see
+`docs/training.md`.
 
 ## Data
 
