@@ -45,7 +45,7 @@ EDITS = {"editor": 0.3, "reviser": 0.4}
 BATCH = {"vae": 16, "vision": 256, "painter": 256, "editor": 256, "writer": 128, "reviser": 128}
 """Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
 MINUTES = {"vae": 4.5, "vision": 5.2, "painter": 7.7, "editor": 7.8, "writer": 6.7, "reviser": 7.9}
-"""What the shipped weights were given."""
+"""Each less than eight, all together less than forty."""
 
 
 def build(name: str, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> Stage:

@@ -42,8 +42,7 @@ def _spread_sizes() -> Iterator[Size]:
 
 
 SPREAD_SIZES = tuple(sorted(_spread_sizes()))
-"""Square, wide and tall ones of every short side, for stages whose batches are of one size each: for each size a batch
-is compiled and captured."""
+"""Square, wide and tall ones of every short side, for stages that capture batches of each size."""
 ENGLISH = 0.65
 EDIT_WEIGHTS = {"recolour": 2.0, "move": 1.5, "add": 1.5, "remove": 2.5, "background": 1.0, "word": 1.0}
 """How often each kind of edit is drawn, of removals all that a scene allows: which thing is to go is learned last."""

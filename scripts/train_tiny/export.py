@@ -124,7 +124,8 @@ temperature 1 from the likeliest that sum to 0.9. The published model's 0.9 and 
 
 All of it is drawn by `scripts/train_tiny/world`; no picture or text of anybody's is in it. One in ten combinations of
 shapes, colours and relations, and one in ten words, is kept from training, to be judged by. The letters are those of
-the font that comes with Pillow. Half of the prompts are said in other words than the world's own (`paraphrase.py`).
+the font that comes with Pillow. Nearly half of the prompts are said in other words than the world's own
+(`paraphrase.py`).
 
 ## Training
 
@@ -148,7 +149,7 @@ from the codes; "large grid right" how often the AR's likeliest code is the pict
 ## Limits
 
 What it gets wrong at other sizes, above all in words and below 256, stands in `docs/training.md`. It knows nothing
-beyond its world: other words in a prompt are noise to it, photographs as sources as well. It has no idea of people, and
+beyond its world: words for other things are noise to it, photographs as sources as well. It has no idea of people, and
 was trained on nothing about them.
 
 ## Licence

@@ -24,6 +24,8 @@ from train_tiny.painter_blocks import Source, block_forward
 
 CONFIG = configs.PRESETS["trained"]
 IMAGE = configs.image_processor_config(CONFIG)
+ENCODED_CELLS = 2**19
+"""At once by the vision tower: each has a likeness to every code."""
 
 
 def build_vae() -> Any:
@@ -152,8 +154,10 @@ class Tokens(nn.Module):
 
     @torch.no_grad()
     def encode(self, small: Tensor) -> Tensor:
-        """Codes [n, gh * gw] of uint8 pictures [n, 3, 16 gh, 16 gw]."""
-        return quantize(self.quantizer, tower_features(self.tower, small))[0]
+        """Codes, int64 [n, gh * gw], of uint8 pictures [n, 3, 16 gh, 16 gw]."""
+        at_once = max(1, ENCODED_CELLS * 16 * 16 // small[0, 0].numel())
+        parts = (quantize(self.quantizer, tower_features(self.tower, part))[0] for part in small.split(at_once))
+        return torch.cat(list(parts))
 
     @torch.no_grad()
     def spread_to(self, rows: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Stages 3 and 4, the DiT and the glyph encoder: from codes and words to latents, by flow matching.
 
-First pictures of one size, which are few kinds of batches and no sources; then every size, and edits.
+First pictures of one size, which are few kinds of batches and no sources; then other sizes as well, and edits.
 """
 
 from __future__ import annotations

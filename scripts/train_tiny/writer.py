@@ -43,12 +43,12 @@ class Group(NamedTuple):
     They are padded at the end, where nothing looks: attention is causal.
 
     Attributes:
-        ids: [n, length].
-        positions: M-RoPE's, [n, 3, length].
-        lengths: of the prompts, [n].
-        targets: codes of the grids, then the image end: [n, tokens].
-        weights: how much each target counts, 0 where there is none: [n, tokens].
-        large: which of them are of the large grid, [n, tokens].
+        ids: int32 [n, length].
+        positions: M-RoPE's, int16 [n, 3, length].
+        lengths: of the prompts, int64 [n].
+        targets: codes of the grids, then the image end: int32 [n, tokens].
+        weights: how much each target counts, 0 where there is none: fp16 [n, tokens].
+        large: which of them are of the large grid, bool [n, tokens].
     """
 
     ids: Tensor
@@ -99,7 +99,11 @@ class Writer:
     def _sized(self, size: Size, samples: Samples) -> Group:
         target, scenes, sources = geometry.target_grid(size), samples.scenes, samples.sources
         grids = geometry.output_grids(target, image_to_image=sources is not None)
-        codes = [self._codes(scenes, grid, preview=len(grids) == 2 and not n) for n, grid in enumerate(grids)]
+        if sources is None:
+            codes = [self._codes(scenes, grid, preview=not n) for n, grid in enumerate(grids)]
+        else:
+            # Drawn together: the launches of a few hundred pictures' drawing take longer than their work.
+            *codes, seen = self._codes(Table.joined([scenes, sources]), target, preview=False).chunk(2)
         end = torch.full((scenes.length, 1), CONFIG.codebook + 1, device=self._device)
         targets = torch.cat([*codes, end], dim=1)
         weights = torch.ones(targets.shape, dtype=torch.float16, device=self._device)
@@ -107,7 +111,6 @@ class Writer:
         ids, lengths = prompt_ids(self._processor, samples.prompts, target, [target] * len(placed))
         prompts, ends = torch.from_numpy(ids).to(self._device), torch.from_numpy(lengths).to(self._device)
         if sources is not None:
-            seen = self._codes(sources, target, preview=False)
             prompts[:, SOURCE_START : SOURCE_START + target.tokens] = seen
             weights[:, : target.tokens] = decision_weights(sources, size)
         decoded = geometry.decode_positions(grids, 0)

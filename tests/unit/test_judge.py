@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import io
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from eval.adherence import shares
+from eval.adherence import questions_of, shares
 from eval.judge import judge, judge_edit
 from eval.questions import Request, drawn, edit_questions, scene_questions
 from eval.seeing import connected_pieces, look
@@ -110,6 +111,17 @@ def test_questions_are_held_out_and_a_function_of_the_seed() -> None:
     assert all(question.scene.held_out for question in questions)
     assert questions == scene_questions(6, seed=1) + edit_questions(6, seed=1)
     assert {question.edit.kind for question in questions if question.edit} == set(KINDS)
+
+
+def test_questions_in_other_words_are_of_the_same_pictures() -> None:
+    own, others = (
+        questions_of(argparse.Namespace(n=20, edits=20, seed=2, other_words=other_words))
+        for other_words in (False, True)
+    )
+    for name, questions in own.items():
+        pairs = list(zip(questions, others[name], strict=True))
+        assert sum(one.prompt != other.prompt for one, other in pairs) > len(pairs) / 2
+        assert all(replace(one, prompt="") == replace(other, prompt="") for one, other in pairs)
 
 
 def test_pieces_are_joined_around_corners_and_apart_across_gaps() -> None:

@@ -410,38 +410,82 @@ def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes
     reviser = Reviser(samples, run_so_far, device, 2, 0)
     learned = writer.module.state_dict()
     assert all(torch.equal(value, learned[name]) for name, value in reviser.module.state_dict().items())
-    sizes = [256 + 16, 256 + 64, 16, 64]  # codes of the grids of 128x128 and 256x256, of edits of the large one alone
-    seen = {int(tokens) - 1 for group in reviser._groups for tokens in (group.weights > 0).sum(1)}
-    assert seen == set(sizes)
-    assert {int(tokens) - 1 for group in writer._groups for tokens in (group.weights > 0).sum(1)} == set(sizes[:2])
-    for index, group in enumerate(reviser._groups):
-        assert group.ids.shape[1] % LENGTH_STEP == 0
-        assert ((group.lengths + (group.weights > 0).sum(1)) <= group.ids.shape[1]).all()
-        edits = group.targets.shape[1] < 256
-        assert set(group.weights.unique().tolist()) - {0.0} == ({1.0, 4.0, 8.0} if edits else {1.0})
-        assert set(group.large.sum(1).tolist()) <= {16, 64}
+    # Codes of both grids, and how many of them are the large one's: of pictures and of edits.
+    sizes = [{256 + 16: 16, 256 + 64: 64}, {16: 16, 64: 64}]
+    for stage, those in ((writer, sizes[0]), (reviser, sizes[0] | sizes[1])):
+        counts = [(group, (group.weights > 0).sum(1)) for group in stage._groups]
+        assert {int(count) - 1 for _, own in counts for count in own} == set(those)
+        for group, own in counts:
+            assert group.ids.shape[1] % LENGTH_STEP == 0
+            assert (group.lengths + own <= group.ids.shape[1]).all()
+            for large, count in zip(group.large, own.tolist(), strict=True):
+                assert large.nonzero().flatten().tolist() == list(range(count - 1 - those[count - 1], count - 1))
+    for index in range(len(reviser._groups)):
         assert reviser.losses(index)["loss"].isfinite()
-    trained = samples[1].rows(np.flatnonzero(~measured_by(samples[1])))
-    source = next(iter(small_pictures(trained.sources.rows(slice(1)), Grid(8, 8), device, preview=False)))
-    codes = models.Tokens(run_so_far).encode(source)[0].int()
-    assert any((group.ids[:, 1:65] == codes).all(1).any() for group in reviser._groups if group.ids.shape[1] > 65)
+
+
+def by_prompt(groups: list[Group], prompts: list[str], tokenizer: Any) -> dict[str, list[Tensor]]:
+    """The sequences of each prompt, its words as they are decoded."""
+    found: dict[str, list[Tensor]] = {}
+    for group in groups:
+        for row in zip(*group, strict=True):
+            text = tokenizer.decode(row[0][: row[2]])
+            found[max((prompt for prompt in prompts if prompt in text), key=len)] = list(row)
+    return found
 
 
 @pytest.mark.usefixtures("few_texts_and_sizes")
-def test_what_pads_a_batch_of_sequences_changes_no_loss(run_so_far: Path) -> None:
-    writer = Writer([sample(40, 0)], run_so_far, torch.device("cpu"), 40, 0)
-    (group,) = writer._groups[-1:]
-    rows = torch.arange(3)
-    padded = Group(*(part[rows] for part in group))
-    longer = Group(
-        F.pad(padded.ids, (0, 32), value=5),
-        F.pad(padded.positions, (0, 32), value=3),
-        padded.lengths,
-        *(F.pad(part, (0, 9)) for part in (padded.targets, padded.weights, padded.large)),
+def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_so_far: Path) -> None:
+    samples = sample(120, 0, edits=True)
+    writer = Writer([samples], run_so_far, torch.device("cpu"), 2, 0)
+    kept, tokenizer = measured_by(samples), writer._processor.tokenizer
+    for groups, chosen in ((writer._groups, ~kept), (writer._kept, kept)):
+        rows = np.flatnonzero(chosen)
+        found = by_prompt(groups, samples.prompts, tokenizer)
+        assert set(found) == {samples.prompts[row] for row in rows}
+        assert sum(len(group.lengths) for group in groups) == len(rows)
+    rows = np.flatnonzero(~kept)[:40]  # of the half that is of the main size
+    before, after = (decision_weights(of.rows(rows), MAIN_SIZE) for of in (samples.sources, samples.scenes))
+    main = next(
+        int(row)
+        for row, own, other in zip(rows, before, after, strict=True)
+        if not torch.equal(own, other) and samples.prompts.count(samples.prompts[row]) == 1
     )
-    found = [writer.loss_of(of) for of in (padded, longer)]
-    for name, value in found[0].items():
-        assert torch.allclose(value, found[1][name], atol=1e-6), name
+    ids, _, _, _, weights, _ = by_prompt(writer._groups, samples.prompts, tokenizer)[samples.prompts[main]]
+    source = samples.sources.rows(slice(main, main + 1))
+    assert torch.equal(weights[:64].float(), decision_weights(source, MAIN_SIZE)[0])
+    small = next(iter(small_pictures(source, Grid(8, 8), torch.device("cpu"), preview=False)))
+    assert torch.equal(ids[1:65], models.Tokens(run_so_far).encode(small)[0].int())
+
+
+@pytest.mark.usefixtures("few_texts_and_sizes")
+def test_the_loss_of_a_batch_is_that_of_its_sequences_one_by_one(run_so_far: Path) -> None:
+    writer = Writer([sample(60, 0, edits=True)], run_so_far, torch.device("cpu"), 2, 0)
+    group = max(writer._groups, key=lambda group: int((group.weights == 0).sum()) * len(set(group.lengths.tolist())))
+    assert len(set(group.lengths.tolist())) > 1
+    logits = [own_logits(writer, *row) for row in zip(group.ids, group.positions, group.lengths, strict=True)]
+    for row, own in enumerate(logits):  # some of what is likeliest is right
+        group.targets[row, : len(own) : 2] = own.argmax(-1)[: group.targets.shape[1] : 2]
+    losses, hits = torch.zeros(group.targets.shape), torch.zeros(group.targets.shape)
+    for row, own in enumerate(logits):
+        count = int((group.weights[row] > 0).sum())
+        targets = group.targets[row, :count].long()
+        losses[row, :count] = F.cross_entropy(own[:count], targets, reduction="none")
+        hits[row, :count] = (own[:count].argmax(-1) == targets).float()
+    with torch.no_grad():
+        found = writer.loss_of(group)
+    assert torch.allclose(found["loss"], (losses * group.weights).sum() / group.weights.sum(), rtol=1e-4)
+    assert 0.3 < float(found["large_grid_right"]) < 1
+    assert torch.allclose(found["large_grid_right"], hits[group.large].mean())
+
+
+@torch.no_grad()
+def own_logits(writer: Writer, ids: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+    """What the modules themselves say of the codes after a prompt, one sequence alone: [tokens, codes]."""
+    decoder, head = writer.module["decoder"], writer.module["head"]
+    alone = decoder(ids[None].long(), position_ids=positions[:, None].long(), use_cache=False).last_hidden_state
+    logits: Tensor = head(alone)[0, int(length) - 1 :]
+    return logits
 
 
 @pytest.mark.usefixtures("few_texts_and_sizes")

@@ -1,7 +1,8 @@
 """Captions and instructions in other words: what people write who do not know the world's own phrases.
 
 ``caption`` and ``edits`` say everything in a few ways; here parts of what they said are said otherwise. Of what is in
-quotes, a word of capitals, nothing changes but these: signs have no small letters, whatever the prompt has.
+quotes, a word of capitals, nothing changes but these: signs have no small letters, whatever the prompt has. What is
+"next to" another is left of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ STARTS: Final = (
 COLOUR: Final = r"((?!plain|striped|checked)(?:light )?\w+)"
 
 FIRST: Final = r"(?:(?:A picture of|A drawing of|An image of) a|A)"
+SEEN: Final = r"(?<!it)(?<!everything)(?<!:)"
+"""Before a background that is not asked for by itself."""
 QUOTED: Final = r"(['\"“][A-Z]+['\"”])"
 
 RULES: Final = tuple(
@@ -41,14 +44,15 @@ RULES: Final = tuple(
         (r"^Change the word to ", ("Change the text to ", "The sign shall say ", "Replace the text by ")),
         (r"^Make the sign say ", ("Let the sign read ", "Write on the sign: ")),
         # Where things are.
-        (r" to the left of ", (" next to ", " beside ", " left of ")),
+        (r" to the left of (?=an? )", (" next to ", " beside ", " left of ")),
+        (r" to the left of (?=the )", (" left of ", " on the left of ")),
         (r" to the right of ", (" right of ", " on the right of ")),
         (r" above (?=an? |the )", (" over ", " on top of ")),
         (r" (?:below|under) (?=an? |the )", (" beneath ", " underneath ")),
         (r" inside (?=an? )", (" in ", " within ", " in the middle of ")),
-        (r" that contains ", (" around ", " with ")),
-        (r" in the (?:middle|centre)", (" in the center", " at the center", ", centred")),
-        (r" on the (left|right)(?: side)?(?= |$|\.)", (r" at the \1", r" on the \1 edge", r" to the \1")),
+        (r" that contains ", (" around ",)),
+        (r" in the (?:middle|centre)(?! of)", (" in the center", " at the center", ", centred")),
+        (r" on the (left|right)(?: side)?(?= |$|\.)(?! of)", (r" at the \1", r" on the \1 edge", r" to the \1")),
         (r" in the (upper|lower) half", (r" in the \1 part",)),
         # Signs.
         (
@@ -60,11 +64,20 @@ RULES: Final = tuple(
         (r" holding a sign that says ", (" holding up a sign with ", " that holds a sign saying ")),
         (r" reading a newspaper that says ", (" with a newspaper called ", " reading the newspaper ")),
         # Backgrounds.
-        (rf" on a (?:plain )?{COLOUR} background", (r" with a \1 background", r" in front of \1", r", \1 background")),
-        (rf" against {COLOUR}", (r" on \1", r" against a \1 background")),
-        (rf" on a gradient from {COLOUR} to {COLOUR}", (r" on a \1 to \2 gradient", r", background from \1 to \2")),
-        (rf" on {COLOUR} and {COLOUR} stripes", (r" with \1 and \2 stripes behind", r" in front of \1 and \2 stripes")),
-        (rf" on {COLOUR} and {COLOUR} checks", (r" on a \1 and \2 checkerboard", r" on \1 and \2 squares")),
+        (
+            rf"{SEEN} on a (?:plain )?{COLOUR} background",
+            (r" with a \1 background", r" in front of \1", r", \1 background"),
+        ),
+        (rf"{SEEN} against {COLOUR}", (r" on \1", r" against a \1 background")),
+        (
+            rf"{SEEN} on a gradient from {COLOUR} to {COLOUR}",
+            (r" on a \1 to \2 gradient", r", background from \1 to \2"),
+        ),
+        (
+            rf"{SEEN} on {COLOUR} and {COLOUR} stripes",
+            (r" with \1 and \2 stripes behind", r" in front of \1 and \2 stripes"),
+        ),
+        (rf" on {COLOUR} and {COLOUR} checks", (r" on a \1 and \2 checkerboard",)),
         # Things.
         (r"\bfox(?: face)?\b", ("face of a fox", "fox head", "head of a fox")),
         (r"\bdisc\b", ("dot", "round disc")),
@@ -72,9 +85,9 @@ RULES: Final = tuple(
         (r"\btree\b", ("fir tree", "pine", "Christmas tree")),
         (r"\bhouse\b", ("home", "cottage")),
         (r"\bheart\b", ("love heart", "heart shape")),
-        (r"\bcross\b", ("plus sign", "plus")),
+        (r"\bcross\b", ("plus",)),
         (r"\bdiamond\b", ("rhombus",)),
-        (r"\bring\b", ("hoop", "circle outline")),
+        (r"\bring\b", ("hoop",)),
         (r"\b(?:small|little)\b", ("tiny", "small")),
         (r"\b(?:large|big)\b", ("huge", "big")),
         (r"\bgrey\b", ("gray",)),
@@ -83,7 +96,7 @@ RULES: Final = tuple(
         (r"\blight (?=[a-z])", ("pale ",)),
         # Chinese.
         (r"^(?:一张图片：|画)?(?=一个|左边|右边|上|下|中间|从)", ("请画", "帮我画", "图中", "画一幅画：")),
-        (r"^(?=把|将|去掉|删除|换成|改为|让)", ("请", "帮我")),
+        (r"^(?=把|将|去掉|删除|换成|改为|让|在)", ("请", "帮我")),
         (r"色(?=圆|正|三|星|爱|树|房|狐|菱|十|月)", ("色的",)),
         (r"一个(?=[^一，、和在的]{0,5}狐狸)", ("一只",)),
         (r"牌子上写着", ("招牌上写着", "标牌上写着", "牌子写")),
@@ -96,7 +109,7 @@ RULES: Final = tuple(
         (r"星星", ("五角星",)),
         (r"爱心", ("心形", "心")),
         (r"十字", ("加号",)),
-        (r"房子", ("屋子", "小屋")),
+        (r"房子", ("屋子",)),
         (r"月亮", ("月牙",)),
     )
 )  # fmt: skip
