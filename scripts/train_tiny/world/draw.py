@@ -66,23 +66,25 @@ def _draw_things(pictures: Tensor, table: Table, thing: int) -> None:
     height, width = pictures.shape[-2:]
     circles = table.circles(thing, height, width)
     rows = np.flatnonzero(table.shapes[:, thing] != NO_THING)
-    # Those of one shape and radius are drawn together; all are copied at once, since a copy waits for the device.
+    # Those of one shape are drawn together, in squares of the largest: on a GPU launches take longer than their work.
+    # All are copied at once, since a copy waits for the device.
     rows = rows[np.lexsort((circles.radius[rows], table.shapes[rows, thing]))]
-    alike = np.stack([table.shapes[rows, thing], circles.radius[rows]], axis=1)
-    kinds, counts = np.unique(alike, axis=0, return_counts=True)
-    values = np.stack([circles.x[rows], circles.y[rows], *RGB[table.colours[rows, thing]].T], axis=1)
+    shapes, counts = np.unique(table.shapes[rows, thing], return_counts=True)
+    largest = circles.radius[rows[counts.cumsum() - 1]]
+    values = np.stack([circles.x[rows], circles.y[rows], circles.radius[rows], *RGB[table.colours[rows, thing]].T], 1)
     members = torch.from_numpy(rows).to(pictures.device).split(counts.tolist())
     found = torch.from_numpy(values.astype(np.float32)).to(pictures.device).split(counts.tolist())
-    for (shape, radius), chosen, own in zip(kinds.tolist(), members, found, strict=True):
-        _draw_alike(pictures, chosen[:, None, None], own, SHAPE_LAYERS[SHAPES[int(shape)]], radius)
+    for shape, chosen, own, radius in zip(shapes.tolist(), members, found, largest.tolist(), strict=True):
+        _draw_alike(pictures, chosen[:, None, None], own, SHAPE_LAYERS[SHAPES[shape]], radius)
 
 
-def _draw_alike(pictures: Tensor, chosen: Tensor, values: Tensor, layers: Layers, radius: float) -> None:
+def _draw_alike(pictures: Tensor, chosen: Tensor, values: Tensor, layers: Layers, largest: float) -> None:
     height, width = pictures.shape[-2:]
-    centre_x, centre_y = values[:, :2].T[..., None]
-    colour = values[:, 2:][:, None, None]
+    centre_x, centre_y, radius = values[:, :3].T[..., None]
+    colour = values[:, 3:][:, None, None]
     # A shape changes nothing outside the square around its circle.
-    rows, columns = _around(centre_y, radius, height)[..., None], _around(centre_x, radius, width)[:, None]
+    rows, columns = _around(centre_y, largest, height)[..., None], _around(centre_x, largest, width)[:, None]
+    radius = radius[..., None]
     x, y = (columns + 0.5 - centre_x[..., None]) / radius, (rows + 0.5 - centre_y[..., None]) / radius
     drawn = pictures[chosen, :, rows, columns]  # [n, rows, columns, 3]
     for layer in layers(*torch.broadcast_tensors(x, y)):
