@@ -78,7 +78,7 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
     of_edits = round(count * EDITS.get(name, 0.0))
     counts = ((count - of_edits, False), (of_edits, True))
     samples = [sample(some, f"{arguments.seed} {name}", edits=edits) for some, edits in counts if some]
-    if name in ("writer", "reviser"):
+    if name == "writer":
         merges_of(folder)
     torch.manual_seed(arguments.seed)
     if device.index is not None and device.type == "cuda":
