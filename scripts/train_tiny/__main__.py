@@ -12,8 +12,9 @@
     export    the checkpoint: FOLDER/checkpoint, with its model card
     sheet     pictures for prompts it was not trained on: FOLDER/sheet.png
 
-A stage called again goes on where it stopped, and does nothing once it is done. FOLDER holds its weights (STAGE.pt) and
-its log (STAGE.jsonl).
+A stage called again goes on where it stopped, and does nothing once it is done; ``all`` calls one that failed once
+more. On a GPU a stage that makes no progress for minutes ends as one that failed. FOLDER holds its weights (STAGE.pt)
+and its log (STAGE.jsonl).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 import torch
 
 from train_tiny.data import Samples, sample
-from train_tiny.loop import Log, Stage, seconds_of, train
+from train_tiny.loop import Log, Stage, expect_progress, seconds_of, train
 from train_tiny.schedule import train_all
 from train_tiny.vocabulary import merges_of
 
@@ -69,6 +70,7 @@ def build(name: str, samples: Sequence[Samples], folder: Path, device: torch.dev
 def run_stage(name: str, arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     folder, device = arguments.folder, torch.device(arguments.device)
+    expect_progress(device)
     log = Log(folder, name)
     minutes = MINUTES[name] if arguments.minutes is None else arguments.minutes
     if (spent := seconds_of(folder, name)) >= minutes * 60:

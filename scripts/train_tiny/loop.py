@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import time
@@ -22,6 +23,8 @@ GRADIENT_NORM = 1.0
 AVERAGE_DECAY = 0.999
 EVALUATED = 20
 """Batches that are measured at the end."""
+LONGEST_SILENCE = 240.0
+"""Seconds on a GPU from one sign of progress to the next: preparing takes two minutes, a hundred steps few seconds."""
 STEPS_OF_COMPILING = 20
 """At the beginning; the learning rate's schedule starts when they are over."""
 
@@ -75,6 +78,16 @@ class Log:
 
 def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def expect_progress(device: torch.device) -> None:
+    """Ends the process, after the tracebacks of its threads, unless this is called again within ``LONGEST_SILENCE``.
+
+    Compiling may wait for ever for a process of its own (github.com/pytorch/pytorch/pull/189290 has one way), and no
+    exception tells of it. On a GPU only: elsewhere a step takes as long as it takes.
+    """
+    if device.type == "cuda":
+        faulthandler.dump_traceback_later(LONGEST_SILENCE, exit=True)
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -230,6 +243,7 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0, began: floa
     """
     began = time.monotonic() if began is None else began
     training, log = Training(stage, folder / f"{stage.name}.pt"), Log(folder, stage.name)
+    expect_progress(training.device)
     torch.manual_seed(seed + training.step)
     count = sum(parameter.numel() for parameter in training.trained)
     log.write(event="start", step=training.step, parameters=count, device=str(training.device), minutes=minutes)
@@ -238,6 +252,7 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0, began: floa
         _take_steps(training, log, clock, minutes * 60)
         seconds = time.monotonic() - clock
         log.write(event="end", step=training.step, seconds=seconds, **training.finish(seconds))
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _take_steps(training: Training, log: Log, clock: float, budget: float) -> None:
@@ -252,6 +267,7 @@ def _take_steps(training: Training, log: Log, clock: float, budget: float) -> No
             means = dict(zip(training.logged, (sums / summed).tolist(), strict=True))
             seconds = time.monotonic() - clock
             log.write(step=training.step, seconds=seconds, **means)
+            expect_progress(training.device)
             if not all(map(math.isfinite, means.values())):
                 raise SystemExit(f"{training.stage.name}: not finite at step {training.step}: {means}")
             sums, summed = torch.zeros_like(sums), 0

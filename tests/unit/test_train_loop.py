@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,29 @@ def test_a_stage_that_is_done_goes_on_when_it_is_given_more_minutes(tmp_path: Pa
     assert done["step"] == third.steps[-1] + 1
     assert done["seconds"] >= 0.9
     assert done["results"]["slope"] == pytest.approx(3, abs=0.05)
+
+
+WAITS = """
+import threading, torch
+from train_tiny import loop
+loop.LONGEST_SILENCE = 0.2
+loop.expect_progress(torch.device("{}"))
+threading.Event().wait({})
+"""
+
+
+def waiting(device: str, seconds: str = "") -> subprocess.CompletedProcess[str]:
+    code, scripts = WAITS.format(device, seconds), Path(loop.__file__).parents[1]
+    run = [sys.executable, "-c", code]
+    return subprocess.run(run, cwd=scripts, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_on_a_gpu_a_stage_that_hangs_ends_and_shows_where_it_is() -> None:
+    ended = waiting("cuda")
+    assert ended.returncode != 0
+    assert "Timeout" in ended.stderr
+    assert "in wait" in ended.stderr
+
+
+def test_elsewhere_a_step_takes_as_long_as_it_takes() -> None:
+    assert waiting("cpu", "1.0").returncode == 0

@@ -7,7 +7,7 @@ from threading import Barrier, Lock
 import pytest
 
 from train_tiny.__main__ import MINUTES, SAMPLES
-from train_tiny.schedule import NEEDS, train_all
+from train_tiny.schedule import ATTEMPTS, NEEDS, train_all
 
 
 class Trained:
@@ -52,4 +52,16 @@ def test_a_stage_that_fails_ends_those_that_wait_for_it() -> None:
 
     with pytest.raises(SystemExit, match="vae did not end well"):
         train_all(train, ["cuda:0", "cuda:1"], {"vae": (), "painter": ("vae",)})
-    assert begun == ["vae"]
+    assert begun == ["vae"] * ATTEMPTS
+
+
+def test_a_stage_that_fails_once_is_begun_again() -> None:
+    begun: list[str] = []
+
+    def train(stage: str, device: str) -> None:
+        begun.append(stage)
+        if begun == ["vae"]:
+            raise SystemExit(f"{stage} did not end well")
+
+    train_all(train, ["cuda:0"], {"vae": (), "painter": ("vae",)})
+    assert begun == ["vae", "vae", "painter"]
