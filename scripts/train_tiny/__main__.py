@@ -70,7 +70,6 @@ def build(name: str, samples: Sequence[Samples], folder: Path, device: torch.dev
 def run_stage(name: str, arguments: argparse.Namespace) -> None:
     began = time.monotonic()
     folder, device = arguments.folder, torch.device(arguments.device)
-    expect_progress(device)
     log = Log(folder, name)
     minutes = MINUTES[name] if arguments.minutes is None else arguments.minutes
     if (spent := seconds_of(folder, name)) >= minutes * 60:
@@ -90,6 +89,7 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
     # github.com/pytorch/pytorch/issues/196678
     torch.backends.cuda.enable_cudnn_sdp(False)
     sampled = time.monotonic() - began
+    expect_progress(device)
     stage = build(name, samples, folder, device, batch, arguments.seed)
     prepared = time.monotonic() - began
     log.write(event="prepared", samples=count, batch=batch, sampled=sampled, prepared=prepared)

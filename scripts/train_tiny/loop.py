@@ -24,7 +24,7 @@ AVERAGE_DECAY = 0.999
 EVALUATED = 20
 """Batches that are measured at the end."""
 LONGEST_SILENCE = 240.0
-"""Seconds on a GPU from one sign of progress to the next: preparing takes two minutes, a hundred steps few seconds."""
+"""Seconds on a GPU from one sign of progress to the next: encoding samples takes up to two minutes, compiling one."""
 STEPS_OF_COMPILING = 20
 """At the beginning; the learning rate's schedule starts when they are over."""
 
@@ -248,11 +248,13 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0, began: floa
     count = sum(parameter.numel() for parameter in training.trained)
     log.write(event="start", step=training.step, parameters=count, device=str(training.device), minutes=minutes)
     clock = began - training.seconds
-    with own_stream(training.device):
-        _take_steps(training, log, clock, minutes * 60)
-        seconds = time.monotonic() - clock
-        log.write(event="end", step=training.step, seconds=seconds, **training.finish(seconds))
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        with own_stream(training.device):
+            _take_steps(training, log, clock, minutes * 60)
+            seconds = time.monotonic() - clock
+            log.write(event="end", step=training.step, seconds=seconds, **training.finish(seconds))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _take_steps(training: Training, log: Log, clock: float, budget: float) -> None:
