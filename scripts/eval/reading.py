@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train_tiny.world.draw import glyph_atlas
-from train_tiny.world.layout import BORDER, Board
+from train_tiny.world.layout import Board, lettered_side
 from train_tiny.world.scene import Sign
 from train_tiny.world.vocabulary import LETTERS, MAX_LETTERS, SIGN_PLACES
 
 DRIFT: Final = 0.02
-"""How far a sign, and a letter in it, may be from where the drawer puts it, in short sides."""
+"""How far a sign, and a letter in it, may be from where the drawer puts it, in sides that letters are as large as."""
 DARK_BELOW: Final = 0.45
 FRAME_SHARE: Final = 0.6
 """Of each of the four sides of a sign's frame must be dark."""
@@ -29,7 +29,7 @@ def read_sign(picture: Tensor) -> Sign | None:
     grey = picture.mean(0)
     height, width = grey.shape
     found = [
-        (*_frame_share(grey, Board.of(letters, place, height, width)), letters, place)
+        (*_frame_share(grey, Board.of(letters, place, height, width), letters), letters, place)
         for place in SIGN_PLACES
         for letters in range(1, MAX_LETTERS + 1)
     ]
@@ -40,11 +40,9 @@ def read_sign(picture: Tensor) -> Sign | None:
     return Sign(_read(grey, board._replace(top=board.top + down, left=board.left + right), letters), place)
 
 
-def _frame_share(grey: Tensor, board: Board) -> tuple[float, int, int]:
+def _frame_share(grey: Tensor, board: Board, letters: int) -> tuple[float, int, int]:
     """Returns how dark the palest side of a frame is, where it is darkest, and how far down and right that is."""
-    short = min(grey.shape)
-    drift, thick = round(DRIFT * short), max(1, round(BORDER * short))
-    letters = round((grey.shape[1] - 2 * board.left) / board.cell_width)
+    drift, thick = _drift(grey), board.border
     tall, wide = board.cell_height + 2 * thick, letters * board.cell_width + 2 * thick
     # A margin around, in which there is nothing dark.
     dark = F.pad((grey < DARK_BELOW).float(), [drift + thick] * 4)
@@ -63,10 +61,13 @@ def _frame_share(grey: Tensor, board: Board) -> tuple[float, int, int]:
     return float(sides.flatten()[best]), best // shifts - drift, best % shifts - drift
 
 
+def _drift(grey: Tensor) -> int:
+    return round(DRIFT * lettered_side(*grey.shape))
+
+
 def _read(grey: Tensor, board: Board, letters: int) -> str:
-    short = min(grey.shape)
-    drift = round(DRIFT * short)
-    glyphs = torch.from_numpy(glyph_atlas(short)).to(grey.device)[:, None]
+    drift = _drift(grey)
+    glyphs = torch.from_numpy(glyph_atlas(lettered_side(*grey.shape))).to(grey.device)[:, None]
     ink = F.pad(1 - grey, [drift] * 4)
     top, left = max(0, board.top), max(0, board.left)
     cells = torch.stack(

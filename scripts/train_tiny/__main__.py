@@ -38,8 +38,8 @@ SAMPLES = {
     "vision": 200_000,
     "painter": 150_000,
     "editor": 80_000,
-    "writer": 700_000,
-    "reviser": 900_000,
+    "writer": 850_000,
+    "reviser": 1_200_000,
 }
 EDITS = {"editor": 0.3, "reviser": 0.4}
 """The share of the samples that are edits; the others are pictures with captions."""

@@ -1,4 +1,4 @@
-"""What each cell of a picture shows, 32x32 pixels that have one code, and how much it counts in training."""
+"""What each cell of a picture shows, the part that has one code, and how much it counts in training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DECISIVE = 8.0, 4.0
 
 
 class CellLabels(NamedTuple):
-    """What each cell of 32x32 pixels shows, for a number of scenes: [n, cells].
+    """What each cell shows, for a number of scenes: [n, cells].
 
     Attributes:
         shape: 0 = no thing, else 1 + the shape's index.
@@ -44,14 +44,14 @@ class CellLabels(NamedTuple):
     place: Tensor
 
 
-def cell_labels(table: Table, size: Size) -> CellLabels:
-    """Tells what the cells of scenes drawn at a size show."""
-    grid = geometry.target_grid(size)
+def cell_labels(table: Table, size: Size, cell: int = geometry.PIXELS_PER_TOKEN) -> CellLabels:
+    """Tells what the cells of scenes drawn at a size show, ``cell`` pixels wide and high each."""
+    grid = size.height // cell, size.width // cell
     shape, colour, letter, background, held = np.zeros((5, table.length, *grid), np.int64)
     background[:] = table.backgrounds[:, None, None]
     place = np.zeros((*shape.shape, 3), np.float32)
     for thing in reversed(range(MOST_THINGS)):
-        right, down, nearest, radius = _seen_from(table, thing, size)
+        right, down, nearest, radius = _seen_from(table, thing, size, cell)
         covered = (nearest < 0.8 * radius) & (table.shapes[:, thing] != NO_THING)[:, None, None]  # more than its rim
         row = np.nonzero(covered)[0]
         shape[covered], colour[covered] = 1 + table.shapes[row, thing], 1 + table.colours[row, thing]
@@ -59,7 +59,7 @@ def cell_labels(table: Table, size: Size) -> CellLabels:
         whole = np.broadcast_arrays(right / radius, down / radius, radius / min(size))
         place[covered] = np.stack([values[covered] for values in whole], axis=-1)
     for signs in table.signs():
-        inside, number, offsets = _cells_of_letters(signs, size)
+        inside, number, offsets = _cells_of_letters(signs, size, cell)
         letter[signs.rows[:, None], inside] = 1 + signs.letters[:, number]
         shape[signs.rows[:, None], inside] = colour[signs.rows[:, None], inside] = 0
         place[signs.rows[:, None], inside] = offsets
@@ -88,7 +88,7 @@ def decision_weights(table: Table, size: Size) -> Tensor:
     """
     weights = np.ones((table.length, *geometry.target_grid(size)), np.float32)
     for thing in range(MOST_THINGS):
-        *_, nearest, radius = _seen_from(table, thing, size)
+        *_, nearest, radius = _seen_from(table, thing, size, geometry.PIXELS_PER_TOKEN)
         touched = (nearest < radius) & (table.shapes[:, thing] != NO_THING)[:, None, None]
         begun = touched.any(axis=2).cumsum(axis=1)
         for number, value in enumerate(DECISIVE, 1):
@@ -98,25 +98,24 @@ def decision_weights(table: Table, size: Size) -> Tensor:
     return torch.from_numpy(weights).flatten(1)
 
 
-def _centres(size: Size) -> tuple[Floats, Floats]:
+def _centres(size: Size, cell: int) -> tuple[Floats, Floats]:
     # Of cells, in pixels: [gh, 1] and [1, gw].
-    cell = geometry.PIXELS_PER_TOKEN
     return np.arange(0, size.height, cell)[:, None] + cell / 2, np.arange(0, size.width, cell)[None] + cell / 2
 
 
-def _seen_from(table: Table, thing: int, size: Size) -> tuple[Floats, Floats, Floats, Floats]:
+def _seen_from(table: Table, thing: int, size: Size, cell: int) -> tuple[Floats, Floats, Floats, Floats]:
     # How far the cells' centres are from a thing's, right [n, 1, gw] and down [n, gh, 1], how far their nearest point
     # [n, gh, gw], and its radius [n, 1, 1].
-    half, (y, x) = geometry.PIXELS_PER_TOKEN / 2, _centres(size)
+    half, (y, x) = cell / 2, _centres(size, cell)
     circles = Circles(*(values[:, None, None] for values in table.circles(thing, *size)))
     right, down = x - circles.x, y - circles.y
     nearest = np.hypot(np.maximum(abs(right) - half, 0), np.maximum(abs(down) - half, 0))
     return right, down, nearest, circles.radius
 
 
-def _cells_of_letters(signs: Signs, size: Size) -> tuple[NDArray[np.bool_], Integers, Floats]:
+def _cells_of_letters(signs: Signs, size: Size, cell: int) -> tuple[NDArray[np.bool_], Integers, Floats]:
     # The cells [gh, gw] with letters; of each of these, the letter's number, and where the cell is in it, [cells, 3].
-    length, (y, x) = signs.letters.shape[1], _centres(size)
+    length, (y, x) = signs.letters.shape[1], _centres(size, cell)
     board = Board.of(length, signs.place, *size)
     along, down = (x - board.left) / board.cell_width, (y - board.top) / board.cell_height
     inside = (along > 0) & (along < length) & (down > -0.2) & (down < 1.2)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm_image import geometry
+from glm_image.geometry import Size
 from train_tiny.cells import CellLabels, cell_labels, cell_weights
 from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, small_pictures
 from train_tiny.loop import weighted_mean
@@ -97,7 +98,8 @@ class Codes:
                 grid = geometry.target_grid(size)
                 grid = geometry.preview_grid(grid) if preview else grid
                 self._pictures.append(torch.cat(list(small_pictures(scenes, grid, device, preview=preview))))
-                labels = cell_labels(scenes, geometry.painted_size(grid))
+                cell = geometry.PREVIEW_SIDE if preview else geometry.PIXELS_PER_TOKEN  # as drawn
+                labels = cell_labels(scenes, Size(grid.height * cell, grid.width * cell), cell)
                 self._labels.append(CellLabels(*(label.to(device) for label in labels)))
         self._choice = Choice([len(pictures) for pictures in self._pictures], seed)
 

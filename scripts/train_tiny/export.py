@@ -116,9 +116,9 @@ unchanged.
 One to three of twelve shapes in twelve colours, small or large, one beside, above or inside another; plain, graded,
 striped or checked backgrounds; a sign with one word of one to six letters, in quotes in the prompt, drawn as capitals.
 English and Chinese. Edits of such pictures: another colour, place, background or word, a thing more or less. Sizes of
-128 to 512 pixels a side, in steps of 32; 256x256 is what it knows best. Twenty steps, guidance 1.5; codes are drawn at
-temperature 1 from the likeliest that sum to 0.9. The published model's 0.9 and 0.75 do as well: see
-`docs/training.md`.
+128 to 512 pixels a side, in steps of 32, best where neither side is below 256; letters are as large in all of these.
+Twenty steps, guidance 1.5; codes are drawn at temperature 1 from the likeliest that sum to 0.9. The published model's
+0.9 and 0.75 do as well: see `docs/training.md`.
 
 ## Data
 
@@ -148,9 +148,9 @@ from the codes; "large grid right" how often the AR's likeliest code is the pict
 
 ## Limits
 
-What it gets wrong at other sizes, above all in words and below 256, stands in `docs/training.md`. It knows nothing
-beyond its world: words for other things are noise to it, photographs as sources as well. It has no idea of people, and
-was trained on nothing about them.
+What it gets wrong, above all in pictures with a side below 256, stands in `docs/training.md`. It knows nothing beyond
+its world: words for other things are noise to it, photographs as sources as well. It has no idea of people, and was
+trained on nothing about them.
 
 ## Licence
 

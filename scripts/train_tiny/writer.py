@@ -35,6 +35,8 @@ ONE_IN = 50
 MAIN_SHARE = 0.5
 """Of the pictures, and of the edits, that are of the main size."""
 LENGTH_STEP = 32
+HOLDING_WEIGHT = 2.0
+"""Of a picture that shows a thing inside another, which is what is learned last; of others it is 1."""
 
 
 class Group(NamedTuple):
@@ -106,13 +108,14 @@ class Writer:
             *codes, seen = self._codes(Table.joined([scenes, sources]), target, preview=False).chunk(2)
         end = torch.full((scenes.length, 1), CONFIG.codebook + 1, device=self._device)
         targets = torch.cat([*codes, end], dim=1)
-        weights = torch.ones(targets.shape, dtype=torch.float16, device=self._device)
+        each = torch.from_numpy(np.where(scenes.inside, HOLDING_WEIGHT, 1.0)[:, None]).to(self._device, torch.float16)
+        weights = each.expand(targets.shape).clone()
         placed = () if sources is None else (PlacedGrid(SOURCE_START, target),)
         ids, lengths = prompt_ids(self._processor, samples.prompts, target, [target] * len(placed))
         prompts, ends = torch.from_numpy(ids).to(self._device), torch.from_numpy(lengths).to(self._device)
         if sources is not None:
             prompts[:, SOURCE_START : SOURCE_START + target.tokens] = seen
-            weights[:, : target.tokens] = decision_weights(sources, size)
+            weights[:, : target.tokens] *= decision_weights(sources, size).to(each)
         decoded = geometry.decode_positions(grids, 0)
         decoded = np.concatenate([decoded, decoded[:, -1:] + 1], axis=1)  # nothing is read from the end's
         positions = (geometry.prompt_positions(ids.shape[1] + 1, placed), decoded)

@@ -28,9 +28,11 @@ from train_tiny.painter import Editor, Painter, by_cell, noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import processor_of, train_merges
 from train_tiny.world.draw import draw
-from train_tiny.world.scene import Scene, Sign, Thing
+from train_tiny.world.scene import Background, Scene, Sign, Thing
 from train_tiny.world.table import COLOUR_INDEX, Table
+from train_tiny.world.vocabulary import LETTERS, SIGN_PLACES
 from train_tiny.writer import (
+    HOLDING_WEIGHT,
     LENGTH_STEP,
     ONE_IN,
     Group,
@@ -262,6 +264,20 @@ def test_cells_are_named_by_what_they_show() -> None:
     assert not letters[:5].any()
 
 
+@pytest.mark.parametrize(("size", "cell"), [((256, 256), 32), ((512, 288), 32), ((256, 256), 16), ((176, 352), 16)])
+def test_cells_that_show_a_letter_are_where_it_is_drawn(size: tuple[int, int], cell: int) -> None:
+    blank = Scene((), background=Background("plain", ("light pink",)))
+    scenes = [replace(blank, sign=Sign("WORD", place)) for place in SIGN_PLACES]
+    labels = cell_labels(Table.of(scenes), Size(*size), cell).letter.unflatten(1, (size[0] // cell, size[1] // cell))
+    empty = draw([blank], *size)
+    for picture, letters in zip(draw(scenes, *size), labels, strict=True):
+        written = (picture != empty[0]).any(0).float()
+        share = nn.functional.avg_pool2d(written[None], cell)[0]
+        assert share[letters > 0].min() > 0
+        assert (letters > 0)[share > 0.9].all()
+        assert [LETTERS[letter - 1] for letter in letters.amax(0).unique_consecutive().tolist() if letter] == [*"WORD"]
+
+
 def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     inside, beside = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
@@ -424,6 +440,17 @@ def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes
         assert reviser.losses(index)["loss"].isfinite()
 
 
+@pytest.mark.usefixtures("few_texts_and_sizes")
+def test_pictures_of_a_thing_inside_another_weigh_more(run_so_far: Path) -> None:
+    samples = sample(60, 0)
+    writer = Writer([samples], run_so_far, torch.device("cpu"), 2, 0)
+    weights = torch.cat([group.weights.amax(1) for group in (*writer._groups, *writer._kept)])
+    assert 0 < (weights == HOLDING_WEIGHT).sum() == samples.scenes.inside.sum() < 60
+    assert all(
+        ((group.weights == 0) | (group.weights == group.weights.amax(1)[:, None])).all() for group in writer._groups
+    )
+
+
 def by_prompt(groups: list[Group], prompts: list[str], tokenizer: Any) -> dict[str, list[Tensor]]:
     """The sequences of each prompt, its words as they are decoded."""
     found: dict[str, list[Tensor]] = {}
@@ -453,7 +480,8 @@ def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_s
     )
     ids, _, _, _, weights, _ = by_prompt(writer._groups, samples.prompts, tokenizer)[samples.prompts[main]]
     source = samples.sources.rows(slice(main, main + 1))
-    assert torch.equal(weights[:64].float(), decision_weights(source, MAIN_SIZE)[0])
+    holding = HOLDING_WEIGHT if samples.scenes.inside[main] else 1.0
+    assert torch.equal(weights[:64].float(), holding * decision_weights(source, MAIN_SIZE)[0])
     small = next(iter(small_pictures(source, Grid(8, 8), torch.device("cpu"), preview=False)))
     assert torch.equal(ids[1:65], models.Tokens(run_so_far).encode(small)[0].int())
 

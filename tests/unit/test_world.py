@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from random import Random
 
 import pytest
@@ -14,10 +15,19 @@ from train_tiny.world import shapes
 from train_tiny.world.caption import COLOURS_ZH, LANGUAGES, SHAPES_ZH, caption
 from train_tiny.world.draw import draw
 from train_tiny.world.edits import KINDS, sample_edit, sample_removals
+from train_tiny.world.layout import CODE_SIDE, LETTERED_SIDE, Board, Frame
 from train_tiny.world.paraphrase import RULES, in_other_words, paraphrased
 from train_tiny.world.scene import Background, Scene, Sign, Thing, combination_held_out, sample_scene, word_held_out
 from train_tiny.world.shapes import SHAPE_LAYERS, padded, to_polygon
-from train_tiny.world.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, RELATIONS, SHAPES
+from train_tiny.world.vocabulary import (
+    BACKGROUND_COLOURS,
+    BACKGROUNDS,
+    COLOURS,
+    MAX_LETTERS,
+    RELATIONS,
+    SHAPES,
+    SIGN_PLACES,
+)
 
 
 def test_scenes_are_a_function_of_the_seed() -> None:
@@ -189,6 +199,35 @@ def test_a_polygon_is_the_same_padded_and_as_a_tensor(shape: str, monkeypatch: p
 def test_too_many_corners_are_refused() -> None:
     with pytest.raises(ValueError, match="a polygon has 11 corners; allowed: 10 at most"):
         padded([(0.0, float(corner)) for corner in range(11)])
+
+
+@pytest.mark.parametrize("place", SIGN_PLACES)
+@pytest.mark.parametrize("letters", range(1, MAX_LETTERS + 1))
+def test_letters_stand_on_codes_alike_from_the_side_where_they_grow_no_more(letters: int, place: str) -> None:
+    square = Board.of(letters, place, LETTERED_SIDE, LETTERED_SIDE)
+    for height, width in product(range(LETTERED_SIDE, 513, CODE_SIDE), repeat=2):
+        board = Board.of(letters, place, height, width)
+        assert (board.cell_height, board.cell_width, board.border) == (
+            square.cell_height,
+            square.cell_width,
+            square.border,
+        )
+        assert board.top - square.top == (height - LETTERED_SIDE if place == "bottom" else 0)
+        assert (board.left - square.left) % CODE_SIDE == 0
+        assert abs(board.left + letters * board.cell_width / 2 - width / 2) <= CODE_SIDE / 2 + 0.5
+
+
+@pytest.mark.parametrize("size", [(128, 128), (224, 512), (256, 256), (288, 320), (512, 512)])
+@pytest.mark.parametrize("place", SIGN_PLACES)
+def test_signs_are_inside_the_band_that_things_leave_free(size: tuple[int, int], place: str) -> None:
+    frame = Frame.of(place, *size)
+    band = range(frame.top) if place == "top" else range(frame.height, size[0])
+    for letters in range(1, MAX_LETTERS + 1):
+        board = Board.of(letters, place, *size)
+        assert board.top - board.border in band
+        assert board.top + board.cell_height + board.border - 1 in band
+        assert board.left >= board.border
+        assert board.left + letters * board.cell_width + board.border <= size[1]
 
 
 def test_letters_are_black_on_a_white_board_and_big() -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .layout import Board
+from .layout import Board, lettered_side
 from .scene import MOST_THINGS, Scene
 from .shapes import SHAPE_LAYERS, Layers
 from .table import NO_THING, Table
@@ -108,7 +108,7 @@ def _around(centre: Tensor, radius: float, length: int) -> Tensor:
 
 def _draw_signs(pictures: Tensor, table: Table) -> None:
     height, width = pictures.shape[-2:]
-    atlas = torch.from_numpy(glyph_atlas(min(height, width))).to(pictures.device)
+    atlas = torch.from_numpy(glyph_atlas(lettered_side(height, width))).to(pictures.device)
     for signs in table.signs():
         chosen, glyphs = (torch.from_numpy(ids).to(pictures.device) for ids in (signs.rows, signs.letters))
         board = Board.of(glyphs.shape[1], signs.place, height, width)
@@ -120,15 +120,15 @@ def _draw_signs(pictures: Tensor, table: Table) -> None:
 
 
 @lru_cache(maxsize=32)
-def glyph_atlas(short: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
-    """Renders the letters for pictures whose short side has ``short`` pixels.
+def glyph_atlas(side: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
+    """Renders the letters of pictures whose ``lettered_side`` has so many pixels.
 
     Returns:
         float32 [letters, cell height, cell width], 1 where there is ink.
     """
-    board = Board.of(1, "bottom", short, short)
-    font = ImageFont.load_default(0.175 * short)
-    stroke = max(1, round(0.004 * short))
+    board = Board.of(1, "bottom", side, side)
+    font = ImageFont.load_default(0.175 * side)
+    stroke = max(1, round(0.004 * side))
     ascent = -round(font.getbbox("H", anchor="ls")[1])
     cells = []
     for letter in LETTERS:

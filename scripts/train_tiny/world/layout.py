@@ -6,10 +6,19 @@ from typing import Final, NamedTuple
 
 from .scene import SIGN_BAND
 
+LETTERED_SIDE: Final = 256
+"""Letters of pictures with longer sides are as large as on a square of this side, and as far from the edge."""
 CELL_WIDTH, CELL_HEIGHT = 0.145, 0.17
-"""Of a letter, in short sides of the picture."""
+"""Of a letter, in short sides of the picture or ``LETTERED_SIDE``, whichever is less."""
 BORDER: Final = 0.014
-"""Of a sign, in short sides of the picture."""
+"""Of a sign, likewise."""
+CODE_SIDE: Final = 32
+"""Of the part of a picture that has one code, in pixels."""
+
+
+def lettered_side(height: int, width: int) -> int:
+    """Returns the side that the letters of a picture are as large as: its short one, up to ``LETTERED_SIDE``."""
+    return min(height, width, LETTERED_SIDE)
 
 
 class Frame(NamedTuple):
@@ -37,9 +46,16 @@ class Board(NamedTuple):
 
     @classmethod
     def of(cls, letters: int, place: str, height: int, width: int) -> Board:
-        """Returns where the board is of a word of so many letters."""
-        short = min(height, width)
-        cell_height, cell_width = round(CELL_HEIGHT * short), round(CELL_WIDTH * short)
-        margin = (round(SIGN_BAND * short) - cell_height) // 2
+        """Returns where the board is of a word of so many letters: in the middle, give or take half a code's side.
+
+        Where letters don't grow any more, they stand on codes as on a square of ``LETTERED_SIDE``: a letter then has
+        the same codes in all such pictures.
+        """
+        side = lettered_side(height, width)
+        cell_height, cell_width = round(CELL_HEIGHT * side), round(CELL_WIDTH * side)
+        margin = (round(SIGN_BAND * side) - cell_height) // 2
         top = margin if place == "top" else height - margin - cell_height
-        return cls(top, (width - letters * cell_width) // 2, cell_height, cell_width, max(1, round(BORDER * short)))
+        left = (width - letters * cell_width) // 2
+        if side == LETTERED_SIDE:
+            left -= (width - side) // 2 % CODE_SIDE
+        return cls(top, left, cell_height, cell_width, max(1, round(BORDER * side)))
