@@ -98,7 +98,7 @@ class Codes:
                 grid = geometry.target_grid(size)
                 grid = geometry.preview_grid(grid) if preview else grid
                 self._pictures.append(torch.cat(list(small_pictures(scenes, grid, device, preview=preview))))
-                cell = geometry.PREVIEW_SIDE if preview else geometry.PIXELS_PER_TOKEN  # as drawn
+                cell = geometry.PIXELS_PER_TOKEN // (2 if preview else 1)  # as drawn
                 labels = cell_labels(scenes, Size(grid.height * cell, grid.width * cell), cell)
                 self._labels.append(CellLabels(*(label.to(device) for label in labels)))
         self._choice = Choice([len(pictures) for pictures in self._pictures], seed)

@@ -36,7 +36,7 @@ MAIN_SHARE = 0.5
 """Of the pictures, and of the edits, that are of the main size."""
 LENGTH_STEP = 32
 HOLDING_WEIGHT = 2.0
-"""Of a picture that shows a thing inside another, which is what is learned last; of others it is 1."""
+"""Of a picture that shows a thing inside another, whose shapes are learned last; of others it is 1."""
 
 
 class Group(NamedTuple):

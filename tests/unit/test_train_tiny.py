@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from train_tiny.painter import Editor, Painter, by_cell, noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
 from train_tiny.vocabulary import processor_of, train_merges
 from train_tiny.world.draw import draw
-from train_tiny.world.scene import Background, Scene, Sign, Thing
+from train_tiny.world.scene import Background, Scene, Sign, Thing, sample_scene
 from train_tiny.world.table import COLOUR_INDEX, Table
 from train_tiny.world.vocabulary import LETTERS, SIGN_PLACES
 from train_tiny.writer import (
@@ -278,6 +279,13 @@ def test_cells_that_show_a_letter_are_where_it_is_drawn(size: tuple[int, int], c
         assert [LETTERS[letter - 1] for letter in letters.amax(0).unique_consecutive().tolist() if letter] == [*"WORD"]
 
 
+def test_cells_of_half_the_pixels_show_the_same_in_a_picture_of_half_the_size() -> None:
+    scenes = [scene for scene in map(sample_scene, map(Random, range(40))) if scene.sign is None]
+    half, whole = (cell_labels(Table.of(scenes), Size(16 * cell, 12 * cell), cell) for cell in (16, 32))
+    assert half.shape.any()
+    assert all(torch.allclose(one.float(), other.float()) for one, other in zip(half, whole, strict=True))
+
+
 def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     inside, beside = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
@@ -472,16 +480,17 @@ def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_s
         assert set(found) == {samples.prompts[row] for row in rows}
         assert sum(len(group.lengths) for group in groups) == len(rows)
     rows = np.flatnonzero(~kept)[:40]  # of the half that is of the main size
-    before, after = (decision_weights(of.rows(rows), MAIN_SIZE) for of in (samples.sources, samples.scenes))
-    main = next(
-        int(row)
-        for row, own, other in zip(rows, before, after, strict=True)
-        if not torch.equal(own, other) and samples.prompts.count(samples.prompts[row]) == 1
-    )
-    ids, _, _, _, weights, _ = by_prompt(writer._groups, samples.prompts, tokenizer)[samples.prompts[main]]
-    source = samples.sources.rows(slice(main, main + 1))
-    holding = HOLDING_WEIGHT if samples.scenes.inside[main] else 1.0
-    assert torch.equal(weights[:64].float(), holding * decision_weights(source, MAIN_SIZE)[0])
+    chosen = [row for row in rows.tolist() if samples.prompts.count(samples.prompts[row]) == 1]
+    before, after = (decision_weights(of.rows(np.array(chosen)), MAIN_SIZE) for of in (samples.sources, samples.scenes))
+    assert not torch.equal(before, after)
+    inside = samples.scenes.inside[chosen]
+    assert set(inside.tolist()) == {False, True}
+    found = by_prompt(writer._groups, samples.prompts, tokenizer)
+    for row, decisive, holding in zip(chosen, before, inside.tolist(), strict=True):
+        *_, weights, _ = found[samples.prompts[row]]
+        assert torch.equal(weights[:64].float(), decisive * (HOLDING_WEIGHT if holding else 1.0))
+    ids, *_ = found[samples.prompts[chosen[0]]]
+    source = samples.sources.rows(slice(chosen[0], chosen[0] + 1))
     small = next(iter(small_pictures(source, Grid(8, 8), torch.device("cpu"), preview=False)))
     assert torch.equal(ids[1:65], models.Tokens(run_so_far).encode(small)[0].int())
 
@@ -536,4 +545,7 @@ def test_every_second_picture_of_the_codes_is_a_preview(run_so_far: Path) -> Non
     main = samples.rows(slice(8)).scenes
     assert torch.equal(codes._pictures[0][1], halved(draw(main.rows(slice(2, 3)), 256, 256))[0])
     assert torch.equal(codes._pictures[1][0], draw(main.rows(slice(1, 2)), 256, 256)[0])
+    for preview in (False, True):
+        labels = cell_labels(main.rows(slice(preview, None, 2)), MAIN_SIZE, 16 if preview else 32)
+        assert all(map(torch.equal, codes._labels[preview], labels))
     assert all(codes.losses(group)["loss"].isfinite() for group in range(4))

@@ -10,8 +10,9 @@ from random import Random
 import pytest
 import torch
 
-from glm_image.geometry import PIXELS_PER_TOKEN
+from glm_image.geometry import PIXELS_PER_TOKEN, Size
 from glm_image.prompts import quoted_strings
+from train_tiny.data import MAIN_SIZE
 from train_tiny.world import shapes
 from train_tiny.world.caption import COLOURS_ZH, LANGUAGES, SHAPES_ZH, caption
 from train_tiny.world.draw import draw
@@ -205,7 +206,7 @@ def test_too_many_corners_are_refused() -> None:
 @pytest.mark.parametrize("place", SIGN_PLACES)
 @pytest.mark.parametrize("letters", range(1, MAX_LETTERS + 1))
 def test_letters_stand_on_codes_alike_from_the_side_where_they_grow_no_more(letters: int, place: str) -> None:
-    assert CODE_SIDE == PIXELS_PER_TOKEN
+    assert (Size(LETTERED_SIDE, LETTERED_SIDE), CODE_SIDE) == (MAIN_SIZE, PIXELS_PER_TOKEN)
     square = Board.of(letters, place, LETTERED_SIDE, LETTERED_SIDE)
     for height, width in product(range(LETTERED_SIDE, 513, CODE_SIDE), repeat=2):
         board = Board.of(letters, place, height, width)

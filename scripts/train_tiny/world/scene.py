@@ -29,7 +29,7 @@ CONTAINER_DIAMETER: Final = 0.57
 """Of a large thing that holds another."""
 MOST_THINGS: Final = 3
 SIGN_BAND: Final = 0.24
-"""What a sign takes of the picture's height, in short sides."""
+"""What a sign keeps things out of, of the picture's height, in short sides."""
 HELD_OUT_EVERY: Final = 10
 
 
