@@ -145,16 +145,16 @@ def halving(side: int, device: torch.device) -> Tensor:
     return F.interpolate(each, scale_factor=(0.5, 1.0), mode="bicubic", antialias=True)[0, 0]
 
 
-def small_pictures(scenes: Table, grid: Grid, device: torch.device, *, preview: bool) -> Iterator[Tensor]:
-    """Draws scenes for the vision tower: uint8 [n, 3, 16 gh, 16 gw].
-
-    A preview is drawn as large as it is seen; another picture at its own size, and halved.
-    """
+def drawn_size(grid: Grid, *, preview: bool) -> Size:
+    """The size at which pictures of a grid are drawn: of a preview that at which it is seen, half of another's."""
     size = geometry.painted_size(grid)
-    if preview:
-        yield from drawn(scenes, Size(size.height // 2, size.width // 2), device)
-    else:
-        yield from (halved(pictures) for pictures in drawn(scenes, size, device))
+    return Size(size.height // 2, size.width // 2) if preview else size
+
+
+def small_pictures(scenes: Table, grid: Grid, device: torch.device, *, preview: bool) -> Iterator[Tensor]:
+    """Draws scenes for the vision tower, and halves those that are no previews: uint8 [n, 3, 16 gh, 16 gw]."""
+    pictures = drawn(scenes, drawn_size(grid, preview=preview), device)
+    yield from pictures if preview else map(halved, pictures)
 
 
 class Choice:
