@@ -34,8 +34,8 @@ from typing import Any
 from bench.soak import processes, resident_bytes, tiny_checkpoint
 from chaos_requests import ENDINGS, GOOD, KINDS, Asked, Server, ask_any, fault_of
 from glm_image.supervisor import TritonServer
-from glm_image.supervisor.guard import SHARED_MEMORY, children_of
 from glm_image.supervisor.restarts import RestartPolicy, keep_running
+from glm_image.supervisor.watchdog import SHARED_MEMORY, children_of
 
 UNREADY_SECONDS = {signal.SIGKILL: 2.0, signal.SIGSTOP: 10.0}
 BACK_SECONDS = 120.0

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from glm_image.checkpoint.layout import COMPONENTS
 from glm_image.errors import GlmImageError
-from glm_image.inspection import inspect
-from glm_image.layout import COMPONENTS
+from glm_image.sizing.inspect import inspect
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 OTHER_FILES = {"model_index.json", "README.md", "LICENSE"}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image import published
-from glm_image.published import DECODER
+from glm_image.sizing import reference_sizes
+from glm_image.sizing.reference_sizes import DECODER
 
 Json = dict[str, Any]
 
@@ -125,33 +125,33 @@ FULL = TinyConfig(
     dtype="bfloat16",
     codebook=DECODER.codebook_size,
     reserved_ids=DECODER.vision_vocab_size - DECODER.codebook_size - 2,
-    unused_ids=published.FIRST_SPECIAL_ID - DECODER.vision_vocab_size - 256,
-    trailing_ids=DECODER.vocab_size - published.FIRST_SPECIAL_ID - len(SPECIAL_TOKENS),
+    unused_ids=reference_sizes.FIRST_SPECIAL_ID - DECODER.vision_vocab_size - 256,
+    trailing_ids=DECODER.vocab_size - reference_sizes.FIRST_SPECIAL_ID - len(SPECIAL_TOKENS),
     ar_layers=DECODER.layers,
     ar_hidden=DECODER.hidden_size,
     ar_heads=DECODER.heads,
     ar_kv_heads=DECODER.kv_heads,
     ar_head_dim=DECODER.head_dim,
     ar_ffn=DECODER.intermediate_size,
-    vision_depth=published.VISION["depth"],
-    vision_hidden=published.VISION["hidden_size"],
-    vision_heads=published.VISION["num_heads"],
-    vision_ffn=published.VISION["intermediate_size"],
-    vision_image_size=published.VISION["image_size"],
-    vq_dim=published.QUANTIZER_WIDTH,
-    dit_layers=published.TRANSFORMER["num_layers"],
-    dit_heads=published.TRANSFORMER["num_attention_heads"],
-    dit_head_dim=published.TRANSFORMER["attention_head_dim"],
-    dit_time_dim=published.TRANSFORMER["time_embed_dim"],
-    dit_condition_dim=published.TRANSFORMER["condition_dim"],
-    glyph_d_model=published.GLYPH_ENCODER["d_model"],
-    glyph_layers=published.GLYPH_ENCODER["num_layers"],
-    glyph_heads=published.GLYPH_ENCODER["num_heads"],
-    glyph_head_dim=published.GLYPH_ENCODER["d_kv"],
-    glyph_ffn=published.GLYPH_ENCODER["d_ff"],
-    vae_widths=published.VAE["block_out_channels"],
-    vae_layers=published.VAE["layers_per_block"],
-    vae_norm_groups=published.VAE["norm_num_groups"],
+    vision_depth=reference_sizes.VISION["depth"],
+    vision_hidden=reference_sizes.VISION["hidden_size"],
+    vision_heads=reference_sizes.VISION["num_heads"],
+    vision_ffn=reference_sizes.VISION["intermediate_size"],
+    vision_image_size=reference_sizes.VISION["image_size"],
+    vq_dim=reference_sizes.QUANTIZER_WIDTH,
+    dit_layers=reference_sizes.TRANSFORMER["num_layers"],
+    dit_heads=reference_sizes.TRANSFORMER["num_attention_heads"],
+    dit_head_dim=reference_sizes.TRANSFORMER["attention_head_dim"],
+    dit_time_dim=reference_sizes.TRANSFORMER["time_embed_dim"],
+    dit_condition_dim=reference_sizes.TRANSFORMER["condition_dim"],
+    glyph_d_model=reference_sizes.GLYPH_ENCODER["d_model"],
+    glyph_layers=reference_sizes.GLYPH_ENCODER["num_layers"],
+    glyph_heads=reference_sizes.GLYPH_ENCODER["num_heads"],
+    glyph_head_dim=reference_sizes.GLYPH_ENCODER["d_kv"],
+    glyph_ffn=reference_sizes.GLYPH_ENCODER["d_ff"],
+    vae_widths=reference_sizes.VAE["block_out_channels"],
+    vae_layers=reference_sizes.VAE["layers_per_block"],
+    vae_norm_groups=reference_sizes.VAE["norm_num_groups"],
 )
 # The sizes of the trained checkpoint of scripts/train_tiny.
 TRAINED = TinyConfig(

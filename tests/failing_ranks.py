@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from glm_image.devices import Device
-from glm_image.parallel.ranks import INTERFACES, Ranks
-from glm_image.parallel.worker import Runs
+from glm_image.devices.base import Device
+from glm_image.parallel.process_group import INTERFACES, Ranks
+from glm_image.parallel.worker import RankExecutor
 
 
 class _Meets:
@@ -44,31 +44,31 @@ ENDS: list[float] = []
 """What the sums at the end of ``ends_badly`` were."""
 
 
-def ends_badly(device: Device, ranks: Ranks) -> Runs:
+def ends_badly(device: Device, ranks: Ranks) -> RankExecutor:
     """Has something under way that ends with the others alone, and then raises."""
     return _EndsBadly(ranks)
 
 
-def meets(_: object, device: Device, ranks: Ranks) -> Runs:
+def meets(_: object, device: Device, ranks: Ranks) -> RankExecutor:
     """Loads, once all ranks are there."""
     return _Meets(ranks)
 
 
-def ends(device: Device, ranks: Ranks) -> Runs:
+def ends(device: Device, ranks: Ranks) -> RankExecutor:
     """Is killed on rank 1."""
     if ranks.world.rank:
         os.kill(os.getpid(), signal.SIGKILL)
     return _Meets(ranks)
 
 
-def fails(device: Device, ranks: Ranks) -> Runs:
+def fails(device: Device, ranks: Ranks) -> RankExecutor:
     """Raises on rank 1."""
     if ranks.world.rank:
         raise ValueError("this rank cannot load")
     return _Meets(ranks)
 
 
-def hangs(device: Device, ranks: Ranks) -> Runs:
+def hangs(device: Device, ranks: Ranks) -> RankExecutor:
     """Never ends on rank 1."""
     if ranks.world.rank:
         signal.pause()

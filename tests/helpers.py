@@ -10,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GlmImageProcessor
 
+from glm_image.ar.commands import Admit, Command, Release, Step
 from glm_image.ar.config import ArConfig
-from glm_image.ar.executor import Admit, Command, Executor, Release, Step
+from glm_image.ar.executor import Executor
 from glm_image.ar.model import Decoder
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device, open_device
-from glm_image.prompts import PromptTokenizer
-from glm_image.request import GenerationParameters, Limits
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device
+from glm_image.devices.open import open_device
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters
+from glm_image.request.prompts import PromptTokenizer
 
 MakeCheckpoint = Callable[..., Path]
 """The ``make_checkpoint`` fixture: sizes of ``TinyConfig``, and ``weights``, by name."""

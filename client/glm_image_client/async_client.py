@@ -12,10 +12,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from glm_image_client import calls
 from glm_image_client.calls import ENSEMBLE, Call, described
 from glm_image_client.client import GIVE_UP_SECONDS, READY_SECONDS
+from glm_image_client.connections import connect_async
 from glm_image_client.errors import GlmImageClientError, RequestTimeout
 from glm_image_client.events import StreamEvent, check_whole
 from glm_image_client.retries import NO_RETRIES, Attempts, Retries
-from glm_image_client.transport import Endpoint, ProtocolName, connect_async, microseconds
+from glm_image_client.transport import Endpoint, ProtocolName, microseconds
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -10,10 +10,11 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from glm_image_client import calls
 from glm_image_client.calls import ENSEMBLE, Call, described
+from glm_image_client.connections import connect
 from glm_image_client.errors import GlmImageClientError, RequestTimeout
 from glm_image_client.events import StreamEvent, check_whole
 from glm_image_client.retries import NO_RETRIES, Attempts, Retries
-from glm_image_client.transport import Endpoint, ProtocolName, connect, microseconds
+from glm_image_client.transport import Endpoint, ProtocolName, microseconds
 
 READY_SECONDS: Final = 5.0
 GIVE_UP_SECONDS: Final = 2.0

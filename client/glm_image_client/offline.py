@@ -22,7 +22,7 @@ def generate_offline(
     Args:
         checkpoint: a folder with ``model_index.json``.
         device: ``auto``, ``cpu``, ``cuda:0``, ``npu:0``, ...
-        values: fields of ``glm_image.request.GenerationParameters``; None = its default.
+        values: fields of ``glm_image.request.parameters.GenerationParameters``; None = its default.
         images: source images.
 
     Raises:
@@ -32,7 +32,9 @@ def generate_offline(
     """
     # The client is installed without the engines: only this path asks for them.
     try:
-        pipeline, request, errors = (import_module(f"glm_image.{part}") for part in ("pipeline", "request", "errors"))
+        pipeline, request, errors = (
+            import_module(f"glm_image.{part}") for part in ("pipeline", "request.parameters", "errors")
+        )
     except ModuleNotFoundError as error:
         raise BadArgumentError(f"--offline needs the engines, and {error.name!r} is not installed") from error
     given = {name: value for name, value in values.items() if value is not None}
@@ -49,13 +51,13 @@ def generate_offline(
 
 
 def inspect_checkpoint(folder: Path) -> Any:
-    """Returns a ``glm_image.inspection.Inspection``.
+    """Returns a ``glm_image.sizing.inspect.Inspection``.
 
     Raises:
         BadArgumentError: the server's package is not installed, or the folder is no checkpoint.
     """
     try:
-        inspection, errors = (import_module(f"glm_image.{part}") for part in ("inspection", "errors"))
+        inspection, errors = (import_module(f"glm_image.{part}") for part in ("sizing.inspect", "errors"))
     except ModuleNotFoundError as error:
         raise BadArgumentError(f"inspect needs the server's package, and {error.name!r} is not installed") from error
     try:

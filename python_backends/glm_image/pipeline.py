@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 
 from glm_image.ar.engine import ArEngine, ArResult
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device, placement
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.open import instance_device, open_device
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
-from glm_image.job import Job
-from glm_image.metadata import ar_metadata, request_metadata
-from glm_image.parallel.team import Peers
-from glm_image.request import GenerationParameters, Limits, PaintRequest, ResolvedRequest
+from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.metadata import ar_metadata, request_metadata
+from glm_image.parallel.rank_group import WorkerConfig
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, PaintRequest, ResolvedRequest
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class LocalPipeline:
         self._limits = settings.limits
         self.checkpoint = Checkpoint.open(Path(checkpoint), settings.load_format)
         first, *others = device.split(",")
-        opened, peers = open_device(placement(first, 0)), Peers(tuple(others))
+        opened, peers = open_device(instance_device(first, 0)), WorkerConfig(tuple(others))
         self.dit = DitEngine(self.checkpoint, opened, settings.dit, peers=peers)
         self.ar = ArEngine(self.checkpoint, opened, settings.ar)
 
@@ -96,28 +97,28 @@ class LocalPipeline:
         """Validates a request; see ``GenerationParameters.resolve``."""
         return parameters.resolve(self._limits, self.ar.sampling, self.ar.source_rule)
 
-    def prior(self, request: ResolvedRequest, job: Job | None = None) -> ArResult:
+    def prior(self, request: ResolvedRequest, context: RequestContext | None = None) -> ArResult:
         """Runs the first stage."""
-        return self.ar.submit(job or Job(), request).result()
+        return self.ar.submit(context or RequestContext(), request).result()
 
-    def generate(self, parameters: GenerationParameters, job: Job | None = None) -> GeneratedPictures:
+    def generate(self, parameters: GenerationParameters, context: RequestContext | None = None) -> GeneratedPictures:
         """Runs both stages.
 
         Raises:
             InvalidInputError: an input is not allowed.
         """
-        job = job or Job()
+        context = context or RequestContext()
         resolved = self.resolve(parameters)
-        prior = self.prior(resolved, job)
-        return self.paint(paint_request(resolved, prior, ar_metadata(job, prior.tokens)), job)
+        prior = self.prior(resolved, context)
+        return self.paint(paint_request(resolved, prior, ar_metadata(context, prior.tokens)), context)
 
-    def paint(self, request: PaintRequest, job: Job | None = None) -> GeneratedPictures:
+    def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedPictures:
         """Runs the second stage."""
-        job = job or Job()
+        context = context or RequestContext()
         request.check(self._limits, self.dit.codebook_size)
         sources = request.read_sources(self._limits, self.dit.source_rule)
-        result = self.dit.finish(job, request, self.dit.denoise(job, request, sources))
-        metadata = request_metadata(self.checkpoint, job, request, self.dit.attention_backend)
+        result = self.dit.finish(context, request, self.dit.denoise(context, request, sources))
+        metadata = request_metadata(self.checkpoint, context, request, self.dit.attention_backend)
         return GeneratedPictures(result.pixels, result.encoded, metadata)
 
 

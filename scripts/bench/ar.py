@@ -17,18 +17,21 @@ from typing import Any
 import torch
 from measure import arguments, copy_bandwidth, say, seconds
 
+from glm_image.ar.commands import Admit, Release, Step
 from glm_image.ar.config import ArConfig
 from glm_image.ar.engine import ArEngine
-from glm_image.ar.executor import Admit, Executor, Release, Step
+from glm_image.ar.executor import Executor
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device, open_device, placement
-from glm_image.geometry import Grid, output_grids, text_positions
-from glm_image.job import Job
-from glm_image.request import GenerationParameters, Limits
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device
+from glm_image.devices.open import instance_device, open_device
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request.geometry import Grid, output_grids, text_positions
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters
 
 PROMPT_TOKENS = 64
 SEEDS = range(8)
@@ -223,21 +226,22 @@ def measure_engine(engine: ArEngine, floor: float) -> None:
     for which, count in (("first", 1), ("second", 1), ("eight at once", 8)):
         started = time.perf_counter()
         asked = [GenerationParameters(prompt="a red fox", height=1024, width=1024, seed=seed) for seed in range(count)]
-        jobs = [Job() for _ in asked]
+        contexts = [RequestContext() for _ in asked]
         futures = [
-            engine.submit(job, one.resolve(Limits(), engine.sampling)) for job, one in zip(jobs, asked, strict=True)
+            engine.submit(context, one.resolve(Limits(), engine.sampling))
+            for context, one in zip(contexts, asked, strict=True)
         ]
         for future in futures:
             future.result()
         took = time.perf_counter() - started
         to_floor = took / (floor * 1280)
-        parts = {f"{part}_seconds": value for part, value in jobs[0].seconds.items()}
+        parts = {f"{part}_seconds": value for part, value in contexts[0].seconds.items()}
         say("engine, 1024x1024", which=which, requests=count, seconds=took, to_floor=to_floor, **parts)
 
 
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
-    device = open_device(placement(flags.device, 0))
+    device = open_device(instance_device(flags.device, 0))
     device.bind()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     bandwidth = copy_bandwidth(device.torch_device, synchronizer(device))

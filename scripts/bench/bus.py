@@ -21,13 +21,14 @@ import numpy as np
 from measure import say
 from numpy.typing import NDArray
 
-from glm_image.ar.executor import Command, Release, Step
+from glm_image.ar.commands import Command, Release, Step
 from glm_image.ar.scheduler import Scheduler
-from glm_image.ar.sequences import Request, Running, report_progress
-from glm_image.bus import Listener, Node
-from glm_image.inflight import InFlight
-from glm_image.job import Job
-from glm_image.request import GenerationParameters, Limits, ResolvedRequest, Sampling
+from glm_image.ar.sequence import Request, Running, report_progress
+from glm_image.ipc import EventListener, IpcServer
+from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.registry import RequestRegistry
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, ResolvedRequest, Sampling
 
 REPORTS, REPEATS = 20_000, 5
 
@@ -48,27 +49,27 @@ class Clock:
 
 
 @contextmanager
-def in_flight(jobs: list[Job], listened: int) -> Iterator[None]:
+def in_flight(jobs: list[RequestContext], listened: int) -> Iterator[None]:
     """The jobs as a server has them, the first ones listened to."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        kept, heard = InFlight("ar_queue", "handed_on"), threading.Semaphore(0)
+        kept, heard = RequestRegistry("ar_queue", "handed_on"), threading.Semaphore(0)
 
         def note(topic: bytes, listens: bool) -> None:
             (kept.watch if listens else kept.unwatch)(topic)
             heard.release()
 
-        node = Node(Path(folder), "glm_ar_0", {}, note)
+        node = IpcServer(Path(folder), "glm_ar_0", {}, note)
         stack.callback(node.close)
         kept.publish = node.publish
         for job in jobs:
             kept.begin(job)
         for job in jobs[:listened]:
-            stack.enter_context(Listener(Path(folder), job.id))
+            stack.enter_context(EventListener(Path(folder), job.id))
             heard.acquire()
         yield
 
 
-def report_seconds(jobs: list[Job], resolved: ResolvedRequest) -> float:
+def report_seconds(jobs: list[RequestContext], resolved: ResolvedRequest) -> float:
     """What telling of all the jobs takes after a step; the least of some rounds."""
     running = [Running(Request(job, (), resolved, 0.0), 0, 1, 0.0) for job in jobs]
     for one in running:
@@ -82,7 +83,7 @@ def report_seconds(jobs: list[Job], resolved: ResolvedRequest) -> float:
     return min(taken)
 
 
-def step_seconds(jobs: list[Job], resolved: ResolvedRequest) -> float:
+def step_seconds(jobs: list[RequestContext], resolved: ResolvedRequest) -> float:
     """The host's time of a step of all the jobs, decoded by a scheduler."""
     clock, seen = Clock(), []
     admitted = threading.Event()
@@ -110,8 +111,8 @@ def main() -> None:
     resolved = asked.resolve(Limits(), Sampling(0.9, 0.75, 16384))
     ways = {"nobody listens": 0, "somebody listens to one": 1, "all are listened to": flags.requests}
 
-    def new_jobs() -> list[Job]:
-        return [Job() for _ in range(flags.requests)]
+    def new_jobs() -> list[RequestContext]:
+        return [RequestContext() for _ in range(flags.requests)]
 
     without = min(step_seconds(new_jobs(), resolved) for _ in range(REPEATS))
     say("host's step without a bus", requests=flags.requests, us=without * 1e6)

@@ -20,23 +20,25 @@ import numpy as np
 import torch
 from measure import arguments, say
 
-from glm_image import geometry
 from glm_image.ar.engine import ArEngine, ArSettings
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device, open_device, placement
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device
+from glm_image.devices.open import instance_device, open_device
 from glm_image.dit.engine import DitEngine, DitSettings
-from glm_image.dit.measures import STEP_SECONDS
+from glm_image.dit.metrics import STEP_SECONDS
 from glm_image.errors import CancelledError, DeviceMemoryError
-from glm_image.geometry import Size
-from glm_image.job import Job, Progress
-from glm_image.measures import Measure
-from glm_image.request import GenerationParameters, Limits, PaintRequest
+from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.request import geometry
+from glm_image.request.geometry import Size
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, PaintRequest
+from glm_image.telemetry.metrics import MetricSpec
 
 REPEATS = 7
 LEFT_BYTES = 64 << 20
 
 
-def cancel_after(job: Job, stage: str, done: int) -> threading.Event:
+def cancel_after(context: RequestContext, stage: str, done: int) -> threading.Event:
     """Has the job reported to be at a point, which is when the returned event is set."""
     there = threading.Event()
 
@@ -44,7 +46,7 @@ def cancel_after(job: Job, stage: str, done: int) -> threading.Event:
         if progress.stage == stage and progress.done >= done:
             there.set()
 
-    job.on_progress = note
+    context.on_progress = note
     return there
 
 
@@ -62,26 +64,26 @@ def measure_ar(engine: ArEngine, size: Size) -> None:
     """Cancels one of eight sequences at different moments of a step, and one that waits."""
     asked = GenerationParameters("a fox", height=size.height, width=size.width, seed=1)
     resolved = asked.resolve(Limits(), engine.sampling)
-    beside = [engine.submit(Job(), resolved) for _ in range(7)]
+    beside = [engine.submit(RequestContext(), resolved) for _ in range(7)]
     waits, waits_queued = [], []
     for index in range(REPEATS):
-        job = Job()
-        there = cancel_after(job, "tokens", 50)
-        answer = engine.submit(job, resolved)
+        context = RequestContext()
+        there = cancel_after(context, "tokens", 50)
+        answer = engine.submit(context, resolved)
         there.wait()
-        queued_job = Job()
+        queued_job = RequestContext()
         queued = engine.submit(queued_job, resolved)
         time.sleep(0.0011 * index)
-        for one, future, kept in ((queued_job, queued, waits_queued), (job, answer, waits)):
+        for one, future, kept in ((queued_job, queued, waits_queued), (context, answer, waits)):
             began = time.perf_counter()
             one.cancel()
             assert isinstance(future.exception(), CancelledError)
             kept.append(time.perf_counter() - began)
     for future in beside:
         future.result()
-    job = Job()
-    engine.submit(job, resolved).result()
-    step = job.seconds["decode"] / (sum(grid.tokens for grid in resolved.grids) - 1)
+    context = RequestContext()
+    engine.submit(context, resolved).result()
+    step = context.seconds["decode"] / (sum(grid.tokens for grid in resolved.grids) - 1)
     say_steps("cancel to free slot", waits, step)
     say_steps("cancel to answer in the queue", waits_queued, step)
 
@@ -98,8 +100,8 @@ class StepEnds:
     def __init__(self) -> None:
         self.latest = self.longest = 0.0
 
-    def __call__(self, measure: Measure, value: float, times: int = 1, /) -> None:
-        """See ``measures.Record``."""
+    def __call__(self, measure: MetricSpec, value: float, times: int = 1, /) -> None:
+        """See ``measures.MetricSink``."""
         if measure is STEP_SECONDS:
             self.latest, self.longest = time.perf_counter(), max(self.longest, value)
 
@@ -107,18 +109,18 @@ class StepEnds:
 def measure_dit(engine: DitEngine, ends: StepEnds, size: Size) -> None:
     """Cancels a painting at different moments of a step."""
     request, waits, after_step = paint_request(size, 50), [], []
-    whole = Job()
+    whole = RequestContext()
     engine.finish(whole, request, engine.denoise(whole, request))
     step, ends.longest = whole.seconds["denoise"] / 50, 0.0
     with ThreadPoolExecutor(1) as pool:
         for index in range(REPEATS):
-            job = Job()
-            there = cancel_after(job, "denoise", 10)
-            answer = pool.submit(engine.denoise, job, request)
+            context = RequestContext()
+            there = cancel_after(context, "denoise", 10)
+            answer = pool.submit(engine.denoise, context, request)
             there.wait()
             time.sleep(step * index / REPEATS)
             began = time.perf_counter()
-            job.cancel()
+            context.cancel()
             assert isinstance(answer.exception(), CancelledError)
             ended = time.perf_counter()
             waits.append(ended - began)
@@ -147,11 +149,11 @@ def measure_memory(device: Device, ar: ArEngine | None, dit: DitEngine | None, s
     prompt = GenerationParameters("a fox " * 1000, height=size.height, width=size.width, seed=1)
 
     def tokens(engine: ArEngine) -> np.ndarray:
-        return engine.submit(Job(), prompt.resolve(Limits(), engine.sampling)).result().prior_token_ids
+        return engine.submit(RequestContext(), prompt.resolve(Limits(), engine.sampling)).result().prior_token_ids
 
     def pixels(engine: DitEngine) -> np.ndarray:
         request = paint_request(size, 20)
-        return engine.finish(Job(), request, engine.denoise(Job(), request)).pixels
+        return engine.finish(RequestContext(), request, engine.denoise(RequestContext(), request)).pixels
 
     works = ([partial(tokens, ar)] if ar else []) + ([partial(pixels, dit)] if dit else [])
     for work in works:
@@ -178,7 +180,7 @@ def main() -> None:
     flags: argparse.Namespace = parser.parse_args()
     width, height = map(int, flags.size.split("x"))
     size = Size(height, width)
-    device = open_device(placement(flags.device, 0))
+    device = open_device(instance_device(flags.device, 0))
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     ar = ArEngine(checkpoint, device, ArSettings()) if flags.stage != "dit" else None
     if ar is not None:

@@ -29,9 +29,9 @@ from load import Answered, has_failed, steady_load, steady_rate
 from measure import say
 from served import DRAIN_SECONDS, PROMPT, tiny_checkpoint
 
-from glm_image.dit.measures import STEP_SECONDS
-from glm_image.geometry import Size, generated_size, target_grid
-from glm_image.plan.times import read_size
+from capacity_planner.times import read_size
+from glm_image.dit.metrics import STEP_SECONDS
+from glm_image.request.geometry import Size, generated_size, target_grid
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient, PriorTokens
 

@@ -22,18 +22,20 @@ from measure import arguments, matmul_rate, say, say_kernels, seconds
 from numpy.typing import NDArray
 from quantized import say_error, say_linear_rates
 
-from glm_image import geometry
-from glm_image.checkpoint import Checkpoint, fill
-from glm_image.devices import Device, open_device, placement
-from glm_image.dit.blocks import best_blocks, eager_blocks
+from glm_image.checkpoint.checkpoint import Checkpoint, fill
+from glm_image.devices.base import Device
+from glm_image.devices.open import instance_device, open_device
+from glm_image.dit.blocks import eager_blocks
 from glm_image.dit.cache import CacheSettings
+from glm_image.dit.commands import Decode, Drop, Prepare, Step
 from glm_image.dit.engine import DitEngine
-from glm_image.dit.executor import Decode, Drop, Prepare, Step
-from glm_image.dit.quantized import quantize_blocks
+from glm_image.dit.quantization import quantize_blocks
+from glm_image.dit.select_blocks import select_blocks
 from glm_image.dit.settings import DitSettings
-from glm_image.geometry import Grid, Size
-from glm_image.job import Job
-from glm_image.request import PaintRequest
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request import geometry
+from glm_image.request.geometry import Grid, Size
+from glm_image.request.parameters import PaintRequest
 
 STEPS = 50
 GUIDANCE = 1.5
@@ -126,7 +128,7 @@ def measure_difference(checkpoint: Checkpoint, device: Device) -> None:
         del exact_of, transformer
         gc.collect()
         torch.cuda.empty_cache()
-        ours = best_blocks(build(checkpoint, device), device)(sequences, time_embedding, rotary)
+        ours = select_blocks(build(checkpoint, device), device)(sequences, time_embedding, rotary)
 
     def apart(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
         return max(((x.float() - y.float()).norm() / y.float().norm()).item() for x, y in zip(a, b, strict=True))
@@ -150,18 +152,18 @@ class Painted:
 
     Attributes:
         seconds: all of it.
-        job: the seconds of each part, and how many steps were cached.
+        context: the seconds of each part, and how many steps were cached.
         pixels: uint8 [1, height, width, 3].
     """
 
     seconds: float
-    job: Job
+    context: RequestContext
     pixels: NDArray[np.uint8]
 
     @property
     def denoise_seconds(self) -> float:
         """The seconds of its steps."""
-        return self.job.seconds["denoise"]
+        return self.context.seconds["denoise"]
 
 
 def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> Painted:
@@ -177,10 +179,10 @@ def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> Painted
         num_inference_steps=steps,
         guidance_scale=guidance,
     )
-    job = Job()
+    context = RequestContext()
     started = time.perf_counter()
-    result = engine.finish(job, request, engine.denoise(job, request))
-    return Painted(time.perf_counter() - started, job, result.pixels)
+    result = engine.finish(context, request, engine.denoise(context, request))
+    return Painted(time.perf_counter() - started, context, result.pixels)
 
 
 def measure_pictures(
@@ -191,7 +193,7 @@ def measure_pictures(
     for grid in grids:
         first = paint(engine, grid, 2, GUIDANCE).seconds
         warm = paint(engine, grid, STEPS, GUIDANCE)
-        parts, exact[grid] = warm.job.seconds, warm.denoise_seconds
+        parts, exact[grid] = warm.context.seconds, warm.denoise_seconds
         floor = STEPS * 2 * forward_flop(config, grid.tokens * 4 + 4) / rate
         say(
             "picture, 50 steps, guidance 1.5",
@@ -215,7 +217,7 @@ def measure_cache(engine: DitEngine, exact: dict[Grid, float], layers: int) -> N
         engine.executor.cache = ALWAYS
         paint(engine, grid, FEW_STEPS, GUIDANCE)
         cached = paint(engine, grid, STEPS, GUIDANCE)
-        (skipped,) = cached.job.cached_steps
+        (skipped,) = cached.context.cached_steps
         always_run = ALWAYS.Fn_compute_blocks + ALWAYS.Bn_compute_blocks
         share = 1 - skipped / STEPS * (1 - always_run / layers)
         say(
@@ -236,7 +238,7 @@ def measure_cache(engine: DitEngine, exact: dict[Grid, float], layers: int) -> N
         say(
             f"cached picture, {FEW_STEPS} steps, guidance 1.5, none similar enough",
             size=size_of(grid),
-            cached_steps=asked.job.cached_steps[0],
+            cached_steps=asked.context.cached_steps[0],
             denoise_seconds=asked.denoise_seconds,
             to_exact=asked.denoise_seconds / plain.denoise_seconds,
             identical_to_exact=bool((asked.pixels == plain.pixels).all()),
@@ -280,7 +282,7 @@ def ways(text: str) -> list[str]:
 
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
-    device = open_device(placement(flags.device, 0))
+    device = open_device(instance_device(flags.device, 0))
     device.bind()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     sizes = [tuple(map(int, size.split("x"))) for size in flags.sizes.split(",")]
@@ -315,9 +317,9 @@ def measure_engine(
     """Measures an engine whose blocks are in 8 bits, or not."""
     if quantization != "none" and not flags.brief:
         say_linear_rates(checkpoint.config("transformer"), grids[0].tokens * 4, device)
-        with_bf16, in_8_bits = build(checkpoint, device), build(checkpoint, device, quantization)
-        say_error(with_bf16, in_8_bits, device, quantization)
-        del with_bf16, in_8_bits
+        with_bf16, quantize_rowwise = build(checkpoint, device), build(checkpoint, device, quantization)
+        say_error(with_bf16, quantize_rowwise, device, quantization)
+        del with_bf16, quantize_rowwise
         gc.collect()
         torch.cuda.empty_cache()
         if torch.cuda.is_available():

@@ -22,19 +22,21 @@ from measure import arguments, say, seconds
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from glm_image import sources
 from glm_image.ar.vision import Vision, patches_of
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device, open_device, placement
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device
+from glm_image.devices.open import instance_device, open_device
+from glm_image.dit.commands import Drop, ForgetSources, Prepare, ReadSources, Step
 from glm_image.dit.conditioning import SourceConditioning
 from glm_image.dit.engine import DitEngine
-from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Drop, Executor, ForgetSources, Prepare, ReadSources, Step
+from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor
 from glm_image.dit.forward import read_sources
 from glm_image.dit.settings import DitSettings
-from glm_image.dit.sources import SourceCache
-from glm_image.geometry import Grid
-from glm_image.request import Limits
-from glm_image.sources import SourcePicture
+from glm_image.dit.source_kv import SourceCache
+from glm_image.request import source_images
+from glm_image.request.geometry import Grid
+from glm_image.request.limits import Limits
+from glm_image.request.source_images import SourcePicture
 
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
 REQUEST, PICTURE = -1, -1
@@ -58,8 +60,8 @@ def file_of(grid: Grid) -> bytes:
 def measure_vision(checkpoint: Checkpoint, device: Device, grid: Grid, synchronize: Callable[[], None]) -> None:
     """The host's work on a source, and the vision tower with the quantizer, for one to four sources."""
     file, rule, limits = file_of(grid), checkpoint.source_rule, Limits()
-    seen = sources.for_vision([file], limits, rule)
-    host = seconds(lambda: sources.for_vision([file], limits, rule), lambda: None, REPEATS)
+    seen = source_images.for_vision([file], limits, rule)
+    host = seconds(lambda: source_images.for_vision([file], limits, rule), lambda: None, REPEATS)
     patching = seconds(lambda: patches_of(checkpoint.image_processor, seen), lambda: None, REPEATS)
     say("host: decode and scale for the vision tower", size=size_of(grid), ms=host * 1e3)
     say("host: patches", size=size_of(grid), ms=patching * 1e3)
@@ -202,7 +204,7 @@ def size_of(grid: Grid) -> str:
 
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
-    device = open_device(placement(flags.device, 0))
+    device = open_device(instance_device(flags.device, 0))
     device.bind()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     width, height = map(int, flags.size.split("x"))

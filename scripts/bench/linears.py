@@ -20,23 +20,24 @@ from measure import arguments, copy_bandwidth, say, seconds
 from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.int8 import AnyLinear, Int8Linear
+from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs
+from glm_image.ar.fused.step import FusedStep
 from glm_image.ar.model import Decoder
 from glm_image.ar.state import DecodeState
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device, open_device, placement
+from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.attention import masked_decode_attention
-from glm_image.kernels.decoder import INT8_PLANS, FusedDecoder, Plans
-from glm_image.kernels.skinny_linear import Plan, gate_up, linear_parts, parts_buffer
+from glm_image.devices.base import Device
+from glm_image.devices.int8_linear import AnyLinear, Int8Linear
+from glm_image.devices.open import instance_device, open_device
+from glm_image.kernels.skinny_linear import TileConfig, gate_up, linear_partials, partials_buffer
 from glm_image.kernels.split_rows import SplitRows
-from glm_image.kernels.step import FusedStep
 
 SLOTS = 8
 LENGTH = 664
 BYTES_READ = 600e6
 """By one replay: copies of the weights, so that none is in the L2 cache when its turn comes."""
 
-START = {"bf16": Plans(), "split": INT8_PLANS}
+START = {"bf16": TileConfigs(), "split": INT8_TILES}
 SPLITS = {"qkv": (1, 2, 4), "out": (2, 4), "gate_up": (1,), "down": (2, 4, 6), "head": (1,)}
 SHOWN = 3
 
@@ -58,7 +59,7 @@ def synchronizer(device: Device) -> Callable[[], None]:
     return lambda: device.mark().wait()
 
 
-def candidates(name: str, start: Plan, *, sweep: bool) -> Iterator[Plan]:
+def candidates(name: str, start: TileConfig, *, sweep: bool) -> Iterator[TileConfig]:
     """Yields the plan in use and, in a sweep, others."""
     yield start
     if sweep:
@@ -68,24 +69,24 @@ def candidates(name: str, start: Plan, *, sweep: bool) -> Iterator[Plan]:
                 yield plan
 
 
-def plan_seconds(name: str, linears: list[AnyLinear], x: Tensor | SplitRows, plan: Plan, device: Device) -> float:
+def plan_seconds(name: str, linears: list[AnyLinear], x: Tensor | SplitRows, plan: TileConfig, device: Device) -> float:
     """Returns the time of one linear, of many that follow each other in a graph."""
     n = linears[0].weight.shape[0]
     product = torch.empty(SLOTS, n // 2, device=device.torch_device, dtype=torch.bfloat16)
-    parts = parts_buffer(plan, SLOTS, n, device.torch_device)
+    parts = partials_buffer(plan, SLOTS, n, device.torch_device)
 
     def step() -> None:
         for linear in linears:
             if name == "gate_up":
                 gate_up(x, linear, product, plan)
             else:
-                linear_parts(x, linear, parts, plan)
+                linear_partials(x, linear, parts, plan)
 
     with torch.inference_mode():
         return seconds(device.capture(step), synchronizer(device), repeats=9) / len(linears)
 
 
-def sweep_linear(name: str, shape: tuple[int, int], activations: str, device: Device, *, sweep: bool) -> Plan:
+def sweep_linear(name: str, shape: tuple[int, int], activations: str, device: Device, *, sweep: bool) -> TileConfig:
     """Says the best plans of a linear; returns the best."""
     n, k = shape
     place = device.torch_device
@@ -97,7 +98,7 @@ def sweep_linear(name: str, shape: tuple[int, int], activations: str, device: De
     x: Tensor | SplitRows = torch.randn(SLOTS, k, device=place, dtype=torch.bfloat16)
     if activations == "split" and name != "out":
         x = SplitRows.of(x)  # type: ignore[arg-type]
-    times: dict[Plan, float] = {}
+    times: dict[TileConfig, float] = {}
     for plan in candidates(name, getattr(START[activations], name), sweep=sweep):
         try:
             times[plan] = plan_seconds(name, linears, x, plan, device)
@@ -133,7 +134,7 @@ def torch_logits(decoder: Decoder, device: Device) -> Tensor:
     return decoder.decode(state.tokens, state.lengths, cos, sin, state.cache, masked_decode_attention)
 
 
-def measure_steps(checkpoint: Checkpoint, config: ArConfig, device: Device, plans: dict[str, Plans]) -> None:
+def measure_steps(checkpoint: Checkpoint, config: ArConfig, device: Device, plans: dict[str, TileConfigs]) -> None:
     """Whole steps with each set of plans, and how far their logits are from fp32 with the same weights."""
 
     def load() -> Decoder:
@@ -160,7 +161,7 @@ def error_of(logits: Tensor, exact: Tensor) -> float:
 
 def main(flags: argparse.Namespace) -> None:
     """Sweeps, then takes whole steps."""
-    device = open_device(placement(flags.device, 0))
+    device = open_device(instance_device(flags.device, 0))
     device.bind()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     config = ArConfig.read(checkpoint)

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from measure import arguments, say, say_kernels
 
+from capacity_planner.times import OWN_SUM
+from glm_image.ar.commands import Admit, Release, Step
 from glm_image.ar.config import ArConfig
 from glm_image.ar.engine import ArEngine
-from glm_image.ar.executor import Admit, Release, Step
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.open import open_device
+from glm_image.dit.commands import Drop, Prepare
+from glm_image.dit.commands import Step as DenoisingStep
 from glm_image.dit.engine import DitEngine
-from glm_image.dit.executor import Drop, Prepare
-from glm_image.dit.executor import Step as DenoisingStep
 from glm_image.dit.settings import DitSettings
-from glm_image.geometry import Grid, Size, generated_size, output_grids, target_grid
-from glm_image.parallel.team import Peers
-from glm_image.plan.times import OWN_SUM
+from glm_image.parallel.rank_group import WorkerConfig
+from glm_image.request.geometry import Grid, Size, generated_size, output_grids, target_grid
 
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
 PROMPT_TOKENS = 64
@@ -49,7 +49,7 @@ def decode_seconds(checkpoint: Checkpoint, devices: list[str], settings: ArSetti
     If ``profiled``, prints the kernels of a command's steps on the first device.
     """
     engine = ArEngine(
-        checkpoint, open_device(devices[0]), settings, peers=Peers(tuple(devices[1:]), load_seconds=LOAD_SECONDS)
+        checkpoint, open_device(devices[0]), settings, peers=WorkerConfig(tuple(devices[1:]), load_seconds=LOAD_SECONDS)
     )
     engine.close_scheduler()
     run, config = engine.executor.run, ArConfig.read(checkpoint)
@@ -123,7 +123,7 @@ def measure_painter(checkpoint: Checkpoint, devices: list[str], flags: argparse.
         used = devices[:1] if parallel == "none" else devices
         settings = DitSettings(parallel=parallel, warmup_sizes=(Size(1024, 1024),) if devices[0] != "cpu" else ())
         engine = DitEngine(
-            checkpoint, open_device(used[0]), settings, peers=Peers(tuple(used[1:]), load_seconds=LOAD_SECONDS)
+            checkpoint, open_device(used[0]), settings, peers=WorkerConfig(tuple(used[1:]), load_seconds=LOAD_SECONDS)
         )
         for grid in grids:
             took = denoising_seconds(engine, grid, used[0], flags.steps, profiled=flags.profile)

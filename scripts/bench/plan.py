@@ -32,9 +32,9 @@ from load import Answered, Level, Values, answered
 from measure import say
 from served import DRAIN_SECONDS, PROC, Served, default_requests, descendants, tiny_checkpoint
 
+from capacity_planner.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
+from capacity_planner.times import read_size, tokens_of
 from glm_image.ar.admission import ADMISSIONS
-from glm_image.plan.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
-from glm_image.plan.times import read_size, tokens_of
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient
 

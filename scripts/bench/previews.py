@@ -25,18 +25,18 @@ import numpy as np
 from measure import arguments, say
 from numpy.typing import NDArray
 
-from glm_image.bus import Listener, Node
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device, placement
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.open import instance_device, open_device
+from glm_image.dit.commands import Command, Estimate, Prepare, Result, Step
 from glm_image.dit.engine import DitEngine
-from glm_image.dit.executor import Command, Estimate, Prepare, Result, Step
 from glm_image.dit.scheduler import Run
 from glm_image.dit.settings import DitSettings
-from glm_image.geometry import Grid, Size, generated_size, painted_size, preview_grid, target_grid
-from glm_image.inflight import InFlight
-from glm_image.job import Job, Progress
-from glm_image.preview_messages import packed_picture
-from glm_image.request import PaintRequest
+from glm_image.ipc import EventListener, IpcServer
+from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.preview_rpc import packed_picture
+from glm_image.lifecycle.registry import RequestRegistry
+from glm_image.request.geometry import Grid, Size, generated_size, painted_size, preview_grid, target_grid
+from glm_image.request.parameters import PaintRequest
 
 PREVIEW_STEPS = 6
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
@@ -74,30 +74,30 @@ def request_of(grid: Grid, steps: int, codebook_size: int) -> PaintRequest:
 
 
 @contextmanager
-def listened(job: Job, clocks: Clocks, heard: list[object]) -> Iterator[None]:
+def listened(context: RequestContext, clocks: Clocks, heard: list[object]) -> Iterator[None]:
     """The job on the bus of an instance, its sketches taken by a listener."""
     with tempfile.TemporaryDirectory() as folder:
-        in_flight, is_there, ended = InFlight("condition", "finished"), threading.Event(), threading.Event()
+        in_flight, is_there, ended = RequestRegistry("condition", "finished"), threading.Event(), threading.Event()
 
         def note(topic: bytes, listens: bool) -> None:
             (in_flight.watch if listens else in_flight.unwatch)(topic)
             is_there.set()
 
-        node = Node(Path(folder), "glm_dit_0", {}, note)
+        node = IpcServer(Path(folder), "glm_dit_0", {}, note)
         in_flight.publish = node.publish
-        in_flight.begin(job)
+        in_flight.begin(context)
 
         def listen() -> None:
-            with Listener(Path(folder), job.id) as listener:
+            with EventListener(Path(folder), context.id) as listener:
                 while not ended.is_set():
                     heard.extend(event["picture"] for event in listener.events(0.05) if "picture" in event)
 
         def show(pixels: NDArray[np.uint8]) -> None:
             began = time.perf_counter()
-            in_flight.tell(job, lambda: {"picture": packed_picture(pixels)})
+            in_flight.tell(context, lambda: {"picture": packed_picture(pixels)})
             clocks.of["telling of a sketch"].append(time.perf_counter() - began)
 
-        job.on_picture = show
+        context.on_picture = show
         listening = threading.Thread(target=listen)
         listening.start()
         is_there.wait()
@@ -109,18 +109,18 @@ def listened(job: Job, clocks: Clocks, heard: list[object]) -> Iterator[None]:
             node.close()
 
 
-def denoise(engine: DitEngine, job: Job, request: PaintRequest) -> float:
+def denoise(engine: DitEngine, context: RequestContext, request: PaintRequest) -> float:
     """Paints; returns the seconds of its steps, and all that is done between them."""
-    engine.finish(job, request, engine.denoise(job, request))
-    return job.seconds["denoise"]
+    engine.finish(context, request, engine.denoise(context, request))
+    return context.seconds["denoise"]
 
 
 def measure_sketches(engine: DitEngine, clocks: Clocks, request: PaintRequest, plain: float) -> None:
     """A picture with a sketch after every step but the last."""
-    job, heard = Job(pictures_every=1), list[object]()
+    context, heard = RequestContext(pictures_every=1), list[object]()
     clocks.take()
-    with listened(job, clocks, heard):
-        whole = denoise(engine, job, request)
+    with listened(context, clocks, heard):
+        whole = denoise(engine, context, request)
     taken = clocks.take()
     step = statistics.median(taken["Step before a sketch"])
     sketch, telling = (statistics.median(taken[name]) for name in (Estimate.__name__, "telling of a sketch"))
@@ -139,10 +139,10 @@ def measure_sketches(engine: DitEngine, clocks: Clocks, request: PaintRequest, p
 
 def measure_preview(engine: DitEngine, clocks: Clocks, request: PaintRequest, picture: float) -> None:
     """A preview while nothing else is painted."""
-    engine.preview(Job(), request).result()  # its size's first
+    engine.preview(RequestContext(), request).result()  # its size's first
     clocks.take()
     began = time.perf_counter()
-    engine.preview(Job(), request).result()
+    engine.preview(RequestContext(), request).result()
     seconds, taken = time.perf_counter() - began, clocks.take()
     say(
         "a preview, alone",
@@ -161,11 +161,11 @@ def measure_beside(engine: DitEngine, request: PaintRequest, preview: PaintReque
 
     def ask(progress: Progress) -> None:
         if not asked:
-            began, future = time.perf_counter(), engine.preview(Job(), preview)
+            began, future = time.perf_counter(), engine.preview(RequestContext(), preview)
             future.add_done_callback(lambda _: done.append(time.perf_counter() - began))
             asked.append(future.result)
 
-    whole = denoise(engine, Job(on_progress=ask), request)
+    whole = denoise(engine, RequestContext(on_progress=ask), request)
     asked[0]()
     say(
         "a picture with a preview between its steps",
@@ -178,7 +178,7 @@ def measure_beside(engine: DitEngine, request: PaintRequest, preview: PaintReque
 
 def main(flags: argparse.Namespace) -> None:
     width, height = map(int, flags.size.split("x"))
-    device = open_device(placement(flags.device, 0))
+    device = open_device(instance_device(flags.device, 0))
     clocks = Clocks()
     target = target_grid(generated_size(Size(height, width)))
     engine = DitEngine(
@@ -189,10 +189,12 @@ def main(flags: argparse.Namespace) -> None:
     )
     request = request_of(target, flags.steps, engine.codebook_size)
     preview = request_of(preview_grid(target), PREVIEW_STEPS, engine.codebook_size)
-    denoise(engine, Job(), replace(request, num_inference_steps=min(flags.steps, 10)))  # captures, warms the card
-    job = Job()
-    plain = denoise(engine, job, request)
-    picture = plain + job.seconds["condition"] + job.seconds["vae"]
+    denoise(
+        engine, RequestContext(), replace(request, num_inference_steps=min(flags.steps, 10))
+    )  # captures, warms the card
+    context = RequestContext()
+    plain = denoise(engine, context, request)
+    picture = plain + context.seconds["condition"] + context.seconds["vae"]
     say("a picture", size=flags.size, steps=flags.steps, denoise_seconds=plain, whole_seconds=picture)
     measure_sketches(engine, clocks, request, plain)
     measure_preview(engine, clocks, preview, picture)

@@ -10,10 +10,11 @@ import torch
 from measure import say, seconds
 from torch import Tensor
 
-from glm_image.devices import Device
-from glm_image.devices.quantized import int8_sums, quantize_rows, scaled_product
-from glm_image.dit.blocks import best_blocks, eager_blocks
-from glm_image.dit.quantized import block_linears
+from glm_image.devices.base import Device
+from glm_image.devices.quantization import int8_sums, quantize_rows, scaled_product
+from glm_image.dit.blocks import eager_blocks
+from glm_image.dit.quantization import block_linears
+from glm_image.dit.select_blocks import select_blocks
 
 GLYPH_TOKENS = (6, 1)
 
@@ -79,7 +80,7 @@ def say_error(exact: Any, rounded: Any, device: Device, quantization: str) -> No
         time = draw(1, config.time_embed_dim)
         want = eager_blocks(exact)(sequences, time, rotary)
         twin = eager_blocks(rounded)(sequences, time, rotary)
-        got = best_blocks(rounded, device)(sequences, time, rotary)
+        got = select_blocks(rounded, device)(sequences, time, rotary)
         say(
             "difference of the blocks in 8 bits",
             quantization=quantization,

@@ -34,7 +34,7 @@ LEAVE_AT = ("tokens", "denoise")
 FEW_STEPS = 4
 
 
-class Watched(NamedTuple):
+class WatchedProcess(NamedTuple):
     """Seconds of a request until its end, until its first picture, and its events."""
 
     whole: float
@@ -65,26 +65,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
-def watch(client: GlmImageClient, values: dict[str, Any]) -> Watched:
+def watch(client: GlmImageClient, values: dict[str, Any]) -> WatchedProcess:
     began, first, events = time.perf_counter(), None, 0
     for event in client.stream(**values):
         events += 1
         if first is None and event.files:
             first = time.perf_counter() - began
-    return Watched(time.perf_counter() - began, first, events)
+    return WatchedProcess(time.perf_counter() - began, first, events)
 
 
-def plain(client: GlmImageClient, values: dict[str, Any]) -> Watched:
+def plain(client: GlmImageClient, values: dict[str, Any]) -> WatchedProcess:
     began = time.perf_counter()
     client.generate(**values)
-    return Watched(time.perf_counter() - began, None, 0)
+    return WatchedProcess(time.perf_counter() - began, None, 0)
 
 
 def measure_alone(client: GlmImageClient, values: dict[str, Any], repeats: int, until: float) -> None:
-    kinds: dict[str, Callable[[int], Watched]] = {"plain": lambda seed: plain(client, {**values, "seed": seed})}
+    kinds: dict[str, Callable[[int], WatchedProcess]] = {"plain": lambda seed: plain(client, {**values, "seed": seed})}
     for name, options in WAYS.items():
         kinds[name] = lambda seed, options=options: watch(client, {**values, **options, "seed": seed})  # type: ignore[misc]
-    taken: dict[str, list[Watched]] = {name: [] for name in kinds}
+    taken: dict[str, list[WatchedProcess]] = {name: [] for name in kinds}
     longest = 0.0
     for turn in range(repeats * len(kinds)):
         name = list(kinds)[turn % len(kinds)]
@@ -96,7 +96,7 @@ def measure_alone(client: GlmImageClient, values: dict[str, Any], repeats: int, 
     say_alone({name: all_of for name, all_of in taken.items() if all_of})
 
 
-def say_alone(taken: dict[str, list[Watched]]) -> None:
+def say_alone(taken: dict[str, list[WatchedProcess]]) -> None:
     for name, all_of in taken.items():
         base = statistics.median(one.whole for one in taken["plain"])
         whole = statistics.median(one.whole for one in all_of)
@@ -112,7 +112,9 @@ def measure_together(client: GlmImageClient, values: dict[str, Any], concurrency
     for name, options in WAYS.items():
         began = time.perf_counter()
 
-        def watched(seed: int, options: dict[str, int] = options, way: str = name, since: float = began) -> Watched:
+        def watched(
+            seed: int, options: dict[str, int] = options, way: str = name, since: float = began
+        ) -> WatchedProcess:
             one = watch(client, {**values, **options, "seed": seed})
             say("answered", way=way, since_start=time.perf_counter() - since, **one._asdict())
             return one

@@ -17,11 +17,12 @@ import torch
 from diffusers import AutoencoderKL
 from measure import arguments, say, say_kernels, seconds
 
-from glm_image.checkpoint import Checkpoint, fill
-from glm_image.devices import Device, open_device, placement
+from glm_image.checkpoint.checkpoint import Checkpoint, fill
+from glm_image.devices.base import Device
 from glm_image.devices.cpu import CpuDevice
+from glm_image.devices.open import instance_device, open_device
 from glm_image.dit.vae import Vae
-from glm_image.geometry import Size
+from glm_image.request.geometry import Size
 
 KERNELS_SHOWN = 8
 
@@ -83,7 +84,7 @@ def profile(vae: Vae, latents: torch.Tensor, device: Device, **named: Any) -> No
 
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
-    device = open_device(placement(flags.device, 0))
+    device = open_device(instance_device(flags.device, 0))
     device.bind()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     sizes = [Size(*(int(side) for side in reversed(size.split("x")))) for size in flags.sizes.split(",")]

@@ -114,7 +114,7 @@ def local_painter(
         true_codes: the second stage is given what the vision tower sees in the true drawing, not what the first wrote.
     """
     from glm_image.pipeline import LocalPipeline, paint_request  # noqa: PLC0415 - a served model needs no engine here
-    from glm_image.request import GenerationParameters  # noqa: PLC0415
+    from glm_image.request.parameters import GenerationParameters  # noqa: PLC0415
 
     with LocalPipeline(checkpoint, device, settings) as pipeline:  # type: ignore[arg-type]
 

@@ -27,7 +27,7 @@ from eval.adherence import add_request_arguments, judge_question, measure, reque
 from eval.questions import Picture, Question, Request, edit_questions, local_painter, scene_questions
 from eval.similarity import psnr, ssim
 from glm_image.ar.settings import ArSettings
-from glm_image.devices import placement
+from glm_image.devices.open import instance_device
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.pipeline import LocalSettings
@@ -115,7 +115,7 @@ def _built(settings: type, values: Mapping[str, Any]) -> Any:
 
 def devices_from(first: str, count: int) -> str:
     """Returns so many devices, the first one and those after it; of the CPU as many processes."""
-    kind, _, index = placement(first, 0).partition(":")
+    kind, _, index = instance_device(first, 0).partition(":")
     return ",".join(f"{kind}:{int(index) + offset}" if index else kind for offset in range(count))
 
 

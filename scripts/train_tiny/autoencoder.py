@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from glm_image.geometry import Size
+from glm_image.request.geometry import Size
 from train_tiny.compilation import compiled
 from train_tiny.data import MAIN_SIZE, Choice, Samples, drawn
 from train_tiny.models import build_vae, signed

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image import geometry
-from glm_image.geometry import Size
+from glm_image.request import geometry
+from glm_image.request.geometry import Size
 from train_tiny.world.layout import Board
 from train_tiny.world.scene import DIAMETERS, MOST_THINGS
 from train_tiny.world.table import NO_THING, Circles, Floats, Integers, Signs, Table

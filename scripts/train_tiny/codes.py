@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glm_image import geometry
+from glm_image.request import geometry
 from train_tiny.cells import CellLabels, cell_labels, cell_weights
 from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, drawn_size, small_pictures
 from train_tiny.loop import weighted_mean

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm_image import geometry, prompts
-from glm_image.geometry import Grid, Size
+from glm_image.request import geometry, prompts
+from glm_image.request.geometry import Grid, Size
 from train_tiny.world.caption import caption
 from train_tiny.world.draw import draw
 from train_tiny.world.edits import Edit, sample_edit, sample_removals
@@ -175,7 +175,7 @@ class Choice:
 
 
 def glyph_rows(prompt: str) -> tuple[tuple[int, ...], ...]:
-    """The byte tokens of the quoted strings, as ``glm_image.prompts.glyph_token_ids`` gives them."""
+    """The byte tokens of the quoted strings, as ``glm_image.request.prompts.glyph_token_ids`` gives them."""
     strings = prompts.quoted_strings(prompt) or [""]
     pads = (0,) * ((len(strings) + 1) % 2)
     return tuple((*pads, *(byte + 3 for byte in string.encode()), 1) for string in strings)

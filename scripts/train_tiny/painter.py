@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tiny_checkpoint_configs as configs
-from glm_image import geometry
-from glm_image.geometry import Size
+from glm_image.request import geometry
+from glm_image.request.geometry import Size
 from train_tiny.cells import cell_labels, cell_weights
 from train_tiny.compilation import compiled
 from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, common, drawn, glyph_rows, halved

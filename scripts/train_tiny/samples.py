@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from train_tiny.world.caption import caption
 from train_tiny.world.draw import draw
 from train_tiny.world.edits import KINDS, sample_edit

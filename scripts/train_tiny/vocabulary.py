@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoProcessor
 
-from glm_image.prompts import QUOTED
+from glm_image.request.prompts import QUOTED
 from make_tiny_checkpoint import write_configs
 from train_tiny.data import sample
 from train_tiny.models import CONFIG

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from glm_image import geometry
-from glm_image.geometry import Grid, PlacedGrid, Size
-from glm_image.prompts import PromptTokenizer
+from glm_image.request import geometry
+from glm_image.request.geometry import Grid, PlacedGrid, Size
+from glm_image.request.prompts import PromptTokenizer
 from train_tiny.cells import decision_weights
 from train_tiny.compilation import compile_blocks, compiled
 from train_tiny.data import OTHER_SIZES, Choice, Samples, by_size, small_pictures
@@ -273,7 +273,7 @@ def _joined(groups: Sequence[Group], length: int) -> Group:
 def prompt_ids(
     processor: Any, texts: Sequence[str], target: Grid, sources: Sequence[Grid]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The AR's input ids of many prompts for one size, as ``glm_image.prompts.PromptTokenizer`` gives them singly.
+    """Returns the AR's input ids of many prompts for one size, as ``PromptTokenizer`` gives them one at a time.
 
     Returns:
         ids [n, longest], padded at the end; their lengths, [n].

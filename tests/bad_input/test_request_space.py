@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from glm_image.errors import InvalidInputError
-from glm_image.images import decode_source
-from glm_image.job import Job
-from glm_image.metadata import STAGES, TOKENS
+from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.metadata import STAGES, TOKENS
 from glm_image.pipeline import GeneratedPictures, LocalPipeline
-from glm_image.request import OUTPUT_FORMATS, GenerationParameters, Limits
+from glm_image.request.images import decode_source
+from glm_image.request.limits import OUTPUT_FORMATS, Limits
+from glm_image.request.parameters import GenerationParameters
 
 LIMITS = Limits()
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -90,7 +91,7 @@ def test_what_is_legal_is_served_right(pipeline: LocalPipeline, asked: list[dict
 
 def generate(pipeline: LocalPipeline, asked: list[dict[str, Any]]) -> list[GeneratedPictures]:
     with ThreadPoolExecutor(AT_ONCE) as clients:
-        return list(clients.map(lambda one: pipeline.generate(GenerationParameters(**one), Job()), asked))
+        return list(clients.map(lambda one: pipeline.generate(GenerationParameters(**one), RequestContext()), asked))
 
 
 def check(made: GeneratedPictures, asked: dict[str, Any]) -> None:

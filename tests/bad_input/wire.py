@@ -24,7 +24,7 @@ INFER, GENERATE = "/v2/models/glm_image/infer", "/v2/models/glm_image/generate"
 
 
 @dataclass(frozen=True)
-class Answer:
+class Responder:
     """The gRPC status' name or the HTTP status, the words, and the seconds until the last of them."""
 
     status: str
@@ -42,7 +42,7 @@ class Tensor:
     raw: bytes
 
 
-Send = Callable[[TritonServer], Answer]
+Send = Callable[[TritonServer], Responder]
 
 
 @dataclass(frozen=True)
@@ -112,20 +112,20 @@ def _channel(url: str) -> grpc.Channel:
     return channel
 
 
-def _grpc_answer(request: Any, server: TritonServer) -> Answer:
+def _grpc_answer(request: Any, server: TritonServer) -> Responder:
     stub = service_pb2_grpc.GRPCInferenceServiceStub(_channel(server.grpc_url))
     began = time.monotonic()
     try:
         stub.ModelInfer(request, timeout=ANSWER_SECONDS)
-        return Answer("OK", "", time.monotonic() - began)
+        return Responder("OK", "", time.monotonic() - began)
     except grpc.RpcError as error:
-        return Answer(error.code().name, error.details(), time.monotonic() - began)
+        return Responder(error.code().name, error.details(), time.monotonic() - began)
 
 
 def http_send(
     body: bytes | None, path: str = INFER, *, method: str = "POST", headers: Mapping[str, str] | None = None
 ) -> Send:
-    def send(server: TritonServer) -> Answer:
+    def send(server: TritonServer) -> Responder:
         with closing(http.client.HTTPConnection(server.http_url, timeout=ANSWER_SECONDS)) as connection:
             began = time.monotonic()
             connection.request(method, path, body, dict(headers or {}))
@@ -136,7 +136,7 @@ def http_send(
             message = json.loads(text)["error"]
         except (ValueError, KeyError, TypeError):
             message = text[:200].decode(errors="replace")
-        return Answer(str(response.status), message, seconds)
+        return Responder(str(response.status), message, seconds)
 
     return send
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import GlmImageTransformer2DModel
 from torch import Tensor
 
-from glm_image.checkpoint import RandomTensors
+from glm_image.checkpoint.checkpoint import RandomTensors
 from glm_image.dit.blocks import Rotary, Tokens
 
 GRID = (2, 4)

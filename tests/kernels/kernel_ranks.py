@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device
 from glm_image.dit import loading
-from glm_image.dit.blocks import best_attention, best_blocks
 from glm_image.dit.executor import Executor, Follower
+from glm_image.dit.select_blocks import select_attention, select_blocks
 from glm_image.dit.settings import DitSettings
-from glm_image.parallel.ranks import Ranks
-from glm_image.parallel.worker import Runs
+from glm_image.parallel.process_group import Ranks
+from glm_image.parallel.worker import RankExecutor
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,23 @@ class _Rank:
         self._executor.close()
 
 
-def load_plain(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> Runs:
+def load_plain(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> RankExecutor:
     """Loads a rank with the blocks of its device."""
     return _Rank(loading.load_executor(checkpoint, settings, device, ranks))
 
 
-def load_fused(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> Runs:
+def load_fused(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> RankExecutor:
     """Loads a rank with the fused blocks."""
     fused = copy.copy(device)
     fused.runs_triton = True
     with (
-        patch.object(loading, "best_blocks", lambda transformer, _, shared: best_blocks(transformer, fused, shared)),
-        patch.object(loading, "best_attention", partial(_attention, fused)),
+        patch.object(
+            loading, "select_blocks", lambda transformer, _, shared: select_blocks(transformer, fused, shared)
+        ),
+        patch.object(loading, "select_attention", partial(_attention, fused)),
     ):
         return load_plain(checkpoint, settings, device, ranks)
 
 
 def _attention(fused: Device, transformer: Any, _: Device) -> Any:
-    return best_attention(transformer, fused)
+    return select_attention(transformer, fused)

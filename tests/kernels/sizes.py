@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from glm_image.ar.config import ArConfig
-from glm_image.request import Sampling
+from glm_image.request.parameters import Sampling
 
 CONFIG = ArConfig(
     layers=2,

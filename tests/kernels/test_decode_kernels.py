@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_image.ar.int8 import Int8Product, quantize_linears
+from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs
+from glm_image.ar.fused.sampling import draw_tokens
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import draw
 from glm_image.ar.state import DecodeState
-from glm_image.checkpoint import RandomTensors
+from glm_image.checkpoint.checkpoint import RandomTensors
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.int8 import widened_product
-from glm_image.kernels.decoder import INT8_PLANS, FusedDecoder, Plans
-from glm_image.kernels.sampling import draw_tokens
-from glm_image.kernels.skinny_linear import Plan, gate_up, linear_parts
-from glm_image.request import Sampling
+from glm_image.devices.int8_linear import Int8Product, quantize_linears
+from glm_image.kernels.skinny_linear import TileConfig, gate_up, linear_partials
+from glm_image.request.parameters import Sampling
 from kernels.sizes import BF16_ERROR, CONFIG, relative_error
 
 LENGTHS = (0, 1, 5, 63, 64, 65, 130, 17)
@@ -50,10 +50,10 @@ def torch_logits(decoder: Decoder, state: DecodeState) -> Tensor:
 
 @needs_gpu
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("plans", [Plans(), INT8_PLANS])
-def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, plans: Plans) -> None:
+@pytest.mark.parametrize("plans", [TileConfigs(), INT8_TILES])
+def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, plans: TileConfigs) -> None:
     config = replace(CONFIG, attention_bias=bias)
-    product = None if plans == Plans() else widened_product
+    product = None if plans == TileConfigs() else widened_product
     decoder = Decoder.load(config, RandomTensors(device, torch.bfloat16), int8=product)
     ours, theirs = random_state(device), random_state(device)
     with torch.inference_mode():
@@ -90,9 +90,9 @@ def test_parts_add_up_to_the_product(device: torch.device, n: int, k: int, split
     linear = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
     x = torch.randn(5, k, device=device, dtype=torch.bfloat16)
     out = torch.full((splits, 5, n), torch.nan, device=device)
-    plan = Plan(block_n=32, block_k=32, splits=splits, warps=4, stages=2, fetch=16)
+    plan = TileConfig(block_n=32, block_k=32, splits=splits, warps=4, stages=2, fetch=16)
     with torch.inference_mode():
-        linear_parts(x, linear, out, plan)
+        linear_partials(x, linear, out, plan)
         assert relative_error(out.sum(0), x.float() @ linear.weight.float().T) < 1e-3
 
 
@@ -106,7 +106,7 @@ def test_gate_and_up_are_multiplied(device: torch.device, int8: bool) -> None:
     x = torch.randn(8, 96, device=device, dtype=torch.bfloat16)
     out = torch.full((8, 40), torch.nan, device=device, dtype=torch.bfloat16)
     with torch.inference_mode():
-        gate_up(x, layer.linear, out, Plan(block_n=16, block_k=32, splits=1, warps=4, stages=2, fetch=16))
+        gate_up(x, layer.linear, out, TileConfig(block_n=16, block_k=32, splits=1, warps=4, stages=2, fetch=16))
         gate, up = layer.linear(x).chunk(2, dim=-1)
         assert relative_error(out, up * torch.nn.functional.silu(gate)) < BF16_ERROR
 

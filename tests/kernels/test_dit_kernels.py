@@ -12,14 +12,14 @@ import torch
 from diffusers import GlmImageTransformer2DModel
 from torch import Tensor
 
-from glm_image.checkpoint import fill
+from glm_image.checkpoint.checkpoint import fill
 from glm_image.dit.blocks import eager_blocks
-from glm_image.dit.sequence import Heads, SequenceAttention, TokenSplit
-from glm_image.dit.sharding import ShardedTensors, shard
-from glm_image.kernels import dit_blocks
-from glm_image.kernels.dit_blocks import ATTENTION, FusedBlocks
+from glm_image.dit.fused import blocks
+from glm_image.dit.fused.blocks import ATTENTION, FusedBlocks
+from glm_image.dit.sequence_parallel import Heads, SequenceAttention, TokenSplit
+from glm_image.dit.tensor_parallel import ShardedTensors, shard
 from glm_image.kernels.head_norm_rotary import deal_heads, head_norm_rotary
-from glm_image.parallel.group import ALONE, Group, Transfer
+from glm_image.parallel.collectives import ALONE, Group, Transfer
 from kernels.blocks import GRID, HEADS, LargeTensors, arguments, change_error, empty_transformer
 
 TEXT_TOKENS = ((6, 1), (1, 1), (3,), (0,))
@@ -119,7 +119,7 @@ def test_heads_are_dealt_as_they_are_normed_in_place(device: torch.device, heads
             (qkv.new_zeros(text, 3, heads // ranks, head_dim), qkv.new_zeros(ranks, 10, 3, heads // ranks, head_dim))
             for _ in range(2)
         )
-        Heads(normed, text).deal(rank, *want)
+        Heads(normed, text).scatter_heads(rank, *want)
         deal_heads(qkv, text, rotary, 1e-5, rank, *got)
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
@@ -130,7 +130,7 @@ def test_heads_are_dealt_as_they_are_normed_in_place(device: torch.device, heads
 def test_blocks_over_ranks_are_those_of_one(device: torch.device, ranks: int, text_tokens: tuple[int, ...]) -> None:
     transformer = build(device)
     sequences, time, rotary = arguments(transformer, device, text_tokens)
-    backend = dit_blocks.attention_backend(transformer)
+    backend = blocks.attention_backend(transformer)
     tokens = GRID[0] * GRID[1] - 1  # which 3 does not divide
     sequences = [(image[:, :tokens], text) for image, text in sequences]
     rotary = rotary[0][:tokens], rotary[1][:tokens]
@@ -141,7 +141,7 @@ def test_blocks_over_ranks_are_those_of_one(device: torch.device, ranks: int, te
     @torch.inference_mode()
     def run(rank: int) -> list[Tensor]:
         split = TokenSplit(ALONE, ThreadGroup(rank, ranks, meeting) if ranks > 1 else ALONE)
-        shared = SequenceAttention(split, dit_blocks.attention, _no_lse, backend)
+        shared = SequenceAttention(split, blocks.attention, _no_lse, backend)
         shared.begin(tokens)
         own = [(split.own(image, dim=1), text) for image, text in sequences]
         tables = split.own(rotary[0]), split.own(rotary[1])

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glm_image.ar.fused.prefill import FusedPrefill
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder, rotate
-from glm_image.checkpoint import RandomTensors
+from glm_image.checkpoint.checkpoint import RandomTensors
 from glm_image.devices.int8 import widened_product
-from glm_image.kernels.prompt import FusedPrompt
 from glm_image.kernels.prompt_heads import rotate_and_store
 from glm_image.kernels.silu_product import silu_product
 from kernels.sizes import BF16_ERROR, CONFIG, relative_error
@@ -52,7 +52,7 @@ def test_a_prompt_is_read_as_in_plain_torch(device: torch.device, tokens: int, i
     cos, sin = random(device, 2, tokens, CONFIG.rotary_dim)
     ours, theirs = (KvCache(CONFIG, 3, POSITIONS, device, torch.bfloat16) for _ in range(2))
     want = decoder.prefill(ids, cos, sin, theirs, slot=1)
-    got = FusedPrompt(decoder)(ids, cos, sin, ours, 1)
+    got = FusedPrefill(decoder)(ids, cos, sin, ours, 1)
     exact_cache = KvCache(CONFIG, 3, POSITIONS, device, torch.float32)
     exact = decoder.float().prefill(ids, cos.float(), sin.float(), exact_cache, slot=1)
     assert got.dtype == torch.float32

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from diffusers import GlmImageTransformer2DModel
 from torch import Tensor
 
-from glm_image.checkpoint import fill
-from glm_image.devices import open_device
-from glm_image.devices.quantized import DTYPES, Rows, int8_sums, quantize_rows, scaled_product
+from glm_image.checkpoint.checkpoint import fill
+from glm_image.devices.open import open_device
+from glm_image.devices.quantization import DTYPES, Rows, int8_sums, quantize_rows, scaled_product
 from glm_image.dit.blocks import eager_blocks
-from glm_image.dit.quantized import QuantizedLinear, block_linears
-from glm_image.kernels.dit_blocks import FusedBlocks
+from glm_image.dit.fused.blocks import FusedBlocks
+from glm_image.dit.quantization import QuantizedLinear, block_linears
 from glm_image.kernels.modulated_norm import SCALE_MLP, SHIFT_MLP, modulated_norm
-from glm_image.kernels.rows import empty_rows, in_8_bits, sums_in_8_bits, sums_to_bf16
+from glm_image.kernels.rows import empty_rows, quantize_rowwise, sums_in_8_bits, sums_to_bf16
 from kernels.blocks import LargeTensors, arguments, change_error, empty_transformer
 from kernels.sizes import relative_error
 
@@ -70,7 +70,7 @@ def test_the_blocks_are_those_of_diffusers_with_the_same_layers(
 def test_rows_are_rounded_as_their_twin_rounds_them(device: torch.device, quantization: str, gelu: bool) -> None:
     hidden = drawn(device, 5, 40) * 3
     hidden[2] = 0
-    got = in_8_bits(hidden, DTYPES[quantization], gelu=gelu)
+    got = quantize_rowwise(hidden, DTYPES[quantization], gelu=gelu)
     want = quantize_rows(F.gelu(hidden, approximate="tanh") if gelu else hidden, DTYPES[quantization])
     torch.testing.assert_close(got.scales, want.scales, rtol=1e-6, atol=0)
     # bf16 may round the GELU of the two ways to different sides; the interpreter rounds the half of fp8 up, and a GPU
@@ -98,7 +98,7 @@ def test_sums_of_int8_become_what_the_layer_gives(device: torch.device) -> None:
     assert relative_error(got, exact) < 1e-2
     assert relative_error(scaled_product(rows, weight, bias, torch.float32), exact) < 1e-5
     then = sums_in_8_bits(sums, rows, weight, bias)
-    twin = in_8_bits(got, torch.int8, gelu=True)
+    twin = quantize_rowwise(got, torch.int8, gelu=True)
     assert isinstance(then, Rows)
     assert torch.equal(then.values, twin.values)
     assert torch.equal(then.scales, twin.scales)

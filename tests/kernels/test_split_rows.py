@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm_image.ar.int8 import Int8Linear
 from glm_image.devices.int8 import widened_product
+from glm_image.devices.int8_linear import Int8Linear
 from glm_image.kernels.residual_norm import embed_norm, residual_norm
-from glm_image.kernels.skinny_linear import Plan, gate_up, linear_parts
+from glm_image.kernels.skinny_linear import TileConfig, gate_up, linear_partials
 from glm_image.kernels.split_rows import SplitRows, split_rows
 from kernels.sizes import BF16_ERROR, relative_error
 
-PLAN = Plan(block_n=32, block_k=32, splits=1, warps=4, stages=2, fetch=16)
+PLAN = TileConfig(block_n=32, block_k=32, splits=1, warps=4, stages=2, fetch=16)
 SPLIT_ERROR = 1e-4
 """Of rows of normal numbers; their own rounding to bf16 is at 1.7e-3."""
 
@@ -60,8 +60,8 @@ def test_rows_are_split_as_in_plain_torch(device: torch.device, width: int) -> N
 def test_products_add_up_exactly(device: torch.device, rows: int, n: int, k: int, splits: int) -> None:
     linear, x = int8_linear(device, n, k), split(rows_of(device, rows, k))
     out = torch.full((splits, rows, n), torch.nan, device=device)
-    plan = Plan(block_n=32, block_k=32, splits=splits, warps=4, stages=2, fetch=16)
-    linear_parts(x, linear, out, plan)
+    plan = TileConfig(block_n=32, block_k=32, splits=splits, warps=4, stages=2, fetch=16)
+    linear_partials(x, linear, out, plan)
     assert relative_error(out.sum(0), exact_product(x, linear)) < 1e-6
 
 
@@ -71,7 +71,7 @@ def test_the_largest_numbers_do_not_overflow(device: torch.device) -> None:
     linear.weight.fill_(-127)
     x = split(torch.full((2, k), 3.0, device=device, dtype=torch.bfloat16))
     out = torch.empty(1, 2, 16, device=device)
-    linear_parts(x, linear, out, Plan(block_n=16, block_k=2048, splits=1, warps=4, stages=1, fetch=0))
+    linear_partials(x, linear, out, TileConfig(block_n=16, block_k=2048, splits=1, warps=4, stages=1, fetch=0))
     assert relative_error(out[0], exact_product(x, linear)) < 1e-6
 
 

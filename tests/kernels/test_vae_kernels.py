@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from glm_image.checkpoint import RandomTensors, fill
+from glm_image.checkpoint.checkpoint import RandomTensors, fill
 from glm_image.kernels.group_norm_silu import GroupNormSilu, fuse_norms, group_norm_silu
 from kernels.sizes import relative_error
 

@@ -14,17 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glm_image.ar.commands import Admit, Command, Release, Step
 from glm_image.ar.engine import ArEngine, ArResult
-from glm_image.ar.executor import Admit, Command, Release, Step
 from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device
+from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.cpu import CpuDevice
+from glm_image.devices.open import open_device
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
-from glm_image.job import Job, Progress
-from glm_image.request import GenerationParameters, Limits, ResolvedRequest
+from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from helpers import MakeCheckpoint, OpenExecutor, sequence_length
 from parity.reference import reference_tokens
 
@@ -219,7 +220,7 @@ def test_the_engine_serves_many_threads_at_once(engine: ArEngine, alone: list[To
 
     def ask(index: int) -> None:
         ready.wait(WAIT_SECONDS)
-        future = engine.submit(Job(), resolved(REQUESTS[index], engine))
+        future = engine.submit(RequestContext(), resolved(REQUESTS[index], engine))
         results[index] = future.result(WAIT_SECONDS)
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(REQUESTS))]
@@ -236,38 +237,41 @@ def test_requests_may_join_the_engine_while_others_run(engine: ArEngine, alone: 
     futures: list[Future[ArResult]] = []
     for index in range(4):
         far = threading.Event()
-        futures.append(engine.submit(Job(on_progress=at(40, far.set)), resolved(REQUESTS[index], engine)))
+        futures.append(engine.submit(RequestContext(on_progress=at(40, far.set)), resolved(REQUESTS[index], engine)))
         assert far.wait(WAIT_SECONDS)
     for index, future in enumerate(futures):
         assert future.result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, index)
 
 
 def test_pictures_of_one_request_take_slots_of_their_own(engine: ArEngine, alone: list[Tokens]) -> None:
-    others = [engine.submit(Job(), resolved(REQUESTS[index], engine)) for index in range(4)]
+    others = [engine.submit(RequestContext(), resolved(REQUESTS[index], engine)) for index in range(4)]
     asked = replace(REQUESTS[4], num_images=8)
-    several = engine.submit(Job(), resolved(asked, engine)).result(WAIT_SECONDS).prior_token_ids
+    several = engine.submit(RequestContext(), resolved(asked, engine)).result(WAIT_SECONDS).prior_token_ids
     assert several.shape == (8, 15)
     assert several[0].tolist() == expected(alone, 4)
     for index, future in enumerate(others):
         assert future.result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, index)
     assert asked.seed is not None
-    single = engine.submit(Job(), resolved(replace(REQUESTS[4], seed=asked.seed + 7), engine)).result(WAIT_SECONDS)
+    single = engine.submit(RequestContext(), resolved(replace(REQUESTS[4], seed=asked.seed + 7), engine)).result(
+        WAIT_SECONDS
+    )
     assert several[7].tolist() == single.prior_token_ids[0].tolist()
 
 
 def test_the_engine_drops_what_is_cancelled_or_late_and_nothing_else(engine: ArEngine, alone: list[Tokens]) -> None:
-    unwanted, late = Job(), Job()
+    unwanted, late = RequestContext(), RequestContext()
     unwanted.on_progress = at(40, unwanted.cancel)
     late.on_progress = at(60, lambda: setattr(late, "deadline_ns", 1))
     futures = [
-        engine.submit(job, resolved(REQUESTS[index], engine)) for index, job in enumerate([unwanted, Job(), late])
+        engine.submit(context, resolved(REQUESTS[index], engine))
+        for index, context in enumerate([unwanted, RequestContext(), late])
     ]
     with pytest.raises(CancelledError):
         futures[0].result(WAIT_SECONDS)
     with pytest.raises(DeadlineExceededError):
         futures[2].result(WAIT_SECONDS)
     assert futures[1].result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, 1)
-    again = engine.submit(Job(), resolved(REQUESTS[0], engine)).result(WAIT_SECONDS)
+    again = engine.submit(RequestContext(), resolved(REQUESTS[0], engine)).result(WAIT_SECONDS)
     assert again.prior_token_ids[0].tolist() == expected(alone, 0)
 
 
@@ -296,7 +300,7 @@ def test_after_a_fault_the_same_slots_give_the_same_tokens(
     def submit(index: int) -> Future[Tokens]:
         asked = REQUESTS[index]
         ids = opened.admit(0, asked).prompt_ids
-        return scheduler.submit(Job(), ids, asked.resolve(Limits(), opened.config.sampling))
+        return scheduler.submit(RequestContext(), ids, asked.resolve(Limits(), opened.config.sampling))
 
     try:
         faulty.fail_at = fail_at

@@ -22,7 +22,7 @@ from glm_image.dit import cache_decisions
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.cache_decisions import BranchDecisions, computation_mask
 from glm_image.pipeline import GeneratedPictures, LocalPipeline, LocalSettings, paint_request
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from helpers import MakeCheckpoint
 from parity.reference import load_reference, reference_image, reference_tokens
 from pictures import encoded, picture
@@ -119,7 +119,7 @@ def cached(pipeline: LocalPipeline, case: Case, monkeypatch: pytest.MonkeyPatch)
     """Paints with the cache; what each branch decided comes from where it decides."""
     branches: list[list[bool]] = []
 
-    class Watched(BranchDecisions):
+    class WatchedProcess(BranchDecisions):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.decided: list[bool] = []
@@ -129,7 +129,7 @@ def cached(pipeline: LocalPipeline, case: Case, monkeypatch: pytest.MonkeyPatch)
             self.decided.append(super().begin_step())
             return self.decided[-1]
 
-    monkeypatch.setattr(cache_decisions, "BranchDecisions", Watched)
+    monkeypatch.setattr(cache_decisions, "BranchDecisions", WatchedProcess)
     monkeypatch.setattr(pipeline.dit.executor, "cache", case.settings)
     painted = paint(pipeline, case)
     assert len(branches) == (2 if case.guidance > 1 else 1)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from glm_image.ar.settings import ArSettings
 from glm_image.pipeline import LocalPipeline, LocalSettings, paint_request
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from helpers import MakeCheckpoint
 from make_tiny_checkpoint import TinyConfig
 from parity.reference import load_reference, reference_image, reference_tokens

@@ -17,7 +17,7 @@ from PIL import Image
 from glm_image.ar.settings import ArSettings
 from glm_image.errors import InvalidInputError
 from glm_image.pipeline import GeneratedPictures, LocalPipeline, LocalSettings, paint_request
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from helpers import MakeCheckpoint
 from parity.reference import load_reference, reference_image, reference_source_tokens, reference_tokens
 from pictures import encoded, picture

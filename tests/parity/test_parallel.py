@@ -25,17 +25,18 @@ from numpy.typing import NDArray
 import failing_ranks
 from glm_image.ar.engine import ArEngine, ArResult
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.open import open_device
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError, UnavailableError
-from glm_image.job import Job, Progress
+from glm_image.lifecycle.context import Progress, RequestContext
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.team import Peers, start
+from glm_image.parallel.rank_group import WorkerConfig, start
 from glm_image.parallel.worker import Load
 from glm_image.pipeline import LocalPipeline, LocalSettings
-from glm_image.request import GenerationParameters, Limits
-from glm_image.supervisor.guard import children_of
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters
+from glm_image.supervisor.watchdog import children_of
 from pictures import encoded, picture
 
 WAIT_SECONDS = 60
@@ -100,8 +101,8 @@ def test_pictures_are_those_of_one_device(
 
 
 @contextmanager
-def _decoder(checkpoint: Path, ranks: int, peers: Peers | None = None) -> Iterator[ArEngine]:
-    peers = peers or Peers(("cpu",) * (ranks - 1))
+def _decoder(checkpoint: Path, ranks: int, peers: WorkerConfig | None = None) -> Iterator[ArEngine]:
+    peers = peers or WorkerConfig(("cpu",) * (ranks - 1))
     engine = ArEngine(Checkpoint.open(checkpoint), open_device("cpu"), ArSettings(), peers=peers)
     try:
         yield engine
@@ -109,9 +110,9 @@ def _decoder(checkpoint: Path, ranks: int, peers: Peers | None = None) -> Iterat
         engine.close()
 
 
-def _decode(engine: ArEngine, job: Job | None = None, side: int = 256) -> Future[ArResult]:
+def _decode(engine: ArEngine, context: RequestContext | None = None, side: int = 256) -> Future[ArResult]:
     asked = GenerationParameters(prompt="a red fox 'NEWS'", height=side, width=side, seed=5)
-    return engine.submit(job or Job(), asked.resolve(Limits(), engine.sampling))
+    return engine.submit(context or RequestContext(), asked.resolve(Limits(), engine.sampling))
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
@@ -155,9 +156,9 @@ def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: 
 
     # Who is killed is lost at once; a short time would only take a slow machine for a hung one.
     hang_seconds = WAIT_SECONDS if kind == signal.SIGKILL else HANG_SECONDS
-    with _decoder(checkpoint_folder, 2, Peers(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
+    with _decoder(checkpoint_folder, 2, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
         (worker,) = _worker_pids(os.getpid())
-        running = _decode(engine, Job(on_progress=progress), side=1024)
+        running = _decode(engine, RequestContext(on_progress=progress), side=1024)
         assert decoding.wait(WAIT_SECONDS)
         started = time.monotonic()
         os.kill(worker, kind)
@@ -171,8 +172,8 @@ def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: 
     assert not _worker_pids(os.getpid())
 
 
-def _peers_of(failing: Load) -> Peers:
-    return Peers(("cpu",), load_seconds=HANG_SECONDS if failing is failing_ranks.hangs else WAIT_SECONDS)
+def _peers_of(failing: Load) -> WorkerConfig:
+    return WorkerConfig(("cpu",), load_seconds=HANG_SECONDS if failing is failing_ranks.hangs else WAIT_SECONDS)
 
 
 @pytest.mark.full
@@ -197,12 +198,12 @@ def test_a_rank_that_is_lost_in_loading_ends_the_load(arguments: tuple[Any, ...]
 
 def test_a_rank_without_its_device_is_told_and_leaves_nothing() -> None:
     with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
-        start(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), Peers(("npu:7",)))
+        start(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("npu:7",)))
     assert not _worker_pids(os.getpid())
 
 
 def test_what_is_under_way_ends_before_the_ranks_do_and_they_end_whatever_it_ends_with() -> None:
-    team = start(failing_ranks.ends_badly, (), open_device("cpu"), ParallelLayout(tp=2), Peers(("cpu",)))
+    team = start(failing_ranks.ends_badly, (), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("cpu",)))
     team.run("anything")
     failing_ranks.ENDS.clear()
     team.close()
@@ -218,7 +219,7 @@ from glm_image.parallel.layout import ParallelLayout
 from glm_image.ar.engine import ArEngine
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device
+from glm_image.devices.open import open_device
 from glm_image.parallel.team import Peers
 engine = ArEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), ArSettings(), peers=Peers(("cpu",)))
 print("ready", flush=True)

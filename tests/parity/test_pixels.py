@@ -8,10 +8,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from glm_image import geometry
-from glm_image.geometry import Size
 from glm_image.pipeline import GeneratedPictures, LocalPipeline, paint_request
-from glm_image.request import GenerationParameters
+from glm_image.request import geometry
+from glm_image.request.geometry import Size
+from glm_image.request.parameters import GenerationParameters
 from parity.reference import reference_image, reference_tokens
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from glm_image.errors import InvalidInputError
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from helpers import MakeCheckpoint, OpenExecutor
 from parity.reference import load_reference, reference_generation, reference_image, reference_tokens
 

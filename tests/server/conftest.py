@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from glm_image.ipc.run_directory import VARIABLE
 from glm_image.pipeline import LocalPipeline
-from glm_image.run_directory import VARIABLE
 from glm_image.supervisor import TritonServer
 from glm_image.supervisor.settings import default_model_repository
 

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from glm_image.supervisor.guard import SHARED_MEMORY
+from glm_image.supervisor.watchdog import SHARED_MEMORY
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 END_TIMEOUT_SECONDS = 60

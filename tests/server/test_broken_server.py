@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm_image.metadata import STAGES
+from glm_image.lifecycle.metadata import STAGES
 from glm_image.supervisor import TritonServer
 from server.kserve import KServeError, Values, grpc_infer
 from server.served import HeldRequest, Served, ask, ended, wait_for_log, write_model

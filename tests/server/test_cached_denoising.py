@@ -11,7 +11,7 @@ import pytest
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.settings import DitSettings
 from glm_image.pipeline import LocalPipeline, LocalSettings
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import ServerStartError, TritonServer
 from server.kserve import KServeError, Values, at_once, grpc_infer, metadata
 from server.test_metrics import Page, page_when

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException, shared_memory
 
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
 from server.kserve import decoded, infer_inputs

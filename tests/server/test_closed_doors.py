@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 from bench.soak import processes
 from glm_image.errors import ConfigurationError
 from glm_image.supervisor import TritonServer
-from glm_image.supervisor.access import CLOSABLE_APIS
+from glm_image.supervisor.api_access import CLOSABLE_APIS
 from server.kserve import Values, grpc_infer, http_binary_infer, infer_inputs
 from server.regions import registered_region
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
 from glm_image_client import PriorTokens
 from server.documents import REPOSITORY_ROOT, check_links, examples_of

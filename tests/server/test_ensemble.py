@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
 from parity.reference import load_reference, reference_image
 from server.kserve import (

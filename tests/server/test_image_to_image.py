@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
 from parity.reference import load_reference, reference_image

@@ -15,20 +15,20 @@ import pytest
 import tritonclient.grpc
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.measures import AR_ENDS, AR_MEASURES
-from glm_image.checkpoint import Checkpoint
-from glm_image.dit.measures import DIT_ENDS, DIT_MEASURES
-from glm_image.measures import REFUSALS, Ends, Kind, Measure
-from glm_image.serving.declaration import AR_PARAMETERS
+from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.config.schema import AR_PARAMETERS
+from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.supervisor import TritonServer
+from glm_image.telemetry.metrics import REFUSALS, Kind, MetricSpec, OutcomeCounters
 from server.kserve import KServeError, Values, at_once, grpc_infer, grpc_start, metadata
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 TOLD = re.compile(r"^# (?P<what>TYPE|HELP) (?P<name>\w+) (?P<text>.*)$")
 SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
-MEASURES: dict[str, tuple[Measure, ...]] = {"glm_ar": AR_MEASURES, "glm_dit": DIT_MEASURES}
-ENDS: dict[str, Ends] = {"glm_ar": AR_ENDS, "glm_dit": DIT_ENDS}
+MEASURES: dict[str, tuple[MetricSpec, ...]] = {"glm_ar": AR_METRICS, "glm_dit": DIT_METRICS}
+ENDS: dict[str, OutcomeCounters] = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
 RESTARTS = "glm_image_restarts_total"
 SETTLE_SECONDS = 30
 SLOTS = 8
@@ -111,9 +111,9 @@ def test_the_page_has_what_is_documented_and_nothing_else(fresh: Page, model: st
 
 
 @pytest.mark.parametrize(
-    "measure", [*AR_MEASURES, *DIT_MEASURES], ids=lambda measure: "-".join(filter(None, (measure.name, measure.reason)))
+    "measure", [*AR_METRICS, *DIT_METRICS], ids=lambda measure: "-".join(filter(None, (measure.name, measure.reason)))
 )
-def test_a_name_ends_in_its_unit(measure: Measure) -> None:
+def test_a_name_ends_in_its_unit(measure: MetricSpec) -> None:
     unit = {**documented("glm_ar"), **documented("glm_dit")}[measure.name][1]
     assert measure.name.endswith(f"_{unit}" + "_total" * (measure.kind is Kind.COUNTER))
     assert list(measure.bounds) == sorted(set(measure.bounds))
@@ -134,7 +134,7 @@ def test_tritons_own_that_the_document_names_are_there(fresh: Page) -> None:
 
 
 def test_histograms_have_their_bounds(fresh: Page) -> None:
-    for measure in (*AR_MEASURES, *DIT_MEASURES):
+    for measure in (*AR_METRICS, *DIT_METRICS):
         if measure.kind is Kind.HISTOGRAM:
             bounds = [float(labels["le"]) for labels, _ in fresh.samples[f"{measure.name}_bucket"]]
             assert bounds == [*measure.bounds, float("inf")]

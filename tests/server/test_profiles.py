@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from glm_image.serving.declaration import DIT_PARAMETERS
-from glm_image.serving.profiles import PROFILES
+from glm_image.config.profiles import PROFILES
+from glm_image.config.schema import DIT_PARAMETERS
 from glm_image.supervisor import ServerStartError, TritonServer
 from server.kserve import at_once, grpc_infer
 

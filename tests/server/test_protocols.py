@@ -13,7 +13,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import GenerationParameters
+from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
 from server.kserve import (
     CONTROL_INPUTS,

@@ -14,16 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, OUTPUTS, REQUEST_INPUTS, STAGE_TENSORS, TensorSpec
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import GenerationParameters
-from glm_image.serving.declaration import (
-    AR_PARAMETERS,
-    DIT_PARAMETERS,
-    OUTPUTS,
-    REQUEST_INPUTS,
-    STAGE_TENSORS,
-    TensorSpec,
-)
+from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.cli import parse_arguments
 from server.documents import BLOCK, REPOSITORY_ROOT, check_links, examples_of

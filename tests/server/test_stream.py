@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_image.story import ORDER
+from glm_image.lifecycle.events import ORDER
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
 from server.kserve import KServeError, Values, at_once, decoded, grpc_infer, metadata

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from glm_image.supervisor import ServerStartError, TritonServer
-from glm_image.supervisor.guard import SHARED_MEMORY
 from glm_image.supervisor.settings import free_ports
+from glm_image.supervisor.watchdog import SHARED_MEMORY
 from server.served import (
     CONFIG,
     END_TIMEOUT_SECONDS,

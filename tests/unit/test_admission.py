@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_image.ar.admission import CHEAP, NEARLY_USED_UP, PATIENCE, AtOnce, Gathered, Line
-from glm_image.backlog import HAND_OVER_SECONDS, TOPIC, Backlog, Painting
-from glm_image.inflight import Event
-from glm_image.job import Job
+from glm_image.ar.admission import CHEAP, NEARLY_USED_UP, PATIENCE, BatchAdmission, ImmediateAdmission, QueueSnapshot
+from glm_image.ipc.protocol import Event
+from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.downstream import HAND_OVER_SECONDS, TOPIC, DitLoad, DitLoadReporter
 
 SLOTS = 4
 DECODE, PAINT = 8.0, 10.0
@@ -35,12 +35,12 @@ def statement(*left: tuple[int, int], painter: str = "glm_dit_0", seconds: float
     return {"painter": painter, "requests": list(left), "seconds_a_picture": seconds}
 
 
-def line(clock: Clock, **other: float) -> Line:
+def line(clock: Clock, **other: float) -> QueueSnapshot:
     values = {
         "now": clock.now, "waiting": 1, "free": SLOTS, "running": 0, "extends": 1.0, "has_begun": False,
         "latest": math.inf, "deadline": math.inf, "decode_seconds": DECODE,
     }  # fmt: skip
-    return Line(**(values | other))  # type: ignore[arg-type]
+    return QueueSnapshot(**(values | other))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -49,29 +49,29 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def backlog(clock: Clock) -> Backlog:
-    made = Backlog(clock)
+def backlog(clock: Clock) -> DitLoad:
+    made = DitLoad(clock)
     made.hear(statement())
     return made
 
 
 def test_at_once_lets_everybody_in(clock: Clock) -> None:
-    assert AtOnce().wait(line(clock, running=3, free=1)) == 0
+    assert ImmediateAdmission().wait(line(clock, running=3, free=1)) == 0
 
 
 def test_nobody_waits_while_the_painters_are_not_known(clock: Clock) -> None:
-    backlog = Backlog(clock)
+    backlog = DitLoad(clock)
     for arrived_ns in range(5):
         backlog.hand_on(arrived_ns, 1)
     assert backlog.pictures() is None
-    assert Gathered(backlog).wait(line(clock)) == 0
+    assert BatchAdmission(backlog).wait(line(clock)) == 0
     backlog.hear(statement((0, 1), seconds=0.0))
     assert backlog.pictures() == 5
-    assert Gathered(backlog).wait(line(clock)) == 0
+    assert BatchAdmission(backlog).wait(line(clock)) == 0
 
 
-def test_who_is_let_in(clock: Clock, backlog: Backlog) -> None:
-    gathered = Gathered(backlog)
+def test_who_is_let_in(clock: Clock, backlog: DitLoad) -> None:
+    gathered = BatchAdmission(backlog)
     backlog.hear(statement((1, NEARLY_USED_UP)))
     assert gathered.wait(line(clock)) == 0
     assert gathered.wait(line(clock, running=1, free=3)) > 0
@@ -85,10 +85,10 @@ def test_who_is_let_in(clock: Clock, backlog: Backlog) -> None:
     assert gathered.wait(line(clock, has_begun=True)) == 0
 
 
-def test_time_is_a_reason_too(clock: Clock, backlog: Backlog, caplog: pytest.LogCaptureFixture) -> None:
-    gathered = Gathered(backlog)
+def test_time_is_a_reason_too(clock: Clock, backlog: DitLoad, caplog: pytest.LogCaptureFixture) -> None:
+    gathered = BatchAdmission(backlog)
     backlog.hear(statement((1, 3)))
-    longest = gathered.longest_wait(2, DECODE)
+    longest = gathered.max_wait(2, DECODE)
     assert longest == PATIENCE * (DECODE + 5 * PAINT)
     assert gathered.wait(line(clock, latest=clock.now + longest)) == pytest.approx(longest)
     needed = PATIENCE * (DECODE + 4 * PAINT)
@@ -100,7 +100,7 @@ def test_time_is_a_reason_too(clock: Clock, backlog: Backlog, caplog: pytest.Log
     assert [record.message.partition(" and ")[0] for record in caplog.records] == ["glm_dit has 3 pictures to paint"]
 
 
-def test_what_is_handed_on_is_painted_or_lost(clock: Clock, backlog: Backlog) -> None:
+def test_what_is_handed_on_is_painted_or_lost(clock: Clock, backlog: DitLoad) -> None:
     backlog.hear(statement((9, 1)))
     for arrived_ns, pictures in ((1, 1), (2, 4)):  # of one batch
         backlog.hand_on(arrived_ns, pictures)
@@ -115,13 +115,13 @@ def test_what_is_handed_on_is_painted_or_lost(clock: Clock, backlog: Backlog) ->
     assert backlog.pictures() == 1
 
 
-def test_nothing_waits_for_a_painter_that_has_nothing_to_do(clock: Clock, backlog: Backlog) -> None:
+def test_nothing_waits_for_a_painter_that_has_nothing_to_do(clock: Clock, backlog: DitLoad) -> None:
     heard = []
     backlog.when_changed(lambda: heard.append(backlog.pictures()))
     clock.now += 50
     backlog.hand_on(1, 5)  # for a caller who wanted the tokens alone
     assert backlog.pictures() == 5
-    gathered = Gathered(backlog)
+    gathered = BatchAdmission(backlog)
     assert gathered.wait(line(clock)) == pytest.approx(HAND_OVER_SECONDS)
     clock.now += HAND_OVER_SECONDS
     assert gathered.wait(line(clock)) == 0
@@ -139,10 +139,13 @@ def test_nothing_waits_for_a_painter_that_has_nothing_to_do(clock: Clock, backlo
 
 def test_a_painter_states_what_is_left() -> None:
     told: list[Event] = []
-    painting = Painting("glm_dit_3")
+    painting = DitLoadReporter("glm_dit_3")
     painting.publish = lambda topic, event: told.append({**event(), "topic": topic})
     seen: list[str] = []
-    one, other = Job(arrived_ns=5, on_seconds=lambda stage, _: seen.append(stage)), Job(arrived_ns=6)
+    one, other = (
+        RequestContext(arrived_ns=5, on_stage_seconds=lambda stage, _: seen.append(stage)),
+        RequestContext(arrived_ns=6),
+    )
     painting.begin(one, 2)
     with one.timed("condition"):
         pass
@@ -183,9 +186,9 @@ class Stages:
     idle_with_work: float = 0.0
 
     def __post_init__(self) -> None:
-        self.backlog = Backlog(self.clock)
+        self.backlog = DitLoad(self.clock)
         self.backlog.hear(statement())
-        self.policy = Gathered(self.backlog)
+        self.policy = BatchAdmission(self.backlog)
         self.latest: dict[int, float] = {}
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.order, self.statements = itertools.count(), itertools.count()
@@ -203,7 +206,7 @@ class Stages:
         first, now = self.waiting[0], self.clock.now
         longest = max(self.running.values(), default=now) - now
         if first not in self.latest:
-            self.latest[first] = now + self.policy.longest_wait(len(self.running), DECODE)
+            self.latest[first] = now + self.policy.max_wait(len(self.running), DECODE)
         return self.policy.wait(
             line(
                 self.clock,

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from glm_image.ar.engine import ArEngine
-from glm_image.ar.measures import KV_CACHE_BYTES
+from glm_image.ar.metrics import KV_CACHE_BYTES
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device, open_device
-from glm_image.devices.base import Memory
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device, Memory
 from glm_image.devices.cpu import CpuDevice
+from glm_image.devices.open import open_device
 from glm_image.errors import ConfigurationError, InvalidInputError, UnavailableError
-from glm_image.geometry import Size
-from glm_image.job import Job
-from glm_image.request import GenerationParameters, Limits, ResolvedRequest
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request.geometry import Size
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 
 WAIT_SECONDS = 60
 
@@ -34,8 +35,8 @@ def test_a_prompt_may_fill_what_the_picture_leaves(checkpoint_folder: Path) -> N
     with pytest.raises(
         InvalidInputError, match=r"^prompt is 19 tokens long; allowed: at most 18 .*max_sequence_tokens"
     ):
-        engine.submit(Job(), resolved(engine, "x" * 6))
-    result = engine.submit(Job(), resolved(engine, "x" * 5)).result(WAIT_SECONDS)
+        engine.submit(RequestContext(), resolved(engine, "x" * 6))
+    result = engine.submit(RequestContext(), resolved(engine, "x" * 5)).result(WAIT_SECONDS)
     assert result.tokens == {"prompt": 18, "source": 0, "preview": 242, "image": 2}
     assert result.prior_token_ids.shape == (1, 2)
     assert result.prior_token_ids.dtype.name == "int32"
@@ -44,11 +45,11 @@ def test_a_prompt_may_fill_what_the_picture_leaves(checkpoint_folder: Path) -> N
 
 def test_a_closed_engine_takes_nothing(checkpoint_folder: Path) -> None:
     engine = engine_of(checkpoint_folder, max_num_seqs=1, max_sequence_tokens=512)
-    running = engine.submit(Job(), resolved(engine, "x"))
+    running = engine.submit(RequestContext(), resolved(engine, "x"))
     engine.close()
     assert running.done()
     with pytest.raises(UnavailableError, match="stopping"):
-        engine.submit(Job(), resolved(engine, "x"))
+        engine.submit(RequestContext(), resolved(engine, "x"))
 
 
 class SmallDevice(CpuDevice):
@@ -76,7 +77,7 @@ def test_the_warm_up_leaves_nothing_behind(checkpoint_folder: Path) -> None:
     warm = ArEngine(Checkpoint.open(checkpoint_folder), lazy, settings, lambda name, *_: records.append(name))
     assert records == [KV_CACHE_BYTES]
     cold = engine_of(checkpoint_folder, max_num_seqs=2, max_sequence_tokens=640)
-    tokens = [engine.submit(Job(), resolved(engine, "x")).result(WAIT_SECONDS) for engine in (warm, cold)]
+    tokens = [engine.submit(RequestContext(), resolved(engine, "x")).result(WAIT_SECONDS) for engine in (warm, cold)]
     assert tokens[0].prior_token_ids.tolist() == tokens[1].prior_token_ids.tolist()
     warm.close()
     cold.close()
@@ -84,7 +85,7 @@ def test_the_warm_up_leaves_nothing_behind(checkpoint_folder: Path) -> None:
 
 def test_bfloat16_runs_on_the_cpu(checkpoint_folder: Path) -> None:
     engine = engine_of(checkpoint_folder, dtype=torch.bfloat16, max_num_seqs=2, max_sequence_tokens=512)
-    first, again = (engine.submit(Job(), resolved(engine, "x")).result(WAIT_SECONDS) for _ in range(2))
+    first, again = (engine.submit(RequestContext(), resolved(engine, "x")).result(WAIT_SECONDS) for _ in range(2))
     assert first.prior_token_ids.tolist() == again.prior_token_ids.tolist()
     assert first.prior_token_ids.max() < engine.config.codebook_size
     engine.close()

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from glm_image.ar.executor import Admit, Command, Release, Step
+from glm_image.ar.commands import Admit, Command, Release, Step
 from glm_image.ar.scheduler import Scheduler
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
-from glm_image.geometry import Grid
-from glm_image.job import Job, Progress
-from glm_image.request import GenerationParameters, ResolvedRequest, Sampling
+from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.request.geometry import Grid
+from glm_image.request.parameters import GenerationParameters, ResolvedRequest, Sampling
 
 SLOTS = 3
 LENGTH = 10
@@ -80,8 +80,8 @@ class Served:
         self.executor = Executor()
         self.scheduler = Scheduler(self.executor.run, SLOTS, max_queue)
 
-    def submit(self, *seeds: int, job: Job | None = None, length: int = LENGTH) -> Future[Tokens]:
-        return self.scheduler.submit(job or Job(), (1, 2), request(*seeds, length=length))
+    def submit(self, *seeds: int, context: RequestContext | None = None, length: int = LENGTH) -> Future[Tokens]:
+        return self.scheduler.submit(context or RequestContext(), (1, 2), request(*seeds, length=length))
 
     def hold(self) -> list[Future[Tokens]]:
         """Fills all slots with sequences that do not go on until ``may_step`` is set."""
@@ -115,7 +115,7 @@ def test_pictures_of_a_request_come_in_the_order_of_their_seeds(served: Served) 
 
 def test_a_sequence_of_one_token_needs_no_step(served: Served) -> None:
     one = ResolvedRequest(GenerationParameters(prompt="x"), (32, 32), (Grid(1, 1),), Sampling(1.0, 1.0, 1), (5,))  # type: ignore[arg-type]
-    assert rows(served.scheduler.submit(Job(), (1,), one)) == [[5000]]
+    assert rows(served.scheduler.submit(RequestContext(), (1,), one)) == [[5000]]
     assert not any(isinstance(command, Step) for command in served.executor.commands)
 
 
@@ -134,10 +134,10 @@ def test_every_request_gets_its_own_tokens(requests: list[tuple[int, int, bool]]
     submitted = []
     for number, (length, pictures, cancelled) in enumerate(requests):
         seeds = tuple(range(100 * number, 100 * number + pictures))
-        job = Job()
-        submitted.append((seeds, length, cancelled, served.submit(*seeds, length=length, job=job)))
+        context = RequestContext()
+        submitted.append((seeds, length, cancelled, served.submit(*seeds, length=length, context=context)))
         if cancelled:
-            job.cancel()
+            context.cancel()
     for seeds, length, cancelled, future in submitted:
         if cancelled and future.exception(WAIT_SECONDS) is not None:
             with pytest.raises(CancelledError):
@@ -181,11 +181,11 @@ def test_closing_answers_everyone(served: Served) -> None:
 
 
 def test_a_cancelled_request_gives_its_slot_back(served: Served) -> None:
-    unwanted, waiting_unwanted = Job(), Job()
+    unwanted, waiting_unwanted = RequestContext(), RequestContext()
     served.executor.may_step.clear()
-    first = served.submit(1, length=1000, job=unwanted)
+    first = served.submit(1, length=1000, context=unwanted)
     assert served.executor.admitted.wait(WAIT_SECONDS)
-    others = [served.submit(2, 3), served.submit(4, job=waiting_unwanted), served.submit(5)]
+    others = [served.submit(2, 3), served.submit(4, context=waiting_unwanted), served.submit(5)]
     unwanted.cancel()
     waiting_unwanted.cancel()
     served.executor.may_step.set()
@@ -203,12 +203,12 @@ def test_a_cancelled_request_gives_its_slot_back(served: Served) -> None:
 
 def test_a_late_request_is_dropped_while_it_waits_and_while_it_runs(served: Served) -> None:
     with pytest.raises(DeadlineExceededError):
-        served.submit(1, job=Job(deadline_ns=1)).result(WAIT_SECONDS)
+        served.submit(1, context=RequestContext(deadline_ns=1)).result(WAIT_SECONDS)
     assert served.executor.seeds() == []
-    job = Job()
-    job.on_progress = lambda progress: setattr(job, "deadline_ns", 1)
+    context = RequestContext()
+    context.on_progress = lambda progress: setattr(context, "deadline_ns", 1)
     with pytest.raises(DeadlineExceededError):
-        served.submit(2, job=job, length=1000).result(WAIT_SECONDS)
+        served.submit(2, context=context, length=1000).result(WAIT_SECONDS)
     assert rows(served.submit(3)) == tokens_of(3)
 
 
@@ -267,22 +267,22 @@ def test_an_executor_that_only_fails_still_answers(served: Served) -> None:
 
 def test_progress_and_seconds_are_told(served: Served) -> None:
     seen: list[Progress] = []
-    job = Job(on_progress=seen.append)
-    served.submit(*range(5), length=100, job=job).result(WAIT_SECONDS)
+    context = RequestContext(on_progress=seen.append)
+    served.submit(*range(5), length=100, context=context).result(WAIT_SECONDS)
     done = [progress.done for progress in seen if progress.stage == "tokens"]
     assert done == sorted(done)
     assert 0 < done[0] < done[-1] <= 500
     assert {(progress.stage, progress.total) for progress in seen} == {("prefill", 5), ("tokens", 500)}
     assert [progress.done for progress in seen if progress.stage == "prefill"] == [1, 2, 3, 4, 5]
-    assert job.seconds.keys() == {"ar_queue", "prefill", "decode"}
-    assert all(seconds >= 0 for seconds in job.seconds.values())
+    assert context.seconds.keys() == {"ar_queue", "prefill", "decode"}
+    assert all(seconds >= 0 for seconds in context.seconds.values())
 
 
 def test_requests_of_equal_content_are_not_mistaken_for_each_other(served: Served) -> None:
-    job: Any = Job(id="same")
-    other = Job(id="same")
+    context: Any = RequestContext(id="same")
+    other = RequestContext(id="same")
     held = served.hold()
-    twins = [served.submit(10, job=job), served.submit(10, job=other)]
+    twins = [served.submit(10, context=context), served.submit(10, context=other)]
     other.cancel()
     served.executor.may_step.set()
     assert [rows(future) for future in held] == [tokens_of(seed) for seed in range(SLOTS)]

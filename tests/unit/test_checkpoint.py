@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from glm_image.ar.config import ArConfig
 from glm_image.ar.engine import ArEngine
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import COMPONENTS, Checkpoint
-from glm_image.devices import open_device
+from glm_image.checkpoint.checkpoint import COMPONENTS, Checkpoint
+from glm_image.devices.open import open_device
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import CheckpointError

@@ -16,24 +16,25 @@ import pytest
 import torch
 from diffusers import GlmImageTransformer2DModel
 
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.config.cache import cache_settings
+from glm_image.config.instance import Instance
+from glm_image.config.schema import DIT_PARAMETERS, read_parameters
+from glm_image.devices.open import open_device
 from glm_image.dit.blocks import eager_blocks
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.cache_decisions import computation_mask
-from glm_image.dit.cached_step import HalfSteps
+from glm_image.dit.cached_step import DbCacheStep
+from glm_image.dit.commands import Drop, Prepare, Step
 from glm_image.dit.conditioning import Branch, Conditioning
 from glm_image.dit.engine import DitEngine, DitResult, DitSettings
-from glm_image.dit.executor import Drop, Prepare, Step
-from glm_image.dit.measures import CACHED_STEPS
+from glm_image.dit.metrics import CACHED_STEPS
 from glm_image.errors import CancelledError, ConfigurationError
-from glm_image.geometry import Grid, Size
-from glm_image.job import Job
-from glm_image.measures import Measure
-from glm_image.request import Limits, PaintRequest
-from glm_image.serving.cache_parameters import cache_settings
-from glm_image.serving.declaration import DIT_PARAMETERS, read_parameters
-from glm_image.serving.instance import Instance
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import PaintRequest
+from glm_image.telemetry.metrics import MetricSpec
 from helpers import MakeCheckpoint
 from pictures import encoded, picture
 
@@ -60,7 +61,7 @@ class Recorder:
     def __init__(self) -> None:
         self.cached = 0.0
 
-    def __call__(self, measure: Measure, value: float, times: int = 1, /) -> None:
+    def __call__(self, measure: MetricSpec, value: float, times: int = 1, /) -> None:
         self.cached += value if measure is CACHED_STEPS else 0
 
 
@@ -100,10 +101,10 @@ def edit_request(**changed: Any) -> PaintRequest:
     return request(**source, **changed)
 
 
-def paint(engine: DitEngine, asked: PaintRequest, job: Job | None = None) -> DitResult:
-    job = job or Job()
+def paint(engine: DitEngine, asked: PaintRequest, context: RequestContext | None = None) -> DitResult:
+    context = context or RequestContext()
     sources = asked.read_sources(Limits(), engine.source_rule)
-    return engine.finish(job, asked, engine.denoise(job, asked, sources))
+    return engine.finish(context, asked, engine.denoise(context, asked, sources))
 
 
 @pytest.mark.parametrize("settings", [NEVER, ASKED, replace(NEVER, Fn_compute_blocks=2, Bn_compute_blocks=2)], ids=str)
@@ -117,9 +118,9 @@ def test_a_cache_that_skips_nothing_changes_no_bit(
 ) -> None:
     exact = paint(engine, asked)
     cache(settings)
-    job = Job()
-    assert np.array_equal(paint(engine, asked, job).pixels, exact.pixels)
-    assert job.cached_steps == [0]
+    context = RequestContext()
+    assert np.array_equal(paint(engine, asked, context).pixels, exact.pixels)
+    assert context.cached_steps == [0]
 
 
 def test_fewer_blocks_run_and_the_picture_is_not_far(
@@ -140,9 +141,9 @@ def test_fewer_blocks_run_and_the_picture_is_not_far(
     assert ran == 50 * BLOCKS * 2
     for settings, work in ((ALWAYS, 15 * BLOCKS + 35), (replace(ALWAYS, Bn_compute_blocks=2), 15 * BLOCKS + 35 * 3)):
         cache(settings)
-        ran, job = 0, Job()
-        difference = np.abs(paint(engine, asked, job).pixels - exact)
-        assert job.cached_steps == [35]
+        ran, context = 0, RequestContext()
+        difference = np.abs(paint(engine, asked, context).pixels - exact)
+        assert context.cached_steps == [35]
         assert ran == work * 2
         assert 0 < difference.mean() < MEAN_DIFFERENCE
         with capsys.disabled():
@@ -151,16 +152,16 @@ def test_fewer_blocks_run_and_the_picture_is_not_far(
 
 def test_the_cached_steps_of_each_image_are_told_and_counted(folder: Path) -> None:
     engine = load(folder, SOME)
-    job, alone = Job(), [Job(), Job()]
-    together = paint(engine, request(GRID, 5, 6), job).pixels
+    context, alone = RequestContext(), [RequestContext(), RequestContext()]
+    together = paint(engine, request(GRID, 5, 6), context).pixels
     for index, seed in enumerate((5, 6)):
         tokens = request(GRID, 5, 6).prior_token_ids[index : index + 1]
         painted = paint(engine, request(GRID, seed, prior_token_ids=tokens), alone[index])
         assert np.array_equal(painted.pixels[0], together[index])
-    assert job.cached_steps == [count for one in alone for count in one.cached_steps]
-    assert all(0 < count < 16 for count in job.cached_steps)
+    assert context.cached_steps == [count for one in alone for count in one.cached_steps]
+    assert all(0 < count < 16 for count in context.cached_steps)
     assert isinstance(engine._record, Recorder)
-    assert engine._record.cached == 2 * sum(job.cached_steps)
+    assert engine._record.cached == 2 * sum(context.cached_steps)
 
 
 def test_pictures_in_flight_together_do_not_meet(folder: Path) -> None:
@@ -208,10 +209,10 @@ def test_pictures_can_be_painted_in_turns(engine: DitEngine, cache: Any) -> None
 def test_a_picture_after_an_aborted_one_is_as_ever(engine: DitEngine, cache: Any, stopped_after: int) -> None:
     cache(SOME)
     expected = paint(engine, request()).pixels
-    job = Job()
-    job.on_progress = lambda progress: job.cancel() if progress.done == stopped_after else None
+    context = RequestContext()
+    context.on_progress = lambda progress: context.cancel() if progress.done == stopped_after else None
     with pytest.raises(CancelledError):
-        paint(engine, request(GRID, 4), job)
+        paint(engine, request(GRID, 4), context)
     assert np.array_equal(paint(engine, request()).pixels, expected)
 
 
@@ -247,7 +248,7 @@ def test_no_half_of_a_step_looks_at_a_value(settings: CacheSettings) -> None:
             branches, guided=True, tokens=4, guidance_scale=1.5, times=torch.zeros(5, 16), rotary=rotary
         )
         latents, step = torch.zeros(1, 16, 4, 4), torch.zeros(1, dtype=torch.int64)
-        halves = HalfSteps(
+        halves = DbCacheStep(
             transformer, eager_blocks(transformer), settings, conditioning, latents, step, torch.zeros(6)
         )
         halves.front()

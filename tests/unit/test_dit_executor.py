@@ -10,12 +10,13 @@ import torch
 from diffusers import GlmImageTransformer2DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-from glm_image.checkpoint import Checkpoint
+from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.cpu import CpuDevice
-from glm_image.dit.blocks import best_blocks
-from glm_image.dit.executor import FEWEST_STEPS_TO_CAPTURE, Drop, Prepare, Step
-from glm_image.geometry import Grid
+from glm_image.dit.commands import Drop, Prepare, Step
+from glm_image.dit.executor import FEWEST_STEPS_TO_CAPTURE
+from glm_image.dit.select_blocks import select_blocks
 from glm_image.pipeline import LocalPipeline
+from glm_image.request.geometry import Grid
 
 GRID = Grid(1, 2)
 
@@ -32,8 +33,8 @@ def test_what_attends_is_named_as_in_diffusers(checkpoint_folder: Path, monkeypa
     config = Checkpoint.open(checkpoint_folder).config("transformer")
     transformer = GlmImageTransformer2DModel.from_config(config | {"num_layers": 1})
     cpu = torch.device("cpu")
-    assert best_blocks(transformer, CpuDevice(cpu)).attention_backend == "native"
-    assert best_blocks(transformer, CpuWithAnother(cpu)).attention_backend == "_native_math"
+    assert select_blocks(transformer, CpuDevice(cpu)).attention_backend == "native"
+    assert select_blocks(transformer, CpuWithAnother(cpu)).attention_backend == "_native_math"
 
 
 @pytest.mark.parametrize("steps_taken", [0, 1, 3])

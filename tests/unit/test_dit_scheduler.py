@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from glm_image.dit.executor import Command, Decode, Drop, Prepare, Step
+from glm_image.dit.commands import Command, Decode, Drop, Prepare, Step
 from glm_image.dit.scheduler import Scheduler
 from glm_image.errors import CancelledError, DeadlineExceededError
-from glm_image.geometry import Grid, Size
-from glm_image.job import Job, Progress
-from glm_image.request import PaintRequest
+from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.request.geometry import Grid, Size
+from glm_image.request.parameters import PaintRequest
 
 STEPS = 3
 WAIT_SECONDS = 30
@@ -63,8 +63,8 @@ def kinds(executor: Executor) -> list[str]:
 
 def test_pictures_are_painted_one_after_the_other() -> None:
     executor, seen = Executor(), list[Progress]()
-    scheduler, job = Scheduler(executor.run), Job(on_progress=seen.append)
-    pictures = scheduler.denoise(job, request(7, 8))
+    scheduler, context = Scheduler(executor.run), RequestContext(on_progress=seen.append)
+    pictures = scheduler.denoise(context, request(7, 8))
     assert kinds(executor) == (["Prepare"] + ["Step"] * STEPS) * 2
     prepared = [command for command in executor.commands if isinstance(command, Prepare)]
     assert [(p.seed, p.prior_token_ids.tolist()) for p in prepared] == [(7, [0, 1]), (8, [2, 3])]
@@ -72,29 +72,29 @@ def test_pictures_are_painted_one_after_the_other() -> None:
         ("a 'b'", "'c'", STEPS, 2.5)
     }
     assert [(p.stage, p.done, p.total) for p in seen] == [("denoise", done, 6) for done in range(1, 7)]
-    assert scheduler.decode(job, pictures)[:, 0, 0, 0].tolist() == [7, 8]
+    assert scheduler.decode(context, pictures)[:, 0, 0, 0].tolist() == [7, 8]
     assert executor.pictures == {}
-    assert job.seconds.keys() == {"condition", "denoise", "vae"}
+    assert context.seconds.keys() == {"condition", "denoise", "vae"}
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 4])
 def test_a_cancelled_request_stops_at_its_next_step_and_leaves_nothing(steps_before: int) -> None:
-    executor, job = Executor(), Job()
+    executor, context = Executor(), RequestContext()
     if steps_before == 0:
-        job.cancel()
-    job.on_progress = lambda progress: job.cancel() if progress.done == steps_before else None
+        context.cancel()
+    context.on_progress = lambda progress: context.cancel() if progress.done == steps_before else None
     scheduler = Scheduler(executor.run)
     with pytest.raises(CancelledError):
-        scheduler.denoise(job, request(7, 8))
+        scheduler.denoise(context, request(7, 8))
     assert kinds(executor).count("Step") == steps_before
     assert executor.pictures == {}
-    assert len(scheduler.denoise(Job(), request(9))) == 1
+    assert len(scheduler.denoise(RequestContext(), request(9))) == 1
 
 
 def test_a_late_request_stops() -> None:
     executor = Executor()
     with pytest.raises(DeadlineExceededError):
-        Scheduler(executor.run).denoise(Job(deadline_ns=1), request(7))
+        Scheduler(executor.run).denoise(RequestContext(deadline_ns=1), request(7))
     assert kinds(executor).count("Prepare") == 0
 
 
@@ -109,16 +109,16 @@ def test_a_fault_leaves_nothing_and_the_next_request_is_painted(kind: type[Comma
 
     executor.before = fail
     with pytest.raises(RuntimeError, match="fault"):
-        scheduler.decode(Job(), scheduler.denoise(Job(), request(7, 8)))
+        scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request(7, 8)))
     executor.before = lambda _: None
     assert executor.pictures == {}
-    assert scheduler.decode(Job(), scheduler.denoise(Job(), request(9)))[0, 0, 0, 0] == 9
+    assert scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request(9)))[0, 0, 0, 0] == 9
 
 
 def test_requests_take_turns_and_decoding_waits_for_none() -> None:
     executor = Executor()
     scheduler = Scheduler(executor.run)
-    first = scheduler.denoise(Job(), request(1))
+    first = scheduler.denoise(RequestContext(), request(1))
     executor.commands.clear()
     stepping, may_go_on = threading.Event(), threading.Event()
 
@@ -129,9 +129,9 @@ def test_requests_take_turns_and_decoding_waits_for_none() -> None:
 
     executor.before = hold
     with ThreadPoolExecutor(2) as threads:
-        painting = [threads.submit(scheduler.denoise, Job(), request(seed)) for seed in (2, 3)]
+        painting = [threads.submit(scheduler.denoise, RequestContext(), request(seed)) for seed in (2, 3)]
         assert stepping.wait(WAIT_SECONDS)
-        assert scheduler.decode(Job(), first)[0, 0, 0, 0] == 1
+        assert scheduler.decode(RequestContext(), first)[0, 0, 0, 0] == 1
         may_go_on.set()
         names = [future.result(WAIT_SECONDS)[0] for future in painting]
     steps = [command.picture for command in executor.commands if isinstance(command, Step)]

@@ -9,8 +9,8 @@ from diffusers import GlmImagePipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_image import geometry
-from glm_image.geometry import Grid, Size
+from glm_image.request import geometry
+from glm_image.request.geometry import Grid, Size
 
 SIDES = st.integers(1, 64)
 GRIDS = st.builds(Grid, SIDES, SIDES)

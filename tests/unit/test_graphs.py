@@ -10,13 +10,14 @@ import pytest
 from glm_image.ar.engine import ArEngine
 from glm_image.ar.graphs import GRAPH_MODES, captured
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.config.instance import Instance
+from glm_image.config.schema import AR_PARAMETERS, read_parameters
+from glm_image.devices.open import open_device
 from glm_image.errors import ConfigurationError
-from glm_image.job import Job
-from glm_image.request import GenerationParameters, Limits
-from glm_image.serving.declaration import AR_PARAMETERS, read_parameters
-from glm_image.serving.instance import Instance
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters
 
 WAIT_SECONDS = 60
 
@@ -74,7 +75,7 @@ def test_every_mode_draws_the_same_tokens(checkpoint_folder: Path) -> None:
         settings = ArSettings(graph_mode=mode, graph_capture_sizes=(2,), max_num_seqs=2, max_sequence_tokens=512)
         engine = ArEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), settings)
         asked = GenerationParameters(prompt="x", height=32, width=64, seed=1).resolve(Limits(), engine.sampling)
-        drawn.append(engine.submit(Job(), asked).result(WAIT_SECONDS).prior_token_ids.tolist())
+        drawn.append(engine.submit(RequestContext(), asked).result(WAIT_SECONDS).prior_token_ids.tolist())
         engine.close()
     assert drawn[0] == drawn[1] == drawn[2]
 

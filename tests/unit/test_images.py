@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glm_image import images
-from glm_image.geometry import Size
+from glm_image.request import images
+from glm_image.request.geometry import Size
 
 
 def gradient(size: Size) -> np.ndarray:

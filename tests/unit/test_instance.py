@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from glm_image.cards import Cards
+from glm_image.config.instance import Instance
+from glm_image.config.schema import AR_PARAMETERS
+from glm_image.devices.discovery import Cards
 from glm_image.errors import ConfigurationError
-from glm_image.request import Limits
-from glm_image.serving.declaration import AR_PARAMETERS
-from glm_image.serving.instance import Instance
+from glm_image.request.limits import Limits
 
 
 def instance(name: str = "glm_ar_0_0", groups: tuple[dict[str, Any], ...] = (), **parameters: str) -> Instance:
@@ -106,7 +106,7 @@ def test_what_is_no_share_is_refused(text: str) -> None:
 def test_taking_a_place_sets_what_the_runtime_reads(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("glm_image.serving.instance.find_cards", lambda: Cards("npu", ("4", "5", "6")))
+    monkeypatch.setattr("glm_image.config.instance.find_cards", lambda: Cards("npu", ("4", "5", "6")))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6")
     groups = ({"name": "glm_ar_0", "count": 2},)
     caplog.set_level("INFO")

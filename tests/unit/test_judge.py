@@ -159,7 +159,7 @@ def test_similarity_follows_its_definition() -> None:
     ("first", "all_of"), [("cpu", "cpu,cpu"), ("cpu:2", "cpu:2,cpu:3"), ("cuda:0", "cuda:0,cuda:1")]
 )
 def test_devices_are_counted_on_from_the_first(monkeypatch: pytest.MonkeyPatch, first: str, all_of: str) -> None:
-    monkeypatch.setattr("eval.shortcuts.placement", lambda devices, _: devices)
+    monkeypatch.setattr("eval.shortcuts.instance_device", lambda devices, _: devices)
     assert devices_from(first, 2) == all_of
 
 

@@ -17,14 +17,16 @@ from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.state import DecodeState
 from glm_image.ar.vision import Vision
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Memory, check_budget, open_device
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Memory
+from glm_image.devices.budget import check_budget
 from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.int8 import widened_product
+from glm_image.devices.open import open_device
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
-from glm_image.geometry import prompt_positions
+from glm_image.request.geometry import prompt_positions
 from helpers import MakeCheckpoint
 from make_tiny_checkpoint import make_tiny_checkpoint
 from tiny_checkpoint_configs import FULL

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from glm_image.errors import InvalidInputError
-from glm_image.job import LATEST_DEADLINE_NS, Job
-from glm_image.metadata import STAGES, TOKENS, ar_metadata, read_ar_metadata
+from glm_image.lifecycle.context import LATEST_DEADLINE_NS, RequestContext
+from glm_image.lifecycle.metadata import STAGES, TOKENS, ar_metadata, read_ar_metadata
 
 
 def test_what_the_first_stage_tells_is_read() -> None:
-    job = Job()
-    job.add_seconds("prefill", 0.25)
-    told = ar_metadata(job, dict.fromkeys(TOKENS, 3))
+    context = RequestContext()
+    context.add_seconds("prefill", 0.25)
+    told = ar_metadata(context, dict.fromkeys(TOKENS, 3))
     assert read_ar_metadata(json.dumps(told)) == told
 
 
@@ -45,4 +45,4 @@ def test_the_end_of_the_first_stage_is_checked(value: Any) -> None:
 
 
 def test_a_timeout_of_centuries_fits_its_tensor() -> None:
-    assert Job.with_timeout("x", 2**64 - 1).deadline_ns == LATEST_DEADLINE_NS
+    assert RequestContext.with_timeout("x", 2**64 - 1).deadline_ns == LATEST_DEADLINE_NS

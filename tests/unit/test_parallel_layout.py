@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_image.errors import ConfigurationError
-from glm_image.parallel.group import Group
+from glm_image.parallel.collectives import Group
 from glm_image.parallel.layout import MEMBERS, ParallelLayout, check_heads
 
 WAYS = st.integers(1, 4)

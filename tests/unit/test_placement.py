@@ -6,12 +6,11 @@ import re
 import pytest
 import torch
 
-from glm_image import cards as cards_module
-from glm_image.cards import Cards, find_cards
-from glm_image.devices import named_dtype, open_device, placement
-from glm_image.devices.select import accelerators
+from glm_image.devices import discovery as cards_module
+from glm_image.devices.discovery import Cards, find_cards
+from glm_image.devices.open import accelerators, instance_device, named_dtype, open_device
+from glm_image.devices.placement import Entry, check_shares, entries_of, lay_out, place
 from glm_image.errors import ConfigurationError
-from glm_image.placement import Entry, check_shares, entries_of, lay_out, place
 
 NPUS = Cards("npu", tuple("01234567"))
 GPUS = Cards("cuda", ("2", "GPU-b", "7", "8"))
@@ -159,7 +158,7 @@ def test_what_is_found_without_the_framework_is_what_the_framework_finds() -> No
 
 def test_cards_are_told_as_operators_name_them() -> None:
     assert [str(cards) for cards in (NPUS, Cards("cuda", ("3",)), NONE)] == ["npu:0 to npu:7", "cuda:0", "cpu only"]
-    assert placement("cpu;cpu:1", 1) == "cpu:1"
+    assert instance_device("cpu;cpu:1", 1) == "cpu:1"
 
 
 @pytest.mark.parametrize("name", ["cuda", "CPU", "npu:999", "cuda:999", ""])

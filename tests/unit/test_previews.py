@@ -10,21 +10,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from glm_image.dit import sketch
-from glm_image.dit.executor import Drop, Estimate, Prepare, Step
-from glm_image.dit.measures import DROPPED_PREVIEWS, PREVIEWS
+from glm_image.dit import latent_preview
+from glm_image.dit.commands import Drop, Estimate, Prepare, Step
+from glm_image.dit.metrics import DROPPED_PREVIEWS, PREVIEWS
 from glm_image.dit.previews import MAX_WAITING, Previews
 from glm_image.dit.scheduler import Scheduler
 from glm_image.errors import CancelledError, DeadlineExceededError, QueueFullError, UnavailableError
-from glm_image.job import Job
-from glm_image.measures import Measure
+from glm_image.lifecycle.context import RequestContext
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import PaintRequest
+from glm_image.request.parameters import PaintRequest
+from glm_image.telemetry.metrics import MetricSpec
 from unit.test_dit_scheduler import STEPS, WAIT_SECONDS, Executor, kinds, request
 
 
 class Counts(dict[str, float]):
-    def record(self, measure: Measure, value: float, times: int = 1, /) -> None:
+    def record(self, measure: MetricSpec, value: float, times: int = 1, /) -> None:
         self[measure.name] = self.get(measure.name, 0.0) + value
 
 
@@ -38,7 +38,7 @@ def scheduler() -> Iterator[tuple[Scheduler, Executor, Counts]]:
 
 def test_a_preview_is_painted_while_nobody_paints(scheduler: tuple[Scheduler, Executor, Counts]) -> None:
     made, executor, counts = scheduler
-    assert made.previews.submit(Job(), request(9)).result(WAIT_SECONDS).ravel().tolist() == [9, 9, 9]
+    assert made.previews.submit(RequestContext(), request(9)).result(WAIT_SECONDS).ravel().tolist() == [9, 9, 9]
     assert kinds(executor) == ["Prepare", *["Step"] * STEPS, "Decode", "Drop"]
     assert counts[PREVIEWS.name] == 1
     assert executor.pictures == {}
@@ -51,10 +51,10 @@ def test_a_preview_is_painted_between_two_steps_of_another(scheduler: tuple[Sche
     def ask_once(command: object) -> None:
         if isinstance(command, Step) and not previews:
             previews.append(None)
-            previews[0] = made.previews.submit(Job(), request(9))
+            previews[0] = made.previews.submit(RequestContext(), request(9))
 
     executor.before = ask_once
-    made.denoise(Job(), request(1))
+    made.denoise(RequestContext(), request(1))
     assert previews[0].result(0).ravel().tolist() == [9, 9, 9]
     ours = [getattr(command, "picture", None) for command in executor.commands]
     assert ours == [0, 0, *[1] * (STEPS + 3), *[0] * (STEPS - 1)]
@@ -62,22 +62,22 @@ def test_a_preview_is_painted_between_two_steps_of_another(scheduler: tuple[Sche
 
 def test_too_many_are_refused_at_once_and_those_that_wait_are_told_of_the_end() -> None:
     counts, device = Counts(), threading.Lock()
-    previews = Previews(lambda job, asked: np.zeros((1, 1, 3), np.uint8), device, counts.record)
+    previews = Previews(lambda context, asked: np.zeros((1, 1, 3), np.uint8), device, counts.record)
     with previews.painting():
-        waiting = [previews.submit(Job(), request(1)) for _ in range(MAX_WAITING)]
+        waiting = [previews.submit(RequestContext(), request(1)) for _ in range(MAX_WAITING)]
         with pytest.raises(QueueFullError):
-            previews.submit(Job(), request(1))
+            previews.submit(RequestContext(), request(1))
         assert counts == {DROPPED_PREVIEWS.name: 1}
         previews.close()
     for one in waiting:
         with pytest.raises(UnavailableError):
             one.result(0)
     with pytest.raises(UnavailableError):
-        previews.submit(Job(), request(1))
+        previews.submit(RequestContext(), request(1))
 
 
 def test_beside_pictures_previews_have_a_share_of_the_time() -> None:
-    def paint(job: Job, asked: PaintRequest) -> NDArray[np.uint8]:
+    def paint(context: RequestContext, asked: PaintRequest) -> NDArray[np.uint8]:
         clock[0] += 2.0
         return np.zeros((1, 1, 3), np.uint8)
 
@@ -85,30 +85,32 @@ def test_beside_pictures_previews_have_a_share_of_the_time() -> None:
     previews = Previews(paint, threading.Lock(), Counts().record)
     with pytest.MonkeyPatch.context() as patch, previews.painting():
         patch.setattr("glm_image.dit.previews.time.monotonic", lambda: clock[0])
-        first = previews.submit(Job(), request(1))
+        first = previews.submit(RequestContext(), request(1))
         previews.between_steps(0.1)
         assert first.done()
         with pytest.raises(QueueFullError):
-            previews.submit(Job(), request(1))
+            previews.submit(RequestContext(), request(1))
         for _ in range(3):
             previews.between_steps(10.0)
-        second = previews.submit(Job(), request(1))
+        second = previews.submit(RequestContext(), request(1))
         previews.between_steps(0.1)
         assert second.done()
     previews.close()
 
 
 @pytest.mark.parametrize(
-    ("job", "error"), [(Job(deadline_ns=1), DeadlineExceededError), (Job(), CancelledError)], ids=["late", "cancelled"]
+    ("context", "error"),
+    [(RequestContext(deadline_ns=1), DeadlineExceededError), (RequestContext(), CancelledError)],
+    ids=["late", "cancelled"],
 )
 def test_what_nobody_waits_for_is_dropped(
-    scheduler: tuple[Scheduler, Executor, Counts], job: Job, error: type[Exception]
+    scheduler: tuple[Scheduler, Executor, Counts], context: RequestContext, error: type[Exception]
 ) -> None:
     made, executor, counts = scheduler
     if error is CancelledError:
-        job.cancel()
+        context.cancel()
     with pytest.raises(error):
-        made.previews.submit(job, request(9)).result(WAIT_SECONDS)
+        made.previews.submit(context, request(9)).result(WAIT_SECONDS)
     assert kinds(executor) == ["Drop"]
     assert counts == {DROPPED_PREVIEWS.name: 1}
 
@@ -122,8 +124,8 @@ def test_every_nth_step_but_the_last_is_shown() -> None:
             shown.append(sum(isinstance(one, Step) for one in executor.commands))
         return result
 
-    job = Job(pictures_every=1)
-    Scheduler(run).denoise(job, request(1, 2))
+    context = RequestContext(pictures_every=1)
+    Scheduler(run).denoise(context, request(1, 2))
     assert shown == [1, 2, STEPS + 1, STEPS + 2]
     steps = [command for command in executor.commands if isinstance(command, Step)]
     assert [step.for_estimate for step in steps] == [True, True, False] * 2
@@ -137,7 +139,7 @@ def test_a_sketch_undoes_a_linear_encoder() -> None:
         squares = torch.from_numpy(pixels).float().reshape(height // 8, 8, width // 8, 8, 3).mean(dim=(1, 3))
         return ((squares / 255 - 0.5) @ mixing).permute(2, 0, 1)[None]
 
-    found = sketch.fit(encode)
+    found = latent_preview.fit(encode)
     picture = np.random.default_rng(2).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     np.testing.assert_array_equal(found(encode(picture.repeat(8, axis=0).repeat(8, axis=1))), picture)
 
@@ -165,11 +167,11 @@ def test_previews_leave_a_pictures_pixels_as_they_are(pipeline: LocalPipeline) -
     asked = PaintRequest("a", asked.prior_token_ids * 0, asked.grid, asked.requested, (3,), num_inference_steps=4)
     run = pipeline.dit.executor.run
     alone, beside = Scheduler(run), Scheduler(run)
-    expected = alone.decode(Job(), alone.denoise(Job(), asked))
-    job = Job(pictures_every=1)
-    job.on_progress = lambda _: beside.previews.submit(Job(), asked)  # type: ignore[assignment,return-value]
+    expected = alone.decode(RequestContext(), alone.denoise(RequestContext(), asked))
+    context = RequestContext(pictures_every=1)
+    context.on_progress = lambda _: beside.previews.submit(RequestContext(), asked)  # type: ignore[assignment,return-value]
     began = time.monotonic()
-    pixels = beside.decode(job, beside.denoise(job, asked))
+    pixels = beside.decode(context, beside.denoise(context, asked))
     assert time.monotonic() - began < WAIT_SECONDS
     beside.previews.close()
     np.testing.assert_array_equal(pixels, expected)

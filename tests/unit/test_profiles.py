@@ -10,22 +10,22 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from glm_image import parameter_counts, published
+from capacity_planner import memory
 from glm_image.ar.config import ArConfig
 from glm_image.ar.vision import Vision
-from glm_image.cards import Cards
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import open_device
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.config import pbtxt
+from glm_image.config.profiles import PROFILES, Profile, StageLayout
+from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
+from glm_image.devices.discovery import Cards
+from glm_image.devices.open import open_device
+from glm_image.devices.placement import check_shares, lay_out
 from glm_image.dit.loading import _empty_modules
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
-from glm_image.geometry import Size
-from glm_image.parallel.ranks import ONE_RANK
-from glm_image.placement import check_shares, lay_out
-from glm_image.plan import memory
-from glm_image.serving import configs
-from glm_image.serving.declaration import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
-from glm_image.serving.profiles import PROFILES, Profile, StageLayout
+from glm_image.parallel.process_group import ONE_RANK
+from glm_image.request.geometry import Size
+from glm_image.sizing import parameter_counts, reference_sizes
 from make_tiny_checkpoint import make_tiny_checkpoint
 from tiny_checkpoint_configs import FULL
 
@@ -62,13 +62,13 @@ def test_these_are_the_profiles() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_parses_to_its_declaration_and_differs_from_the_default_only_there(name: str, model: str) -> None:
     config, declared = parsed(model, name), layout(PROFILES[name], model)
-    assert config == configs.profile_configs(PROFILES[name])[model]
+    assert config == pbtxt.profile_configs(PROFILES[name])[model]
     assert config.instance_group[0].count == len(declared.entries)
     for parameter, value in declared.values().items():
         assert config.parameters[parameter].string_value == value
-        config.parameters[parameter].string_value = configs.model_configs()[model].parameters[parameter].string_value
+        config.parameters[parameter].string_value = pbtxt.model_configs()[model].parameters[parameter].string_value
     config.instance_group[0].count = 1
-    assert config == configs.model_configs()[model]
+    assert config == pbtxt.model_configs()[model]
 
 
 @pytest.mark.parametrize("model", STAGES)
@@ -132,7 +132,7 @@ def test_parameters_are_known_and_their_values_allowed_or_not_there_yet() -> Non
 def test_memory_is_that_of_the_published_sizes(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "full", FULL, weights=False)
     checkpoint = Checkpoint.open(folder, "dummy")
-    assert ArConfig.read(checkpoint) == published.DECODER
+    assert ArConfig.read(checkpoint) == reference_sizes.DECODER
     assert Vision.bytes_needed(checkpoint, torch.bfloat16) == memory.VISION_PARAMETERS * 2
     assert parameter_counts.transformer(checkpoint.config("transformer")) == memory.TRANSFORMER_PARAMETERS
     assert parameter_counts.vae(checkpoint.config("vae")) == memory.VAE_PARAMETERS

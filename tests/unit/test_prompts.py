@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GlmImageProcessor
 
-from glm_image import geometry, prompts
 from glm_image.errors import CheckpointError
-from glm_image.geometry import Grid, Size
-from glm_image.prompts import PromptTokenizer
+from glm_image.request import geometry, prompts
+from glm_image.request.geometry import Grid, Size
+from glm_image.request.prompts import PromptTokenizer
 from helpers import MakeCheckpoint
 from make_tiny_checkpoint import TinyConfig
 from tiny_checkpoint_configs import SPECIAL_TOKENS

@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_image import geometry, prompts
 from glm_image.errors import ConfigurationError, InvalidInputError
-from glm_image.geometry import Grid, Size
-from glm_image.request import (
-    OUTPUT_FORMATS,
+from glm_image.request import geometry, prompts
+from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import OUTPUT_FORMATS, Limits
+from glm_image.request.parameters import (
     GenerationParameters,
-    Limits,
     PaintRequest,
     ResolvedRequest,
     Sampling,

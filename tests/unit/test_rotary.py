@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_image import geometry
 from glm_image.ar.config import ArConfig
 from glm_image.ar.model import rotate
 from glm_image.ar.rotary import rotary_tables
-from glm_image.checkpoint import Checkpoint
-from glm_image.geometry import Grid
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.request import geometry
+from glm_image.request.geometry import Grid
 from helpers import MakeCheckpoint
 from parity.reference import load_reference
 

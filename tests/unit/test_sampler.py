@@ -11,8 +11,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.sampler import SamplerRows, allowed_ids, draw
-from glm_image.checkpoint import Checkpoint
-from glm_image.request import Sampling
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.request.parameters import Sampling
 from helpers import MakeCheckpoint
 
 CPU = torch.device("cpu")

@@ -16,13 +16,14 @@ from PIL import Image
 from transformers import GlmImageImageProcessorPil, GlmImageProcessor
 from transformers.models.glm_image.image_processing_pil_glm_image import smart_resize
 
-from glm_image import geometry, images, sources
 from glm_image.ar.vision import patches_of
-from glm_image.checkpoint import Checkpoint
+from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.errors import CheckpointError, InvalidInputError
-from glm_image.geometry import Grid, PlacedGrid, Size, SourceRule
-from glm_image.prompts import PromptTokenizer
-from glm_image.request import GenerationParameters, Limits, Sampling
+from glm_image.request import geometry, images, source_images
+from glm_image.request.geometry import Grid, PlacedGrid, Size, SourceRule
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, Sampling
+from glm_image.request.prompts import PromptTokenizer
 from helpers import MakeCheckpoint
 from pictures import encoded, picture
 
@@ -246,11 +247,11 @@ def encoded_without_load(width: int, height: int) -> bytes:
 def test_both_stages_scale_the_same_original_to_one_grid() -> None:
     files = [encoded(picture(700, 530)), encoded(picture(520, 1300))]
     limits, grids = Limits(), (Grid(17, 22), Grid(41, 16))
-    seen = sources.for_vision(files, limits, RULE)
+    seen = source_images.for_vision(files, limits, RULE)
     assert tuple(source.grid for source in seen) == grids
     assert [source.pixels.shape for source in seen] == [(16 * g.height, 16 * g.width, 3) for g in grids]
     ids = np.arange(sum(grid.tokens for grid in grids), dtype=np.int32)
-    painted = sources.for_painting(files, ids, grids, limits, RULE)
+    painted = source_images.for_painting(files, ids, grids, limits, RULE)
     assert [source.pixels.shape for source in painted] == [(32 * g.height, 32 * g.width, 3) for g in grids]
     assert np.array_equal(np.concatenate([source.token_ids for source in painted]), ids)
 
@@ -259,7 +260,7 @@ def test_patches_are_those_of_the_references_processor(checkpoint_folder: Path) 
     image = picture(700, 530)
     processor = Checkpoint.open(checkpoint_folder).image_processor
     theirs = GlmImageImageProcessorPil.from_pretrained(checkpoint_folder / "processor")([image], return_tensors="np")
-    ours = patches_of(processor, sources.for_vision([encoded(image)], LIMITS, RULE))
+    ours = patches_of(processor, source_images.for_vision([encoded(image)], LIMITS, RULE))
     assert ours.dtype == np.float32
     assert np.array_equal(ours, theirs["pixel_values"])
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from glm_image.ar import executor as ar
 from glm_image.ar.scheduler import Scheduler as ArScheduler
-from glm_image.ar.sequences import Sources
+from glm_image.ar.sequence import Sources
 from glm_image.dit import executor as dit
 from glm_image.dit.scheduler import Scheduler as DitScheduler
 from glm_image.errors import CancelledError
-from glm_image.geometry import Grid, PlacedGrid, Size
-from glm_image.job import Job
-from glm_image.request import GenerationParameters, PaintRequest, ResolvedRequest, Sampling
-from glm_image.sources import SourcePicture
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request.geometry import Grid, PlacedGrid, Size
+from glm_image.request.parameters import GenerationParameters, PaintRequest, ResolvedRequest, Sampling
+from glm_image.request.source_images import SourcePicture
 
 WAIT_SECONDS = 30
 PLACED = (PlacedGrid(1, Grid(1, 2)), PlacedGrid(4, Grid(2, 1)))
@@ -68,7 +68,7 @@ def executor() -> ArExecutor:
 
 def test_sources_are_encoded_once_for_all_pictures_and_put_at_their_places(executor: ArExecutor) -> None:
     scheduler, given = ArScheduler(executor.run, 2, 4), sources(20)
-    tokens = scheduler.submit(Job(), PROMPT, resolved(5, 6, 7), given).result(WAIT_SECONDS)
+    tokens = scheduler.submit(RequestContext(), PROMPT, resolved(5, 6, 7), given).result(WAIT_SECONDS)
     scheduler.close()
     assert tokens.shape == (3, 6)
     (encoded,) = executor.of(ar.Encode)
@@ -84,8 +84,8 @@ def test_sources_are_encoded_once_for_all_pictures_and_put_at_their_places(execu
 
 def test_requests_keep_their_own_sources(executor: ArExecutor) -> None:
     scheduler = ArScheduler(executor.run, 3, 8)
-    futures = [scheduler.submit(Job(), PROMPT, resolved(seed), sources(seed)) for seed in (30, 40)]
-    futures.append(scheduler.submit(Job(), (1, 2), resolved(50)))
+    futures = [scheduler.submit(RequestContext(), PROMPT, resolved(seed), sources(seed)) for seed in (30, 40)]
+    futures.append(scheduler.submit(RequestContext(), (1, 2), resolved(50)))
     for future in futures:
         future.result(WAIT_SECONDS)
     scheduler.close()
@@ -96,8 +96,8 @@ def test_requests_keep_their_own_sources(executor: ArExecutor) -> None:
 def test_a_request_whose_sources_cannot_be_encoded_ends_alone(executor: ArExecutor) -> None:
     scheduler = ArScheduler(executor.run, 2, 8)
     executor.fault = lambda command: isinstance(command, ar.Encode) and command.patches[0, 0] == 1
-    bad = scheduler.submit(Job(), PROMPT, resolved(1, 2), sources(1))
-    good = scheduler.submit(Job(), PROMPT, resolved(3), sources(3))
+    bad = scheduler.submit(RequestContext(), PROMPT, resolved(1, 2), sources(1))
+    good = scheduler.submit(RequestContext(), PROMPT, resolved(3), sources(3))
     with pytest.raises(RuntimeError, match="out of memory"):
         bad.result(WAIT_SECONDS)
     assert good.result(WAIT_SECONDS).shape == (1, 6)
@@ -138,14 +138,14 @@ def request(*seeds: int) -> PaintRequest:
 
 def test_sources_are_read_once_and_forgotten_when_all_pictures_are_denoised() -> None:
     executor = DitExecutor()
-    DitScheduler(executor.run).denoise(Job(), request(1, 2), (SOURCE,))
+    DitScheduler(executor.run).denoise(RequestContext(), request(1, 2), (SOURCE,))
     assert executor.commands == ["ReadSources", *["Prepare", "Step", "Step"] * 2, "ForgetSources"]
     assert not executor.held
 
 
 def test_without_sources_nothing_is_read() -> None:
     executor = DitExecutor()
-    DitScheduler(executor.run).denoise(Job(), request(1))
+    DitScheduler(executor.run).denoise(RequestContext(), request(1))
     assert executor.commands == ["Prepare", "Step", "Step"]
 
 
@@ -160,23 +160,23 @@ def test_sources_are_forgotten_after_a_fault(kind: type) -> None:
 
     executor.before = fail
     with pytest.raises(RuntimeError, match="out of memory"):
-        scheduler.denoise(Job(), request(1, 2), (SOURCE,))
+        scheduler.denoise(RequestContext(), request(1, 2), (SOURCE,))
     assert not executor.held
     executor.before = lambda _: None
-    assert len(scheduler.denoise(Job(), request(3), (SOURCE,))) == 1
+    assert len(scheduler.denoise(RequestContext(), request(3), (SOURCE,))) == 1
 
 
 def test_sources_are_forgotten_when_the_request_is_cancelled() -> None:
-    executor, job = DitExecutor(), Job()
-    executor.before = lambda command: job.cancel() if isinstance(command, dit.Step) else None
+    executor, context = DitExecutor(), RequestContext()
+    executor.before = lambda command: context.cancel() if isinstance(command, dit.Step) else None
     with pytest.raises(CancelledError):
-        DitScheduler(executor.run).denoise(job, request(1, 2), (SOURCE,))
+        DitScheduler(executor.run).denoise(context, request(1, 2), (SOURCE,))
     assert not executor.held
 
 
 def test_a_cancelled_request_reads_no_sources() -> None:
-    executor, job = DitExecutor(), Job()
-    job.cancel()
+    executor, context = DitExecutor(), RequestContext()
+    context.cancel()
     with pytest.raises(CancelledError):
-        DitScheduler(executor.run).denoise(job, request(1), (SOURCE,))
+        DitScheduler(executor.run).denoise(context, request(1), (SOURCE,))
     assert "ReadSources" not in executor.commands

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from glm_image.config.models import DRAINED
 from glm_image.errors import CheckpointError, ConfigurationError
-from glm_image.serving.entrances import DRAINED
-from glm_image.supervisor import guard
-from glm_image.supervisor.access import CLOSABLE_APIS, closing_flags, is_loopback
+from glm_image.supervisor import watchdog
+from glm_image.supervisor.api_access import CLOSABLE_APIS, closing_flags, is_loopback
 from glm_image.supervisor.cli import parse_arguments
 from glm_image.supervisor.installation import Installation
-from glm_image.supervisor.log import (
+from glm_image.supervisor.requirements import check_bundled_server, libpython_directory
+from glm_image.supervisor.settings import ServerSettings, default_model_repository, free_ports
+from glm_image.supervisor.triton_log import (
     SERVICES,
     StartFailure,
     drained_model,
@@ -26,8 +28,6 @@ from glm_image.supervisor.log import (
     syntax_error,
     unloaded_model,
 )
-from glm_image.supervisor.requirements import check_bundled_server, libpython_directory
-from glm_image.supervisor.settings import ServerSettings, default_model_repository, free_ports
 
 
 @pytest.fixture
@@ -262,21 +262,21 @@ def test_a_server_is_laid_out_in_links(tmp_path: Path) -> None:
     assert (backends / "python" / "triton_python_backend_stub").read_text() == "the stub of this Python"
     assert (backends / "python" / "libtriton_python.so").resolve().is_relative_to(installed)
     assert (backends / "onnx" / "libtriton_onnx.so").is_file()
-    assert (backends / "python" / "glm_image" / "errors.py").samefile(Path(guard.__file__).parents[1] / "errors.py")
+    assert (backends / "python" / "glm_image" / "errors.py").samefile(Path(watchdog.__file__).parents[1] / "errors.py")
     assert not (installed / "backends" / "python" / "glm_image").exists()
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    mine, other = (guard.SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
+    mine, other = (watchdog.SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
     (tmp_path / "run" / "backends").mkdir(parents=True)
     try:
         mine.touch()
         other.touch()
-        guard.remove_leftovers(mine.name, tmp_path / "run")
+        watchdog.remove_leftovers(mine.name, tmp_path / "run")
         assert not mine.exists()
         assert other.exists()
         assert not (tmp_path / "run").exists()
-        guard.remove_leftovers(mine.name, tmp_path / "run")
+        watchdog.remove_leftovers(mine.name, tmp_path / "run")
     finally:
         other.unlink()
 
@@ -313,18 +313,20 @@ class TestAccess:
 
     def test_the_threads_of_a_server_get_large_stacks(self) -> None:
         told = "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"
-        command = [sys.executable, guard.__file__, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
+        command = [sys.executable, watchdog.__file__, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
                    "--drain-seconds", "1", "--", sys.executable, "-c", told]  # fmt: skip
         # Its input stays open until it has ended: the end of it would be an order to kill.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
             assert running.stderr is not None
             limit = int(running.stderr.read())
         hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-        expected = guard.SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(guard.SERVER_STACK_BYTES, hard)
+        expected = (
+            watchdog.SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(watchdog.SERVER_STACK_BYTES, hard)
+        )
         assert limit >= expected
 
 
 def test_the_supervisor_needs_no_package() -> None:
     """``scripts/test`` and ``scripts/quickstart`` ask it what to install."""
     command = [sys.executable, "-S", "-c", "import glm_image.supervisor, glm_image.supervisor.requirements"]
-    subprocess.run(command, check=True, env={"PYTHONPATH": str(Path(guard.__file__).parents[2])})
+    subprocess.run(command, check=True, env={"PYTHONPATH": str(Path(watchdog.__file__).parents[2])})

@@ -17,7 +17,7 @@ from train_tiny import loop
 from train_tiny.muon import Muon
 
 
-class Line:
+class QueueSnapshot:
     """A stage that fits a line, and stops the clock's budget from mattering."""
 
     name, learning_rate = "line", 0.1
@@ -44,7 +44,7 @@ class Line:
 
 def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
-    first = Line()
+    first = QueueSnapshot()
 
     def stops(step: int, progress: float) -> None:
         if step == 400:
@@ -56,12 +56,12 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(SystemExit, match="line is not done"):
         loop.finished(tmp_path, "line")
     spent = torch.load(tmp_path / "line.pt")["seconds"]
-    second = Line()
+    second = QueueSnapshot()
     resumed = loop.Training(second, tmp_path / "line.pt")
     groups = [group for optimizer in resumed.optimizers for group in optimizer.param_groups]
     resumed.take_step(0.5)
     assert {float(group["lr"]) for group in groups} == {float(torch.tensor(0.1 * loop.rate(0.5, 400)))}
-    second = Line()
+    second = QueueSnapshot()
     loop.train(second, tmp_path, minutes=(spent + 0.7) / 60)
     assert second.steps[0] == 400
     assert loop.finished(tmp_path, "line")["results"]["slope"] == pytest.approx(3, abs=0.05)
@@ -73,7 +73,7 @@ def test_a_stage_whose_losses_are_not_finite_ends_and_keeps_what_was_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
-    broken = Line()
+    broken = QueueSnapshot()
     losses = broken.losses
 
     def turns_bad(kind: int) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ def test_a_stage_whose_losses_are_not_finite_ends_and_keeps_what_was_saved(
 
 def test_what_is_not_finite_at_the_end_is_not_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "STEPS_BETWEEN_LOGS", 10**9)
-    broken = Line()
+    broken = QueueSnapshot()
     monkeypatch.setattr(broken, "losses", lambda kind: {"loss": broken.module(torch.ones(1, 1)).sum() * float("nan")})
     with pytest.raises(SystemExit, match="line: not finite after step 0"):
         loop.train(broken, tmp_path, minutes=0.2 / 60)
@@ -97,7 +97,7 @@ def test_what_is_not_finite_at_the_end_is_not_a_result(tmp_path: Path, monkeypat
 
 
 def test_what_came_before_the_steps_is_among_a_stages_minutes(tmp_path: Path) -> None:
-    stage = Line()
+    stage = QueueSnapshot()
     loop.train(stage, tmp_path, minutes=1, began=time.monotonic() - 58)
     assert stage.steps
     assert 60 <= loop.seconds_of(tmp_path, "line") < 90
@@ -124,7 +124,7 @@ def test_matrices_of_one_shape_take_muons_step_together_and_go_on_from_its_state
 
 
 def test_a_stage_that_is_done_goes_on_when_it_is_given_more_minutes(tmp_path: Path) -> None:
-    first, second, third = Line(), Line(), Line()
+    first, second, third = QueueSnapshot(), QueueSnapshot(), QueueSnapshot()
     loop.train(first, tmp_path, minutes=0.2 / 60)
     assert 0.2 <= loop.seconds_of(tmp_path, "line") < 0.9
     loop.train(second, tmp_path, minutes=0.2 / 60)

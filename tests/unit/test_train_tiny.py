@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
 import tiny_checkpoint_configs as configs
-from glm_image import geometry, prompts
 from glm_image.dit.schedule import schedule
-from glm_image.geometry import Grid, PlacedGrid, Size
-from glm_image.prompts import PromptTokenizer
+from glm_image.request import geometry, prompts
+from glm_image.request.geometry import Grid, PlacedGrid, Size
+from glm_image.request.prompts import PromptTokenizer
 from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.cells import HELD_WEIGHT, SHOWN_WEIGHT, SMALL_WEIGHT, cell_labels, cell_weights, decision_weights

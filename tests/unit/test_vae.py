@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from glm_image import images
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Memory, open_device
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Memory
 from glm_image.devices.cpu import CpuDevice
+from glm_image.devices.open import open_device
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
-from glm_image.geometry import Grid, Size
-from glm_image.job import Job
+from glm_image.lifecycle.context import RequestContext
 from glm_image.pipeline import LocalPipeline
-from glm_image.request import PaintRequest
+from glm_image.request import images
+from glm_image.request.geometry import Grid, Size
+from glm_image.request.parameters import PaintRequest
 
 WAIT_SECONDS = 60
 WIDE, SQUARE = Grid(1, 34), Grid(2, 2)  # one above the checkpoint's tile of 1024 pixels, one below
@@ -33,8 +34,8 @@ def request(grid: Grid, output_format: str = "raw") -> PaintRequest:
 
 
 def painted(engine: DitEngine, grid: Grid) -> NDArray[np.int64]:
-    asked, job = request(grid), Job()
-    return engine.finish(job, asked, engine.denoise(job, asked)).pixels.astype(int)
+    asked, context = request(grid), RequestContext()
+    return engine.finish(context, asked, engine.denoise(context, asked)).pixels.astype(int)
 
 
 def test_large_pictures_in_tiles_are_nearly_the_same_and_others_are_the_same(
@@ -71,15 +72,15 @@ def test_the_next_picture_is_denoised_while_one_is_encoded(
 
     monkeypatch.setattr(images, "encode", held)
     engine, first, second = pipeline.dit, request(SQUARE, "png"), request(SQUARE, "png")
-    pictures = engine.denoise(Job(), first)
+    pictures = engine.denoise(RequestContext(), first)
     with ThreadPoolExecutor(1) as finisher:
-        finishing = finisher.submit(engine.finish, Job(), first, pictures)
+        finishing = finisher.submit(engine.finish, RequestContext(), first, pictures)
         try:
             assert encoding.wait(WAIT_SECONDS)
-            job = Job()
-            following = engine.denoise(job, second)
-            assert job.seconds["denoise"] > 0
+            context = RequestContext()
+            following = engine.denoise(context, second)
+            assert context.seconds["denoise"] > 0
             assert not finishing.done()
         finally:
             may_go_on.set()
-        assert finishing.result(WAIT_SECONDS).encoded == engine.finish(Job(), second, following).encoded
+        assert finishing.result(WAIT_SECONDS).encoded == engine.finish(RequestContext(), second, following).encoded

@@ -10,8 +10,8 @@ from random import Random
 import pytest
 import torch
 
-from glm_image.geometry import PIXELS_PER_TOKEN, Size
-from glm_image.prompts import quoted_strings
+from glm_image.request.geometry import PIXELS_PER_TOKEN, Size
+from glm_image.request.prompts import quoted_strings
 from train_tiny.data import MAIN_SIZE
 from train_tiny.world import shapes
 from train_tiny.world.caption import COLOURS_ZH, LANGUAGES, SHAPES_ZH, caption

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from glm_image.backlog import Backlog
+from glm_image.lifecycle.downstream import DitLoad
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ PATIENCE = 1.5
 
 
 @dataclass(frozen=True)
-class Line:
+class QueueSnapshot:
     """Who waits and who runs at a moment. Times are those of ``time.monotonic``.
 
     Attributes:
@@ -32,7 +32,7 @@ class Line:
         running: sequences in slots.
         extends: by which share of its steps the first that waits would lengthen what runs; 1 where nothing runs.
         has_begun: whether other pictures of its request have had a slot.
-        latest: when it will have waited as long as ``longest_wait`` said.
+        latest: when it will have waited as long as ``max_wait`` said.
         deadline: the earliest of those that wait; inf = none has one.
         decode_seconds: what the first is expected to take in its slot.
     """
@@ -51,7 +51,7 @@ class Line:
 class Admission(Protocol):
     """Decides; called by the scheduler with its lock held, so it returns at once."""
 
-    def longest_wait(self, running: int, decode_seconds: float) -> float:
+    def max_wait(self, running: int, decode_seconds: float) -> float:
         """Returns the seconds that a request may wait at the head of the line, from when it has come there.
 
         Args:
@@ -59,21 +59,21 @@ class Admission(Protocol):
             decode_seconds: what each of its own is expected to take in one; 0 while that is not known.
         """
 
-    def wait(self, line: Line) -> float:
+    def wait(self, line: QueueSnapshot) -> float:
         """Returns the seconds that the first in line is to wait still, unless something changes; 0 = let it in."""
 
     def when_changed(self, call: Callable[[], None]) -> None:
         """Has ``call`` called when ``wait`` may say something else for a reason that the scheduler cannot see."""
 
 
-class AtOnce:
+class ImmediateAdmission:
     """Lets in whoever comes, as long as there is a slot."""
 
-    def longest_wait(self, running: int, decode_seconds: float) -> float:
+    def max_wait(self, running: int, decode_seconds: float) -> float:
         """Nobody waits."""
         return 0.0
 
-    def wait(self, line: Line) -> float:
+    def wait(self, line: QueueSnapshot) -> float:
         """Nobody waits."""
         return 0.0
 
@@ -81,7 +81,7 @@ class AtOnce:
         """Nothing changes."""
 
 
-class Gathered:
+class BatchAdmission:
     """Lets sequences wait for each other while the second stage, on the same device, has enough to paint.
 
     A decode step takes the same time for one sequence as for all slots, and takes it from the second stage. So whoever
@@ -94,12 +94,12 @@ class Gathered:
         warn: takes, once, that the second stage has not said what was expected; a message and its arguments.
     """
 
-    def __init__(self, backlog: Backlog, warn: Callable[..., None] = logger.warning) -> None:
+    def __init__(self, backlog: DitLoad, warn: Callable[..., None] = logger.warning) -> None:
         self._backlog = backlog
         self._warn = warn
         self._has_warned = False
 
-    def longest_wait(self, running: int, decode_seconds: float) -> float:
+    def max_wait(self, running: int, decode_seconds: float) -> float:
         """The time in which all that is before it is painted, with patience; 0 while that is not known."""
         return self._expected((self._backlog.pictures() or 0) + running, decode_seconds)
 
@@ -107,7 +107,7 @@ class Gathered:
         """A painter's word is a reason."""
         self._backlog.when_changed(call)
 
-    def wait(self, line: Line) -> float:
+    def wait(self, line: QueueSnapshot) -> float:
         """See ``Admission``."""
         ahead = self._backlog.pictures()
         if ahead is None or not self._backlog.seconds_a_picture or self._may_go(line, ahead):
@@ -119,7 +119,7 @@ class Gathered:
         return max(0.0, min(line.latest, line.deadline - needed, self._backlog.next_loss()) - line.now)
 
     @staticmethod
-    def _may_go(line: Line, ahead: int) -> bool:
+    def _may_go(line: QueueSnapshot, ahead: int) -> bool:
         return (
             line.has_begun  # the request's other pictures are handed on with this one
             or ahead + line.running <= NEARLY_USED_UP

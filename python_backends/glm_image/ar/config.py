@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from glm_image.checkpoint import Checkpoint
+from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.errors import CheckpointError, ConfigurationError
-from glm_image.parallel.group import Group
-from glm_image.request import Sampling
+from glm_image.parallel.collectives import Group
+from glm_image.request.parameters import Sampling
 
 # What the model's authors sample with, where a checkpoint does not say.
 DEFAULT_TEMPERATURE = 0.9

@@ -12,28 +12,28 @@ from numpy.typing import NDArray
 from transformers import GlmImageProcessor
 
 from glm_image.ar.admission import Admission
+from glm_image.ar.commands import Command, Encode
 from glm_image.ar.config import ArConfig
-from glm_image.ar.executor import Command, Encode
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.loading import load_executor
-from glm_image.ar.measures import KV_CACHE_BYTES
+from glm_image.ar.metrics import KV_CACHE_BYTES
 from glm_image.ar.scheduler import Run, Scheduler
-from glm_image.ar.sequences import Sources
+from glm_image.ar.sequence import Sources
 from glm_image.ar.settings import ArSettings
 from glm_image.ar.vision import patches_of
-from glm_image.ar.warm_up import warm_up_commands
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device
+from glm_image.ar.warmup import warmup_commands
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device
 from glm_image.errors import InvalidInputError
-from glm_image.geometry import Grid, PlacedGrid, Size, source_grid
-from glm_image.job import Job
-from glm_image.measures import Record, keep_nothing
+from glm_image.lifecycle.context import RequestContext
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.team import NO_PEERS, Peers, start
-from glm_image.parallel.worker import Runs
-from glm_image.prompts import PromptTokenizer
-from glm_image.request import ResolvedRequest, Sampling
-from glm_image.sources import Source
+from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start
+from glm_image.parallel.worker import RankExecutor
+from glm_image.request.geometry import Grid, PlacedGrid, Size, source_grid
+from glm_image.request.parameters import ResolvedRequest, Sampling
+from glm_image.request.prompts import PromptTokenizer
+from glm_image.request.source_images import Source
+from glm_image.telemetry.metrics import MetricSink, null_sink
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class ArEngine:
         checkpoint: Checkpoint,
         device: Device,
         settings: ArSettings,
-        record: Record = keep_nothing,
-        peers: Peers = NO_PEERS,
+        record: MetricSink = null_sink,
+        peers: WorkerConfig = NO_WORKERS,
         watched: Callable[[Run], Run] = lambda run: run,
         admission: Admission | None = None,
     ) -> None:
@@ -108,7 +108,7 @@ class ArEngine:
         """Whether requests are still worked on; does not return when the engine's lock is never released."""
         return self._scheduler.is_alive()
 
-    def submit(self, job: Job, request: ResolvedRequest) -> Future[ArResult]:
+    def submit(self, context: RequestContext, request: ResolvedRequest) -> Future[ArResult]:
         """Queues a request.
 
         Raises:
@@ -140,8 +140,8 @@ class ArEngine:
         }
         sources = Sources(patches_of(self._image_processor, request.sources), placed) if placed else None
         result: Future[ArResult] = Future()
-        tokens = self._scheduler.submit(job, tuple(prompt_ids), request, sources)
-        tokens.add_done_callback(lambda done: _hand_on(done, preview_tokens, counts, sources, result))
+        tokens = self._scheduler.submit(context, tuple(prompt_ids), request, sources)
+        tokens.add_done_callback(lambda done: _forward_result(done, preview_tokens, counts, sources, result))
         return result
 
     def _prompt(self, request: ResolvedRequest) -> tuple[list[int], tuple[PlacedGrid, ...]]:
@@ -158,7 +158,7 @@ class ArEngine:
             height, width = (side * self.source_rule.patch for side in grid)
             blank = Source(np.zeros((height, width, 3), dtype=np.uint8), grid)
             sources.append(Encode(patches_of(self._image_processor, [blank]), (grid,)))
-        return warm_up_commands(ids, sources, self.sampling, self._settings.max_sequence_tokens)
+        return warmup_commands(ids, sources, self.sampling, self._settings.max_sequence_tokens)
 
     def close(self) -> None:
         """Ends what runs and what waits, and stops the engine's thread and its other ranks."""
@@ -170,7 +170,7 @@ class ArEngine:
         self._scheduler.close()
 
 
-def _loaded(device: Device, load: Callable[[], Runs]) -> Runs:
+def _loaded(device: Device, load: Callable[[], RankExecutor]) -> RankExecutor:
     """Loads; on the host in a thread that then ends, so that only the scheduler's has ever computed."""
     if not device.is_host:
         return load()
@@ -178,7 +178,7 @@ def _loaded(device: Device, load: Callable[[], Runs]) -> Runs:
         return loading.submit(load).result()
 
 
-def _hand_on(
+def _forward_result(
     tokens: Future[NDArray[np.int32]],
     preview_tokens: int,
     counts: dict[str, int],

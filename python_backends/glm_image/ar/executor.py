@@ -6,103 +6,27 @@ Every rank that runs the same commands has the same tokens, so commands are plai
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from glm_image import geometry
-from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.commands import Admit, Command, Encode, Peek, Release
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.sampler import NOISE_BLOCK, draw
+from glm_image.ar.select_step import select_decode_step, select_prefill
 from glm_image.ar.state import DecodeState
-from glm_image.ar.step import TorchStep
 from glm_image.ar.vision import Vision
-from glm_image.devices import Device, Lack, Mark, within_memory
+from glm_image.devices.base import Device, DeviceEvent
+from glm_image.devices.oom import OomReport, run_or_oom
 from glm_image.errors import UnavailableError
-from glm_image.geometry import PIXELS_PER_TOKEN, Grid, PlacedGrid
-from glm_image.request import Sampling
+from glm_image.request import geometry
+from glm_image.request.geometry import PIXELS_PER_TOKEN
 
 STEPS_AHEAD = 2
 """Steps that may wait in the device's queue: enough to keep it busy, few enough to join and leave within three."""
-
-
-@dataclass(frozen=True)
-class Encode:
-    """Turn source images into their tokens."""
-
-    patches: NDArray[np.float32]
-    grids: tuple[Grid, ...]
-
-
-@dataclass(frozen=True)
-class Admit:
-    """Read a prompt into an idle slot and draw its first token."""
-
-    slot: int
-    prompt_ids: tuple[int, ...]
-    grids: tuple[Grid, ...]
-    sampling: Sampling
-    seed: int
-    sources: tuple[PlacedGrid, ...] = ()
-
-
-@dataclass(frozen=True)
-class Step:
-    """Draw ``count`` more tokens for every admitted slot; none may have fewer left."""
-
-    count: int
-
-
-@dataclass(frozen=True)
-class Peek:
-    """Hand over the first ``count`` tokens of a slot, which goes on; they have been drawn."""
-
-    slot: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Release:
-    """Make a slot idle and hand over the tokens it has drawn.
-
-    Handing over waits for the steps that are under way; where nobody wants the tokens, nothing is waited for.
-    """
-
-    slot: int
-    wanted: bool = True
-
-
-Command = Encode | Admit | Step | Peek | Release
-
-Prefill = Callable[[Tensor, Tensor, Tensor, KvCache, int], Tensor]
-"""Reads a prompt into a slot, as ``Decoder.prefill`` does."""
-
-
-def decode_step(decoder: Decoder, state: DecodeState, device: Device) -> Callable[[], None]:
-    """Returns the fastest step the device has for a decoder."""
-    if device.runs_triton:
-        from glm_image.kernels.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
-        from glm_image.kernels.step import FusedStep  # noqa: PLC0415
-
-        if supports(decoder, len(state.tokens)):
-            return FusedStep(decoder, state)
-    return TorchStep(decoder, state, device)
-
-
-def prompt_reader(decoder: Decoder, device: Device) -> Prefill:
-    """Returns the fastest way the device has to read a prompt."""
-    if device.runs_triton:
-        from glm_image.kernels.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
-        from glm_image.kernels.prompt import FusedPrompt  # noqa: PLC0415
-
-        if supports(decoder, slots=1):
-            return FusedPrompt(decoder)
-    return decoder.prefill
 
 
 def _never() -> None:
@@ -147,11 +71,11 @@ class Executor:
         self._dtype = decoder.dtype
         self._state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
         self._sequences: dict[int, _Sequence] = {}
-        self._queue: deque[Mark] = deque()
-        step = decode_step(decoder, self._state, device)
+        self._queue: deque[DeviceEvent] = deque()
+        step = select_decode_step(decoder, self._state, device)
         with torch.inference_mode():
             self._step_once = device.capture(step) if capture else step
-        self._prefill = prompt_reader(decoder, device)
+        self._prefill = select_prefill(decoder, device)
 
     def run(self, command: Command) -> NDArray[np.int32] | None:
         """Runs one command; ``Encode``, ``Peek`` and a wanted ``Release`` return tokens, int32 [tokens].
@@ -160,7 +84,7 @@ class Executor:
             DeviceMemoryError: the device has not the memory for it; whatever it took is given back.
         """
         self._device.bind()
-        return within_memory(self._device, lambda: self._obey(command), lambda: self._lack(command))
+        return run_or_oom(self._device, lambda: self._obey(command), lambda: self._lack(command))
 
     @torch.inference_mode()
     def _obey(self, command: Command) -> NDArray[np.int32] | None:
@@ -177,17 +101,19 @@ class Executor:
             self._step(command.count)
         return None
 
-    def _lack(self, command: Command) -> Lack:
+    def _lack(self, command: Command) -> OomReport:
         beside = f"with {len(self._sequences)} of {len(self._state.tokens)} slots taken"
         settings = "max_num_seqs or max_sequence_tokens"
         if isinstance(command, Encode):
             sides = [(grid.width * PIXELS_PER_TOKEN, grid.height * PIXELS_PER_TOKEN) for grid in command.grids]
             sizes = ", ".join(f"{width} x {height}" for width, height in sides)
-            return Lack(f"source images of {sizes} pixels", beside, f"their number or size, or {settings}")
+            return OomReport(f"source images of {sizes} pixels", beside, f"their number or size, or {settings}")
         if isinstance(command, Admit):
             tokens = len(command.prompt_ids)
-            return Lack(f"a prompt of {tokens} tokens", beside, f"its length, source images included, or {settings}")
-        return Lack("a decode step", beside, settings)
+            return OomReport(
+                f"a prompt of {tokens} tokens", beside, f"its length, source images included, or {settings}"
+            )
+        return OomReport("a decode step", beside, settings)
 
     def close(self) -> None:
         """Waits for what is under way and forgets the captured step: a communicator in it cannot be ended before."""

@@ -9,10 +9,11 @@ from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
 from glm_image.ar.model import Decoder
 from glm_image.ar.settings import ArSettings
 from glm_image.ar.vision import Vision
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device, check_budget
-from glm_image.parallel.group import Group
-from glm_image.parallel.ranks import Ranks
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device
+from glm_image.devices.budget import check_budget
+from glm_image.parallel.collectives import Group
+from glm_image.parallel.process_group import Ranks
 
 
 def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, ranks: Ranks) -> Executor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from glm_image.ar.config import ArConfig
 from glm_image.ar.model import Decoder
 from glm_image.ar.state import DecodeState
-from glm_image.parallel.group import ALONE, Group
+from glm_image.parallel.collectives import ALONE, Group
 
 FP32_BYTES = 4
 SAMPLER_COPIES = 12

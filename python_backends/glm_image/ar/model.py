@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.int8 import AnyLinear, Int8Linear, Int8Product, quantize_linears
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.weights import CheckpointNames
-from glm_image.checkpoint import TensorSource, fill
-from glm_image.parallel.group import ALONE, Group
+from glm_image.checkpoint.checkpoint import TensorSource, fill
+from glm_image.devices.int8_linear import AnyLinear, Int8Linear, Int8Product, quantize_linears
+from glm_image.parallel.collectives import ALONE, Group
 
 # Attends from queries [rows, heads, tokens, head_dim] to keys and values [rows, kv_heads, tokens, head_dim] of one
 # layer, after storing them; returns [rows, heads, tokens, head_dim].

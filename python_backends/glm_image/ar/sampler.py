@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glm_image.ar.config import ArConfig
-from glm_image.request import Sampling
+from glm_image.request.parameters import Sampling
 
 NOISE_BLOCK = 64
 """Steps for which noise is drawn at once."""

@@ -17,15 +17,15 @@ from concurrent.futures import Future, InvalidStateError
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.ar.admission import Admission, AtOnce, Line
-from glm_image.ar.executor import Admit, Command, Encode, Peek, Release, Step
-from glm_image.ar.measures import OCCUPANCY, PREFILL_SECONDS, QUEUE_SECONDS, RUNNING, STEP_SECONDS, TOKENS, WAITING
-from glm_image.ar.sequences import Request, Running, Sources, report_progress
+from glm_image.ar.admission import Admission, ImmediateAdmission, QueueSnapshot
+from glm_image.ar.commands import Admit, Command, Encode, Peek, Release, Step
+from glm_image.ar.metrics import OCCUPANCY, PREFILL_SECONDS, QUEUE_SECONDS, RUNNING, STEP_SECONDS, TOKENS, WAITING
+from glm_image.ar.sequence import Request, Running, Sources, report_progress
 from glm_image.errors import GlmImageError, QueueFullError, UnavailableError
-from glm_image.job import NANOSECONDS, Job
-from glm_image.measures import Record, keep_nothing
-from glm_image.pace import Pace
-from glm_image.request import ResolvedRequest
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext
+from glm_image.lifecycle.eta import DurationStats
+from glm_image.request.parameters import ResolvedRequest
+from glm_image.telemetry.metrics import MetricSink, null_sink
 
 Run = Callable[[Command], "NDArray[np.int32] | None"]
 
@@ -50,7 +50,7 @@ class Scheduler:
         run: Run,
         slots: int,
         max_queue: int,
-        record: Record = keep_nothing,
+        record: MetricSink = null_sink,
         first: Sequence[Command] = (),
         admission: Admission | None = None,
     ) -> None:
@@ -63,8 +63,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self._load = (0, 0)
-        self._pace = Pace()
-        self._admission = admission or AtOnce()
+        self._pace = DurationStats()
+        self._admission = admission or ImmediateAdmission()
         self._admission.when_changed(self._look_again)
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._start, args=(first,), name="ar-scheduler", daemon=True)
@@ -72,12 +72,16 @@ class Scheduler:
         self._ready.result()
 
     def submit(
-        self, job: Job, prompt_ids: tuple[int, ...], resolved: ResolvedRequest, sources: Sources | None = None
+        self,
+        context: RequestContext,
+        prompt_ids: tuple[int, ...],
+        resolved: ResolvedRequest,
+        sources: Sources | None = None,
     ) -> Future[NDArray[np.int32]]:
         """Queues a request; its future gives int32 [pictures, tokens of all grids], or the error it ended with.
 
         Args:
-            job: looked at between steps.
+            context: looked at between steps.
             prompt_ids: the prompt.
             resolved: what is asked for.
             sources: source images; encoded once for all pictures, and their tokens noted.
@@ -88,7 +92,7 @@ class Scheduler:
             DeadlineExceededError: it cannot be done in its time.
         """
         waiting = deque(range(len(resolved.seeds)))
-        request = Request(job, prompt_ids, resolved, time.monotonic(), sources, waiting=waiting)
+        request = Request(context, prompt_ids, resolved, time.monotonic(), sources, waiting=waiting)
         with self._changed:
             if self._closed:
                 raise UnavailableError("glm_ar is stopping; no new requests are taken")
@@ -97,11 +101,11 @@ class Scheduler:
                     f"glm_ar has {len(self._waiting)} requests waiting, as many as max_queue allows; "
                     f"one more would wait about {self._expected_wait():.0f} s; try again later"
                 )
-            job.check(self._needed_seconds(request))
+            context.check(self._needed_seconds(request))
             self._waiting.append(request)
             self._record_load()
             self._changed.notify()
-        job.when_cancelled(lambda: self._drop_waiting(request))
+        context.on_cancel(lambda: self._drop_waiting(request))
         return request.future
 
     def is_alive(self) -> bool:
@@ -161,11 +165,13 @@ class Scheduler:
         first, now, running = self._waiting[0], time.monotonic(), len(self._running)
         decode_seconds = first.length * self._pace.mean
         if first.latest == math.inf:
-            first.latest = now + self._admission.longest_wait(running, decode_seconds)
+            first.latest = now + self._admission.max_wait(running, decode_seconds)
         longest = max((one.left for one in self._running.values()), default=0)
-        deadlines = [request.job.deadline_ns / NANOSECONDS for request in self._waiting if request.job.deadline_ns]
+        deadlines = [
+            request.context.deadline_ns / NANOSECONDS for request in self._waiting if request.context.deadline_ns
+        ]
         return self._admission.wait(
-            Line(
+            QueueSnapshot(
                 now=now,
                 waiting=sum(len(request.waiting) for request in self._waiting),
                 free=self._slots - running,
@@ -187,7 +193,7 @@ class Scheduler:
     def _drop_unwanted(self) -> None:
         for request in self._requests():
             try:
-                request.job.check(self._needed_seconds(request))
+                request.context.check(self._needed_seconds(request))
             except GlmImageError as error:
                 self._end(request, error)
 
@@ -199,7 +205,7 @@ class Scheduler:
             self._waiting.remove(request)
             self._record_load()
         try:
-            request.job.check()
+            request.context.check()
         except GlmImageError as error:
             self._fail(request, error)
 
@@ -230,7 +236,7 @@ class Scheduler:
     def _admit_one(self, request: Request, index: int) -> None:
         if index == 0:
             waited = time.monotonic() - request.submitted
-            request.job.add_seconds("ar_queue", waited)
+            request.context.add_seconds("ar_queue", waited)
             self._record(QUEUE_SECONDS, waited)
         slot = next(slot for slot in range(self._slots) if slot not in self._running)
         resolved = request.resolved
@@ -238,7 +244,7 @@ class Scheduler:
         self._running[slot] = Running(request, index, request.length - 1, started)
         self._record_load()
         try:
-            with request.job.timed("prefill"):
+            with request.context.timed("prefill"):
                 self._encode(request)
                 placed = request.sources.placed if request.sources else ()
                 seed = resolved.seeds[index]
@@ -249,9 +255,9 @@ class Scheduler:
         self._running[slot].since = time.monotonic()
         self._record(PREFILL_SECONDS, self._running[slot].since - started)
         self._record(TOKENS, 1)
-        request.job.report("prefill", index + 1, len(resolved.seeds))
+        request.context.report("prefill", index + 1, len(resolved.seeds))
         request.drawn.done += 1
-        request.job.progress = request.drawn.progress
+        request.context.progress = request.drawn.progress
         self._finish_done()
 
     def _encode(self, request: Request) -> None:
@@ -282,7 +288,7 @@ class Scheduler:
     def _hand_out_previews(self) -> None:
         for slot, running in list(self._running.items()):
             request, preview = running.request, running.request.resolved.grids[0].tokens
-            if request.job.on_preview is None or running.index or request.length - running.left < preview:
+            if request.context.on_preview is None or running.index or request.length - running.left < preview:
                 continue
             try:
                 tokens = self._run(Peek(slot, preview))
@@ -290,7 +296,7 @@ class Scheduler:
                 self._end(request, error)
                 continue
             assert tokens is not None
-            request.job.hand_out_preview(tokens)
+            request.context.publish_preview(tokens)
 
     def _finish_done(self) -> None:
         for slot, running in [item for item in self._running.items() if item[1].left == 0]:
@@ -306,7 +312,7 @@ class Scheduler:
             assert tokens is not None
             request.tokens[running.index] = tokens
             seconds = time.monotonic() - running.since
-            request.job.add_seconds("decode", seconds)
+            request.context.add_seconds("decode", seconds)
             # The host runs ahead of the device, so only all of a sequence's steps together can be timed from here.
             self._pace.add(seconds / max(1, request.length - 1))
             if len(request.tokens) == len(request.resolved.seeds):

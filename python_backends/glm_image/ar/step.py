@@ -7,7 +7,7 @@ import torch
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import NOISE_BLOCK, draw
 from glm_image.ar.state import DecodeState
-from glm_image.devices import Device
+from glm_image.devices.base import Device
 
 
 class TorchStep:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GlmImageConfig, GlmImageVisionModel, GlmImageVQVAE
 
-from glm_image.checkpoint import Checkpoint, fill
+from glm_image.checkpoint.checkpoint import Checkpoint, fill
 from glm_image.errors import CheckpointError
-from glm_image.geometry import Grid
-from glm_image.sources import Source
+from glm_image.request.geometry import Grid
+from glm_image.request.source_images import Source
 
 # Codes are told apart by distances that bfloat16 rounds to the same number.
 QUANTIZER_DTYPE = torch.float32

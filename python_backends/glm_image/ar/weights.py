@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from glm_image.ar.config import ArConfig
-from glm_image.checkpoint import TensorSource
-from glm_image.parallel.group import ALONE, Group
+from glm_image.checkpoint.checkpoint import TensorSource
+from glm_image.parallel.collectives import ALONE, Group
 
 CHECKPOINT_NAMES = {
     "out.weight": "self_attn.o_proj.weight",

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from glm_image.devices.attention import masked_decode_attention
-from glm_image.devices.base import Device, Mark, Memory, causes
-from glm_image.devices.quantized import Rows
-from glm_image.geometry import Size
+from glm_image.devices.base import Device, DeviceEvent, Memory, causes
+from glm_image.devices.quantization import Rows
+from glm_image.request.geometry import Size
 
 WARM_UP_STEPS = 2  # libraries make their handles and choose their kernels outside the capture
 
@@ -77,7 +77,7 @@ class AcceleratorDevice(Device):
         """Empties the allocator's cache."""
         self._runtime.empty_cache()
 
-    def mark(self) -> Mark:
+    def mark(self) -> DeviceEvent:
         """Records an event on the calling thread's stream."""
         event = self._runtime.Event()
         event.record()

@@ -9,14 +9,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from glm_image.devices import quantized
+from glm_image.devices import quantization
 from glm_image.devices.int8 import widened_product
-from glm_image.devices.quantized import Rows
+from glm_image.devices.quantization import Rows
 from glm_image.errors import ConfigurationError
-from glm_image.geometry import Size
+from glm_image.request.geometry import Size
 
 
-class Mark(Protocol):
+class DeviceEvent(Protocol):
     """A point in a device's queue of work."""
 
     def wait(self) -> None:
@@ -93,7 +93,7 @@ class Device(ABC):
         """Gives memory back that this process holds and has no tensors in."""
 
     @abstractmethod
-    def mark(self) -> Mark:
+    def mark(self) -> DeviceEvent:
         """Marks the end of the work enqueued so far by this thread."""
 
     def graph_pool(self) -> object | None:
@@ -164,8 +164,8 @@ class Device(ABC):
 
     def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> Rows:
         """See ``quantized.quantize_rows``."""
-        return quantized.quantize_rows(matrix, dtype)
+        return quantization.quantize_rows(matrix, dtype)
 
     def scaled_product(self, rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``quantized.scaled_product``."""
-        return quantized.scaled_product(rows, weight, bias, dtype)
+        return quantization.scaled_product(rows, weight, bias, dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glm_image.devices.attention import ragged_decode_attention
-from glm_image.devices.base import Device, Mark, Memory, causes
+from glm_image.devices.base import Device, DeviceEvent, Memory, causes
 
 KIBIBYTE = 1024
 
@@ -51,7 +51,7 @@ class CpuDevice(Device):
     def release_unused(self) -> None:
         """Nothing is held: what is freed goes back."""
 
-    def mark(self) -> Mark:
+    def mark(self) -> DeviceEvent:
         """Returns a mark already passed."""
         return _Passed()
 

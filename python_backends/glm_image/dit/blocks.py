@@ -9,11 +9,8 @@ from typing import Any
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 
-from glm_image.devices import Device
 from glm_image.dit.conditioning import Rotary
-from glm_image.dit.processor import SharedAttentionProcessor, plain_attention
-from glm_image.dit.sequence import Attend, SequenceAttention
-from glm_image.dit.sources import Join
+from glm_image.dit.source_kv import KvHook
 
 Tokens = tuple[Tensor, Tensor]
 """Image tokens [1, image tokens, width] and text tokens [1, text tokens, width] of a sequence; there may be no text."""
@@ -39,7 +36,7 @@ class Blocks(ABC):
         sequences: list[Tokens],
         time: Tensor,
         rotary: Rotary,
-        joins: Sequence[Join] | None = None,
+        joins: Sequence[KvHook] | None = None,
         /,
     ) -> list[Tokens]:
         """Returns the sequences after some of the blocks; those given stay as they are.
@@ -60,7 +57,7 @@ class Blocks(ABC):
         sequences: list[Tokens],
         time: Tensor,
         rotary: Rotary,
-        joins: Sequence[Join] | None = None,
+        joins: Sequence[KvHook] | None = None,
         /,
     ) -> list[Tensor]:
         """Returns the image tokens of each sequence after all blocks; see ``run``."""
@@ -72,11 +69,13 @@ class _JoinedKeys:
 
     mode = "read"
 
-    def __init__(self, join: Join) -> None:
+    def __init__(self, join: KvHook) -> None:
         self.get = join
 
 
-class _EagerBlocks(Blocks):
+class EagerBlocks(Blocks):
+    """diffusers' own modules, run one after the other."""
+
     def __init__(self, blocks: Sequence[Any], attention_backend: str) -> None:
         self._blocks, self.attention_backend = blocks, attention_backend
 
@@ -89,7 +88,7 @@ class _EagerBlocks(Blocks):
         sequences: list[Tokens],
         time: Tensor,
         rotary: Rotary,
-        joins: Sequence[Join] | None = None,
+        joins: Sequence[KvHook] | None = None,
         /,
     ) -> list[Tokens]:
         results: list[Tokens] = []
@@ -103,42 +102,10 @@ class _EagerBlocks(Blocks):
 
 def eager_blocks(transformer: Any) -> Blocks:
     """Returns the blocks of diffusers' ``GlmImageTransformer2DModel``, run one after the other as they are."""
-    return _EagerBlocks(transformer.transformer_blocks, _dispatched(transformer))
+    return EagerBlocks(transformer.transformer_blocks, _dispatched(transformer))
 
 
 def _dispatched(transformer: Any) -> str:
     """Returns to whom diffusers' dispatch hands the attention of a transformer."""
     chosen = transformer.transformer_blocks[0].attn1.processor._attention_backend
     return str((chosen or _AttentionBackendRegistry.get_active_backend()[0]).value)
-
-
-def best_blocks(transformer: Any, device: Device, shared: SequenceAttention | None = None) -> Blocks:
-    """Returns the fastest blocks the device has; ``transformer`` may be good for nothing else afterwards.
-
-    Args:
-        transformer: diffusers' ``GlmImageTransformer2DModel``.
-        device: where it is.
-        shared: attends where several ranks share the tokens; None where they don't.
-    """
-    if device.runs_triton:
-        from glm_image.kernels import dit_blocks  # noqa: PLC0415 - Triton is only where it can run
-
-        if dit_blocks.supports(transformer):
-            return dit_blocks.FusedBlocks(transformer, shared)
-    if shared is not None:
-        for block in transformer.transformer_blocks:
-            block.attn1.set_processor(SharedAttentionProcessor(shared))
-        return _EagerBlocks(transformer.transformer_blocks, shared.backend)
-    if device.attention_backend is not None:
-        transformer.set_attention_backend(device.attention_backend)
-    return eager_blocks(transformer)
-
-
-def best_attention(transformer: Any, device: Device) -> tuple[Attend, str]:
-    """Returns the attention of ``best_blocks`` where several ranks share the tokens, and its name in diffusers."""
-    if device.runs_triton:
-        from glm_image.kernels import dit_blocks  # noqa: PLC0415 - Triton is only where it can run
-
-        if dit_blocks.supports(transformer):
-            return dit_blocks.attention, dit_blocks.attention_backend(transformer)
-    return plain_attention, "native"

@@ -14,7 +14,7 @@ from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.conditioning import Branch, Conditioning
 from glm_image.dit.forward import euler_step, project_in, project_out
-from glm_image.dit.sequence import NOT_SHARED, Sharing
+from glm_image.dit.parallel_context import SINGLE_RANK, ParallelContext
 
 Repeat = Callable[[Callable[[], None]], Callable[[], None]]
 """Wraps what is run many times: where the device can, it is captured."""
@@ -67,7 +67,7 @@ class BranchState:
             torch.sub(text, self.text, out=self.text_residual)
 
 
-class HalfSteps:
+class DbCacheStep:
     """The tensors' side of a picture's cached steps: no part of it looks at a value, so all of it can be captured.
 
     Args:
@@ -95,7 +95,7 @@ class HalfSteps:
         latents: Tensor,
         step: Tensor,
         sigmas: Tensor,
-        sharing: Sharing = NOT_SHARED,
+        sharing: ParallelContext = SINGLE_RANK,
     ) -> None:
         self._sharing = sharing
         self._transformer, self._blocks, self._conditioning = transformer, blocks, conditioning
@@ -154,7 +154,7 @@ class HalfSteps:
         return self._blocks.run(which, sequences, self._time, self._conditioning.rotary, joins)
 
 
-class CachedSteps:
+class CachedDenoiser:
     """Takes a picture's steps; all its state is the picture's own, and gone with it.
 
     Args:
@@ -165,7 +165,7 @@ class CachedSteps:
         repeat: wraps what is run step after step.
     """
 
-    def __init__(self, halves: HalfSteps, settings: CacheSettings, steps: int, sources: int, repeat: Repeat) -> None:
+    def __init__(self, halves: DbCacheStep, settings: CacheSettings, steps: int, sources: int, repeat: Repeat) -> None:
         from glm_image.dit.cache_decisions import BranchDecisions  # noqa: PLC0415 - cache-dit is only for those who use it
 
         # What is captured holds the halves, and this holds what is captured: were it a circle, a dropped picture's

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image import geometry, prompts
 from glm_image.dit.schedule import Schedule
-from glm_image.dit.sources import SourceCache
-from glm_image.geometry import Grid, Size
+from glm_image.dit.source_kv import SourceCache
+from glm_image.request import geometry, prompts
+from glm_image.request.geometry import Grid, Size
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of image tokens, fp32 [image tokens, head_dim] each."""

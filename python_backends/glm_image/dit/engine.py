@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image import geometry, images
-from glm_image.checkpoint import Checkpoint
-from glm_image.devices import Device
-from glm_image.dit.executor import NameAttention
+from glm_image.checkpoint.checkpoint import Checkpoint
+from glm_image.devices.base import Device
+from glm_image.dit.commands import NameAttention
 from glm_image.dit.loading import load_executor
-from glm_image.dit.measures import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
+from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
 from glm_image.dit.scheduler import Run, Scheduler
 from glm_image.dit.settings import DitSettings
-from glm_image.geometry import Grid
-from glm_image.job import Job
-from glm_image.measures import Record, keep_nothing
+from glm_image.lifecycle.context import RequestContext
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.team import NO_PEERS, Peers, start
-from glm_image.request import PaintRequest
-from glm_image.sources import SourcePicture
+from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start
+from glm_image.request import geometry, images
+from glm_image.request.geometry import Grid
+from glm_image.request.parameters import PaintRequest
+from glm_image.request.source_images import SourcePicture
+from glm_image.telemetry.metrics import MetricSink, null_sink
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class DitEngine:
         checkpoint: Checkpoint,
         device: Device,
         settings: DitSettings,
-        record: Record = keep_nothing,
-        peers: Peers = NO_PEERS,
+        record: MetricSink = null_sink,
+        peers: WorkerConfig = NO_WORKERS,
         watched: Callable[[Run], Run] = lambda run: run,
     ) -> None:
         device.bind()
@@ -89,13 +89,15 @@ class DitEngine:
         size = geometry.painted_size(grid)
         request = PaintRequest("", tokens, grid, size, seeds=(0,), num_inference_steps=2)
         scheduler = Scheduler(self.executor.run)  # one of its own, whose steps nobody counts
-        scheduler.decode(Job(), scheduler.denoise(Job(), request))
+        scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request))
 
-    def denoise(self, job: Job, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()) -> list[int]:
+    def denoise(
+        self, context: RequestContext, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()
+    ) -> list[int]:
         """Denoises a request's pictures, blocking until the device is free for the next; see ``finish``.
 
         Args:
-            job: looked at between steps.
+            context: looked at between steps.
             request: what to paint.
             sources: its source images, as ``PaintRequest.read_sources`` gives them.
 
@@ -104,27 +106,27 @@ class DitEngine:
             DeadlineExceededError: its time ran out.
             InvalidInputError: the sources need more memory than the device has.
         """
-        return self._scheduler.denoise(job, request, sources)
+        return self._scheduler.denoise(context, request, sources)
 
-    def finish(self, job: Job, request: PaintRequest, pictures: list[int]) -> DitResult:
+    def finish(self, context: RequestContext, request: PaintRequest, pictures: list[int]) -> DitResult:
         """Makes pixels and files of denoised pictures; may run in a thread while others are denoised."""
-        decoded = self._scheduler.decode(job, pictures)
+        decoded = self._scheduler.decode(context, pictures)
         pixels = np.stack([images.crop(picture, request.requested) for picture in decoded])
         encoded: list[bytes] = []
-        with job.timed("encode"):
+        with context.timed("encode"):
             if request.output_format != "raw":
                 encoded = [self._encode(picture, request.output_format) for picture in pixels]
         self._record(IMAGES, len(pixels))
         self._record(PEAK_MEMORY, self._device.peak_memory())
         return DitResult(pixels, encoded)
 
-    def preview(self, job: Job, request: PaintRequest) -> Future[NDArray[np.uint8]]:
+    def preview(self, context: RequestContext, request: PaintRequest) -> Future[NDArray[np.uint8]]:
         """Has the first picture of a request painted beside others, uint8 [height, width, 3]; see ``dit.previews``.
 
         Raises:
             UnavailableError: there are too many, too much is painted, or the engine is closed.
         """
-        return self._scheduler.previews.submit(job, request)
+        return self._scheduler.previews.submit(context, request)
 
     def close(self) -> None:
         """Ends the previews that wait, and the other ranks."""

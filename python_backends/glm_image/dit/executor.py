@@ -12,100 +12,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image.devices import Device, Lack, within_memory
+from glm_image.devices.base import Device
+from glm_image.devices.oom import OomReport, run_or_oom
 from glm_image.dit.blocks import Blocks
 from glm_image.dit.cache import CacheSettings
-from glm_image.dit.cached_step import CachedSteps, HalfSteps, Repeat
+from glm_image.dit.cached_step import CachedDenoiser, DbCacheStep, Repeat
+from glm_image.dit.commands import (
+    Command,
+    Decode,
+    Drop,
+    Estimate,
+    ForgetSources,
+    NameAttention,
+    Prepare,
+    ReadSources,
+    Result,
+    Step,
+)
 from glm_image.dit.conditioning import Conditioner, Conditioning
 from glm_image.dit.forward import denoise_step, read_sources
+from glm_image.dit.parallel_context import SINGLE_RANK, ParallelContext
 from glm_image.dit.schedule import schedule
-from glm_image.dit.sequence import NOT_SHARED, Sharing
-from glm_image.dit.sources import SourceCache
+from glm_image.dit.source_kv import SourceCache
 from glm_image.dit.vae import Vae
 from glm_image.errors import InvalidInputError
-from glm_image.geometry import PIXELS_PER_TOKEN, Grid
-from glm_image.sources import SourcePicture
+from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid
+from glm_image.request.source_images import SourcePicture
 
 FEWEST_STEPS_TO_CAPTURE = 8
 """Capturing a step costs the host about what taking one does, and pays with each later one."""
 
 LATENTS_PER_TOKEN = 4
 IMAGE_TOKENS_PER_TOKEN = 4
-
-
-@dataclass(frozen=True)
-class ReadSources:
-    """Read a request's source images, for all its pictures, until they are forgotten."""
-
-    request: int
-    sources: tuple[SourcePicture, ...]
-
-
-@dataclass(frozen=True)
-class ForgetSources:
-    """Forget a request's source images."""
-
-    request: int
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Draw a picture's noise and prepare its conditions."""
-
-    picture: int
-    prompt: str
-    negative_prompt: str
-    prior_token_ids: NDArray[np.int32]
-    grid: Grid
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int
-    sources_of: int | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """Take a picture's next denoising step, after which it may be asked for an ``Estimate`` if ``for_estimate``."""
-
-    picture: int
-    for_estimate: bool = False
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Sketch what a picture will be, by the step that it has just taken.
-
-    That went from latents x at noise level s to x' at s', along the velocity v = (x' - x) / (s' - s); so the clean
-    latents that it made for are x' - s' v = (s x' - s' x) / (s - s').
-    """
-
-    picture: int
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Make pixels of a picture's latents, and forget it."""
-
-    picture: int
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Forget a picture."""
-
-    picture: int
-
-
-@dataclass(frozen=True)
-class NameAttention:
-    """Name what attends in the blocks, as diffusers' attention dispatch does."""
-
-
-Command = ReadSources | ForgetSources | Prepare | Step | Estimate | Decode | Drop | NameAttention
-
-Result = NDArray[Any] | bool | str | None
-"""``Prepare`` gives the noise levels, fp32 [steps + 1], ``Step`` whether the cache skipped it, ``Decode`` the picture,
-uint8 [height, width, 3], ``Estimate`` one of 1/8 of each side, ``NameAttention`` the name."""
 
 
 @dataclass
@@ -129,7 +67,7 @@ class _Picture:
     before: Tensor | None = None
 
 
-class _Repeated:
+class _CapturedAfterWarmup:
     """Runs a step as it is the first time, which warms it up, and captured from the second on."""
 
     def __init__(self, capture: Callable[[Callable[[], None]], Callable[[], None]], step: Callable[[], None]) -> None:
@@ -171,7 +109,7 @@ class Executor:
         scheduler_config: Mapping[str, Any],
         device: Device,
         cache: CacheSettings | None = None,
-        sharing: Sharing = NOT_SHARED,
+        sharing: ParallelContext = SINGLE_RANK,
     ) -> None:
         self._sharing = sharing
         self._transformer = transformer
@@ -192,7 +130,7 @@ class Executor:
             DeviceMemoryError: the device has not the memory for it. A picture must still be dropped.
         """
         self._device.bind()
-        return within_memory(self._device, lambda: self._obey(command), lambda: self._lack(command))
+        return run_or_oom(self._device, lambda: self._obey(command), lambda: self._lack(command))
 
     @torch.inference_mode()
     def _obey(self, command: Command) -> Result:
@@ -216,15 +154,17 @@ class Executor:
             self._drop(self._pictures.pop(command.picture, None))
         return None
 
-    def _lack(self, command: Command) -> Lack:
+    def _lack(self, command: Command) -> OomReport:
         self._is_short = True
         beside = f"beside {len(self._pictures)} pictures and the source images of {len(self._sources)} requests"
         if isinstance(command, ReadSources):
             pixels = sum(source.pixels.size for source in command.sources) / 3e6
-            return Lack(f"source images of {pixels:.1f} megapixels", beside, "their number or size")
+            return OomReport(f"source images of {pixels:.1f} megapixels", beside, "their number or size")
         names = {Prepare: "the conditions", Step: "a step", Estimate: "a sketch", Decode: "the pixels"}
         wanted = names.get(type(command), "the end")
-        return Lack(f"{wanted} of a picture{self._size_of(command)}", beside, "height x width, or the source images")
+        return OomReport(
+            f"{wanted} of a picture{self._size_of(command)}", beside, "height x width, or the source images"
+        )
 
     def _size_of(self, command: Command) -> str:
         of_none = ReadSources | ForgetSources | NameAttention
@@ -295,9 +235,9 @@ class Executor:
             advance = repeat(partial(self._advance, latents, step, conditioning, steps.sigmas))
         else:
             tensors = (conditioning, latents, step, steps.sigmas)
-            halves = HalfSteps(self._transformer, self._blocks, self.cache, *tensors, self._sharing)
+            halves = DbCacheStep(self._transformer, self._blocks, self.cache, *tensors, self._sharing)
             sources = len(whole.sources.tokens) if whole.sources else 0
-            advance = CachedSteps(halves, self.cache, command.num_inference_steps, sources, repeat)
+            advance = CachedDenoiser(halves, self.cache, command.num_inference_steps, sources, repeat)
         levels: NDArray[np.float32] = steps.sigmas.float().cpu().numpy()
         self._pictures[command.picture] = _Picture(grid, latents, levels, advance)
         self._device.mark().wait()
@@ -306,7 +246,7 @@ class Executor:
     def _repeat(self, times: int) -> Repeat:
         if times < FEWEST_STEPS_TO_CAPTURE:
             return lambda step: step
-        return partial(_Repeated, partial(self._device.capture, warm=True, pool=self._device.graph_pool()))
+        return partial(_CapturedAfterWarmup, partial(self._device.capture, warm=True, pool=self._device.graph_pool()))
 
     def _advance(self, latents: Tensor, step: Tensor, conditioning: Conditioning, sigmas: Tensor) -> None:
         parts = (self._transformer, self._blocks)

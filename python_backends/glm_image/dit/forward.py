@@ -9,19 +9,19 @@ from torch import Tensor
 
 from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.conditioning import Branch, Conditioning, SourceConditioning
-from glm_image.dit.sequence import NOT_SHARED, Sharing
-from glm_image.dit.sources import SourceCache
+from glm_image.dit.parallel_context import SINGLE_RANK, ParallelContext
+from glm_image.dit.source_kv import SourceCache
 
 
 def project_in(
-    transformer: Any, latents: Tensor, branches: Sequence[Branch], sharing: Sharing = NOT_SHARED
+    transformer: Any, latents: Tensor, branches: Sequence[Branch], sharing: ParallelContext = SINGLE_RANK
 ) -> list[Tokens]:
     """Returns this rank's tokens with which each of its branches enters the blocks.
 
     Args:
         transformer: provides the projection.
         latents: fp32 [1, channels, height, width].
-        branches: the conditions of each, as ``Sharing.own_conditioning`` gives them.
+        branches: the conditions of each, as ``ParallelContext.own_conditioning`` gives them.
         sharing: which of the tokens are this rank's.
     """
     patches = transformer.image_projector(latents.to(transformer.proj_out.weight.dtype))
@@ -34,7 +34,7 @@ def project_out(
     images: Sequence[Tensor],
     time: Tensor,
     shape: tuple[int, ...],
-    sharing: Sharing = NOT_SHARED,
+    sharing: ParallelContext = SINGLE_RANK,
     *,
     guided: bool = False,
 ) -> list[Tensor]:
@@ -62,7 +62,7 @@ def read_sources(
     blocks: Blocks,
     sources: Sequence[SourceConditioning],
     cache: SourceCache,
-    sharing: Sharing = NOT_SHARED,
+    sharing: ParallelContext = SINGLE_RANK,
 ) -> None:
     """Passes source images through the blocks, which leave their keys and values in ``cache``.
 
@@ -119,7 +119,7 @@ def denoise_step(
     conditioning: Conditioning,
     step: Tensor,
     sigmas: Tensor,
-    sharing: Sharing = NOT_SHARED,
+    sharing: ParallelContext = SINGLE_RANK,
 ) -> Tensor:
     """Predicts the velocity of the latents and takes a step along it.
 
@@ -127,7 +127,7 @@ def denoise_step(
         transformer: provides the projections in and out.
         blocks: what is between them.
         latents: see ``euler_step``.
-        conditioning: the picture's, as ``Sharing.own_conditioning`` gives it.
+        conditioning: the picture's, as ``ParallelContext.own_conditioning`` gives it.
         step: see ``euler_step``.
         sigmas: see ``euler_step``.
         sharing: what of it is this rank's.

@@ -9,23 +9,25 @@ import torch
 from diffusers import AutoencoderKL, GlmImageTransformer2DModel
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from glm_image import geometry
-from glm_image.checkpoint import Checkpoint, fill
-from glm_image.devices import Device, check_budget
-from glm_image.dit.blocks import best_attention, best_blocks
+from glm_image.checkpoint.checkpoint import Checkpoint, fill
+from glm_image.devices.base import Device
+from glm_image.devices.budget import check_budget
 from glm_image.dit.cache import CacheSettings
 from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor, Follower
-from glm_image.dit.quantized import quantize_blocks, weight_bytes
-from glm_image.dit.sequence import SequenceAttention, Sharing, TokenSplit
+from glm_image.dit.parallel_context import ParallelContext
+from glm_image.dit.quantization import quantize_blocks, weight_bytes
+from glm_image.dit.select_blocks import select_attention, select_blocks
+from glm_image.dit.sequence_parallel import SequenceAttention, TokenSplit
 from glm_image.dit.settings import DitSettings
-from glm_image.dit.sharding import ShardedTensors, shard
-from glm_image.dit.sources import SourceCache
+from glm_image.dit.source_kv import SourceCache
+from glm_image.dit.tensor_parallel import ShardedTensors, shard
 from glm_image.dit.vae import Vae
 from glm_image.errors import ConfigurationError
-from glm_image.geometry import Size
 from glm_image.parallel.layout import check_heads
-from glm_image.parallel.ranks import Ranks
+from glm_image.parallel.process_group import Ranks
+from glm_image.request import geometry
+from glm_image.request.geometry import Size
 
 
 def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> Executor | Follower:
@@ -52,13 +54,13 @@ def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device,
     shared = _sequence_attention(transformer, device, ranks)
     executor = Executor(
         transformer,
-        best_blocks(transformer, device, shared),
+        select_blocks(transformer, device, shared),
         Conditioner(transformer, glyph_encoder, ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))),
         Vae(autoencoder, device, tiling=tiling),
         checkpoint.config("scheduler"),
         device,
         settings.cache,
-        Sharing(ranks, shared),
+        ParallelContext(ranks, shared),
     )
     return Follower(executor) if ranks.world.rank else executor
 
@@ -109,7 +111,7 @@ def _sequence_attention(transformer: Any, device: Device, ranks: Ranks) -> Seque
     if ranks.ring.size * ranks.ulysses.size == 1:
         return None
     split = TokenSplit(ranks.ring, ranks.ulysses)
-    attend, backend = best_attention(transformer, device)
+    attend, backend = select_attention(transformer, device)
     if ranks.ring.size > 1:
         backend = device.lse_attention_backend
     return SequenceAttention(split, attend, device.attention_with_lse, backend)

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.dit.measures import DROPPED_PREVIEWS, PREVIEWS
+from glm_image.dit.metrics import DROPPED_PREVIEWS, PREVIEWS
 from glm_image.errors import GlmImageError, QueueFullError, UnavailableError
-from glm_image.job import Job
-from glm_image.measures import Record
-from glm_image.request import PaintRequest
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request.parameters import PaintRequest
+from glm_image.telemetry.metrics import MetricSink
 
 MAX_WAITING = 8
 SHARE = 0.05
@@ -29,12 +29,12 @@ SHARE = 0.05
 SAVED_SECONDS = 1.0
 """The most of their share that previews may use at once."""
 
-Paint = Callable[[Job, PaintRequest], NDArray[np.uint8]]
+Paint = Callable[[RequestContext, PaintRequest], NDArray[np.uint8]]
 
 
 @dataclass(eq=False)
 class _Wanted:
-    job: Job
+    context: RequestContext
     request: PaintRequest
     future: Future[NDArray[np.uint8]] = field(default_factory=Future)
 
@@ -48,7 +48,7 @@ class Previews:
         record: counts them.
     """
 
-    def __init__(self, paint: Paint, device_is_free: threading.Lock, record: Record) -> None:
+    def __init__(self, paint: Paint, device_is_free: threading.Lock, record: MetricSink) -> None:
         self._paint = paint
         self._device_is_free = device_is_free
         self._record = record
@@ -59,14 +59,14 @@ class Previews:
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Job, request: PaintRequest) -> Future[NDArray[np.uint8]]:
+    def submit(self, context: RequestContext, request: PaintRequest) -> Future[NDArray[np.uint8]]:
         """Queues a preview; its future gives uint8 [height, width, 3], or the error it ended with.
 
         Raises:
             QueueFullError: there are too many, or too much is painted.
             UnavailableError: the engine is closed.
         """
-        wanted = _Wanted(job, request)
+        wanted = _Wanted(context, request)
         with self._changed:
             if self._closed:
                 raise UnavailableError("glm_dit is stopping; no previews are painted")
@@ -127,7 +127,7 @@ class Previews:
                 return
             wanted = self._waiting.popleft()
         try:
-            pixels = self._paint(wanted.job, wanted.request)
+            pixels = self._paint(wanted.context, wanted.request)
         except Exception as error:  # it is nobody else's
             self._record(DROPPED_PREVIEWS, 1)
             if isinstance(error, GlmImageError):

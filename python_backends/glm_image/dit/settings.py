@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from glm_image.dit.cache import CacheSettings
-from glm_image.geometry import Size
+from glm_image.request.geometry import Size
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image.devices import Device
-from glm_image.dit import sketch
-from glm_image.geometry import Size
+from glm_image.devices.base import Device
+from glm_image.dit import latent_preview
+from glm_image.request.geometry import Size
 
 WORKING_TENSORS = 6
 """Tensors as large as the decoder's largest that it has at once."""
@@ -20,7 +20,7 @@ WORKING_TENSORS = 6
 class Vae:
     """A checkpoint's variational autoencoder; decodes and encodes one picture at a time.
 
-    ``sketch`` makes a small picture of latents at next to no cost; see ``glm_image.dit.sketch``.
+    ``sketch`` makes a small picture of latents at next to no cost; see ``glm_image.dit.latent_preview``.
 
     Args:
         autoencoder: diffusers' ``AutoencoderKL``; its config has the mean and deviation of each latent channel.
@@ -45,7 +45,7 @@ class Vae:
         )
 
         with torch.inference_mode():
-            self.sketch = sketch.fit(self.encode)
+            self.sketch = latent_preview.fit(self.encode)
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Decodes normalised latents [1, channels, H/8, W/8] to a picture uint8 [H, W, 3] on the host."""

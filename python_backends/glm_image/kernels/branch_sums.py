@@ -18,7 +18,7 @@ from torch import Tensor
 from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
 from glm_image.kernels.residual_norm import end_branch, residual_norm, sum_of_parts
 from glm_image.kernels.split_rows import SplitRows, destination
-from glm_image.parallel.group import Group
+from glm_image.parallel.collectives import Group
 
 logger = logging.getLogger(__name__)
 

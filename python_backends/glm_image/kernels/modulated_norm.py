@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glm_image.devices.quantized import LARGEST, Rows
+from glm_image.devices.quantization import LARGEST, Rows
 from glm_image.kernels.rows import store_row
 
 SHIFT_ATTENTION, SCALE_ATTENTION, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glm_image.devices.quantized import LARGEST, SMALLEST_MAXIMUM, Rows
+from glm_image.devices.quantization import LARGEST, SMALLEST_MAXIMUM, Rows
 
 SMALLEST = tl.constexpr(SMALLEST_MAXIMUM)
 
@@ -58,7 +58,7 @@ def _rows_kernel(
     store_row(values.to(tl.bfloat16), out_ptr + place, scales_ptr + row, inside, LARGEST)
 
 
-def in_8_bits(product: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Rows:
+def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Rows:
     """Rounds what a layer gives to what the next one takes.
 
     Args:

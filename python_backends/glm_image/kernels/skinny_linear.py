@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glm_image.ar.int8 import AnyLinear, Int8Linear
+from glm_image.devices.int8_linear import AnyLinear, Int8Linear
 from glm_image.kernels.overlap import FETCH_UNIT, can_overlap, fetch, start_next, wait_for_previous
 from glm_image.kernels.split_rows import STEP, SplitRows
 
@@ -23,7 +23,7 @@ ROWS = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class TileConfig:
     """How a linear is cut up.
 
     Attributes:
@@ -137,7 +137,9 @@ def _gate_up_kernel(
     tl.store(out, product.to(tl.bfloat16), mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
 
 
-def linear_parts(x: Tensor | SplitRows, linear: AnyLinear, out: Tensor, plan: Plan, *, rounded: bool = False) -> None:
+def linear_partials(
+    x: Tensor | SplitRows, linear: AnyLinear, out: Tensor, plan: TileConfig, *, rounded: bool = False
+) -> None:
     """Multiplies ``x`` by a linear layer's matrix, in parts; its bias is left to what comes next.
 
     Args:
@@ -159,7 +161,7 @@ def linear_parts(x: Tensor | SplitRows, linear: AnyLinear, out: Tensor, plan: Pl
     )  # fmt: skip
 
 
-def gate_up(x: Tensor | SplitRows, linear: AnyLinear, out: Tensor, plan: Plan) -> None:
+def gate_up(x: Tensor | SplitRows, linear: AnyLinear, out: Tensor, plan: TileConfig) -> None:
     """Computes ``up * silu(gate)``, gate and up being the two halves of what a linear layer gives.
 
     Args:
@@ -187,7 +189,7 @@ def _tile_of(x: Tensor | SplitRows, rows: int) -> tuple[Tensor, Tensor, int, int
     return x, x, ROWS, ROWS
 
 
-def bytes_ahead(plan: Plan, weight: Tensor) -> int:
+def bytes_ahead(plan: TileConfig, weight: Tensor) -> int:
     """Returns how many bytes of each row of weights [n, k] may be fetched ahead: none beyond a row, 16 at a time."""
     k, row_bytes = weight.shape[1], weight.shape[1] * weight.element_size()
     if row_bytes % FETCH_UNIT:
@@ -203,6 +205,6 @@ def scale_of(linear: AnyLinear) -> Tensor | None:
     return linear.scale if isinstance(linear, Int8Linear) else None
 
 
-def parts_buffer(plan: Plan, rows: int, n: int, device: torch.device) -> Tensor:
-    """Makes the fp32 [splits, rows, n] buffer ``linear_parts`` writes to."""
+def partials_buffer(plan: TileConfig, rows: int, n: int, device: torch.device) -> Tensor:
+    """Makes the fp32 [splits, rows, n] buffer ``linear_partials`` writes to."""
     return torch.empty(plan.splits, rows, n, device=device, dtype=torch.float32)

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from glm_image.devices import open_device
+from glm_image.devices.open import open_device
 from glm_image.errors import DeviceMemoryError, GlmImageError
 from glm_image.parallel.messages import Done, Failed, Reached, Stage
-from glm_image.parallel.ranks import Rendezvous, join
+from glm_image.parallel.process_group import Rendezvous, join
 
 logger = logging.getLogger(__name__)
 
 
-class Runs(Protocol):
+class RankExecutor(Protocol):
     """What runs an engine's commands."""
 
     def run(self, command: Any, /) -> Any:
@@ -34,11 +34,11 @@ class Runs(Protocol):
         """Ends what it has started."""
 
 
-Load = Callable[..., Runs]
+Load = Callable[..., RankExecutor]
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerSpec:
     """What a worker is to be.
 
     Attributes:
@@ -57,7 +57,7 @@ class Work:
     load: Load
     arguments: tuple[Any, ...]
 
-    def start(self, reached: Callable[[Stage], None], listening: socket.socket | None = None) -> Runs:
+    def start(self, reached: Callable[[Stage], None], listening: socket.socket | None = None) -> RankExecutor:
         """Joins the others and loads the executor.
 
         Args:
@@ -83,7 +83,7 @@ def main() -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank says when it is over
         signal.signal(ignored, signal.SIG_IGN)
     connection: Connection = Connection(int(sys.argv[1]))
-    work: Work = connection.recv()
+    work: WorkerSpec = connection.recv()
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {work.rank} on {work.known_as} %(message)s")
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, commands), name="commands", daemon=True).start()
@@ -101,7 +101,7 @@ def main() -> None:
         os._exit(1)  # a collective that others never join must not keep the process alive
 
 
-def _run(executor: Runs, command: Any) -> None:
+def _run(executor: RankExecutor, command: Any) -> None:
     try:
         executor.run(command)
     except DeviceMemoryError:  # this rank's own, and others may be waiting for it in a collective

@@ -16,28 +16,28 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from glm_image.ar.measures import AR_ENDS, AR_MEASURES
+from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
+from glm_image.config.instance import Instance
+from glm_image.config.models import ENTRY_MODELS, STAGES
+from glm_image.config.schema import AR_PARAMETERS
 from glm_image.errors import QueueFullError
-from glm_image.following import Following
-from glm_image.geometry import Grid, preview_of
-from glm_image.inflight import InFlight
-from glm_image.job import Job
-from glm_image.metadata import ar_metadata
-from glm_image.request import GenerationParameters, ResolvedRequest
-from glm_image.serving import strings
-from glm_image.serving.answer import Answer
-from glm_image.serving.declaration import AR_PARAMETERS
-from glm_image.serving.entrances import ENTRANCES, STAGES
-from glm_image.serving.gathering import Gathering
-from glm_image.serving.instance import Instance
-from glm_image.serving.metrics import Metrics
-from glm_image.serving.open_answers import OpenAnswers
-from glm_image.serving.process_end import end_process
-from glm_image.serving.pulse import Pulse
-from glm_image.serving.reception import Reception
-from glm_image.serving.request_log import Entry, RequestLog
-from glm_image.serving.spans import Spans
+from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.metadata import ar_metadata
+from glm_image.lifecycle.registry import RequestRegistry
+from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.request.geometry import Grid, preview_of
+from glm_image.request.parameters import GenerationParameters, ResolvedRequest
+from glm_image.serving import bytes_tensors
+from glm_image.serving.admission_feed import AdmissionFeed
+from glm_image.serving.exit import end_process
+from glm_image.serving.metrics_export import MetricsExporter
+from glm_image.serving.pending_responses import PendingResponses
+from glm_image.serving.request_gate import RequestGate
+from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
+from glm_image.telemetry.heartbeat import Heartbeat
+from glm_image.telemetry.request_log import Entry, RequestLog
+from glm_image.telemetry.tracing import RequestTracing
 
 if TYPE_CHECKING:
     from glm_image.ar.engine import ArResult
@@ -53,10 +53,10 @@ class _Taken:
     """A request that was let in."""
 
     asked: GenerationParameters
-    job: Job
-    answer: Answer
+    context: RequestContext
+    answer: Responder
     entry: Entry
-    following: Following
+    following: StreamOptions
 
 
 class ArBackend:
@@ -64,20 +64,22 @@ class ArBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the engine on this instance's device."""
-        strings.install()
+        bytes_tensors.install()
         instance = Instance.read(args, AR_PARAMETERS)
         self._limits, self._timeouts = instance.limits, instance.timeouts
-        log = RequestLog(instance, is_last=False)
-        self._spans = Spans(instance)
-        self._metrics = Metrics(AR_MEASURES, instance)
-        self._open = OpenAnswers()
-        self._gathering = Gathering.of(instance)
+        log = RequestLog(instance.name, is_last=False)
+        self._spans = RequestTracing(instance.name)
+        self._metrics = MetricsExporter(AR_METRICS, instance)
+        self._open = PendingResponses()
+        self._gathering = AdmissionFeed.of(instance)
         self._engine, self._pulse = _load(instance, self._metrics, self._open, self._gathering)
-        self._reception = Reception(instance, InFlight("ar_queue", "handed_on"), AR_ENDS, self._metrics.record, log)
+        self._reception = RequestGate(
+            instance, RequestRegistry("ar_queue", "handed_on"), AR_OUTCOMES, self._metrics.record, log
+        )
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
         self._max_decoding = instance.integer("max_queue", 1)
         self._may_decode = threading.Semaphore(self._max_decoding)
-        orders = {"drain": partial(_unload, ENTRANCES), "unload": partial(_unload, STAGES)}
+        orders = {"drain": partial(_unload, ENTRY_MODELS), "unload": partial(_unload, STAGES)}
         self._pulse.start(self._engine.is_alive, orders if instance.index == 0 else {})
 
     def execute(self, requests: list[Any]) -> None:
@@ -86,7 +88,7 @@ class ArBackend:
         Source images are decoded in threads, so that requests without them do not wait.
         """
         for request in requests:
-            answer = self._open.add(Answer(request))
+            answer = self._open.add(Responder(request))
             entry = self._reception.expect(request, answer)
             try:
                 self._accept(request, answer, entry)
@@ -105,16 +107,16 @@ class ArBackend:
         self._spans.close()
         end_process()
 
-    def _accept(self, request: Any, answer: Answer, entry: Entry) -> None:
-        job = Job.with_timeout(request.request_id(), self._timeouts.of(request.timeout()))
-        following = Following.read(request.parameters())
-        job.arrived_ns = job.arrived_ns if following.arrived_ns is None else following.arrived_ns
-        entry.follow(job)
-        self._spans.follow(request, job)
-        self._reception.begin(job, answer)
+    def _accept(self, request: Any, answer: Responder, entry: Entry) -> None:
+        context = RequestContext.with_timeout(request.request_id(), self._timeouts.of(request.timeout()))
+        following = StreamOptions.read(request.parameters())
+        context.arrived_ns = context.arrived_ns if following.arrived_ns is None else following.arrived_ns
+        entry.follow(context)
+        self._spans.follow(request, context)
+        self._reception.begin(context, answer)
         asked = read_request(request)
         entry.note(asked.prompt, **_told(asked))
-        taken = _Taken(asked, job, answer, entry, following)
+        taken = _Taken(asked, context, answer, entry, following)
         if asked.images is None:
             self._submit(taken)
         elif self._may_decode.acquire(blocking=False):
@@ -127,7 +129,7 @@ class ArBackend:
 
     def _decode(self, taken: _Taken) -> None:
         try:
-            taken.job.check()
+            taken.context.check()
             self._submit(taken)
         except Exception as error:  # whatever it is, the client must get an answer
             taken.answer.fail(error)
@@ -135,18 +137,22 @@ class ArBackend:
             self._may_decode.release()
 
     def _submit(self, taken: _Taken) -> None:
-        job = taken.job
+        context = taken.context
         resolved = taken.asked.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
         size = resolved.requested
         taken.entry.note(taken.asked.prompt, width=size.width, height=size.height, seed=resolved.seeds[0])
         if taken.following.previews and (grid := preview_of(resolved.grids)) is not None:
-            job.on_preview = partial(self._hand_out_preview, job, grid, resolved.seeds[0])
+            context.on_preview = partial(self._hand_out_preview, context, grid, resolved.seeds[0])
         if self._gathering is not None:
-            self._gathering.expect(job, len(resolved.seeds), taken.answer)
-        self._engine.submit(job, resolved).add_done_callback(lambda done: _reply(taken.answer, job, resolved, done))
+            self._gathering.expect(context, len(resolved.seeds), taken.answer)
+        self._engine.submit(context, resolved).add_done_callback(
+            lambda done: _reply(taken.answer, context, resolved, done)
+        )
 
-    def _hand_out_preview(self, job: Job, grid: Grid, seed: int, tokens: NDArray[np.int32]) -> None:
-        self._reception.tell(job, lambda: {"preview": {"grid": list(grid), "tokens": tokens.tolist(), "seed": seed}})
+    def _hand_out_preview(self, context: RequestContext, grid: Grid, seed: int, tokens: NDArray[np.int32]) -> None:
+        self._reception.tell(
+            context, lambda: {"preview": {"grid": list(grid), "tokens": tokens.tolist(), "seed": seed}}
+        )
 
 
 def _told(asked: GenerationParameters) -> dict[str, Any]:
@@ -170,8 +176,8 @@ def _unload(models: Sequence[str]) -> None:
 
 
 def _load(
-    instance: Instance, metrics: Metrics, open_answers: OpenAnswers, gathering: Gathering | None
-) -> tuple[Any, Pulse]:
+    instance: Instance, metrics: MetricsExporter, pending_responses: PendingResponses, gathering: AdmissionFeed | None
+) -> tuple[Any, Heartbeat]:
     place = instance.take_place(spare_first=False)
     # Read before seconds of imports, so that what is not allowed is told at once.
     folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
@@ -179,8 +185,8 @@ def _load(
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
     from glm_image.ar.engine import ArEngine  # noqa: PLC0415
     from glm_image.ar.settings import ArSettings  # noqa: PLC0415
-    from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
-    from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
+    from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
+    from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
 
     parameters = instance.parameters
     device = open_device(place.inside[0], known_as=place.devices[0])
@@ -196,7 +202,7 @@ def _load(
     )
     logger.info("loading the decoder on %s", device)
     checkpoint = Checkpoint.open(folder, parameters["load_format"])
-    pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+    pulse = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
     engine = ArEngine(
         checkpoint,
         device,
@@ -204,7 +210,7 @@ def _load(
         metrics.record,
         watched=pulse.watched,
         admission=None if gathering is None else gathering.admission,
-        peers=instance.peers(place, device, open_answers.end_process),
+        peers=instance.peers(place, device, pending_responses.end_process),
     )
     return engine, pulse
 
@@ -231,7 +237,7 @@ def read_request(request: Any) -> GenerationParameters:
     )
 
 
-def _reply(answer: Answer, job: Job, resolved: ResolvedRequest, done: Future[ArResult]) -> None:
+def _reply(answer: Responder, context: RequestContext, resolved: ResolvedRequest, done: Future[ArResult]) -> None:
     error = done.exception()
     if error is not None:
         answer.fail(error)
@@ -245,7 +251,7 @@ def _reply(answer: Answer, job: Job, resolved: ResolvedRequest, done: Future[ArR
             "source_grids": np.array(result.source_grids).reshape(-1, 2),
             "resolved_seed": np.array([resolved.seeds[0]]),
             "resolved_size": np.array(resolved.requested),
-            "deadline_ns": np.array([job.deadline_ns]),
-            "ar_metadata": text_array(json.dumps(ar_metadata(job, result.tokens))),
+            "deadline_ns": np.array([context.deadline_ns]),
+            "ar_metadata": text_array(json.dumps(ar_metadata(context, result.tokens))),
         }
     )

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from glm_image import bus
-from glm_image.control import control
+from glm_image import ipc
 from glm_image.errors import InvalidInputError, UnavailableError
-from glm_image.run_directory import VARIABLE
-from glm_image.serving import strings
-from glm_image.serving.answer import Answer
-from glm_image.serving.process_end import end_process
+from glm_image.ipc.run_directory import VARIABLE
+from glm_image.lifecycle.control import control
+from glm_image.serving import bytes_tensors
+from glm_image.serving.exit import end_process
+from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
 
 THREADS = 4
@@ -26,14 +26,14 @@ class ControlBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Makes the threads that ask."""
-        strings.install()
+        bytes_tensors.install()
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
 
     def execute(self, requests: list[Any]) -> None:
         """Hands requests to threads; each is answered when all instances have answered."""
         for request in requests:
-            answer = Answer(request)
+            answer = Responder(request)
             try:
                 inputs = Inputs(request)
                 asked = [_required(inputs, name) for name in ("request_id", "action")]
@@ -46,9 +46,9 @@ class ControlBackend:
         self._threads.shutdown(wait=True)
         end_process()
 
-    def _answer(self, answer: Answer, request_id: str, action: str) -> None:
+    def _answer(self, answer: Responder, request_id: str, action: str) -> None:
         try:
-            folder = bus.folder()
+            folder = ipc.folder()
             if folder is None:
                 raise UnavailableError(
                     f"this Triton was started without {VARIABLE}, the folder in which glm_control finds the other "

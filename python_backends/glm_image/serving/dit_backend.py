@@ -14,30 +14,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.backlog import TOPIC, Painting
-from glm_image.bus import Message
-from glm_image.dit.measures import DIT_ENDS, DIT_MEASURES, QUEUE_SECONDS
+from glm_image.config.cache import cache_settings
+from glm_image.config.instance import Instance
+from glm_image.config.schema import DIT_PARAMETERS
+from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES, QUEUE_SECONDS
 from glm_image.errors import InvalidInputError
-from glm_image.following import Following
-from glm_image.geometry import PIXELS_PER_TOKEN, Grid, Size
-from glm_image.inflight import InFlight
-from glm_image.job import NANOSECONDS, Job
-from glm_image.metadata import queued_seconds, read_ar_metadata, request_metadata
-from glm_image.preview_messages import PREVIEW, answer_preview, packed_picture, read_preview
-from glm_image.request import PaintRequest, consecutive_seeds, random_seed
-from glm_image.serving import strings
-from glm_image.serving.answer import Answer
-from glm_image.serving.cache_parameters import cache_settings
-from glm_image.serving.declaration import DIT_PARAMETERS
-from glm_image.serving.instance import Instance
-from glm_image.serving.metrics import Metrics
-from glm_image.serving.open_answers import OpenAnswers
-from glm_image.serving.process_end import end_process
-from glm_image.serving.pulse import Pulse
-from glm_image.serving.reception import Reception
-from glm_image.serving.request_log import Entry, RequestLog
-from glm_image.serving.spans import Spans
+from glm_image.ipc import Message
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext
+from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
+from glm_image.lifecycle.metadata import queued_seconds, read_ar_metadata, request_metadata
+from glm_image.lifecycle.preview_rpc import PREVIEW, answer_preview, packed_picture, read_preview
+from glm_image.lifecycle.registry import RequestRegistry
+from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
+from glm_image.request.parameters import PaintRequest, consecutive_seeds, random_seed
+from glm_image.serving import bytes_tensors
+from glm_image.serving.exit import end_process
+from glm_image.serving.metrics_export import MetricsExporter
+from glm_image.serving.pending_responses import PendingResponses
+from glm_image.serving.request_gate import RequestGate
+from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
+from glm_image.telemetry.heartbeat import Heartbeat
+from glm_image.telemetry.request_log import Entry, RequestLog
+from glm_image.telemetry.tracing import RequestTracing
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +72,14 @@ class DitBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the engine on this instance's device."""
-        strings.install()
+        bytes_tensors.install()
         instance = Instance.read(args, DIT_PARAMETERS)
         place = instance.take_place(spare_first=True)
         # Read before seconds of imports, so that what is not allowed is told at once.
         parameters, folder, cache = instance.parameters, instance.checkpoint, cache_settings(instance)
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
-        from glm_image.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices import named_dtype, open_device  # noqa: PLC0415
+        from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
+        from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
         from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
@@ -87,10 +87,10 @@ class DitBackend:
         self._checkpoint = Checkpoint.open(folder, parameters["load_format"])
         device = open_device(place.inside[0], known_as=place.devices[0])
         logger.info("loading the transformer on %s", device)
-        self._spans = Spans(instance)
-        self._metrics = Metrics(DIT_MEASURES, instance)
-        self._open = OpenAnswers()
-        self._pulse = Pulse(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+        self._spans = RequestTracing(instance.name)
+        self._metrics = MetricsExporter(DIT_METRICS, instance)
+        self._open = PendingResponses()
+        self._pulse = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
         self._engine = DitEngine(
             self._checkpoint,
             device,
@@ -108,12 +108,12 @@ class DitBackend:
             watched=self._pulse.watched,
             peers=instance.peers(place, device, self._open.end_process),
         )
-        log = RequestLog(instance, is_last=True)
-        self._painting = Painting(instance.name)
-        self._reception = Reception(
+        log = RequestLog(instance.name, is_last=True)
+        self._painting = DitLoadReporter(instance.name)
+        self._reception = RequestGate(
             instance,
-            InFlight("condition", "finished"),
-            DIT_ENDS,
+            RequestRegistry("condition", "finished"),
+            DIT_OUTCOMES,
             self._metrics.record,
             log,
             handlers={PREVIEW: self._preview},
@@ -129,7 +129,7 @@ class DitBackend:
         """Denoises requests one after the other; each is answered when its pictures are decoded and encoded."""
         self._busy.begin()
         for request in requests:
-            answer = self._open.add(Answer(request))
+            answer = self._open.add(Responder(request))
             entry = self._reception.expect(request, answer)
             try:
                 self._paint(request, answer, entry)
@@ -148,63 +148,63 @@ class DitBackend:
         self._spans.close()
         end_process()
 
-    def _paint(self, request: Any, answer: Answer, entry: Entry) -> None:
+    def _paint(self, request: Any, answer: Responder, entry: Entry) -> None:
         inputs = Inputs(request)
         paint = read_request(inputs)
-        job = self._job(request, inputs, paint)
-        entry.follow(job, paint.ar_metadata.get("seconds"))
+        context = self._job(request, inputs, paint)
+        entry.follow(context, paint.ar_metadata.get("seconds"))
         entry.note(paint.prompt, **_told(paint))
-        self._spans.follow(request, job)
-        answer.when_ended(lambda _: self._painting.end(job))
-        self._painting.begin(job, len(paint.seeds))
-        self._reception.begin(job, answer)
-        self._show(job, Following.read(request.parameters()).pictures_every)
+        self._spans.follow(request, context)
+        answer.when_ended(lambda _: self._painting.end(context))
+        self._painting.begin(context, len(paint.seeds))
+        self._reception.begin(context, answer)
+        self._show(context, StreamOptions.read(request.parameters()).pictures_every)
         waited = queued_seconds(paint.ar_metadata)
-        job.add_seconds("dit_queue", waited)
+        context.add_seconds("dit_queue", waited)
         self._metrics.record(QUEUE_SECONDS, waited)
         paint.check(self._limits, self._engine.codebook_size)
         sources = paint.read_sources(self._limits, self._engine.source_rule)
-        pictures = self._engine.denoise(job, paint, sources)
+        pictures = self._engine.denoise(context, paint, sources)
         self._may_wait.acquire()
         if self._finisher is None:
-            self._finish(answer, job, paint, pictures)
+            self._finish(answer, context, paint, pictures)
         else:
-            self._finisher.submit(self._finish, answer, job, paint, pictures)
+            self._finisher.submit(self._finish, answer, context, paint, pictures)
 
-    def _show(self, job: Job, pictures_every: int) -> None:
+    def _show(self, context: RequestContext, pictures_every: int) -> None:
         def show(pixels: NDArray[np.uint8]) -> None:
-            self._reception.tell(job, lambda: {"picture": packed_picture(pixels)})
+            self._reception.tell(context, lambda: {"picture": packed_picture(pixels)})
 
-        job.pictures_every, job.on_picture = pictures_every, show
+        context.pictures_every, context.on_picture = pictures_every, show
 
     def _preview(self, question: Message) -> Future[Message]:
-        """Answers ``glm_image.preview_messages.ask_preview`` over the bus, in the bus's thread."""
-        job, paint = read_preview(question)
+        """Answers ``glm_image.lifecycle.preview_rpc.ask_preview`` over the bus, in the bus's thread."""
+        context, paint = read_preview(question)
         paint.check(self._limits, self._engine.codebook_size)
         answer: Future[Message] = Future()
-        done = self._engine.preview(job, paint)
-        let_go = self._reception.beside(job)
+        done = self._engine.preview(context, paint)
+        let_go = self._reception.beside(context)
         done.add_done_callback(lambda _: let_go())
         done.add_done_callback(lambda done: answer_preview(answer, done))
         return answer
 
-    def _job(self, request: Any, inputs: Inputs, paint: PaintRequest) -> Job:
+    def _job(self, request: Any, inputs: Inputs, paint: PaintRequest) -> RequestContext:
         told = paint.ar_metadata
         # As a step of the ensemble it is told the whole request's timeout again; the first stage knows what is left.
         timeout_us = self._timeouts.of(request.timeout())
-        job = Job.with_timeout(request.request_id() or told.get("request_id", ""), timeout_us)
-        job.arrived_ns = told.get("arrived_ns", self._busy.since_ns)
+        context = RequestContext.with_timeout(request.request_id() or told.get("request_id", ""), timeout_us)
+        context.arrived_ns = told.get("arrived_ns", self._busy.since_ns)
         deadline_ns = inputs.integer("deadline_ns") or 0
         if deadline_ns < 0:
             raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
-        job.deadline_ns = deadline_ns or job.deadline_ns
-        return job
+        context.deadline_ns = deadline_ns or context.deadline_ns
+        return context
 
-    def _finish(self, answer: Answer, job: Job, paint: PaintRequest, pictures: list[int]) -> None:
+    def _finish(self, answer: Responder, context: RequestContext, paint: PaintRequest, pictures: list[int]) -> None:
         try:
-            result = self._engine.finish(job, paint, pictures)
+            result = self._engine.finish(context, paint, pictures)
             raw = paint.output_format == "raw"
-            metadata = request_metadata(self._checkpoint, job, paint, self._engine.attention_backend)
+            metadata = request_metadata(self._checkpoint, context, paint, self._engine.attention_backend)
             answer.send(
                 {
                     "images": result.pixels if raw else np.zeros((0, 0, 0, 3)),
@@ -243,7 +243,7 @@ def read_request(inputs: Inputs) -> PaintRequest:
         grid=grid,
         requested=Size(*(side * PIXELS_PER_TOKEN for side in grid) if size is None else map(int, size)),
         # Of more rows than that, ``check`` refuses the number.
-        seeds=consecutive_seeds(random_seed() if seed is None else seed, min(len(tokens), strings.MAX_STRINGS)),
+        seeds=consecutive_seeds(random_seed() if seed is None else seed, min(len(tokens), bytes_tensors.MAX_STRINGS)),
         ar_metadata=read_ar_metadata(inputs.text("ar_metadata") or ""),
         source_grids=_source_grids(inputs),
         **inputs.given(
@@ -261,7 +261,7 @@ def _source_grids(inputs: Inputs) -> tuple[Grid, ...]:
     array = inputs.array("source_grids")
     if array is None:
         return ()
-    if len(array) > strings.MAX_STRINGS:  # before a loop over millions
+    if len(array) > bytes_tensors.MAX_STRINGS:  # before a loop over millions
         raise InvalidInputError.of("source_grids' number of rows", len(array), "one for each image")
     return tuple(Grid(*map(int, pair)) for pair in array)
 

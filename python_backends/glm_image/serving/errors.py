@@ -8,25 +8,12 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from glm_image import errors
+from glm_image.telemetry.status import CODES, status_of
 
 logger = logging.getLogger(__name__)
 
-# By name: the stub adds TritonError to pb_utils only after it has imported the model.
-CODES = {
-    errors.InvalidInputError: "INVALID_ARG",
-    errors.UnavailableError: "UNAVAILABLE",  # of a device's memory too: Triton has no RESOURCE_EXHAUSTED
-    errors.CancelledError: "CANCELLED",
-    errors.DeadlineExceededError: "UNAVAILABLE",  # as Triton answers its own queue's time-outs
-}
-
 
 RELAYED = re.compile(rf"\[({'|'.join({*CODES.values(), 'INTERNAL'})})\] (.*)", re.DOTALL)
-
-
-def status_of(error: BaseException) -> str:
-    """Returns the name of Triton's status for an exception; what was not raised on purpose is INTERNAL."""
-    return next((code for kind, code in CODES.items() if isinstance(error, kind)), "INTERNAL")
 
 
 def triton_error(error: BaseException, *, is_relayed: bool = False) -> Any:

@@ -9,15 +9,15 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from glm_image.config.instance import position
+from glm_image.config.models import DRAINED
 from glm_image.errors import QueueFullError, UnavailableError
-from glm_image.serving import strings
-from glm_image.serving.entrances import DRAINED
+from glm_image.lifecycle.events import DitSecondsByKind
+from glm_image.serving import bytes_tensors
 from glm_image.serving.errors import triton_error
-from glm_image.serving.instance import position
-from glm_image.serving.process_end import end_process
-from glm_image.serving.pulse import Pulse
-from glm_image.serving.streamed import Streamed
-from glm_image.story import PaintingTimes
+from glm_image.serving.exit import end_process
+from glm_image.serving.stream_session import StreamSession
+from glm_image.telemetry.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ class StreamBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Prepares for requests."""
-        strings.install()
+        bytes_tensors.install()
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
-        self._times = PaintingTimes()
+        self._times = DitSecondsByKind()
         self._changed = threading.Condition()
         self._running = 0
         self._drains = False
         index, siblings = position(args)
-        self._pulse = Pulse(f"{args['model_name']}_{index}", hang_seconds=0)
+        self._pulse = Heartbeat(f"{args['model_name']}_{index}", hang_seconds=0)
         self._pulse.start(orders={"drain": self._drain} if siblings == 1 else {})
 
     def execute(self, requests: list[Any]) -> None:
@@ -48,7 +48,7 @@ class StreamBackend:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                self._begin(Streamed(request, sender, self._times))
+                self._begin(StreamSession(request, sender, self._times))
             except Exception as error:  # whatever it is, the client must get an answer
                 made = pb_utils.InferenceResponse(error=triton_error(error))
                 sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -70,7 +70,7 @@ class StreamBackend:
         if self._drains and self._running == 0:
             logger.info(DRAINED)
 
-    def _begin(self, stream: Streamed) -> None:
+    def _begin(self, stream: StreamSession) -> None:
         with self._changed:
             if self._drains:
                 raise UnavailableError("the server is stopping")
@@ -79,7 +79,7 @@ class StreamBackend:
             self._running += 1
         threading.Thread(target=self._run, args=(stream,), name="stream", daemon=True).start()
 
-    def _run(self, stream: Streamed) -> None:
+    def _run(self, stream: StreamSession) -> None:
         try:
             stream.run()
         finally:

@@ -9,8 +9,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from glm_image.config.schema import CONTROL_OUTPUTS, STAGE_TENSORS, STREAM_OUTPUTS
 from glm_image.errors import MAX_SHOWN_CHARACTERS, InvalidInputError
-from glm_image.serving.declaration import CONTROL_OUTPUTS, STAGE_TENSORS, STREAM_OUTPUTS
 
 NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING": np.object_}
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from glm_image.errors import GlmImageError
-from glm_image.supervisor.access import CLOSABLE_APIS
+from glm_image.supervisor.api_access import CLOSABLE_APIS
 from glm_image.supervisor.restarts import CrashLoopError, RestartPolicy, keep_running
 from glm_image.supervisor.server import ServerStartError, TritonServer
 from glm_image.supervisor.settings import ServerSettings

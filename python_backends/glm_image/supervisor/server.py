@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TextIO
 
 from glm_image.errors import GlmImageError
-from glm_image.supervisor.access import is_loopback
+from glm_image.supervisor.api_access import is_loopback
 from glm_image.supervisor.installation import find_installation
-from glm_image.supervisor.process import ServerProcess
 from glm_image.supervisor.settings import ServerSettings, default_model_repository
+from glm_image.supervisor.triton_process import ServerProcess
 
 PORT_ATTEMPTS = 3
 HEALTH_TIMEOUT_SECONDS = 30

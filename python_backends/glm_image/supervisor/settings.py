@@ -8,9 +8,9 @@ import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
-from glm_image.serving.entrances import ENTRANCES, STAGES
-from glm_image.supervisor.access import DEFAULT_MAX_REQUEST_BYTES, check_open_apis
+from glm_image.supervisor.api_access import DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 
 LARGEST_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -131,7 +131,7 @@ class ServerSettings:
 def unloading_of(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
     """The models of a repository that take whole requests and hand them to others, and these others."""
     models = frozenset(model.name for model in model_folders(repository))
-    return models.intersection(ENTRANCES), models.intersection(STAGES)
+    return models.intersection(ENTRY_MODELS), models.intersection(STAGES)
 
 
 def default_model_repository() -> Path:

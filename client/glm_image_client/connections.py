@@ -1,0 +1,28 @@
+"""Connects to a server over the protocol asked for."""
+
+from __future__ import annotations
+
+from glm_image_client.transport import AsyncTransport, Endpoint, Transport
+
+
+def connect(endpoint: Endpoint) -> Transport:
+    """Returns a transport for the endpoint; no connection is made before the first call."""
+    # Each half of tritonclient is an optional part of it and slow to import: only the one in use has to be there.
+    if endpoint.protocol == "http":
+        from glm_image_client.http_transport import HttpTransport  # noqa: PLC0415
+
+        return HttpTransport(endpoint)
+    from glm_image_client.grpc_transport import GrpcTransport  # noqa: PLC0415
+
+    return GrpcTransport(endpoint)
+
+
+def connect_async(endpoint: Endpoint) -> AsyncTransport:
+    """Returns a transport for asyncio; see ``connect``."""
+    if endpoint.protocol == "http":
+        from glm_image_client.async_http_transport import AsyncHttpTransport  # noqa: PLC0415
+
+        return AsyncHttpTransport(endpoint)
+    from glm_image_client.async_grpc_transport import AsyncGrpcTransport  # noqa: PLC0415
+
+    return AsyncGrpcTransport(endpoint)

@@ -1,0 +1,60 @@
+"""Reading a prompt with few launches: nine a layer, where plain torch has forty.
+
+A short prompt is bound by launches: the others' next token waits for it. Matrix products and attention are those of
+torch's libraries, chosen by the prompt's own length, so what a prompt gives depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.model import Decoder, DecoderLayer, gathered_logits
+from glm_image.kernels.prompt_heads import rotate_and_store
+from glm_image.kernels.residual_norm import embed_norm, residual_norm
+from glm_image.kernels.silu_product import silu_product
+
+
+class FusedPrefill:
+    """Reads prompts with the kernels of this package; ``Decoder.prefill`` is its twin and tells its arguments.
+
+    Args:
+        decoder: holds the weights, bf16 or int8; ``decoder.supports`` must hold for it.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._layers = cast("list[DecoderLayer]", list(decoder.layers))
+        self._befores = [layer.before_attention.weight for layer in self._layers[1:]] + [decoder.norm.weight]
+
+    @torch.inference_mode()
+    def __call__(self, token_ids: Tensor, cos: Tensor, sin: Tensor, cache: KvCache, slot: int) -> Tensor:
+        """See ``Decoder.prefill``."""
+        decoder, eps = self._decoder, self._decoder.config.norm_eps
+        shape = (len(token_ids), decoder.config.hidden_size)
+        residual, normed = torch.empty(2, *shape, device=token_ids.device, dtype=decoder.dtype)
+        first = self._layers[0].before_attention.weight
+        embed_norm(token_ids, decoder.embedding.weight, first, residual, normed, eps)
+        for index, (layer, next_before) in enumerate(zip(self._layers, self._befores, strict=True)):
+            qkv = layer.qkv(normed)
+            attended = _attend(qkv, cos, sin, (cache.keys[index, slot], cache.values[index, slot]))
+            branch = layer.group.sum(layer.out(attended))
+            after, before = layer.after_attention.weight, layer.before_mlp.weight
+            residual_norm(branch[None], residual, after, before, normed, eps)
+            branch = layer.group.sum(layer.down(silu_product(layer.gate_up(normed))))
+            residual_norm(branch[None], residual, layer.after_mlp.weight, next_before, normed, eps)
+        logits: Tensor = decoder.head(normed[-1:]).float()
+        return gathered_logits(logits, decoder.group, decoder.config.vision_vocab_size)
+
+
+def _attend(qkv: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+    query = rotate_and_store(qkv, cos, sin, cache)
+    keys, values = (part[None, :, : len(query)] for part in cache)
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], keys, values, is_causal=True, enable_gqa=True
+    )
+    return attended[0].transpose(0, 1).flatten(1)

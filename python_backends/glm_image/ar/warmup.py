@@ -1,0 +1,41 @@
+"""Commands that make libraries load at start what they would load in the first requests.
+
+Libraries keep handles a thread, choose kernels by shape and load them when they are first called: half a second of the
+first request. So the thread that will run requests first runs these, and they leave nothing in any slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+
+from glm_image.ar.commands import Admit, Command, Encode, Release, Step
+from glm_image.request.geometry import Grid
+from glm_image.request.parameters import Sampling
+
+STEPS = 3
+"""Steps after a prompt, so that the host gets ahead of the device as it does in a request."""
+
+TEXT_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+"""Lengths of prompts for which matrix products may choose different kernels; ours know multiples of 16 from others."""
+
+
+def warmup_commands(ids: Sequence[int], sources: Sequence[Encode], sampling: Sampling, longest: int) -> list[Command]:
+    """Returns commands that encode source images, and read and decode prompts of usual lengths.
+
+    Args:
+        ids: tokens of a short prompt, repeated for longer ones.
+        sources: source images of usual sizes; with none, the one prompt is read: a device that loads nothing lazily.
+        sampling: the checkpoint's own.
+        longest: the most tokens a slot holds.
+    """
+    sources = [source for source in sources if len(source.patches) <= longest]
+    lengths = [len(ids)]
+    if sources:
+        lengths += [*TEXT_LENGTHS, *(len(ids) + len(source.patches) for source in sources)]
+    commands: list[Command] = list(sources)
+    for length in lengths:
+        if length + STEPS + 1 <= longest:
+            repeated = tuple(islice(cycle(ids), length))
+            commands += [Admit(0, repeated, (Grid(1, STEPS + 1),), sampling, seed=0), Step(STEPS), Release(0)]
+    return commands

@@ -1,0 +1,1 @@
+"""A checkpoint folder on disk, and its tensors."""

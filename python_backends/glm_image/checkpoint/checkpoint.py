@@ -1,0 +1,256 @@
+"""A checkpoint folder: its parts, their configs, and their tensors straight to a device, each fault named."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from glm_image.checkpoint.layout import COMPONENTS, WEIGHT_FILES, check_model_index, read_json, read_weight_map
+from glm_image.errors import CheckpointError
+from glm_image.request.geometry import PIXELS_PER_TOKEN, SourceRule
+
+DUMMY_STD = 0.02
+SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096
+"""Of a file of weights, for the revision: all of a checkpoint takes a minute to read."""
+
+
+class TensorSource(Protocol):
+    """Where a component's tensors come from."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Returns the tensor ``name`` on the source's device and in its dtype.
+
+        Raises:
+            CheckpointError: it is missing or has another shape.
+        """
+
+    def has(self, name: str) -> bool:
+        """Tells whether there is a tensor ``name``."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in the layout of ``GlmImagePipeline.save_pretrained``.
+
+    Attributes:
+        folder: where it is.
+        load_format: ``auto`` reads the tensors; ``dummy`` draws random ones of the configured shapes.
+    """
+
+    folder: Path
+    load_format: str = "auto"
+
+    @classmethod
+    def open(cls, folder: Path, load_format: str = "auto") -> Checkpoint:
+        """Opens a folder.
+
+        Raises:
+            CheckpointError: the folder or a part of it is missing, or belongs to another model.
+        """
+        checkpoint = cls(folder, load_format)
+        check_model_index(folder)
+        for component in COMPONENTS:
+            checkpoint.config(component)
+        return checkpoint
+
+    def path(self, component: str) -> Path:
+        """Returns a component's folder."""
+        return self.folder / component
+
+    def config(self, component: str) -> dict[str, Any]:
+        """Returns a component's config."""
+        return read_json(self.path(component) / COMPONENTS[component][1])
+
+    def optional_json(self, component: str, file: str) -> dict[str, Any]:
+        """Returns a JSON file of a component, {} where it has none."""
+        path = self.path(component) / file
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """The processor of source images, in the kind that is the same on every machine.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        from transformers import GlmImageImageProcessorPil  # noqa: PLC0415 - seconds to import
+
+        try:
+            return GlmImageImageProcessorPil.from_pretrained(self.path("processor"))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.path('processor')}: the image processor cannot be read: {error}") from error
+
+    @cached_property
+    def source_rule(self) -> SourceRule:
+        """How source images are sized.
+
+        Raises:
+            CheckpointError: the image processor is not one of this model.
+        """
+        processor = self.image_processor
+        patch = processor.patch_size * processor.merge_size
+        shortest, longest = (round(math.sqrt(processor.size[edge] or 0)) for edge in ("shortest_edge", "longest_edge"))
+        if patch * 2 != PIXELS_PER_TOKEN or not PIXELS_PER_TOKEN <= shortest <= longest:
+            raise CheckpointError(
+                f"{self.path('processor')}: the image processor has patches of {patch} pixels and sides of {shortest} "
+                f"to {longest}; allowed: patches of {PIXELS_PER_TOKEN // 2}, sides of {PIXELS_PER_TOKEN} and above"
+            )
+        return SourceRule(patch, shortest, longest, int(processor.resample))
+
+    @property
+    def name(self) -> str:
+        """The name to report: that of the folder, or of the repository in a hub's cache."""
+        folder = self.folder.resolve()
+        if folder.parent.name == "snapshots":
+            return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return folder.name
+
+    @cached_property
+    def revision(self) -> str:
+        """The revision to report: a hub's commit, else 12 hex digits over all files, of weights over some of each."""
+        folder = self.folder.resolve()
+        if folder.parent.name == "snapshots":
+            return folder.name
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0")
+            digest.update(_sampled(path) if path.suffix == ".safetensors" else path.read_bytes())
+            digest.update(b"\0")
+        return digest.hexdigest()[:12]
+
+    def tensors(self, component: str, device: torch.device, dtype: torch.dtype) -> TensorSource:
+        """Opens a component's tensors.
+
+        Raises:
+            CheckpointError: a weight file is missing or cannot be read.
+        """
+        if self.load_format == "dummy":
+            return RandomTensors(device, dtype)
+        return FileTensors(self.path(component), self._weight_map(component), device, dtype)
+
+    def _weight_map(self, component: str) -> dict[str, Path]:
+        folder = self.path(component)
+        for file in WEIGHT_FILES:
+            index = folder / f"{file}.index.json"
+            if index.is_file():
+                return {name: folder / shard for name, shard in read_weight_map(index).items()}
+            if (folder / file).is_file():
+                with _opened(folder / file) as tensors:
+                    return dict.fromkeys(tensors.keys(), folder / file)
+        raise CheckpointError(f"{folder}: no {' or '.join(WEIGHT_FILES)}, whole or with an index")
+
+
+def _sampled(path: Path) -> bytes:
+    """A file's size, and pieces from all over it: of weights trained further sizes are the same."""
+    size = path.stat().st_size
+    pieces = [str(size).encode()]
+    with path.open("rb") as file:
+        for piece in range(SAMPLED_PIECES):
+            file.seek(piece * max(0, size - SAMPLED_BYTES) // (SAMPLED_PIECES - 1))
+            pieces.append(file.read(SAMPLED_BYTES))
+    return b"\0".join(pieces)
+
+
+def _opened(path: Path, device: str = "cpu") -> Any:
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+class FileTensors:
+    """Tensors read from safetensors files, one at a time, straight to the device."""
+
+    def __init__(self, folder: Path, weight_map: dict[str, Path], device: torch.device, dtype: torch.dtype) -> None:
+        self._folder = folder
+        self._weight_map = weight_map
+        self._device = device
+        self._dtype = dtype
+        self._files: dict[Path, Any] = {}
+
+    def has(self, name: str) -> bool:
+        """Tells whether a file holds ``name``."""
+        return name in self._weight_map
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Reads one tensor; see ``TensorSource.read``."""
+        path = self._weight_map.get(name)
+        if path is None:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing")
+        if path not in self._files:
+            self._files[path] = _opened(path, str(self._device))
+        try:
+            found = tuple(self._files[path].get_slice(name).get_shape())
+            if found != shape:
+                raise CheckpointError(f"{path}: tensor {name} has shape {found}; by the config it is {shape}")
+            tensor: Tensor = self._files[path].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
+        return tensor.to(self._dtype)
+
+
+class RandomTensors:
+    """Random tensors of any name and shape, the same at each load: for benchmarks."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def has(self, name: str) -> bool:
+        """Tells that every tensor is there."""
+        return True
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Draws one tensor: around 1 for the scales of norms, else around 0 with a spread that keeps signals finite."""
+        tensor = torch.empty(shape, device=self._device, dtype=self._dtype)
+        is_scale = len(shape) == 1 and name.endswith("weight")
+        std = DUMMY_STD if len(shape) < 2 else min(DUMMY_STD, 1 / math.sqrt(math.prod(shape[1:])))  # noqa: PLR2004
+        return tensor.normal_(1.0 if is_scale else 0.0, std, generator=self._generator)
+
+
+@runtime_checkable
+class Filled(Protocol):
+    """A module that makes something else of its parameters."""
+
+    def filled(self) -> None:
+        """Called when its parameters are there."""
+
+
+def fill(module: nn.Module, source: TensorSource, prefix: str = "") -> None:
+    """Gives a module built on the meta device its parameters and buffers, by their names.
+
+    A submodule that is ``Filled`` is told at once that it has its own.
+
+    Args:
+        module: frozen by this.
+        source: where the tensors come from.
+        prefix: what stands before the module's names in the source.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    ties = getattr(module, "_tied_weights_keys", None) or {}
+    for path, owner in module.named_modules():
+        dotted = f"{path}." if path else ""
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            full = dotted + name
+            if full in ties and not source.has(prefix + full):
+                continue
+            tensor = source.read(prefix + full, tuple(parameter.shape))
+            setattr(owner, name, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in list(owner.named_buffers(recurse=False)):
+            owner.register_buffer(name, source.read(prefix + dotted + name, tuple(buffer.shape)))
+        if isinstance(owner, Filled):
+            owner.filled()
+    if ties:
+        module.tie_weights()  # type: ignore[operator]
+    module.eval()

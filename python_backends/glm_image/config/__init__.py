@@ -1,0 +1,1 @@
+"""What an operator sets: the parameters and tensors of the models, ``config.pbtxt`` and profiles."""

@@ -1,0 +1,174 @@
+"""Writes the models' ``config.pbtxt`` files from their declaration.
+
+Run as ``python -m glm_image.config.pbtxt MODEL_REPOSITORY``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from glm_image.config import schema
+from glm_image.config.profiles import PROFILES, Profile
+from glm_image.config.schema import ParameterSpec, TensorSpec
+from glm_image.request.limits import Limits
+
+MAX_DIT_QUEUE = 64
+"""Requests that may wait in Triton for the second stage; of one with a larger batch than 1 there is none."""
+
+HEADER = """\
+# Edit instance_group, max_queue_size and the parameters to place and size the model. The rest is declared in
+# glm_image/config/schema.py and written by `python -m glm_image.config.pbtxt model_repository`.
+"""
+
+PROFILE_HEADER = """\
+# Profile {name}: {meaning}.
+# `serve --profile {name}` takes it. Declared in glm_image/config/profiles.py and written by
+# `python -m glm_image.config.pbtxt model_repository`.
+"""
+
+
+def _stage(
+    name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], parameters: tuple[ParameterSpec, ...]
+) -> Any:
+    config = _python_model(name, inputs, outputs)
+    values = {spec.name: spec.default for spec in parameters} | Limits().parameters()
+    for parameter, value in values.items():
+        config.parameters[parameter].string_value = value
+    return config
+
+
+def _python_model(name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> Any:
+    config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=0)
+    _add_tensors(config, inputs, outputs)
+    kind = model_config_pb2.ModelInstanceGroup.KIND_CPU  # the devices are chosen by the parameter: Triton knows no NPU
+    config.instance_group.add(count=1, kind=kind)
+    return config
+
+
+def _second_stage() -> Any:
+    painting = (*schema.PAINTING_INPUTS, *schema.STAGE_INPUTS)
+    config = _stage("glm_dit", painting, schema.OUTPUTS, schema.DIT_PARAMETERS)
+    config.dynamic_batching.default_queue_policy.max_queue_size = MAX_DIT_QUEUE
+    return config
+
+
+def _stream() -> Any:
+    config = _python_model("glm_image_stream", schema.STREAM_INPUTS, schema.STREAM_OUTPUTS)
+    config.model_transaction_policy.decoupled = True
+    return config
+
+
+def _ensemble() -> Any:
+    config = model_config_pb2.ModelConfig(name="glm_image", platform="ensemble", max_batch_size=0)
+    _add_tensors(config, schema.REQUEST_INPUTS, schema.OUTPUTS)
+    steps = (
+        ("glm_ar", schema.REQUEST_INPUTS, schema.STAGE_TENSORS),
+        ("glm_dit", (*schema.PAINTING_INPUTS, *schema.STAGE_INPUTS), schema.OUTPUTS),
+    )
+    for model, inputs, outputs in steps:
+        step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
+        for spec in inputs:
+            step.input_map[spec.name] = spec.name
+        for spec in outputs:
+            step.output_map[spec.name] = spec.name
+    return config
+
+
+def _add_tensors(config: Any, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
+    for spec in inputs:
+        data_type = model_config_pb2.DataType.Value(f"TYPE_{spec.data_type}")
+        config.input.add(name=spec.name, data_type=data_type, dims=spec.dims, optional=spec.optional)
+    for spec in outputs:
+        config.output.add(
+            name=spec.name, data_type=model_config_pb2.DataType.Value(f"TYPE_{spec.data_type}"), dims=spec.dims
+        )
+
+
+def model_configs() -> dict[str, Any]:
+    """Returns every model's ``ModelConfig`` message."""
+    return {
+        "glm_image": _ensemble(),
+        "glm_ar": _stage("glm_ar", schema.REQUEST_INPUTS, schema.STAGE_TENSORS, schema.AR_PARAMETERS),
+        "glm_dit": _second_stage(),
+        "glm_image_stream": _stream(),
+        "glm_control": _python_model("glm_control", schema.CONTROL_INPUTS, schema.CONTROL_OUTPUTS),
+    }
+
+
+def profile_configs(profile: Profile) -> dict[str, Any]:
+    """Returns the ``ModelConfig`` message of each stage in a profile; the ensemble has but one."""
+    configs = model_configs()
+    layouts = {"glm_ar": profile.ar, "glm_dit": profile.dit}
+    for model, layout in layouts.items():
+        configs[model].instance_group[0].count = len(layout.entries)
+        for name, value in layout.values().items():
+            configs[model].parameters[name].string_value = value
+    return {model: configs[model] for model in layouts}
+
+
+def config_text(config: Any) -> str:
+    """Returns a message in protobuf's text format: what operators edit first, one entry a line."""
+    lines = [
+        f'{field}: "{getattr(config, field)}"' for field in ("name", "backend", "platform") if getattr(config, field)
+    ]
+    lines += _entries("instance_group", config.instance_group)
+    if config.HasField("model_transaction_policy"):
+        lines += _entries("model_transaction_policy", [config.model_transaction_policy])
+    if config.HasField("dynamic_batching"):
+        lines += _entries("dynamic_batching", [config.dynamic_batching])
+    declared = [spec.name for spec in (*schema.AR_PARAMETERS, *schema.DIT_PARAMETERS)]
+    for key in [*dict.fromkeys(declared), *Limits().parameters()]:
+        if key in config.parameters:
+            value = json.dumps(config.parameters[key].string_value)
+            lines.append(f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}')
+    lines += _entries("input", config.input) + _entries("output", config.output)
+    if config.ensemble_scheduling.step:
+        lines += ["ensemble_scheduling {", *map(_step_text, config.ensemble_scheduling.step), "}"]
+    return "\n".join(lines) + "\n"
+
+
+def _step_text(step: Any) -> str:
+    lines = [f'  step {{ model_name: "{step.model_name}" model_version: {step.model_version}']
+    for field in ("input_map", "output_map"):
+        tensors = getattr(step, field)
+        lines += [f'    {field} {{ key: "{name}" value: "{tensors[name]}" }}' for name in sorted(tensors)]
+    return "\n".join([*lines, "  }"])
+
+
+def _entries(field: str, messages: Iterable[Any]) -> list[str]:
+    return [f"{field} {{ {_one_line(message)} }}" for message in messages]
+
+
+def _one_line(message: Any) -> str:
+    text: str = text_format.MessageToString(message, as_one_line=True)
+    return text
+
+
+def config_files() -> dict[Path, str]:
+    """Returns the text of every configuration file, by its path in the model repository."""
+    files = {Path(name, "config.pbtxt"): HEADER + config_text(config) for name, config in model_configs().items()}
+    for profile in PROFILES.values():
+        for model, config in profile_configs(profile).items():
+            header = PROFILE_HEADER.format(name=profile.name, meaning=profile.meaning)
+            files[Path(model, "configs", f"{profile.name}.pbtxt")] = header + config_text(config)
+    return files
+
+
+def main() -> None:
+    """Writes the files into the model repository named on the command line."""
+    (repository,) = sys.argv[1:]
+    for path, text in config_files().items():
+        target = Path(repository) / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

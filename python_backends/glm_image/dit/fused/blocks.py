@@ -1,0 +1,184 @@
+"""The transformer's blocks with few passes over memory: both branches of guidance as rows of one matrix.
+
+Text and image tokens share all weights but the modulation's, and rows are independent of each other in everything but
+attention. So the sequences of a step lie one after the other in one matrix, whatever the length of their text; linears
+and norms run over all of it and only attention is done sequence by sequence. The twin is diffusers' own blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from glm_image.devices.quantization import Rows
+from glm_image.dit.blocks import Blocks, Tokens
+from glm_image.dit.conditioning import Rotary
+from glm_image.dit.fused.linears import AnyLinear, joined, linears_of
+from glm_image.dit.sequence_parallel import Heads, SequenceAttention
+from glm_image.dit.source_kv import KvHook
+from glm_image.kernels.head_norm_rotary import deal_heads, head_norm_rotary
+from glm_image.kernels.modulated_norm import (
+    GATE_ATTENTION,
+    GATE_MLP,
+    SCALE_ATTENTION,
+    SCALE_MLP,
+    SHIFT_ATTENTION,
+    SHIFT_MLP,
+    gated_modulated_norm,
+    modulated_norm,
+)
+
+MOST_SEQUENCES = 2
+
+# cuDNN's is the fastest at these lengths. diffusers' dispatch would copy queries, keys and values before calling it.
+ATTENTION = {
+    SDPBackend.CUDNN_ATTENTION: "_native_cudnn",
+    SDPBackend.FLASH_ATTENTION: "_native_flash",
+    SDPBackend.EFFICIENT_ATTENTION: "_native_efficient",
+}
+"""Kernels in the order in which they are tried, with their names there."""
+
+PROBE_TOKENS = 1024
+
+
+def supports(transformer: Any) -> bool:
+    """Tells whether the kernels can run a transformer: bf16 weights, heads a power of two wide."""
+    dim = transformer.config.attention_head_dim
+    return bool(transformer.proj_out.weight.dtype == torch.bfloat16 and dim & (dim - 1) == 0)
+
+
+class FusedBlock:
+    """The weights of one of diffusers' ``GlmImageTransformerBlock``; q, k and v become one matrix."""
+
+    def __init__(self, block: Any) -> None:
+        attention = block.attn1
+        self.qkv: AnyLinear = joined([attention.to_q, attention.to_k, attention.to_v])
+        self.out: AnyLinear = attention.to_out[0]
+        self.modulation: nn.Linear = block.norm1.linear
+        self.up: AnyLinear = block.ff.net[0].proj
+        self.down: AnyLinear = block.ff.net[2]
+
+
+class FusedBlocks(Blocks):
+    """Runs all blocks of diffusers' ``GlmImageTransformer2DModel``, whose own forward can't be used afterwards.
+
+    Args:
+        transformer: bf16, the linear layers of its blocks bf16 or ``QuantizedLinear``, on a device that runs Triton.
+        shared: attends where several ranks share the tokens.
+    """
+
+    def __init__(self, transformer: Any, shared: SequenceAttention | None = None) -> None:
+        config, first = transformer.config, transformer.transformer_blocks[0]
+        self._heads, self._head_dim = first.attn1.heads, config.attention_head_dim
+        self._shared = shared
+        self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
+        self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
+        self._linears = linears_of(self._blocks[0].qkv)
+        self.attention_backend = shared.backend if shared else attention_backend(transformer)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def run(
+        self,
+        which: range,
+        sequences: list[Tokens],
+        time: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        joins: Sequence[KvHook] | None = None,
+        /,
+    ) -> list[Tokens]:
+        """Runs some of the blocks over one or two sequences at the same time step; see ``Blocks.run``."""
+        if not 1 <= len(sequences) <= MOST_SEQUENCES:
+            raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MOST_SEQUENCES}")
+        residual = torch.cat([part for image, text in sequences for part in (text[0], image[0])])
+        lengths = [(text.shape[1], image.shape[1]) for image, text in sequences]
+        segments = (lengths[0][0], sum(lengths[0]), lengths[-1][0])
+        blocks = [self._blocks[index] for index in which]
+        tables = [F.linear(time, block.modulation.weight, block.modulation.bias)[0] for block in blocks]
+        normed = self._linears.room(residual)
+        modulated_norm(residual, tables[0], normed, self._norm_eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
+        for index, block, table, following in zip(which, blocks, tables, [*tables[1:], None], strict=True):
+            join = joins[index] if joins else None
+            attended = self._attend(block, normed, rotary, segments, [sum(length) for length in lengths], join)
+            branch = self._linears.linear(block.out, self._linears.read(attended))
+            gated_modulated_norm(
+                residual, branch, table, GATE_ATTENTION, table, normed, self._norm_eps, segments, SHIFT_MLP, SCALE_MLP
+            )
+            branch = self._linears.linear(block.down, self._linears.linear_gelu(block.up, normed))
+            gated_modulated_norm(
+                residual,
+                branch,
+                table,
+                GATE_MLP,
+                following,
+                normed,
+                self._norm_eps,
+                segments,
+                SHIFT_ATTENTION,
+                SCALE_ATTENTION,
+            )
+        parts = residual.split([rows for length in lengths for rows in length])
+        return [(image[None], text[None]) for text, image in zip(parts[::2], parts[1::2], strict=True)]
+
+    def _attend(
+        self,
+        block: FusedBlock,
+        normed: Tensor | Rows,
+        rotary: tuple[Tensor, Tensor],
+        segments: tuple[int, int, int],
+        lengths: list[int],
+        join: KvHook | None,
+    ) -> Tensor:
+        qkv = self._linears.linear(block.qkv, normed).view(-1, 3, self._heads, self._head_dim)
+        sequences = qkv.split(lengths)
+        if self._shared is not None:
+            texts = (segments[0], segments[2])[: len(lengths)]
+            own = [_UnnormedHeads(*each, rotary, self._head_eps) for each in zip(sequences, texts, strict=True)]
+            heads = qkv.new_empty(len(qkv), self._heads, self._head_dim)
+            self._shared(own, heads.split(lengths), join)
+            return heads.flatten(1)
+        head_norm_rotary(qkv, rotary, self._head_eps, segments)
+        attended: list[Tensor] = []
+        for sequence in sequences:
+            query, key, value = sequence[None].unbind(2)
+            if join is not None and not attended:
+                key, value = join(key, value)
+            attended.append(attention(query, key, value)[0].flatten(1))
+        return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+
+class _UnnormedHeads(Heads):
+    """Heads that are normed and rotated on their way."""
+
+    def __init__(self, qkv: Tensor, text: int, rotary: Rotary, eps: float) -> None:
+        super().__init__(qkv, text)
+        self._rotary, self._eps = rotary, eps
+
+    def whole(self) -> Tensor:
+        head_norm_rotary(self.qkv, self._rotary, self._eps, (self.text, len(self.qkv), 0))
+        return self.qkv
+
+    def scatter_heads(self, rank: int, words: Tensor, image: Tensor) -> None:
+        deal_heads(self.qkv, self.text, self._rotary, self._eps, rank, words, image)
+
+
+def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attends from queries to keys, [batch, tokens, heads, head_dim] each, with the fastest kernel there is."""
+    query, keys, values = (part.transpose(1, 2) for part in (query, keys, values))
+    with sdpa_kernel(list(ATTENTION), set_priority=True):
+        return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
+
+
+def attention_backend(transformer: Any) -> str:
+    """Returns diffusers' name of the kernel that ``attention`` takes for a transformer's heads, without running it."""
+    config, weight = transformer.config, transformer.proj_out.weight
+    shape = (1, PROBE_TOKENS, config.num_attention_heads, config.attention_head_dim)
+    probe = torch.empty(shape, dtype=weight.dtype, device=weight.device).transpose(1, 2)
+    with sdpa_kernel(list(ATTENTION), set_priority=True):
+        return ATTENTION.get(SDPBackend(torch._fused_sdp_choice(probe, probe, probe)), "native")

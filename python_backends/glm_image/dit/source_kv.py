@@ -1,0 +1,79 @@
+"""What source images leave in the transformer: keys and values of every block, which the conditional branch reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm_image.parallel.process_group import ONE_RANK, Ranks
+
+# Tensors as wide as the image tokens that a pass over sources needs at once: the MLP's four, queries, keys, values, ...
+WORKING_TENSORS = 12
+
+# What happens to the keys and values, [1, tokens, heads, head_dim] each, that a block has just computed, before its
+# attention reads them.
+KvHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class SourceCache:
+    """Keys (after rotation) and values of all image tokens of a request's sources, one source after the other.
+
+    Args:
+        config: the transformer's.
+        tokens: image tokens of each source; each passes through the blocks once.
+        device: where they are kept.
+        dtype: the transformer's.
+        ranks: those that share the tokens and heads; this one keeps its own.
+
+    Attributes:
+        tokens: as given.
+    """
+
+    def __init__(
+        self, config: Any, tokens: Sequence[int], device: torch.device, dtype: torch.dtype, ranks: Ranks = ONE_RANK
+    ) -> None:
+        self.tokens = tuple(tokens)
+        own = sum(len(ranks.ring.share(count)) for count in tokens)
+        heads = config.num_attention_heads // (ranks.tp.size * ranks.ulysses.size)
+        shape = (config.num_layers, 1, own, heads, config.attention_head_dim)
+        self._keys = torch.empty(shape, device=device, dtype=dtype)
+        self._values = torch.empty(shape, device=device, dtype=dtype)
+
+    @staticmethod
+    def bytes_needed(config: Any, tokens: int, dtype: torch.dtype) -> int:
+        """Returns the memory for the cache of ``tokens`` image tokens, and for the pass that fills it."""
+        width = config.num_attention_heads * config.attention_head_dim
+        kept = 2 * config.num_layers * tokens * width * dtype.itemsize
+        return int(kept + SourceCache.bytes_at_work(config, tokens, dtype))
+
+    @staticmethod
+    def bytes_at_work(config: Any, tokens: int, dtype: torch.dtype) -> int:
+        """Returns the memory that a pass of ``tokens`` image tokens through the blocks works in."""
+        width = config.num_attention_heads * config.attention_head_dim
+        return int(WORKING_TENSORS * tokens * width * dtype.itemsize)
+
+    def recorders(self, start: int) -> list[KvHook]:
+        """Returns for each block what keeps the keys and values of a source whose tokens begin at ``start``."""
+        return [self._recorder(block, start) for block in range(len(self._keys))]
+
+    def readers(self) -> list[KvHook]:
+        """Returns for each block what puts the sources before the picture's own keys and values."""
+        return [self._reader(block) for block in range(len(self._keys))]
+
+    def _recorder(self, block: int, start: int) -> KvHook:
+        def record(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            own = slice(start, start + keys.shape[1])
+            self._keys[block, :, own] = keys
+            self._values[block, :, own] = values
+            return keys, values
+
+        return record
+
+    def _reader(self, block: int) -> KvHook:
+        def read(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.cat([self._keys[block], keys], dim=1), torch.cat([self._values[block], values], dim=1)
+
+        return read

@@ -1,0 +1,1 @@
+"""A request in flight: its context, registry, events, deadlines and estimates. Imports no torch."""

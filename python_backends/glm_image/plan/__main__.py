@@ -1,7 +1,0 @@
-"""``python -m glm_image.plan``."""
-
-import sys
-
-from glm_image.plan.cli import main
-
-sys.exit(main())

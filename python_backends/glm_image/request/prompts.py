@@ -1,0 +1,141 @@
+"""A prompt's way into the two models: quoted strings for the glyph encoder, token ids for the AR."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from glm_image.errors import CheckpointError
+from glm_image.request.geometry import Grid, PlacedGrid
+
+# In this order: the strings of one kind come before those of the next (diffusers pipeline_glm_image.py).
+QUOTED = tuple(re.compile(pattern) for pattern in (r"'([^']*)'", r"“([^“”]*)”", r'"([^"]*)"', r"「([^「」]*)」"))
+
+# Stands for the prompt while the chat template is rendered; a private-use code point no template contains.
+PROMPT_MARK = "\ue0a5"
+
+
+def quoted_strings(prompt: str) -> list[str]:
+    """Returns the strings in quotes whose glyphs the picture is to show, kind of quote by kind of quote."""
+    return [string for pattern in QUOTED for string in pattern.findall(prompt)]
+
+
+def glyph_token_count(prompt: str) -> int:
+    """Returns how many tokens the quoted strings of ``prompt`` give: a byte each, an end each, a pad if they are even.
+
+    No quoted string counts as one empty one.
+    """
+    strings = quoted_strings(prompt) or [""]
+    return sum(len(string.encode("utf-8")) for string in strings) + len(strings) * (1 + _pads(strings))
+
+
+def glyph_token_ids(prompt: str, tokenizer: Any) -> list[list[int]]:
+    """Returns the byte tokens of each quoted string, not padded.
+
+    One pad token comes first in each when the number of strings is even: the model was trained with it. Text that
+    spells a special token is tokenised as text.
+
+    Args:
+        prompt: the prompt.
+        tokenizer: the checkpoint's ByT5 tokenizer.
+    """
+    strings = quoted_strings(prompt) or [""]
+    pads = [tokenizer.pad_token_id] * _pads(strings)
+    return [pads + ids for ids in tokenizer(strings, split_special_tokens=True).input_ids]
+
+
+def _pads(strings: Sequence[str]) -> int:
+    return (len(strings) + 1) % 2
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Turns prompts into the AR's input ids, with the checkpoint's own chat template and tokenizer.
+
+    Threads may share one.
+
+    Attributes:
+        processor: the checkpoint's ``GlmImageProcessor``.
+    """
+
+    processor: Any
+    # A fast tokenizer keeps the options of a call, split_special_tokens among them, until the next call.
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _templates: dict[int, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
+
+    def text_to_image(self, prompt: str, target: Grid, preview: Grid) -> list[int]:
+        """Returns the input ids of a text-to-image prompt; the last one is the start of the image.
+
+        Text in ``prompt`` that spells a special token is tokenised as text.
+        """
+        return self._with_template(0, prompt, target, preview)
+
+    def image_to_image(
+        self, prompt: str, target: Grid, sources: Sequence[Grid]
+    ) -> tuple[list[int], tuple[PlacedGrid, ...]]:
+        """Returns the input ids of an image-to-image prompt, and where in it the source images are.
+
+        Their places hold image tokens, to be replaced by the ids that the vision tower gives. The marks that the chat
+        template puts around each image are kept.
+        """
+        ids: list[int] = []
+        placed: list[PlacedGrid] = []
+        left = list(sources)
+        image_token: int = self.processor.image_token_id
+        for token in self._with_template(len(sources), prompt, target):
+            if token != image_token:
+                ids.append(token)
+            elif left:
+                placed.append(PlacedGrid(len(ids), left.pop(0)))
+                ids += [image_token] * placed[-1].grid.tokens
+            else:
+                raise _wrong_template("more images than there are")
+        if left:
+            raise _wrong_template(f"{len(placed)} of {len(sources)} images")
+        return ids, tuple(placed)
+
+    def _with_template(self, images: int, prompt: str, *grids: Grid) -> list[int]:
+        before, after = self._template(images)
+        tail = "".join(self._grid(grid) for grid in grids) + self.processor.bos_token
+        with self._one_at_a_time:
+            return self._encode(before, prompt, after + tail)
+
+    def _grid(self, grid: Grid) -> str:
+        return f"{self.processor.grid_bos_token}{grid.height} {grid.width}{self.processor.grid_eos_token}"
+
+    def _template(self, images: int) -> tuple[str, str]:
+        if images not in self._templates:
+            content = [{"type": "image"}] * images + [{"type": "text", "text": PROMPT_MARK}]
+            message = {"role": "user", "content": content}
+            parts = self.processor.apply_chat_template([message], tokenize=False).split(PROMPT_MARK)
+            if len(parts) != 2:  # noqa: PLR2004
+                raise _wrong_template(f"the user's text {len(parts) - 1} times; allowed: once")
+            self._templates[images] = (parts[0], parts[1])
+        return self._templates[images]
+
+    @cached_property
+    def _special_text(self) -> re.Pattern[str]:
+        added = self.processor.tokenizer.added_tokens_decoder.values()
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(re.escape(text) for text in special) or r"(?!)")
+
+    def _encode(self, before: str, prompt: str, after: str) -> list[int]:
+        # A tokenizer cuts text at special tokens before anything else, so the run of text that holds the prompt can be
+        # encoded on its own: from the last special token before it to the first one after it.
+        tokenizer = self.processor.tokenizer
+        left = max((match.end() for match in self._special_text.finditer(before)), default=0)
+        right_match = self._special_text.search(after)
+        right = right_match.start() if right_match else len(after)
+        text = before[left:] + prompt + after[:right]
+        head: list[int] = tokenizer(before[:left]).input_ids
+        body: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        tail: list[int] = tokenizer(after[right:], add_special_tokens=False).input_ids
+        return head + body + tail
+
+
+def _wrong_template(shows: str) -> CheckpointError:
+    return CheckpointError(f"processor/chat_template: shows {shows}")

@@ -1,0 +1,1 @@
+"""What fits which device: memory needs, composed of the formulas beside the engines."""

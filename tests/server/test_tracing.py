@@ -1,0 +1,87 @@
+"""Spans of a traced request, as a collector gets them."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import json
+import queue
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from glm_image.lifecycle.metadata import STAGES
+from glm_image.supervisor import TritonServer
+from helpers import serving
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SECONDS = 60
+
+
+class Collector(http.server.ThreadingHTTPServer):
+    """Takes OTLP over HTTP: Triton sends JSON, the stages send protobuf."""
+
+    def __init__(self) -> None:
+        self.spans: queue.SimpleQueue[tuple[str, str, str, str]] = queue.SimpleQueue()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def take(self, body: bytes, content_type: str) -> None:
+        if content_type == "application/json":
+            for resource in json.loads(body)["resourceSpans"]:
+                for scope in resource["scopeSpans"]:
+                    for span in scope["spans"]:
+                        self.spans.put((span["name"], span["traceId"], span["spanId"], span.get("parentSpanId", "")))
+            return
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    assert span.start_time_unix_nano <= span.end_time_unix_nano
+                    ids = (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
+                    self.spans.put((span.name, *ids))
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        assert isinstance(self.server, Collector)
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.server.take(body, self.headers["Content-Type"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with Collector() as collector, serving(collector):
+        yield collector
+
+
+@pytest.mark.full
+def test_the_stages_lie_below_their_models(tiny_checkpoint: Path, same_threads: None, collector: Collector) -> None:
+    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    with TritonServer(tiny_checkpoint, drain_seconds=5, otlp_traces_endpoint=endpoint) as server:
+        body = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "output_format": "png"}
+        request = urllib.request.Request(
+            f"http://{server.http_url}/v2/models/glm_image/generate",
+            json.dumps(body).encode(),
+            {"traceparent": f"00-{TRACE}-{PARENT}-01"},
+        )
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            assert answer.status == 200
+        found: dict[str, tuple[str, str]] = {}
+        while not {"InferRequest", "glm_ar", "glm_dit", *STAGES} - {"dit_queue"} <= found.keys():
+            name, trace, span, parent = collector.spans.get(timeout=SECONDS)
+            assert trace == TRACE
+            found[name] = (span, parent)
+    assert found["InferRequest"][1] == PARENT
+    for stage in ("ar_queue", "prefill", "decode"):
+        assert found[stage][1] == found["glm_ar"][0]
+    for stage in ("condition", "denoise", "vae", "encode"):
+        assert found[stage][1] == found["glm_dit"][0]
