@@ -32,8 +32,16 @@ from load import Answered, Level, Values, answered
 from measure import say
 from served import DRAIN_SECONDS, PROC, Served, default_requests, descendants, tiny_checkpoint
 
-from capacity_planner.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
-from capacity_planner.times import read_size, tokens_of
+from capacity_planner.simulation import (
+    Deployment,
+    Outcome,
+    StageCosts,
+    percentile,
+    poisson_arrivals,
+    saturate,
+    simulate,
+)
+from capacity_planner.times import image_tokens, read_size
 from glm_image.ar.admission import ADMISSIONS
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient
@@ -110,13 +118,15 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
         yield Served(server.http_url, server.grpc_url, os.getpid())
 
 
-def layout_of(flags: argparse.Namespace) -> Layout:
+def layout_of(flags: argparse.Namespace) -> Deployment:
     """Each card is a device; all CPU cards are the host."""
     ar, *dit = (HOST if name.startswith("cpu") else name for name in (flags.ar, *flags.dit.split(";")))
-    return Layout((ar,), tuple(dit), flags.slots, admission=flags.admission)
+    return Deployment((ar,), tuple(dit), flags.slots, admission=flags.admission)
 
 
-def measure_most(url: str, requests: list[Values], work: Work, flags: argparse.Namespace) -> tuple[Layout, float]:
+def measure_most(
+    url: str, requests: list[Values], work: StageCosts, flags: argparse.Namespace
+) -> tuple[Deployment, float]:
     """Keeps all instances busy; returns the layout, with the cores the host has then, and the pictures a second."""
     layout = layout_of(flags)
     in_flight = layout.slots + 2 * len(layout.dit)  # as ``saturate`` has it
@@ -130,7 +140,7 @@ def measure_most(url: str, requests: list[Values], work: Work, flags: argparse.N
     return layout, most
 
 
-def fitted_cores(layout: Layout, work: Work, requests: int, most: float) -> float:
+def fitted_cores(layout: Deployment, work: StageCosts, requests: int, most: float) -> float:
     """Returns the cores with which so many pictures a second are simulated; at most one for each instance."""
     low, high = 0.0, float(1 + len(layout.dit))
     for _ in range(HALVINGS):
@@ -142,13 +152,13 @@ def fitted_cores(layout: Layout, work: Work, requests: int, most: float) -> floa
     return high
 
 
-def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) -> Work:
+def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) -> StageCosts:
     """What single requests take, and a decode step of several together; of the painting, every measured value."""
     warm_ups = 2 * len(flags.dit.split(";"))
     check(load.own_load(url, "grpc", requests, Level("concurrency", warm_ups, warm_ups)))
     alone = load.own_load(url, "grpc", requests, Level("concurrency", 1, flags.alone))
     check(alone)
-    tokens = tokens_of(read_size(flags.size))
+    tokens = image_tokens(read_size(flags.size))
     parts = {
         name: statistics.median(one.metadata["seconds"][name] for one in alone) for name in alone[0].metadata["seconds"]
     }
@@ -163,11 +173,11 @@ def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) ->
     prefill_of_others = parts["prefill"] * (flags.slots - 1) / 2
     full = max(step, (decode - prefill_of_others) / (tokens - 1))
     say("times", **parts, overhead=overhead, step_ms=step * 1e3, full_step_ms=full * 1e3)
-    return Work(
+    return StageCosts(
         tokens=tokens,
         prefill=parts["prefill"],
         step=lambda running: step + (full - step) * (running - 1) / max(1, flags.slots - 1),
-        paint=lambda source: source.choice(paints),
+        denoise=lambda source: source.choice(paints),
         finish=parts["vae"],
         encode=parts["encode"],
         overhead=max(0.0, overhead),
@@ -206,7 +216,7 @@ def compare(predicted: Outcome, answers: list[Answered]) -> None:
     first = [sum(one.metadata["seconds"][part] for part in FIRST_STAGE_PARTS) for one in answers]
     queue = [one.metadata["seconds"]["dit_queue"] for one in answers]
     decoded = [end - begin for begin, end in zip(predicted.arrived, predicted.decoded, strict=True)]
-    waited = [end - begin for begin, end in zip(predicted.decoded, predicted.painting, strict=True)]
+    waited = [end - begin for begin, end in zip(predicted.decoded, predicted.denoise_started, strict=True)]
     rows: dict[str, tuple[float, float]] = {
         "p50_seconds": (percentile(predicted.latencies, 50), percentile(measured, 50)),
         "p99_seconds": (percentile(predicted.latencies, 99), percentile(measured, 99)),

@@ -14,8 +14,8 @@ from transformers import GlmImageProcessor
 from glm_image.ar.admission import Admission
 from glm_image.ar.commands import Command, Encode
 from glm_image.ar.config import ArConfig
-from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.loading import load_executor
+from glm_image.ar.memory import kv_cache_bytes
 from glm_image.ar.metrics import KV_CACHE_BYTES
 from glm_image.ar.scheduler import Run, Scheduler
 from glm_image.ar.sequence import Sources
@@ -97,7 +97,7 @@ class ArEngine:
         self.executor = _loaded(
             device, partial(start_ranks, load_executor, (checkpoint, settings), device, layout, workers)
         )
-        record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
+        record(KV_CACHE_BYTES, kv_cache_bytes(self.config, slots, positions, dtype.itemsize))
         first = self._warm_up_commands(device.warmup_sizes)
         self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first, admission)
 

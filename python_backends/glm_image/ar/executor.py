@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from glm_image.ar.commands import Admit, Command, Encode, Peek, Release
+from glm_image.ar.config import NOISE_BLOCK
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
-from glm_image.ar.sampler import NOISE_BLOCK, draw
+from glm_image.ar.sampler import draw
 from glm_image.ar.select_step import select_decode_step, select_prefill
 from glm_image.ar.state import DecodeState
 from glm_image.ar.vision import Vision

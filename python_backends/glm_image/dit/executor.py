@@ -31,6 +31,7 @@ from glm_image.dit.commands import (
 )
 from glm_image.dit.conditioning import Conditioner, Conditioning
 from glm_image.dit.forward import denoise_step, read_sources
+from glm_image.dit.memory import source_bytes
 from glm_image.dit.parallel_context import SINGLE_RANK, ParallelContext
 from glm_image.dit.schedule import schedule
 from glm_image.dit.source_kv import SourceCache
@@ -189,7 +190,7 @@ class Executor:
         dtype, config = self._transformer.proj_out.weight.dtype, self._transformer.config
         tokens = [source.grid.tokens * IMAGE_TOKENS_PER_TOKEN for source in sources]
         ranks, place = self._sharing.ranks, self._device.torch_device
-        needed = SourceCache.bytes_needed(config, sum(tokens), dtype)
+        needed = source_bytes(config, sum(tokens), dtype.itemsize)
         free = ranks.world.all_reduce_min(self._device.memory().free, place)
         if needed > free:
             raise InvalidInputError.of(

@@ -11,10 +11,6 @@ from torch import Tensor
 
 from glm_image.devices.base import Device
 from glm_image.dit import latent_preview
-from glm_image.request.geometry import Size
-
-WORKING_TENSORS = 6
-"""Tensors as large as the decoder's largest that it has at once."""
 
 
 class Vae:
@@ -65,10 +61,3 @@ class Vae:
         encoded = self._autoencoder.encode((2.0 * levels - 1.0).to(self._mean.device, self._dtype))
         latents: Tensor = (encoded.latent_dist.mode() - self._mean) / self._std
         return latents
-
-    @staticmethod
-    def bytes_needed(config: Any, size: Size, dtype: torch.dtype) -> int:
-        """Returns the memory in which a picture is decoded in one piece."""
-        # The last block reads, at the full size, what the one before it gave.
-        widest = config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
-        return WORKING_TENSORS * size.height * size.width * int(widest) * dtype.itemsize
