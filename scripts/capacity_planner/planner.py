@@ -10,8 +10,7 @@ from typing import Final
 from capacity_planner.simulation import Deployment, StageCosts, percentile, poisson_arrivals, saturate, simulate
 from capacity_planner.times import StageTimes, image_tokens
 from glm_image.config.profiles import PROFILES, Profile
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
-from glm_image.errors import ConfigurationError
+from glm_image.config.schema import AR_PARAMETERS
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.request.geometry import Size
 from glm_image.sizing.profile_memory import device_bytes, profile_memory
@@ -106,7 +105,7 @@ def estimates(machine: Machine, workload: Workload, times: StageTimes) -> Iterat
 
 def _estimate(profile: Profile, machine: Machine, workload: Workload, times: StageTimes) -> ProfileEstimate:
     gigabytes = max(device_bytes(profile, workload.size).values()) / 1e9
-    refusal = _memory_refusal(profile, machine, workload) or _parameter_refusal(profile)
+    refusal = _refusal(profile, machine, workload)
     if refusal:
         return ProfileEstimate(profile, gigabytes, refusal)
     deployment, costs = deployment_of(profile), stage_costs(profile, workload, times)
@@ -118,7 +117,7 @@ def _estimate(profile: Profile, machine: Machine, workload: Workload, times: Sta
     return ProfileEstimate(profile, gigabytes, "", throughput, single, feeds)
 
 
-def _memory_refusal(profile: Profile, machine: Machine, workload: Workload) -> str:
+def _refusal(profile: Profile, machine: Machine, workload: Workload) -> str:
     if len(profile.devices) > machine.devices:
         return f"needs {len(profile.devices)} cards"
     instances = profile_memory(profile, workload.size)
@@ -126,16 +125,6 @@ def _memory_refusal(profile: Profile, machine: Machine, workload: Workload) -> s
         return ""
     needed = max(instance.memory.total / instance.share for instance in instances)
     return f"needs cards of {math.ceil(needed / 1e9)} GB"
-
-
-def _parameter_refusal(profile: Profile) -> str:
-    """Returns the error with which a stage of this version refuses a profile; "" if both accept it."""
-    try:
-        read_parameters(AR_PARAMETERS, profile.ar.values())
-        read_parameters(DIT_PARAMETERS, profile.dit.values())
-    except ConfigurationError as error:
-        return str(error)
-    return ""
 
 
 def recommended(found: Sequence[ProfileEstimate]) -> ProfileEstimate | None:
