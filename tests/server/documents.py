@@ -78,11 +78,11 @@ def generated_table(document: str, name: str) -> dict[str, list[str]]:
 
 def table_after(document: str, header: str) -> dict[str, list[str]]:
     """The rows of the table whose header begins with ``| header |``."""
-    return rows_of(f"| {header} |" + document.split(f"| {header} |")[1].split("\n\n")[0])
+    return rows_of(f"| {header} |" + document.split(f"| {header} |")[1].split("\n\n", maxsplit=1)[0])
 
 
 def run_example(name: str, triton: TritonServer, folder: Path) -> str:
-    """Runs a file of examples/ in ``folder``, on the server's ports in place of the default ones; returns its output."""
+    """Runs a file of examples/ in ``folder``, with the server's ports in place of the default ones."""
     file = EXAMPLES / name
     text = file.read_text(encoding="utf-8")
     if "curl" in text and shutil.which("curl") is None:
