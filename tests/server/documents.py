@@ -66,8 +66,8 @@ def is_excerpt(block: str, file: str) -> bool:
 
 def rows_of(lines: str) -> dict[str, list[str]]:
     """A Markdown table: the first cell of each row, without its backticks, and the other cells."""
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines.strip().splitlines()[2:]]
-    return {row[0].strip("| `"): [cell.strip("| ") for cell in row[1:]] for row in cells}
+    rows = (line.strip()[1:-1].split("|") for line in lines.strip().splitlines()[2:])
+    return {first.strip(" `"): [cell.strip() for cell in cells] for first, *cells in rows}
 
 
 def generated_table(document: str, name: str) -> dict[str, list[str]]:
