@@ -6,4 +6,4 @@ curl -sf 127.0.0.1:8000/v2/models/glm_image/generate -d '{
   "prompt": "A red fox reading a newspaper that says “NEWS”",
   "width": 256, "height": 256, "num_inference_steps": 20, "seed": 42, "output_format": "png"
 }' > response.json
-python3 -c 'import base64, json, sys; sys.stdout.buffer.write(base64.b64decode(json.load(open("response.json"))["images_base64"]))' > generate.png
+python3 -c 'import json; print(end=json.load(open("response.json"))["images_base64"])' | base64 -d > generate.png
