@@ -31,12 +31,12 @@ def devices_of(devices: str, instances: int, cards: Accelerators = NPUS, *, rese
         ("cpu:0;cpu:1;cpu:1", NONE, ["cpu:0", "cpu:1", "cpu:1"]),
     ],
 )
-def test_an_instances_index_picks_its_entry(devices: str, cards: Accelerators, places: list[str]) -> None:
+def test_instance_k_takes_entry_k(devices: str, cards: Accelerators, places: list[str]) -> None:
     assert devices_of(devices, len(places), cards) == places
 
 
 @pytest.mark.parametrize("devices", ["", "gpu:0", "npu", "npu:-1", "npu:0;", "npu:0;what", "npu:0,", "cpu:x"])
-def test_what_is_no_device_is_refused(devices: str) -> None:
+def test_a_malformed_entry_is_refused(devices: str) -> None:
     entry = devices.rpartition(";")[2]
     with pytest.raises(ConfigurationError, match=f"^devices has the entry '{entry}'; allowed: auto, or cpu, npu:N"):
         devices_of(devices, 1)
@@ -53,12 +53,12 @@ def test_what_is_no_device_is_refused(devices: str) -> None:
         ("npu:0,npu:0", 1, "devices has the entry 'npu:0,npu:0'; allowed: each device once in an entry"),
     ],
 )
-def test_what_does_not_fit_the_machine_or_the_instances_is_refused(devices: str, instances: int, said: str) -> None:
+def test_entries_must_match_the_machine_and_the_instances(devices: str, instances: int, said: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^{re.escape(said)}"):
         devices_of(devices, instances)
 
 
-def test_the_grammar_has_instances_over_several_devices() -> None:
+def test_entries_of_several_devices_are_parsed() -> None:
     assert parse_devices("npu:0,npu:1 ; npu:2, npu:3") == (("npu:0", "npu:1"), ("npu:2", "npu:3"))
 
 
@@ -71,7 +71,7 @@ def test_the_grammar_has_instances_over_several_devices() -> None:
         (NONE, ["cpu"], ["cpu", "cpu"]),
     ],
 )
-def test_auto_leaves_the_first_card_to_the_first_stage_alone(
+def test_auto_reserves_the_first_card_for_the_ar_stage(
     cards: Accelerators, first: list[str], second: list[str]
 ) -> None:
     assert devices_of("auto", len(first), cards) == first
@@ -79,11 +79,11 @@ def test_auto_leaves_the_first_card_to_the_first_stage_alone(
 
 
 @pytest.mark.parametrize(("devices", "share"), [("npu:1;npu:1", 0.5), ("npu:1;npu:2", 1.0), ("cpu:0;cpu:0", 0.9)])
-def test_instances_share_a_card_as_far_as_its_memory_allows(devices: str, share: float) -> None:
+def test_instances_may_share_a_card_within_its_memory(devices: str, share: float) -> None:
     check_memory_shares(assign_devices(devices, 2, NPUS), share, NPUS)
 
 
-def test_more_than_a_cards_memory_is_refused() -> None:
+def test_shares_above_a_cards_memory_are_refused() -> None:
     said = (
         "devices has 'npu:1' for 2 instances, whose memory_utilization of 0.6 each comes to 1.2 of its memory; "
         "allowed: at most 1 in all; found on this machine: npu:0 to npu:7"
@@ -95,7 +95,7 @@ def test_more_than_a_cards_memory_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entries", "instance", "cards", "inside", "told"),
+    ("entries", "instance", "cards", "inside", "environment"),
     [
         ((("npu:0",), ("npu:5",)), 1, NPUS, ("npu:0",), {"ASCEND_RT_VISIBLE_DEVICES": "5"}),
         # The Ascend runtime takes ascending lists only.
@@ -106,14 +106,14 @@ def test_more_than_a_cards_memory_is_refused() -> None:
         ((("cpu",),), 0, NONE, ("cpu",), {}),
     ],
 )
-def test_a_process_is_shown_its_own_devices(
-    entries: tuple[Entry, ...], instance: int, cards: Accelerators, inside: Entry, told: dict[str, str]
+def test_a_process_sees_only_its_own_devices(
+    entries: tuple[Entry, ...], instance: int, cards: Accelerators, inside: Entry, environment: dict[str, str]
 ) -> None:
     placed = place_instance(entries, instance, cards, {"CUDA_VISIBLE_DEVICES": "2,GPU-b,7,8"})
-    assert (placed.devices, placed.local_names, placed.environment) == (entries[instance], inside, told)
+    assert (placed.devices, placed.local_names, placed.environment) == (entries[instance], inside, environment)
 
 
-def test_gpus_are_numbered_as_nvidia_smi_does_unless_the_operator_has_chosen() -> None:
+def test_gpus_are_numbered_as_by_nvidia_smi_unless_configured() -> None:
     gpus = Accelerators("cuda", ("0", "1"))
     assert place_instance((("cuda:1",),), 0, gpus, {}).environment == {
         "CUDA_VISIBLE_DEVICES": "1",
@@ -125,12 +125,12 @@ def test_gpus_are_numbered_as_nvidia_smi_does_unless_the_operator_has_chosen() -
 
 def test_numbered_cpus_share_the_cores() -> None:
     cores = len(os.sched_getaffinity(0))
-    one, two = (("cpu:0",),), (("cpu:0",), ("cpu:3",))
+    single, pair = (("cpu:0",),), (("cpu:0",), ("cpu:3",))
     many = tuple((f"cpu:{index}",) for index in range(4 * cores))
-    assert place_instance(one, 0, NONE, {}).environment == {"OMP_NUM_THREADS": str(cores)}
-    assert place_instance(two, 1, NONE, {}).environment == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
+    assert place_instance(single, 0, NONE, {}).environment == {"OMP_NUM_THREADS": str(cores)}
+    assert place_instance(pair, 1, NONE, {}).environment == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
     assert place_instance(many, 1, NONE, {}).environment == {"OMP_NUM_THREADS": "1"}
-    assert place_instance(two, 1, NONE, {"OMP_NUM_THREADS": "3"}).environment == {}
+    assert place_instance(pair, 1, NONE, {"OMP_NUM_THREADS": "3"}).environment == {}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_numbered_cpus_share_the_cores() -> None:
         ("-1", ()),
     ],
 )
-def test_what_the_operator_hides_is_not_found(
+def test_hidden_devices_are_not_found(
     monkeypatch: pytest.MonkeyPatch, variable: str | None, ids: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(cards_module, "_count_gpus", lambda: 3)
@@ -152,13 +152,13 @@ def test_what_the_operator_hides_is_not_found(
     assert find_accelerators(environment) == (Accelerators("cuda", ids) if ids else Accelerators("cpu"))
 
 
-def test_what_is_found_without_the_framework_is_what_the_framework_finds() -> None:
+def test_discovery_agrees_with_the_framework() -> None:
     kind, count = accelerators()
     found = find_accelerators()
     assert (found.kind, len(found.ids)) == (kind, count)
 
 
-def test_cards_are_told_as_operators_name_them() -> None:
+def test_found_cards_are_named_as_in_the_config() -> None:
     assert [str(cards) for cards in (NPUS, Accelerators("cuda", ("3",)), NONE)] == [
         "npu:0 to npu:7",
         "cuda:0",
@@ -168,12 +168,12 @@ def test_cards_are_told_as_operators_name_them() -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda", "CPU", "npu:999", "cuda:999", ""])
-def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+def test_a_missing_device_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match="device is"):
         open_device(name)
 
 
-def test_the_cpu_is_exact_and_takes_every_seed() -> None:
+def test_the_cpu_is_exact_and_accepts_every_seed() -> None:
     device = open_device("cpu")
     assert (str(device), device.default_dtype) == ("cpu", torch.float32)
     assert (str(open_device("cpu:1")), open_device("cpu:1").torch_device) == ("cpu:1", torch.device("cpu"))

@@ -56,8 +56,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    return float(np.abs(one.astype(int) - other.astype(int)).mean())
+def difference(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> float:
+    return float(np.abs(left.astype(int) - right.astype(int)).mean())
 
 
 def test_two_runs_write_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_shards_and_dtype_change_files_but_not_the_model(folder: Path, tmp_path:
     half = tensors(make_tiny_checkpoint(tmp_path / "half", TinyConfig(dtype="bfloat16")))
     assert all(torch.equal(whole[name].to(torch.bfloat16), half[name]) for name in whole)
     # Not their pictures: where a file's tensors lie in memory may round products otherwise.
-    one, other = (load_reference(f) for f in (folder, sharded))
+    whole, split = (load_reference(f) for f in (folder, sharded))
     for part in PARTS:
-        loaded, again = (getattr(pipe, part.folder).state_dict() for pipe in (one, other))
+        loaded, again = (getattr(pipe, part.folder).state_dict() for pipe in (whole, split))
         assert loaded.keys() == again.keys()
         assert all(torch.equal(loaded[name], again[name]) for name in loaded)
 
@@ -156,7 +156,7 @@ def test_tokenizer_is_one_token_a_byte(folder: Path, text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_special_tokens_and_the_wrapping_of_images(folder: Path) -> None:
+def test_special_tokens_and_image_markers(folder: Path) -> None:
     c = TinyConfig()
     processor = load_reference(folder).processor
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 640, 3), dtype=np.uint8))
@@ -175,7 +175,7 @@ def test_special_tokens_and_the_wrapping_of_images(folder: Path) -> None:
     assert ids[322:] == [*written[0], sop, *written[1], eop, c.codebook]
 
 
-def test_image_to_image_runs_and_sees_its_source(folder: Path) -> None:
+def test_image_to_image_depends_on_its_source(folder: Path) -> None:
     pipe = load_reference(folder)
     pictures = []
     for seed in (0, 1):
@@ -187,7 +187,7 @@ def test_image_to_image_runs_and_sees_its_source(folder: Path) -> None:
     assert difference(*pictures) > 0.5
 
 
-def test_tokens_and_pictures_vary_and_nothing_saturates(folder: Path) -> None:
+def test_tokens_and_images_vary_without_saturating(folder: Path) -> None:
     pipe = load_reference(folder)
     fox, foxes, whale = "a red fox says 'NEWS'", "a red fox says 'NEWT'", "a blue whale"
     made = {(p, s): reference_generation(pipe, p, 256, 256, s) for p, s in ((fox, 0), (fox, 1), (whale, 0))}
@@ -210,13 +210,13 @@ def test_tokens_and_pictures_vary_and_nothing_saturates(folder: Path) -> None:
     assert {name: difference(picture, other) > 0.4 for name, other in variants.items()} == dict.fromkeys(variants, True)
 
 
-def test_ids_beyond_the_codes_can_be_let_loose(folder: Path, tmp_path: Path) -> None:
+def test_ids_beyond_the_codes_can_be_allowed(folder: Path, tmp_path: Path) -> None:
     loose = TinyConfig(reserved_logit=0.0, codebook=16, reserved_ids=200)
     generated = reference_generation(load_reference(make_tiny_checkpoint(tmp_path / "loose", loose)), "x", 64, 64, 0)
     assert generated.max() >= loose.codebook
 
 
-def test_reference_calls_do_not_reach_each_other(folder: Path) -> None:
+def test_reference_calls_are_independent(folder: Path) -> None:
     fresh = GlmImagePipeline.from_pretrained(folder, dtype=torch.float32)
     fresh.set_progress_bar_config(disable=True)
     pipe = load_reference(folder)
@@ -224,19 +224,19 @@ def test_reference_calls_do_not_reach_each_other(folder: Path) -> None:
     alone = reference_image(fresh, "a 'fox'", 64, 96, 4, 2, 1.5)
     before = pipe.vision_language_encoder.generation_config.to_dict()
     state = torch.random.get_rng_state()
-    one, other = (reference_tokens(pipe, "b", 96, 96, seed, top_k=1, temperature=0.5, top_p=0.9) for seed in (0, 1))
-    assert np.array_equal(one, other)
+    greedy = [reference_tokens(pipe, "b", 96, 96, seed, top_k=1, temperature=0.5, top_p=0.9) for seed in (0, 1)]
+    assert np.array_equal(*greedy)
     assert pipe.vision_language_encoder.generation_config.to_dict() == before
     assert torch.equal(torch.random.get_rng_state(), state)
-    one, other = (reference_tokens(pipe, "b", 96, 96, seed) for seed in (0, 1))
-    assert not np.array_equal(one, other)
+    sampled = [reference_tokens(pipe, "b", 96, 96, seed) for seed in (0, 1)]
+    assert not np.array_equal(*sampled)
     assert np.array_equal(reference_image(pipe, "a 'fox'", 64, 96, 4, 2, 1.5), alone)
     tokens = reference_tokens(pipe, "a 'fox'", 64, 96, 4)
     assert np.array_equal(tokens, reference_generation(pipe, "a 'fox'", 64, 96, 4)[-7:-1])
     assert np.array_equal(reference_image(pipe, "a 'fox'", 64, 96, 4, 2, 1.5, tokens), alone)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(FileExistsError, match="not an empty folder"):
         make_tiny_checkpoint(tmp_path)

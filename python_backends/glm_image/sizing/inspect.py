@@ -202,7 +202,7 @@ def _weight_files(folder: Path, faults: list[str]) -> dict[str, set[str]]:
             return dict(sorted(expected.items()))
         if (folder / file).is_file():
             return {file: set()}
-    faults.append(f"{folder} has no {' or '.join(WEIGHT_FILES)}, whole or with an index")
+    faults.append(f"{folder} has no {' or '.join(WEIGHT_FILES)}, and no index of one")
     return {}
 
 
