@@ -115,7 +115,7 @@ def tensor_values(folder: str, name: str, shape: tuple[int, ...], c: TinyConfig)
 
 
 def _hold_constant_channel(name: str, values: NDArray[np.float64], c: TinyConfig) -> None:
-    """Keep one channel of the residual stream constant; the head reads it to lower the logits of ids beyond the codes."""
+    """Keep one channel of the residual stream constant; the head uses it to lower logits of ids beyond the codes."""
     constant = 3.0
     if name.endswith("embed_tokens.weight"):
         values[:, CONSTANT_CHANNEL] = constant
