@@ -73,6 +73,7 @@ class LocalPipeline:
         settings = settings or LocalSettings()
         self._limits = settings.limits
         self.checkpoint = Checkpoint.open(Path(checkpoint), settings.load_format)
+        self._model = {"name": self.checkpoint.name, "revision": self.checkpoint.revision}
         first, *others = device.split(",")
         opened, peers = open_device(instance_device(first, 0)), WorkerConfig(tuple(others))
         self.dit = DitEngine(self.checkpoint, opened, settings.dit, peers=peers)
@@ -118,7 +119,7 @@ class LocalPipeline:
         request.check(self._limits, self.dit.codebook_size)
         sources = request.read_sources(self._limits, self.dit.source_rule)
         result = self.dit.finish(context, request, self.dit.denoise(context, request, sources))
-        metadata = request_metadata(self.checkpoint, context, request, self.dit.attention_backend)
+        metadata = request_metadata(context, request, self._model, self.dit.attention_backend)
         return GeneratedPictures(result.pixels, result.encoded, metadata)
 
 

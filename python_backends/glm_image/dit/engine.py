@@ -24,6 +24,7 @@ from glm_image.request import geometry, images
 from glm_image.request.geometry import Grid
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.source_images import SourcePicture
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
 
@@ -113,7 +114,7 @@ class DitEngine:
         decoded = self._scheduler.decode(context, pictures)
         pixels = np.stack([images.crop(picture, request.requested) for picture in decoded])
         encoded: list[bytes] = []
-        with context.timed("encode"):
+        with context.timed(Stage.ENCODE):
             if request.output_format != "raw":
                 encoded = [self._encode(picture, request.output_format) for picture in pixels]
         self._record(IMAGES, len(pixels))
