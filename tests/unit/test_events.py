@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from glm_image.ipc.protocol import Event
@@ -10,6 +11,7 @@ from glm_image.lifecycle.context import LATEST_DEADLINE_NS
 from glm_image.lifecycle.events import KINDS, EventBuilder
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.request.geometry import Grid, output_grids, preview_of
+from glm_image_client import StreamEvent
 
 
 def published(stage: str, done: int, total: int = 10, state: str = "running", arrived_ns: int = 7) -> Event:
@@ -70,6 +72,14 @@ def test_eta_extrapolates_the_stage_and_adds_the_dit(monkeypatch: pytest.MonkeyP
         assert third is not None
         assert fourth is not None
         assert fourth["eta"] == 7.0
+
+
+@pytest.mark.parametrize("name", ["decode", "tokens"])
+def test_client_accepts_the_old_name_of_decode(name: str) -> None:
+    published = {"event": name, "stage": name, "request_id": "me", "done": 1, "total": 2, "seconds": 0.5, "eta": None}
+    outputs = {"event": np.array([json.dumps(published).encode()]), "images_base64": np.array([], dtype=object)}
+    event = StreamEvent.from_outputs(outputs)
+    assert (event.kind, event.stage, event.done, event.files) == ("decode", "decode", 1, [])
 
 
 OPTIONS = StreamOptions(arrived_ns=5, previews=True, estimate_every=3)
