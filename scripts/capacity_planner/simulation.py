@@ -215,7 +215,7 @@ class _ArInstance:
             for sequence in [sequence for sequence in self._running if sequence.left == 0]:
                 self._running.remove(sequence)
                 self._durations.add((self._clock.now - sequence.since) / max(1, self._costs.tokens - 1))
-                self.dit_load.hand_on(sequence.index, 1)
+                self.dit_load.forwarded(sequence.index, 1)
                 sequence.done.succeed()
 
     def _admission_wait(self) -> float:
@@ -280,7 +280,7 @@ class _DitInstance:
         """As ``lifecycle.downstream.DitLoadReporter`` does."""
         for dit_load in self.listeners:
             requests = list(self.left.items())
-            dit_load.hear({"painter": self.name, "requests": requests, "seconds_a_picture": self.durations.mean})
+            dit_load.update({"instance": self.name, "requests": requests, "seconds_per_image": self.durations.mean})
 
 
 class _SimulatedServer:
