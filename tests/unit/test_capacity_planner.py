@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from glm_image.errors import ConfigurationError
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.request.geometry import Size
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SQUARE, WIDE = Size(1024, 1024), Size(1024, 1920)
 
 
@@ -79,6 +83,19 @@ def test_the_text_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cuda-8               8       24.6  needs 8 cards" in text
     assert cli.main(["--devices", "1", "--memory", "8"]) == 1
     assert "no profile fits this machine" in capsys.readouterr().out
+
+
+def test_the_script_runs_in_the_active_environment(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    ran = subprocess.run(
+        [REPOSITORY / "scripts" / "plan", "--devices", "1", "--memory", "8", "--json"],
+        cwd=tmp_path,
+        env={**os.environ, "VIRTUAL_ENV": str(tmp_path), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, json.loads(ran.stdout)["recommended"]) == (1, ""), ran.stderr
 
 
 @pytest.mark.parametrize(

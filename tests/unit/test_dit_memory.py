@@ -17,7 +17,7 @@ from glm_image.dit.conditioning import Branch, Conditioning
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.forward import denoise_step
 from glm_image.dit.loading import _empty_modules
-from glm_image.dit.memory import BLOCK_MATRICES, int8_saving, step_bytes, vae_bytes
+from glm_image.dit.memory import BLOCK_MATRICES, quantization_saving, step_bytes, vae_bytes
 from glm_image.dit.quantization import QuantizedLinear, weight_bytes
 from glm_image.dit.settings import DitSettings
 from glm_image.parallel.process_group import ONE_RANK
@@ -70,7 +70,7 @@ def test_only_the_blocks_linear_layers_are_quantized() -> None:
     parameters = 30 * BLOCK_MATRICES * 4096**2
     assert parameters == 6_039_797_760
     scales = 30 * (5 * 4096 + 4 * 4096)
-    assert int8_saving(PUBLISHED.transformer, 2) == parameters - 4 * scales
+    assert quantization_saving(PUBLISHED.transformer, 2) == parameters - 4 * scales
 
 
 def published_step(dtype: torch.dtype, tokens: int, sequences: int) -> int:

@@ -25,8 +25,8 @@ BLOCK_ROWS: Final = 9
 STEP_TENSORS: Final = {1: 15, 2: 19}
 """Upper bound of the live tensors of [image tokens, width] in a pass of one or two sequences through the blocks.
 
-In bf16 diffusers' blocks have 14.1 and 16.2 (their rotary embedding works in fp32), in fp32 13.0 and 15.1; the fused
-blocks run both sequences together and have 9 each.
+In bf16 diffusers' blocks have 14.1 and 16.2 (their rotary embedding works in fp32), in fp32 13.0 and 15.1. The fused
+blocks run both sequences together and have 9 each; with int8 on CUDA also int32 sums of the MLP, which are not counted.
 """
 
 VAE_TENSORS: Final = 5
@@ -39,7 +39,7 @@ copies are not.
 """
 
 
-def int8_saving(config: Mapping[str, Any], itemsize: int) -> int:
+def quantization_saving(config: Mapping[str, Any], itemsize: int) -> int:
     """Returns by how many bytes 8-bit linear layers make the weights of a transformer smaller.
 
     Only the blocks' six linear layers are quantized, each with one fp32 scale an output channel; the modulation and the

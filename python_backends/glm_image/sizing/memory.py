@@ -135,5 +135,5 @@ def dit_memory(sizes: ModelSizes, dtype: str, size: Size, *, quantized: bool = F
         "vae": parameter_counts.vae(sizes.vae) * itemsize,
     }
     if quantized:
-        weights["transformer"] -= dit.int8_saving(sizes.transformer, itemsize)
+        weights["transformer"] -= dit.quantization_saving(sizes.transformer, itemsize)
     return StageMemory("glm_dit", dtype, weights, 0, dit.working_bytes(sizes.transformer, sizes.vae, size, itemsize))
