@@ -15,11 +15,12 @@ from glm_image.devices.open import open_device
 from glm_image.dit.blocks import eager_blocks
 from glm_image.dit.conditioning import Branch, Conditioning
 from glm_image.dit.engine import DitEngine
-from glm_image.dit.forward import denoise_step
 from glm_image.dit.loading import _empty_modules
 from glm_image.dit.memory import BLOCK_MATRICES, quantization_saving, step_bytes, vae_bytes
+from glm_image.dit.model import DitModel
 from glm_image.dit.quantization import QuantizedLinear, weight_bytes
 from glm_image.dit.settings import DitSettings
+from glm_image.dit.step import ExactStep, ImageState, StepCapture
 from glm_image.parallel.process_group import ONE_RANK
 from glm_image.request.geometry import Size
 from glm_image.sizing.memory import PUBLISHED, ModelSizes, dit_memory
@@ -50,7 +51,7 @@ def test_weights_of_the_loaded_engine(checkpoint_folder: Path, dtype: torch.dtyp
     executor: Any = engine.executor
     sizes, name = sizes_of(Checkpoint.open(checkpoint_folder)), str(dtype).removeprefix("torch.")
     assert dit_memory(sizes, name, SIZE, quantized=quantization == "int8").weights == {
-        "transformer": weights_of(executor._transformer),
+        "transformer": weights_of(executor._model.transformer),
         "text_encoder": weights_of(executor._conditioner._glyph_encoder),
         "vae": weights_of(executor._vae._autoencoder),
     }
@@ -86,8 +87,10 @@ def published_step(dtype: torch.dtype, tokens: int, sequences: int) -> int:
     conditioning = Conditioning([branch] * sequences, sequences == 2, tokens, 1.5, times, rotary)
     latents, sigmas = torch.empty(1, 16, side, side, device=META), torch.empty(51, device=META)
     step = torch.zeros(1, device=META, dtype=torch.int64)
+    model, state = DitModel(transformer, eager_blocks(transformer)), ImageState(conditioning, latents, step, sigmas)
+    take_step = ExactStep(model, state, StepCapture(open_device("cpu"), 1))
     with torch.inference_mode(), LiveBytes() as counted:
-        denoise_step(transformer, eager_blocks(transformer), latents, conditioning, step, sigmas)
+        take_step()
     return counted.peak
 
 
