@@ -99,7 +99,7 @@ def test_the_script_runs_in_the_active_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("--devices 0 --memory 64", "--devices is 0; allowed: 1 or more"),
         ("--devices 1 --memory 64 --size big", "size is big; allowed: WIDTHxHEIGHT"),
@@ -107,9 +107,9 @@ def test_the_script_runs_in_the_active_environment(tmp_path: Path) -> None:
         ("--devices 1 --memory 64 --measured /no/such/file", "/no/such/file: no JSON lines of a benchmark"),
     ],
 )
-def test_a_refused_flag_is_named(capsys: pytest.CaptureFixture[str], arguments: str, said: str) -> None:
+def test_a_refused_flag_is_named(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
     assert cli.main(arguments.split()) == 2
-    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_measured_times_replace_the_defaults(tmp_path: Path) -> None:

@@ -92,16 +92,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not with_body:
             self._answer(200, content, headers, with_body=False)
             return
-        asked = self.headers.get("Range")
-        self.hub.fetched.append((name, asked))
-        first = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        if asked:
+        byte_range = self.headers.get("Range")
+        self.hub.fetched.append((name, byte_range))
+        first = int(byte_range.removeprefix("bytes=").rstrip("-")) if byte_range else 0
+        if byte_range:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         if name in self.hub.cut:
             self.hub.cut.remove(name)
             self._answer(200, content, headers, cut=len(content) // 2)
         else:
-            self._answer(206 if asked else 200, content[first:], headers)
+            self._answer(206 if byte_range else 200, content[first:], headers)
 
     def _answer(
         self, status: int, body: bytes, headers: dict[str, str], with_body: bool = True, cut: int | None = None
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -200,9 +200,9 @@ def test_a_full_disk_is_reported_before_downloading(hub: Hub, tmp_path: Path) ->
 
 
 def test_an_unknown_repository_is_reported(hub: Hub, tmp_path: Path) -> None:
-    done = run(hub.url, tmp_path / "got", "--repository", "nobody/nothing")
+    done = run(hub.url, tmp_path / "got", "--repository", "unknown/repository")
     assert done.returncode == 1
-    assert "has no revision main of nobody/nothing for you" in done.stderr
+    assert "has no revision main of unknown/repository for you" in done.stderr
 
 
 def test_a_path_out_of_the_folder_is_refused(hub: Hub, tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ class TestPublishedSizes:
         ar, dit = stage(found, "glm_ar", "bfloat16"), stage(found, "glm_dit", "bfloat16")
         in_gigabytes = {name: round(size / 1e9, 2) for name, size in (ar.weights | dit.weights).items()}
         assert in_gigabytes == {
-            "decoder": 17.83,
-            "vision": 2.47,
+            "language model": 17.69,
+            "vision and head": 2.6,
             "transformer": 13.85,
             "text_encoder": 0.44,
             "vae": 0.81,
@@ -74,7 +74,7 @@ class TestPublishedSizes:
         assert round(ar.working / 1e9, 2) == 1.67
         assert round(dit.working / 1e9, 2) == 6.01
         single = stage(found, "glm_ar", "float32")
-        assert (single.cache, single.weights["decoder"]) == (2 * ar.cache, 2 * ar.weights["decoder"])
+        assert (single.cache, single.weights["language model"]) == (2 * ar.cache, 2 * ar.weights["language model"])
         assert stage(found, "glm_dit", "float32").total == 2 * dit.total
 
     @pytest.mark.parametrize(

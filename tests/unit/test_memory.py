@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
+from glm_image.ar.memory import activation_bytes, head_bytes, state_bytes, weight_bytes
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.state import DecodeState
@@ -69,11 +69,14 @@ def tensors_of(value: object) -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ar_weights(checkpoint_folder: Path, dtype: torch.dtype, int8: bool) -> None:
-    allocated = sum(weight.nbytes for weight in decoder_of(checkpoint_folder, dtype, int8=int8).parameters())
+    decoder = decoder_of(checkpoint_folder, dtype, int8=int8)
+    allocated = sum(weight.nbytes for weight in decoder.parameters())
     config = config_of(checkpoint_folder)
     assert weight_bytes(config, dtype.itemsize, int8=int8) == allocated
-    predicted = ar_memory(sizes_of(checkpoint_folder), name_of(dtype), 2, POSITIONS, int8=int8)
-    assert predicted.weights["decoder"] == allocated
+    head = head_bytes(config, dtype.itemsize, int8=int8)
+    assert head == sum(weight.nbytes for weight in decoder.head.parameters())
+    weights = ar_memory(sizes_of(checkpoint_folder), name_of(dtype), 2, POSITIONS, int8=int8).weights
+    assert weights["language model"] == allocated - head
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -92,7 +95,8 @@ def test_vision_weights(checkpoint_folder: Path, dtype: torch.dtype) -> None:
     modules = [part for part in loaded.values() if isinstance(part, torch.nn.Module)]
     allocated = sum(weight.nbytes for module in modules for weight in module.parameters())
     assert Vision.bytes_needed(checkpoint, dtype) == allocated
-    assert ar_memory(sizes_of(checkpoint_folder), name_of(dtype), 2, POSITIONS).weights["vision"] == allocated
+    weights = ar_memory(sizes_of(checkpoint_folder), name_of(dtype), 2, POSITIONS).weights
+    assert weights["vision and head"] == allocated + head_bytes(config_of(checkpoint_folder), dtype.itemsize)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -43,7 +43,7 @@ def test_a_malformed_entry_is_refused(devices: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "instances", "said"),
+    ("devices", "instances", "message"),
     [
         ("npu:1;npu:8", 2, "devices has the entry 'npu:8'; found on this machine: npu:0 to npu:7"),
         ("cuda:0", 1, "devices has the entry 'cuda:0'; found on this machine: npu:0 to npu:7"),
@@ -53,8 +53,8 @@ def test_a_malformed_entry_is_refused(devices: str) -> None:
         ("npu:0,npu:0", 1, "devices has the entry 'npu:0,npu:0'; allowed: each device once in an entry"),
     ],
 )
-def test_entries_must_match_the_machine_and_the_instances(devices: str, instances: int, said: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"^{re.escape(said)}"):
+def test_entries_must_match_the_machine_and_the_instances(devices: str, instances: int, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(message)}"):
         devices_of(devices, instances)
 
 
@@ -84,11 +84,11 @@ def test_instances_may_share_a_card_within_its_memory(devices: str, share: float
 
 
 def test_shares_above_a_cards_memory_are_refused() -> None:
-    said = (
+    message = (
         "devices has 'npu:1' for 2 instances, whose memory_utilization of 0.6 each comes to 1.2 of its memory; "
         "allowed: at most 1 in all; found on this machine: npu:0 to npu:7"
     )
-    with pytest.raises(ConfigurationError, match=f"^{re.escape(said)}$"):
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(message)}$"):
         check_memory_shares(assign_devices("npu:0;npu:1;npu:1", 3, NPUS), 0.6, NPUS)
     with pytest.raises(ConfigurationError, match="'npu:0' for 2 instances"):
         check_memory_shares(assign_devices("auto", 9, NPUS), 0.9, NPUS)
@@ -100,7 +100,7 @@ def test_shares_above_a_cards_memory_are_refused() -> None:
         ((("npu:0",), ("npu:5",)), 1, NPUS, ("npu:0",), {"ASCEND_RT_VISIBLE_DEVICES": "5"}),
         # The Ascend runtime takes ascending lists only.
         ((("npu:5", "npu:2"),), 0, NPUS, ("npu:1", "npu:0"), {"ASCEND_RT_VISIBLE_DEVICES": "2,5"}),
-        # Numbers count what is visible already, whatever it is called.
+        # Numbers count the devices that are visible already, by index or by UUID.
         ((("cuda:1",),), 0, GPUS, ("cuda:0",), {"CUDA_VISIBLE_DEVICES": "GPU-b"}),
         ((("cpu",),), 0, GPUS, ("cpu",), {"CUDA_VISIBLE_DEVICES": ""}),
         ((("cpu",),), 0, NONE, ("cpu",), {}),
@@ -180,8 +180,8 @@ def test_the_cpu_is_exact_and_accepts_every_seed() -> None:
     assert str(open_device("cpu", display_name="cpu:7")) == "cpu:7"
     assert 0 < device.memory().free <= device.memory().total
     for seed in (-(2**63), -1, 0, 2**63 - 1, 2**64 - 1):
-        drawn = torch.rand(4, generator=device.generator(seed))
-        assert torch.equal(drawn, torch.rand(4, generator=torch.Generator().manual_seed(seed)))
+        sampled = torch.rand(4, generator=device.generator(seed))
+        assert torch.equal(sampled, torch.rand(4, generator=torch.Generator().manual_seed(seed)))
     ran: list[int] = []
     replay = device.capture(lambda: ran.append(1))
     replay()

@@ -93,7 +93,7 @@ def test_shards_and_dtype_change_files_but_not_the_model(folder: Path, tmp_path:
     assert all(torch.equal(whole[name], split[name]) for name in whole)
     half = tensors(make_tiny_checkpoint(tmp_path / "half", TinyConfig(dtype="bfloat16")))
     assert all(torch.equal(whole[name].to(torch.bfloat16), half[name]) for name in whole)
-    # Not their pictures: where a file's tensors lie in memory may round products otherwise.
+    # Not their images: the memory alignment of a file's tensors may change the rounding of products.
     whole, split = (load_reference(f) for f in (folder, sharded))
     for part in PARTS:
         loaded, again = (getattr(pipe, part.folder).state_dict() for pipe in (whole, split))
@@ -108,9 +108,9 @@ def test_other_sizes_run_in_the_reference(config: TinyConfig, tmp_path: Path) ->
         tokens = reference_tokens(pipe, "a fox and 'ABC'", height, width, seed=5)
         assert tokens.shape == (height * width // 1024,)
         assert tokens.max() < config.codebook
-        picture = reference_image(pipe, "a fox and 'ABC'", height, width, seed=5, steps=2, guidance=1.5)
-        assert picture.shape == (height, width, 3)
-        assert picture.std() > 10
+        image = reference_image(pipe, "a fox and 'ABC'", height, width, seed=5, steps=2, guidance=1.5)
+        assert image.shape == (height, width, 3)
+        assert image.std() > 10
 
 
 def test_full_preset_has_the_sizes_and_ids_of_the_model(tmp_path: Path) -> None:
@@ -177,14 +177,14 @@ def test_special_tokens_and_image_markers(folder: Path) -> None:
 
 def test_image_to_image_depends_on_its_source(folder: Path) -> None:
     pipe = load_reference(folder)
-    pictures = []
+    images = []
     for seed in (0, 1):
         source = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
         image = Image.fromarray(source).resize((512, 512), Image.Resampling.BICUBIC)
         generator = torch.Generator().manual_seed(0)
         made = pipe(prompt="x", image=[image], height=64, width=64, num_inference_steps=2, generator=generator)
-        pictures.append(np.array(made.images[0]))
-    assert difference(*pictures) > 0.5
+        images.append(np.array(made.images[0]))
+    assert difference(*images) > 0.5
 
 
 def test_tokens_and_images_vary_without_saturating(folder: Path) -> None:
@@ -197,9 +197,9 @@ def test_tokens_and_images_vary_without_saturating(folder: Path) -> None:
     assert len(set(made[fox, 0].tolist())) > 80
     assert max(ids.max() for ids in made.values()) < TinyConfig().codebook
     tokens = reference_tokens(pipe, fox, 128, 128, 0)
-    picture = reference_image(pipe, fox, 128, 128, 0, 8, 1.5, tokens)
-    assert picture.reshape(-1, 3).std(axis=0).min() > 20
-    assert np.isin(picture, (0, 255)).mean() < 0.05
+    image = reference_image(pipe, fox, 128, 128, 0, 8, 1.5, tokens)
+    assert image.reshape(-1, 3).std(axis=0).min() > 20
+    assert np.isin(image, (0, 255)).mean() < 0.05
     variants = {
         "glyphs": reference_image(pipe, foxes, 128, 128, 0, 8, 1.5, tokens),
         "noise": reference_image(pipe, fox, 128, 128, 1, 8, 1.5, tokens),
@@ -207,7 +207,7 @@ def test_tokens_and_images_vary_without_saturating(folder: Path) -> None:
         "guidance": reference_image(pipe, fox, 128, 128, 0, 8, 4.0, tokens),
         "steps": reference_image(pipe, fox, 128, 128, 0, 3, 1.5, tokens),
     }
-    assert {name: difference(picture, other) > 0.4 for name, other in variants.items()} == dict.fromkeys(variants, True)
+    assert {name: difference(image, other) > 0.4 for name, other in variants.items()} == dict.fromkeys(variants, True)
 
 
 def test_ids_beyond_the_codes_can_be_allowed(folder: Path, tmp_path: Path) -> None:

@@ -43,12 +43,21 @@ def weight_bytes(config: ArConfig, itemsize: int, *, int8: bool = False, ranks: 
     size = decoder_parameters(config, ranks) * itemsize
     if int8:
         for inputs, outputs in _linears(config.part(ranks), ranks):
-            size += inputs * outputs * (INT8_BYTES - itemsize) + outputs * FP32_BYTES
+            size += _linear_bytes(inputs, outputs, itemsize, int8=True) - inputs * outputs * itemsize
     return size
 
 
+def head_bytes(config: ArConfig, itemsize: int, *, int8: bool = False, ranks: int = 1) -> int:
+    """Returns the part of ``weight_bytes`` that is the head's."""
+    return _linear_bytes(*_linears(config.part(ranks), ranks)[-1], itemsize, int8=int8)
+
+
+def _linear_bytes(inputs: int, outputs: int, itemsize: int, *, int8: bool) -> int:
+    return inputs * outputs * INT8_BYTES + outputs * FP32_BYTES if int8 else inputs * outputs * itemsize
+
+
 def _linears(part: ArConfig, ranks: int) -> list[tuple[int, int]]:
-    """Returns input and output channels of a rank's linear layers."""
+    """Returns input and output channels of a rank's linear layers, the head last."""
     hidden, inner = part.hidden_size, part.intermediate_size
     queries, keys = part.heads * part.head_dim, part.kv_heads * part.head_dim
     layer = [(hidden, queries + 2 * keys), (queries, hidden), (hidden, 2 * inner), (inner, hidden)]
@@ -70,7 +79,7 @@ def state_bytes(config: ArConfig, slots: int, positions: int, itemsize: int) -> 
         itemsize: of cache and rotary tables.
     """
     vocabulary = config.vision_vocab_size
-    slot = 5 * INT64_BYTES  # tokens, lengths, drawn, active; the cache's index of slots
+    slot = 5 * INT64_BYTES  # four counters of ``DecodeState``, the cache's index of slots
     sampler_row = 2 * FP32_BYTES + 2 * INT64_BYTES
     return {
         f"{slots} x {positions} cached tokens": kv_cache_bytes(config, slots, positions, itemsize),

@@ -1,4 +1,4 @@
-"""Memory of both stages in bytes, composed of the formulas beside the engines. No torch, no files.
+"""Memory of both stages in bytes, composed of the engines' formulas. No torch, no files.
 
 ``glm-image inspect`` gives it the configs of a checkpoint, the capacity planner the published sizes.
 """
@@ -45,7 +45,7 @@ class ModelSizes:
         """Reads the sizes from the configs of a checkpoint's parts.
 
         Raises:
-            KeyError: a config lacks an entry.
+            KeyError: an entry of a config is missing.
             ValueError: an entry of ``vision_language_encoder`` is not supported.
         """
         encoder = configs["vision_language_encoder"]
@@ -110,11 +110,11 @@ def ar_memory(
     itemsize, part = DTYPE_BYTES[dtype], sizes.decoder.part(ranks)
     cache = ar.kv_cache_bytes(part, slots, positions, itemsize)
     state = sum(ar.state_bytes(part, slots, positions, itemsize).values())
-    weights = {
-        "decoder": ar.weight_bytes(sizes.decoder, itemsize, int8=int8, ranks=ranks),
-        "vision": parameter_counts.vision_tower(sizes.vision) * itemsize
-        + parameter_counts.encoding_quantizer(sizes.quantizer) * ar.FP32_BYTES,
-    }
+    decoder = ar.weight_bytes(sizes.decoder, itemsize, int8=int8, ranks=ranks)
+    head = ar.head_bytes(sizes.decoder, itemsize, int8=int8, ranks=ranks)
+    vision = parameter_counts.vision_tower(sizes.vision) * itemsize
+    vision += parameter_counts.encoding_quantizer(sizes.quantizer) * ar.FP32_BYTES  # always fp32, see ``ar.vision``
+    weights = {"language model": decoder - head, "vision and head": vision + head}
     activations = ar.activation_bytes(part, slots, positions, itemsize, int8=int8)
     return StageMemory("glm_ar", dtype, weights, cache, state - cache + activations)
 
