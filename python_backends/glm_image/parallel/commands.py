@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
+R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 
