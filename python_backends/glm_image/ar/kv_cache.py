@@ -33,7 +33,7 @@ class KvCache:
         self.values[layer, slot, :, : values.shape[1]] = values
 
     def append(self, layer: int, lengths: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one token per slot, [slots, kv_heads, head_dim], at position ``lengths``; returns the layer's cache."""
+        """Writes one token per slot, [slots, kv_heads, head_dim], at ``lengths``; returns the layer's cache."""
         self.keys[layer][self._slots, :, lengths] = keys
         self.values[layer][self._slots, :, lengths] = values
         return self.keys[layer], self.values[layer]

@@ -1,6 +1,6 @@
 """Sampling of image tokens: temperature, top-k, top-p, and the exponential race of ``torch.multinomial``, row by row.
 
-The arithmetic is that of transformers' logits warpers and of ``torch.multinomial``, with the noise generated in advance.
+The arithmetic is that of transformers' logits warpers and of ``torch.multinomial``; the noise is generated in advance.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ Prefill = Callable[[Tensor, Tensor, Tensor, KvCache, int], Tensor]
 
 
 def select_decode_step(decoder: Decoder, state: DecodeState, device: Device) -> Callable[[], None]:
+    """Returns the decode step for a decoder and the state of its slots."""
     if device.runs_triton:
         from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
         from glm_image.ar.fused.step import FusedStep  # noqa: PLC0415
@@ -27,6 +28,7 @@ def select_decode_step(decoder: Decoder, state: DecodeState, device: Device) -> 
 
 
 def select_prefill(decoder: Decoder, device: Device) -> Prefill:
+    """Returns the prefill for a decoder."""
     if device.runs_triton:
         from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
         from glm_image.ar.fused.prefill import FusedPrefill  # noqa: PLC0415

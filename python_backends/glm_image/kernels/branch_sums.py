@@ -67,10 +67,10 @@ class GatheredSum:
 class PeerSum:
     """The sum over all ranks, each of which writes its own sum into the others' memory: without an extra launch.
 
-    Arrived data marks itself: an empty inbox is full of -0.0, which no sum that starts at 0.0 can be, and a reader waits
-    until no -0.0 is left. So an exchange costs one way from memory to memory (TensorRT-LLM's all-reduce for few rows
-    works alike). Three inboxes rotate: a rank reads one and empties the one that it read before, while another rank,
-    which can be ahead by one sum at most, writes to the third.
+    Arrived data marks itself: an empty inbox is full of -0.0, which no sum that starts at 0.0 can be, and a reader
+    waits until no -0.0 is left. So an exchange costs one way from memory to memory (TensorRT-LLM's all-reduce for few
+    rows works alike). Three inboxes rotate: a rank reads one and empties the one that it read before, while another
+    rank, which can be ahead by one sum at most, writes to the third.
 
     Args:
         partials: fp32 [split_k, rows, width], the buffer of this rank.

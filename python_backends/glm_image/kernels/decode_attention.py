@@ -1,7 +1,7 @@
 """Attention of one new token per slot: bias, rotary embedding, write to the cache and attention, in two passes.
 
-The positions of a slot are distributed in tiles over a fixed number of programs, so the order of its sums depends on its
-own length alone. The heads that share a KV head are the rows of one tile: the cache is read once.
+The positions of a slot are distributed in tiles over a fixed number of programs, so the order of its sums depends on
+its own length alone. The heads that share a KV head are the rows of one tile: the cache is read once.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class DecodeAttention:
         """Adds the new token to the cache and attends.
 
         Args:
-            partials: fp32 [split_k, slots, (heads + 2 * kv_heads) * head_dim]: partial sums of q, k and v, without bias.
+            partials: fp32 [split_k, slots, (heads + 2 * kv_heads) * head_dim]: of q, k and v, without bias.
             bias: bf16 [(heads + 2 * kv_heads) * head_dim], or None.
             tables: cosines and sines, [slots, positions, rotary_dim] each.
             cache: the layer's keys and values, bf16 [slots, kv_heads, positions, head_dim] each.

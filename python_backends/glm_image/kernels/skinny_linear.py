@@ -55,9 +55,9 @@ def _products(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """Multiplies the input by one tile of weights' rows, or by two; sums are [BLOCK_N, COLUMNS]."""
-    INT8_PAIR: tl.constexpr = COLUMNS != ROWS
-    sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if INT8_PAIR else tl.float32)
-    second_sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if INT8_PAIR else tl.float32)
+    int8_pair: tl.constexpr = COLUMNS != ROWS
+    sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if int8_pair else tl.float32)
+    second_sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if int8_pair else tl.float32)
     for tile in range(first_tile, end_tile):
         inside = tile * BLOCK_K + at_k < k
         mask = (at_n[:, None] < n) & inside[None, :]
@@ -65,9 +65,9 @@ def _products(
         if TWO:
             second_tile = tl.load(second_weight + tile * BLOCK_K, mask=mask, other=0, eviction_policy="evict_first")
         x_tile = tl.load(x + tile * BLOCK_K, mask=(at_x[None, :] < rows * (COLUMNS // ROWS)) & inside[:, None], other=0)
-        sums = _add_product(sums, w_tile, x_tile, INT8_PAIR)
+        sums = _add_product(sums, w_tile, x_tile, int8_pair)
         if TWO:
-            second_sums = _add_product(second_sums, second_tile, x_tile, INT8_PAIR)
+            second_sums = _add_product(second_sums, second_tile, x_tile, int8_pair)
     return sums, second_sums
 
 

@@ -1,4 +1,4 @@
-"""The decode step with as few launches as its data needs: eight or nine per layer, each of which reads its weights once."""
+"""The decode step with as few launches as its data needs: eight or nine per layer; weights are read once."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class FusedStep:
 
 
 def sample_tokens(logits: Tensor, state: DecodeState) -> None:
-    """Samples the next token of every slot from fp32 logits [slots, vision_vocab_size], and advances the active slots."""
+    """Samples the next token of every slot, from fp32 logits [slots, vision_vocab_size]; advances the active slots."""
     rows = state.sampler
     sample_and_advance(
         logits,
