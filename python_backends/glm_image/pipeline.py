@@ -74,8 +74,8 @@ class LocalPipeline:
         self._limits = settings.limits
         self.checkpoint = Checkpoint.open(Path(checkpoint), settings.load_format)
         first, *others = device.split(",")
-        opened, peers = open_device(instance_device(first, 0)), WorkerConfig(tuple(others))
-        self.dit = DitEngine(self.checkpoint, opened, settings.dit, peers=peers)
+        opened, workers = open_device(instance_device(first, 0)), WorkerConfig(tuple(others))
+        self.dit = DitEngine(self.checkpoint, opened, settings.dit, workers=workers)
         self.ar = ArEngine(self.checkpoint, opened, settings.ar)
 
     def __enter__(self) -> LocalPipeline:

@@ -63,8 +63,8 @@ def test_a_picture_too_large_fails_alone(checkpoint_folder: Path) -> None:
     told = json.loads(ended.stdout)
     assert len(told["messages"]) == 2
     for message in told["messages"]:
-        assert message.startswith("cpu has not the memory for ")
-        assert " of a picture of 2048 x 2048: " in message
+        assert message.startswith("out of memory on cpu during ")
+        assert " of an image of 2048 x 2048: " in message
         assert message.endswith("; lower height x width, or the source images")
     assert (told["same"], told["held"]) == (True, 0)
 
@@ -80,7 +80,7 @@ def test_the_error_holds_nothing_of_what_failed() -> None:
     gc.disable()
     try:
         with pytest.raises(
-            DeviceMemoryError, match=r"^cpu has not the memory for x: .* were free, y; lower z$"
+            DeviceMemoryError, match=r"^out of memory on cpu during x: [\d.]+ of [\d.]+ GB free, y; lower z$"
         ) as failed:
             run_or_oom(open_device("cpu"), work, lambda: OomReport("x", "y", "z"))
         assert held[0]() is None

@@ -86,7 +86,7 @@ def test_fp8_is_refused_where_there_are_no_such_products(
     cuda, npu = CudaDevice(torch.device("cuda:0")), object.__new__(NpuDevice)
     for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert (cuda.without_quantization("fp8") is not None) == refused
-        assert cuda.without_quantization("int8") is None
-    assert npu.without_quantization("fp8") is not None
-    assert npu.without_quantization("int8") is None
+        assert (cuda.unsupported_quantization_reason("fp8") is not None) == refused
+        assert cuda.unsupported_quantization_reason("int8") is None
+    assert npu.unsupported_quantization_reason("fp8") is not None
+    assert npu.unsupported_quantization_reason("int8") is None

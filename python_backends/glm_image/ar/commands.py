@@ -19,13 +19,13 @@ class ArCommand(Command[R_co]):
     """A command of the AR executor, and what an out-of-memory error says of it."""
 
     @property
-    def work(self) -> str:
-        """What the memory is for."""
+    def operation(self) -> str:
+        """What was being computed."""
         return "a decode step"
 
     @property
-    def reduce(self) -> str:
-        """What to reduce so that it fits."""
+    def setting(self) -> str:
+        """What to lower."""
         return MEMORY_SETTINGS
 
 
@@ -42,12 +42,12 @@ class Encode(ArCommand[NDArray[np.int32]]):
     grids: tuple[Grid, ...]
 
     @property
-    def work(self) -> str:
+    def operation(self) -> str:
         sides = [(grid.width * PIXELS_PER_TOKEN, grid.height * PIXELS_PER_TOKEN) for grid in self.grids]
-        return f"source images of {', '.join(f'{width} x {height}' for width, height in sides)} pixels"
+        return f"the encoding of source images of {', '.join(f'{width} x {height}' for width, height in sides)} pixels"
 
     @property
-    def reduce(self) -> str:
+    def setting(self) -> str:
         return f"their number or size, or {MEMORY_SETTINGS}"
 
 
@@ -77,11 +77,11 @@ class Admit(ArCommand[None]):
         return sum(grid.tokens for grid in self.grids)
 
     @property
-    def work(self) -> str:
-        return f"a prompt of {len(self.prompt_ids)} tokens"
+    def operation(self) -> str:
+        return f"the prefill of {len(self.prompt_ids)} tokens"
 
     @property
-    def reduce(self) -> str:
+    def setting(self) -> str:
         return f"its length, source images included, or {MEMORY_SETTINGS}"
 
 

@@ -86,7 +86,7 @@ class Executor:
             DeviceMemoryError: an allocation failed; what the command had allocated is released.
             UnavailableError: the executor is closed.
         """
-        self._device.bind()
+        self._device.set_current()
         result: R = run_or_oom(self._device, partial(self._dispatch, command), partial(self._oom_report, command))
         return result
 
@@ -110,14 +110,14 @@ class Executor:
                 raise TypeError(f"{type(command).__name__} is no command of the AR")
 
     def _oom_report(self, command: ArCommand[Any]) -> OomReport:
-        slots = f"with {len(self._sequences)} of {len(self._state.tokens)} slots in use"
-        return OomReport(command.work, slots, command.reduce)
+        slots = f"{len(self._sequences)} of {len(self._state.tokens)} slots in use"
+        return OomReport(command.operation, slots, command.setting)
 
     def close(self) -> None:
         """Waits for the work under way and drops the captured step: a communicator in it cannot be ended before."""
         try:
-            self._device.bind()
-            self._device.mark().wait()
+            self._device.set_current()
+            self._device.record_event().synchronize()
         finally:
             self._decode_step = None
 
@@ -136,7 +136,7 @@ class Executor:
         self._sample_first(slot, self._read_prompt(command))
         self._state.set(slot, length, sampled=1, active=True)
         sequence.sampled = 1
-        self._device.mark().wait()
+        self._device.record_event().synchronize()
 
     def _read_prompt(self, command: Admit) -> Tensor:
         """Fills a slot's rotary tables and its cache; returns the logits of its first token, [1, vision_vocab_size]."""
@@ -168,9 +168,9 @@ class Executor:
                     self._refill_noise(slot, sequence)
                 sequence.sampled += 1
             self._decode_step()
-        self._enqueued.append(self._device.mark())
+        self._enqueued.append(self._device.record_event())
         while len(self._enqueued) > STEPS_AHEAD:
-            self._enqueued.popleft().wait()
+            self._enqueued.popleft().synchronize()
 
     def _make_idle(self, slot: int) -> int:
         """Makes a slot idle; returns how many tokens were sampled in it."""

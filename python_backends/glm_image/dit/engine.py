@@ -19,7 +19,7 @@ from glm_image.dit.scheduler import Run, Scheduler
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start
+from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start_ranks
 from glm_image.request import geometry, images
 from glm_image.request.geometry import Grid
 from glm_image.request.parameters import PaintRequest
@@ -48,7 +48,7 @@ class DitEngine:
         device: where they run.
         settings: how.
         record: takes what ``dit.measures`` names.
-        peers: other devices that paint together with ``device``.
+        workers: other devices that paint together with ``device``.
         watched: wraps what runs commands on the device, to see one that never ends.
 
     Attributes:
@@ -69,15 +69,15 @@ class DitEngine:
         device: Device,
         settings: DitSettings,
         record: MetricSink = null_sink,
-        peers: WorkerConfig = NO_WORKERS,
+        workers: WorkerConfig = NO_WORKERS,
         watched: Callable[[Run], Run] = lambda run: run,
     ) -> None:
-        device.bind()
+        device.set_current()
         self._device, self._record = device, record
         self.codebook_size: int = checkpoint.config("transformer")["prior_vq_quantizer_codebook_size"]
         self.source_rule = checkpoint.source_rule
-        layout = ParallelLayout.parse(settings.parallel, 1 + len(peers.devices))
-        self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
+        layout = ParallelLayout.parse(settings.parallel, 1 + len(workers.devices))
+        self.executor = start_ranks(load_executor, (checkpoint, settings), device, layout, workers)
         self.attention_backend = str(self.executor.run(NameAttention()))
         self._scheduler = Scheduler(watched(self.executor.run), record)
         for size in settings.warmup_sizes:

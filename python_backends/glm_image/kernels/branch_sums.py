@@ -60,7 +60,7 @@ class GatheredSum:
         self._gathered = partials.new_empty(group.size * partials.shape[0], *partials.shape[1:])
 
     def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
-        self._group.gather_into(self._gathered, self.partials)
+        self._group.all_gather_into(self._gathered, self.partials)
         residual_norm(self._gathered, residual, after, before, out, eps)
 
 

@@ -164,8 +164,8 @@ class DecodeAttention:
         group = self._heads // self._kv_heads
         keys, values = cache
         _attend_kernel[(self._slots * self._kv_heads, PROGRAMS)](
-            partials, partials if bias is None else bias, *tables, keys, values, lengths, self._acc, self._top, self._sum,
-            self._slots, keys.shape[2], self._dim**-0.5,
+            partials, partials if bias is None else bias, *tables, keys, values, lengths,
+            self._acc, self._top, self._sum, self._slots, keys.shape[2], self._dim**-0.5,
             self._heads, self._kv_heads, group, self._dim, self._rotary, max(16, triton.next_power_of_2(group)),
             partials.shape[0], bias is not None, TILE, PROGRAMS, can_overlap(),
             num_warps=4, num_stages=2, launch_pdl=can_overlap(),

@@ -178,7 +178,7 @@ def _unload(models: Sequence[str]) -> None:
 def _load(
     instance: Instance, metrics: MetricsExporter, pending_responses: PendingResponses, gathering: AdmissionFeed | None
 ) -> tuple[Any, Heartbeat]:
-    place = instance.take_place(spare_first=False)
+    place = instance.take_place(reserve_first=False)
     # Read before seconds of imports, so that what is not allowed is told at once.
     folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
     slots, positions, longest_queue = (instance.integer(name, 1) for name in names)
@@ -189,7 +189,7 @@ def _load(
     from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
 
     parameters = instance.parameters
-    device = open_device(place.inside[0], known_as=place.devices[0])
+    device = open_device(place.local_names[0], display_name=place.devices[0])
     settings = ArSettings(
         dtype=named_dtype(parameters["dtype"]),
         max_num_seqs=slots,
@@ -210,7 +210,7 @@ def _load(
         metrics.record,
         watched=pulse.watched,
         admission=None if gathering is None else gathering.admission,
-        peers=instance.peers(place, device, pending_responses.end_process),
+        workers=instance.workers(place, device, pending_responses.end_process),
     )
     return engine, pulse
 

@@ -74,7 +74,7 @@ class DitBackend:
         """Loads the engine on this instance's device."""
         bytes_tensors.install()
         instance = Instance.read(args, DIT_PARAMETERS)
-        place = instance.take_place(spare_first=True)
+        place = instance.take_place(reserve_first=True)
         # Read before seconds of imports, so that what is not allowed is told at once.
         parameters, folder, cache = instance.parameters, instance.checkpoint, cache_settings(instance)
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
@@ -85,7 +85,7 @@ class DitBackend:
 
         self._limits, self._timeouts = instance.limits, instance.timeouts
         self._checkpoint = Checkpoint.open(folder, parameters["load_format"])
-        device = open_device(place.inside[0], known_as=place.devices[0])
+        device = open_device(place.local_names[0], display_name=place.devices[0])
         logger.info("loading the transformer on %s", device)
         self._spans = RequestTracing(instance.name)
         self._metrics = MetricsExporter(DIT_METRICS, instance)
@@ -106,7 +106,7 @@ class DitBackend:
             ),
             self._metrics.record,
             watched=self._pulse.watched,
-            peers=instance.peers(place, device, self._open.end_process),
+            workers=instance.workers(place, device, self._open.end_process),
         )
         log = RequestLog(instance.name, is_last=True)
         self._painting = DitLoadReporter(instance.name)
