@@ -1,4 +1,4 @@
-"""The kernels that read a prompt against their twins in plain torch, in bf16."""
+"""The kernels of the prefill against their references in plain torch, in bf16."""
 
 from __future__ import annotations
 
