@@ -1,4 +1,4 @@
-"""The policies of admission against a second stage that paints by the clock, and what is known of its work."""
+"""The admission policies against a simulated DiT, and the DiT load that they know."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def statement(*left: tuple[int, int], painter: str = "glm_dit_0", seconds: float
     return {"painter": painter, "requests": list(left), "seconds_a_picture": seconds}
 
 
-def line(clock: Clock, **other: float) -> QueueSnapshot:
+def queue(clock: Clock, **other: float) -> QueueSnapshot:
     values = {
         "now": clock.now, "waiting": 1, "free": SLOTS, "running": 0, "extends": 1.0, "has_begun": False,
         "latest": math.inf, "deadline": math.inf, "decode_seconds": DECODE,
@@ -55,49 +55,49 @@ def backlog(clock: Clock) -> DitLoad:
     return made
 
 
-def test_at_once_lets_everybody_in(clock: Clock) -> None:
-    assert ImmediateAdmission().wait(line(clock, running=3, free=1)) == 0
+def test_immediate_admission_admits_every_sequence(clock: Clock) -> None:
+    assert ImmediateAdmission().wait(queue(clock, running=3, free=1)) == 0
 
 
-def test_nobody_waits_while_the_painters_are_not_known(clock: Clock) -> None:
+def test_sequences_are_admitted_while_the_dit_is_unknown(clock: Clock) -> None:
     backlog = DitLoad(clock)
     for arrived_ns in range(5):
         backlog.hand_on(arrived_ns, 1)
     assert backlog.pictures() is None
-    assert BatchAdmission(backlog).wait(line(clock)) == 0
+    assert BatchAdmission(backlog).wait(queue(clock)) == 0
     backlog.hear(statement((0, 1), seconds=0.0))
     assert backlog.pictures() == 5
-    assert BatchAdmission(backlog).wait(line(clock)) == 0
+    assert BatchAdmission(backlog).wait(queue(clock)) == 0
 
 
-def test_who_is_let_in(clock: Clock, backlog: DitLoad) -> None:
-    gathered = BatchAdmission(backlog)
+def test_batch_admission_conditions(clock: Clock, backlog: DitLoad) -> None:
+    policy = BatchAdmission(backlog)
     backlog.hear(statement((1, NEARLY_USED_UP)))
-    assert gathered.wait(line(clock)) == 0
-    assert gathered.wait(line(clock, running=1, free=3)) > 0
+    assert policy.wait(queue(clock)) == 0
+    assert policy.wait(queue(clock, running=1, free=3)) > 0
     backlog.hear(statement((1, NEARLY_USED_UP + 1)))
-    assert gathered.wait(line(clock)) > 0
-    assert gathered.wait(line(clock, waiting=SLOTS - 1)) > 0
-    assert gathered.wait(line(clock, waiting=SLOTS)) == 0
-    assert gathered.wait(line(clock, waiting=SLOTS, running=1, free=3)) > 0
-    assert gathered.wait(line(clock, running=1, free=3, extends=CHEAP - 0.01)) == 0
-    assert gathered.wait(line(clock, running=1, free=3, extends=CHEAP)) > 0
-    assert gathered.wait(line(clock, has_begun=True)) == 0
+    assert policy.wait(queue(clock)) > 0
+    assert policy.wait(queue(clock, waiting=SLOTS - 1)) > 0
+    assert policy.wait(queue(clock, waiting=SLOTS)) == 0
+    assert policy.wait(queue(clock, waiting=SLOTS, running=1, free=3)) > 0
+    assert policy.wait(queue(clock, running=1, free=3, extends=CHEAP - 0.01)) == 0
+    assert policy.wait(queue(clock, running=1, free=3, extends=CHEAP)) > 0
+    assert policy.wait(queue(clock, has_begun=True)) == 0
 
 
-def test_time_is_a_reason_too(clock: Clock, backlog: DitLoad, caplog: pytest.LogCaptureFixture) -> None:
-    gathered = BatchAdmission(backlog)
+def test_deadline_and_max_wait_end_the_wait(clock: Clock, backlog: DitLoad, caplog: pytest.LogCaptureFixture) -> None:
+    policy = BatchAdmission(backlog)
     backlog.hear(statement((1, 3)))
-    longest = gathered.max_wait(2, DECODE)
+    longest = policy.max_wait(2, DECODE)
     assert longest == PATIENCE * (DECODE + 5 * PAINT)
-    assert gathered.wait(line(clock, latest=clock.now + longest)) == pytest.approx(longest)
+    assert policy.wait(queue(clock, latest=clock.now + longest)) == pytest.approx(longest)
     needed = PATIENCE * (DECODE + 4 * PAINT)
-    assert gathered.wait(line(clock, deadline=clock.now + needed + 7)) == pytest.approx(7)
-    assert gathered.wait(line(clock, deadline=clock.now + needed - 1)) == 0
+    assert policy.wait(queue(clock, deadline=clock.now + needed + 7)) == pytest.approx(7)
+    assert policy.wait(queue(clock, deadline=clock.now + needed - 1)) == 0
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert [gathered.wait(line(clock, latest=clock.now)) for _ in range(3)] == [0, 0, 0]
-    assert [record.message.partition(" and ")[0] for record in caplog.records] == ["glm_dit has 3 pictures to paint"]
+        assert [policy.wait(queue(clock, latest=clock.now)) for _ in range(3)] == [0, 0, 0]
+    assert [record.message.partition(" and ")[0] for record in caplog.records] == ["glm_dit has 3 images to denoise"]
 
 
 def test_what_is_handed_on_is_painted_or_lost(clock: Clock, backlog: DitLoad) -> None:
@@ -121,10 +121,10 @@ def test_nothing_waits_for_a_painter_that_has_nothing_to_do(clock: Clock, backlo
     clock.now += 50
     backlog.hand_on(1, 5)  # for a caller who wanted the tokens alone
     assert backlog.pictures() == 5
-    gathered = BatchAdmission(backlog)
-    assert gathered.wait(line(clock)) == pytest.approx(HAND_OVER_SECONDS)
+    policy = BatchAdmission(backlog)
+    assert policy.wait(queue(clock)) == pytest.approx(HAND_OVER_SECONDS)
     clock.now += HAND_OVER_SECONDS
-    assert gathered.wait(line(clock)) == 0
+    assert policy.wait(queue(clock)) == 0
     assert backlog.pictures() == 0
     backlog.hear(statement((7, 2), painter="glm_dit_1"))  # called without the first stage
     assert heard == [2]
@@ -165,11 +165,11 @@ def test_a_painter_states_what_is_left() -> None:
 
 @dataclass
 class Stages:
-    """Both stages by the clock: a sequence takes DECODE seconds whoever decodes beside it, a picture PAINT.
+    """Both stages, simulated: a sequence takes DECODE seconds, whatever else decodes; an image takes PAINT.
 
     Args:
-        loses: whether the n-th statement is lost.
-        paints: whether the n-th request is handed on to the painter.
+        loses: whether the n-th report is lost.
+        paints: whether the n-th request is forwarded to the DiT.
     """
 
     loses: Callable[[int], bool] = lambda _: False
@@ -265,13 +265,15 @@ GAPS = st.lists(st.floats(0, 30), min_size=1, max_size=40)
 
 @settings(max_examples=100, deadline=None)
 @given(gaps=GAPS, lost=st.sets(st.integers(0, 100)), unpainted=st.sets(st.integers(0, 40)))
-def test_everybody_is_let_in_in_order_whatever_is_lost(gaps: list[float], lost: set[int], unpainted: set[int]) -> None:
+def test_requests_are_admitted_in_order_whatever_is_lost(
+    gaps: list[float], lost: set[int], unpainted: set[int]
+) -> None:
     stages = Stages(lost.__contains__, lambda number: number not in unpainted)
     for number, when in enumerate(itertools.accumulate(gaps)):
         stages.at(100 + when, lambda number=number: stages.arrive(number))  # type: ignore[misc]
     stages.run()
     assert [number for _, number in stages.admitted] == list(range(len(gaps)))
-    # Of a head of the line: all before it painted, and patience; nobody waits longer than the heads before it together.
+    # The first in the queue waits at most until all images before it are denoised, times PATIENCE.
     for (when, _), (following, number) in itertools.pairwise(stages.admitted):
         came = max(when, stages.arrived[number])
         assert following - came <= DECODE + PATIENCE * (DECODE + (len(gaps) + SLOTS) * PAINT)
@@ -279,7 +281,7 @@ def test_everybody_is_let_in_in_order_whatever_is_lost(gaps: list[float], lost: 
 
 @settings(max_examples=100, deadline=None)
 @given(gaps=GAPS)
-def test_the_device_never_idles_while_anybody_waits(gaps: list[float]) -> None:
+def test_device_never_idles_while_a_request_waits(gaps: list[float]) -> None:
     stages = Stages()
     for number, when in enumerate(itertools.accumulate(gaps)):
         stages.at(100 + when, lambda number=number: stages.arrive(number))  # type: ignore[misc]
@@ -289,7 +291,7 @@ def test_the_device_never_idles_while_anybody_waits(gaps: list[float]) -> None:
 
 
 @pytest.mark.parametrize("in_flight", [SLOTS + 1, 2 * SLOTS, 3 * SLOTS])
-def test_a_steady_stream_decodes_in_batches(in_flight: int) -> None:
+def test_closed_loop_load_decodes_in_batches(in_flight: int) -> None:
     stages, total, numbers = Stages(), 30 * SLOTS, itertools.count()
 
     def ask() -> None:
@@ -307,5 +309,5 @@ def test_a_steady_stream_decodes_in_batches(in_flight: int) -> None:
         ask()
     stages.run()
     assert len(stages.painted) == total
-    # At once it would be DECODE for each; the last ones are fewer than a batch.
+    # Immediate admission would take DECODE for each; the last ones do not fill a batch.
     assert stages.batch_seconds <= (total / SLOTS + 2) * DECODE
