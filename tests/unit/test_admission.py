@@ -208,7 +208,7 @@ class Stages:
         if first not in self.latest:
             self.latest[first] = now + self.policy.max_wait(len(self.running), DECODE)
         return self.policy.wait(
-            line(
+            queue(
                 self.clock,
                 waiting=len(self.waiting),
                 free=SLOTS - len(self.running),

@@ -165,7 +165,7 @@ class Uses:
         return f"{handle}.{node.attr}" if handle and node.attr.islower() else None
 
     def _handle_classes(self) -> Iterator[tuple[str, str]]:
-        """Yields variables that hold an object of the runtime, with its class; a name has one meaning throughout a file."""
+        """Yields variables with the class of the runtime that they hold; a name means one thing throughout a file."""
         for node, _ in self._nodes:
             if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
                 continue
