@@ -1,7 +1,7 @@
 """Continuous batching: which request waits, which runs, and which command the executor runs next.
 
 Touches no tensors and starts no thread. Sequences join and leave between steps; their lengths are known when they
-join, so the device is never asked which of them are done. One thread calls ``step``; any thread may ``submit``.
+join, so the host knows which of them are done without waiting for the device. One thread calls ``step``; any thread may ``submit``.
 """
 
 from __future__ import annotations

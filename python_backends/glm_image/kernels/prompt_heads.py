@@ -28,12 +28,12 @@ def _rotate_and_store_kernel(
     cos = tl.load(cos_ptr + token * ROTARY + dim, mask=rotary, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * ROTARY + dim, mask=rotary, other=0.0).to(tl.float32)
     sin = tl.where(dim < ROTARY // 2, -sin, sin)
-    made = (own * cos + other * sin).to(tl.bfloat16)
+    rotated = (own * cos + other * sin).to(tl.bfloat16)
     kv_head = (head - HEADS) % KV_HEADS
     place = (kv_head.to(tl.int64) * positions + token) * DIM + dim
-    tl.store(query_ptr + token * HEADS * DIM + head * DIM + dim, made, mask=inside & (head < HEADS))
-    tl.store(keys_ptr + place, made, mask=inside & (head >= HEADS) & (head < HEADS + KV_HEADS))
-    tl.store(values_ptr + place, made, mask=inside & (head >= HEADS + KV_HEADS))
+    tl.store(query_ptr + token * HEADS * DIM + head * DIM + dim, rotated, mask=inside & (head < HEADS))
+    tl.store(keys_ptr + place, rotated, mask=inside & (head >= HEADS) & (head < HEADS + KV_HEADS))
+    tl.store(values_ptr + place, rotated, mask=inside & (head >= HEADS + KV_HEADS))
 
 
 def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ def _load_scores(logits_ptr, at, vocabulary, temperature):
 
 @triton.jit
 def _ordered(scores, at, vocabulary):
-    """Maps fp32 to int32 such that integers compare as the floats do; what is beyond the vocabulary comes first."""
+    """Maps fp32 to int32 such that integers compare as the floats do, and ids beyond the vocabulary come first."""
     bits = scores.to(tl.int32, bitcast=True)
     return tl.where(at < vocabulary, tl.where(bits < 0, bits ^ LARGEST, bits), -LARGEST)
 
