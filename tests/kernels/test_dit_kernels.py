@@ -106,9 +106,7 @@ class ThreadGroup(Group):
 
 @pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (6, 2), (24, 4), (3, 1)])
 @pytest.mark.parametrize("text", [0, 3])
-def test_scattered_heads_equal_those_normalised_in_place(
-    device: torch.device, heads: int, ranks: int, text: int
-) -> None:
+def test_scattered_heads_equal_heads_in_place(device: torch.device, heads: int, ranks: int, text: int) -> None:
     rows, head_dim = text + 10, 32
     generator = torch.Generator().manual_seed(2)
     qkv = torch.randn(rows, 3, heads, head_dim, generator=generator).to(device, torch.bfloat16)

@@ -24,7 +24,7 @@ from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.open import open_device
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.parallel.commands import R
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
@@ -240,7 +240,9 @@ def test_requests_join_while_others_run(engine: ArEngine, alone: list[Tokens]) -
     for index in range(4):
         has_joined = threading.Event()
         futures.append(
-            engine.submit(RequestContext(on_progress=at(40, has_joined.set)), resolved(REQUESTS[index], engine))
+            engine.submit(
+                RequestContext(observers=(ProgressCallback(at(40, has_joined.set)),)), resolved(REQUESTS[index], engine)
+            )
         )
         assert has_joined.wait(WAIT_SECONDS)
     for index, future in enumerate(futures):
@@ -264,8 +266,8 @@ def test_images_of_one_request_equal_single_images(engine: ArEngine, alone: list
 
 def test_engine_ends_cancelled_and_late_requests_and_no_others(engine: ArEngine, alone: list[Tokens]) -> None:
     unwanted, late = RequestContext(), RequestContext()
-    unwanted.on_progress = at(40, unwanted.cancel)
-    late.on_progress = at(60, lambda: setattr(late, "deadline_ns", 1))
+    unwanted.add_observer(ProgressCallback(at(40, unwanted.cancel)))
+    late.add_observer(ProgressCallback(at(60, lambda: setattr(late, "deadline_ns", 1))))
     futures = [
         engine.submit(context, resolved(REQUESTS[index], engine))
         for index, context in enumerate([unwanted, RequestContext(), late])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from glm_image.ar.admission import Admission, ImmediateAdmission, QueueSnapshot
 from glm_image.ar.commands import Admit, ArCommand, Discard, Peek, Release, Step
@@ -16,9 +17,10 @@ from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.scheduler_thread import SchedulerThread
 from glm_image.ar.sequence import ArResult, Request
 from glm_image.errors import CancelledError, DeadlineExceededError, QueueFullError, UnavailableError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext, RequestObserver
 from glm_image.request.geometry import Grid
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest, Sampling
+from glm_image.request.stages import Stage
 
 SLOTS = 3
 LENGTH = 10
@@ -244,21 +246,28 @@ def test_late_request_is_ended_while_it_waits_and_while_it_runs(served: Served) 
     assert [rows(future) for future in held] == [tokens_of(seed) for seed in range(SLOTS)]
 
 
+class PreviewObserver(RequestObserver):
+    def __init__(self) -> None:
+        self.previews: list[list[int]] = []
+
+    def preview_sampled(self, context: RequestContext, tokens: NDArray[np.int32]) -> None:
+        self.previews.append(tokens.tolist())
+
+
 def test_preview_is_published_once_its_tokens_are_sampled(served: Served) -> None:
-    previews: list[list[int]] = []
-    context = RequestContext(on_preview=lambda tokens: previews.append(tokens.tolist()))
-    served.submit(7, 8, context=context)
+    observer = PreviewObserver()
+    served.submit(7, 8, context=RequestContext(observers=(observer,)))
     for _ in range(PREVIEW - 2):
         served.scheduler.step()
-        assert previews == []
+        assert observer.previews == []
     served.run()
-    assert previews == [[7000 + index for index in range(PREVIEW)]]
+    assert observer.previews == [[7000 + index for index in range(PREVIEW)]]
     assert len(served.executor.of(Peek)) == 1
 
 
 def test_fault_at_a_peek_ends_its_request_alone(served: Served) -> None:
     served.executor.fail_once(lambda command: isinstance(command, Peek))
-    faulty = served.submit(1, context=RequestContext(on_preview=lambda _: None))
+    faulty = served.submit(1, context=RequestContext(observers=(PreviewObserver(),)))
     other = served.submit(2)
     served.run()
     with pytest.raises(RuntimeError, match="fault at Peek"):
@@ -317,15 +326,15 @@ def test_executor_that_always_fails_still_answers(served: Served) -> None:
 
 def test_progress_and_seconds_are_reported(served: Served) -> None:
     seen: list[Progress] = []
-    context = RequestContext(on_progress=seen.append)
+    context = RequestContext(observers=(ProgressCallback(seen.append),))
     served.submit(*range(5), length=100, context=context)
     served.run()
-    done = [progress.done for progress in seen if progress.stage == "tokens"]
+    done = [progress.done for progress in seen if progress.stage == Stage.DECODE]
     assert done == sorted(done)
     assert 0 < done[0] < done[-1] <= 500
-    assert {(progress.stage, progress.total) for progress in seen} == {("prefill", 5), ("tokens", 500)}
-    assert [progress.done for progress in seen if progress.stage == "prefill"] == [1, 2, 3, 4, 5]
-    assert context.seconds.keys() == {"ar_queue", "prefill", "decode"}
+    assert {(progress.stage, progress.total) for progress in seen} == {(Stage.PREFILL, 5), (Stage.DECODE, 500)}
+    assert [progress.done for progress in seen if progress.stage == Stage.PREFILL] == [1, 2, 3, 4, 5]
+    assert context.seconds.keys() == {Stage.AR_QUEUE, Stage.PREFILL, Stage.DECODE}
     assert all(seconds >= 0 for seconds in context.seconds.values())
 
 
@@ -444,7 +453,7 @@ def test_waiting_request_is_cancelled_during_a_step(threaded: Threaded) -> None:
 
 def test_progress_callback_may_end_its_own_request(threaded: Threaded) -> None:
     context = RequestContext()
-    context.on_progress = lambda progress: setattr(context, "deadline_ns", 1)
+    context.add_observer(ProgressCallback(lambda progress: setattr(context, "deadline_ns", 1)))
     with pytest.raises(DeadlineExceededError):
         threaded.submit(2, context=context, length=1000).result(WAIT_SECONDS)
     assert rows(threaded.submit(3), WAIT_SECONDS) == tokens_of(3)

@@ -1,7 +1,8 @@
 """Continuous batching: which request waits, which runs, and which command the executor runs next.
 
 Touches no tensors and starts no thread. Sequences join and leave between steps; their lengths are known when they
-join, so the host knows which of them are done without waiting for the device. One thread calls ``step``; any thread may ``submit``.
+join, so the host knows which of them are done without waiting for the device. One thread calls ``step``; any thread may
+``submit``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from glm_image.errors import GlmImageError
 from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.eta import DurationStats
 from glm_image.parallel.commands import R
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
 
@@ -143,7 +145,7 @@ class Scheduler:
     def _admit_image(self, request: Request, index: int) -> None:
         now = time.monotonic()
         if index == 0:
-            request.context.add_seconds("ar_queue", now - request.submitted)
+            request.context.add_seconds(Stage.AR_QUEUE, now - request.submitted)
             self._record(QUEUE_SECONDS, now - request.submitted)
         slot = self._free_slots.pop()
         sequence = self._running[slot] = Running(request, index, request.length - 1, now)
@@ -154,7 +156,7 @@ class Scheduler:
 
     def _prefill(self, slot: int, sequence: Running) -> None:
         request, resolved, started = sequence.request, sequence.request.resolved, sequence.since
-        with request.context.timed("prefill"):
+        with request.context.timed(Stage.PREFILL):
             self._encode_sources(request)
             placed = request.sources.placed if request.sources else ()
             seed = resolved.seeds[sequence.index]
@@ -162,7 +164,7 @@ class Scheduler:
         sequence.since = time.monotonic()
         self._record(PREFILL_SECONDS, sequence.since - started)
         self._record(TOKENS, 1)
-        request.context.report("prefill", sequence.index + 1, request.images)
+        request.context.report(Stage.PREFILL, sequence.index + 1, request.images)
         request.sampled.done += 1
         request.context.progress = request.sampled.progress
 
@@ -190,7 +192,7 @@ class Scheduler:
         for slot, sequence in list(self._running.items()):
             request, preview = sequence.request, sequence.request.resolved.grids[0].tokens
             is_sampled = request.length - sequence.left >= preview
-            if is_sampled and sequence.index == 0 and request.context.on_preview is not None:
+            if is_sampled and sequence.index == 0 and request.context.wants_preview:
                 with self._ending_on_error(request):
                     request.context.publish_preview(self._run(Peek(slot, preview)))
 
@@ -205,7 +207,7 @@ class Scheduler:
         self._free(slot)
         request.tokens[sequence.index] = tokens
         seconds = time.monotonic() - sequence.since
-        request.context.add_seconds("decode", seconds)
+        request.context.add_seconds(Stage.DECODE, seconds)
         # The host runs ahead of the device, so only all of a sequence's steps together can be timed from here.
         self._step_durations.add(seconds / max(1, request.length - 1))
         if request.is_complete:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from glm_image.lifecycle.context import Progress, RequestContext
 from glm_image.request.geometry import Grid, PlacedGrid
 from glm_image.request.parameters import ResolvedRequest
+from glm_image.request.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Sampled:
     total: int
 
     def progress(self) -> Progress:
-        return Progress("tokens", self.done, self.total)
+        return Progress(Stage.DECODE, self.done, self.total)
 
 
 @dataclass(eq=False)
@@ -167,5 +168,5 @@ class Running:
 def report_progress(running: Iterable[Running]) -> None:
     """Publishes the progress of each request that is watched; called after every step, mostly without a watcher."""
     contexts = [sequence.request.context for sequence in running]
-    for context in dict.fromkeys(context for context in contexts if context.on_progress is not None):
+    for context in dict.fromkeys(context for context in contexts if context.is_watched):
         context.publish_progress()
