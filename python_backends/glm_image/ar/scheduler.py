@@ -190,9 +190,11 @@ class Scheduler:
 
     def _publish_previews(self) -> None:
         for slot, sequence in list(self._running.items()):
-            request, preview = sequence.request, sequence.request.resolved.grids[0].tokens
-            is_sampled = request.length - sequence.left >= preview
-            if is_sampled and sequence.index == 0 and request.context.wants_preview:
+            request = sequence.request
+            if sequence.index or not request.context.wants_preview:
+                continue
+            preview = request.resolved.grids[0].tokens
+            if request.length - sequence.left >= preview:
                 with self._ending_on_error(request):
                     request.context.publish_preview(self._run(Peek(slot, preview)))
 
