@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import GlmImageTransformer2DModel
+from glm_image.config.cache import cache_settings
 
 from glm_image.checkpoint.checkpoint import Checkpoint
-from glm_image.config.cache import cache_settings
 from glm_image.config.instance import Instance
 from glm_image.config.schema import DIT_PARAMETERS, read_parameters
 from glm_image.devices.open import open_device

@@ -1,11 +1,12 @@
-"""What the residual cache (cache-dit's DBCache) is asked to do, in its own words."""
+"""Settings of the residual cache (cache-dit's DBCache), named as in cache-dit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from glm_image.errors import ConfigurationError
+from glm_image.request.declaration import choice, number, switch, whole
 
 SCM_MASK_POLICIES: Final = ("none", "slow", "medium", "fast", "ultra")
 SCM_POLICIES: Final = ("dynamic", "static")
@@ -15,34 +16,54 @@ UNLIMITED: Final = -1
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """When a step may reuse an earlier one's middle blocks; fields as in cache-dit's ``DBCacheConfig``.
+    """When a step may reuse an earlier step's middle blocks; fields as in cache-dit's ``DBCacheConfig``."""
 
-    Attributes:
-        Fn_compute_blocks: blocks at the front that every step computes; how their residual changes decides the rest.
-        Bn_compute_blocks: blocks at the back that every step computes.
-        max_warmup_steps: steps at the start that compute everything.
-        residual_diff_threshold: relative L1 change below which a step reuses; 0 never does, 1 and above always.
-        max_continuous_cached_steps: steps in a row that may reuse; ``UNLIMITED``.
-        max_cached_steps: steps of a picture that may reuse; ``UNLIMITED``.
-        enable_taylorseer: extrapolate what is reused (TaylorSeer, Liu et al., 2025) rather than take it as it was.
-        taylorseer_order: the highest derivative of that.
-        scm_steps_mask_policy: one of ``SCM_MASK_POLICIES``: steps outside the policy's gaps compute everything.
-        scm_steps_policy: one of ``SCM_POLICIES``: whether a step in a gap still looks at the change.
-        force_refresh_step_hint: pass of the transformer before which all is forgotten, as if a picture began there: a
-            source image is one, and then a step one for each branch of guidance; None = never.
-    """
-
-    Fn_compute_blocks: int = 1
-    Bn_compute_blocks: int = 0
-    max_warmup_steps: int = 4
-    residual_diff_threshold: float = 0.24
-    max_continuous_cached_steps: int = 3
-    max_cached_steps: int = UNLIMITED
-    enable_taylorseer: bool = False
-    taylorseer_order: int = 1
-    scm_steps_mask_policy: str = "none"
-    scm_steps_policy: str = "dynamic"
-    force_refresh_step_hint: int | None = None
+    Fn_compute_blocks: int = field(
+        default=1,
+        metadata=whole(
+            "Blocks at the front that every step computes; the change of their residual decides about the others.",
+            low=1,
+        ),
+    )
+    Bn_compute_blocks: int = field(default=0, metadata=whole("Blocks at the back that every step computes.", low=0))
+    max_warmup_steps: int = field(
+        default=4, metadata=whole("Steps at the start that compute every block.", low=0, unit="steps")
+    )
+    residual_diff_threshold: float = field(
+        default=0.24,
+        metadata=number("Relative L1 change below which a step reuses: 0 never does, 1 and above always does."),
+    )
+    max_continuous_cached_steps: int = field(
+        default=3, metadata=whole("Consecutive steps that may reuse.", low=0, unlimited=True, unit="steps")
+    )
+    max_cached_steps: int = field(
+        default=UNLIMITED, metadata=whole("Steps of an image that may reuse.", low=0, unlimited=True, unit="steps")
+    )
+    enable_taylorseer: bool = field(
+        default=False,
+        metadata=switch("Extrapolate the reused residual (TaylorSeer, Liu et al., 2025) instead of repeating it."),
+    )
+    taylorseer_order: int = field(default=1, metadata=whole("The highest derivative of the extrapolation.", low=1))
+    scm_steps_mask_policy: str = field(
+        default="none",
+        metadata=choice("A fixed pattern of steps; steps outside its gaps compute every block.", *SCM_MASK_POLICIES),
+    )
+    scm_steps_policy: str = field(
+        default="dynamic",
+        metadata=choice(
+            "Steps in a gap of the pattern: `dynamic` compares the change with the threshold, `static` always reuses.",
+            *SCM_POLICIES,
+        ),
+    )
+    force_refresh_step_hint: int | None = field(
+        default=None,
+        metadata=whole(
+            "Pass of the transformer before which the cache is cleared, as at the start of an image. Each source image "
+            "is one pass, then each step is one pass for each branch of guidance.",
+            low=0,
+            none=True,
+        ),
+    )
 
     def check(self, blocks: int) -> None:
         """Raises ConfigurationError where they do not fit a transformer of so many blocks."""

@@ -80,7 +80,7 @@ class DitEngine:
         self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
         self.attention_backend = str(self.executor.run(NameAttention()))
         self._scheduler = Scheduler(watched(self.executor.run), record)
-        for size in settings.warmup_sizes:
+        for size in device.warmup_sizes if settings.warmup_sizes is None else settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
         record(PEAK_MEMORY, device.peak_memory())
 

@@ -6,12 +6,12 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from glm_image import __version__
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
-from glm_image.request.parameters import PaintRequest
+from glm_image.request.parameters import ArMetadata, PaintRequest
 
 if TYPE_CHECKING:
     from glm_image.checkpoint.checkpoint import Checkpoint  # which imports torch, before a stage has chosen its devices
@@ -23,7 +23,7 @@ TOKENS = ("prompt", "source", "preview", "image")
 """The parts of a sequence of the first stage, in their order."""
 
 
-def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> dict[str, Any]:
+def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> ArMetadata:
     """Returns what the first stage tells the second about a request."""
     return {
         "tokens": dict(tokens),
@@ -34,7 +34,7 @@ def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> dict[str,
     }
 
 
-def read_ar_metadata(text: str) -> dict[str, Any]:
+def read_ar_metadata(text: str) -> ArMetadata:
     """Reads what ``ar_metadata`` gave, or what a client sends in its place; "" is nothing.
 
     Entries of other names are left alone, for the sake of other versions.
@@ -59,7 +59,7 @@ def read_ar_metadata(text: str) -> dict[str, Any]:
     ):
         if name in told and not is_allowed(told[name]):
             raise InvalidInputError.of(f"ar_metadata's {name}", json.dumps(told[name]), allowed)
-    return told
+    return cast("ArMetadata", told)
 
 
 def _numbers(names: Collection[str], is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -77,7 +77,7 @@ def _is_duration(value: Any) -> bool:
     return _is_count(value) or (type(value) is float and 0 <= value < math.inf)
 
 
-def queued_seconds(metadata: Mapping[str, Any]) -> float:
+def queued_seconds(metadata: ArMetadata) -> float:
     """Returns how long ago the first stage finished; both stages read the machine's monotonic clock."""
     finished = metadata.get("finished_ns")
     return max(0.0, (time.monotonic_ns() - finished) / NANOSECONDS) if isinstance(finished, int) else 0.0

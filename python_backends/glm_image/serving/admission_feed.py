@@ -8,6 +8,7 @@ from pathlib import Path
 from glm_image import ipc
 from glm_image.ar.admission import BatchAdmission
 from glm_image.config.instance import Instance
+from glm_image.config.parameters import ArParameters
 from glm_image.ipc.run_directory import VARIABLE
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.downstream import TOPIC, DitLoad
@@ -35,9 +36,9 @@ class AdmissionFeed:
         self.admission = BatchAdmission(self._backlog)
 
     @classmethod
-    def of(cls, instance: Instance) -> AdmissionFeed | None:
+    def of(cls, instance: Instance[ArParameters]) -> AdmissionFeed | None:
         """Returns what an instance's parameters ask for; None where sequences are let in at once."""
-        if instance.parameters["admission"] != "gathered":
+        if instance.parameters.admission != "gathered":
             return None
         folder = ipc.folder()
         if folder is None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
 from glm_image.config.instance import Instance
 from glm_image.config.models import ENTRY_MODELS, STAGES
-from glm_image.config.schema import AR_PARAMETERS
+from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import ar_metadata
@@ -33,6 +33,7 @@ from glm_image.serving.exit import end_process
 from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.pending_responses import PendingResponses
 from glm_image.serving.request_gate import RequestGate
+from glm_image.serving.request_reader import read_fields
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.telemetry.heartbeat import Heartbeat
@@ -65,8 +66,8 @@ class ArBackend:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the engine on this instance's device."""
         bytes_tensors.install()
-        instance = Instance.read(args, AR_PARAMETERS)
-        self._limits, self._timeouts = instance.limits, instance.timeouts
+        instance = Instance.read(args, ArParameters)
+        self._limits, self._timeouts = instance.parameters.limits, instance.parameters.timeouts
         log = RequestLog(instance.name, is_last=False)
         self._spans = RequestTracing(instance.name)
         self._metrics = MetricsExporter(AR_METRICS, instance)
@@ -77,7 +78,7 @@ class ArBackend:
             instance, RequestRegistry("ar_queue", "handed_on"), AR_OUTCOMES, self._metrics.record, log
         )
         self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
-        self._max_decoding = instance.integer("max_queue", 1)
+        self._max_decoding = instance.parameters.engine.max_queue
         self._may_decode = threading.Semaphore(self._max_decoding)
         orders = {"drain": partial(_unload, ENTRY_MODELS), "unload": partial(_unload, STAGES)}
         self._pulse.start(self._engine.is_alive, orders if instance.index == 0 else {})
@@ -176,37 +177,27 @@ def _unload(models: Sequence[str]) -> None:
 
 
 def _load(
-    instance: Instance, metrics: MetricsExporter, pending_responses: PendingResponses, gathering: AdmissionFeed | None
+    instance: Instance[ArParameters],
+    metrics: MetricsExporter,
+    pending_responses: PendingResponses,
+    gathering: AdmissionFeed | None,
 ) -> tuple[Any, Heartbeat]:
     place = instance.take_place(spare_first=False)
-    # Read before seconds of imports, so that what is not allowed is told at once.
-    folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
-    slots, positions, longest_queue = (instance.integer(name, 1) for name in names)
+    parameters = instance.parameters
+    folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
     from glm_image.ar.engine import ArEngine  # noqa: PLC0415
-    from glm_image.ar.settings import ArSettings  # noqa: PLC0415
     from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-    from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
+    from glm_image.devices.open import open_device  # noqa: PLC0415
 
-    parameters = instance.parameters
     device = open_device(place.inside[0], known_as=place.devices[0])
-    settings = ArSettings(
-        dtype=named_dtype(parameters["dtype"]),
-        max_num_seqs=slots,
-        max_sequence_tokens=positions,
-        max_queue=longest_queue,
-        graph_mode=parameters["graph_mode"],
-        graph_capture_sizes=instance.integers("graph_capture_sizes"),
-        memory_utilization=instance.share("memory_utilization"),
-        int8=parameters["quantization"] == "int8",
-    )
     logger.info("loading the decoder on %s", device)
-    checkpoint = Checkpoint.open(folder, parameters["load_format"])
-    pulse = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+    checkpoint = Checkpoint.open(folder, parameters.load_format)
+    pulse = Heartbeat(instance.name, instance.hang_seconds(device))
     engine = ArEngine(
         checkpoint,
         device,
-        settings,
+        parameters.engine,
         metrics.record,
         watched=pulse.watched,
         admission=None if gathering is None else gathering.admission,
@@ -216,25 +207,8 @@ def _load(
 
 
 def read_request(request: Any) -> GenerationParameters:
-    """Reads what a client asks for, not yet validated."""
-    inputs = Inputs(request)
-    return GenerationParameters(
-        prompt=inputs.text("prompt") or "",
-        images=inputs.files("image"),
-        **inputs.given(
-            height=inputs.integer("height"),
-            width=inputs.integer("width"),
-            num_inference_steps=inputs.integer("num_inference_steps"),
-            guidance_scale=inputs.real("guidance_scale"),
-            seed=inputs.integer("seed"),
-            num_images=inputs.integer("num_images"),
-            negative_prompt=inputs.text("negative_prompt"),
-            temperature=inputs.real("temperature"),
-            top_p=inputs.real("top_p"),
-            top_k=inputs.integer("top_k"),
-            output_format=inputs.text("output_format"),
-        ),
-    )
+    """Reads a request, not yet validated."""
+    return GenerationParameters(**read_fields(Inputs(request), GenerationParameters))
 
 
 def _reply(answer: Responder, context: RequestContext, resolved: ResolvedRequest, done: Future[ArResult]) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.config.cache import cache_settings
 from glm_image.config.instance import Instance
-from glm_image.config.schema import DIT_PARAMETERS
+from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES, QUEUE_SECONDS
 from glm_image.errors import InvalidInputError
 from glm_image.ipc import Message
@@ -27,12 +26,13 @@ from glm_image.lifecycle.preview_rpc import PREVIEW, answer_preview, packed_pict
 from glm_image.lifecycle.registry import RequestRegistry
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
-from glm_image.request.parameters import PaintRequest, consecutive_seeds, random_seed
+from glm_image.request.parameters import PaintRequest, SharedParameters, consecutive_seeds, random_seed
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.pending_responses import PendingResponses
 from glm_image.serving.request_gate import RequestGate
+from glm_image.serving.request_reader import read_fields
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.telemetry.heartbeat import Heartbeat
@@ -73,37 +73,27 @@ class DitBackend:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Loads the engine on this instance's device."""
         bytes_tensors.install()
-        instance = Instance.read(args, DIT_PARAMETERS)
+        instance = Instance.read(args, DitParameters)
         place = instance.take_place(spare_first=True)
-        # Read before seconds of imports, so that what is not allowed is told at once.
-        parameters, folder, cache = instance.parameters, instance.checkpoint, cache_settings(instance)
+        parameters = instance.parameters
+        folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
         from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
+        from glm_image.devices.open import open_device  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
-        from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
-        self._limits, self._timeouts = instance.limits, instance.timeouts
-        self._checkpoint = Checkpoint.open(folder, parameters["load_format"])
+        self._limits, self._timeouts = parameters.limits, parameters.timeouts
+        self._checkpoint = Checkpoint.open(folder, parameters.load_format)
         device = open_device(place.inside[0], known_as=place.devices[0])
         logger.info("loading the transformer on %s", device)
         self._spans = RequestTracing(instance.name)
         self._metrics = MetricsExporter(DIT_METRICS, instance)
         self._open = PendingResponses()
-        self._pulse = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+        self._pulse = Heartbeat(instance.name, instance.hang_seconds(device))
         self._engine = DitEngine(
             self._checkpoint,
             device,
-            DitSettings(
-                dtype=named_dtype(parameters["dtype"]),
-                memory_utilization=instance.share("memory_utilization"),
-                warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
-                parallel=parameters["parallel"],
-                cache=cache,
-                quantization=parameters["quantization"],
-                vae_tiling=parameters["vae_tiling"],
-                largest_side=self._limits.max_side,
-            ),
+            parameters.engine,
             self._metrics.record,
             watched=self._pulse.watched,
             peers=instance.peers(place, device, self._open.end_process),
@@ -238,7 +228,6 @@ def read_request(inputs: Inputs) -> PaintRequest:
     size = inputs.array("resolved_size")
     seed = inputs.integer("resolved_seed")
     return PaintRequest(
-        prompt=inputs.text("prompt") or "",
         prior_token_ids=tokens,
         grid=grid,
         requested=Size(*(side * PIXELS_PER_TOKEN for side in grid) if size is None else map(int, size)),
@@ -246,14 +235,8 @@ def read_request(inputs: Inputs) -> PaintRequest:
         seeds=consecutive_seeds(random_seed() if seed is None else seed, min(len(tokens), bytes_tensors.MAX_STRINGS)),
         ar_metadata=read_ar_metadata(inputs.text("ar_metadata") or ""),
         source_grids=_source_grids(inputs),
-        **inputs.given(
-            images=inputs.files("image"),
-            source_token_ids=inputs.array("source_token_ids"),
-            negative_prompt=inputs.text("negative_prompt"),
-            num_inference_steps=inputs.integer("num_inference_steps"),
-            guidance_scale=inputs.real("guidance_scale"),
-            output_format=inputs.text("output_format"),
-        ),
+        **inputs.given(source_token_ids=inputs.array("source_token_ids")),
+        **read_fields(inputs, SharedParameters),
     )
 
 

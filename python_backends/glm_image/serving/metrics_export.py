@@ -36,7 +36,7 @@ class MetricsExporter:
         instance: whose.
     """
 
-    def __init__(self, measures: Iterable[MetricSpec], instance: Instance) -> None:
+    def __init__(self, measures: Iterable[MetricSpec], instance: Instance[Any]) -> None:
         self._values: queue.SimpleQueue[Value | None] = queue.SimpleQueue()
         self._families: dict[str, Any] = {}  # a family lost is a metric lost
         self._metrics: dict[MetricSpec, Any] = {}

@@ -44,7 +44,7 @@ class RequestGate:
 
     def __init__(
         self,
-        instance: Instance,
+        instance: Instance[Any],
         in_flight: RequestRegistry,
         ends: OutcomeCounters,
         record: MetricSink,
@@ -101,7 +101,7 @@ class RequestGate:
 
 
 def _open_node(
-    instance: Instance,
+    instance: Instance[Any],
     in_flight: RequestRegistry,
     handlers: Mapping[str, Handler],
     topics: Mapping[bytes, Callable[[], None]],

@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image import ipc
-from glm_image.config.schema import OUTPUTS, PAINTING_INPUTS, REQUEST_INPUTS, STAGE_TENSORS, TensorSpec
+from glm_image.config.schema import OUTPUTS, PAINTING_INPUTS, REQUEST_INPUTS, STAGE_TENSORS
 from glm_image.errors import CancelledError
 from glm_image.ipc import EventListener
 from glm_image.ipc.protocol import Event
@@ -26,9 +26,11 @@ from glm_image.lifecycle.events import DitSecondsByKind, EventBuilder
 from glm_image.lifecycle.preview_rpc import PreviewTokens, ask_preview, unpacked_picture
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.request import images
-from glm_image.request.limits import check_range
-from glm_image.request.parameters import GenerationParameters
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, PreviewParameters
+from glm_image.request.tensors import TensorSpec, check_fields
 from glm_image.serving.errors import relayed, triton_error
+from glm_image.serving.request_reader import read_fields
 from glm_image.serving.tensors import Inputs, response, text_array
 
 logger = logging.getLogger(__name__)
@@ -37,9 +39,6 @@ HOLD_SECONDS = 0.05
 """Before the first event: what is refused by then is answered with nothing but the error, over HTTP with its status."""
 EVENT_SECONDS = 0.05
 """Between two events of progress, and two questions to Triton whether the caller has gone away."""
-MAX_PREVIEW_STEPS = 50
-DEFAULT_PREVIEW_STEPS = 6
-MAX_STEPS = 200
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -71,8 +70,9 @@ class StreamSession:
         # Copies, as the request's own memory is given back before this is done.
         given = inputs.given(**{spec.name: inputs.array(spec.name) for spec in REQUEST_INPUTS})
         self._inputs: Arrays = {name: array.copy() for name, array in given.items()}
-        self._preview_steps = _number(inputs, "preview_steps", DEFAULT_PREVIEW_STEPS, MAX_PREVIEW_STEPS)
-        self._pictures_every = _number(inputs, "preview_every", 0, MAX_STEPS)
+        previews = PreviewParameters(**read_fields(inputs, PreviewParameters))
+        check_fields(previews, Limits())
+        self._preview_steps, self._pictures_every = previews.preview_steps, previews.preview_every
         self._kind = tuple((name, array.tobytes()) for name, array in self._inputs.items() if array.dtype != np.object_)
         self._story = EventBuilder(self._id, self._arrived_ns, times.of(self._kind))
         self._bus = ipc.folder()
@@ -212,14 +212,6 @@ class StreamSession:
                 self._is_sent = True
                 self._sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 self._sender = None
-
-
-def _number(inputs: Inputs, name: str, default: int, high: int) -> int:
-    value = inputs.integer(name)
-    if value is None:
-        return default
-    check_range(name, value, 0, high)
-    return value
 
 
 def _timeout_of(parameters: str) -> int:
