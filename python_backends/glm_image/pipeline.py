@@ -124,18 +124,12 @@ class LocalPipeline:
 
 def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: ArMetadata) -> PaintRequest:
     """Makes the second stage's request from the first's and its tokens."""
-    asked = resolved.parameters
     return PaintRequest(
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt,
+        **resolved.parameters.shared(),
         prior_token_ids=prior.prior_token_ids,
         grid=resolved.target,
         requested=resolved.requested,
         seeds=resolved.seeds,
-        num_inference_steps=asked.num_inference_steps,
-        guidance_scale=asked.guidance_scale,
-        output_format=asked.output_format,
-        images=asked.images,
         source_token_ids=prior.source_token_ids,
         source_grids=prior.source_grids,
         ar_metadata=metadata,

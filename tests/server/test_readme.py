@@ -14,9 +14,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, OUTPUTS, REQUEST_INPUTS, STAGE_TENSORS, TensorSpec
+from glm_image.config.parameters import PARAMETERS
+from glm_image.config.schema import OUTPUTS, REQUEST_INPUTS, STAGE_TENSORS
 from glm_image.pipeline import LocalPipeline
+from glm_image.request.declaration import parameters
+from glm_image.request.limits import LIMIT_PREFIX
 from glm_image.request.parameters import GenerationParameters
+from glm_image.request.tensors import TensorSpec
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.cli import parse_arguments
 from server.documents import BLOCK, REPOSITORY_ROOT, check_links, examples_of
@@ -103,13 +107,18 @@ def table_rows_of(first_cell: str) -> dict[str, str]:
 )
 def test_a_table_names_the_declared_tensors(mark: str, specs: tuple[TensorSpec, ...]) -> None:
     rows = table(mark)
-    assert list(rows) == [spec.name for spec in specs]
+    assert rows.keys() == {spec.name for spec in specs}
     for spec in specs:
         assert rows[spec.name][0].split()[0] == {"STRING": "BYTES"}.get(spec.data_type, spec.data_type)
 
 
 def test_the_table_of_parameters_has_the_declared_defaults() -> None:
-    declared = {spec.name: f"`{spec.default}`" * bool(spec.default) for spec in (*AR_PARAMETERS, *DIT_PARAMETERS)}
+    declared = {
+        name: f"`{default}`" * bool(default)
+        for kind in PARAMETERS.values()
+        for name, _, default in parameters(kind)
+        if not name.startswith(LIMIT_PREFIX)
+    }
     assert {name: cells[0] for name, cells in table("parameters").items()} == declared
 
 

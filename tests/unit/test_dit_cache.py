@@ -15,11 +15,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import GlmImageTransformer2DModel
-from glm_image.config.cache import cache_settings
 
 from glm_image.checkpoint.checkpoint import Checkpoint
-from glm_image.config.instance import Instance
-from glm_image.config.schema import DIT_PARAMETERS, read_parameters
+from glm_image.config.parameters import DitParameters
 from glm_image.devices.open import open_device
 from glm_image.dit.blocks import eager_blocks
 from glm_image.dit.cache import CacheSettings
@@ -31,6 +29,7 @@ from glm_image.dit.engine import DitEngine, DitResult, DitSettings
 from glm_image.dit.metrics import CACHED_STEPS
 from glm_image.errors import CancelledError, ConfigurationError
 from glm_image.lifecycle.context import RequestContext
+from glm_image.request.declaration import read
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
@@ -289,7 +288,7 @@ def test_the_hint_counts_passes_of_the_transformer(
 
 
 def settings_of(**parameters: str) -> CacheSettings | None:
-    return cache_settings(Instance("glm_dit", 0, 1, read_parameters(DIT_PARAMETERS, parameters), Limits()))
+    return read(DitParameters, parameters).engine.cache
 
 
 def test_the_parameters_defaults_are_the_settings() -> None:

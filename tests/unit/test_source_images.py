@@ -20,8 +20,9 @@ from glm_image.ar.vision import patches_of
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.errors import CheckpointError, InvalidInputError
 from glm_image.request import geometry, images, source_images
+from glm_image.request.declaration import read, write
 from glm_image.request.geometry import Grid, PlacedGrid, Size, SourceRule
-from glm_image.request.limits import Limits
+from glm_image.request.limits import LIMIT_PREFIX, Limits
 from glm_image.request.parameters import GenerationParameters, Sampling
 from glm_image.request.prompts import PromptTokenizer
 from helpers import MakeCheckpoint
@@ -343,10 +344,10 @@ def test_a_checkpoint_of_another_patch_size_is_refused(tmp_path: Path, checkpoin
 
 
 def test_limits_are_written_as_whole_numbers() -> None:
-    written = Limits().parameters()
+    written = write(Limits(), LIMIT_PREFIX)
     assert written["limit_source_bytes"] == "33554432"
     assert written["limit_max_source_pixels"] == "4194304"
-    assert Limits.from_parameters(written) == Limits()
+    assert read(Limits, written, LIMIT_PREFIX) == Limits()
 
 
 def test_files_are_decoded_from_memory_alone(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class ArSettings(DeviceSettings):
         default=8, metadata=whole("Sequences that decode together; each image is one sequence.", low=1)
     )
     max_sequence_tokens: int = field(
-        default=8192, metadata=whole("Prompt, source and image tokens of a sequence.", low=1, unit="tokens")
+        default=8192, metadata=whole("Prompt, source and image tokens of a sequence.", low=1)
     )
     max_queue: int = field(
         default=64, metadata=whole("Requests that may wait for a slot; further requests get UNAVAILABLE.", low=1)

@@ -37,7 +37,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _parameters(declared: Iterable[DeclaredParameter]) -> str:
     def row(name: str, parameter: Parameter, default: str) -> tuple[str, ...]:
-        unit = f", {parameter.unit}" if parameter.unit else ""
+        unit = f" ({parameter.unit})" if parameter.unit else ""
         return f"`{name}`", f"`{default}`" if default else "", parameter.help, parameter.allowed + unit
 
     return _table(("parameter", "default", "meaning", "allowed"), (row(*item) for item in declared))

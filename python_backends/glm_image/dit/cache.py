@@ -26,18 +26,16 @@ class CacheSettings:
         ),
     )
     Bn_compute_blocks: int = field(default=0, metadata=whole("Blocks at the back that every step computes.", low=0))
-    max_warmup_steps: int = field(
-        default=4, metadata=whole("Steps at the start that compute every block.", low=0, unit="steps")
-    )
+    max_warmup_steps: int = field(default=4, metadata=whole("Steps at the start that compute every block.", low=0))
     residual_diff_threshold: float = field(
         default=0.24,
         metadata=number("Relative L1 change below which a step reuses: 0 never does, 1 and above always does."),
     )
     max_continuous_cached_steps: int = field(
-        default=3, metadata=whole("Consecutive steps that may reuse.", low=0, unlimited=True, unit="steps")
+        default=3, metadata=whole("Consecutive steps that may reuse.", low=0, unlimited=True)
     )
     max_cached_steps: int = field(
-        default=UNLIMITED, metadata=whole("Steps of an image that may reuse.", low=0, unlimited=True, unit="steps")
+        default=UNLIMITED, metadata=whole("Steps of an image that may reuse.", low=0, unlimited=True)
     )
     enable_taylorseer: bool = field(
         default=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, TypedDict
+from typing import Any, Final, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from glm_image.request import geometry, source_images
 from glm_image.request.geometry import Grid, Size, SourceRule
 from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_range, check_token_ids
 from glm_image.request.source_images import Source, SourcePicture
-from glm_image.request.tensors import CheckedElsewhere, Choice, Range, check_fields, tensor
+from glm_image.request.tensors import CheckedElsewhere, Choice, Range, check_fields, request_fields, tensor
 
 DEFAULT_SIDE: Final = 1024
 RANDOM_SEED_BELOW: Final = 2**53  # every JSON client can hold it exactly
@@ -86,6 +86,10 @@ class SharedParameters:
             help="`raw` returns pixels in `images`, the other formats return files in `images_base64`.",
         ),
     )
+
+    def shared(self) -> dict[str, Any]:
+        """Returns the fields that both stages read, by their names."""
+        return {declared.attribute: getattr(self, declared.attribute) for declared in request_fields(SharedParameters)}
 
     def check_shared(self, limits: Limits) -> None:
         """Checks every declared field; source images only when they are decoded.
