@@ -46,7 +46,7 @@ class QueueFullError(UnavailableError):
 
 
 class DeviceMemoryError(UnavailableError):
-    """The device has not the memory for what the request needs at this moment."""
+    """The device is out of memory for what the request needs."""
 
     reason = "memory"
 

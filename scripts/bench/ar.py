@@ -41,7 +41,7 @@ SAMENESS_GRIDS = (Grid(8, 8), Grid(8, 16), Grid(16, 16))
 
 def synchronizer(device: Device) -> Any:
     """Returns what waits for all work of the device."""
-    return lambda: device.mark().wait()
+    return lambda: device.record_event().synchronize()
 
 
 def decoder_weights(config: ArConfig) -> int:
@@ -242,7 +242,7 @@ def measure_engine(engine: ArEngine, floor: float) -> None:
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
     device = open_device(instance_device(flags.device, 0))
-    device.bind()
+    device.set_current()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     bandwidth = copy_bandwidth(device.torch_device, synchronizer(device))
     config = ArConfig.read(checkpoint)

@@ -35,6 +35,7 @@ from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.request import geometry
 from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 
 STEPS = 50
@@ -81,7 +82,7 @@ def forward_arguments(transformer: Any, grid: Grid, device: Device) -> dict[str,
 def measure_reference(checkpoint: Checkpoint, device: Device, grids: list[Grid]) -> None:
     """Times of diffusers' own forward, eager and with compiled blocks, and how far ours is from it."""
     transformer = build(checkpoint, device)
-    synchronize = lambda: device.mark().wait()  # noqa: E731
+    synchronize = lambda: device.record_event().synchronize()  # noqa: E731
     with torch.inference_mode():
         for grid in grids:
             given = forward_arguments(transformer, grid, device)
@@ -181,7 +182,7 @@ def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> Painted
     )
     context = RequestContext()
     started = time.perf_counter()
-    result = engine.finish(context, request, engine.denoise(context, request))
+    result = engine.paint(context, request, Limits()).result()
     return Painted(time.perf_counter() - started, context, result.pixels)
 
 
@@ -252,11 +253,11 @@ def measure_host(engine: DitEngine, device: Device, grid: Grid) -> None:
     executor.run(Prepare(-1, PROMPT, "", tokens, grid, STEPS, GUIDANCE, 0))
     times, whole = [], []
     for _ in range(9):
-        device.mark().wait()
+        device.record_event().synchronize()
         started = time.perf_counter()
         executor.run(Step(-1))
         times.append(time.perf_counter() - started)
-        device.mark().wait()
+        device.record_event().synchronize()
         whole.append(time.perf_counter() - started)
     executor.run(Drop(-1))
     host, step = statistics.median(times), statistics.median(whole)
@@ -268,7 +269,7 @@ def profile(engine: DitEngine, device: Device, grid: Grid) -> None:
     executor = engine.executor
     executor.run(Prepare(-2, PROMPT, "", np.zeros(grid.tokens, dtype=np.int32), grid, STEPS, GUIDANCE, 0))
     executor.run(Step(-2))
-    say_kernels(lambda: executor.run(Step(-2)), lambda: device.mark().wait())
+    say_kernels(lambda: executor.run(Step(-2)), lambda: device.record_event().synchronize())
     executor.run(Decode(-2))
 
 
@@ -283,11 +284,11 @@ def ways(text: str) -> list[str]:
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
     device = open_device(instance_device(flags.device, 0))
-    device.bind()
+    device.set_current()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     sizes = [tuple(map(int, size.split("x"))) for size in flags.sizes.split(",")]
     grids = [Grid(height // 32, width // 32) for width, height in sizes]
-    rate = matmul_rate(device.torch_device, lambda: device.mark().wait())
+    rate = matmul_rate(device.torch_device, lambda: device.record_event().synchronize())
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     say("ceiling", device=name, matmul_tflop_s=rate / 1e12)
     if flags.reference:

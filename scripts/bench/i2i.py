@@ -205,7 +205,7 @@ def size_of(grid: Grid) -> str:
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
     device = open_device(instance_device(flags.device, 0))
-    device.bind()
+    device.set_current()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     width, height = map(int, flags.size.split("x"))
     grid = Grid(height // 32, width // 32)
@@ -213,7 +213,7 @@ def main(flags: argparse.Namespace) -> None:
     say("device", device=torch.cuda.get_device_name() if on_cuda else str(device), torch=torch.__version__)
 
     def synchronize() -> None:
-        device.mark().wait()
+        device.record_event().synchronize()
 
     measure_vision(checkpoint, device, grid, synchronize)
     gc.collect()

@@ -56,7 +56,7 @@ def shapes(config: ArConfig) -> dict[str, tuple[int, int]]:
 
 def synchronizer(device: Device) -> Callable[[], None]:
     """Returns what waits for all work of the device."""
-    return lambda: device.mark().wait()
+    return lambda: device.record_event().synchronize()
 
 
 def candidates(name: str, start: TileConfig, *, sweep: bool) -> Iterator[TileConfig]:
@@ -162,7 +162,7 @@ def error_of(logits: Tensor, exact: Tensor) -> float:
 def main(flags: argparse.Namespace) -> None:
     """Sweeps, then takes whole steps."""
     device = open_device(instance_device(flags.device, 0))
-    device.bind()
+    device.set_current()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     config = ArConfig.read(checkpoint)
     say("ceiling", copy_tb_s=copy_bandwidth(device.torch_device, synchronizer(device)) / 1e12)

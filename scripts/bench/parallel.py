@@ -49,7 +49,10 @@ def decode_seconds(checkpoint: Checkpoint, devices: list[str], settings: ArSetti
     If ``profiled``, prints the kernels of a command's steps on the first device.
     """
     engine = ArEngine(
-        checkpoint, open_device(devices[0]), settings, peers=WorkerConfig(tuple(devices[1:]), load_seconds=LOAD_SECONDS)
+        checkpoint,
+        open_device(devices[0]),
+        settings,
+        workers=WorkerConfig(tuple(devices[1:]), load_seconds=LOAD_SECONDS),
     )
     engine.close_scheduler()
     run, config = engine.executor.run, ArConfig.read(checkpoint)
@@ -123,7 +126,7 @@ def measure_painter(checkpoint: Checkpoint, devices: list[str], flags: argparse.
         used = devices[:1] if parallel == "none" else devices
         settings = DitSettings(parallel=parallel, warmup_sizes=(Size(1024, 1024),) if devices[0] != "cpu" else ())
         engine = DitEngine(
-            checkpoint, open_device(used[0]), settings, peers=WorkerConfig(tuple(used[1:]), load_seconds=LOAD_SECONDS)
+            checkpoint, open_device(used[0]), settings, workers=WorkerConfig(tuple(used[1:]), load_seconds=LOAD_SECONDS)
         )
         for grid in grids:
             took = denoising_seconds(engine, grid, used[0], flags.steps, profiled=flags.profile)

@@ -22,7 +22,7 @@ GLYPH_TOKENS = (6, 1)
 def say_linear_rates(config: Any, tokens: int, device: Device) -> None:
     """Rates of the products of a block, in bf16 and in 8 bits in the ways that torch has."""
     place = device.torch_device
-    synchronize = lambda: device.mark().wait()  # noqa: E731
+    synchronize = lambda: device.record_event().synchronize()  # noqa: E731
     width = config["num_attention_heads"] * config["attention_head_dim"]
     rows = 2 * tokens + sum(GLYPH_TOKENS)
     for name, n, k in (("qkv", 3, 1), ("out", 1, 1), ("up", 4, 1), ("down", 1, 4)):
@@ -41,7 +41,7 @@ def ways_to_multiply(left: Tensor, right: Tensor, bias: Tensor, device: Device) 
         "bf16": lambda: torch.nn.functional.linear(left, right, bias),
         "int8, sums alone": lambda: int8_sums(q_left.values, q_right.values),
     }
-    if device.without_quantization("fp8") is None:
+    if device.unsupported_quantization_reason("fp8") is None:
         f_left, f_right = (quantize_rows(factor, torch.float8_e4m3fn) for factor in (left, right))
         one = torch.ones((), device=left.device)
         ways["fp8, a scale a row"] = lambda: scaled_product(f_left, f_right, bias, torch.bfloat16)

@@ -69,7 +69,7 @@ def measure(vae: Vae, latents: torch.Tensor, exact: np.ndarray | None, device: D
         vae.decode(latents)
         named["working_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
         named["reserved_gb"] = torch.cuda.memory_reserved() / 1e9
-    took = seconds(lambda: vae.decode(latents), lambda: device.mark().wait(), repeats=5, warm_ups=1)
+    took = seconds(lambda: vae.decode(latents), lambda: device.record_event().synchronize(), repeats=5, warm_ups=1)
     if exact is not None:
         apart = np.abs(picture.astype(int) - exact)
         named |= {"levels_apart_at_most": int(apart.max()), "levels_apart_mean": float(apart.mean())}
@@ -79,13 +79,13 @@ def measure(vae: Vae, latents: torch.Tensor, exact: np.ndarray | None, device: D
 
 def profile(vae: Vae, latents: torch.Tensor, device: Device, **named: Any) -> None:
     """Prints the kernels of a decode that take longest."""
-    say_kernels(lambda: vae.decode(latents), lambda: device.mark().wait(), KERNELS_SHOWN, **named)
+    say_kernels(lambda: vae.decode(latents), lambda: device.record_event().synchronize(), KERNELS_SHOWN, **named)
 
 
 def main(flags: argparse.Namespace) -> None:
     """Runs all measures."""
     device = open_device(instance_device(flags.device, 0))
-    device.bind()
+    device.set_current()
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     sizes = [Size(*(int(side) for side in reversed(size.split("x")))) for size in flags.sizes.split(",")]
     autoencoder = build(checkpoint, device)

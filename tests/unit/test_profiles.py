@@ -17,9 +17,9 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.config import pbtxt
 from glm_image.config.parameters import PARAMETERS
 from glm_image.config.profiles import PROFILES, Profile, StageLayout
-from glm_image.devices.discovery import Cards
+from glm_image.devices.discovery import Accelerators
 from glm_image.devices.open import open_device
-from glm_image.devices.placement import check_shares, lay_out
+from glm_image.devices.placement import assign_devices, check_memory_shares
 from glm_image.dit.loading import _empty_modules
 from glm_image.dit.settings import DitSettings
 from glm_image.parallel.process_group import ONE_RANK
@@ -46,9 +46,9 @@ def layout(profile: Profile, model: str) -> StageLayout:
     return {"glm_ar": profile.ar, "glm_dit": profile.dit}[model]
 
 
-def machine_of(profile: Profile) -> Cards:
+def machine_of(profile: Profile) -> Accelerators:
     kind = profile.name.split("-")[0]
-    return Cards("cpu") if kind == "cpu" else Cards(kind, tuple(map(str, range(len(profile.devices)))))
+    return Accelerators("cpu") if kind == "cpu" else Accelerators(kind, tuple(map(str, range(len(profile.devices)))))
 
 
 def test_profile_names() -> None:
@@ -75,9 +75,9 @@ def test_file_differs_from_the_default_only_as_declared(name: str, model: str) -
 def test_profile_fits_the_devices_of_its_machine(name: str, model: str) -> None:
     profile = PROFILES[name]
     declared, machine = layout(profile, model), machine_of(profile)
-    entries = lay_out(declared.devices, len(declared.entries), machine)
+    entries = assign_devices(declared.devices, len(declared.entries), machine)
     assert entries == declared.entries
-    check_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
+    check_memory_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
 
 
 def test_layouts_match_the_profile_names() -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from glm_image.config.parameters import ArParameters, DitParameters
-from glm_image.devices.discovery import find_cards
-from glm_image.devices.placement import Place, check_shares, lay_out, place
+from glm_image.devices.discovery import find_accelerators
+from glm_image.devices.placement import Placement, assign_devices, check_memory_shares, place_instance
 from glm_image.errors import ConfigurationError, UnavailableError
 from glm_image.request.declaration import check_names, read
 
@@ -56,21 +56,21 @@ class Instance(Generic[P]):
         index, siblings = position(args)
         return Instance(args["model_name"], index, siblings, read(kind, given))
 
-    def take_place(self, *, spare_first: bool) -> Place:
+    def take_place(self, *, reserve_first: bool) -> Placement:
         """Chooses this instance's devices and hides all others from this process.
 
         Call it before anything imports torch, which looks for devices only once.
 
         Args:
-            spare_first: whether ``auto`` leaves the first of several devices to the other stage.
+            reserve_first: whether ``auto`` leaves the first of several devices to the other stage.
 
         Raises:
             ConfigurationError: ``devices`` does not fit the instances or this machine.
         """
-        cards, devices = find_cards(), self.parameters.devices
-        entries = lay_out(devices, self.siblings, cards, spare_first=spare_first)
-        check_shares(entries, self.parameters.engine.memory_utilization, cards)
-        chosen = place(entries, self.index, cards)
+        cards, devices = find_accelerators(), self.parameters.devices
+        entries = assign_devices(devices, self.siblings, cards, reserve_first=reserve_first)
+        check_memory_shares(entries, self.parameters.engine.memory_utilization, cards)
+        chosen = place_instance(entries, self.index, cards)
         os.environ.update(chosen.environment)
         variables = "".join(f", {name}={value}" for name, value in chosen.environment.items())
         logger.info(
@@ -84,7 +84,7 @@ class Instance(Generic[P]):
         )
         return chosen
 
-    def peers(self, place: Place, device: Device, on_loss: Callable[[UnavailableError], None]) -> WorkerConfig:
+    def workers(self, place: Placement, device: Device, on_loss: Callable[[UnavailableError], None]) -> WorkerConfig:
         """Returns the configuration of the worker processes of an instance on several devices.
 
         Args:
@@ -95,7 +95,7 @@ class Instance(Generic[P]):
         from glm_image.parallel.rank_group import WorkerConfig  # noqa: PLC0415 - imports torch
 
         hang_seconds = self.hang_seconds(device) or math.inf
-        return WorkerConfig(place.inside[1:], place.devices[1:], hang_seconds, on_loss=on_loss)
+        return WorkerConfig(place.local_names[1:], place.devices[1:], hang_seconds, on_loss=on_loss)
 
     def hang_seconds(self, device: Device) -> float:
         """Returns the duration of an engine command after which its process counts as hung; 0 = never."""

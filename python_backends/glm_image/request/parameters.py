@@ -57,7 +57,7 @@ class SharedParameters:
             CheckedElsewhere(
                 "1 to {source_images} files: PNG, JPEG or WebP, as bytes or base64, with or without a `data:` prefix"
             ),
-            help="Source images; the request is image-to-image if given.",
+            help="Source images; they select [image to image](image_to_image.md).",
             default="none",
             name="image",
             dims=(-1,),

@@ -182,7 +182,7 @@ def _load(
     pending_responses: PendingResponses,
     gathering: AdmissionFeed | None,
 ) -> tuple[Any, Heartbeat]:
-    place = instance.take_place(spare_first=False)
+    place = instance.take_place(reserve_first=False)
     parameters = instance.parameters
     folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
     # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
@@ -190,7 +190,7 @@ def _load(
     from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
     from glm_image.devices.open import open_device  # noqa: PLC0415
 
-    device = open_device(place.inside[0], known_as=place.devices[0])
+    device = open_device(place.local_names[0], display_name=place.devices[0])
     logger.info("loading the decoder on %s", device)
     checkpoint = Checkpoint.open(folder, parameters.load_format)
     pulse = Heartbeat(instance.name, instance.hang_seconds(device))
@@ -201,7 +201,7 @@ def _load(
         metrics.record,
         watched=pulse.watched,
         admission=None if gathering is None else gathering.admission,
-        peers=instance.peers(place, device, pending_responses.end_process),
+        workers=instance.workers(place, device, pending_responses.end_process),
     )
     return engine, pulse
 
