@@ -67,9 +67,9 @@ def pixels(count: int = 2) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(7).integers(0, 256, (count, 3, 5, 3), dtype=np.uint8)
 
 
-def encoded(picture: np.ndarray[Any, Any], picture_format: str = "png") -> bytes:
+def encoded(image: np.ndarray[Any, Any], image_format: str = "png") -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, picture_format)
+    Image.fromarray(image).save(buffer, image_format)
     return buffer.getvalue()
 
 
@@ -246,7 +246,7 @@ class TestResults:
         assert result.seeds == (41, 42)
 
     def test_encoded_images_are_kept_and_decoded(self) -> None:
-        files = [encoded(picture) for picture in pixels()]
+        files = [encoded(image) for image in pixels()]
         result = GenerationResult.from_outputs(outputs(files))
         assert result.encoded == files
         assert np.array_equal(np.stack(result.arrays), pixels())
@@ -276,7 +276,7 @@ class TestResults:
             Metadata.from_json(text)
 
     def test_save_keeps_the_bytes_of_the_same_format_and_converts_others(self, tmp_path: Path) -> None:
-        files = [encoded(picture) for picture in pixels()]
+        files = [encoded(image) for image in pixels()]
         result = GenerationResult.from_outputs(outputs(files))
         saved = result.save(tmp_path / "out.png")
         assert saved == [tmp_path / "out_0.png", tmp_path / "out_1.png"]

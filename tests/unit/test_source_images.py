@@ -1,4 +1,4 @@
-"""Source images: every kind of file becomes the same upright RGB picture, of one size for both stages."""
+"""Source images: every file format becomes the same upright RGB image, of one grid for both stages."""
 
 from __future__ import annotations
 
@@ -248,20 +248,20 @@ def encoded_without_load(width: int, height: int) -> bytes:
 def test_both_stages_scale_a_source_to_the_same_grid() -> None:
     files = [encoded(picture(700, 530)), encoded(picture(520, 1300))]
     limits, grids = Limits(), (Grid(17, 22), Grid(41, 16))
-    seen = source_images.for_vision(files, limits, RULE)
-    assert tuple(source.grid for source in seen) == grids
-    assert [source.pixels.shape for source in seen] == [(16 * g.height, 16 * g.width, 3) for g in grids]
+    ar_sources = source_images.for_ar(files, limits, RULE)
+    assert tuple(source.grid for source in ar_sources) == grids
+    assert [source.pixels.shape for source in ar_sources] == [(16 * g.height, 16 * g.width, 3) for g in grids]
     ids = np.arange(sum(grid.tokens for grid in grids), dtype=np.int32)
-    painted = source_images.for_painting(files, ids, grids, limits, RULE)
-    assert [source.pixels.shape for source in painted] == [(32 * g.height, 32 * g.width, 3) for g in grids]
-    assert np.array_equal(np.concatenate([source.token_ids for source in painted]), ids)
+    dit_sources = source_images.for_dit(files, ids, grids, limits, RULE)
+    assert [source.pixels.shape for source in dit_sources] == [(32 * g.height, 32 * g.width, 3) for g in grids]
+    assert np.array_equal(np.concatenate([source.token_ids for source in dit_sources]), ids)
 
 
 def test_patches_match_the_reference_processor(checkpoint_folder: Path) -> None:
     image = picture(700, 530)
     processor = Checkpoint.open(checkpoint_folder).image_processor
     theirs = GlmImageImageProcessorPil.from_pretrained(checkpoint_folder / "processor")([image], return_tensors="np")
-    ours = patches_of(processor, source_images.for_vision([encoded(image)], LIMITS, RULE))
+    ours = patches_of(processor, source_images.for_ar([encoded(image)], LIMITS, RULE))
     assert ours.dtype == np.float32
     assert np.array_equal(ours, theirs["pixel_values"])
 

@@ -173,7 +173,7 @@ class GenerationParameters(SharedParameters):
         self.check_shared(limits)
         sampling = self._sampling(defaults, limits)
         # Last: decoding images takes longer than all other checks.
-        sources = () if self.images is None else source_images.for_vision(self.images, limits, rule or SourceRule())
+        sources = () if self.images is None else source_images.for_ar(self.images, limits, rule or SourceRule())
         requested = self._requested(sources, limits)
         target = geometry.target_grid(geometry.generated_size(requested))
         return ResolvedRequest(
@@ -346,7 +346,7 @@ class PaintRequest(SharedParameters):
         """
         if self.images is None:
             return ()
-        return source_images.for_painting(self.images, self.source_token_ids, self.source_grids, limits, rule)
+        return source_images.for_dit(self.images, self.source_token_ids, self.source_grids, limits, rule)
 
 
 def random_seed() -> int:
