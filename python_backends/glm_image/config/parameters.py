@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,39 +27,28 @@ VARIABLE: Final = re.compile(r"\$\{(\w+)\}")
 class StageParameters:
     """The parameters of both stages."""
 
-    checkpoint: str = field(
-        default="${GLM_IMAGE_CHECKPOINT}",
-        metadata=text(
-            "Folder of the checkpoint; `serve --checkpoint` sets the variable.",
-            allowed="a path; environment variables are filled in",
-        ),
+    checkpoint: str = text(
+        "${GLM_IMAGE_CHECKPOINT}",
+        "Folder of the checkpoint; `serve --checkpoint` sets the variable.",
+        allowed="a path; environment variables are filled in",
     )
-    devices: str = field(
-        default="auto",
-        metadata=text(
-            "Devices of the instances: `;` between instances, `,` between the devices of one instance. `auto` takes "
-            "the accelerators, else the CPU; of several, the first is for `glm_ar` and the others for `glm_dit`.",
-            allowed="auto, or of cpu, cpu:N, cuda:N, npu:N",
-        ),
+    devices: str = text(
+        "auto",
+        "Devices of the instances: `;` between instances, `,` between the devices of one instance. `auto` takes "
+        "the accelerators, else the CPU; of several, the first is for `glm_ar` and the others for `glm_dit`.",
+        allowed="auto, or of cpu, cpu:N, cuda:N, npu:N",
     )
-    load_format: str = field(
-        default="auto",
-        metadata=choice("`dummy` uses random weights of the configured sizes, for benchmarks.", "auto", "dummy"),
+    load_format: str = choice(
+        "auto", ("auto", "dummy"), "`dummy` uses random weights of the configured sizes, for benchmarks."
     )
-    default_timeout_ms: int = field(
-        default=0, metadata=whole("Timeout of requests that do not set `timeout`; 0 = no limit.", low=0, unit="ms")
-    )
-    max_timeout_ms: int = field(
-        default=0, metadata=whole("Longest timeout of any request; 0 = no limit.", low=0, unit="ms")
-    )
-    hang_seconds: float | None = field(
-        default=None,
-        metadata=number(
-            "Duration of one engine command after which its process counts as hung; 0 = never. `auto` is 60 on "
-            "accelerators and 600 on the CPU. See [operations](operations.md).",
-            auto=True,
-            unit="s",
-        ),
+    default_timeout_ms: int = whole(0, "Timeout of requests that do not set `timeout`; 0 = no limit.", low=0, unit="ms")
+    max_timeout_ms: int = whole(0, "Longest timeout of any request; 0 = no limit.", low=0, unit="ms")
+    hang_seconds: float | None = number(
+        None,
+        "Duration of one engine command after which its process counts as hung; 0 = never. `auto` is 60 on "
+        "accelerators and 600 on the CPU. See [operations](operations.md).",
+        auto=True,
+        unit="s",
     )
 
     @property
@@ -86,24 +75,22 @@ class StageParameters:
 class ArParameters(StageParameters):
     """The parameters of ``glm_ar``."""
 
-    engine: ArSettings = field(default_factory=ArSettings, metadata=group(ArSettings))
-    admission: str = field(
-        default="at_once",
-        metadata=choice(
-            "When waiting sequences fill free slots. `gathered` holds them back while `glm_dit` on the same device has "
-            "enough images to denoise; see [placement](placement.md). The profiles for one device set it.",
-            *ADMISSIONS,
-        ),
+    engine: ArSettings = group(ArSettings)
+    admission: str = choice(
+        "at_once",
+        ADMISSIONS,
+        "When waiting sequences fill free slots. `gathered` holds them back while `glm_dit` on the same device has "
+        "enough images to denoise; see [placement](placement.md). The profiles for one device set it.",
     )
-    limits: Limits = field(default_factory=Limits, metadata=group(Limits, LIMIT_PREFIX))
+    limits: Limits = group(Limits, LIMIT_PREFIX)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DitParameters(StageParameters):
     """The parameters of ``glm_dit``."""
 
-    engine: DitSettings = field(default_factory=DitSettings, metadata=group(DitSettings))
-    limits: Limits = field(default_factory=Limits, metadata=group(Limits, LIMIT_PREFIX))
+    engine: DitSettings = group(DitSettings)
+    limits: Limits = group(Limits, LIMIT_PREFIX)
 
     def __post_init__(self) -> None:
         low, high = self.limits.min_side, self.limits.max_side

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from glm_image.request.declaration import choice, share
 
 
 @dataclass(frozen=True)
 class DeviceSettings:
-    """How an engine uses its device; the metadata of each field says what it means."""
+    """How an engine uses its device."""
 
-    dtype: str = field(
-        default="auto",
-        metadata=choice(
-            "Data type of weights and activations. `auto` is bfloat16 on accelerators and float32 on the CPU.",
-            "auto",
-            "float32",
-            "bfloat16",
-        ),
+    dtype: str = choice(
+        "auto",
+        ("auto", "float32", "bfloat16"),
+        "Data type of weights and activations. `auto` is bfloat16 on accelerators and float32 on the CPU.",
     )
-    memory_utilization: float = field(
-        default=0.9,
-        metadata=share(
-            "Share of a device's memory that the stage may use. A stage that needs more is refused before it is "
-            "loaded, with the parameters to lower. Stages on the same device share 1."
-        ),
+    memory_utilization: float = share(
+        0.9,
+        "Share of a device's memory that the stage may use. A stage that needs more is refused before it is loaded, "
+        "with the parameters to lower. The shares of stages on the same device add up to at most 1.",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from glm_image.errors import ConfigurationError
@@ -18,49 +18,36 @@ UNLIMITED: Final = -1
 class CacheSettings:
     """When a step may reuse an earlier step's middle blocks; fields as in cache-dit's ``DBCacheConfig``."""
 
-    Fn_compute_blocks: int = field(
-        default=1,
-        metadata=whole(
-            "Blocks at the front that every step computes; the change of their residual decides about the others.",
-            low=1,
-        ),
+    Fn_compute_blocks: int = whole(
+        1,
+        "Blocks at the front that every step computes; the change of their residual decides about the others.",
+        low=1,
     )
-    Bn_compute_blocks: int = field(default=0, metadata=whole("Blocks at the back that every step computes.", low=0))
-    max_warmup_steps: int = field(default=4, metadata=whole("Steps at the start that compute every block.", low=0))
-    residual_diff_threshold: float = field(
-        default=0.24,
-        metadata=number("Relative L1 change below which a step reuses: 0 never does, 1 and above always does."),
+    Bn_compute_blocks: int = whole(0, "Blocks at the back that every step computes.", low=0)
+    max_warmup_steps: int = whole(4, "Steps at the start that compute every block.", low=0)
+    residual_diff_threshold: float = number(
+        0.24, "Relative L1 change below which a step reuses: 0 never does, 1 and above always does."
     )
-    max_continuous_cached_steps: int = field(
-        default=3, metadata=whole("Consecutive steps that may reuse.", low=0, unlimited=True)
+    max_continuous_cached_steps: int = whole(3, "Consecutive steps that may reuse.", low=0, unlimited=True)
+    max_cached_steps: int = whole(UNLIMITED, "Steps of an image that may reuse.", low=0, unlimited=True)
+    enable_taylorseer: bool = switch(
+        False, "Extrapolate the reused residual (TaylorSeer, Liu et al., 2025) instead of repeating it."
     )
-    max_cached_steps: int = field(
-        default=UNLIMITED, metadata=whole("Steps of an image that may reuse.", low=0, unlimited=True)
+    taylorseer_order: int = whole(1, "The highest derivative of the extrapolation.", low=1)
+    scm_steps_mask_policy: str = choice(
+        "none", SCM_MASK_POLICIES, "A fixed pattern of steps; steps outside its gaps compute every block."
     )
-    enable_taylorseer: bool = field(
-        default=False,
-        metadata=switch("Extrapolate the reused residual (TaylorSeer, Liu et al., 2025) instead of repeating it."),
+    scm_steps_policy: str = choice(
+        "dynamic",
+        SCM_POLICIES,
+        "Steps in a gap of the pattern: `dynamic` compares the change with the threshold, `static` always reuses.",
     )
-    taylorseer_order: int = field(default=1, metadata=whole("The highest derivative of the extrapolation.", low=1))
-    scm_steps_mask_policy: str = field(
-        default="none",
-        metadata=choice("A fixed pattern of steps; steps outside its gaps compute every block.", *SCM_MASK_POLICIES),
-    )
-    scm_steps_policy: str = field(
-        default="dynamic",
-        metadata=choice(
-            "Steps in a gap of the pattern: `dynamic` compares the change with the threshold, `static` always reuses.",
-            *SCM_POLICIES,
-        ),
-    )
-    force_refresh_step_hint: int | None = field(
-        default=None,
-        metadata=whole(
-            "Pass of the transformer before which the cache is cleared, as at the start of an image. Each source image "
-            "is one pass, then each step is one pass for each branch of guidance.",
-            low=0,
-            none=True,
-        ),
+    force_refresh_step_hint: int | None = whole(
+        None,
+        "Pass of the transformer before which the cache is cleared, as at the start of an image. Each source image "
+        "is one pass, then each step is one pass for each branch of guidance.",
+        low=0,
+        none=True,
     )
 
     def check(self, blocks: int) -> None:

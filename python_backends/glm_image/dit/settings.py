@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from glm_image.devices.settings import DeviceSettings
 from glm_image.dit.cache import CacheSettings
-from glm_image.request.declaration import PARAMETER, Parameter, choice, switched_group, text
+from glm_image.request.declaration import Parameter, choice, declare, switched_group, text
 from glm_image.request.geometry import Size
 
-SIZES_ALLOWED = "auto, none, or WIDTHxHEIGHT with commas between"
+
+def _warmup_sizes(default: tuple[Size, ...] | None, help_text: str) -> tuple[Size, ...] | None:
+    allowed = "auto, none, or WIDTHxHEIGHT with commas between"
+    return declare(default, Parameter(help_text, allowed, {"auto": None, "none": ()}, _sizes, sizes_text))
 
 
 def _sizes(given: str) -> tuple[Size, ...]:
@@ -27,64 +29,45 @@ def sizes_text(sizes: tuple[Size, ...]) -> str:
     return ",".join(f"{size.width}x{size.height}" for size in sizes)
 
 
-def _warmup_sizes(help_text: str) -> dict[str, Any]:
-    return {PARAMETER: Parameter(help_text, SIZES_ALLOWED, {"auto": None, "none": ()}, _sizes, sizes_text)}
-
-
 @dataclass(frozen=True)
 class DitSettings(DeviceSettings):
-    """How the DiT engine runs; the metadata of each parameter says what it means.
+    """How the DiT engine runs.
 
     Attributes:
         warmup_sizes: None = the device's default.
         largest_side: the longest side of an image, in pixels.
     """
 
-    quantization: str = field(
-        default="none",
-        metadata=choice(
-            "`int8` and `fp8` store the linear layers of the transformer's blocks in 8 bits and quantize activations "
-            "per token, so matrix multiplications run in 8 bits. `fp8` needs CUDA and compute capability 8.9. Images "
-            "change; see [performance](performance.md).",
-            "none",
-            "int8",
-            "fp8",
-        ),
+    quantization: str = choice(
+        "none",
+        ("none", "int8", "fp8"),
+        "`int8` and `fp8` store the linear layers of the transformer's blocks in 8 bits and quantize activations per "
+        "token, so matrix multiplications run in 8 bits. `fp8` needs CUDA and compute capability 8.9. Images change; "
+        "see [performance](performance.md).",
     )
-    cache: CacheSettings | None = field(
-        default=None,
-        metadata=switched_group(
-            "`cache_dit` lets a denoising step reuse the residual that its middle blocks added in an earlier step; "
-            "see [cached denoising](cached_denoising.md).",
-            CacheSettings,
-            "cache_",
-            on="cache_dit",
-        ),
+    cache: CacheSettings | None = switched_group(
+        CacheSettings,
+        "cache_",
+        "`cache_dit` lets a denoising step reuse the residual that its middle blocks added in an earlier step; see "
+        "[cached denoising](cached_denoising.md).",
+        on="cache_dit",
     )
-    parallel: str = field(
-        default="none",
-        metadata=text(
-            "How the devices of one instance share an image; the factors multiply to the number of devices. "
-            "See [placement](placement.md).",
-            allowed="none, auto, or of cfg=2, ulysses=N, ring=N, tp=N, with commas between",
-        ),
+    parallel: str = text(
+        "none",
+        "How the devices of one instance share an image; the factors multiply to the number of devices. See "
+        "[placement](placement.md).",
+        allowed="none, auto, or of cfg=2, ulysses=N, ring=N, tp=N, with commas between",
     )
-    warmup_sizes: tuple[Size, ...] | None = field(
-        default=None,
-        metadata=_warmup_sizes(
-            "Sizes generated once at load (width first), so that the first request of such a size is as fast as later "
-            "ones. `auto` is 1024x1024 on accelerators and none on the CPU."
-        ),
+    warmup_sizes: tuple[Size, ...] | None = _warmup_sizes(
+        None,
+        "Sizes generated once at load (width first), so that the first request of such a size is as fast as later "
+        "ones. `auto` is 1024x1024 on accelerators and none on the CPU.",
     )
-    vae_tiling: str = field(
-        default="off",
-        metadata=choice(
-            "`on` processes images with a side above 1024 pixels in overlapping tiles that are blended: less memory, "
-            "different pixels. `auto` is on if the largest allowed image does not fit into the memory left by the "
-            "weights; the choice is made at load.",
-            "off",
-            "on",
-            "auto",
-        ),
+    vae_tiling: str = choice(
+        "off",
+        ("off", "on", "auto"),
+        "`on` processes images with a side above 1024 pixels in overlapping tiles that are blended: less memory, "
+        "different pixels. `auto` is on if the largest allowed image does not fit into the memory left by the weights; "
+        "the choice is made at load.",
     )
     largest_side: int = 2048

@@ -1,21 +1,23 @@
 """Configuration parameters declared as dataclass fields: a field's metadata says how its text is read and written.
 
-``max_queue: int = field(default=64, metadata=whole("Requests that may wait.", low=1))`` is the whole declaration of a
-parameter: ``read`` and ``write`` convert between the dataclass and the strings of ``config.pbtxt``, and
-``glm_image.config.docs`` renders the documentation from it. A field without such metadata is no parameter.
+``max_queue: int = whole(64, "Requests that may wait.", low=1)`` is the whole declaration of a parameter: ``read`` and
+``write`` convert between the dataclass and the strings of ``config.pbtxt``, and ``glm_image.config.docs`` renders the
+documentation from it. Other fields of the dataclass are no parameters.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Final, TypeVar
 
 from glm_image.errors import ConfigurationError
 
 C = TypeVar("C")
+N = TypeVar("N", int, float)
+T = TypeVar("T")
 
 PARAMETER: Final = "parameter"
 GROUP: Final = "group"
@@ -83,39 +85,43 @@ class Group:
     switch: Parameter | None = None
 
 
-Metadata = Mapping[str, Any]
-
-
-def group(kind: type, prefix: str = "") -> Metadata:
+def group(kind: type[C], prefix: str = "") -> C:
     """Declares a dataclass of parameters as a field."""
-    return {GROUP: Group(kind, prefix)}
+    return field(default_factory=kind, metadata={GROUP: Group(kind, prefix)})
 
 
-def switched_group(help_text: str, kind: type, prefix: str, *, on: str) -> Metadata:
+def switched_group(kind: type[C], prefix: str, help_text: str, *, on: str) -> C | None:
     """Declares an optional dataclass of parameters, switched by a parameter whose values are ``none`` and ``on``."""
-    return {GROUP: Group(kind, prefix, Parameter(help_text, f"none, {on}", {"none": False, on: True}))}
+    switch = Parameter(help_text, f"none, {on}", {"none": False, on: True})
+    return field(default=None, metadata={GROUP: Group(kind, prefix, switch)})
 
 
-def text(help_text: str, *, allowed: str) -> Metadata:
+def declare(default: T, parameter: Parameter) -> T:
+    """Declares a parameter as a field."""
+    return field(default=default, metadata={PARAMETER: parameter})
+
+
+def text(default: str, help_text: str, *, allowed: str) -> str:
     """Declares a text that is checked elsewhere; ``allowed`` is for the documentation."""
-    return {PARAMETER: Parameter(help_text, allowed, parse=str)}
+    return declare(default, Parameter(help_text, allowed, parse=str))
 
 
-def choice(help_text: str, *values: str, declined: Mapping[str, str] | None = None) -> Metadata:
+def choice(default: str, values: Sequence[str], help_text: str, declined: Mapping[str, str] | None = None) -> str:
     """Declares one of several texts."""
     words = {value: value for value in values}
-    return {PARAMETER: Parameter(help_text, ", ".join(values), words, declined=declined or {})}
+    return declare(default, Parameter(help_text, ", ".join(values), words, declined=declined or {}))
 
 
-def switch(help_text: str) -> Metadata:
+def switch(default: bool, help_text: str) -> bool:
     """Declares ``false`` or ``true``."""
-    return {PARAMETER: Parameter(help_text, "false, true", {"false": False, "true": True})}
+    return declare(default, Parameter(help_text, "false, true", {"false": False, "true": True}))
 
 
-def whole(help_text: str, *, low: int, none: bool = False, unlimited: bool = False, unit: str = "") -> Metadata:
+def whole(default: T, help_text: str, *, low: int, none: bool = False, unlimited: bool = False, unit: str = "") -> T:
     """Declares a whole number of at least ``low``.
 
     Args:
+        default: the default.
         help_text: what it means.
         low: the smallest.
         none: whether ``none`` is allowed too, for None.
@@ -124,26 +130,29 @@ def whole(help_text: str, *, low: int, none: bool = False, unlimited: bool = Fal
     """
     words = {"none": None} if none else {"-1": -1} if unlimited else {}
     allowed = f"{'none, or ' * none}a whole number of at least {low}{', or -1 (no limit)' * unlimited}"
-    return {PARAMETER: Parameter(help_text, allowed, words, lambda number: _whole(number, low), unit=unit)}
+    return declare(default, Parameter(help_text, allowed, words, lambda number: _whole(number, low), unit=unit))
 
 
-def whole_numbers(help_text: str) -> Metadata:
+def whole_numbers(default: tuple[int, ...], help_text: str) -> tuple[int, ...]:
     """Declares a list of whole numbers such as ``8`` or ``[1, 8]``, as a tuple."""
+
+    def write_numbers(value: tuple[int, ...]) -> str:
+        return ",".join(map(str, value))
+
     allowed = "empty, or whole numbers with commas between"
-    return {
-        PARAMETER: Parameter(help_text, allowed, parse=_whole_numbers, write=lambda value: ",".join(map(str, value)))
-    }
+    return declare(default, Parameter(help_text, allowed, parse=_whole_numbers, write=write_numbers))
 
 
-def number(help_text: str, *, auto: bool = False, unit: str = "") -> Metadata:
+def number(default: T, help_text: str, *, auto: bool = False, unit: str = "") -> T:
     """Declares a number of at least 0; with ``auto`` that word is allowed too, for None."""
     words = {"auto": None} if auto else {}
     allowed = f"{'auto, or ' * auto}a number of at least 0"
-    return {PARAMETER: Parameter(help_text, allowed, words, _number, "{:g}".format, unit)}
+    return declare(default, Parameter(help_text, allowed, words, _number, "{:g}".format, unit))
 
 
-def positive(help_text: str, kind: Callable[[str], float], *, unit: str = "") -> Metadata:
-    """Declares a number above 0 of type ``kind``."""
+def positive(default: N, help_text: str, *, unit: str = "") -> N:
+    """Declares a number above 0 of the default's type."""
+    kind = type(default)
 
     def parse(number: str) -> float:
         value = kind(number)
@@ -152,10 +161,10 @@ def positive(help_text: str, kind: Callable[[str], float], *, unit: str = "") ->
         return value
 
     write = "{:g}".format if kind is float else str
-    return {PARAMETER: Parameter(help_text, "a number above 0", parse=parse, write=write, unit=unit)}
+    return declare(default, Parameter(help_text, "a number above 0", parse=parse, write=write, unit=unit))
 
 
-def share(help_text: str) -> Metadata:
+def share(default: float, help_text: str) -> float:
     """Declares a number above 0 and at most 1."""
 
     def parse(number: str) -> float:
@@ -164,7 +173,7 @@ def share(help_text: str) -> Metadata:
             raise ValueError
         return value
 
-    return {PARAMETER: Parameter(help_text, "above 0, at most 1", parse=parse, write="{:g}".format)}
+    return declare(default, Parameter(help_text, "above 0, at most 1", parse=parse, write="{:g}".format))
 
 
 def parameters(kind: type, prefix: str = "") -> Iterator[tuple[str, Parameter, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -19,24 +19,21 @@ OUTPUT_FORMATS: Final = ("raw", "png", "jpeg", "webp")
 class Limits:
     """The largest request the server takes; both stages are configured with the same limits."""
 
-    prompt_characters: int = field(default=8192, metadata=positive("Characters of a prompt.", int))
-    quoted_strings: int = field(default=64, metadata=positive("Quoted strings in a prompt.", int))
-    glyph_tokens: int = field(default=2048, metadata=positive("Tokens of all quoted strings in a prompt.", int))
-    min_side: int = field(default=32, metadata=positive("Shortest side of an image.", int, unit="pixels"))
-    max_side: int = field(default=2048, metadata=positive("Longest side of an image.", int, unit="pixels"))
-    num_inference_steps: int = field(default=200, metadata=positive("Denoising steps.", int))
-    guidance_scale: float = field(default=20.0, metadata=positive("Guidance scale.", float))
-    num_images: int = field(default=8, metadata=positive("Images of a request.", int))
-    source_images: int = field(default=4, metadata=positive("Source images of a request.", int))
-    source_bytes: int = field(
-        default=32 * 1024 * 1024, metadata=positive("Size of each source file.", int, unit="bytes")
+    prompt_characters: int = positive(8192, "Characters of a prompt.")
+    quoted_strings: int = positive(64, "Quoted strings in a prompt.")
+    glyph_tokens: int = positive(2048, "Tokens of all quoted strings in a prompt.")
+    min_side: int = positive(32, "Shortest side of an image.", unit="pixels")
+    max_side: int = positive(2048, "Longest side of an image.", unit="pixels")
+    num_inference_steps: int = positive(200, "Denoising steps.")
+    guidance_scale: float = positive(20.0, "Guidance scale.")
+    num_images: int = positive(8, "Images of a request.")
+    source_images: int = positive(4, "Source images of a request.")
+    source_bytes: int = positive(32 * 1024 * 1024, "Size of each source file.", unit="bytes")
+    source_decoded_pixels: int = positive(
+        50_000_000, "Pixels of each source image as stored in its file.", unit="pixels"
     )
-    source_decoded_pixels: int = field(
-        default=50_000_000, metadata=positive("Pixels of each source image as stored in its file.", int, unit="pixels")
-    )
-    max_source_pixels: int = field(
-        default=4 * 1024 * 1024,
-        metadata=positive("Pixels of all source images together, as scaled for the model.", int, unit="pixels"),
+    max_source_pixels: int = positive(
+        4 * 1024 * 1024, "Pixels of all source images together, as scaled for the model.", unit="pixels"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Final, TypedDict
 
 import numpy as np
@@ -15,7 +15,15 @@ from glm_image.request import geometry, source_images
 from glm_image.request.geometry import Grid, Size, SourceRule
 from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_range, check_token_ids
 from glm_image.request.source_images import Source, SourcePicture
-from glm_image.request.tensors import CheckedElsewhere, Choice, Range, check_fields, request_fields, tensor
+from glm_image.request.tensors import (
+    CheckedElsewhere,
+    Choice,
+    Range,
+    check_fields,
+    request_fields,
+    tensor,
+    tensor_metadata,
+)
 
 DEFAULT_SIDE: Final = 1024
 RANDOM_SEED_BELOW: Final = 2**53  # every JSON client can hold it exactly
@@ -38,53 +46,45 @@ PROMPT_ALLOWED: Final = (
 SIDE: Final = Range("min_side", "max_side")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SharedParameters:
     """The request fields that both stages read."""
 
     prompt: str = field(
-        kw_only=False,
-        metadata=tensor(
+        metadata=tensor_metadata(
             "STRING",
             CheckedElsewhere(PROMPT_ALLOWED),
-            help="Text to render; text in '…', \"…\", “…” or 「…」 is rendered as lettering in the image.",
+            "Text to render; text in '…', \"…\", “…” or 「…」 is rendered as lettering in the image.",
+            shown="",
+        )
+    )
+    _: KW_ONLY
+    images: tuple[bytes, ...] | None = tensor(
+        None,
+        "STRING",
+        CheckedElsewhere(
+            "1 to {source_images} files: PNG, JPEG or WebP, as bytes or base64, with or without a `data:` prefix"
         ),
+        "Source images; they select [image to image](image_to_image.md).",
+        shown="none",
+        name="image",
+        dims=(-1,),
     )
-    images: tuple[bytes, ...] | None = field(
-        default=None,
-        metadata=tensor(
-            "STRING",
-            CheckedElsewhere(
-                "1 to {source_images} files: PNG, JPEG or WebP, as bytes or base64, with or without a `data:` prefix"
-            ),
-            help="Source images; they select [image to image](image_to_image.md).",
-            default="none",
-            name="image",
-            dims=(-1,),
-        ),
+    negative_prompt: str = tensor(
+        "",
+        "STRING",
+        CheckedElsewhere("as `prompt`, may be empty"),
+        "Its quoted text is the glyph condition of the unconditional branch.",
     )
-    negative_prompt: str = field(
-        default="",
-        metadata=tensor(
-            "STRING",
-            CheckedElsewhere("as `prompt`, may be empty"),
-            help="Its quoted text is the glyph condition of the unconditional branch.",
-        ),
+    num_inference_steps: int = tensor(50, "INT32", Range(1, "num_inference_steps"), "Denoising steps.")
+    guidance_scale: float = tensor(
+        1.5, "FP32", Range(0, "guidance_scale"), "Classifier-free guidance; 1 and below disable it."
     )
-    num_inference_steps: int = field(
-        default=50, metadata=tensor("INT32", Range(1, "num_inference_steps"), help="Denoising steps.")
-    )
-    guidance_scale: float = field(
-        default=1.5,
-        metadata=tensor("FP32", Range(0, "guidance_scale"), help="Classifier-free guidance; 1 and below disable it."),
-    )
-    output_format: str = field(
-        default="raw",
-        metadata=tensor(
-            "STRING",
-            Choice(OUTPUT_FORMATS),
-            help="`raw` returns pixels in `images`, the other formats return files in `images_base64`.",
-        ),
+    output_format: str = tensor(
+        "raw",
+        "STRING",
+        Choice(OUTPUT_FORMATS),
+        "`raw` returns pixels in `images`, the other formats return files in `images_base64`.",
     )
 
     def shared(self) -> dict[str, Any]:
@@ -107,56 +107,43 @@ class SharedParameters:
 class GenerationParameters(SharedParameters):
     """A request of ``glm_image``; None = the default of the server or of the checkpoint."""
 
-    height: int | None = field(
-        default=None,
-        metadata=tensor(
-            "INT32",
-            SIDE,
-            help="Pixels. The next multiple of 32 is generated and the image cropped at the top left.",
-            default=f"{DEFAULT_SIDE}; with `image` that of the first source, scaled",
-        ),
+    height: int | None = tensor(
+        None,
+        "INT32",
+        SIDE,
+        "Pixels. The next multiple of 32 is generated and the image cropped at the top left.",
+        shown=f"{DEFAULT_SIDE}; with `image` that of the first source, scaled",
     )
-    width: int | None = field(default=None, metadata=tensor("INT32", SIDE, help="As `height`.", default="as `height`"))
-    seed: int | None = field(
-        default=None,
-        metadata=tensor(
-            "INT64",
-            CheckedElsewhere("any"),
-            help="The metadata reports the seed in use. The same seed gives the same image.",
-            default="random, below 2^53",
-        ),
+    width: int | None = tensor(None, "INT32", SIDE, "As `height`.", shown="as `height`")
+    seed: int | None = tensor(
+        None,
+        "INT64",
+        CheckedElsewhere("any"),
+        "The metadata reports the seed in use. The same seed gives the same image.",
+        shown="random, below 2^53",
     )
-    num_images: int = field(
-        default=1,
-        metadata=tensor(
-            "INT32",
-            Range(1, "num_images"),
-            help="Images to generate. Image i equals the single image of seed + i (modulo 2^64).",
-        ),
+    num_images: int = tensor(
+        1,
+        "INT32",
+        Range(1, "num_images"),
+        "Images to generate. Image i equals the single image of seed + i (modulo 2^64).",
     )
-    temperature: float | None = field(
-        default=None,
-        metadata=tensor(
-            "FP32", Range(0.01, 2.0), help="Temperature of image token sampling.", default="the checkpoint's, else 0.9"
-        ),
+    temperature: float | None = tensor(
+        None, "FP32", Range(0.01, 2.0), "Temperature of image token sampling.", shown="the checkpoint's, else 0.9"
     )
-    top_p: float | None = field(
-        default=None,
-        metadata=tensor(
-            "FP32",
-            Range(0, 1, excludes_low=True),
-            help="Probability mass of nucleus sampling of image tokens.",
-            default="the checkpoint's, else 0.75",
-        ),
+    top_p: float | None = tensor(
+        None,
+        "FP32",
+        Range(0, 1, excludes_low=True),
+        "Probability mass of nucleus sampling of image tokens.",
+        shown="the checkpoint's, else 0.75",
     )
-    top_k: int | None = field(
-        default=None,
-        metadata=tensor(
-            "INT32",
-            Range(1),
-            help="Number of most probable image tokens to sample from.",
-            default="the checkpoint's, else the vision vocabulary",
-        ),
+    top_k: int | None = tensor(
+        None,
+        "INT32",
+        Range(1),
+        "Number of most probable image tokens to sample from.",
+        shown="the checkpoint's, else the vision vocabulary",
     )
 
     def resolve(self, limits: Limits, defaults: Sampling, rule: SourceRule | None = None) -> ResolvedRequest:
@@ -207,19 +194,14 @@ class GenerationParameters(SharedParameters):
 class PreviewParameters:
     """The request fields that ``glm_image_stream`` has in addition."""
 
-    preview_steps: int = field(
-        default=6,
-        metadata=tensor(
-            "INT32",
-            Range(0, 50),
-            help="Denoising steps of a small preview image, sent while the AR stage still decodes; 0 = no preview.",
-        ),
+    preview_steps: int = tensor(
+        6,
+        "INT32",
+        Range(0, 50),
+        "Denoising steps of a small preview image, sent while the AR stage still decodes; 0 = no preview.",
     )
-    preview_every: int = field(
-        default=0,
-        metadata=tensor(
-            "INT32", Range(0, 200), help="Denoising steps between two images of the latents; 0 = no such images."
-        ),
+    preview_every: int = tensor(
+        0, "INT32", Range(0, 200), "Denoising steps between two images of the latents; 0 = no such images."
     )
 
 

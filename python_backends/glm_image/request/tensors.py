@@ -1,16 +1,16 @@
 """Tensors of the models, and request fields declared as dataclass fields that are read from a tensor each.
 
-``num_images: int = field(default=1, metadata=tensor("INT32", Range(1, "num_images"), help="Images to generate."))`` is
-the whole declaration of a request field: the models' configuration, the reader of requests, the check against the
-limits and the documentation are derived from it.
+``num_images: int = tensor(1, "INT32", Range(1, "num_images"), "Images to generate.")`` is the whole declaration of a
+request field: the models' configuration, the reader of requests, the check against the limits and the documentation are
+derived from it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from glm_image.errors import InvalidInputError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from glm_image.request.limits import Limits
 
 TENSOR: Final = "tensor"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,35 +124,40 @@ class RequestField:
             raise InvalidInputError.of(self.spec.name, value, self.allowed.allowed(limits))
 
 
-def tensor(
+def tensor_metadata(
     data_type: str,
     allowed: Range | Choice | CheckedElsewhere,
+    help_text: str,
     *,
-    help: str,
-    default: str | None = None,
+    shown: str | None = None,
     name: str | None = None,
     dims: tuple[int, ...] = (1,),
-) -> Mapping[str, Any]:
-    """Declares a request field, as metadata of a dataclass field.
+) -> dict[str, Any]:
+    """Returns the metadata of a request field.
 
     Args:
         data_type: Triton's name of it, without ``TYPE_``.
         allowed: the values that are allowed.
-        help: Markdown for the documentation.
-        default: the default as the documentation gives it; None = the dataclass field's own.
-        name: the tensor's name; None = the dataclass field's.
+        help_text: Markdown for the documentation.
+        shown: the default as the documentation gives it; None = the field's default.
+        name: the tensor's name; None = the field's.
         dims: -1 = any.
     """
-    return {TENSOR: (TensorSpec(name or "", data_type, dims, optional=True, help=help), allowed, default)}
+    spec = TensorSpec(name or "", data_type, dims, optional=True, help=help_text)
+    return {TENSOR: (spec, allowed, shown)}
+
+
+def tensor(default: T, *declaration: Any, **options: Any) -> T:
+    """Declares a request field with a default; the other arguments are those of ``tensor_metadata``."""
+    return field(default=default, metadata=tensor_metadata(*declaration, **options))
 
 
 def request_fields(kind: type) -> Iterator[RequestField]:
     """Yields the request fields of a dataclass in their order."""
     for item in fields(kind):
         if TENSOR in item.metadata:
-            spec, allowed, default = item.metadata[TENSOR]
-            if default is None:
-                default = "" if item.default is MISSING else f"`{item.default}`" if item.default != "" else '""'
+            spec, allowed, shown = item.metadata[TENSOR]
+            default = shown if shown is not None else f"`{item.default}`" if item.default != "" else '""'
             named = TensorSpec(spec.name or item.name, spec.data_type, spec.dims, spec.optional, spec.help)
             yield RequestField(item.name, named, allowed, default)
 
