@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from PIL import Image
 from glm_image_client.errors import ServerFailure
 from glm_image_client.result import GenerationResult, json_object
 
+RENAMED: Final = {"tokens": "decode"}
+"""Kinds and stages by the names that servers of version 0.1.0 send; accepted for one more version."""
+
 
 @dataclass(frozen=True, eq=False)
 class StreamEvent:
@@ -24,7 +27,6 @@ class StreamEvent:
 
     Attributes:
         kind: ``queued``, ``prefill``, ``decode``, ``preview``, ``denoise`` or ``image``, which is the last one.
-            ``decode`` is ``tokens`` in servers of version 0.1.
         request_id: the id for ``cancel`` and ``status``.
         stage: the request's stage, as in ``status``.
         done: prompts prefilled, tokens sampled or steps taken, of ``total``.
@@ -66,9 +68,9 @@ class StreamEvent:
                 [] if result else [base64.b64decode(file, validate=True) for file in outputs["images_base64"].ravel()]
             )
             return cls(
-                kind=event["event"],
+                kind=RENAMED.get(event["event"], event["event"]),
                 request_id=event["request_id"],
-                stage=event["stage"],
+                stage=RENAMED.get(event["stage"], event["stage"]),
                 done=event["done"],
                 total=event["total"],
                 seconds=event["seconds"],

@@ -20,7 +20,6 @@ STAGES: Final[Mapping[str, str]] = {
     "ar_queue": "queued",
     "prefill": "prefill",
     "decode": "decoding tokens",
-    "tokens": "decoding tokens",  # servers of version 0.1
     "dit_queue": "queued for denoising",
     "condition": "conditioning",
     "denoise": "denoising",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from glm_image.errors import ConfigurationError
@@ -12,6 +13,10 @@ SCM_MASK_POLICIES: Final = ("none", "slow", "medium", "fast", "ultra")
 SCM_POLICIES: Final = ("dynamic", "static")
 
 UNLIMITED: Final = -1
+
+
+STEPS_WITH_A_MASK: Final = 8
+"""cache-dit has masks from here on, and for 4 and 6 steps."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,32 @@ class CacheSettings:
     )
 
     def check(self, blocks: int) -> None:
-        """Raises ConfigurationError where they do not fit a transformer of so many blocks."""
+        """Raises ConfigurationError where the settings do not fit a transformer of so many blocks."""
         front, back = self.Fn_compute_blocks, self.Bn_compute_blocks
         if front + back >= blocks:
             raise ConfigurationError(
                 f"cache_Fn_compute_blocks and cache_Bn_compute_blocks are {front} and {back}; "
                 f"allowed: fewer in all than the transformer's {blocks} blocks"
             )
+        try:
+            self.steps_mask(STEPS_WITH_A_MASK)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"cache_scm_steps_mask_policy is {self.scm_steps_mask_policy!r}, but the package cache-dit cannot be "
+                f"used: {error}"
+            ) from error
 
     def parts(self, blocks: int) -> tuple[range, range, range]:
-        """Returns which of so many blocks are computed always, when nothing is reused, and always again."""
+        """Returns the front, middle and back blocks of a transformer of so many blocks."""
         back = blocks - self.Bn_compute_blocks
         return range(self.Fn_compute_blocks), range(self.Fn_compute_blocks, back), range(back, blocks)
 
+    def steps_mask(self, steps: int) -> tuple[int, ...] | None:
+        """Returns 1 for each step of an image that computes everything and 0 for the others; None without a policy."""
+        return None if self.scm_steps_mask_policy == "none" else _steps_mask(self.scm_steps_mask_policy, steps)
+
     def refresh_step(self, sources: int, branch: int, branches: int) -> int | None:
-        """Returns the step before which a branch forgets; None = never.
+        """Returns the step before which a branch starts anew; None = never.
 
         Args:
             sources: passes of source images before the first step.
@@ -75,3 +91,13 @@ class CacheSettings:
         if self.force_refresh_step_hint is None:
             return None
         return max(0, -(-(self.force_refresh_step_hint - sources - branch) // branches))
+
+
+@lru_cache(maxsize=256)
+def _steps_mask(policy: str, steps: int) -> tuple[int, ...]:
+    # cache-dit has no mask for fewer than 4 steps and for 5 and 7: all of those are computed.
+    if steps < STEPS_WITH_A_MASK and steps not in {4, 6}:
+        return (1,) * steps
+    from cache_dit import steps_mask  # noqa: PLC0415 - takes seconds, which only this policy needs
+
+    return tuple(steps_mask(total_steps=steps, mask_policy=policy))
