@@ -84,7 +84,7 @@ def test_the_warm_up_leaves_nothing_behind(checkpoint_folder: Path) -> None:
 
 
 def test_bfloat16_runs_on_the_cpu(checkpoint_folder: Path) -> None:
-    engine = engine_of(checkpoint_folder, dtype=torch.bfloat16, max_num_seqs=2, max_sequence_tokens=512)
+    engine = engine_of(checkpoint_folder, dtype="bfloat16", max_num_seqs=2, max_sequence_tokens=512)
     first, again = (engine.submit(RequestContext(), resolved(engine, "x")).result(WAIT_SECONDS) for _ in range(2))
     assert first.prior_token_ids.tolist() == again.prior_token_ids.tolist()
     assert first.prior_token_ids.max() < engine.config.codebook_size

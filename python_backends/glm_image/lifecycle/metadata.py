@@ -22,7 +22,7 @@ def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> ArMetadat
     """Returns the metadata that ``glm_ar`` passes to ``glm_dit``."""
     return {
         "tokens": dict(tokens),
-        "seconds": {str(stage): seconds for stage, seconds in context.seconds.items()},
+        "seconds": dict(context.seconds),
         "request_id": context.id,
         "arrived_ns": context.arrived_ns,
         "finished_ns": time.monotonic_ns(),
@@ -90,7 +90,7 @@ def request_metadata(
         model: the checkpoint's ``name`` and ``revision``.
         attention_backend: the DiT's attention implementation, by its name in diffusers.
     """
-    seconds: dict[str, float] = {**request.ar_metadata.get("seconds", {}), **context.seconds}
+    seconds = {**request.ar_metadata.get("seconds", {}), **context.seconds}
     return {
         "version": __version__,
         "seeds": list(request.seeds),

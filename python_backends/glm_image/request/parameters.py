@@ -15,6 +15,7 @@ from glm_image.request import geometry, source_images
 from glm_image.request.geometry import Grid, Size, SourceRule
 from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_range, check_token_ids
 from glm_image.request.source_images import Source, SourcePicture
+from glm_image.request.stages import Stage
 from glm_image.request.tensors import (
     CheckedElsewhere,
     Choice,
@@ -243,7 +244,7 @@ class ArMetadata(TypedDict, total=False):
     """
 
     tokens: Mapping[str, int]
-    seconds: Mapping[str, float]
+    seconds: Mapping[Stage, float]
     request_id: str
     arrived_ns: int
     finished_ns: int
