@@ -16,9 +16,13 @@ from glm_image_client.errors import (
 )
 from glm_image_client.events import StreamEvent
 from glm_image_client.options import (
+    ArOptions,
+    CommonOptions,
+    DitOptions,
     GenerateOptions,
     OutputFormat,
     PaintOptions,
+    PreviewOptions,
     PriorOptions,
     SourceImage,
     StreamOptions,
@@ -27,9 +31,12 @@ from glm_image_client.result import GenerationResult, Metadata, PriorTokens
 from glm_image_client.retries import Retries
 
 __all__ = [
+    "ArOptions",
     "AsyncGlmImageClient",
     "BadArgumentError",
     "BusyError",
+    "CommonOptions",
+    "DitOptions",
     "GenerateOptions",
     "GenerationResult",
     "GlmImageClient",
@@ -37,6 +44,7 @@ __all__ = [
     "Metadata",
     "OutputFormat",
     "PaintOptions",
+    "PreviewOptions",
     "PriorOptions",
     "PriorTokens",
     "RefusedError",

@@ -100,19 +100,19 @@ class PreviewOptions(TypedDict, total=False):
 
 
 class GenerateOptions(CommonOptions, ArOptions, DitOptions, total=False):
-    """Options of ``generate``."""
+    """Options of ``generate``: those of both stages."""
 
 
 class StreamOptions(CommonOptions, ArOptions, DitOptions, PreviewOptions, total=False):
-    """Options of ``stream``."""
+    """Options of ``stream``: those of ``generate`` and of the previews."""
 
 
 class PriorOptions(CommonOptions, ArOptions, total=False):
-    """Options of ``prior_tokens``."""
+    """Options of ``prior_tokens``: those of the AR stage."""
 
 
 class PaintOptions(CommonOptions, DitOptions, total=False):
-    """Options of ``paint``."""
+    """Options of ``paint``: those of the DiT stage."""
 
 
 class Option(NamedTuple):
