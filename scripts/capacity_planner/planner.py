@@ -9,9 +9,10 @@ from typing import Final
 
 from capacity_planner.simulation import Deployment, StageCosts, percentile, poisson_arrivals, saturate, simulate
 from capacity_planner.times import StageTimes, image_tokens
+from glm_image.config.parameters import ArParameters
 from glm_image.config.profiles import PROFILES, Profile
-from glm_image.config.schema import AR_PARAMETERS
 from glm_image.parallel.layout import ParallelLayout
+from glm_image.request.declaration import read
 from glm_image.request.geometry import Size
 from glm_image.sizing.profile_memory import device_bytes, profile_memory
 
@@ -87,12 +88,12 @@ def denoise_seconds(profile: Profile, workload: Workload, times: StageTimes) -> 
 
 def deployment_of(profile: Profile) -> Deployment:
     """Returns the instances of a profile; an instance over several cards is one device here."""
-    values = {spec.name: spec.default for spec in AR_PARAMETERS} | profile.ar.values()
+    parameters = read(ArParameters, profile.ar.values())
     return Deployment(
         ar=tuple(map(",".join, profile.ar.entries)),
         dit=tuple(map(",".join, profile.dit.entries)),
-        slots=int(values["max_num_seqs"]),
-        admission=values["admission"],
+        slots=parameters.engine.max_num_seqs,
+        admission=parameters.admission,
     )
 
 

@@ -27,7 +27,7 @@ from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.parallel.collectives import Group
 from glm_image.request.geometry import prompt_positions
-from glm_image.sizing.memory import ModelSizes, ar_memory
+from glm_image.sizing.memory import PUBLISHED, ModelSizes, ar_memory
 from helpers import MakeCheckpoint
 from live_memory import allocated_peak
 from make_tiny_checkpoint import make_tiny_checkpoint
@@ -125,6 +125,10 @@ def test_the_published_sizes_leave_room_on_a_32_gb_card(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "full", FULL, weights=False)
     checkpoint = Checkpoint.open(folder, "dummy")
     config, itemsize = ArConfig.read(checkpoint), 2
+    assert config == PUBLISHED.decoder
+    memory = ar_memory(PUBLISHED, "bfloat16", 8, 8192)
+    assert memory == ar_memory(sizes_of(folder), "bfloat16", 8, 8192)
+    assert sum(memory.weights.values()) == weight_bytes(config, 2) + Vision.bytes_needed(checkpoint, torch.bfloat16)
     weights = weight_bytes(config, itemsize) + Vision.bytes_needed(checkpoint, torch.bfloat16)
     state = state_bytes(config, 8, 8192, itemsize)
     rest = sum(state.values()) - state["8 x 8192 cached tokens"] + activation_bytes(config, 8, 8192, itemsize)

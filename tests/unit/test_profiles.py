@@ -1,4 +1,4 @@
-"""Profiles: their files, the memory of their cards, their row in the documentation."""
+"""Profiles: their files match their declarations, are accepted by the stages, and fit the devices they name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from glm_image.config import pbtxt
+from glm_image.config.parameters import PARAMETERS
 from glm_image.config.profiles import PROFILES, Profile, StageLayout
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
 from glm_image.devices.discovery import Accelerators
 from glm_image.devices.placement import assign_devices, check_memory_shares
+from glm_image.request.declaration import check_names, read, write
 from glm_image.request.geometry import Size
 from glm_image.sizing.profile_memory import device_bytes, profile_memory
 
@@ -22,7 +23,6 @@ NAMES = [
     "cpu", "npu-1x32g", "npu-1x64g", "npu-2", "npu-8", "npu-8-latency",
     "cuda-1x80g", "cuda-2", "cuda-8", "cuda-8-latency",
 ]  # fmt: skip
-STAGES = {"glm_ar": AR_PARAMETERS, "glm_dit": DIT_PARAMETERS}
 GB = 10**9
 SQUARE = Size(1024, 1024)
 ALLOCATOR_HEADROOM = 0.4 * GB
@@ -44,15 +44,15 @@ def machine_of(profile: Profile) -> Accelerators:
     return Accelerators("cpu") if kind == "cpu" else Accelerators(kind, tuple(map(str, range(len(profile.devices)))))
 
 
-def test_names() -> None:
+def test_profile_names() -> None:
     assert list(PROFILES) == NAMES
     assert [profile.name for profile in PROFILES.values()] == NAMES
     assert not list((REPOSITORY / "glm_image").glob("configs/*"))
 
 
-@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("model", PARAMETERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_has_its_declaration_and_the_defaults(name: str, model: str) -> None:
+def test_file_differs_from_the_default_only_as_declared(name: str, model: str) -> None:
     config, declared = parsed(model, name), layout(PROFILES[name], model)
     assert config == pbtxt.profile_configs(PROFILES[name])[model]
     assert config.instance_group[0].count == len(declared.entries)
@@ -63,9 +63,9 @@ def test_a_file_has_its_declaration_and_the_defaults(name: str, model: str) -> N
     assert config == pbtxt.model_configs()[model]
 
 
-@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("model", PARAMETERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_profile_fits_the_devices_of_its_machine(name: str, model: str) -> None:
+def test_profile_fits_the_devices_of_its_machine(name: str, model: str) -> None:
     profile = PROFILES[name]
     declared, machine = layout(profile, model), machine_of(profile)
     entries = assign_devices(declared.devices, len(declared.entries), machine)
@@ -73,7 +73,7 @@ def test_a_profile_fits_the_devices_of_its_machine(name: str, model: str) -> Non
     check_memory_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
 
 
-def test_layouts_match_their_names() -> None:
+def test_layouts_match_the_profile_names() -> None:
     assert {name: PROFILES[name].processes for name in NAMES} == {
         "cpu": 2, "npu-1x32g": 2, "npu-1x64g": 2, "npu-2": 2, "npu-8": 8, "npu-8-latency": 8,
         "cuda-1x80g": 2, "cuda-2": 2, "cuda-8": 8, "cuda-8-latency": 8,
@@ -92,8 +92,8 @@ def test_layouts_match_their_names() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cpu"])
-def test_a_profile_fits_its_cards(name: str) -> None:
-    """Every instance within its share of the card, with room for the allocator; outside the shares, for contexts."""
+def test_profile_fits_the_memory_of_its_devices(name: str) -> None:
+    """Each instance fits its share, with room for the allocator; outside the shares is room for contexts."""
     profile = PROFILES[name]
     instances = profile_memory(profile, SQUARE)
     for instance in instances:
@@ -110,10 +110,12 @@ def test_only_int8_weights_fit_both_stages_on_the_smallest_card() -> None:
     assert fit == {"npu-1x32g"}
 
 
-@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("model", PARAMETERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_are_allowed(name: str, model: str) -> None:
-    read_parameters(STAGES[model], {key: value.string_value for key, value in parsed(model, name).parameters.items()})
+def test_stages_accept_the_parameters_of_the_profiles(name: str, model: str) -> None:
+    values = {key: value.string_value for key, value in parsed(model, name).parameters.items()}
+    check_names(PARAMETERS[model], values)
+    assert write(read(PARAMETERS[model], values)) == values
 
 
 def rows_of_the_table() -> dict[str, list[str]]:
@@ -123,7 +125,7 @@ def rows_of_the_table() -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
-def test_the_table_of_profiles_has_their_memory() -> None:
+def test_table_of_profiles_has_their_memory() -> None:
     rows = rows_of_the_table()
     assert list(rows) == NAMES
     for name, (_, card, ar, dit) in rows.items():

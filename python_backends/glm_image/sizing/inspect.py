@@ -13,6 +13,7 @@ from typing import Any
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.memory import decoder_parameters
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.layout import (
     COMPONENTS,
     PIPELINE_CLASS,
@@ -21,7 +22,6 @@ from glm_image.checkpoint.layout import (
     read_json,
     read_weight_map,
 )
-from glm_image.config.schema import AR_PARAMETERS
 from glm_image.errors import CheckpointError
 from glm_image.request.geometry import Size
 from glm_image.sizing import parameter_counts
@@ -98,7 +98,7 @@ class Inspection:
 
         A stage may use the share of the card that ``memory_utilization`` allows by default.
         """
-        usable = gigabytes * 1e9 * float(_default("memory_utilization"))
+        usable = gigabytes * 1e9 * ArSettings().memory_utilization
         answers = {}
         for dtype in DTYPE_BYTES:
             needs = {stage.stage: stage.total for stage in self.stages if stage.dtype == dtype}
@@ -126,7 +126,7 @@ class Inspection:
             terms = " + ".join(f"{name} {_gigabytes(size)}" for name, size in sizes if size)
             lines.append(f"  {stage.dtype:<9} {stage.stage:<8} {_gigabytes(stage.total):>9} = {terms}")
         if gigabytes is not None:
-            share = _default("memory_utilization")
+            share = ArSettings().memory_utilization
             lines += ["", f"fits a card of {gigabytes:g} GB, of which memory_utilization allows {share}"]
             for dtype, answers in self.fits(gigabytes).items():
                 verdicts = ", ".join(f"{name} {'yes' if fits else 'no'}" for name, fits in answers.items())
@@ -242,11 +242,7 @@ def _stages(configs: Mapping[str, Mapping[str, Any]]) -> list[StageMemory]:
 
 
 def _slots() -> tuple[int, int]:
-    return int(_default("max_num_seqs")), int(_default("max_sequence_tokens"))
-
-
-def _default(name: str) -> str:
-    return next(spec.default for spec in AR_PARAMETERS if spec.name == name)
+    return ArSettings().max_num_seqs, ArSettings().max_sequence_tokens
 
 
 def _token_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from glm_image.config.profiles import Profile, StageLayout
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, ParameterSpec
+from glm_image.ar.settings import ArSettings
+from glm_image.config.profiles import Profile
 from glm_image.devices.placement import Entry
+from glm_image.dit.settings import DitSettings
+from glm_image.request.declaration import read
 from glm_image.request.geometry import Size
 from glm_image.sizing.memory import PUBLISHED, StageMemory, ar_memory, dit_memory
 
@@ -36,7 +37,14 @@ class InstanceMemory:
 
 def profile_memory(profile: Profile, size: Size) -> list[InstanceMemory]:
     """Returns the memory of every instance of a profile that generates images of a size."""
-    return [*_instances(profile.ar, AR_PARAMETERS, size), *_instances(profile.dit, DIT_PARAMETERS, size)]
+    ar, dit = read(ArSettings, profile.ar.values()), read(DitSettings, profile.dit.values())
+    slots, positions = ar.max_num_seqs, ar.max_sequence_tokens
+    instances = []
+    for entry in profile.ar.entries:
+        memory = ar_memory(PUBLISHED, DTYPE, slots, positions, int8=ar.int8, ranks=len(entry))
+        instances.append(InstanceMemory(entry, memory, ar.memory_utilization))
+    memory = dit_memory(PUBLISHED, DTYPE, size, quantized=dit.quantization != "none")
+    return [*instances, *(InstanceMemory(entry, memory, dit.memory_utilization) for entry in profile.dit.entries)]
 
 
 def device_bytes(profile: Profile, size: Size) -> dict[str, int]:
@@ -46,15 +54,3 @@ def device_bytes(profile: Profile, size: Size) -> dict[str, int]:
         for device in instance.devices:
             needed[device] += instance.memory.total
     return needed
-
-
-def _instances(layout: StageLayout, specs: tuple[ParameterSpec, ...], size: Size) -> Iterator[InstanceMemory]:
-    values = {spec.name: spec.default for spec in specs} | layout.values()
-    quantized = values["quantization"] != "none"
-    for entry in layout.entries:
-        if specs is AR_PARAMETERS:
-            slots, positions = int(values["max_num_seqs"]), int(values["max_sequence_tokens"])
-            memory = ar_memory(PUBLISHED, DTYPE, slots, positions, int8=quantized, ranks=len(entry))
-        else:
-            memory = dit_memory(PUBLISHED, DTYPE, size, quantized=quantized)
-        yield InstanceMemory(entry, memory, float(values["memory_utilization"]))
