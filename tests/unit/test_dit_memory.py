@@ -46,10 +46,11 @@ def weights_of(module: Any) -> int:
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_the_loaded_engine(checkpoint_folder: Path, dtype: torch.dtype, quantization: str) -> None:
-    settings = DitSettings(dtype=dtype, quantization=quantization)
+    name = str(dtype).removeprefix("torch.")
+    settings = DitSettings(dtype=name, quantization=quantization)
     engine = DitEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), settings)
     executor: Any = engine.executor
-    sizes, name = sizes_of(Checkpoint.open(checkpoint_folder)), str(dtype).removeprefix("torch.")
+    sizes = sizes_of(Checkpoint.open(checkpoint_folder))
     assert dit_memory(sizes, name, SIZE, quantized=quantization == "int8").weights == {
         "transformer": weights_of(executor._model.transformer),
         "text_encoder": weights_of(executor._conditioner._glyph_encoder),
