@@ -23,7 +23,7 @@ import json, resource, sys
 from pathlib import Path
 import numpy as np
 import torch
-from glm_image.checkpoint import Checkpoint
+from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.dit.engine import DitEngine, DitSettings
 from glm_image.errors import DeviceMemoryError
