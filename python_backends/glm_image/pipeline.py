@@ -115,9 +115,7 @@ class LocalPipeline:
     def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedPictures:
         """Runs the second stage."""
         context = context or RequestContext()
-        request.check(self._limits, self.dit.codebook_size)
-        sources = request.read_sources(self._limits, self.dit.source_rule)
-        result = self.dit.finish(context, request, self.dit.denoise(context, request, sources))
+        result = self.dit.paint(context, request, self._limits).result()
         metadata = request_metadata(self.checkpoint, context, request, self.dit.attention_backend)
         return GeneratedPictures(result.pixels, result.encoded, metadata)
 

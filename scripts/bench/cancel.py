@@ -110,13 +110,13 @@ def measure_dit(engine: DitEngine, ends: StepEnds, size: Size) -> None:
     """Cancels a painting at different moments of a step."""
     request, waits, after_step = paint_request(size, 50), [], []
     whole = RequestContext()
-    engine.finish(whole, request, engine.denoise(whole, request))
+    engine.paint(whole, request, Limits()).result()
     step, ends.longest = whole.seconds["denoise"] / 50, 0.0
     with ThreadPoolExecutor(1) as pool:
         for index in range(REPEATS):
             context = RequestContext()
             there = cancel_after(context, "denoise", 10)
-            answer = pool.submit(engine.denoise, context, request)
+            answer = pool.submit(engine.paint, context, request, Limits())
             there.wait()
             time.sleep(step * index / REPEATS)
             began = time.perf_counter()
@@ -153,7 +153,7 @@ def measure_memory(device: Device, ar: ArEngine | None, dit: DitEngine | None, s
 
     def pixels(engine: DitEngine) -> np.ndarray:
         request = paint_request(size, 20)
-        return engine.finish(RequestContext(), request, engine.denoise(RequestContext(), request)).pixels
+        return engine.paint(RequestContext(), request, Limits()).result().pixels
 
     works = ([partial(tokens, ar)] if ar else []) + ([partial(pixels, dit)] if dit else [])
     for work in works:

@@ -35,6 +35,7 @@ from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.request import geometry
 from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 
 STEPS = 50
@@ -181,7 +182,7 @@ def paint(engine: DitEngine, grid: Grid, steps: int, guidance: float) -> Painted
     )
     context = RequestContext()
     started = time.perf_counter()
-    result = engine.finish(context, request, engine.denoise(context, request))
+    result = engine.paint(context, request, Limits()).result()
     return Painted(time.perf_counter() - started, context, result.pixels)
 
 

@@ -36,6 +36,7 @@ from glm_image.lifecycle.context import Progress, RequestContext
 from glm_image.lifecycle.preview_rpc import packed_picture
 from glm_image.lifecycle.registry import RequestRegistry
 from glm_image.request.geometry import Grid, Size, generated_size, painted_size, preview_grid, target_grid
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 
 PREVIEW_STEPS = 6
@@ -111,7 +112,7 @@ def listened(context: RequestContext, clocks: Clocks, heard: list[object]) -> It
 
 def denoise(engine: DitEngine, context: RequestContext, request: PaintRequest) -> float:
     """Paints; returns the seconds of its steps, and all that is done between them."""
-    engine.finish(context, request, engine.denoise(context, request))
+    engine.paint(context, request, Limits()).result()
     return context.seconds["denoise"]
 
 

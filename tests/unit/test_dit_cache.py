@@ -102,9 +102,7 @@ def edit_request(**changed: Any) -> PaintRequest:
 
 
 def paint(engine: DitEngine, asked: PaintRequest, context: RequestContext | None = None) -> DitResult:
-    context = context or RequestContext()
-    sources = asked.read_sources(Limits(), engine.source_rule)
-    return engine.finish(context, asked, engine.denoise(context, asked, sources))
+    return engine.paint(context or RequestContext(), asked, Limits()).result()
 
 
 @pytest.mark.parametrize("settings", [NEVER, ASKED, replace(NEVER, Fn_compute_blocks=2, Bn_compute_blocks=2)], ids=str)

@@ -128,7 +128,7 @@ def test_warming_up_counts_as_no_work(painter: DitEngine, records: Records) -> N
 @pytest.mark.parametrize(("output_format", "encoded"), [("raw", 0), ("png", 2)])
 def test_pictures_are_counted(painter: DitEngine, records: Records, output_format: str, encoded: int) -> None:
     context, request = RequestContext(), paint_request(3, output_format)
-    painter.finish(context, request, painter.denoise(context, request))
+    painter.paint(context, request, Limits()).result()
     assert records.times(dit.STEP_SECONDS) == 6
     assert sum(value * times for measure, value, times in records.values if measure is dit.STEP_SECONDS) == (
         pytest.approx(context.seconds["denoise"], rel=0.1)
@@ -144,6 +144,6 @@ def test_a_cancelled_picture_leaves_the_steps_it_took(painter: DitEngine, record
     context = RequestContext()
     context.on_progress = lambda progress: context.cancel() if progress.done == 4 else None
     with pytest.raises(CancelledError):
-        painter.denoise(context, paint_request(3, "raw"))
+        painter.paint(context, paint_request(3, "raw"), Limits())
     assert records.times(dit.STEP_SECONDS) == 4
     assert records.of(dit.IMAGES) == []

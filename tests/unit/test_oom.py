@@ -27,9 +27,10 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.dit.engine import DitEngine, DitSettings
 from glm_image.errors import DeviceMemoryError
-from glm_image.geometry import Grid, Size
-from glm_image.job import Job
-from glm_image.request import PaintRequest
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import PaintRequest
 
 torch.set_num_threads(1)
 engine = DitEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), DitSettings())
@@ -37,7 +38,7 @@ engine = DitEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), DitSe
 def paint(side):
     tokens = np.zeros((1, side * side), np.int32)
     request = PaintRequest("x", tokens, Grid(side, side), Size(32 * side, 32 * side), (1,), num_inference_steps=2)
-    return engine.finish(Job(), request, engine.denoise(Job(), request)).pixels
+    return engine.paint(RequestContext(), request, Limits()).result().pixels
 
 before = paint(2)
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -19,6 +19,7 @@ from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 
 GRID = Grid(2, 2)
@@ -32,8 +33,7 @@ def painted(engine: DitEngine) -> np.ndarray:
     tokens = np.arange(GRID.tokens, dtype=np.int32)[None]
     size = Size(GRID.height * 32, GRID.width * 32)
     request = PaintRequest("a 'b'", tokens, GRID, size, seeds=(3,), num_inference_steps=4)
-    context = RequestContext()
-    return engine.finish(context, request, engine.denoise(context, request)).pixels
+    return engine.paint(RequestContext(), request, Limits()).result().pixels
 
 
 def test_int8_paints_nearly_the_same_picture_with_less_memory(checkpoint_folder: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from glm_image.config.cache import cache_settings
 from glm_image.config.instance import Instance
 from glm_image.config.schema import DIT_PARAMETERS
-from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES, QUEUE_SECONDS
+from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
 from glm_image.ipc import Message
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
-from glm_image.lifecycle.metadata import queued_seconds, read_ar_metadata, request_metadata
+from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import PREVIEW, answer_preview, packed_picture, read_preview
 from glm_image.lifecycle.registry import RequestRegistry
 from glm_image.lifecycle.stream_options import StreamOptions
@@ -39,11 +39,10 @@ from glm_image.telemetry.heartbeat import Heartbeat
 from glm_image.telemetry.request_log import Entry, RequestLog
 from glm_image.telemetry.tracing import RequestTracing
 
+if TYPE_CHECKING:
+    from glm_image.dit.engine import DitResult
+
 logger = logging.getLogger(__name__)
-
-UNFINISHED_REQUESTS = 2
-"""Requests that may wait for the VAE and the encoder, their latents in the device's memory."""
-
 
 IDLE_NS = NANOSECONDS // 20
 """Longer than Triton takes to hand an instance the next request that waits."""
@@ -121,8 +120,6 @@ class DitBackend:
         )
         self._painting.publish = self._reception.publish
         self._busy = BusyPeriod()
-        self._finisher = None if device.is_host else ThreadPoolExecutor(1, thread_name_prefix="dit-finisher")
-        self._may_wait = threading.Semaphore(UNFINISHED_REQUESTS)
         self._pulse.start()
 
     def execute(self, requests: list[Any]) -> None:
@@ -140,8 +137,6 @@ class DitBackend:
     def finalize(self) -> None:
         """Finishes what is denoised."""
         self._pulse.close()
-        if self._finisher is not None:
-            self._finisher.shutdown(wait=True)
         self._engine.close()
         self._reception.close()
         self._metrics.close()
@@ -159,17 +154,8 @@ class DitBackend:
         self._painting.begin(context, len(paint.seeds))
         self._reception.begin(context, answer)
         self._show(context, StreamOptions.read(request.parameters()).pictures_every)
-        waited = queued_seconds(paint.ar_metadata)
-        context.add_seconds("dit_queue", waited)
-        self._metrics.record(QUEUE_SECONDS, waited)
-        paint.check(self._limits, self._engine.codebook_size)
-        sources = paint.read_sources(self._limits, self._engine.source_rule)
-        pictures = self._engine.denoise(context, paint, sources)
-        self._may_wait.acquire()
-        if self._finisher is None:
-            self._finish(answer, context, paint, pictures)
-        else:
-            self._finisher.submit(self._finish, answer, context, paint, pictures)
+        painted = self._engine.paint(context, paint, self._limits)
+        painted.add_done_callback(partial(self._answer, answer, context, paint))
 
     def _show(self, context: RequestContext, pictures_every: int) -> None:
         def show(pixels: NDArray[np.uint8]) -> None:
@@ -200,9 +186,11 @@ class DitBackend:
         context.deadline_ns = deadline_ns or context.deadline_ns
         return context
 
-    def _finish(self, answer: Responder, context: RequestContext, paint: PaintRequest, pictures: list[int]) -> None:
+    def _answer(
+        self, answer: Responder, context: RequestContext, paint: PaintRequest, painted: Future[DitResult]
+    ) -> None:
         try:
-            result = self._engine.finish(context, paint, pictures)
+            result = painted.result()
             raw = paint.output_format == "raw"
             metadata = request_metadata(self._checkpoint, context, paint, self._engine.attention_backend)
             answer.send(
@@ -214,8 +202,6 @@ class DitBackend:
             )
         except Exception as error:  # whatever it is, the client must get an answer
             answer.fail(error)
-        finally:
-            self._may_wait.release()
 
 
 def _told(paint: PaintRequest) -> dict[str, Any]:
