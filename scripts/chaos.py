@@ -33,7 +33,7 @@ from typing import Any
 
 from bench.soak import processes, resident_bytes, tiny_checkpoint
 from chaos_requests import ENDINGS, GOOD, KINDS, Asked, Server, ask_any, fault_of
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.restarts import RestartPolicy, keep_running
 from glm_image.supervisor.watchdog import SHARED_MEMORY, children_of
 
@@ -106,7 +106,7 @@ class Chaos:
     """A server that is kept running, its clients, and who breaks it."""
 
     def __init__(self, checkpoint: Path, seed: int) -> None:
-        self._server = TritonServer(checkpoint, drain_seconds=30)
+        self._server = TritonServer(ServerSettings(checkpoint, drain_seconds=30))
         self._dice = random.Random(seed)
         self._ready = threading.Semaphore(0)
         self._broken: list[list[float]] = []  # from a blow until the server is back

@@ -31,7 +31,8 @@ from glm_image.dit.commands import Command, Estimate, Prepare, Result, Step
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.scheduler import Run
 from glm_image.dit.settings import DitSettings
-from glm_image.ipc import EventListener, IpcServer
+from glm_image.ipc.client import EventListener
+from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import Progress, RequestContext
 from glm_image.lifecycle.preview_rpc import packed_picture
 from glm_image.lifecycle.registry import RequestRegistry

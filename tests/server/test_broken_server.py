@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from glm_image.lifecycle.metadata import STAGES
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from server.kserve import KServeError, Values, grpc_infer
 from server.served import HeldRequest, Served, ask, ended, wait_for_log, write_model
 from server.test_metrics import page_when
@@ -200,7 +200,9 @@ def test_a_stop_between_restarts(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_drained_server_finishes_both_stages(tiny_checkpoint: Path, same_threads: None, tmp_path: Path) -> None:
     """A request that is in the first stage when the server is asked to end still becomes a picture."""
-    with TritonServer(tiny_checkpoint, drain_seconds=60, request_log=tmp_path / "requests.jsonl") as server:
+    with TritonServer(
+        ServerSettings(tiny_checkpoint, drain_seconds=60, request_log=tmp_path / "requests.jsonl")
+    ) as server:
         expected = grpc_infer(server, PICTURE)["images"]
         with pytest.raises(KServeError):
             grpc_infer(server, {**PICTURE, "height": 0})
@@ -224,7 +226,7 @@ def test_a_drained_server_finishes_both_stages(tiny_checkpoint: Path, same_threa
 def test_a_drained_server_finishes_what_a_stage_was_asked_directly(tiny_checkpoint: Path, same_threads: None) -> None:
     """It is unloaded meanwhile, and so is the stage that does the unloading."""
     asked: Values = {"prompt": "a fox", "num_inference_steps": 20}
-    with TritonServer(tiny_checkpoint, drain_seconds=60) as server:
+    with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=60)) as server:
         prior = grpc_infer(server, PICTURE, "glm_ar")
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(grpc_infer, server, {**asked, **prior}, "glm_dit")

@@ -12,7 +12,7 @@ import pytest
 
 from glm_image.config.profiles import PROFILES
 from glm_image.config.schema import DIT_PARAMETERS
-from glm_image.supervisor import ServerStartError, TritonServer
+from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from server.kserve import at_once, grpc_infer
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -47,7 +47,9 @@ def expected_refusal(name: str) -> str | None:
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.full) for name in MANY)])
 def test_a_profile_is_served(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    server = TritonServer(tiny_checkpoint, model_repository=on_cpu_cards(tmp_path), profile=name, drain_seconds=5)
+    server = TritonServer(
+        ServerSettings(tiny_checkpoint, model_repository=on_cpu_cards(tmp_path), profile=name, drain_seconds=5)
+    )
     if refusal := expected_refusal(name):
         with pytest.raises(ServerStartError, match=refusal):
             server.__enter__()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_image.supervisor import ServerStartError, TritonServer
+from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from glm_image.supervisor.settings import free_ports
 from glm_image.supervisor.watchdog import SHARED_MEMORY
 from server.served import (
@@ -109,7 +109,7 @@ def served(checkpoint: Path, repository: Path) -> Iterator[Served]:
 
 
 def test_models_get_the_package_the_checkpoint_and_the_profile(checkpoint: Path, repository: Path) -> None:
-    with TritonServer(checkpoint, model_repository=repository, profile="special") as server:
+    with TritonServer(ServerSettings(checkpoint, model_repository=repository, profile="special")) as server:
         assert ask(server.http_url, "tell") == {
             "package": str(REPOSITORY_ROOT / "python_backends" / "glm_image"),
             "checkpoint": str(checkpoint),
@@ -127,7 +127,7 @@ def test_models_get_the_package_the_checkpoint_and_the_profile(checkpoint: Path,
 
 
 def test_servers_stand_side_by_side_and_stop_alone(checkpoint: Path, repository: Path, served: Served) -> None:
-    with TritonServer(checkpoint, model_repository=repository) as other:
+    with TritonServer(ServerSettings(checkpoint, model_repository=repository)) as other:
         assert other.http_url != served.http_url
         assert served.stop(signal.SIGTERM) == 0
         served.assert_gone()
@@ -194,14 +194,14 @@ def test_a_failing_model_is_told_in_its_own_words(checkpoint: Path, repository: 
         told = served.log.read_text().splitlines()[-1]
         assert told == 'error: broken failed to load: vae/config.json has no "latents_mean"'
         with pytest.raises(ServerStartError, match="broken failed to load: vae"):
-            TritonServer(checkpoint, model_repository=repository).__enter__()
+            TritonServer(ServerSettings(checkpoint, model_repository=repository)).__enter__()
 
 
 def test_a_model_without_code_is_told_of(checkpoint: Path, repository: Path) -> None:
     write_model(repository, "empty", "")
     (repository / "empty" / "1" / "model.py").unlink()
     with pytest.raises(ServerStartError, match=r"Python model file not found in '.*/empty/1/model\.py'"):
-        TritonServer(checkpoint, model_repository=repository).__enter__()
+        TritonServer(ServerSettings(checkpoint, model_repository=repository)).__enter__()
 
 
 def test_a_stop_while_loading(checkpoint: Path, repository: Path) -> None:
@@ -241,7 +241,7 @@ def test_another_port_is_taken_when_a_chosen_one_is_lost(
         lost = listener.getsockname()[1]
         choices = iter([[*free_ports("127.0.0.1", 2), lost], free_ports("127.0.0.1", 3)])  # the last one is for HTTP
         monkeypatch.setattr("glm_image.supervisor.settings.free_ports", lambda *_: next(choices))
-        with TritonServer(checkpoint, model_repository=repository) as server:
+        with TritonServer(ServerSettings(checkpoint, model_repository=repository)) as server:
             assert server.http_url != f"127.0.0.1:{lost}"
             assert isinstance(ask(server.http_url, "tell"), dict)
     assert next(choices, None) is None

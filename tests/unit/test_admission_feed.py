@@ -17,8 +17,9 @@ from glm_image.ar.scheduler import Run
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
-from glm_image.ipc import Follower, IpcServer
 from glm_image.ipc.protocol import Event
+from glm_image.ipc.server import IpcServer
+from glm_image.ipc.subscriber import Subscriber
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.lifecycle.downstream import TOPIC, DitLoad, DitLoadReporter
 from glm_image.request.limits import Limits
@@ -55,7 +56,7 @@ class FirstStage:
         self.steps = 0
         self.backlog = DitLoad()
         self.heard = threading.Semaphore(0)
-        self.follower = Follower(folder, "glm_dit_", TOPIC, self._hear)
+        self.follower = Subscriber(folder, "glm_dit_", TOPIC, self._hear)
         settings = ArSettings(max_num_seqs=SLOTS, max_sequence_tokens=512)
         self.engine = ArEngine(
             Checkpoint.open(checkpoint),
@@ -108,7 +109,7 @@ def test_who_waits_decodes_together_when_the_painter_says_so(first: FirstStage, 
     alone = [first.engine.submit(RequestContext(), first.request(seed)).result(WAIT_SECONDS) for seed in range(3)]
     assert first.steps == 3 * (TOKENS - 1)
     busy = painter.begin(3)
-    first.follower.look()
+    first.follower.discover()
     first.hear()
     waiting = [first.engine.submit(RequestContext(), first.request(seed)) for seed in range(3)]
     assert first.backlog.pictures() == 2
@@ -122,7 +123,7 @@ def test_who_waits_decodes_together_when_the_painter_says_so(first: FirstStage, 
 
 def test_a_full_batch_and_a_request_of_several_pictures_go_on(first: FirstStage, painter: Painter) -> None:
     painter.begin(9)
-    first.follower.look()
+    first.follower.discover()
     first.hear()
     more = first.engine.submit(RequestContext(), first.request(0, pictures=SLOTS + 1))
     assert more.result(WAIT_SECONDS).prior_token_ids.shape == (SLOTS + 1, 2)
@@ -131,7 +132,7 @@ def test_a_full_batch_and_a_request_of_several_pictures_go_on(first: FirstStage,
 
 def test_who_waits_can_be_cancelled_run_out_of_time_and_be_told_of_the_end(first: FirstStage, painter: Painter) -> None:
     painter.begin(9)
-    first.follower.look()
+    first.follower.discover()
     first.hear()
     unwanted = RequestContext()
     cancelled = first.engine.submit(unwanted, first.request(1))
@@ -155,12 +156,12 @@ def test_who_waits_can_be_cancelled_run_out_of_time_and_be_told_of_the_end(first
 
 
 def test_a_painter_that_comes_later_or_again_is_heard(first: FirstStage, tmp_path: Path) -> None:
-    first.follower.look()
+    first.follower.discover()
     assert first.backlog.pictures() is None
     for pictures in (5, 7):
         painter = Painter(tmp_path)
         painter.begin(pictures)
-        first.follower.look()
+        first.follower.discover()
         while first.backlog.pictures() != pictures - 1:
             first.hear()
         painter.node.close()

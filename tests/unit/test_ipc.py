@@ -14,8 +14,9 @@ import pytest
 
 from glm_image.ar.sequence import Request, Running, report_progress
 from glm_image.errors import InvalidInputError
-from glm_image.ipc import EventListener, IpcServer, Message, call_all
-from glm_image.ipc.protocol import key_of
+from glm_image.ipc.client import EventListener, call_all
+from glm_image.ipc.protocol import Message, key_of
+from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.control import ANSWER_SECONDS, control
 from glm_image.lifecycle.registry import RequestRegistry
@@ -175,13 +176,13 @@ def test_an_engine_is_never_kept_waiting(stages: tuple[Stage, Stage], tmp_path: 
 def test_an_answer_may_take_its_time_and_carry_bytes(stages: tuple[Stage, Stage], tmp_path: Path) -> None:
     _, dit = stages
     threading.Timer(0.05, lambda: dit.preview.set_result(Message({"size": [1, 2]}, [b"\0pixels"]))).start()
-    (answer,) = call_all(tmp_path, Message({"action": "preview"}, [b"tokens"]), SECONDS, "glm_dit").answers.values()
+    (answer,) = call_all(tmp_path, Message({"action": "preview"}, [b"tokens"]), SECONDS, "glm_dit").replies.values()
     assert (answer.fields, answer.parts) == ({"size": [1, 2]}, [b"\0pixels"])
 
 
 @pytest.mark.parametrize("action", ["fault", "no such"])
 def test_a_fault_is_answered_and_the_node_goes_on(stages: tuple[Stage, Stage], tmp_path: Path, action: str) -> None:
-    answers = call_all(tmp_path, Message({"action": action}), SECONDS).answers
+    answers = call_all(tmp_path, Message({"action": action}), SECONDS).replies
     assert {name: bool(answer.fields["error"]) for name, answer in answers.items()} == {
         "glm_ar_0": True,
         "glm_dit_0": True,

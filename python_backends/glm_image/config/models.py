@@ -7,8 +7,5 @@ from typing import Final
 ENTRY_MODELS: Final = ("glm_image", "glm_image_stream")
 """A server that drains unloads them first."""
 
-DRAINED: Final = "has no requests and takes no more"
-"""What an instance of one logs, if it is the only one, before Triton has unloaded it."""
-
 STAGES: Final = ("glm_control", "glm_dit", "glm_ar")
 """What it unloads when no request is left; the last one unloads them all."""

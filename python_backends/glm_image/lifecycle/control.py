@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from glm_image.errors import InvalidInputError
-from glm_image.ipc import Message, Replies, call_all
-from glm_image.ipc.protocol import Event
+from glm_image.ipc.client import Replies, call_all
+from glm_image.ipc.protocol import Event, Message
 
 ACTIONS = ("cancel", "status")
 ANSWER_SECONDS = 1.0

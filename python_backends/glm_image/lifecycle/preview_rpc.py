@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.ipc import Message, call_one, nodes
+from glm_image.ipc.client import call_one
+from glm_image.ipc.protocol import Message, instance_sockets
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.request.geometry import Grid, painted_size
 from glm_image.request.parameters import PaintRequest
@@ -78,7 +79,7 @@ def ask_preview(
         "seed": tokens.seed,
     }
     question = Message(fields, [tokens.token_ids.tobytes()])
-    painters = [name for name in nodes(directory) if name.startswith(PAINTER)]
+    painters = [name for name in instance_sockets(directory) if name.startswith(PAINTER)]
     for name in random.sample(painters, len(painters)):
         answer = call_one(directory, name, question, WORTH_SECONDS)
         if answer is not None and "error" not in answer.fields:

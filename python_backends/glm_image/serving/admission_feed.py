@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from glm_image import ipc
 from glm_image.ar.admission import BatchAdmission
 from glm_image.config.instance import Instance
-from glm_image.ipc.run_directory import VARIABLE
+from glm_image.ipc.protocol import socket_directory
+from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.ipc.subscriber import Subscriber
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.downstream import TOPIC, DitLoad
 from glm_image.serving.responder import Responder
@@ -31,7 +32,7 @@ class AdmissionFeed:
 
     def __init__(self, folder: Path) -> None:
         self._backlog = DitLoad()
-        self._follower = ipc.Follower(folder, PAINTERS, TOPIC, self._backlog.hear)
+        self._follower = Subscriber(folder, PAINTERS, TOPIC, self._backlog.hear)
         self.admission = BatchAdmission(self._backlog)
 
     @classmethod
@@ -39,18 +40,18 @@ class AdmissionFeed:
         """Returns what an instance's parameters ask for; None where sequences are let in at once."""
         if instance.parameters["admission"] != "gathered":
             return None
-        folder = ipc.folder()
+        folder = socket_directory()
         if folder is None:
             logger.warning(
                 "admission is gathered, but %s is not set, so nothing is heard of glm_dit: requests are let in at once",
-                VARIABLE,
+                RUN_DIRECTORY_VARIABLE,
             )
             return None
         return cls(folder)
 
     def expect(self, context: RequestContext, pictures: int, answer: Responder) -> None:
         """Takes a request, to be counted when its tokens are handed on."""
-        self._follower.look()
+        self._follower.discover()
 
         def hand_on(error: BaseException | None) -> None:
             if error is None:

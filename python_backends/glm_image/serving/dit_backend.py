@@ -19,7 +19,7 @@ from glm_image.config.instance import Instance
 from glm_image.config.schema import DIT_PARAMETERS
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
-from glm_image.ipc import Message
+from glm_image.ipc.protocol import Message
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata

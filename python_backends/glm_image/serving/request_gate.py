@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from glm_image import ipc
 from glm_image.config.instance import Instance
-from glm_image.ipc import Handler, IpcServer, Message
-from glm_image.ipc.protocol import Event, Publish, publish_nothing
-from glm_image.ipc.run_directory import VARIABLE
+from glm_image.ipc.protocol import Event, Message, Publish, publish_nothing, socket_directory
+from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.registry import RequestRegistry
 from glm_image.serving.responder import Responder
@@ -106,9 +105,9 @@ def _open_node(
     handlers: Mapping[str, Handler],
     topics: Mapping[bytes, Callable[[], None]],
 ) -> IpcServer | None:
-    folder = ipc.folder()
+    folder = socket_directory()
     if folder is None:
-        logger.info("%s is not set: requests cannot be cancelled or watched by their id", VARIABLE)
+        logger.info("%s is not set: requests cannot be cancelled or watched by their id", RUN_DIRECTORY_VARIABLE)
         return None
 
     def cancel(question: Message) -> Message:

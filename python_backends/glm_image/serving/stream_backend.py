@@ -10,7 +10,6 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from glm_image.config.instance import position
-from glm_image.config.models import DRAINED
 from glm_image.errors import QueueFullError, UnavailableError
 from glm_image.lifecycle.events import DitSecondsByKind
 from glm_image.serving import bytes_tensors
@@ -39,9 +38,9 @@ class StreamBackend:
         self._changed = threading.Condition()
         self._running = 0
         self._drains = False
-        index, siblings = position(args)
+        index, _ = position(args)
         self._pulse = Heartbeat(f"{args['model_name']}_{index}", hang_seconds=0)
-        self._pulse.start(orders={"drain": self._drain} if siblings == 1 else {})
+        self._pulse.start(orders={"drain": self._drain})
 
     def execute(self, requests: list[Any]) -> None:
         """Begins a stream for each request; its responses go out from threads of its own."""
@@ -61,14 +60,14 @@ class StreamBackend:
         end_process()
 
     def _drain(self) -> None:
-        """Refuses what Triton has taken and not yet handed over, and says when the last stream has ended."""
+        """Refuses requests that Triton has yet to hand over, and reports when the last stream has ended."""
         with self._changed:
             self._drains = True
-            self._tell_drained()
+            self._report_drained()
 
-    def _tell_drained(self) -> None:
+    def _report_drained(self) -> None:
         if self._drains and self._running == 0:
-            logger.info(DRAINED)
+            self._pulse.mark_drained()
 
     def _begin(self, stream: StreamSession) -> None:
         with self._changed:
@@ -86,4 +85,4 @@ class StreamBackend:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
-                self._tell_drained()
+                self._report_drained()

@@ -16,11 +16,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from glm_image import ipc
 from glm_image.config.schema import OUTPUTS, PAINTING_INPUTS, REQUEST_INPUTS, STAGE_TENSORS, TensorSpec
 from glm_image.errors import CancelledError
-from glm_image.ipc import EventListener
-from glm_image.ipc.protocol import Event
+from glm_image.ipc.client import EventListener
+from glm_image.ipc.protocol import Event, socket_directory
 from glm_image.lifecycle.control import control
 from glm_image.lifecycle.events import DitSecondsByKind, EventBuilder
 from glm_image.lifecycle.preview_rpc import PreviewTokens, ask_preview, unpacked_picture
@@ -75,7 +74,7 @@ class StreamSession:
         self._pictures_every = _number(inputs, "preview_every", 0, MAX_STEPS)
         self._kind = tuple((name, array.tobytes()) for name, array in self._inputs.items() if array.dtype != np.object_)
         self._story = EventBuilder(self._id, self._arrived_ns, times.of(self._kind))
-        self._bus = ipc.folder()
+        self._bus = socket_directory()
         self._lock = threading.Lock()
         self._is_sent = False
         self._done = threading.Event()

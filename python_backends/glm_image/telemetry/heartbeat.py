@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 
-_PID, _BEATS, _BUSY_SINCE, _MAY_LAST = range(4)
+_PID, _BEATS, _BUSY_SINCE, _MAY_LAST, _DRAINED = range(5)
 
 Orders = Mapping[str, Callable[[], None]]
 NO_ORDERS: Orders = {}
@@ -51,17 +51,17 @@ class Heartbeat:
         self._lock = threading.Lock()
         private = run_directory()
         if directory is None and private is not None:
-            directory = private / "pulses"
+            directory = private / "heartbeats"
         self._directory, self._name = directory, name
         # Whole 64-bit words, which another process never sees half written.
-        words = ctypes.c_int64 * 4
+        words = ctypes.c_int64 * 5
         self._page = words()
         self._end = os.eventfd(0)
         self._thread: threading.Thread | None = None
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        page = directory / f"{name}.page"
+        page = directory / f"{name}.heartbeat"
         page.write_bytes(bytes(self._page))
         with page.open("r+b") as file:
             self._page = words.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(words)))
@@ -77,7 +77,7 @@ class Heartbeat:
         """
         if self._directory is None:
             return
-        pipe = self._directory / f"{self._name}.orders"
+        pipe = self._directory / f"{self._name}.commands"
         os.mkfifo(pipe, 0o600)
         # For reading and writing: a pipe that always has a writer has no end.
         descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
@@ -86,6 +86,10 @@ class Heartbeat:
             target=self._beat, args=(descriptor, is_alive, orders), name="pulse", daemon=True
         )
         self._thread.start()
+
+    def mark_drained(self) -> None:
+        """Reports to the watchdog that the instance has no requests and accepts no more."""
+        self._page[_DRAINED] = 1
 
     def close(self) -> None:
         """Ends the pulse; the guard does not look at it any more."""
