@@ -138,7 +138,7 @@ def test_oldest_of_several_commands_counts(heartbeat: Heartbeat, tmp_path: Path)
 
 def test_drain_command_runs_its_callback(heartbeat: Heartbeat, tmp_path: Path) -> None:
     drained = threading.Event()
-    heartbeat.start(orders={"drain": drained.set})
+    heartbeat.start(commands={"drain": drained.set})
     (tmp_path / "worker_0.commands").write_text("drain\n")
     assert drained.wait(TIMEOUT)
 
