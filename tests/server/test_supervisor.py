@@ -224,9 +224,7 @@ def test_stop_while_loading(checkpoint: Path, repository: Path) -> None:
         (["--checkpoint", "/nowhere"], "error: --checkpoint is /nowhere, which is not a folder"),
     ],
 )
-def test_invalid_flags_are_refused_before_the_start(
-    checkpoint: Path, repository: Path, flags: list[str], message: str
-) -> None:
+def test_invalid_flags_are_refused(checkpoint: Path, repository: Path, flags: list[str], message: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         busy = str(listener.getsockname()[1])
         served = Served(checkpoint, repository, *(flag.format(busy=busy) for flag in flags))
@@ -239,9 +237,7 @@ def test_invalid_flags_are_refused_before_the_start(
 def test_lost_port_is_replaced_by_another(checkpoint: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         lost = listener.getsockname()[1]
-        port_choices = iter(
-            [[*free_ports("127.0.0.1", 2), lost], free_ports("127.0.0.1", 3)]
-        )  # the last one is for HTTP
+        port_choices = iter([[*free_ports("127.0.0.1", 2), lost], free_ports("127.0.0.1", 3)])  # the last is HTTP's
         monkeypatch.setattr("glm_image.supervisor.settings.free_ports", lambda *_: next(port_choices))
         with TritonServer(ServerSettings(checkpoint, model_repository=repository)) as server:
             assert server.http_url != f"127.0.0.1:{lost}"
