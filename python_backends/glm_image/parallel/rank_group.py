@@ -92,6 +92,11 @@ def start_ranks(
     return RankGroup(executor, monitor)
 
 
+def local_executor(executor: RankExecutor) -> Any:
+    """Returns this process's executor, given the result of ``start_ranks``."""
+    return executor.local if isinstance(executor, RankGroup) else executor
+
+
 def _load_rank_0(spec: WorkerSpec, store_socket: socket.socket, monitor: RankMonitor) -> RankExecutor:
     """Loads this process's rank in a thread, which is abandoned if nothing ends its wait for a failed rank."""
     monitor.wait_for_workers(LoadStage.OPENED)  # most failures come before ranks wait for each other
@@ -120,10 +125,13 @@ class RankGroup:
     Args:
         executor: rank 0's.
         monitor: of the other ranks, all of which have loaded.
+
+    Attributes:
+        local: rank 0's executor.
     """
 
     def __init__(self, executor: RankExecutor, monitor: RankMonitor) -> None:
-        self._executor, self._monitor = executor, monitor
+        self.local, self._monitor = executor, monitor
         self._send_lock = threading.Lock()
 
     def run(self, command: Any) -> Any:
@@ -138,7 +146,7 @@ class RankGroup:
             for worker in self._monitor.workers:
                 self._send(worker, command)
         try:
-            return self._executor.run(command)
+            return self.local.run(command)
         except DeviceMemoryError as error:  # the other ranks may be waiting for this one in a collective
             self._monitor.fail(str(error))
             raise
@@ -151,7 +159,7 @@ class RankGroup:
         """Closes rank 0's executor, which may need the other ranks for it, and then ends those."""
         try:
             if self._monitor.failure is None:
-                self._executor.close()
+                self.local.close()
         except Exception:  # a rank or the device has failed meanwhile; the workers must be ended nevertheless
             logger.exception("rank 0 failed to close")
         self._monitor.close()
