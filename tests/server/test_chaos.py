@@ -24,9 +24,9 @@ def chaos(checkpoint: Path, seconds: int, seed: int, clients: int) -> dict[str, 
     print(ended.stdout)
     counts: dict[str, Any] = json.loads(ended.stdout)
     assert counts["faults"] == 0
-    assert {blow.split()[0] for blow in counts["blows"]} == {"SIGKILL", "SIGSTOP"}
-    assert counts["endings"]["good"]["picture"] > 0
-    assert counts["endings"]["good"]["closed"] + counts["endings"]["good"].get("failed", 0) > 0
+    assert {failure.split()[0] for failure in counts["failures"]} == {"SIGKILL", "SIGSTOP"}
+    assert counts["outcomes"]["good"]["image"] > 0
+    assert counts["outcomes"]["good"]["closed"] + counts["outcomes"]["good"].get("failed", 0) > 0
     return counts
 
 
@@ -37,4 +37,4 @@ def test_every_request_to_a_breaking_server_ends(tiny_checkpoint: Path, same_thr
 @pytest.mark.full
 def test_every_request_ends_over_ten_minutes(tiny_checkpoint: Path, same_threads: None) -> None:
     counts = chaos(tiny_checkpoint, LONG_SECONDS, seed=2, clients=4)
-    assert all(counts["endings"].values())
+    assert all(counts["outcomes"].values())
