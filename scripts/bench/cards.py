@@ -32,7 +32,7 @@ from served import DRAIN_SECONDS, PROMPT, tiny_checkpoint
 from capacity_planner.times import read_size
 from glm_image.dit.metrics import STEP_SECONDS
 from glm_image.request.geometry import Size, generated_size, target_grid
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import GlmImageClient, PriorTokens
 
 TOKEN_VALUES = 64
@@ -77,7 +77,7 @@ def served(checkpoint: Path, flags: argparse.Namespace, **devices: list[str]) ->
     started = time.monotonic()
     with (
         repository_with(None, parameters, next(iter(devices)) if len(devices) == 1 else "*") as repository,
-        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
+        TritonServer(ServerSettings(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS)) as server,
     ):
         say("start to ready", seconds=time.monotonic() - started, **devices)
         yield server

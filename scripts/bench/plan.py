@@ -35,7 +35,7 @@ from served import DRAIN_SECONDS, PROC, Served, default_requests, descendants, t
 from capacity_planner.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
 from capacity_planner.times import read_size, tokens_of
 from glm_image.ar.admission import ADMISSIONS
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import AsyncGlmImageClient
 
 HOST = "host"
@@ -105,7 +105,7 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
     with (
         nullcontext(flags.checkpoint) if flags.checkpoint else tiny_checkpoint() as checkpoint,
         deployed(flags) as repository,
-        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
+        TritonServer(ServerSettings(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS)) as server,
     ):
         yield Served(server.http_url, server.grpc_url, os.getpid())
 

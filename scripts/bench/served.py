@@ -29,7 +29,7 @@ from deploy import add_flags, deployed, mps_clients
 from load import Answered, Level, Values
 from measure import say
 
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 
 MODELS = ("glm_image", "glm_ar", "glm_dit")
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
@@ -107,7 +107,7 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
     with (
         nullcontext(flags.checkpoint) if flags.checkpoint else tiny_checkpoint() as checkpoint,
         deployed(flags) as repository,
-        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
+        TritonServer(ServerSettings(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS)) as server,
     ):
         if flags.mps:
             clients = mps_clients()

@@ -29,7 +29,7 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 
 Values = dict[str, Any]
 
@@ -159,7 +159,7 @@ def main() -> int:
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))
-        with TritonServer(checkpoint) as server:
+        with TritonServer(ServerSettings(checkpoint)) as server:
             for done in soak(server, flags.requests, flags.clients, flags.round):
                 print(json.dumps(asdict(done)), flush=True)
     return 1 if done.wrong or done.answered != flags.requests else 0
