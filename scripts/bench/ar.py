@@ -81,14 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure_executor(
-    executor: Any, config: ArConfig, device: Device, floor: float, flags: argparse.Namespace
-) -> None:
+def measure_executor(executor: Any, config: ArConfig, device: Device, floor: float, flags: argparse.Namespace) -> None:
     """Steps, admissions and sameness, command by command."""
     measure_steps(executor, config, device, floor, flags)
     measure_host(executor, config, device, flags.sizes[0], flags.repeats)
     measure_admission(executor, config, device, flags.sizes[0], flags.repeats)
-    for size in (flags.sizes[:1] if flags.brief else SAMENESS_SIZES):
+    for size in flags.sizes[:1] if flags.brief else SAMENESS_SIZES:
         measure_sameness(executor, config, size)
 
 
@@ -132,9 +130,7 @@ def step_seconds(
     return statistics.median(times) / STEPS_A_COMMAND
 
 
-def measure_steps(
-    executor: Any, config: ArConfig, device: Device, floor: float, flags: argparse.Namespace
-) -> None:
+def measure_steps(executor: Any, config: ArConfig, device: Device, floor: float, flags: argparse.Namespace) -> None:
     """Steps halfway through the first size with one sequence and with all, then near the end of the other sizes."""
     cases = [(flags.sizes[0], 1), *((size, SLOTS) for size in flags.sizes)]
     for size, running in cases:

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Measures 8-bit products of the DiT's blocks: their rates, and the error of the blocks. Prints JSON lines.
 
+For the real size without its weights:
+
+    scripts/make_tiny_checkpoint.py --preset full --weights none FULL
     scripts/bench/quantized.py --checkpoint FULL --size 1024x1024 --quantization int8,fp8
 """
 
@@ -120,9 +123,7 @@ def measure_error(exact: Any, rounded: Any, device: Device, quantization: str) -
     added, wanted_added = (
         [output - image for output, image in zip(both, images, strict=True)] for both in (outputs, wanted)
     )
-    report(
-        "difference of what the blocks add", quantization=quantization, to_exact=relative_error(added, wanted_added)
-    )
+    report("difference of what the blocks add", quantization=quantization, to_exact=relative_error(added, wanted_added))
 
 
 def copy_weights(exact: Any, rounded: Any) -> None:

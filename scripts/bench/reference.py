@@ -113,6 +113,4 @@ def measure_difference(checkpoint: Checkpoint, device: Device) -> None:
 
 def relative_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Returns the largest relative error of a sequence, by norm."""
-    return max(
-        float((x.float() - y.float()).norm() / y.float().norm()) for x, y in zip(outputs, exact, strict=True)
-    )
+    return max(float((x.float() - y.float()).norm() / y.float().norm()) for x, y in zip(outputs, exact, strict=True))
