@@ -15,7 +15,7 @@ from glm_image.parallel.worker import RankExecutor
 
 class _Meets:
     def __init__(self, ranks: Ranks) -> None:
-        ranks.world.sum(torch.ones(1))
+        ranks.world.all_reduce_sum(torch.ones(1))
 
     def run(self, command: Any, /) -> Any:
         return command
@@ -32,11 +32,11 @@ class _EndsBadly(_Meets):
     def run(self, command: Any, /) -> Any:
         """The other rank stays in a sum until this one closes."""
         if self._ranks.world.rank:
-            self._ranks.world.sum(torch.ones(1))
+            self._ranks.world.all_reduce_sum(torch.ones(1))
         return command
 
     def close(self) -> None:
-        ENDS.append(self._ranks.world.sum(torch.ones(1)).item())
+        ENDS.append(self._ranks.world.all_reduce_sum(torch.ones(1)).item())
         raise RuntimeError("this rank does not end well")
 
 

@@ -73,9 +73,10 @@ class LocalPipeline:
         settings = settings or LocalSettings()
         self._limits = settings.limits
         self.checkpoint = Checkpoint.open(Path(checkpoint), settings.load_format)
+        self._model = {"name": self.checkpoint.name, "revision": self.checkpoint.revision}
         first, *others = device.split(",")
-        opened, peers = open_device(instance_device(first, 0)), WorkerConfig(tuple(others))
-        self.dit = DitEngine(self.checkpoint, opened, settings.dit, peers=peers)
+        opened, workers = open_device(instance_device(first, 0)), WorkerConfig(tuple(others))
+        self.dit = DitEngine(self.checkpoint, opened, settings.dit, workers=workers)
         self.ar = ArEngine(self.checkpoint, opened, settings.ar)
 
     def __enter__(self) -> LocalPipeline:
@@ -115,10 +116,8 @@ class LocalPipeline:
     def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedPictures:
         """Runs the second stage."""
         context = context or RequestContext()
-        request.check(self._limits, self.dit.codebook_size)
-        sources = request.read_sources(self._limits, self.dit.source_rule)
-        result = self.dit.finish(context, request, self.dit.denoise(context, request, sources))
-        metadata = request_metadata(self.checkpoint, context, request, self.dit.attention_backend)
+        result = self.dit.paint(context, request, self._limits).result()
+        metadata = request_metadata(context, request, self._model, self.dit.attention_backend)
         return GeneratedPictures(result.pixels, result.encoded, metadata)
 
 

@@ -27,9 +27,10 @@ from glm_image.ar.commands import Release, Step
 from glm_image.ar.scheduler import Scheduler
 from glm_image.ipc import EventListener, IpcServer
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.registry import RequestRegistry
+from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest, Sampling
+from glm_image.request.stages import Stage
 
 SIDE = 2048
 SAMPLING = Sampling(0.9, 0.75, 16384)
@@ -88,7 +89,7 @@ def registered(contexts: Sequence[RequestContext], subscribers: int | None) -> I
         yield
         return
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        registry, subscribed = RequestRegistry("ar_queue", "handed_on"), threading.Semaphore(0)
+        registry, subscribed = RequestRegistry(RequestState.FORWARDED), threading.Semaphore(0)
 
         def on_subscription(topic: bytes, begins: bool) -> None:
             (registry.watch if begins else registry.unwatch)(topic)
@@ -98,7 +99,8 @@ def registered(contexts: Sequence[RequestContext], subscribers: int | None) -> I
         stack.callback(server.close)
         registry.publish = server.publish
         for context in contexts:
-            registry.begin(context)
+            context.add_observer(registry)
+            context.start(Stage.AR_QUEUE)
         for context in contexts[:subscribers]:
             stack.enter_context(EventListener(Path(folder), context.id))
             subscribed.acquire()

@@ -32,10 +32,11 @@ from glm_image.dit.engine import DitEngine
 from glm_image.dit.metrics import STEP_SECONDS
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import CancelledError, DeviceMemoryError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.request.geometry import Size
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSpec
 
 LEFT_BYTES = 64 << 20
@@ -84,15 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def reached(context: RequestContext, stages: Sequence[str], done: int) -> threading.Event:
-    """Returns an event that is set when the request has come that far in one of the stages."""
+def reached(context: RequestContext, stage: Stage, done: int) -> threading.Event:
+    """Returns an event that is set when the request has come that far in a stage."""
     event = threading.Event()
 
     def on_progress(progress: Progress) -> None:
-        if progress.stage in stages and progress.done >= done:
+        if progress.stage is stage and progress.done >= done:
             event.set()
 
-    context.on_progress = on_progress
+    context.add_observer(ProgressCallback(on_progress))
     return event
 
 
@@ -120,7 +121,7 @@ def measure_ar(engine: ArEngine, size: Size, repeats: int) -> None:
     waits, queued_waits = [], []
     for index in range(repeats):
         context, queued_context = RequestContext(), RequestContext()
-        has_begun = reached(context, ("tokens", "decode"), CANCEL_AFTER_TOKENS)
+        has_begun = reached(context, Stage.DECODE, CANCEL_AFTER_TOKENS)
         running = engine.submit(context, resolved)
         has_begun.wait()
         queued = engine.submit(queued_context, resolved)
@@ -134,7 +135,7 @@ def measure_ar(engine: ArEngine, size: Size, repeats: int) -> None:
         future.result()
     context = RequestContext()
     engine.submit(context, resolved).result()
-    step = context.seconds["decode"] / (sum(grid.tokens for grid in resolved.grids) - 1)
+    step = context.seconds[Stage.DECODE] / (sum(grid.tokens for grid in resolved.grids) - 1)
     report_steps("cancel to free slot", waits, step)
     report_steps("cancel to answer in the queue", queued_waits, step)
 
@@ -160,7 +161,7 @@ def measure_dit(engine: DitEngine, ends: StepEnds, size: Size, steps: int, repea
     with ThreadPoolExecutor(1) as pool:
         for index in range(repeats):
             context = RequestContext()
-            has_begun = reached(context, ("denoise",), max(1, steps // 5))
+            has_begun = reached(context, Stage.DENOISE, max(1, steps // 5))
             future = pool.submit(render, engine, request, context)
             has_begun.wait()
             time.sleep(step * index / repeats)  # at another moment of a step each time

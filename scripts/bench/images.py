@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from glm_image.dit.engine import DitEngine
 from glm_image.lifecycle.context import RequestContext
 from glm_image.request.geometry import Grid, Size, generated_size, painted_size, target_grid
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 
 GUIDANCE = 1.5
@@ -54,5 +55,5 @@ def render(engine: DitEngine, request: PaintRequest, context: RequestContext | N
     """Has the engine denoise and decode one request."""
     context = context or RequestContext()
     started = time.perf_counter()
-    result = engine.finish(context, request, engine.denoise(context, request))
+    result = engine.paint(context, request, Limits()).result()
     return Image(time.perf_counter() - started, context, result.pixels)

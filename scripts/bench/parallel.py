@@ -15,7 +15,6 @@ import argparse
 import logging
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,6 @@ from glm_image.ar.config import ArConfig
 from glm_image.ar.engine import ArEngine
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
-from glm_image.devices.base import Device
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.parallel.rank_group import WorkerConfig
@@ -80,7 +78,7 @@ def decode_seconds(
 ) -> float:
     """Returns the median time of a decode step with all slots running, halfway through the first size."""
     device, size = open_benchmark_device(devices[0]), flags.sizes[0]
-    engine = ArEngine(checkpoint, device, settings, peers=workers_on(devices[1:]))
+    engine = ArEngine(checkpoint, device, settings, workers=workers_on(devices[1:]))
     engine.close_scheduler()  # the executor is this thread's from here on
     executor, config = engine.executor, ArConfig.read(checkpoint)
     for slot in range(SLOTS):
@@ -136,7 +134,7 @@ def denoising_seconds(
     clock = CommandClock(device)
     grids = {size: grid_of(size) for size in flags.sizes}
     settings = DitSettings(parallel=parallel, warmup_sizes=tuple(painted_size(grid) for grid in grids.values()))
-    engine = DitEngine(checkpoint, device, settings, peers=workers_on(devices[1:]), watched=clock.wrap)
+    engine = DitEngine(checkpoint, device, settings, workers=workers_on(devices[1:]), watched=clock.wrap)
     found = {}
     for size, grid in grids.items():
         clock.take()

@@ -3,7 +3,7 @@
 
     scripts/bench/previews.py --checkpoint FULL --size 1024x1024 --steps 50
 
-A latent preview: its time on the engine's thread, against a step, with a subscriber that receives all of them over
+An estimate: its time on the engine's thread, against a step, with a subscriber that receives all of them over
 IPC, as ``glm_image_stream`` does. A preview image: its seconds by stage, against the image's; and an image with a
 preview denoised between its steps, against one without.
 """
@@ -21,10 +21,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from images import dit_request, grid_of, render
 from measure import engine_parser, parse, report, size_name
-from numpy.typing import NDArray
 from timing import CommandClock, open_benchmark_device, report_ceilings
 
 from glm_image.checkpoint.checkpoint import Checkpoint
@@ -32,15 +30,17 @@ from glm_image.dit.commands import Decode, Estimate, Prepare, Step
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.ipc import EventListener, IpcServer
-from glm_image.lifecycle.context import Progress, RequestContext
-from glm_image.lifecycle.preview_rpc import packed_picture
-from glm_image.lifecycle.registry import RequestRegistry
+from glm_image.ipc.protocol import Event
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
+from glm_image.lifecycle.preview_rpc import EstimatePublisher
+from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.geometry import painted_size, preview_grid
 from glm_image.request.parameters import PaintRequest
+from glm_image.request.stages import Stage
 
 PREVIEW_STEPS = 6
 WARM_UP_STEPS = 10
-PUBLISHING = "publishing a latent preview"
+PUBLISHING = "publishing an estimate"
 BRIEF = {"sizes": "736x736", "steps": 2}
 """From 736 x 736 on, a preview is smaller than its image."""
 
@@ -67,18 +67,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = parts["denoise"] + parts["condition"] + parts["vae"]
     named = {"size": size_name(grid), "steps": flags.steps}
     report("an image", **named, denoise_seconds=image.denoise_seconds, whole_seconds=whole)
-    measure_latent_previews(engine, clock, request, image.denoise_seconds)
+    measure_estimates(engine, clock, request, image.denoise_seconds)
     measure_preview(engine, clock, preview, whole)
     measure_interleaved(engine, request, preview, image.denoise_seconds)
     engine.close()
     return 0
 
 
+class TimedRegistry(RequestRegistry):
+    """A registry that times how long publishing an estimate takes the engine's thread."""
+
+    def __init__(self, clock: CommandClock) -> None:
+        super().__init__(RequestState.FINISHED)
+        self._clock = clock
+
+    def publish_details(self, context: RequestContext, details: Callable[[], Event]) -> None:
+        with self._clock.timed(PUBLISHING):
+            super().publish_details(context, details)
+
+
 @contextmanager
 def subscribed(context: RequestContext, clock: CommandClock, received: list[object]) -> Iterator[None]:
-    """The request in the registry of an instance, with a subscriber that receives its latent previews."""
+    """The request in the registry of an instance, with a subscriber that receives its estimates."""
     with tempfile.TemporaryDirectory() as folder:
-        registry, is_subscribed, ended = RequestRegistry("condition", "finished"), threading.Event(), threading.Event()
+        registry, is_subscribed, ended = TimedRegistry(clock), threading.Event(), threading.Event()
 
         def on_subscription(topic: bytes, begins: bool) -> None:
             (registry.watch if begins else registry.unwatch)(topic)
@@ -86,18 +98,15 @@ def subscribed(context: RequestContext, clock: CommandClock, received: list[obje
 
         server = IpcServer(Path(folder), "glm_dit_0", {}, on_subscription)
         registry.publish = server.publish
-        registry.begin(context)
+        context.add_observer(registry)
+        context.add_observer(EstimatePublisher(registry))
+        context.start(Stage.CONDITION)
 
         def receive() -> None:
             with EventListener(Path(folder), context.id) as listener:
                 while not ended.is_set():
-                    received.extend(event["picture"] for event in listener.events(0.05) if "picture" in event)
+                    received.extend(event["estimate"] for event in listener.events(0.05) if "estimate" in event)
 
-        def publish(pixels: NDArray[np.uint8]) -> None:
-            with clock.timed(PUBLISHING):
-                registry.tell(context, lambda: {"picture": packed_picture(pixels)})
-
-        context.on_picture = publish
         thread = threading.Thread(target=receive)
         thread.start()
         is_subscribed.wait()
@@ -109,9 +118,9 @@ def subscribed(context: RequestContext, clock: CommandClock, received: list[obje
             server.close()
 
 
-def measure_latent_previews(engine: DitEngine, clock: CommandClock, request: PaintRequest, plain: float) -> None:
-    """An image with a latent preview after every step but the last."""
-    context, received = RequestContext(pictures_every=1), list[object]()
+def measure_estimates(engine: DitEngine, clock: CommandClock, request: PaintRequest, plain: float) -> None:
+    """An image with an estimate after every step but the last."""
+    context, received = RequestContext(estimate_every=1), list[object]()
     clock.take()
     with subscribed(context, clock, received):
         denoise = render(engine, request, context).denoise_seconds
@@ -120,7 +129,7 @@ def measure_latent_previews(engine: DitEngine, clock: CommandClock, request: Pai
     previews, publishing = ([s.whole for s in times[name]] for name in (Estimate.__name__, PUBLISHING))
     preview, published = statistics.median(previews), statistics.median(publishing)
     report(
-        "a latent preview, on the engine's thread",
+        "an estimate, on the engine's thread",
         preview_ms=preview * 1e3,
         publishing_ms=published * 1e3,
         worst_ms=1e3 * (max(previews) + max(publishing)),
@@ -130,7 +139,7 @@ def measure_latent_previews(engine: DitEngine, clock: CommandClock, request: Pai
         received=len(received),
     )
     report(
-        "an image with a latent preview every step",
+        "an image with an estimate every step",
         denoise_seconds=denoise,
         without_seconds=plain,
         cost=denoise / plain - 1,
@@ -161,12 +170,12 @@ def measure_interleaved(engine: DitEngine, request: PaintRequest, preview: Paint
     results, done = list[Callable[[], object]](), list[float]()
 
     def submit_preview(progress: Progress) -> None:
-        if not results and progress.stage == "denoise":
+        if not results and progress.stage is Stage.DENOISE:
             started, future = time.perf_counter(), engine.preview(RequestContext(), preview)
             future.add_done_callback(lambda _: done.append(time.perf_counter() - started))
             results.append(future.result)
 
-    denoise = render(engine, request, RequestContext(on_progress=submit_preview)).denoise_seconds
+    denoise = render(engine, request, RequestContext(observers=(ProgressCallback(submit_preview),))).denoise_seconds
     results[0]()
     report(
         "an image with a preview between its steps",

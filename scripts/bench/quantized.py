@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for size in flags.sizes:
         measure_products(checkpoint.config("transformer"), grid_of(size).tokens * 4, device, rate)
     for quantization in flags.quantization:
-        if reason := device.without_quantization(quantization):
+        if reason := device.unsupported_quantization_reason(quantization):
             report("difference of the blocks in 8 bits", quantization=quantization, refused=reason)
             continue
         exact, rounded = load_transformer(checkpoint, device), load_transformer(checkpoint, device, quantization)
@@ -80,7 +80,7 @@ def products(left: Tensor, right: Tensor, bias: Tensor, device: Device) -> dict[
         "bf16": lambda: torch.nn.functional.linear(left, right, bias),
         "int8, sums alone": lambda: int8_sums(int8_left.values, int8_right.values),
     }
-    if device.without_quantization("fp8") is None:
+    if device.unsupported_quantization_reason("fp8") is None:
         fp8_left, fp8_right = (quantize_rows(factor, torch.float8_e4m3fn) for factor in (left, right))
         one = torch.ones((), device=left.device)
         functions["fp8, a scale a row"] = lambda: scaled_product(fp8_left, fp8_right, bias, torch.bfloat16)

@@ -48,7 +48,7 @@ class Ceilings:
 def open_benchmark_device(name: str) -> Device:
     """Opens the first device that ``--device`` names, and makes it current."""
     device = open_device(instance_device(name, 0))
-    device.bind()
+    device.set_current()
     if device.is_host:
         # An engine computes in threads of its own: OpenMP's threads for each would be more than the cores.
         torch.set_num_threads(1)
@@ -57,7 +57,7 @@ def open_benchmark_device(name: str) -> Device:
 
 def synchronizer(device: Device) -> Callable[[], None]:
     """Returns a function that waits for all work of the device."""
-    return lambda: device.mark().wait()
+    return lambda: device.record_event().synchronize()
 
 
 def seconds(work: Callable[[], object], synchronize: Callable[[], None], repeats: int = 5, warm_ups: int = 2) -> float:
@@ -130,21 +130,21 @@ def release(device: Device) -> None:
 class DeviceWaits:
     """Adds up the seconds that each thread waits for a device's events.
 
-    Replaces ``device.mark``, so that what an engine waits for is counted too.
+    Replaces ``device.record_event``, so that what an engine waits for is counted too.
     """
 
     def __init__(self, device: Device) -> None:
-        self._mark = device.mark
+        self._record_event = device.record_event
         self._thread = threading.local()
-        device.mark = self._counted_mark  # type: ignore[method-assign]
+        device.record_event = self._counted_event  # type: ignore[method-assign]
 
     @property
     def seconds(self) -> float:
         """The calling thread's seconds."""
         return float(getattr(self._thread, "seconds", 0.0))
 
-    def _counted_mark(self) -> DeviceEvent:
-        return _CountedEvent(self._mark(), self._add)
+    def _counted_event(self) -> DeviceEvent:
+        return _CountedEvent(self._record_event(), self._add)
 
     def _add(self, seconds: float) -> None:
         self._thread.seconds = self.seconds + seconds
@@ -154,9 +154,9 @@ class _CountedEvent:
     def __init__(self, event: DeviceEvent, add: Callable[[float], None]) -> None:
         self._event, self._add = event, add
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         started = time.perf_counter()
-        self._event.wait()
+        self._event.synchronize()
         self._add(time.perf_counter() - started)
 
 

@@ -15,8 +15,8 @@ from glm_image.ar.sampler import draw
 from glm_image.ar.state import DecodeState
 from glm_image.checkpoint.checkpoint import RandomTensors
 from glm_image.devices.attention import masked_decode_attention
-from glm_image.devices.int8 import widened_product
 from glm_image.devices.int8_linear import Int8Product, quantize_linears
+from glm_image.devices.quantization import dequantized_product
 from glm_image.kernels.skinny_linear import TileConfig, gate_up, linear_partials
 from glm_image.request.parameters import Sampling
 from kernels.sizes import BF16_ERROR, CONFIG, relative_error
@@ -53,7 +53,7 @@ def torch_logits(decoder: Decoder, state: DecodeState) -> Tensor:
 @pytest.mark.parametrize("plans", [TileConfigs(), INT8_TILES])
 def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, plans: TileConfigs) -> None:
     config = replace(CONFIG, attention_bias=bias)
-    product = None if plans == TileConfigs() else widened_product
+    product = None if plans == TileConfigs() else dequantized_product
     decoder = Decoder.load(config, RandomTensors(device, torch.bfloat16), int8=product)
     ours, theirs = random_state(device), random_state(device)
     with torch.inference_mode():
@@ -67,7 +67,7 @@ def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, 
 
 
 @needs_gpu
-@pytest.mark.parametrize("product", [None, widened_product])
+@pytest.mark.parametrize("product", [None, dequantized_product])
 def test_a_slot_depends_on_nothing_in_the_others(device: torch.device, product: Int8Product | None) -> None:
     decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16), int8=product)
     one, other = random_state(device), random_state(device)
@@ -102,7 +102,7 @@ def test_gate_and_up_are_multiplied(device: torch.device, int8: bool) -> None:
     layer = torch.nn.Module()
     layer.linear = torch.nn.Linear(96, 2 * 40, bias=False, device=device, dtype=torch.bfloat16)
     if int8:
-        quantize_linears(layer, widened_product)
+        quantize_linears(layer, dequantized_product)
     x = torch.randn(8, 96, device=device, dtype=torch.bfloat16)
     out = torch.full((8, 40), torch.nan, device=device, dtype=torch.bfloat16)
     with torch.inference_mode():

@@ -86,12 +86,12 @@ class ThreadGroup(Group):
         super().__init__(range(ranks), rank)
         self._meeting = meeting
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         # Clones: whoever reads first must not find the others' sums.
         everyones = self._meeting.everyones(self.rank, tensor.clone())
         return tensor.copy_(torch.stack(everyones).sum(0))
 
-    def start_exchange(
+    def all_to_all_async(
         self, sent: Tensor, sent_rows: Sequence[int], received: Tensor, received_rows: Sequence[int]
     ) -> Transfer:
         parts = [rows[self.rank] for rows in self._meeting.everyones(self.rank, sent.split(list(sent_rows)))]
@@ -99,7 +99,7 @@ class ThreadGroup(Group):
         received.copy_(torch.cat(parts))
         return Transfer([], sent)
 
-    def start_gather(self, gathered: Tensor, tensor: Tensor) -> Transfer:
+    def all_gather_async(self, gathered: Tensor, tensor: Tensor) -> Transfer:
         gathered.copy_(torch.cat(self._meeting.everyones(self.rank, tensor)))
         return Transfer([], tensor)
 

@@ -10,7 +10,7 @@ from glm_image.ar.fused.prefill import FusedPrefill
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder, rotate
 from glm_image.checkpoint.checkpoint import RandomTensors
-from glm_image.devices.int8 import widened_product
+from glm_image.devices.quantization import dequantized_product
 from glm_image.kernels.prompt_heads import rotate_and_store
 from glm_image.kernels.silu_product import silu_product
 from kernels.sizes import BF16_ERROR, CONFIG, relative_error
@@ -47,7 +47,7 @@ def test_gate_and_up_are_multiplied(device: torch.device, width: int) -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("tokens", [1, 19])
 def test_a_prompt_is_read_as_in_plain_torch(device: torch.device, tokens: int, int8: bool) -> None:
-    decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16), int8=widened_product if int8 else None)
+    decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16), int8=dequantized_product if int8 else None)
     ids = torch.arange(tokens, device=device) * 5
     cos, sin = random(device, 2, tokens, CONFIG.rotary_dim)
     ours, theirs = (KvCache(CONFIG, 3, POSITIONS, device, torch.bfloat16) for _ in range(2))

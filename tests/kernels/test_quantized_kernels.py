@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glm_image.checkpoint.checkpoint import fill
 from glm_image.devices.open import open_device
-from glm_image.devices.quantization import DTYPES, Rows, int8_sums, quantize_rows, scaled_product
+from glm_image.devices.quantization import DTYPES, QuantizedRows, int8_sums, quantize_rows, scaled_product
 from glm_image.dit.blocks import eager_blocks
 from glm_image.dit.fused.blocks import FusedBlocks
 from glm_image.dit.quantization import QuantizedLinear, block_linears
@@ -99,6 +99,6 @@ def test_sums_of_int8_become_what_the_layer_gives(device: torch.device) -> None:
     assert relative_error(scaled_product(rows, weight, bias, torch.float32), exact) < 1e-5
     then = sums_in_8_bits(sums, rows, weight, bias)
     twin = quantize_rowwise(got, torch.int8, gelu=True)
-    assert isinstance(then, Rows)
+    assert isinstance(then, QuantizedRows)
     assert torch.equal(then.values, twin.values)
     assert torch.equal(then.scales, twin.scales)

@@ -16,7 +16,7 @@ from glm_image.devices.open import open_device
 from glm_image.dit.commands import Prepare, ReadSources, Step
 from glm_image.dit.settings import DitSettings
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.rank_group import WorkerConfig, start
+from glm_image.parallel.rank_group import WorkerConfig, start_ranks
 from glm_image.parallel.worker import Load
 from glm_image.request.geometry import Grid
 from glm_image.request.source_images import SourcePicture
@@ -50,7 +50,7 @@ def painted(load: Load, parallel: str = "auto", ranks: int = 1) -> NDArray[np.fl
     settings = DitSettings(dtype=torch.bfloat16, parallel=parallel)
     layout = ParallelLayout.parse(parallel, ranks)
     arguments = (Checkpoint.open(TRAINED), settings)
-    running = start(load, arguments, open_device("cpu"), layout, WorkerConfig(("cpu",) * (ranks - 1)))
+    running = start_ranks(load, arguments, open_device("cpu"), layout, WorkerConfig(("cpu",) * (ranks - 1)))
     try:
         running.run(ReadSources(0, (SourcePicture(pixels, source_ids, GRID),)))
         running.run(Prepare(0, "a red star with a sign 'FOX'", "", ids, GRID, 1, 1.5, seed=1, sources_of=0))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm_image.devices.int8 import widened_product
 from glm_image.devices.int8_linear import Int8Linear
+from glm_image.devices.quantization import dequantized_product
 from glm_image.kernels.residual_norm import embed_norm, residual_norm
 from glm_image.kernels.skinny_linear import TileConfig, gate_up, linear_partials
 from glm_image.kernels.split_rows import SplitRows, split_rows
@@ -32,7 +32,7 @@ def split(x: Tensor) -> SplitRows:
 def int8_linear(device: torch.device, n: int, k: int) -> Int8Linear:
     torch.manual_seed(n)
     linear = torch.nn.Linear(k, n, bias=False)
-    return Int8Linear(linear.to(device, torch.bfloat16), widened_product)
+    return Int8Linear(linear.to(device, torch.bfloat16), dequantized_product)
 
 
 def exact_product(x: SplitRows, linear: Int8Linear) -> Tensor:

@@ -29,9 +29,9 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError, UnavailableError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.rank_group import WorkerConfig, start
+from glm_image.parallel.rank_group import WorkerConfig, start_ranks
 from glm_image.parallel.worker import Load
 from glm_image.pipeline import LocalPipeline, LocalSettings
 from glm_image.request.limits import Limits
@@ -101,9 +101,9 @@ def test_pictures_are_those_of_one_device(
 
 
 @contextmanager
-def _decoder(checkpoint: Path, ranks: int, peers: WorkerConfig | None = None) -> Iterator[ArEngine]:
-    peers = peers or WorkerConfig(("cpu",) * (ranks - 1))
-    engine = ArEngine(Checkpoint.open(checkpoint), open_device("cpu"), ArSettings(), peers=peers)
+def _decoder(checkpoint: Path, ranks: int, workers: WorkerConfig | None = None) -> Iterator[ArEngine]:
+    workers = workers or WorkerConfig(("cpu",) * (ranks - 1))
+    engine = ArEngine(Checkpoint.open(checkpoint), open_device("cpu"), ArSettings(), workers=workers)
     try:
         yield engine
     finally:
@@ -158,7 +158,7 @@ def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: 
     hang_seconds = WAIT_SECONDS if kind == signal.SIGKILL else HANG_SECONDS
     with _decoder(checkpoint_folder, 2, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
         (worker,) = _worker_pids(os.getpid())
-        running = _decode(engine, RequestContext(on_progress=progress), side=1024)
+        running = _decode(engine, RequestContext(observers=(ProgressCallback(progress),)), side=1024)
         assert decoding.wait(WAIT_SECONDS)
         started = time.monotonic()
         os.kill(worker, kind)
@@ -191,19 +191,19 @@ def _peers_of(failing: Load) -> WorkerConfig:
 def test_a_rank_that_is_lost_in_loading_ends_the_load(arguments: tuple[Any, ...], failing: Load, told: str) -> None:
     started = time.monotonic()
     with pytest.raises(ConfigurationError, match=f"{told}.*; the instance cannot be loaded"):
-        start(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _peers_of(failing))
+        start_ranks(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _peers_of(failing))
     assert time.monotonic() - started < WAIT_SECONDS, "the collective's patience is over instead"
     assert not _worker_pids(os.getpid())
 
 
 def test_a_rank_without_its_device_is_told_and_leaves_nothing() -> None:
     with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
-        start(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("npu:7",)))
+        start_ranks(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("npu:7",)))
     assert not _worker_pids(os.getpid())
 
 
 def test_what_is_under_way_ends_before_the_ranks_do_and_they_end_whatever_it_ends_with() -> None:
-    team = start(failing_ranks.ends_badly, (), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("cpu",)))
+    team = start_ranks(failing_ranks.ends_badly, (), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("cpu",)))
     team.run("anything")
     failing_ranks.ENDS.clear()
     team.close()
@@ -220,8 +220,8 @@ from glm_image.ar.engine import ArEngine
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
-from glm_image.parallel.team import Peers
-engine = ArEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), ArSettings(), peers=Peers(("cpu",)))
+from glm_image.parallel.rank_group import WorkerConfig
+engine = ArEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), ArSettings(), workers=WorkerConfig(("cpu",)))
 print("ready", flush=True)
 sys.stdin.read()
 """

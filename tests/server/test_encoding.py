@@ -19,12 +19,13 @@ PRIOR: Values = {"prompt": "a", "prior_token_ids": [[1, 2, 3, 4]], "prior_grid":
 
 # The stage's own model; it says when it has denoised, and when it encodes, which it then does only when it may.
 MODEL = """
-from glm_image import images
-from glm_image.dit.engine import DitEngine
+from glm_image.devices.cpu import CpuDevice
+from glm_image.dit.scheduler import Scheduler
+from glm_image.request import images
 from glm_image.serving.dit_backend import DitBackend as TritonPythonModel
 
 FOLDER = {folder!r}
-encode, denoise = images.encode, DitEngine.denoise
+encode, denoise = images.encode, Scheduler.denoise
 
 
 def held_encode(*given):
@@ -39,7 +40,8 @@ def told_denoise(*given):
     return denoised
 
 
-images.encode, DitEngine.denoise = held_encode, told_denoise
+images.encode, Scheduler.denoise = held_encode, told_denoise
+CpuDevice.is_host = False  # requests are finished in a thread of their own, as on an accelerator
 """
 
 

@@ -30,7 +30,7 @@ from glm_image.dit.conditioning import Branch, Conditioning
 from glm_image.dit.engine import DitEngine, DitResult, DitSettings
 from glm_image.dit.metrics import CACHED_STEPS
 from glm_image.errors import CancelledError, ConfigurationError
-from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.context import ProgressCallback, RequestContext
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
@@ -102,9 +102,7 @@ def edit_request(**changed: Any) -> PaintRequest:
 
 
 def paint(engine: DitEngine, asked: PaintRequest, context: RequestContext | None = None) -> DitResult:
-    context = context or RequestContext()
-    sources = asked.read_sources(Limits(), engine.source_rule)
-    return engine.finish(context, asked, engine.denoise(context, asked, sources))
+    return engine.paint(context or RequestContext(), asked, Limits()).result()
 
 
 @pytest.mark.parametrize("settings", [NEVER, ASKED, replace(NEVER, Fn_compute_blocks=2, Bn_compute_blocks=2)], ids=str)
@@ -210,7 +208,9 @@ def test_a_picture_after_an_aborted_one_is_as_ever(engine: DitEngine, cache: Any
     cache(SOME)
     expected = paint(engine, request()).pixels
     context = RequestContext()
-    context.on_progress = lambda progress: context.cancel() if progress.done == stopped_after else None
+    context.add_observer(
+        ProgressCallback(lambda progress: context.cancel() if progress.done == stopped_after else None)
+    )
     with pytest.raises(CancelledError):
         paint(engine, request(GRID, 4), context)
     assert np.array_equal(paint(engine, request()).pixels, expected)

@@ -12,7 +12,7 @@ import pytest
 
 from glm_image.config.instance import Instance
 from glm_image.config.schema import AR_PARAMETERS
-from glm_image.devices.discovery import Cards
+from glm_image.devices.discovery import Accelerators
 from glm_image.errors import ConfigurationError
 from glm_image.request.limits import Limits
 
@@ -106,17 +106,17 @@ def test_what_is_no_share_is_refused(text: str) -> None:
 def test_taking_a_place_sets_what_the_runtime_reads(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("glm_image.config.instance.find_cards", lambda: Cards("npu", ("4", "5", "6")))
+    monkeypatch.setattr("glm_image.config.instance.find_accelerators", lambda: Accelerators("npu", ("4", "5", "6")))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6")
     groups = ({"name": "glm_ar_0", "count": 2},)
     caplog.set_level("INFO")
-    place = instance("glm_ar_0_1", groups, devices="npu:0;npu:2").take_place(spare_first=False)
-    assert (place.devices, place.inside) == (("npu:2",), ("npu:0",))
+    place = instance("glm_ar_0_1", groups, devices="npu:0;npu:2").take_place(reserve_first=False)
+    assert (place.devices, place.local_names) == (("npu:2",), ("npu:0",))
     assert os.environ["ASCEND_RT_VISIBLE_DEVICES"] == "6"
     assert "instance 1 of 2 takes npu:2: devices is npu:0;npu:2, found npu:0 to npu:2" in caplog.text
     assert "ASCEND_RT_VISIBLE_DEVICES=6" in caplog.text
     with pytest.raises(ConfigurationError, match="devices has 'npu:1' for 2 instances"):
-        instance("glm_ar_0_0", groups, devices="npu:1;npu:1").take_place(spare_first=False)
+        instance("glm_ar_0_0", groups, devices="npu:1;npu:1").take_place(reserve_first=False)
 
 
 def test_no_backend_imports_the_framework_before_it_has_a_place() -> None:

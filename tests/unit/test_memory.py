@@ -21,8 +21,8 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Memory
 from glm_image.devices.budget import check_budget
 from glm_image.devices.cpu import CpuDevice
-from glm_image.devices.int8 import widened_product
 from glm_image.devices.open import open_device
+from glm_image.devices.quantization import dequantized_product
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
@@ -44,7 +44,7 @@ def config_of(folder: Path) -> ArConfig:
 
 def decoder_of(folder: Path, dtype: torch.dtype, *, int8: bool = False) -> Decoder:
     tensors = Checkpoint.open(folder).tensors("vision_language_encoder", CPU, dtype)
-    return Decoder.load(config_of(folder), tensors, int8=widened_product if int8 else None)
+    return Decoder.load(config_of(folder), tensors, int8=dequantized_product if int8 else None)
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -23,13 +23,14 @@ import json, resource, sys
 from pathlib import Path
 import numpy as np
 import torch
-from glm_image.checkpoint import Checkpoint
+from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.dit.engine import DitEngine, DitSettings
 from glm_image.errors import DeviceMemoryError
-from glm_image.geometry import Grid, Size
-from glm_image.job import Job
-from glm_image.request import PaintRequest
+from glm_image.lifecycle.context import RequestContext
+from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import PaintRequest
 
 torch.set_num_threads(1)
 engine = DitEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), DitSettings())
@@ -37,7 +38,7 @@ engine = DitEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), DitSe
 def paint(side):
     tokens = np.zeros((1, side * side), np.int32)
     request = PaintRequest("x", tokens, Grid(side, side), Size(32 * side, 32 * side), (1,), num_inference_steps=2)
-    return engine.finish(Job(), request, engine.denoise(Job(), request)).pixels
+    return engine.paint(RequestContext(), request, Limits()).result().pixels
 
 before = paint(2)
 held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -63,8 +64,8 @@ def test_a_picture_too_large_fails_alone(checkpoint_folder: Path) -> None:
     told = json.loads(ended.stdout)
     assert len(told["messages"]) == 2
     for message in told["messages"]:
-        assert message.startswith("cpu has not the memory for ")
-        assert " of a picture of 2048 x 2048: " in message
+        assert message.startswith("out of memory on cpu during ")
+        assert " of an image of 2048 x 2048: " in message
         assert message.endswith("; lower height x width, or the source images")
     assert (told["same"], told["held"]) == (True, 0)
 
@@ -80,7 +81,7 @@ def test_the_error_holds_nothing_of_what_failed() -> None:
     gc.disable()
     try:
         with pytest.raises(
-            DeviceMemoryError, match=r"^cpu has not the memory for x: .* were free, y; lower z$"
+            DeviceMemoryError, match=r"^out of memory on cpu during x: [\d.]+ of [\d.]+ GB free, y; lower z$"
         ) as failed:
             run_or_oom(open_device("cpu"), work, lambda: OomReport("x", "y", "z"))
         assert held[0]() is None

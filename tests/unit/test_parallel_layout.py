@@ -15,7 +15,7 @@ WAYS = st.integers(1, 4)
 
 @given(st.integers(0, 5000), st.integers(1, 9))
 def test_shares_are_consecutive_and_even(count: int, size: int) -> None:
-    shares = [Group(range(size), rank).share(count) for rank in range(size)]
+    shares = [Group(range(size), rank).shard_range(count) for rank in range(size)]
     assert [thing for share in shares for thing in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from glm_image.devices import discovery as cards_module
-from glm_image.devices.discovery import Cards, find_cards
+from glm_image.devices.discovery import Accelerators, find_accelerators
 from glm_image.devices.open import accelerators, instance_device, named_dtype, open_device
-from glm_image.devices.placement import Entry, check_shares, entries_of, lay_out, place
+from glm_image.devices.placement import Entry, assign_devices, check_memory_shares, parse_devices, place_instance
 from glm_image.errors import ConfigurationError
 
-NPUS = Cards("npu", tuple("01234567"))
-GPUS = Cards("cuda", ("2", "GPU-b", "7", "8"))
-NONE = Cards("cpu")
+NPUS = Accelerators("npu", tuple("01234567"))
+GPUS = Accelerators("cuda", ("2", "GPU-b", "7", "8"))
+NONE = Accelerators("cpu")
 
 
-def devices_of(devices: str, instances: int, cards: Cards = NPUS, *, spare_first: bool = False) -> list[str]:
-    return [",".join(entry) for entry in lay_out(devices, instances, cards, spare_first=spare_first)]
+def devices_of(devices: str, instances: int, cards: Accelerators = NPUS, *, reserve_first: bool = False) -> list[str]:
+    return [",".join(entry) for entry in assign_devices(devices, instances, cards, reserve_first=reserve_first)]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def devices_of(devices: str, instances: int, cards: Cards = NPUS, *, spare_first
         ("cpu:0;cpu:1;cpu:1", NONE, ["cpu:0", "cpu:1", "cpu:1"]),
     ],
 )
-def test_an_instances_index_picks_its_entry(devices: str, cards: Cards, places: list[str]) -> None:
+def test_an_instances_index_picks_its_entry(devices: str, cards: Accelerators, places: list[str]) -> None:
     assert devices_of(devices, len(places), cards) == places
 
 
@@ -59,26 +59,28 @@ def test_what_does_not_fit_the_machine_or_the_instances_is_refused(devices: str,
 
 
 def test_the_grammar_has_instances_over_several_devices() -> None:
-    assert entries_of("npu:0,npu:1 ; npu:2, npu:3") == (("npu:0", "npu:1"), ("npu:2", "npu:3"))
+    assert parse_devices("npu:0,npu:1 ; npu:2, npu:3") == (("npu:0", "npu:1"), ("npu:2", "npu:3"))
 
 
 @pytest.mark.parametrize(
     ("cards", "first", "second"),
     [
         (NPUS, ["npu:0"], [f"npu:{card}" for card in range(1, 8)]),
-        (Cards("cuda", ("0", "1")), ["cuda:0"], ["cuda:1", "cuda:1"]),
-        (Cards("npu", ("0",)), ["npu:0"], ["npu:0"]),
+        (Accelerators("cuda", ("0", "1")), ["cuda:0"], ["cuda:1", "cuda:1"]),
+        (Accelerators("npu", ("0",)), ["npu:0"], ["npu:0"]),
         (NONE, ["cpu"], ["cpu", "cpu"]),
     ],
 )
-def test_auto_leaves_the_first_card_to_the_first_stage_alone(cards: Cards, first: list[str], second: list[str]) -> None:
+def test_auto_leaves_the_first_card_to_the_first_stage_alone(
+    cards: Accelerators, first: list[str], second: list[str]
+) -> None:
     assert devices_of("auto", len(first), cards) == first
-    assert devices_of("auto", len(second), cards, spare_first=True) == second
+    assert devices_of("auto", len(second), cards, reserve_first=True) == second
 
 
 @pytest.mark.parametrize(("devices", "share"), [("npu:1;npu:1", 0.5), ("npu:1;npu:2", 1.0), ("cpu:0;cpu:0", 0.9)])
 def test_instances_share_a_card_as_far_as_its_memory_allows(devices: str, share: float) -> None:
-    check_shares(lay_out(devices, 2, NPUS), share, NPUS)
+    check_memory_shares(assign_devices(devices, 2, NPUS), share, NPUS)
 
 
 def test_more_than_a_cards_memory_is_refused() -> None:
@@ -87,9 +89,9 @@ def test_more_than_a_cards_memory_is_refused() -> None:
         "allowed: at most 1 in all; found on this machine: npu:0 to npu:7"
     )
     with pytest.raises(ConfigurationError, match=f"^{re.escape(said)}$"):
-        check_shares(lay_out("npu:0;npu:1;npu:1", 3, NPUS), 0.6, NPUS)
+        check_memory_shares(assign_devices("npu:0;npu:1;npu:1", 3, NPUS), 0.6, NPUS)
     with pytest.raises(ConfigurationError, match="'npu:0' for 2 instances"):
-        check_shares(lay_out("auto", 9, NPUS), 0.9, NPUS)
+        check_memory_shares(assign_devices("auto", 9, NPUS), 0.9, NPUS)
 
 
 @pytest.mark.parametrize(
@@ -105,30 +107,30 @@ def test_more_than_a_cards_memory_is_refused() -> None:
     ],
 )
 def test_a_process_is_shown_its_own_devices(
-    entries: tuple[Entry, ...], instance: int, cards: Cards, inside: Entry, told: dict[str, str]
+    entries: tuple[Entry, ...], instance: int, cards: Accelerators, inside: Entry, told: dict[str, str]
 ) -> None:
-    placed = place(entries, instance, cards, {"CUDA_VISIBLE_DEVICES": "2,GPU-b,7,8"})
-    assert (placed.devices, placed.inside, placed.environment) == (entries[instance], inside, told)
+    placed = place_instance(entries, instance, cards, {"CUDA_VISIBLE_DEVICES": "2,GPU-b,7,8"})
+    assert (placed.devices, placed.local_names, placed.environment) == (entries[instance], inside, told)
 
 
 def test_gpus_are_numbered_as_nvidia_smi_does_unless_the_operator_has_chosen() -> None:
-    gpus = Cards("cuda", ("0", "1"))
-    assert place((("cuda:1",),), 0, gpus, {}).environment == {
+    gpus = Accelerators("cuda", ("0", "1"))
+    assert place_instance((("cuda:1",),), 0, gpus, {}).environment == {
         "CUDA_VISIBLE_DEVICES": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }
     chosen = {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
-    assert place((("cuda:1",),), 0, gpus, chosen).environment == {"CUDA_VISIBLE_DEVICES": "1", **chosen}
+    assert place_instance((("cuda:1",),), 0, gpus, chosen).environment == {"CUDA_VISIBLE_DEVICES": "1", **chosen}
 
 
 def test_numbered_cpus_share_the_cores() -> None:
     cores = len(os.sched_getaffinity(0))
     one, two = (("cpu:0",),), (("cpu:0",), ("cpu:3",))
     many = tuple((f"cpu:{index}",) for index in range(4 * cores))
-    assert place(one, 0, NONE, {}).environment == {"OMP_NUM_THREADS": str(cores)}
-    assert place(two, 1, NONE, {}).environment == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
-    assert place(many, 1, NONE, {}).environment == {"OMP_NUM_THREADS": "1"}
-    assert place(two, 1, NONE, {"OMP_NUM_THREADS": "3"}).environment == {}
+    assert place_instance(one, 0, NONE, {}).environment == {"OMP_NUM_THREADS": str(cores)}
+    assert place_instance(two, 1, NONE, {}).environment == {"OMP_NUM_THREADS": str(max(1, cores // 2))}
+    assert place_instance(many, 1, NONE, {}).environment == {"OMP_NUM_THREADS": "1"}
+    assert place_instance(two, 1, NONE, {"OMP_NUM_THREADS": "3"}).environment == {}
 
 
 @pytest.mark.parametrize(
@@ -147,17 +149,21 @@ def test_what_the_operator_hides_is_not_found(
 ) -> None:
     monkeypatch.setattr(cards_module, "_count_gpus", lambda: 3)
     environment = {} if variable is None else {"CUDA_VISIBLE_DEVICES": variable}
-    assert find_cards(environment) == (Cards("cuda", ids) if ids else Cards("cpu"))
+    assert find_accelerators(environment) == (Accelerators("cuda", ids) if ids else Accelerators("cpu"))
 
 
 def test_what_is_found_without_the_framework_is_what_the_framework_finds() -> None:
     kind, count = accelerators()
-    found = find_cards()
+    found = find_accelerators()
     assert (found.kind, len(found.ids)) == (kind, count)
 
 
 def test_cards_are_told_as_operators_name_them() -> None:
-    assert [str(cards) for cards in (NPUS, Cards("cuda", ("3",)), NONE)] == ["npu:0 to npu:7", "cuda:0", "cpu only"]
+    assert [str(cards) for cards in (NPUS, Accelerators("cuda", ("3",)), NONE)] == [
+        "npu:0 to npu:7",
+        "cuda:0",
+        "cpu only",
+    ]
     assert instance_device("cpu;cpu:1", 1) == "cpu:1"
 
 
@@ -171,7 +177,7 @@ def test_the_cpu_is_exact_and_takes_every_seed() -> None:
     device = open_device("cpu")
     assert (str(device), device.default_dtype) == ("cpu", torch.float32)
     assert (str(open_device("cpu:1")), open_device("cpu:1").torch_device) == ("cpu:1", torch.device("cpu"))
-    assert str(open_device("cpu", known_as="cpu:7")) == "cpu:7"
+    assert str(open_device("cpu", display_name="cpu:7")) == "cpu:7"
     assert 0 < device.memory().free <= device.memory().total
     for seed in (-(2**63), -1, 0, 2**63 - 1, 2**64 - 1):
         drawn = torch.rand(4, generator=device.generator(seed))
@@ -179,7 +185,7 @@ def test_the_cpu_is_exact_and_takes_every_seed() -> None:
     ran: list[int] = []
     replay = device.capture(lambda: ran.append(1))
     replay()
-    device.mark().wait()
+    device.record_event().synchronize()
     assert ran == [1]
 
 

@@ -17,9 +17,9 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.config import pbtxt
 from glm_image.config.profiles import PROFILES, Profile, StageLayout
 from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
-from glm_image.devices.discovery import Cards
+from glm_image.devices.discovery import Accelerators
 from glm_image.devices.open import open_device
-from glm_image.devices.placement import check_shares, lay_out
+from glm_image.devices.placement import assign_devices, check_memory_shares
 from glm_image.dit.loading import _empty_modules
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
@@ -47,9 +47,9 @@ def layout(profile: Profile, model: str) -> StageLayout:
     return {"glm_ar": profile.ar, "glm_dit": profile.dit}[model]
 
 
-def machine_of(profile: Profile) -> Cards:
+def machine_of(profile: Profile) -> Accelerators:
     kind = profile.name.split("-")[0]
-    return Cards("cpu") if kind == "cpu" else Cards(kind, tuple(map(str, range(len(profile.devices)))))
+    return Accelerators("cpu") if kind == "cpu" else Accelerators(kind, tuple(map(str, range(len(profile.devices)))))
 
 
 def test_these_are_the_profiles() -> None:
@@ -76,9 +76,9 @@ def test_a_file_parses_to_its_declaration_and_differs_from_the_default_only_ther
 def test_a_profile_lays_out_on_its_machine(name: str, model: str) -> None:
     profile = PROFILES[name]
     declared, machine = layout(profile, model), machine_of(profile)
-    entries = lay_out(declared.devices, len(declared.entries), machine)
+    entries = assign_devices(declared.devices, len(declared.entries), machine)
     assert entries == declared.entries
-    check_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
+    check_memory_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
 
 
 def test_the_layouts_are_what_their_names_say() -> None:

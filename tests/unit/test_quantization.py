@@ -19,6 +19,7 @@ from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 
 GRID = Grid(2, 2)
@@ -32,8 +33,7 @@ def painted(engine: DitEngine) -> np.ndarray:
     tokens = np.arange(GRID.tokens, dtype=np.int32)[None]
     size = Size(GRID.height * 32, GRID.width * 32)
     request = PaintRequest("a 'b'", tokens, GRID, size, seeds=(3,), num_inference_steps=4)
-    context = RequestContext()
-    return engine.finish(context, request, engine.denoise(context, request)).pixels
+    return engine.paint(RequestContext(), request, Limits()).result().pixels
 
 
 def test_int8_paints_nearly_the_same_picture_with_less_memory(checkpoint_folder: Path) -> None:
@@ -86,7 +86,7 @@ def test_fp8_is_refused_where_there_are_no_such_products(
     cuda, npu = CudaDevice(torch.device("cuda:0")), object.__new__(NpuDevice)
     for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert (cuda.without_quantization("fp8") is not None) == refused
-        assert cuda.without_quantization("int8") is None
-    assert npu.without_quantization("fp8") is not None
-    assert npu.without_quantization("int8") is None
+        assert (cuda.unsupported_quantization_reason("fp8") is not None) == refused
+        assert cuda.unsupported_quantization_reason("int8") is None
+    assert npu.unsupported_quantization_reason("fp8") is not None
+    assert npu.unsupported_quantization_reason("int8") is None

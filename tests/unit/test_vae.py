@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Memory
 from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.open import open_device
-from glm_image.dit.engine import DitEngine
+from glm_image.dit.engine import UNFINISHED_REQUESTS, DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.pipeline import LocalPipeline
 from glm_image.request import images
 from glm_image.request.geometry import Grid, Size
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 
 WAIT_SECONDS = 60
@@ -34,8 +36,7 @@ def request(grid: Grid, output_format: str = "raw") -> PaintRequest:
 
 
 def painted(engine: DitEngine, grid: Grid) -> NDArray[np.int64]:
-    asked, context = request(grid), RequestContext()
-    return engine.finish(context, asked, engine.denoise(context, asked)).pixels.astype(int)
+    return engine.paint(RequestContext(), request(grid), Limits()).result().pixels.astype(int)
 
 
 def test_large_pictures_in_tiles_are_nearly_the_same_and_others_are_the_same(
@@ -59,9 +60,20 @@ def test_tiles_are_for_where_the_largest_picture_does_not_fit(
     assert engine.executor._vae._autoencoder.use_tiling is expected
 
 
-def test_the_next_picture_is_denoised_while_one_is_encoded(
-    pipeline: LocalPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class FinisherCpu(CpuDevice):
+    """A CPU on which requests are finished in a thread of their own, as on an accelerator."""
+
+    is_host = False
+
+
+@pytest.fixture
+def engine(checkpoint_folder: Path) -> Iterator[DitEngine]:
+    opened = DitEngine(Checkpoint.open(checkpoint_folder), FinisherCpu(torch.device("cpu")), DitSettings())
+    yield opened
+    opened.close()
+
+
+def test_next_request_is_denoised_while_one_is_encoded(engine: DitEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     encoding, may_go_on = threading.Event(), threading.Event()
     encode = images.encode
 
@@ -71,16 +83,29 @@ def test_the_next_picture_is_denoised_while_one_is_encoded(
         return encode(*given)
 
     monkeypatch.setattr(images, "encode", held)
-    engine, first, second = pipeline.dit, request(SQUARE, "png"), request(SQUARE, "png")
-    pictures = engine.denoise(RequestContext(), first)
-    with ThreadPoolExecutor(1) as finisher:
-        finishing = finisher.submit(engine.finish, RequestContext(), first, pictures)
-        try:
-            assert encoding.wait(WAIT_SECONDS)
-            context = RequestContext()
-            following = engine.denoise(context, second)
-            assert context.seconds["denoise"] > 0
-            assert not finishing.done()
-        finally:
-            may_go_on.set()
-        assert finishing.result(WAIT_SECONDS).encoded == engine.finish(RequestContext(), second, following).encoded
+    first = engine.paint(RequestContext(), request(SQUARE, "png"), Limits())
+    try:
+        assert encoding.wait(WAIT_SECONDS)
+        context = RequestContext()
+        second = engine.paint(context, request(SQUARE, "png"), Limits())
+        assert context.seconds["denoise"] > 0
+        assert not first.done()
+        assert not engine._unfinished.acquire(blocking=False), f"{UNFINISHED_REQUESTS} requests are unfinished"
+    finally:
+        may_go_on.set()
+    assert first.result(WAIT_SECONDS).encoded == second.result(WAIT_SECONDS).encoded
+
+
+def test_error_while_encoding_reaches_the_caller_and_frees_the_finisher(
+    engine: DitEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> bytes:
+        raise RuntimeError("cannot encode")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "encode", fail)
+        for _ in range(UNFINISHED_REQUESTS + 1):
+            with pytest.raises(RuntimeError, match="cannot encode"):
+                engine.paint(RequestContext(), request(SQUARE, "png"), Limits()).result(WAIT_SECONDS)
+    assert engine.paint(RequestContext(), request(SQUARE, "png"), Limits()).result(WAIT_SECONDS).encoded
+    assert not engine.executor._pictures

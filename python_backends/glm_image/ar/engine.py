@@ -27,7 +27,7 @@ from glm_image.devices.base import Device
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start
+from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start_ranks
 from glm_image.parallel.worker import RankExecutor
 from glm_image.request.geometry import Grid, PlacedGrid, Size, source_grid
 from glm_image.request.parameters import ResolvedRequest, Sampling
@@ -61,7 +61,7 @@ class ArEngine:
         device: where they run.
         settings: how.
         record: takes what ``ar.measures`` names.
-        peers: other devices that share the decoder with ``device``.
+        workers: other devices that share the decoder with ``device``.
         watched: wraps what runs commands on the device, to see one that never ends.
         admission: says when a free slot is filled; None = at once.
 
@@ -81,11 +81,11 @@ class ArEngine:
         device: Device,
         settings: ArSettings,
         record: MetricSink = null_sink,
-        peers: WorkerConfig = NO_WORKERS,
+        workers: WorkerConfig = NO_WORKERS,
         watched: Callable[[Run], Run] = lambda run: run,
         admission: Admission | None = None,
     ) -> None:
-        device.bind()
+        device.set_current()
         dtype = settings.dtype or device.default_dtype
         self.config = ArConfig.read(checkpoint)
         self._settings = settings
@@ -93,8 +93,10 @@ class ArEngine:
         self._tokenizer = PromptTokenizer(GlmImageProcessor.from_pretrained(checkpoint.path("processor")))
         self._image_processor = checkpoint.image_processor
         self.source_rule = checkpoint.source_rule
-        layout = ParallelLayout(tp=1 + len(peers.devices))
-        self.executor = _loaded(device, partial(start, load_executor, (checkpoint, settings), device, layout, peers))
+        layout = ParallelLayout(tp=1 + len(workers.devices))
+        self.executor = _loaded(
+            device, partial(start_ranks, load_executor, (checkpoint, settings), device, layout, workers)
+        )
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
         first = self._warm_up_commands(device.warmup_sizes)
         self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first, admission)

@@ -81,10 +81,10 @@ class Executor:
         """Runs one command; ``Encode``, ``Peek`` and a wanted ``Release`` return tokens, int32 [tokens].
 
         Raises:
-            DeviceMemoryError: the device has not the memory for it; whatever it took is given back.
+            DeviceMemoryError: out of memory; what the command had allocated is freed.
         """
-        self._device.bind()
-        return run_or_oom(self._device, lambda: self._obey(command), lambda: self._lack(command))
+        self._device.set_current()
+        return run_or_oom(self._device, lambda: self._obey(command), lambda: self._oom_report(command))
 
     @torch.inference_mode()
     def _obey(self, command: Command) -> NDArray[np.int32] | None:
@@ -101,25 +101,27 @@ class Executor:
             self._step(command.count)
         return None
 
-    def _lack(self, command: Command) -> OomReport:
-        beside = f"with {len(self._sequences)} of {len(self._state.tokens)} slots taken"
+    def _oom_report(self, command: Command) -> OomReport:
+        in_use = f"{len(self._sequences)} of {len(self._state.tokens)} slots in use"
         settings = "max_num_seqs or max_sequence_tokens"
         if isinstance(command, Encode):
             sides = [(grid.width * PIXELS_PER_TOKEN, grid.height * PIXELS_PER_TOKEN) for grid in command.grids]
             sizes = ", ".join(f"{width} x {height}" for width, height in sides)
-            return OomReport(f"source images of {sizes} pixels", beside, f"their number or size, or {settings}")
+            return OomReport(
+                f"the encoding of source images of {sizes} pixels", in_use, f"their number or size, or {settings}"
+            )
         if isinstance(command, Admit):
             tokens = len(command.prompt_ids)
             return OomReport(
-                f"a prompt of {tokens} tokens", beside, f"its length, source images included, or {settings}"
+                f"the prefill of {tokens} tokens", in_use, f"its length, source images included, or {settings}"
             )
-        return OomReport("a decode step", beside, settings)
+        return OomReport("a decode step", in_use, settings)
 
     def close(self) -> None:
         """Waits for what is under way and forgets the captured step: a communicator in it cannot be ended before."""
         try:
-            self._device.bind()
-            self._device.mark().wait()
+            self._device.set_current()
+            self._device.record_event().synchronize()
         finally:
             self._step_once = _never
 
@@ -143,7 +145,7 @@ class Executor:
         state.tokens[slot] = state.output[slot, 0] = token[0]
         state.set(slot, length, drawn=1, active=True)
         sequence.drawn = 1
-        self._device.mark().wait()
+        self._device.record_event().synchronize()
 
     def _step(self, count: int) -> None:
         for _ in range(count):
@@ -152,9 +154,9 @@ class Executor:
                     self._refill_noise(slot, sequence)
                 sequence.drawn += 1
             self._step_once()
-        self._queue.append(self._device.mark())
+        self._queue.append(self._device.record_event())
         while len(self._queue) > STEPS_AHEAD:
-            self._queue.popleft().wait()
+            self._queue.popleft().synchronize()
 
     def _release(self, command: Release) -> NDArray[np.int32] | None:
         slot, state = command.slot, self._state

@@ -84,9 +84,9 @@ class DecoderLayer(nn.Module):
         turned, value = heads.tensor_split([self.heads + self.kv_heads], dim=1)
         query, key = rotate(turned, cos, sin).tensor_split([self.heads], dim=1)
         attended = attend(index, query, key, value)
-        hidden = hidden + self.after_attention(self.group.sum(self.out(attended.transpose(1, 2).flatten(2))))
+        hidden = hidden + self.after_attention(self.group.all_reduce_sum(self.out(attended.transpose(1, 2).flatten(2))))
         gate, up = self.gate_up(self.before_mlp(hidden)).chunk(2, dim=-1)
-        output: Tensor = hidden + self.after_mlp(self.group.sum(self.down(up * F.silu(gate))))
+        output: Tensor = hidden + self.after_mlp(self.group.all_reduce_sum(self.down(up * F.silu(gate))))
         return output
 
 
@@ -109,7 +109,9 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(self.config, group) for _ in range(config.layers))
         self.norm = RmsNorm(config.hidden_size, config.norm_eps)
-        self.head: AnyLinear = nn.Linear(config.hidden_size, len(group.share(config.vision_vocab_size)), bias=False)
+        self.head: AnyLinear = nn.Linear(
+            config.hidden_size, len(group.shard_range(config.vision_vocab_size)), bias=False
+        )
 
     @classmethod
     def load(
@@ -212,4 +214,4 @@ def gathered_logits(logits: Tensor, group: Group, vocabulary: int) -> Tensor:
     """Returns the logits of the whole vocabulary, [rows, vocabulary], given those of this rank's part of it."""
     if group.size == 1:
         return logits
-    return group.gather_rows(logits.transpose(0, 1), vocabulary).transpose(0, 1).contiguous()
+    return group.all_gather_rows(logits.transpose(0, 1), vocabulary).transpose(0, 1).contiguous()

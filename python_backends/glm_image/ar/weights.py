@@ -45,7 +45,7 @@ class CheckpointNames:
         """Reads this rank's part of one parameter of the decoder, or of three that are one here."""
         config, part = self._config, name.split(".", maxsplit=2)[-1] if name.startswith("layers.") else name
         if part == "head.weight":
-            rows = self._group.share(config.vision_vocab_size)
+            rows = self._group.shard_range(config.vision_vocab_size)
             return self._rows(name, (config.vision_vocab_size, *shape[1:]), rows)
         if not name.startswith("layers."):
             return self._source.read(CHECKPOINT_NAMES[name], shape)
@@ -58,7 +58,7 @@ class CheckpointNames:
         if part in {"out.weight", "down.weight"}:
             columns = shape[1] * self._group.size
             whole = self._source.read(full, (shape[0], columns))
-            return _copy(whole[:, _slice(self._group.share(columns))], whole)
+            return _copy(whole[:, _slice(self._group.shard_range(columns))], whole)
         return self._source.read(full, shape)
 
     def _rows(self, name: str, shape: tuple[int, ...], rows: range) -> Tensor:
@@ -68,14 +68,14 @@ class CheckpointNames:
     def _gate_up(self, name: str, shape: tuple[int, ...]) -> Tensor:
         width = self._config.intermediate_size
         whole = self._source.read(name, (2 * width, *shape[1:]))
-        own = _slice(self._group.share(width))
+        own = _slice(self._group.shard_range(width))
         return _copy(
             torch.cat([half[own] for half in torch.split(whole, width)]) if self._group.size > 1 else whole, whole
         )
 
     def _heads(self, prefix: str, kind: str, rest: tuple[int, ...]) -> Tensor:
         config, group = self._config, self._group
-        queries = group.share(config.heads)
+        queries = group.shard_range(config.heads)
         # A rank has the key and value heads that its query heads read: those of a share, or one that others have too.
         grouped = config.heads // config.kv_heads
         keys = range(queries.start // grouped, (queries.stop - 1) // grouped + 1)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm_image.config.schema import ParameterSpec, read_parameters
-from glm_image.devices.discovery import find_cards
-from glm_image.devices.placement import Place, check_shares, lay_out, place
+from glm_image.devices.discovery import find_accelerators
+from glm_image.devices.placement import Placement, assign_devices, check_memory_shares, place_instance
 from glm_image.errors import ConfigurationError, UnavailableError
 from glm_image.lifecycle.context import Timeouts
 from glm_image.request.geometry import Size
@@ -66,21 +66,21 @@ class Instance:
             limits=Limits.from_parameters(given),
         )
 
-    def take_place(self, *, spare_first: bool) -> Place:
+    def take_place(self, *, reserve_first: bool) -> Placement:
         """Chooses this instance's devices and hides all others from this process.
 
         To be called before anything imports the framework, which looks but once.
 
         Args:
-            spare_first: whether ``auto`` leaves the first of several cards to the other stage.
+            reserve_first: whether ``auto`` leaves the first of several cards to the other stage.
 
         Raises:
             ConfigurationError: ``devices`` does not fit the instances or this machine.
         """
-        cards, devices = find_cards(), self.parameters["devices"]
-        entries = lay_out(devices, self.siblings, cards, spare_first=spare_first)
-        check_shares(entries, self.share("memory_utilization"), cards)
-        taken = place(entries, self.index, cards)
+        cards, devices = find_accelerators(), self.parameters["devices"]
+        entries = assign_devices(devices, self.siblings, cards, reserve_first=reserve_first)
+        check_memory_shares(entries, self.share("memory_utilization"), cards)
+        taken = place_instance(entries, self.index, cards)
         os.environ.update(taken.environment)
         told = "".join(f", {name}={value}" for name, value in taken.environment.items())
         logger.info(
@@ -94,7 +94,7 @@ class Instance:
         )
         return taken
 
-    def peers(self, place: Place, device: Device, on_loss: Callable[[UnavailableError], None]) -> WorkerConfig:
+    def workers(self, place: Placement, device: Device, on_loss: Callable[[UnavailableError], None]) -> WorkerConfig:
         """Returns the other devices of an instance that spans several.
 
         Args:
@@ -105,7 +105,7 @@ class Instance:
         from glm_image.parallel.rank_group import WorkerConfig  # noqa: PLC0415 - imports torch
 
         hang_seconds = self.seconds("hang_seconds", device.hang_seconds) or math.inf
-        return WorkerConfig(place.inside[1:], place.devices[1:], hang_seconds, on_loss=on_loss)
+        return WorkerConfig(place.local_names[1:], place.devices[1:], hang_seconds, on_loss=on_loss)
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from glm_image.devices.placement import Entry, entries_of
+from glm_image.devices.placement import Entry, parse_devices
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StageLayout:
     @property
     def entries(self) -> tuple[Entry, ...]:
         """The devices of each instance."""
-        return entries_of(self.devices)
+        return parse_devices(self.devices)
 
     def values(self) -> dict[str, str]:
         """Returns the parameters that differ from their defaults, ``devices`` first."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from glm_image.devices.attention import masked_decode_attention
-from glm_image.devices.base import Device, DeviceEvent, Memory, causes
-from glm_image.devices.quantization import Rows
+from glm_image.devices.base import Device, DeviceEvent, Memory, error_chain
+from glm_image.devices.quantization import QuantizedRows
 from glm_image.request.geometry import Size
 
 WARM_UP_STEPS = 2  # libraries make their handles and choose their kernels outside the capture
@@ -27,7 +27,7 @@ class _Event:
     def __init__(self, event: Any) -> None:
         self._event = event
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         self._event.synchronize()
 
 
@@ -46,11 +46,11 @@ class AcceleratorDevice(Device):
 
     warmup_sizes = (Size(1024, 1024),)
 
-    def __init__(self, torch_device: torch.device, runtime: ModuleType, known_as: str | None = None) -> None:
-        super().__init__(torch_device, known_as)
+    def __init__(self, torch_device: torch.device, runtime: ModuleType, display_name: str | None = None) -> None:
+        super().__init__(torch_device, display_name)
         self._runtime: Any = runtime
 
-    def bind(self) -> None:
+    def set_current(self) -> None:
         """Makes this the calling thread's current device."""
         self._runtime.set_device(self.torch_device)
 
@@ -70,14 +70,14 @@ class AcceleratorDevice(Device):
         return any(
             isinstance(cause, torch.OutOfMemoryError)
             or (isinstance(cause, RuntimeError) and "out of memory" in str(cause).lower())
-            for cause in causes(error)
+            for cause in error_chain(error)
         )
 
     def release_unused(self) -> None:
         """Empties the allocator's cache."""
         self._runtime.empty_cache()
 
-    def mark(self) -> DeviceEvent:
+    def record_event(self) -> DeviceEvent:
         """Records an event on the calling thread's stream."""
         event = self._runtime.Event()
         event.record()
@@ -92,7 +92,7 @@ class AcceleratorDevice(Device):
         self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
     ) -> Callable[[], None]:
         """Captures ``step`` in a graph, after running it on a side stream unless it is warm."""
-        self.bind()
+        self.set_current()
         if not warm:
             side = self._runtime.Stream()
             side.wait_stream(self._runtime.current_stream())
@@ -129,10 +129,10 @@ class NpuDevice(AcceleratorDevice):
 
     attention_backend = "_native_npu"
 
-    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
+    def __init__(self, torch_device: torch.device, display_name: str | None = None) -> None:
         import torch_npu  # noqa: F401, PLC0415 - registers torch.npu; needs CANN's libraries
 
-        super().__init__(torch_device, torch.npu, known_as)  # type: ignore[attr-defined]
+        super().__init__(torch_device, torch.npu, display_name)  # type: ignore[attr-defined]
 
     def _new_graph(self) -> Any:
         return self._runtime.NPUGraph()
@@ -159,18 +159,18 @@ class NpuDevice(AcceleratorDevice):
         )
         return product.view(*hidden.shape[:-1], -1)
 
-    def without_quantization(self, quantization: str) -> str | None:
+    def unsupported_quantization_reason(self, quantization: str) -> str | None:
         """There is int8 alone."""
         return "the products of fp8 are CUDA's" if quantization == "fp8" else None
 
-    def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> Rows:
+    def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> QuantizedRows:
         """Rounds to int8 in one pass."""
         import torch_npu  # noqa: PLC0415
 
         values, scales = torch_npu.npu_dynamic_quant(matrix)
-        return Rows(values, scales.unsqueeze(1))
+        return QuantizedRows(values, scales.unsqueeze(1))
 
-    def scaled_product(self, rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    def scaled_product(self, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """Multiplies, scales and adds in one operator."""
         import torch_npu  # noqa: PLC0415
 
@@ -191,8 +191,8 @@ class CudaDevice(AcceleratorDevice):
     runs_triton = importlib.util.find_spec("triton") is not None
     lse_attention_backend = "_native_cudnn"
 
-    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
-        super().__init__(torch_device, torch.cuda, known_as)
+    def __init__(self, torch_device: torch.device, display_name: str | None = None) -> None:
+        super().__init__(torch_device, torch.cuda, display_name)
 
     def _new_graph(self) -> Any:
         return self._runtime.CUDAGraph()
@@ -201,7 +201,7 @@ class CudaDevice(AcceleratorDevice):
         context: AbstractContextManager[None] = self._runtime.graph(graph, pool=pool, capture_error_mode="thread_local")
         return context
 
-    def without_quantization(self, quantization: str) -> str | None:
+    def unsupported_quantization_reason(self, quantization: str) -> str | None:
         """Products of fp8 came with compute capability 8.9 (Ada, Hopper)."""
         capability = self._runtime.get_device_capability(self.torch_device)
         if quantization == "fp8" and capability < FP8_CAPABILITY:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from glm_image.devices import quantization
-from glm_image.devices.int8 import widened_product
-from glm_image.devices.quantization import Rows
+from glm_image.devices.quantization import QuantizedRows
 from glm_image.errors import ConfigurationError
 from glm_image.request.geometry import Size
 
@@ -19,11 +18,11 @@ from glm_image.request.geometry import Size
 class DeviceEvent(Protocol):
     """A point in a device's queue of work."""
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Blocks the host until the device has passed the point."""
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
     """Gives an error and what it was raised in dealing with: a capture that runs out of memory ends with another."""
     while error is not None:
         yield error
@@ -61,19 +60,19 @@ class Device(ABC):
     hang_seconds = 60.0
     is_host = False
 
-    def __init__(self, torch_device: torch.device, known_as: str | None = None) -> None:
+    def __init__(self, torch_device: torch.device, display_name: str | None = None) -> None:
         self.torch_device = torch_device
-        self._known_as = known_as or str(torch_device)
+        self._display_name = display_name or str(torch_device)
 
     def __str__(self) -> str:
-        return self._known_as
+        return self._display_name
 
     def generator(self, seed: int) -> torch.Generator:
         """Returns a generator on this device, seeded with any signed or unsigned 64-bit integer."""
         return torch.Generator(self.torch_device).manual_seed(seed)
 
     @abstractmethod
-    def bind(self) -> None:
+    def set_current(self) -> None:
         """Makes this the calling thread's current device."""
 
     @abstractmethod
@@ -93,7 +92,7 @@ class Device(ABC):
         """Gives memory back that this process holds and has no tensors in."""
 
     @abstractmethod
-    def mark(self) -> DeviceEvent:
+    def record_event(self) -> DeviceEvent:
         """Marks the end of the work enqueued so far by this thread."""
 
     def graph_pool(self) -> object | None:
@@ -156,16 +155,16 @@ class Device(ABC):
         Returns:
             [..., n] in the activations' dtype.
         """
-        return widened_product(hidden, weight, scale)
+        return quantization.dequantized_product(hidden, weight, scale)
 
     @abstractmethod
-    def without_quantization(self, quantization: str) -> str | None:
+    def unsupported_quantization_reason(self, quantization: str) -> str | None:
         """Returns why this device can't multiply ``int8`` or ``fp8`` matrices; None when it can."""
 
-    def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> Rows:
+    def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> QuantizedRows:
         """See ``quantized.quantize_rows``."""
         return quantization.quantize_rows(matrix, dtype)
 
-    def scaled_product(self, rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    def scaled_product(self, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """See ``quantized.scaled_product``."""
         return quantization.scaled_product(rows, weight, bias, dtype)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from glm_image.devices.attention import ragged_decode_attention
-from glm_image.devices.base import Device, DeviceEvent, Memory, causes
+from glm_image.devices.base import Device, DeviceEvent, Memory, error_chain
 
 KIBIBYTE = 1024
 
 
 class _Passed:
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Work on a CPU is done when the call returns."""
 
 
@@ -28,7 +28,7 @@ class CpuDevice(Device):
     hang_seconds = 600.0
     is_host = True
 
-    def bind(self) -> None:
+    def set_current(self) -> None:
         """Nothing to choose."""
 
     def memory(self) -> Memory:
@@ -45,13 +45,13 @@ class CpuDevice(Device):
         """See ``Device``; torch has no class of its own for this on the CPU."""
         return any(
             isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and "DefaultCPUAllocator" in str(cause))
-            for cause in causes(error)
+            for cause in error_chain(error)
         )
 
     def release_unused(self) -> None:
         """Nothing is held: what is freed goes back."""
 
-    def mark(self) -> DeviceEvent:
+    def record_event(self) -> DeviceEvent:
         """Returns a mark already passed."""
         return _Passed()
 
@@ -71,6 +71,6 @@ class CpuDevice(Device):
         """See ``ragged_decode_attention``."""
         return ragged_decode_attention(query, keys, values, lengths)
 
-    def without_quantization(self, quantization: str) -> str | None:
+    def unsupported_quantization_reason(self, quantization: str) -> str | None:
         """There is int8 alone."""
         return "a CPU has no fast products of fp8" if quantization == "fp8" else None

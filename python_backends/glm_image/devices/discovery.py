@@ -17,7 +17,7 @@ VISIBLE_VARIABLES: Final = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VI
 
 
 @dataclass(frozen=True)
-class Cards:
+class Accelerators:
     """Accelerators of one kind.
 
     Attributes:
@@ -40,14 +40,14 @@ class Cards:
         return kind == "cpu" or (kind == self.kind and int(index) < len(self.ids))
 
 
-def find_cards(environment: Mapping[str, str] = os.environ) -> Cards:
+def find_accelerators(environment: Mapping[str, str] = os.environ) -> Accelerators:
     """Returns the cards that a process with this environment may use."""
     for kind, count in (("npu", _count_npus), ("cuda", _count_gpus)):
         found = tuple(map(str, range(count())))
         ids = _listed(environment.get(VISIBLE_VARIABLES[kind]), found)
         if found and ids:
-            return Cards(kind, ids)
-    return Cards("cpu")
+            return Accelerators(kind, ids)
+    return Accelerators("cpu")
 
 
 def _listed(value: str | None, found: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What happens when an allocation on a device fails: the request that wanted it ends, and nothing of it is kept."""
+"""Turns a failed allocation on a device into an error of the request, which keeps nothing of the failed work."""
 
 from __future__ import annotations
 
@@ -6,36 +6,36 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from glm_image.devices.base import Device
-from glm_image.devices.budget import shown
+from glm_image.devices.budget import GIGABYTE
 from glm_image.errors import DeviceMemoryError
 
 T = TypeVar("T")
 
 
 class OomReport(NamedTuple):
-    """What the memory was not there for.
+    """The parts of an out-of-memory message that the engine knows.
 
     Attributes:
-        wanted: what was to be computed.
-        beside: what else is held.
-        lower: what to lower.
+        operation: what was being computed, e.g. ``a decode step``.
+        in_use: what holds memory besides, e.g. ``3 of 8 slots in use``.
+        setting: what the operator or the client can lower.
     """
 
-    wanted: str
-    beside: str
-    lower: str
+    operation: str
+    in_use: str
+    setting: str
 
 
-def run_or_oom(device: Device, work: Callable[[], T], lack: Callable[[], OomReport]) -> T:
-    """Does work that may need more memory than the device has.
+def run_or_oom(device: Device, work: Callable[[], T], report: Callable[[], OomReport]) -> T:
+    """Runs ``work``, which may need more memory than the device has.
 
     Args:
-        device: where the work allocates.
-        work: what to do.
-        lack: says what it was, should it fail.
+        device: where ``work`` allocates.
+        work: the computation.
+        report: called after a failed allocation, to describe it.
 
     Raises:
-        DeviceMemoryError: an allocation failed. It does not lead to the failed one, whose frames hold tensors.
+        DeviceMemoryError: an allocation failed. The error does not reference the failed one, whose frames hold tensors.
     """
     try:
         return work()
@@ -43,9 +43,10 @@ def run_or_oom(device: Device, work: Callable[[], T], lack: Callable[[], OomRepo
         if not device.is_out_of_memory(error):
             raise
         free, total = device.memory()
-    # After the clause, where the error and its frames are gone.
-    wanted, beside, lower = lack()
+    # After the except clause, which has dropped the error and its frames.
+    operation, in_use, setting = report()
     device.release_unused()
     raise DeviceMemoryError(
-        f"{device} has not the memory for {wanted}: {shown(free)} of {shown(total)} were free, {beside}; lower {lower}"
+        f"out of memory on {device} during {operation}: "
+        f"{free / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB free, {in_use}; lower {setting}"
     )

@@ -9,15 +9,15 @@ import torch
 from glm_image.devices.accelerator import CudaDevice, NpuDevice
 from glm_image.devices.base import Device
 from glm_image.devices.cpu import CpuDevice
-from glm_image.devices.discovery import find_cards
-from glm_image.devices.placement import DEVICE, lay_out
+from glm_image.devices.discovery import find_accelerators
+from glm_image.devices.placement import DEVICE, assign_devices
 from glm_image.errors import ConfigurationError
 
 
 def instance_device(devices: str, instance: int) -> str:
     """Returns the device of one instance, for a process that sees all devices; see ``glm_image.devices.placement``."""
-    cards = find_cards()
-    entries = lay_out(devices, max(instance + 1, devices.count(";") + 1), cards)
+    cards = find_accelerators()
+    entries = assign_devices(devices, max(instance + 1, devices.count(";") + 1), cards)
     return entries[instance][0]
 
 
@@ -33,12 +33,12 @@ def accelerators() -> tuple[str, int]:
     return "cpu", 0
 
 
-def open_device(name: str, known_as: str | None = None) -> Device:
+def open_device(name: str, display_name: str | None = None) -> Device:
     """Opens a device by name: ``cpu``, ``cpu:1``, ``cuda:0``, ``npu:1``.
 
     Args:
         name: what this process calls it.
-        known_as: what operators call it, where the process does not see all cards.
+        display_name: what operators call it, where the process does not see all cards.
 
     Raises:
         ConfigurationError: the machine has no such device.
@@ -46,13 +46,13 @@ def open_device(name: str, known_as: str | None = None) -> Device:
     if not DEVICE.fullmatch(name):
         raise ConfigurationError(f"device is {name!r}; allowed: cpu, cpu:N, npu:N, cuda:N")
     if name.startswith("cpu"):
-        return CpuDevice(torch.device("cpu"), known_as or name)
+        return CpuDevice(torch.device("cpu"), display_name or name)
     kind, count = accelerators()
     wanted_kind, index = name.split(":")
     if wanted_kind != kind or int(index) >= count:
         found = f"{kind}:0 to {kind}:{count - 1}" if count else "cpu only"
         raise ConfigurationError(f"device is {name!r}; found on this machine: {found}")
-    return (NpuDevice if kind == "npu" else CudaDevice)(torch.device(name), known_as)
+    return (NpuDevice if kind == "npu" else CudaDevice)(torch.device(name), display_name)
 
 
 def named_dtype(name: str) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""From the ``devices`` parameter to the devices of one instance, and what its process is told of them; no framework."""
+"""From the ``devices`` parameter to the devices of one instance, and the environment of its process; no framework."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from glm_image.devices.discovery import VISIBLE_VARIABLES, Cards
+from glm_image.devices.discovery import VISIBLE_VARIABLES, Accelerators
 from glm_image.errors import ConfigurationError, shown
 
 DEVICE = re.compile(r"cpu(?::\d{1,4})?|(?:npu|cuda):\d{1,4}")
@@ -20,24 +20,24 @@ Entry = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """Where an instance runs.
 
     Attributes:
         devices: as the configuration has them, e.g. ``npu:2``.
-        inside: what they are called in a process with ``environment``, e.g. ``npu:0``.
+        local_names: what they are called in a process with ``environment``, e.g. ``npu:0``.
         environment: variables to set before the framework is imported.
     """
 
     devices: Entry
-    inside: Entry
+    local_names: Entry
     environment: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return ",".join(self.devices)
 
 
-def entries_of(devices: str) -> tuple[Entry, ...]:
+def parse_devices(devices: str) -> tuple[Entry, ...]:
     """Reads the parameter: ``npu:0,npu:1;npu:2`` is an instance on two devices and one on a third.
 
     Raises:
@@ -53,7 +53,9 @@ def entries_of(devices: str) -> tuple[Entry, ...]:
     return entries
 
 
-def lay_out(devices: str, instances: int, cards: Cards, *, spare_first: bool = False) -> tuple[Entry, ...]:
+def assign_devices(
+    devices: str, instances: int, cards: Accelerators, *, reserve_first: bool = False
+) -> tuple[Entry, ...]:
     """Returns the devices of every instance of a model.
 
     Args:
@@ -61,18 +63,18 @@ def lay_out(devices: str, instances: int, cards: Cards, *, spare_first: bool = F
             for all instances.
         instances: how many ``instance_group`` counts.
         cards: what this machine has.
-        spare_first: for ``auto``, whether the first card is left to the other stage where there are several.
+        reserve_first: for ``auto``, whether the first card is left to the other stage where there are several.
 
     Raises:
         ConfigurationError: an entry is no device of this machine, or there is not one for each instance.
     """
     if devices.strip() == "auto":
-        first = int(spare_first and len(cards.ids) > 1)
+        first = int(reserve_first and len(cards.ids) > 1)
         own = range(first, len(cards.ids))
         chosen = [f"{cards.kind}:{own[instance % len(own)]}" if own else "cpu" for instance in range(instances)]
         return tuple((device,) for device in chosen)
     found = f"found on this machine: {cards}"
-    entries = entries_of(devices)
+    entries = parse_devices(devices)
     for entry in entries:
         text = ",".join(entry)
         if not all(map(cards.has, entry)):
@@ -91,7 +93,7 @@ def lay_out(devices: str, instances: int, cards: Cards, *, spare_first: bool = F
     return entries
 
 
-def check_shares(entries: tuple[Entry, ...], memory_utilization: float, cards: Cards) -> None:
+def check_memory_shares(entries: tuple[Entry, ...], memory_utilization: float, cards: Accelerators) -> None:
     """Refuses instances of a model that would take more than all the memory of a card together.
 
     Raises:
@@ -107,13 +109,13 @@ def check_shares(entries: tuple[Entry, ...], memory_utilization: float, cards: C
             )
 
 
-def place(
-    entries: tuple[Entry, ...], instance: int, cards: Cards, environment: Mapping[str, str] = os.environ
-) -> Place:
+def place_instance(
+    entries: tuple[Entry, ...], instance: int, cards: Accelerators, environment: Mapping[str, str] = os.environ
+) -> Placement:
     """Returns where one instance runs, and how its process is to see no other card.
 
     Args:
-        entries: of all instances, from ``lay_out``.
+        entries: of all instances, from ``assign_devices``.
         instance: which one.
         cards: what this machine has.
         environment: what holds so far; a variable that is set there is narrowed, or left alone.
@@ -121,23 +123,23 @@ def place(
     devices = entries[instance]
     kind = devices[0].partition(":")[0]
     if kind == "cpu":
-        return Place(devices, devices, _cpu_environment(entries, devices, cards, environment))
+        return Placement(devices, devices, _cpu_environment(entries, devices, cards, environment))
     # The Ascend runtime wants its list in ascending order; devices are then numbered by their place in it.
     indices = sorted(int(device.partition(":")[2]) for device in devices)
-    inside = tuple(f"{kind}:{indices.index(int(device.partition(':')[2]))}" for device in devices)
-    told = {VISIBLE_VARIABLES[kind]: ",".join(cards.ids[index] for index in indices)}
+    local_names = tuple(f"{kind}:{indices.index(int(device.partition(':')[2]))}" for device in devices)
+    variables = {VISIBLE_VARIABLES[kind]: ",".join(cards.ids[index] for index in indices)}
     if kind == "cuda" and VISIBLE_VARIABLES[kind] not in environment:
-        told["CUDA_DEVICE_ORDER"] = environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
-    return Place(devices, inside, told)
+        variables["CUDA_DEVICE_ORDER"] = environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi order
+    return Placement(devices, local_names, variables)
 
 
 def _cpu_environment(
-    entries: tuple[Entry, ...], devices: Entry, cards: Cards, environment: Mapping[str, str]
+    entries: tuple[Entry, ...], devices: Entry, cards: Accelerators, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    told = {VISIBLE_VARIABLES["cuda"]: ""} if cards.kind == "cuda" else {}
+    variables = {VISIBLE_VARIABLES["cuda"]: ""} if cards.kind == "cuda" else {}
     if devices == ("cpu",) or THREADS_VARIABLE in environment:
-        return told
+        return variables
     shares = len({device for entry in entries for device in entry if device.startswith("cpu:")})
     cores = len(os.sched_getaffinity(0))
     # Every device of an entry has a process of its own, which inherits this.
-    return {**told, THREADS_VARIABLE: str(max(1, cores // shares))}
+    return {**variables, THREADS_VARIABLE: str(max(1, cores // shares))}

@@ -11,23 +11,23 @@ from torch import Tensor
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """By the name that a configuration gives."""
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+MAX_VALUES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """What the greatest value of a row becomes."""
 
-SMALLEST_MAXIMUM = 1e-12
+MIN_ABS_MAX = 1e-12
 """Stands for the greatest value of a row of zeros."""
 
 ALIGNMENT = 16
 """What the sides of a matrix of weights are multiples of; the products of fp8 demand it, those of int8 half of it."""
 
-FEWEST_INT8_ROWS = 17
+MIN_INT8_ROWS = 17
 """The least height of a product of int8 on CUDA."""
 
-FEWEST_FP8_ROWS = 32
+MIN_FP8_ROWS = 32
 """The least height that products of fp8 are given on CUDA: for fewer rows cuBLAS lacks some of the shapes."""
 
 
-class Rows(NamedTuple):
+class QuantizedRows(NamedTuple):
     """A matrix in 8 bits, ``values * scales``.
 
     Attributes:
@@ -39,15 +39,15 @@ class Rows(NamedTuple):
     scales: Tensor
 
 
-def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> Rows:
+def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> QuantizedRows:
     """Rounds a matrix [rows, k] to 8 bits, its greatest value to the greatest there is, row by row."""
     full = matrix.float()
-    scales = full.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_MAXIMUM) / LARGEST[dtype]
+    scales = full.abs().amax(dim=1, keepdim=True).clamp_min(MIN_ABS_MAX) / MAX_VALUES[dtype]
     scaled = full / scales
-    return Rows((scaled if dtype.is_floating_point else scaled.round_()).to(dtype), scales)
+    return QuantizedRows((scaled if dtype.is_floating_point else scaled.round_()).to(dtype), scales)
 
 
-def scaled_product(rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_product(rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes ``rows @ weight.T + bias``.
 
     Args:
@@ -63,7 +63,7 @@ def scaled_product(rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -
         sums = int8_sums(rows.values, weight.values)
         return (sums * rows.scales * weight.scales.T + bias.float()).to(dtype)
     count = len(rows.values)
-    lacking = max(0, FEWEST_FP8_ROWS - count) if rows.values.is_cuda else 0
+    lacking = max(0, MIN_FP8_ROWS - count) if rows.values.is_cuda else 0
     values, scales = (F.pad(part, (0, 0, 0, lacking)) if lacking else part for part in rows)
     product = torch._scaled_mm(
         values,
@@ -80,6 +80,11 @@ def scaled_product(rows: Rows, weight: Rows, bias: Tensor, dtype: torch.dtype) -
 def int8_sums(values: Tensor, weight: Tensor) -> Tensor:
     """Computes ``values @ weight.T`` of int8 [rows, k] and [n, k] in int32, however few the rows are."""
     rows = values.shape[0]
-    if rows < FEWEST_INT8_ROWS:
-        values = torch.cat([values, values.new_zeros(FEWEST_INT8_ROWS - rows, values.shape[1])])
+    if rows < MIN_INT8_ROWS:
+        values = torch.cat([values, values.new_zeros(MIN_INT8_ROWS - rows, values.shape[1])])
     return torch._int_mm(values, weight.T)[:rows]
+
+
+def dequantized_product(hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiplies by int8 weights cast to the activations' dtype, which is exact. Shapes as ``Device.int8_product``."""
+    return F.linear(hidden, weight.to(hidden.dtype)) * scale.to(hidden.dtype)

@@ -1,10 +1,11 @@
-"""The second stage, put together: tokens become pixels."""
+"""The DiT engine: prior tokens become pixels and files."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,26 +15,31 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
 from glm_image.dit.commands import NameAttention
 from glm_image.dit.loading import load_executor
-from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY
+from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY, QUEUE_SECONDS
 from glm_image.dit.scheduler import Run, Scheduler
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.metadata import queued_seconds
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start
+from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start_ranks
 from glm_image.request import geometry, images
 from glm_image.request.geometry import Grid
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
-from glm_image.request.source_images import SourcePicture
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
+
+UNFINISHED_REQUESTS = 2
+"""Requests that may wait for the VAE and the encoder, their latents in the device's memory."""
 
 
 @dataclass(frozen=True)
 class DitResult:
-    """Finished pictures.
+    """The images of a request.
 
     Attributes:
-        pixels: uint8 [n, height, width, 3], cropped to the size asked for.
-        encoded: their files; empty when raw pixels were asked for.
+        pixels: uint8 [n, height, width, 3], cropped to the requested size.
+        encoded: the encoded files; empty for the output format ``raw``.
     """
 
     pixels: NDArray[np.uint8]
@@ -44,18 +50,18 @@ class DitEngine:
     """The transformer, the glyph encoder and the VAE on one device, or on several that share each step.
 
     Args:
-        checkpoint: where they come from.
-        device: where they run.
-        settings: how.
-        record: takes what ``dit.measures`` names.
-        peers: other devices that paint together with ``device``.
-        watched: wraps what runs commands on the device, to see one that never ends.
+        checkpoint: the weights and configs.
+        device: the device of rank 0.
+        settings: how the engine runs.
+        record: receives the metrics of ``dit.metrics``.
+        workers: the devices of the other ranks.
+        watched: wraps the function that runs commands, so that a watchdog can time them.
 
     Attributes:
         codebook_size: prior token ids are below it.
         source_rule: how source images are sized.
-        executor: what runs on the devices.
-        attention_backend: what attends in the transformer's blocks, by its name in diffusers' attention dispatch.
+        executor: runs commands on all ranks.
+        attention_backend: the attention of the transformer's blocks, by its name in diffusers' attention dispatch.
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
@@ -69,72 +75,106 @@ class DitEngine:
         device: Device,
         settings: DitSettings,
         record: MetricSink = null_sink,
-        peers: WorkerConfig = NO_WORKERS,
+        workers: WorkerConfig = NO_WORKERS,
         watched: Callable[[Run], Run] = lambda run: run,
     ) -> None:
-        device.bind()
+        device.set_current()
         self._device, self._record = device, record
         self.codebook_size: int = checkpoint.config("transformer")["prior_vq_quantizer_codebook_size"]
         self.source_rule = checkpoint.source_rule
-        layout = ParallelLayout.parse(settings.parallel, 1 + len(peers.devices))
-        self.executor = start(load_executor, (checkpoint, settings), device, layout, peers)
+        layout = ParallelLayout.parse(settings.parallel, 1 + len(workers.devices))
+        self.executor = start_ranks(load_executor, (checkpoint, settings), device, layout, workers)
         self.attention_backend = str(self.executor.run(NameAttention()))
         self._scheduler = Scheduler(watched(self.executor.run), record)
         for size in settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
         record(PEAK_MEMORY, device.peak_memory())
+        # A host computes on one thread only (see ``Device.is_host``), so there a request is finished in its caller's.
+        self._finisher = None if device.is_host else ThreadPoolExecutor(1, thread_name_prefix="dit-finisher")
+        self._unfinished = threading.Semaphore(UNFINISHED_REQUESTS)
 
     def _warm_up(self, grid: Grid) -> None:
         tokens = np.zeros((1, grid.tokens), dtype=np.int32)
         size = geometry.painted_size(grid)
         request = PaintRequest("", tokens, grid, size, seeds=(0,), num_inference_steps=2)
-        scheduler = Scheduler(self.executor.run)  # one of its own, whose steps nobody counts
+        scheduler = Scheduler(self.executor.run)  # records no metrics
         scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request))
 
-    def denoise(
-        self, context: RequestContext, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()
-    ) -> list[int]:
-        """Denoises a request's pictures, blocking until the device is free for the next; see ``finish``.
+    def paint(self, context: RequestContext, request: PaintRequest, limits: Limits) -> Future[DitResult]:
+        """Renders the images of a request.
+
+        Blocks until all of them are denoised and the device is free for the next request. Decoding, cropping and
+        encoding go on in the engine's finisher thread; on a host they are done when this returns.
 
         Args:
-            context: looked at between steps.
-            request: what to paint.
-            sources: its source images, as ``PaintRequest.read_sources`` gives them.
+            context: checked between steps; receives progress and stage seconds.
+            request: what to render; validated here.
+            limits: what a request may ask for.
+
+        Returns:
+            The images, or the error that occurred while they were decoded or encoded.
 
         Raises:
-            CancelledError: the job was cancelled.
+            InvalidInputError: an input is not allowed, or the sources need more memory than the device has.
+            CancelledError: the request was cancelled.
             DeadlineExceededError: its time ran out.
-            InvalidInputError: the sources need more memory than the device has.
+            DeviceMemoryError: the device has too little memory for it.
         """
-        return self._scheduler.denoise(context, request, sources)
+        queued = queued_seconds(request.ar_metadata)
+        context.add_seconds(Stage.DIT_QUEUE, queued)
+        self._record(QUEUE_SECONDS, queued)
+        request.check(limits, self.codebook_size)
+        sources = request.read_sources(limits, self.source_rule)
+        names = self._scheduler.denoise(context, request, sources)
+        self._unfinished.acquire()
+        result: Future[DitResult] = Future()
+        if self._finisher is None:
+            self._finish(result, context, request, names)
+        else:
+            self._finisher.submit(self._finish, result, context, request, names)
+        return result
 
-    def finish(self, context: RequestContext, request: PaintRequest, pictures: list[int]) -> DitResult:
-        """Makes pixels and files of denoised pictures; may run in a thread while others are denoised."""
-        decoded = self._scheduler.decode(context, pictures)
-        pixels = np.stack([images.crop(picture, request.requested) for picture in decoded])
+    def _finish(
+        self, result: Future[DitResult], context: RequestContext, request: PaintRequest, names: list[int]
+    ) -> None:
+        result.set_running_or_notify_cancel()  # so that nobody can cancel the future any more
+        try:
+            result.set_result(self._decode_and_encode(context, request, names))
+        except Exception as error:  # the caller must get an answer, whatever it is
+            result.set_exception(error)
+        finally:
+            self._unfinished.release()
+
+    def _decode_and_encode(self, context: RequestContext, request: PaintRequest, names: list[int]) -> DitResult:
+        decoded = self._scheduler.decode(context, names)
+        pixels = np.stack([images.crop(image, request.requested) for image in decoded])
         encoded: list[bytes] = []
-        with context.timed("encode"):
+        with context.timed(Stage.ENCODE):
             if request.output_format != "raw":
-                encoded = [self._encode(picture, request.output_format) for picture in pixels]
+                encoded = [self._encode(image, request.output_format) for image in pixels]
         self._record(IMAGES, len(pixels))
         self._record(PEAK_MEMORY, self._device.peak_memory())
         return DitResult(pixels, encoded)
 
     def preview(self, context: RequestContext, request: PaintRequest) -> Future[NDArray[np.uint8]]:
-        """Has the first picture of a request painted beside others, uint8 [height, width, 3]; see ``dit.previews``.
+        """Renders the first image of a request when the device allows it, uint8 [height, width, 3].
+
+        Previews run while no request is denoised, or between two denoising steps; see ``dit.previews``.
 
         Raises:
-            UnavailableError: there are too many, too much is painted, or the engine is closed.
+            UnavailableError: too many previews wait, requests leave no time for them, or the engine is closed.
         """
         return self._scheduler.previews.submit(context, request)
 
     def close(self) -> None:
-        """Ends the previews that wait, and the other ranks."""
+        """Finishes the requests that are denoised, fails the previews that wait, and ends the other ranks."""
+        if self._finisher is not None:
+            self._finisher.shutdown(wait=True)
         self._scheduler.previews.close()
         self.executor.close()
 
-    def _encode(self, picture: NDArray[np.uint8], output_format: str) -> bytes:
+    def _encode(self, image: NDArray[np.uint8], output_format: str) -> bytes:
         started = time.monotonic()
-        encoded = images.encode(picture, output_format)
+        encoded = images.encode(image, output_format)
         self._record(ENCODE_SECONDS, time.monotonic() - started)
         return encoded

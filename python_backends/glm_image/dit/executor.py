@@ -127,10 +127,10 @@ class Executor:
         """Runs one command.
 
         Raises:
-            DeviceMemoryError: the device has not the memory for it. A picture must still be dropped.
+            DeviceMemoryError: out of memory. An image must still be dropped.
         """
-        self._device.bind()
-        return run_or_oom(self._device, lambda: self._obey(command), lambda: self._lack(command))
+        self._device.set_current()
+        return run_or_oom(self._device, lambda: self._obey(command), lambda: self._oom_report(command))
 
     @torch.inference_mode()
     def _obey(self, command: Command) -> Result:
@@ -154,16 +154,21 @@ class Executor:
             self._drop(self._pictures.pop(command.picture, None))
         return None
 
-    def _lack(self, command: Command) -> OomReport:
+    def _oom_report(self, command: Command) -> OomReport:
         self._is_short = True
-        beside = f"beside {len(self._pictures)} pictures and the source images of {len(self._sources)} requests"
+        in_use = f"{len(self._pictures)} images and the sources of {len(self._sources)} requests in memory"
         if isinstance(command, ReadSources):
             pixels = sum(source.pixels.size for source in command.sources) / 3e6
-            return OomReport(f"source images of {pixels:.1f} megapixels", beside, "their number or size")
-        names = {Prepare: "the conditions", Step: "a step", Estimate: "a sketch", Decode: "the pixels"}
-        wanted = names.get(type(command), "the end")
+            return OomReport(f"the reading of {pixels:.1f} megapixels of source images", in_use, "their number or size")
+        names = {
+            Prepare: "the conditioning",
+            Step: "a denoising step",
+            Estimate: "a latent preview",
+            Decode: "the VAE decode",
+        }
+        operation = names.get(type(command), "the release")
         return OomReport(
-            f"{wanted} of a picture{self._size_of(command)}", beside, "height x width, or the source images"
+            f"{operation} of an image{self._size_of(command)}", in_use, "height x width, or the source images"
         )
 
     def _size_of(self, command: Command) -> str:
@@ -175,8 +180,8 @@ class Executor:
     def close(self) -> None:
         """Waits for what is under way and drops all pictures: communicators in captured steps can't be ended before."""
         try:
-            self._device.bind()
-            self._device.mark().wait()
+            self._device.set_current()
+            self._device.record_event().synchronize()
         finally:
             self._pictures.clear()
 
@@ -185,7 +190,7 @@ class Executor:
         tokens = [source.grid.tokens * IMAGE_TOKENS_PER_TOKEN for source in sources]
         ranks, place = self._sharing.ranks, self._device.torch_device
         needed = SourceCache.bytes_needed(config, sum(tokens), dtype)
-        free = ranks.world.least(self._device.memory().free, place)
+        free = ranks.world.all_reduce_min(self._device.memory().free, place)
         if needed > free:
             raise InvalidInputError.of(
                 "image",
@@ -200,7 +205,7 @@ class Executor:
         ]
         cache = SourceCache(config, tokens, place, dtype, ranks)
         read_sources(self._transformer, self._blocks, prepared, cache, self._sharing)
-        self._device.mark().wait()
+        self._device.record_event().synchronize()
         return cache
 
     def _prepare(self, command: Prepare) -> NDArray[np.float32]:
@@ -240,7 +245,7 @@ class Executor:
             advance = CachedDenoiser(halves, self.cache, command.num_inference_steps, sources, repeat)
         levels: NDArray[np.float32] = steps.sigmas.float().cpu().numpy()
         self._pictures[command.picture] = _Picture(grid, latents, levels, advance)
-        self._device.mark().wait()
+        self._device.record_event().synchronize()
         return levels
 
     def _repeat(self, times: int) -> Repeat:
@@ -259,7 +264,7 @@ class Executor:
         skipped = bool(picture.advance())
         picture.taken += 1
         # None is enqueued ahead: what is enqueued cannot be taken back, and who cancels gets the device within a step.
-        self._device.mark().wait()
+        self._device.record_event().synchronize()
         if picture.taken == len(picture.levels) - 1:
             picture.advance = None
         return skipped
@@ -271,7 +276,7 @@ class Executor:
 
     def _drop(self, picture: _Picture | None) -> None:
         if picture is not None and picture.advance is not None:
-            self._device.mark().wait()  # what a captured step works in must not be reused before the device is done
+            self._device.record_event().synchronize()  # a captured step's memory is in use until then
             picture.advance = None
         if self._is_short:
             self._is_short = False

@@ -80,7 +80,7 @@ def read_sources(
         sharing.begin(image.shape[1])
         own = sharing.own(image, dim=1)
         blocks([(own, no_text)], source.time, sharing.own_rotary(source.rotary), cache.recorders(start))
-        start += len(sharing.ranks.ring.share(image.shape[1]))
+        start += len(sharing.ranks.ring.shard_range(image.shape[1]))
 
 
 def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:

@@ -53,7 +53,7 @@ class ParallelContext:
 
     def all_branches(self, own: list[Tensor], *, guided: bool) -> list[Tensor]:
         """Returns what every branch gave: the conditional one, and with guidance the unconditional one."""
-        return self.ranks.cfg.gather(own[0]) if guided and len(own) == 1 else own
+        return self.ranks.cfg.all_gather(own[0]) if guided and len(own) == 1 else own
 
     def mean(self, means: Tensor, tokens: int) -> Tensor:
         """Returns means over all ranks' tokens of a branch, given those over this rank's ``tokens``."""
@@ -61,7 +61,7 @@ class ParallelContext:
             return means
         sums = torch.cat([means * tokens, means.new_full((1,), tokens)])
         for group in (self.ranks.ulysses, self.ranks.ring):
-            group.sum(sums)
+            group.all_reduce_sum(sums)
         return sums[:-1] / sums[-1]
 
     def begin(self, tokens: int, joined: Sequence[int] = ()) -> None:

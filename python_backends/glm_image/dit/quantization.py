@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glm_image.devices.base import Device
-from glm_image.devices.quantization import ALIGNMENT, DTYPES, Rows, quantize_rows
+from glm_image.devices.quantization import ALIGNMENT, DTYPES, QuantizedRows, quantize_rows
 from glm_image.errors import ConfigurationError
 
 
@@ -59,9 +59,9 @@ class QuantizedLinear(nn.Module):
         self.weight = nn.Parameter(values, requires_grad=False)
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> QuantizedRows:
         """The matrix."""
-        return Rows(self.weight, self.scales)
+        return QuantizedRows(self.weight, self.scales)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Multiplies ``hidden`` [..., k], which is rounded a row at a time."""
@@ -91,7 +91,7 @@ def quantize_blocks(transformer: Any, quantization: str, device: Device, dtype: 
     Raises:
         ConfigurationError: the device can't multiply these; or a layer's sides are no multiples of what it demands.
     """
-    why = device.without_quantization(quantization)
+    why = device.unsupported_quantization_reason(quantization)
     if why is None and quantization == "fp8" and dtype != torch.bfloat16:
         why = "fp8 goes with dtype bfloat16"
     if why:

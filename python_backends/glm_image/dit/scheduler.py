@@ -18,6 +18,7 @@ from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.eta import DurationStatsByKey
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.source_images import SourcePicture
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
 Run = Callable[[Command], Result]
@@ -77,7 +78,7 @@ class Scheduler:
         context.check()
         name = next(self._names)
         try:
-            with context.timed("condition"):
+            with context.timed(Stage.CONDITION):
                 self._run(ReadSources(name, sources))
             yield name
         finally:
@@ -87,9 +88,9 @@ class Scheduler:
         self, context: RequestContext, request: PaintRequest, row: int, picture: int, sources_of: int | None
     ) -> None:
         context.check()
-        with context.timed("condition"):
+        with context.timed(Stage.CONDITION):
             sigmas = self._run(_preparation(request, row, picture, sources_of))
-        with context.timed("denoise"):
+        with context.timed(Stage.DENOISE):
             assert isinstance(sigmas, np.ndarray)
             self._take_steps(context, request, row, picture, sigmas.tolist())
 
@@ -101,13 +102,13 @@ class Scheduler:
             for taken in range(row * steps, (row + 1) * steps):
                 context.check(self._needed_seconds(request, taken))
                 step = taken - row * steps + 1
-                is_shown = context.pictures_every > 0 and step % context.pictures_every == 0 and step < steps
+                is_shown = context.estimate_every > 0 and step % context.estimate_every == 0 and step < steps
                 started = time.monotonic()
                 cached += self._run(Step(picture, is_shown)) is True
                 seconds = time.monotonic() - started
                 pace.add(seconds)
                 self._record(STEP_SECONDS, seconds)
-                context.report("denoise", taken + 1, len(request.seeds) * steps, sigmas[step])
+                context.report(Stage.DENOISE, taken + 1, len(request.seeds) * steps, sigmas[step])
                 if is_shown:
                     self._show(context, picture)
                 self.previews.between_steps(seconds)
@@ -119,7 +120,7 @@ class Scheduler:
     def _show(self, context: RequestContext, picture: int) -> None:
         pixels = self._run(Estimate(picture))
         assert isinstance(pixels, np.ndarray)
-        context.show(pixels)
+        context.publish_estimate(pixels)
 
     def _paint_preview(self, context: RequestContext, request: PaintRequest) -> NDArray[np.uint8]:
         picture = next(self._names)
@@ -148,7 +149,7 @@ class Scheduler:
             DeadlineExceededError: its time ran out; as above.
         """
         try:
-            with context.timed("vae"):
+            with context.timed(Stage.VAE):
                 decoded = [self._decode_one(context, picture) for picture in pictures]
         finally:
             self.drop(pictures)

@@ -33,14 +33,14 @@ class TokenSplit:
 
     def own(self, tokens: Tensor, dim: int = 0) -> Tensor:
         """Returns this rank's part of what all ranks have whole."""
-        share = self.ring.share(tokens.shape[dim])
-        inner = self.ulysses.share(len(share))
+        share = self.ring.shard_range(tokens.shape[dim])
+        inner = self.ulysses.shard_range(len(share))
         return tokens.narrow(dim, share.start + inner.start, len(inner))
 
     def whole(self, own: Tensor, count: int) -> Tensor:
         """Returns all ``count`` tokens of which this rank has ``own``, [own tokens, ...]."""
-        shares = self.ring.share(count)
-        return self.ring.gather_rows(self.ulysses.gather_rows(own, len(shares)), count)
+        shares = self.ring.shard_range(count)
+        return self.ring.all_gather_rows(self.ulysses.all_gather_rows(own, len(shares)), count)
 
 
 class Heads:
@@ -132,11 +132,11 @@ class SequenceAttention:
         if group.size == 1:
             return PendingQkv(sequence.whole())
         qkv, text = sequence.qkv, sequence.text
-        rows = [len(share) for share in group.shares(len(self._split.ring.share(self._tokens)))]
+        rows = [len(share) for share in group.shard_ranges(len(self._split.ring.shard_range(self._tokens)))]
         own, of_rank = rows[group.rank], (3, qkv.shape[2] // group.size, qkv.shape[3])
         whole, sent = qkv.new_empty(text + sum(rows), *of_rank), qkv.new_empty(group.size, own, *of_rank)
         sequence.scatter_heads(group.rank, whole[:text], sent)
-        return PendingQkv(whole, group.start_exchange(sent.flatten(0, 1), [own] * group.size, whole[text:], rows))
+        return PendingQkv(whole, group.all_to_all_async(sent.flatten(0, 1), [own] * group.size, whole[text:], rows))
 
     def _to_tokens(self, attended: Tensor, text: int, result: Tensor) -> PendingOutput:
         """The way back."""
@@ -144,12 +144,12 @@ class SequenceAttention:
         if group.size == 1:
             return PendingOutput([(attended[None], result)])
         words, image = torch.split(attended.contiguous(), [text, len(attended) - text])
-        rows = [len(share) for share in group.shares(len(image))]
+        rows = [len(share) for share in group.shard_ranges(len(image))]
         own = rows[group.rank]
         of_words, of_image = (words.new_empty(group.size, count, *words.shape[1:]) for count in (text, own))
-        transfers = [group.start_exchange(image, rows, of_image.flatten(0, 1), [own] * group.size)]
+        transfers = [group.all_to_all_async(image, rows, of_image.flatten(0, 1), [own] * group.size)]
         if text:
-            transfers.append(group.start_gather(of_words.flatten(0, 1), words))
+            transfers.append(group.all_gather_async(of_words.flatten(0, 1), words))
         return PendingOutput([(of_words, result[:text]), (of_image, result[text:])], transfers)
 
     def _ring_attention(self, query: Tensor, key: Tensor, value: Tensor, text: int, join: KvHook | None) -> Tensor:
@@ -172,9 +172,9 @@ class SequenceAttention:
     def _pass_on(self, moving: Tensor, counts: Sequence[int], step: int) -> PendingQkv:
         """Gives the next rank of the ring what this one has; what comes is that of the rank ``step`` places before."""
         ring = self._split.ring
-        length = sum(len(ring.shares(count)[(ring.rank - step) % ring.size]) for count in counts)
+        length = sum(len(ring.shard_ranges(count)[(ring.rank - step) % ring.size]) for count in counts)
         coming = moving.new_empty(*moving.shape[:2], length, *moving.shape[3:])
-        return PendingQkv(coming, ring.start_passing(moving, coming))
+        return PendingQkv(coming, ring.send_recv_async(moving, coming))
 
 
 class PendingQkv:

@@ -36,7 +36,7 @@ class SourceCache:
         self, config: Any, tokens: Sequence[int], device: torch.device, dtype: torch.dtype, ranks: Ranks = ONE_RANK
     ) -> None:
         self.tokens = tuple(tokens)
-        own = sum(len(ranks.ring.share(count)) for count in tokens)
+        own = sum(len(ranks.ring.shard_range(count)) for count in tokens)
         heads = config.num_attention_heads // (ranks.tp.size * ranks.ulysses.size)
         shape = (config.num_layers, 1, own, heads, config.attention_head_dim)
         self._keys = torch.empty(shape, device=device, dtype=dtype)

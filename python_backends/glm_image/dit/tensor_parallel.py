@@ -25,7 +25,7 @@ class SummedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiplies this rank's channels, [..., channels], and adds what the others get."""
-        return self._group.sum(F.linear(input, self.weight)) + self.bias
+        return self._group.all_reduce_sum(F.linear(input, self.weight)) + self.bias
 
 
 def shard(transformer: Any, group: Group) -> None:
@@ -64,5 +64,5 @@ class ShardedTensors:
         whole = self._source.read(
             name, tuple(n * self._group.size if axis == dim else n for axis, n in enumerate(shape))
         )
-        own = self._group.share(whole.shape[dim])
+        own = self._group.shard_range(whole.shape[dim])
         return torch.narrow_copy(whole, dim, own.start, len(own))

@@ -61,7 +61,7 @@ class GatheredSum:
 
     def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float) -> None:
         """See ``BranchSum``."""
-        self._group.gather_into(self._everyones, self.parts)
+        self._group.all_gather_into(self._everyones, self.parts)
         residual_norm(self._everyones, residual, after, before, out, eps)
 
 

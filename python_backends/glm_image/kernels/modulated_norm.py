@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glm_image.devices.quantization import LARGEST, Rows
+from glm_image.devices.quantization import MAX_VALUES, QuantizedRows
 from glm_image.kernels.rows import store_row
 
 SHIFT_ATTENTION, SCALE_ATTENTION, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
@@ -51,7 +51,7 @@ def _modulated_norm_kernel(
 def modulated_norm(
     residual: Tensor,
     table: Tensor,
-    out: Tensor | Rows,
+    out: Tensor | QuantizedRows,
     eps: float,
     segments: tuple[int, int, int],
     shift: int,
@@ -77,7 +77,7 @@ def gated_modulated_norm(
     gates: Tensor,
     gate: int,
     table: Tensor | None,
-    out: Tensor | Rows,
+    out: Tensor | QuantizedRows,
     eps: float,
     segments: tuple[int, int, int],
     shift: int = 0,
@@ -105,7 +105,7 @@ def _launch(
     branch: Tensor | None,
     gates: Tensor,
     table: Tensor | None,
-    out: Tensor | Rows,
+    out: Tensor | QuantizedRows,
     eps: float,
     segments: tuple[int, int, int],
     gate: int,
@@ -113,7 +113,9 @@ def _launch(
     scale: int,
 ) -> None:
     rows, width = residual.shape
-    values, scales, largest = (*out, LARGEST[out.values.dtype]) if isinstance(out, Rows) else (out, out, 0.0)
+    values, scales, largest = (
+        (*out, MAX_VALUES[out.values.dtype]) if isinstance(out, QuantizedRows) else (out, out, 0.0)
+    )
     _modulated_norm_kernel[(rows,)](
         residual, residual if branch is None else branch, gates, gates if table is None else table, values,
         scales, width, eps, *segments, gate, shift, scale, branch is not None, table is not None, largest,

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glm_image.devices.quantization import LARGEST, SMALLEST_MAXIMUM, Rows
+from glm_image.devices.quantization import MAX_VALUES, MIN_ABS_MAX, QuantizedRows
 
-SMALLEST = tl.constexpr(SMALLEST_MAXIMUM)
+SMALLEST = tl.constexpr(MIN_ABS_MAX)
 
 ROUNDING = tl.constexpr(1.5 * 2**23)
 """Added to a value below 2 ** 22 and taken away again, it leaves the nearest whole number, the even one of two."""
@@ -58,7 +58,7 @@ def _rows_kernel(
     store_row(values.to(tl.bfloat16), out_ptr + place, scales_ptr + row, inside, LARGEST)
 
 
-def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> Rows:
+def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedRows:
     """Rounds what a layer gives to what the next one takes.
 
     Args:
@@ -71,7 +71,7 @@ def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False)
     return out
 
 
-def sums_in_8_bits(sums: Tensor, rows: Rows, weight: Rows, bias: Tensor) -> Rows:
+def sums_in_8_bits(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> QuantizedRows:
     """Makes of the sums of an int8 product, by way of the layer's result and its GELU, what the next layer takes.
 
     Args:
@@ -85,22 +85,26 @@ def sums_in_8_bits(sums: Tensor, rows: Rows, weight: Rows, bias: Tensor) -> Rows
     return out
 
 
-def sums_to_bf16(sums: Tensor, rows: Rows, weight: Rows, bias: Tensor) -> Tensor:
+def sums_to_bf16(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> Tensor:
     """Makes bf16 [rows, n] of the sums of an int8 product; see ``sums_in_8_bits``."""
     out = torch.empty_like(sums, dtype=torch.bfloat16)
     _launch(sums, (rows.scales, weight.scales, bias), out, gelu=False)
     return out
 
 
-def empty_rows(like: Tensor, dtype: torch.dtype) -> Rows:
+def empty_rows(like: Tensor, dtype: torch.dtype) -> QuantizedRows:
     """Makes room for as many and as wide rows as ``like`` has."""
     scales = torch.empty(like.shape[0], 1, device=like.device, dtype=torch.float32)
-    return Rows(torch.empty_like(like, dtype=dtype), scales)
+    return QuantizedRows(torch.empty_like(like, dtype=dtype), scales)
 
 
-def _launch(product: Tensor, factors: tuple[Tensor, Tensor, Tensor] | None, out: Tensor | Rows, *, gelu: bool) -> None:
+def _launch(
+    product: Tensor, factors: tuple[Tensor, Tensor, Tensor] | None, out: Tensor | QuantizedRows, *, gelu: bool
+) -> None:
     rows, width = product.shape
-    values, scales, largest = (*out, LARGEST[out.values.dtype]) if isinstance(out, Rows) else (out, out, 0.0)
+    values, scales, largest = (
+        (*out, MAX_VALUES[out.values.dtype]) if isinstance(out, QuantizedRows) else (out, out, 0.0)
+    )
     _rows_kernel[(rows,)](
         product, *(factors or (product, product, product)), values, scales, width,
         factors is not None, gelu, largest, triton.next_power_of_2(width),

@@ -61,22 +61,22 @@ class Group:
         """Returns the same ranks, whose kernels leave each other's memory alone."""
         return Group(self._ranks, self.rank, self.process_group, uses_peer_memory=False)
 
-    def share(self, count: int) -> range:
+    def shard_range(self, count: int) -> range:
         """Returns which of ``count`` things are this rank's: consecutive ones, as even as can be."""
-        return self.shares(count)[self.rank]
+        return self.shard_ranges(count)[self.rank]
 
-    def shares(self, count: int) -> list[range]:
+    def shard_ranges(self, count: int) -> list[range]:
         """Returns every rank's share of ``count`` things."""
         edges = [count * rank // self.size for rank in range(self.size + 1)]
         return [range(start, end) for start, end in pairwise(edges)]
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Adds the ranks' tensors, in place."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Returns the tensor of every rank, all of one shape."""
         if self.size == 1:
             return [tensor]
@@ -84,24 +84,24 @@ class Group:
         dist.all_gather(gathered, tensor.contiguous(), group=self.process_group)
         return gathered
 
-    def gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
+    def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
         """Writes the tensor of every rank to ``gathered``, one after the other along the first dimension."""
         _gather_single(gathered, tensor, self.process_group)
 
-    def start_gather(self, gathered: Tensor, tensor: Tensor) -> Transfer:
+    def all_gather_async(self, gathered: Tensor, tensor: Tensor) -> Transfer:
         """Begins ``gather_into``."""
         return Transfer([_gather_single(gathered, tensor, self.process_group, async_op=True)], tensor)
 
-    def gather_rows(self, tensor: Tensor, count: int) -> Tensor:
+    def all_gather_rows(self, tensor: Tensor, count: int) -> Tensor:
         """Puts the ranks' shares of ``count`` rows one after the other; ``tensor`` is [rows of this share, ...]."""
         if self.size == 1:
             return tensor
-        sizes = [len(share) for share in self.shares(count)]
+        sizes = [len(share) for share in self.shard_ranges(count)]
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
-        return torch.cat([part[:size] for part, size in zip(self.gather(padded), sizes, strict=True)])
+        return torch.cat([part[:size] for part, size in zip(self.all_gather(padded), sizes, strict=True)])
 
-    def start_exchange(
+    def all_to_all_async(
         self, sent: Tensor, sent_rows: Sequence[int], received: Tensor, received_rows: Sequence[int]
     ) -> Transfer:
         """Begins to give every rank some rows of ``sent``, and to write what each gives this one to ``received``.
@@ -115,7 +115,7 @@ class Group:
         rows = list(received_rows), list(sent_rows)
         return Transfer([dist.all_to_all_single(received, sent, *rows, self.process_group, async_op=True)], sent)
 
-    def start_passing(self, tensor: Tensor, received: Tensor) -> Transfer:
+    def send_recv_async(self, tensor: Tensor, received: Tensor) -> Transfer:
         """Begins to give ``tensor`` to the next rank of the ring, and to write what the one before gives."""
         following, before = ((self.rank + offset) % self.size for offset in (1, -1))
         transfers = [
@@ -124,7 +124,7 @@ class Group:
         ]
         return Transfer(dist.batch_isend_irecv(transfers), tensor)
 
-    def least(self, value: int, device: torch.device) -> int:
+    def all_reduce_min(self, value: int, device: torch.device) -> int:
         """Returns the smallest of the ranks' values, so that all decide alike; waits for the device."""
         if self.size == 1:
             return value

@@ -1,13 +1,20 @@
-"""What a worker tells the first rank."""
+"""Messages from a worker process to rank 0."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
 
+_LABELS = {
+    "STARTED": "started",
+    "OPENED": "opened its device",
+    "JOINED": "joined the process group",
+    "LOADED": "loaded",
+}
 
-class Stage(IntEnum):
-    """How far a rank is with loading; each comes after those before it."""
+
+class LoadStage(IntEnum):
+    """The stages of a rank's start, in order."""
 
     STARTED = 0
     OPENED = 1
@@ -15,26 +22,30 @@ class Stage(IntEnum):
     LOADED = 3
 
     @property
-    def done(self) -> str:
-        """What a rank has done that is here."""
-        return ("has started", "has opened its device", "has joined the others", "has loaded")[self]
+    def label(self) -> str:
+        """The stage as log lines and errors name it, after "has" or "has not"."""
+        return _LABELS[self.name]
 
     @property
-    def missing(self) -> str:
-        """What a rank that is here has not done yet."""
-        return ("has not opened its device", "has not joined the others", "has not loaded", "lacks nothing")[self]
+    def next(self) -> LoadStage:
+        """The stage after this one.
+
+        Raises:
+            ValueError: there is none after ``LOADED``.
+        """
+        return LoadStage(self + 1)
 
 
 @dataclass(frozen=True)
 class Reached:
-    """A worker has come to a stage of loading."""
+    """A worker has reached a stage of its start."""
 
-    stage: Stage
+    stage: LoadStage
 
 
 @dataclass(frozen=True)
 class Done:
-    """A worker has run as many commands as ``number``."""
+    """A worker has run its first ``number`` commands."""
 
     number: int
 

@@ -62,7 +62,7 @@ class Rendezvous:
     patience: float
 
 
-def listen() -> socket.socket:
+def bind_store() -> socket.socket:
     """Returns a socket of rank 0's store on a free port of the loopback."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.bind((HOST, 0))
@@ -70,7 +70,9 @@ def listen() -> socket.socket:
     return listening
 
 
-def join(rank: int, device: Device, rendezvous: Rendezvous, listening: socket.socket | None = None) -> Ranks:
+def init_process_group(
+    rank: int, device: Device, rendezvous: Rendezvous, listening: socket.socket | None = None
+) -> Ranks:
     """Joins the instance's process group and makes its groups; all ranks must do so.
 
     Args:
@@ -108,7 +110,7 @@ def join(rank: int, device: Device, rendezvous: Rendezvous, listening: socket.so
     return Ranks(world=Group(world, rank, dist.group.WORLD), **groups)
 
 
-def leave() -> None:
+def destroy() -> None:
     """Leaves the instance's process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -130,7 +132,7 @@ def abort(port: int) -> None:
             dist.distributed_c10d._abort_process_group()
         except (AttributeError, RuntimeError, ValueError) as error:
             logger.warning("the process group cannot be aborted: %s", error)
-            leave()
+            destroy()
 
 
 def _connections(port: int) -> list[socket.socket]:

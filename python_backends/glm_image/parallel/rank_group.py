@@ -21,8 +21,8 @@ from typing import Any
 from glm_image.devices.base import Device
 from glm_image.errors import ConfigurationError, DeviceMemoryError, GlmImageError, UnavailableError
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.messages import Done, Failed, Reached, Stage
-from glm_image.parallel.process_group import Ranks, Rendezvous, abort, leave, listen
+from glm_image.parallel.messages import Done, Failed, LoadStage, Reached
+from glm_image.parallel.process_group import Ranks, Rendezvous, abort, bind_store, destroy
 from glm_image.parallel.worker import Load, RankExecutor, WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class WorkerConfig:
 
     Attributes:
         devices: their names in this process; one rank each, after the first.
-        known_as: how messages name them; () = as ``devices``.
+        display_names: how messages name them; () = as ``devices``.
         hang_seconds: a rank that has not finished a command for so long is taken for hung.
         load_seconds: ranks that have not all loaded after so long are taken for hung.
         on_loss: called once, from a thread of its own, when a rank is lost after all have loaded; all others are ended
@@ -55,7 +55,7 @@ class WorkerConfig:
     """
 
     devices: tuple[str, ...] = ()
-    known_as: tuple[str, ...] = ()
+    display_names: tuple[str, ...] = ()
     hang_seconds: float = 60.0
     load_seconds: float = LOAD_SECONDS
     on_loss: Callable[[UnavailableError], None] = ignore_loss
@@ -64,8 +64,8 @@ class WorkerConfig:
 NO_WORKERS = WorkerConfig()
 
 
-def start(
-    load: Load, arguments: tuple[Any, ...], device: Device, layout: ParallelLayout, peers: WorkerConfig = NO_WORKERS
+def start_ranks(
+    load: Load, arguments: tuple[Any, ...], device: Device, layout: ParallelLayout, workers: WorkerConfig = NO_WORKERS
 ) -> RankExecutor:
     """Loads an executor on one device, or on each of several that compute together.
 
@@ -74,19 +74,21 @@ def start(
         arguments: what all ranks get; they are pickled.
         device: this process's.
         layout: how the ranks share the work.
-        peers: the other devices.
+        workers: the other devices.
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
         ConfigurationError: a setting is not allowed, or a rank could not load.
     """
-    if not peers.devices:
+    if not workers.devices:
         return load(*arguments, device, Ranks())
     rendezvous = Rendezvous(0, layout, PATIENCE_SECONDS)
     works = [WorkerSpec(0, str(device.torch_device), str(device), rendezvous, load, arguments)]
-    for rank, (inside, known_as) in enumerate(zip(peers.devices, peers.known_as or peers.devices, strict=True), 1):
-        works.append(WorkerSpec(rank, inside, known_as, rendezvous, load, arguments))
-    return RankGroup(works, peers)
+    for rank, (inside, display_name) in enumerate(
+        zip(workers.devices, workers.display_names or workers.devices, strict=True), 1
+    ):
+        works.append(WorkerSpec(rank, inside, display_name, rendezvous, load, arguments))
+    return RankGroup(works, workers)
 
 
 class _Worker:
@@ -95,7 +97,7 @@ class _Worker:
     def __init__(self, work: WorkerSpec) -> None:
         ours, theirs = socket.socketpair()
         self.work = work
-        self.stage = Stage.STARTED
+        self.stage = LoadStage.STARTED
         self.connection = Connection(ours.detach())
         self._sent = self._done = 0
         self._waiting_since = 0.0
@@ -110,7 +112,7 @@ class _Worker:
         self.connection.send(work)
 
     def __str__(self) -> str:
-        return f"rank {self.work.rank} ({self.work.known_as}, pid {self.process.pid})"
+        return f"rank {self.work.rank} ({self.work.display_name}, pid {self.process.pid})"
 
     def told(self) -> None:
         """Notes that it is being told to run a command."""
@@ -137,21 +139,21 @@ class RankGroup:
 
     Args:
         works: what every rank does, this process's first; the port is filled in here.
-        peers: when a rank is taken for lost, and whom to tell.
+        workers: when a rank is taken for lost, and whom to tell.
 
     Raises:
         ConfigurationError: a rank could not load.
     """
 
-    def __init__(self, works: Sequence[WorkerSpec], peers: WorkerConfig) -> None:
-        self._hang_seconds, self._on_loss = peers.hang_seconds, peers.on_loss
-        self._load_seconds, self._started = peers.load_seconds, time.monotonic()
+    def __init__(self, works: Sequence[WorkerSpec], workers: WorkerConfig) -> None:
+        self._hang_seconds, self._on_loss = workers.hang_seconds, workers.on_loss
+        self._load_seconds, self._started = workers.load_seconds, time.monotonic()
         self._lost: UnavailableError | None = None
         self._loaded = self._closing = False
-        self._stage = Stage.STARTED
+        self._stage = LoadStage.STARTED
         self._turn = threading.Lock()
         self._news = threading.Condition()
-        listening = listen()
+        listening = bind_store()
         self._port = listening.getsockname()[1]
         rendezvous = replace(works[0].rendezvous, port=self._port)
         works = [replace(work, rendezvous=rendezvous) for work in works]
@@ -162,7 +164,7 @@ class RankGroup:
             self._workers.extend(_Worker(each) for each in works[1:])
             self._watching.start()
             self._here = self._load(works[0], listening)
-            self._wait_until_all(Stage.LOADED)
+            self._wait_until_all(LoadStage.LOADED)
             self._loaded = True
             logger.info("%d ranks loaded in %.1f s", len(works), time.monotonic() - self._started)
         except BaseException:
@@ -211,7 +213,7 @@ class RankGroup:
         for worker in self._workers:
             worker.process.wait()
         if self._lost is None:
-            leave()
+            destroy()
         elif self._watching is not threading.current_thread():
             self._watching.join(LOSS_SECONDS)  # which leaves
 
@@ -225,7 +227,7 @@ class RankGroup:
 
     def _load(self, work: WorkerSpec, listening: socket.socket) -> RankExecutor:
         """Loads this process's rank, in a thread that is left behind where nothing ends its wait for a lost rank."""
-        self._wait_until_all(Stage.OPENED)  # most of what can fail fails before ranks wait for each other
+        self._wait_until_all(LoadStage.OPENED)  # most of what can fail fails before ranks wait for each other
         loaded: Future[RankExecutor] = Future()
 
         def load() -> None:
@@ -250,11 +252,11 @@ class RankGroup:
                 raise ConfigurationError(str(cause)) from error
         raise error
 
-    def _reach(self, stage: Stage) -> None:
+    def _reach(self, stage: LoadStage) -> None:
         self._stage = stage
-        logger.info("rank 0 %s after %.1f s", stage.done, time.monotonic() - self._started)
+        logger.info("rank 0 has %s after %.1f s", stage.label, time.monotonic() - self._started)
 
-    def _wait_until_all(self, stage: Stage) -> None:
+    def _wait_until_all(self, stage: LoadStage) -> None:
         with self._news:
             self._news.wait_for(lambda: self._lost or all(worker.stage >= stage for worker in self._workers))
             if self._lost is not None:
@@ -284,7 +286,9 @@ class RankGroup:
     def _behind(self) -> str:
         """Tells which ranks have not loaded, and how far they are."""
         stages = {"rank 0, this process,": self._stage, **{str(worker): worker.stage for worker in self._workers}}
-        return " and ".join(f"{name} {stage.missing}" for name, stage in stages.items() if stage < Stage.LOADED)
+        return " and ".join(
+            f"{name} has not {stage.next.label}" for name, stage in stages.items() if stage < LoadStage.LOADED
+        )
 
     def _hear(self, worker: _Worker) -> None:
         try:
@@ -300,7 +304,7 @@ class RankGroup:
             worker.heard(message)
             self._news.notify_all()
         if isinstance(message, Reached):
-            logger.info("%s %s after %.1f s", worker, message.stage.done, time.monotonic() - self._started)
+            logger.info("%s has %s after %.1f s", worker, message.stage.label, time.monotonic() - self._started)
 
     def _lose(self, why: str) -> None:
         then = "the instance starts anew, send the request again" if self._loaded else "the instance cannot be loaded"

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from glm_image.devices.open import open_device
 from glm_image.errors import DeviceMemoryError, GlmImageError
-from glm_image.parallel.messages import Done, Failed, Reached, Stage
-from glm_image.parallel.process_group import Rendezvous, join
+from glm_image.parallel.messages import Done, Failed, LoadStage, Reached
+from glm_image.parallel.process_group import Rendezvous, init_process_group
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class WorkerSpec:
     Attributes:
         rank: its rank.
         device: its device, as its process names it.
-        known_as: the device, as messages name it.
+        display_name: the device, as messages name it.
         rendezvous: where it meets the others.
         load: makes the rank's executor; a function of a module, called with ``arguments``, the device and the ranks.
         arguments: of ``load``.
@@ -52,25 +52,25 @@ class WorkerSpec:
 
     rank: int
     device: str
-    known_as: str
+    display_name: str
     rendezvous: Rendezvous
     load: Load
     arguments: tuple[Any, ...]
 
-    def start(self, reached: Callable[[Stage], None], listening: socket.socket | None = None) -> RankExecutor:
+    def start(self, reached: Callable[[LoadStage], None], listening: socket.socket | None = None) -> RankExecutor:
         """Joins the others and loads the executor.
 
         Args:
             reached: called at each stage.
             listening: rank 0's socket.
         """
-        device = open_device(self.device, known_as=self.known_as)
-        device.bind()
-        reached(Stage.OPENED)
-        ranks = join(self.rank, device, self.rendezvous, listening)
-        reached(Stage.JOINED)
+        device = open_device(self.device, display_name=self.display_name)
+        device.set_current()
+        reached(LoadStage.OPENED)
+        ranks = init_process_group(self.rank, device, self.rendezvous, listening)
+        reached(LoadStage.JOINED)
         executor = self.load(*self.arguments, device, ranks)
-        reached(Stage.LOADED)
+        reached(LoadStage.LOADED)
         return executor
 
 
@@ -84,7 +84,7 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     connection: Connection = Connection(int(sys.argv[1]))
     work: WorkerSpec = connection.recv()
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {work.rank} on {work.known_as} %(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {work.rank} on {work.display_name} %(message)s")
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, commands), name="commands", daemon=True).start()
     try:

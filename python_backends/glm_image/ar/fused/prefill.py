@@ -42,10 +42,10 @@ class FusedPrefill:
         for index, (layer, next_before) in enumerate(zip(self._layers, self._befores, strict=True)):
             qkv = layer.qkv(normed)
             attended = _attend(qkv, cos, sin, (cache.keys[index, slot], cache.values[index, slot]))
-            branch = layer.group.sum(layer.out(attended))
+            branch = layer.group.all_reduce_sum(layer.out(attended))
             after, before = layer.after_attention.weight, layer.before_mlp.weight
             residual_norm(branch[None], residual, after, before, normed, eps)
-            branch = layer.group.sum(layer.down(silu_product(layer.gate_up(normed))))
+            branch = layer.group.all_reduce_sum(layer.down(silu_product(layer.gate_up(normed))))
             residual_norm(branch[None], residual, layer.after_mlp.weight, next_before, normed, eps)
         logits: Tensor = decoder.head(normed[-1:]).float()
         return gathered_logits(logits, decoder.group, decoder.config.vision_vocab_size)

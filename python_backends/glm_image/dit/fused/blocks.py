@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from glm_image.devices.quantization import Rows
+from glm_image.devices.quantization import QuantizedRows
 from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.conditioning import Rotary
 from glm_image.dit.fused.linears import AnyLinear, joined, linears_of
@@ -129,7 +129,7 @@ class FusedBlocks(Blocks):
     def _attend(
         self,
         block: FusedBlock,
-        normed: Tensor | Rows,
+        normed: Tensor | QuantizedRows,
         rotary: tuple[Tensor, Tensor],
         segments: tuple[int, int, int],
         lengths: list[int],

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from glm_image.devices.quantization import Rows, int8_sums, scaled_product
+from glm_image.devices.quantization import QuantizedRows, int8_sums, scaled_product
 from glm_image.dit.quantization import QuantizedLinear
 from glm_image.kernels.rows import empty_rows, quantize_rowwise, sums_in_8_bits, sums_to_bf16
 
@@ -15,7 +15,7 @@ AnyLinear = nn.Linear | QuantizedLinear
 
 
 class Linears(Protocol):
-    """What the blocks ask of their linear layers; what is said of tensors [rows, width] holds for ``Rows`` as well."""
+    """What the blocks ask of their linear layers; shapes [rows, width] hold for ``QuantizedRows`` too."""
 
     def room(self, residual: Tensor) -> Any:
         """Makes the matrix to which norms write what a layer reads."""
@@ -59,21 +59,21 @@ class QuantizedLinears:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
-    def room(self, residual: Tensor) -> Rows:
+    def room(self, residual: Tensor) -> QuantizedRows:
         """See ``Linears``."""
         return empty_rows(residual, self._dtype)
 
-    def read(self, hidden: Tensor) -> Rows:
+    def read(self, hidden: Tensor) -> QuantizedRows:
         """See ``Linears``."""
         return quantize_rowwise(hidden, self._dtype)
 
-    def linear(self, layer: QuantizedLinear, hidden: Rows) -> Tensor:
+    def linear(self, layer: QuantizedLinear, hidden: QuantizedRows) -> Tensor:
         """See ``Linears``."""
         if self._dtype == torch.int8:
             return sums_to_bf16(int8_sums(hidden.values, layer.weight), hidden, layer.rows, layer.bias)
         return scaled_product(hidden, layer.rows, layer.bias, torch.bfloat16)
 
-    def linear_gelu(self, layer: QuantizedLinear, hidden: Rows) -> Rows:
+    def linear_gelu(self, layer: QuantizedLinear, hidden: QuantizedRows) -> QuantizedRows:
         """See ``Linears``."""
         if self._dtype == torch.int8:
             return sums_in_8_bits(int8_sums(hidden.values, layer.weight), hidden, layer.rows, layer.bias)
