@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from measure import PROMPT, engine_parser, parse, report, size_name
+from measure import PROMPT, engine_parser, parse, read_sizes, report, size_name
 from timing import DeviceWaits, open_benchmark_device, release, report_ceilings, seconds, synchronizer
 
 from glm_image.ar.commands import Admit, Release, Step
@@ -38,15 +38,21 @@ PROMPT_TOKENS = 64
 SLOTS = 8
 STEPS_A_COMMAND = 16
 KERNELS_REPORTED = 16
-SAMENESS_SIZES = (Size(256, 256), Size(256, 512), Size(512, 512))
 REFERENCE_TOKENS = 64
-BRIEF = {"sizes": "256x256", "repeats": 2}
+BRIEF = {"sizes": "256x256", "same": "256x256", "repeats": 2}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = engine_parser("ar.py", __doc__, "1024x1024,2048x2048")
     parser.add_argument("--quantization", default="none", choices=("none", "int8"), help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="of each figure that is a median (%(default)s)")
+    parser.add_argument(
+        "--same",
+        type=read_sizes,
+        default="256x256,512x256,512x512",
+        metavar="WIDTHxHEIGHT[,...]",
+        help="at which tokens decoded alone and together are compared (%(default)s)",
+    )
     parser.add_argument("--profile", action="store_true", help="also report the kernels of a step")
     parser.add_argument("--reference", action="store_true", help="also measure generate of transformers")
     return parse(parser, arguments, BRIEF)
@@ -86,7 +92,7 @@ def measure_executor(executor: Any, config: ArConfig, device: Device, floor: flo
     measure_steps(executor, config, device, floor, flags)
     measure_host(executor, config, device, flags.sizes[0], flags.repeats)
     measure_admission(executor, config, device, flags.sizes[0], flags.repeats)
-    for size in flags.sizes[:1] if flags.brief else SAMENESS_SIZES:
+    for size in flags.same:
         measure_sameness(executor, config, size)
 
 

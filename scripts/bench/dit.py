@@ -20,7 +20,14 @@ from typing import Any
 from images import GUIDANCE, dit_request, grid_of, render
 from measure import engine_parser, parse, report, size_name
 from reference import measure_difference, measure_reference
-from timing import CommandClock, open_benchmark_device, release, report_ceilings, report_kernels
+from timing import (
+    SUSTAINED_MATMUL_SECONDS,
+    CommandClock,
+    open_benchmark_device,
+    release,
+    report_ceilings,
+    report_kernels,
+)
 
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
@@ -66,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = open_benchmark_device(flags.device)
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     run = Run(flags, checkpoint, device, [grid_of(size) for size in flags.sizes], 0.0)
-    run.rate = report_ceilings(device, brief=flags.brief).matmul
+    run.rate = report_ceilings(device, brief=flags.brief, matmul_seconds=SUSTAINED_MATMUL_SECONDS).matmul
     if flags.reference:
         measure_reference(checkpoint, device, run.grids, flags.steps)
         release(device)

@@ -20,14 +20,11 @@ from measure import report
 from glm_image.devices.base import Device, DeviceEvent
 from glm_image.devices.open import instance_device, open_device
 
-COPY_BYTES = {"cpu": 1 << 27, "brief": 1 << 24}
-"""Of the copy that measures the bandwidth; larger than a cache, but in a brief run."""
+COPY_BYTES, HOST_COPY_BYTES, BRIEF_COPY_BYTES = 1 << 30, 1 << 27, 1 << 24
+"""Of the copy that measures the bandwidth: larger than any cache, except in a brief run on a host."""
 
-MOST_COPY_BYTES = 1 << 30
-MATMUL_SIDE = {"cpu": 512}
-MOST_MATMUL_SIDE = 8192
-MATMUL_SECONDS = 5.0
-BRIEF_MATMUL_SECONDS = 0.05
+MATMUL_SIDE, HOST_MATMUL_SIDE = 8192, 512
+MATMUL_SECONDS, SUSTAINED_MATMUL_SECONDS, BRIEF_MATMUL_SECONDS = 2.0, 5.0, 0.05
 PACKAGES = ("torch", "triton", "transformers", "diffusers", "numpy", "cache-dit", "nvidia-cudnn-cu13")
 KERNELS_REPORTED = 14
 
@@ -81,8 +78,9 @@ def device_name(device: Device) -> str:
     return str(device.torch_device.type)
 
 
-def report_ceilings(device: Device, *, brief: bool) -> Ceilings:
-    """Measures and reports the device's ceilings, after its name and the versions of what computes."""
+def report_ceilings(device: Device, *, brief: bool, matmul_seconds: float = MATMUL_SECONDS) -> Ceilings:
+    """Measures and reports the device's ceilings, after its name and the versions of the packages."""
+    matmul_seconds = BRIEF_MATMUL_SECONDS if brief else matmul_seconds
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -92,28 +90,28 @@ def report_ceilings(device: Device, *, brief: bool) -> Ceilings:
     versions["torch"] = torch.__version__
     name, dtype = device_name(device), str(device.default_dtype).removeprefix("torch.")
     report("device", device=name, dtype=dtype, versions=versions)
-    ceilings = Ceilings(copy_bandwidth(device, brief=brief), matmul_rate(device, brief=brief))
+    ceilings = Ceilings(copy_bandwidth(device, brief=brief), matmul_rate(device, matmul_seconds))
     report("ceiling", device=name, copy_tb_s=ceilings.copy / 1e12, matmul_tflop_s=ceilings.matmul / 1e12)
     return ceilings
 
 
 def copy_bandwidth(device: Device, *, brief: bool) -> float:
     """Returns bytes read and written a second by a large copy."""
-    size = COPY_BYTES["brief"] if brief else COPY_BYTES.get(device.torch_device.type, MOST_COPY_BYTES)
+    size = COPY_BYTES if not device.is_host else BRIEF_COPY_BYTES if brief else HOST_COPY_BYTES
     source = torch.ones(size, dtype=torch.uint8, device=device.torch_device)
     target = torch.empty_like(source)
     return 2 * size / seconds(lambda: target.copy_(source), synchronizer(device), repeats=9)
 
 
-def matmul_rate(device: Device, *, brief: bool) -> float:
+def matmul_rate(device: Device, for_seconds: float) -> float:
     """Returns FLOP a second of matrix products over some seconds: devices slow down as they warm up."""
-    side = MATMUL_SIDE.get(device.torch_device.type, MOST_MATMUL_SIDE)
+    side = HOST_MATMUL_SIDE if device.is_host else MATMUL_SIDE
     left, right = torch.randn(2, side, side, device=device.torch_device, dtype=device.default_dtype)
     product, synchronize = torch.empty_like(left), synchronizer(device)
     torch.matmul(left, right, out=product)
     synchronize()
     started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < (BRIEF_MATMUL_SECONDS if brief else MATMUL_SECONDS):
+    while time.perf_counter() - started < for_seconds:
         for _ in range(20):
             torch.matmul(left, right, out=product)
         synchronize()
