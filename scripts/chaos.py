@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.soak import processes, resident_bytes, tiny_checkpoint
+from bench.servers import processes, resident_bytes, tiny_checkpoint
 from chaos_requests import ENDINGS, GOOD, KINDS, Asked, Server, ask_any, fault_of
 from glm_image.supervisor import TritonServer
 from glm_image.supervisor.restarts import RestartPolicy, keep_running

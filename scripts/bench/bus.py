@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import parse, report
+from measure import new_parser, parse, report
 from timing import open_benchmark_device, report_ceilings
 
 from glm_image.ar.commands import Release, Step
@@ -37,9 +37,7 @@ SAMPLING = Sampling(0.9, 0.75, 16384)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bus.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("bus.py", __doc__)
     parser.add_argument("--requests", type=int, default=8, help="in the batch (%(default)s)")
     parser.add_argument("--step-ms", type=float, default=6.3, help="a step on the device (%(default)s)")
     parser.add_argument("--side", type=int, default=SIDE, help="of the images, which sets the steps (%(default)s)")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import triton
-from measure import TINY_CHECKPOINT, parse, report
+from measure import TINY_CHECKPOINT, new_parser, parse, report
 from timing import open_benchmark_device, report_ceilings, seconds, synchronizer
 from torch import Tensor, nn
 
@@ -49,9 +49,7 @@ REPORTED = 3
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="linears.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser("linears.py", __doc__)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", default=TINY_CHECKPOINT, help="(checkpoints/tiny)")
     parser.add_argument("--load-format", default="dummy", choices=("dummy", "auto"), help="dummy: random weights")
     parser.add_argument("--device", default="auto", help="(%(default)s)")

@@ -12,6 +12,9 @@ from typing import Any
 from glm_image.request.geometry import Grid, Size
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+if str(REPOSITORY / "scripts") not in sys.path:
+    sys.path.append(str(REPOSITORY / "scripts"))  # has capacity_planner; a script's own path is its folder
+
 TINY_CHECKPOINT = REPOSITORY / "checkpoints" / "tiny"
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
 DIGITS = 4
@@ -28,11 +31,16 @@ def _rounded(value: Any) -> Any:
     return round(value, DIGITS) if abs(value) >= 1 else float(f"{value:.{DIGITS}g}")
 
 
-def engine_parser(name: str, description: str | None, size: str = "1024x1024") -> argparse.ArgumentParser:
-    """Returns a parser with the flags of every benchmark of an engine."""
-    parser = argparse.ArgumentParser(
+def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser that shows a description as it is."""
+    return argparse.ArgumentParser(
         prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def engine_parser(name: str, description: str | None, size: str = "1024x1024") -> argparse.ArgumentParser:
+    """Returns a parser with the flags of every benchmark of an engine."""
+    parser = new_parser(name, description)
     parser.add_argument(
         "--checkpoint",
         type=Path,
