@@ -4,8 +4,8 @@
     scripts/bench/cards.py instances --checkpoint FULL --dummy --devices cuda:0,cuda:1 --size 1024x1024
     scripts/bench/cards.py pipeline --checkpoint FULL --dummy --devices cuda:0,cuda:1 --size 1024x1024
 
-``instances`` serves ``glm_dit`` alone, with given tokens: one instance on the first device, then, with a new server, one
-on each. The same number of requests is kept in flight. As devices of one kind differ in speed, the seconds of each
+``instances`` serves ``glm_dit`` alone, with given tokens: one instance on the first device, then, with a new server,
+one on each. The same number of requests is kept in flight. As devices of one kind differ in speed, the seconds of each
 one's own steps are reported too. ``pipeline`` puts ``glm_ar`` on the first device and ``glm_dit`` on the second; it
 measures each alone, the first with a request that fills its slots, the second with a steady stream of given tokens,
 then a steady stream through both, against the slower stage. Prints JSON lines; the exit code is 1 if a request failed.

@@ -8,7 +8,7 @@ Single requests give the seconds of each stage alone. Then all instances are kep
 compared with the simulation's. On a CPU that comparison is not possible: there the rate gives the number of cores that
 instances get when all compute, which is below the host's where two cores are threads of one; the simulation shares out
 that number (``cores``). Then requests are sent open loop, each at its time, and the same arrivals are simulated.
-``host`` reports the cores that other programs used meanwhile: on a CPU, the ratios mean something only if that is near 0.
+``host`` reports the cores that other programs used: on a CPU, the ratios mean something only if that is near 0.
 
 On CPU devices each instance computes with one thread.
 """
@@ -155,7 +155,7 @@ def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) ->
     denoising = [sum(response.metadata["seconds"][part] for part in DENOISING) for response in alone]
     overhead = statistics.median(response.seconds - sum(response.metadata["seconds"].values()) for response in alone)
     step = parts["decode"] / (tokens - 1)
-    # The metadata of a request for eight images sums their decode seconds, and each image takes its steps with the rest.
+    # The metadata of a request for eight images has the sum of their decode seconds; they take their steps together.
     eight = [{**requests[0], "num_images": flags.slots, "num_inference_steps": 1}]
     together = load.own_load(url, "grpc", eight, Level("concurrency", 1, max(1, flags.alone // 4)))
     check(together)

@@ -41,8 +41,7 @@ from glm_image.request.stages import Stage
 PREVIEW_STEPS = 6
 WARM_UP_STEPS = 10
 PUBLISHING = "publishing an estimate"
-BRIEF = {"sizes": "736x736", "steps": 2}
-"""From 736 x 736 on, a preview is smaller than its image."""
+BRIEF = {"sizes": "64x64", "steps": 3}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -25,14 +25,13 @@ from served import percentile, request_values, served, server_parser
 
 from glm_image_client import GlmImageClient
 
-OPTIONS: dict[str, dict[str, int]] = {
-    "progress": {"preview_steps": 0, "preview_every": 0},
-    "pictures": {"preview_steps": 6, "preview_every": 10},
-}
+PREVIEW_STEPS = 6
+ESTIMATES = 5
+"""Of an image."""
+
 CLOSE_IN = ("decode", "denoise")
 FEW_STEPS = 4
-BRIEF = {"sizes": "736x736", "steps": 2, "leave": 1, "repeats": 1, "concurrency": 2, "requests": 2}
-"""From 736 x 736 on, a preview is smaller than its image."""
+BRIEF = {"sizes": "64x64", "steps": 10, "leave": 1, "repeats": 1, "concurrency": 2, "requests": 2}
 
 
 class Streamed(NamedTuple):
@@ -68,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with served(flags) as server, GlmImageClient(f"grpc://{server.grpc_url}") as client:
         report("start to ready", seconds=time.monotonic() - started)
         steps = min(FEW_STEPS, flags.steps)
-        stream(client, {**values, **OPTIONS["pictures"], "num_inference_steps": steps})  # loads what is used first
+        first = {**values, **options_of(steps)["pictures"], "num_inference_steps": steps}
+        stream(client, first)  # loads what is used first
         measure_closing(client, values, flags.leave)
         measure_alone(client, values, flags.repeats, started + flags.within)
         if flags.requests:
@@ -86,6 +86,14 @@ def stream(client: GlmImageClient, values: Mapping[str, Any]) -> Streamed:
     return Streamed(time.perf_counter() - started, first, events)
 
 
+def options_of(steps: int) -> dict[str, dict[str, int]]:
+    """Returns the options of each kind of stream."""
+    return {
+        "progress": {"preview_steps": 0, "preview_every": 0},
+        "pictures": {"preview_steps": PREVIEW_STEPS, "preview_every": max(1, steps // ESTIMATES)},
+    }
+
+
 def generate(client: GlmImageClient, values: Mapping[str, Any]) -> Streamed:
     """Sends a request to the plain ensemble."""
     started = time.perf_counter()
@@ -96,7 +104,7 @@ def generate(client: GlmImageClient, values: Mapping[str, Any]) -> Streamed:
 def measure_alone(client: GlmImageClient, values: Mapping[str, Any], repeats: int, until: float) -> None:
     """Single requests of each kind, in turns; reports each, then the medians."""
     kinds: dict[str, Callable[[int], Streamed]] = {"plain": lambda seed: generate(client, {**values, "seed": seed})}
-    for name, options in OPTIONS.items():
+    for name, options in options_of(values["num_inference_steps"]).items():
         kinds[name] = lambda seed, options=options: stream(client, {**values, **options, "seed": seed})  # type: ignore[misc]
     taken: dict[str, list[Streamed]] = {name: [] for name in kinds}
     longest = 0.0
@@ -124,7 +132,7 @@ def report_alone(taken: Mapping[str, Sequence[Streamed]]) -> None:
 def measure_together(client: GlmImageClient, values: Mapping[str, Any], concurrency: int, requests: int) -> None:
     """Requests in flight together, with progress alone and with intermediate images."""
     base: tuple[float, float] | None = None
-    for name, options in OPTIONS.items():
+    for name, options in options_of(values["num_inference_steps"]).items():
         started = time.perf_counter()
 
         def send(seed: int, options: dict[str, int] = options, way: str = name, started: float = started) -> Streamed:
@@ -155,7 +163,7 @@ def measure_closing(client: GlmImageClient, values: Mapping[str, Any], repeats: 
         waits = []
         for turn in range(repeats):
             request_id = f"closed-{stage}-{turn}"
-            events = client.stream(**values, **OPTIONS["progress"], request_id=request_id)
+            events = client.stream(**values, **options_of(1)["progress"], request_id=request_id)
             next(event for event in events if event.stage == stage and event.done > 0)
             started = time.perf_counter()
             events.close()
