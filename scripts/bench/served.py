@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     levels += [Level("rate", value, flags.requests) for value in flags.request_rate]
     if not flags.input_data:
         report("request", size=size_name(flags.sizes[0]), steps=flags.steps)
+    started = time.monotonic()
     with served(flags) as server:
+        report("start to ready", seconds=time.monotonic() - started)
         url = server.grpc_url if flags.protocol == "grpc" else server.http_url
         alone = load.own_load(url, flags.protocol, requests, Level("concurrency", 1, flags.warm_ups))
         report_stages({"warm_ups": flags.warm_ups}, alone)
