@@ -20,11 +20,11 @@ from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import ar_metadata, request_metadata
 from glm_image.parallel.rank_group import WorkerConfig
 from glm_image.request.limits import Limits
-from glm_image.request.parameters import GenerationParameters, PaintRequest, ResolvedRequest
+from glm_image.request.parameters import ArMetadata, GenerationParameters, PaintRequest, ResolvedRequest
 
 
 @dataclass(frozen=True)
-class GeneratedPictures:
+class GeneratedImages:
     """Finished pictures.
 
     Attributes:
@@ -50,7 +50,7 @@ class LocalSettings:
     """
 
     ar: ArSettings = field(default_factory=ArSettings)
-    dit: DitSettings = field(default_factory=DitSettings)
+    dit: DitSettings = field(default_factory=lambda: DitSettings(parallel="auto", warmup_sizes=()))
     limits: Limits = field(default_factory=Limits)
     load_format: str = "auto"
 
@@ -102,7 +102,7 @@ class LocalPipeline:
         """Runs the first stage."""
         return self.ar.submit(context or RequestContext(), request).result()
 
-    def generate(self, parameters: GenerationParameters, context: RequestContext | None = None) -> GeneratedPictures:
+    def generate(self, parameters: GenerationParameters, context: RequestContext | None = None) -> GeneratedImages:
         """Runs both stages.
 
         Raises:
@@ -113,28 +113,22 @@ class LocalPipeline:
         prior = self.prior(resolved, context)
         return self.paint(paint_request(resolved, prior, ar_metadata(context, prior.tokens)), context)
 
-    def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedPictures:
+    def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedImages:
         """Runs the second stage."""
         context = context or RequestContext()
         result = self.dit.paint(context, request, self._limits).result()
         metadata = request_metadata(context, request, self._model, self.dit.attention_backend)
-        return GeneratedPictures(result.pixels, result.encoded, metadata)
+        return GeneratedImages(result.pixels, result.encoded, metadata)
 
 
-def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: dict[str, Any]) -> PaintRequest:
+def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: ArMetadata) -> PaintRequest:
     """Makes the second stage's request from the first's and its tokens."""
-    asked = resolved.parameters
     return PaintRequest(
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt,
+        **resolved.parameters.shared(),
         prior_token_ids=prior.prior_token_ids,
         grid=resolved.target,
         requested=resolved.requested,
         seeds=resolved.seeds,
-        num_inference_steps=asked.num_inference_steps,
-        guidance_scale=asked.guidance_scale,
-        output_format=asked.output_format,
-        images=asked.images,
         source_token_ids=prior.source_token_ids,
         source_grids=prior.source_grids,
         ar_metadata=metadata,

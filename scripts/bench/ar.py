@@ -38,7 +38,8 @@ PROMPT_TOKENS = 64
 SLOTS = 8
 STEPS_A_COMMAND = 16
 KERNELS_REPORTED = 16
-REFERENCE_TOKENS = 64
+REFERENCE_TOKENS, BRIEF_REFERENCE_TOKENS = 64, 8
+BRIEF_TOKENS = 32
 BRIEF = {"sizes": "256x256", "same": "256x256", "repeats": 2}
 
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.quantization == "int8":
         measure_int8_error(checkpoint, config, device)
     started = time.perf_counter()
-    engine = ArEngine(checkpoint, device, ArSettings(int8=flags.quantization == "int8"))
+    engine = ArEngine(checkpoint, device, ArSettings(quantization=flags.quantization))
     report("start to ready", seconds=time.perf_counter() - started)
     measure_requests(engine, flags.sizes[0], floor)
     report("memory", peak_gb=device.peak_memory() / 1e9)
@@ -83,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del engine
     release(device)
     if flags.reference:
-        measure_reference(checkpoint, device, flags.sizes[0])
+        measure_reference(
+            checkpoint, device, flags.sizes[0], BRIEF_REFERENCE_TOKENS if flags.brief else REFERENCE_TOKENS
+        )
     return 0
 
 
@@ -93,7 +96,7 @@ def measure_executor(executor: Any, config: ArConfig, device: Device, floor: flo
     measure_host(executor, config, device, flags.sizes[0], flags.repeats)
     measure_admission(executor, config, device, flags.sizes[0], flags.repeats)
     for size in flags.same:
-        measure_sameness(executor, config, size)
+        measure_sameness(executor, config, size, BRIEF_TOKENS if flags.brief else None)
 
 
 def decoder_weights(config: ArConfig) -> int:
@@ -183,24 +186,26 @@ def measure_admission(executor: Any, config: ArConfig, device: Device, size: Siz
     report("admission of a 64-token prompt", lost_ms=statistics.median(times) * 1e3)
 
 
-def measure_sameness(executor: Any, config: ArConfig, size: Size) -> None:
-    """Compares the tokens of eight seeds decoded together with those of each decoded alone, in another slot."""
+def measure_sameness(executor: Any, config: ArConfig, size: Size, most: int | None) -> None:
+    """Compares the first ``most`` tokens of eight seeds decoded together with those of each alone, in another slot."""
     for seed in range(SLOTS):
-        count = admit(executor, config, seed, size, seed)
+        total = admit(executor, config, seed, size, seed)
+    count = min(total, most or total)
     executor.run(Step(count - 1))
     together = [executor.run(Release(slot)) for slot in range(SLOTS)]
     alone = []
     for seed in range(SLOTS):
         slot = (3 * seed + 1) % SLOTS
-        executor.run(Step(admit(executor, config, slot, size, seed) - 1))
+        admit(executor, config, slot, size, seed)
+        executor.run(Step(count - 1))
         alone.append(executor.run(Release(slot)))
     same = sum(bool((a == b).all()) for a, b in zip(together, alone, strict=True))
     named = {"size": size_name(size), "sequences": SLOTS, "tokens": count}
     report("same tokens alone and among eight", **named, identical=same)
 
 
-def measure_reference(checkpoint: Checkpoint, device: Device, size: Size) -> None:
-    """Seconds a token of transformers' ``generate``, over a sample of 64."""
+def measure_reference(checkpoint: Checkpoint, device: Device, size: Size, tokens: int) -> None:
+    """Seconds a token of transformers' ``generate``, over a sample of ``tokens``."""
     from transformers import GlmImageConfig, GlmImageForConditionalGeneration  # noqa: PLC0415
 
     config = GlmImageConfig(**checkpoint.config("vision_language_encoder"))
@@ -225,7 +230,7 @@ def measure_reference(checkpoint: Checkpoint, device: Device, size: Size) -> Non
         "do_sample": True,
         "eos_token_id": None,
     }
-    synchronize, tokens = synchronizer(device), REFERENCE_TOKENS
+    synchronize = synchronizer(device)
     model.generate(**inputs, max_new_tokens=8)
     first = seconds(lambda: model.generate(**inputs, max_new_tokens=1), synchronize, repeats=3, warm_ups=1)
     whole = seconds(lambda: model.generate(**inputs, max_new_tokens=1 + tokens), synchronize, repeats=1, warm_ups=0)

@@ -25,6 +25,8 @@ from timing import open_benchmark_device, report_ceilings
 
 from glm_image.ar.commands import Release, Step
 from glm_image.ar.scheduler import Scheduler
+from glm_image.ar.scheduler_thread import SchedulerThread
+from glm_image.ar.sequence import Request
 from glm_image.ipc import EventListener, IpcServer
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
@@ -118,8 +120,8 @@ def step_seconds(flags: argparse.Namespace, resolved: ResolvedRequest, subscribe
 def round_seconds(contexts: Sequence[RequestContext], resolved: ResolvedRequest) -> float:
     """Returns the host's mean time of a step from the first to the latest of some requests."""
     clock = StepClock()
-    scheduler = Scheduler(clock.run, len(contexts), len(contexts))
-    futures = [scheduler.submit(context, (), resolved) for context in contexts]
+    scheduler = SchedulerThread(Scheduler(clock.run, len(contexts), len(contexts)))
+    futures = [scheduler.submit(Request(context, (), resolved)) for context in contexts]
     clock.may_begin.set()
     for future in futures:
         future.result()

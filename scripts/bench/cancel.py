@@ -43,7 +43,7 @@ LEFT_BYTES = 64 << 20
 CANCEL_AFTER_TOKENS = 50
 OTHER_SEQUENCES = 7
 MEMORY_STEPS = 20
-BRIEF = {"sizes": "64x64", "steps": 4, "repeats": 2}
+BRIEF = {"sizes": "64x64", "repeats": 2}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -134,8 +134,8 @@ class Run:
             Limits(),
             self.checkpoint.image_processor,
         )
-        sources = source_images.for_vision([file], limits, rule)
-        scaling = seconds(lambda: source_images.for_vision([file], limits, rule), lambda: None, self.repeats)
+        sources = source_images.for_ar([file], limits, rule)
+        scaling = seconds(lambda: source_images.for_ar([file], limits, rule), lambda: None, self.repeats)
         patching = seconds(lambda: patches_of(processor, sources), lambda: None, self.repeats)
         report("host: decode and scale for the vision tower", size=self.size, ms=scaling * 1e3)
         report("host: patches", size=self.size, ms=patching * 1e3)

@@ -26,7 +26,7 @@ from timing import open_benchmark_device, report_ceilings, seconds, synchronizer
 from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs
+from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs, weights_of
 from glm_image.ar.fused.step import FusedStep
 from glm_image.ar.model import Decoder
 from glm_image.ar.state import DecodeState
@@ -34,8 +34,8 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.base import Device
 from glm_image.devices.int8_linear import AnyLinear, Int8Linear
+from glm_image.kernels.int8_pairs import Int8Pairs
 from glm_image.kernels.skinny_linear import TileConfig, gate_up, linear_partials, partials_buffer
-from glm_image.kernels.split_rows import SplitRows
 
 SLOTS = 8
 LENGTH = 664
@@ -44,7 +44,7 @@ BYTES_READ = 600e6
 """By one replay: copies of the weights, so that the L2 cache has none of them when it is read."""
 
 START = {"bf16": TileConfigs(), "split": INT8_TILES}
-SPLITS = {"qkv": (1, 2, 4), "out": (2, 4), "gate_up": (1,), "down": (2, 4, 6), "head": (1,)}
+SPLIT_K = {"qkv": (1, 2, 4), "out": (2, 4), "gate_up": (1,), "down": (2, 4, 6), "head": (1,)}
 REPORTED = 3
 
 
@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--load-format", default="dummy", choices=("dummy", "auto"), help="dummy: random weights")
     parser.add_argument("--device", default="auto", help="(%(default)s)")
     parser.add_argument("--activations", default="split", choices=START, help="bf16 weights, or int8 ones (split)")
-    parser.add_argument("--linears", default=",".join(SPLITS), help="to sweep; '' for none (%(default)s)")
+    parser.add_argument("--linears", default=",".join(SPLIT_K), help="to sweep; '' for none (%(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="of each figure, a median (%(default)s)")
     return parse(parser, arguments, {"linears": "", "repeats": 1})
 
@@ -94,14 +94,14 @@ def candidates(name: str, start: TileConfig, *, sweep: bool) -> Iterator[TileCon
     """Yields the configuration in use and, in a sweep, others."""
     yield start
     if sweep:
-        for n, k, stages, splits in itertools.product((32, 64, 128), (128, 256), (3, 4, 6), SPLITS[name]):
-            tile = replace(start, block_n=n, block_k=k, stages=stages, splits=splits)
+        for n, k, stages, split_k in itertools.product((32, 64, 128), (128, 256), (3, 4, 6), SPLIT_K[name]):
+            tile = replace(start, block_n=n, block_k=k, stages=stages, split_k=split_k)
             if tile != start:
                 yield tile
 
 
 def linear_seconds(
-    name: str, linears: list[AnyLinear], x: Tensor | SplitRows, tile: TileConfig, device: Device, repeats: int
+    name: str, linears: list[AnyLinear], x: Tensor | Int8Pairs, tile: TileConfig, device: Device, repeats: int
 ) -> float:
     """Returns the time of one linear, of many that follow each other in a graph."""
     n = linears[0].weight.shape[0]
@@ -111,9 +111,9 @@ def linear_seconds(
     def step() -> None:
         for linear in linears:
             if name == "gate_up":
-                gate_up(x, linear, product, tile)
+                gate_up(x, *weights_of(linear), product, tile)
             else:
-                linear_partials(x, linear, parts, tile)
+                linear_partials(x, *weights_of(linear), parts, tile)
 
     with torch.inference_mode():
         return seconds(device.capture(step), synchronizer(device), repeats, warm_ups=repeats // 4) / len(linears)
@@ -130,9 +130,9 @@ def sweep_linear(
     for _ in range(max(2, int(BYTES_READ // size)) if place.type != "cpu" else 1):
         linear = nn.Linear(k, n, bias=False, device=place, dtype=torch.bfloat16)
         linears.append(linear if activations == "bf16" else Int8Linear(linear, device.int8_product))
-    x: Tensor | SplitRows = torch.randn(SLOTS, k, device=place, dtype=torch.bfloat16)
+    x: Tensor | Int8Pairs = torch.randn(SLOTS, k, device=place, dtype=torch.bfloat16)
     if activations == "split" and name != "out":
-        x = SplitRows.of(x)  # type: ignore[arg-type]
+        x = Int8Pairs.of(x)  # type: ignore[arg-type]
     times: dict[TileConfig, float] = {}
     for tile in candidates(name, start, sweep=name in flags.linears.split(",")):
         try:

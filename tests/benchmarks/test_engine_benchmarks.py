@@ -51,6 +51,7 @@ def test_ar(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
     assert only(lines, "memory")["peak_gb"] > 0
 
 
+@pytest.mark.full
 def test_ar_with_int8_weights(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
     lines = run(capsys, "ar", *brief, "--same", "64x64", "--quantization", "int8")
     weights = only(lines, "int8 weights")
@@ -142,17 +143,17 @@ def test_previews(capsys: pytest.CaptureFixture[str], brief: list[object]) -> No
     assert preview["seconds"] >= preview["step_seconds"] + preview["decode_seconds"]
     for measure in ("an image with an estimate every step", "an image with a preview between its steps"):
         line = only(lines, measure)
-        assert line["cost"] == CLOSE(line["denoise_seconds"] / line["without_seconds"] - 1, abs=1e-3)
+        assert line["cost"] == CLOSE(line["denoise_seconds"] / line["without_seconds"] - 1, rel=ROUNDED, abs=1e-3)
 
 
 def test_cancel(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
-    lines = run(capsys, "cancel", *brief, "--steps", 4)
+    lines = run(capsys, "cancel", *brief)
     check_ceiling(lines)
     for measure in ("cancel to free slot", "cancel to answer in the queue", "cancel to free device"):
         line = only(lines, measure)
         assert line["median_ms"] <= line["worst_ms"]
         assert line["worst_steps"] == CLOSE(line["worst_ms"] / line["step_ms"], rel=ROUNDED)
-    assert only(lines, "denoising")["steps"] == 4
+    assert only(lines, "denoising")["steps"] == 50
 
 
 def test_cancel_does_not_fill_the_memory_of_a_host(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
