@@ -1,6 +1,6 @@
 """The load of the DiT: the images that ``glm_ar`` forwarded and ``glm_dit`` has not denoised, as both stages know it.
 
-An ensemble does not tell its first step what becomes of the tokens. So each DiT instance publishes its requests and
+An ensemble gives its first step no feedback on the tokens. So each DiT instance publishes its requests and
 their remaining images whenever they change. A statement is complete: a subscriber that missed one, or comes later, is
 up to date after the next.
 """
