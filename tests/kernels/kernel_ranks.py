@@ -20,9 +20,9 @@ from glm_image.parallel.worker import RankExecutor
 
 @dataclass(frozen=True)
 class TakeLatents:
-    """Give a picture's latents, fp32 [1, channels, height, width]."""
+    """Returns an image's latents, fp32 [1, channels, height, width]."""
 
-    picture: int
+    image: int
 
 
 class _Rank:
@@ -36,7 +36,7 @@ class _Rank:
             return self._executor.run(command)
         if isinstance(self._executor, Follower):
             return None
-        return self._executor._pictures[command.picture].latents.numpy()
+        return self._executor._images[command.image].latents.numpy()
 
     def close(self) -> None:
         self._executor.close()
