@@ -104,13 +104,13 @@ class ArBackend(StageBackend):
         if self._dit_load is not None:
             self._dit_load.close()
 
-    def _handle(self, call: StageCall) -> None:
+    def _handle(self, call: StageCall, inputs: Inputs) -> None:
         """Submits a request to the engine; one with source images from a thread, so that others do not wait."""
         context = call.context
         if call.options.arrived_ns is not None:
             context.arrived_ns = call.options.arrived_ns
         context.start(Stage.AR_QUEUE)
-        parameters = read_request(call.inputs)
+        parameters = read_request(inputs)
         context.num_images = parameters.num_images
         context.attributes = _attributes(parameters)
         if parameters.images is None:

@@ -95,11 +95,11 @@ class DitBackend(StageBackend):
     def _close_engine(self) -> None:
         self._engine.close()
 
-    def _handle(self, call: StageCall) -> None:
+    def _handle(self, call: StageCall, inputs: Inputs) -> None:
         """Denoises a request; its response follows when its images are decoded and encoded."""
-        request = read_request(call.inputs)
+        request = read_request(inputs)
         context = call.context
-        _adopt(call, request)
+        _adopt(call, inputs, request)
         context.start(Stage.CONDITION)
         self._engine.paint(context, request, self._limits).add_done_callback(partial(self._respond, call, request))
 
@@ -132,13 +132,13 @@ class DitBackend(StageBackend):
         return reply
 
 
-def _adopt(call: StageCall, request: PaintRequest) -> None:
+def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest) -> None:
     """Continues the request that ``glm_ar`` began: its id, arrival, deadline and stage times.
 
     The ensemble gives each stage the whole timeout of the request, so the deadline comes from the first stage.
     """
     context, metadata = call.context, request.ar_metadata
-    deadline_ns = call.inputs.integer("deadline_ns") or 0
+    deadline_ns = inputs.integer("deadline_ns") or 0
     if deadline_ns < 0:
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
     context.id = call.request_id or metadata.get("request_id", context.id)
