@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measure import say
-from numpy.typing import NDArray
 
-from glm_image.ar.commands import Command, Release, Step
+from glm_image.ar.commands import ArCommand, Release, Step
 from glm_image.ar.scheduler import Scheduler
+from glm_image.ar.scheduler_thread import SchedulerThread
 from glm_image.ar.sequence import Request, Running, report_progress
 from glm_image.ipc import EventListener, IpcServer
 from glm_image.lifecycle.context import RequestContext
@@ -40,7 +41,7 @@ class Clock:
     def __init__(self) -> None:
         self.steps, self.first, self.last = 0, 0.0, 0.0
 
-    def run(self, command: Command) -> NDArray[np.int32] | None:
+    def run(self, command: ArCommand[Any]) -> Any:
         """Notes the time of a step."""
         if isinstance(command, Step):
             self.last = time.perf_counter()
@@ -75,7 +76,7 @@ def report_seconds(jobs: list[RequestContext], resolved: ResolvedRequest) -> flo
     """What telling of all the jobs takes after a step; the least of some rounds."""
     running = [Running(Request(job, (), resolved, 0.0), 0, 1, 0.0) for job in jobs]
     for one in running:
-        one.request.job.progress = one.request.drawn.progress
+        one.request.context.progress = one.request.sampled.progress
     taken = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -90,13 +91,13 @@ def step_seconds(jobs: list[RequestContext], resolved: ResolvedRequest) -> float
     clock, seen = Clock(), []
     admitted = threading.Event()
 
-    def run(command: Command) -> NDArray[np.int32] | None:
+    def run(command: ArCommand[Any]) -> Any:
         admitted.wait()  # so that all of them are there from the first step on
         return clock.run(command)
 
-    scheduler = Scheduler(run, len(jobs), len(jobs))
+    scheduler = SchedulerThread(Scheduler(run, len(jobs), len(jobs)))
     for job in jobs:
-        seen.append(scheduler.submit(job, (), resolved))
+        seen.append(scheduler.submit(Request(job, (), resolved)))
     admitted.set()
     for future in seen:
         future.result()

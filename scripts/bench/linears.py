@@ -20,7 +20,7 @@ from measure import arguments, copy_bandwidth, say, seconds
 from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs
+from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs, weights_of
 from glm_image.ar.fused.step import FusedStep
 from glm_image.ar.model import Decoder
 from glm_image.ar.state import DecodeState
@@ -29,8 +29,8 @@ from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.base import Device
 from glm_image.devices.int8_linear import AnyLinear, Int8Linear
 from glm_image.devices.open import instance_device, open_device
+from glm_image.kernels.int8_pairs import Int8Pairs
 from glm_image.kernels.skinny_linear import TileConfig, gate_up, linear_partials, partials_buffer
-from glm_image.kernels.split_rows import SplitRows
 
 SLOTS = 8
 LENGTH = 664
@@ -63,13 +63,13 @@ def candidates(name: str, start: TileConfig, *, sweep: bool) -> Iterator[TileCon
     """Yields the plan in use and, in a sweep, others."""
     yield start
     if sweep:
-        for n, k, stages, splits in itertools.product((32, 64, 128), (128, 256), (3, 4, 6), SPLITS[name]):
-            plan = replace(start, block_n=n, block_k=k, stages=stages, splits=splits)
+        for n, k, stages, split_k in itertools.product((32, 64, 128), (128, 256), (3, 4, 6), SPLITS[name]):
+            plan = replace(start, block_n=n, block_k=k, stages=stages, split_k=split_k)
             if plan != start:
                 yield plan
 
 
-def plan_seconds(name: str, linears: list[AnyLinear], x: Tensor | SplitRows, plan: TileConfig, device: Device) -> float:
+def plan_seconds(name: str, linears: list[AnyLinear], x: Tensor | Int8Pairs, plan: TileConfig, device: Device) -> float:
     """Returns the time of one linear, of many that follow each other in a graph."""
     n = linears[0].weight.shape[0]
     product = torch.empty(SLOTS, n // 2, device=device.torch_device, dtype=torch.bfloat16)
@@ -78,9 +78,9 @@ def plan_seconds(name: str, linears: list[AnyLinear], x: Tensor | SplitRows, pla
     def step() -> None:
         for linear in linears:
             if name == "gate_up":
-                gate_up(x, linear, product, plan)
+                gate_up(x, *weights_of(linear), product, plan)
             else:
-                linear_partials(x, linear, parts, plan)
+                linear_partials(x, *weights_of(linear), parts, plan)
 
     with torch.inference_mode():
         return seconds(device.capture(step), synchronizer(device), repeats=9) / len(linears)
@@ -95,9 +95,9 @@ def sweep_linear(name: str, shape: tuple[int, int], activations: str, device: De
     for _ in range(max(2, int(BYTES_READ // size)) if place.type != "cpu" else 1):
         linear = nn.Linear(k, n, bias=False, device=place, dtype=torch.bfloat16)
         linears.append(linear if activations == "bf16" else Int8Linear(linear, device.int8_product))
-    x: Tensor | SplitRows = torch.randn(SLOTS, k, device=place, dtype=torch.bfloat16)
+    x: Tensor | Int8Pairs = torch.randn(SLOTS, k, device=place, dtype=torch.bfloat16)
     if activations == "split" and name != "out":
-        x = SplitRows.of(x)  # type: ignore[arg-type]
+        x = Int8Pairs.of(x)  # type: ignore[arg-type]
     times: dict[TileConfig, float] = {}
     for plan in candidates(name, getattr(START[activations], name), sweep=sweep):
         try:

@@ -230,17 +230,17 @@ def test_progress_that_nobody_watches_costs_next_to_nothing(stages: tuple[Instan
     running = [Running(Request(RequestContext(id=str(slot)), (), resolved, 0.0), 0, 9, 0.0) for slot in range(8)]
     for one in running:
         ar.start(one.request.context)
-        one.request.context.progress = one.request.drawn.progress
+        one.request.context.progress = one.request.sampled.progress
     count = 5_000
     fastest = min(_seconds(lambda: report_progress(running), count) for _ in range(5))
     assert fastest / count < 0.0005 * 0.0063  # of a decode step of 6.3 ms
     with EventListener(tmp_path, "3") as listener:
         assert ar.listened.wait(SECONDS)
-        running[3].request.drawn.done = 7
+        running[3].request.sampled.done = 7
         report_progress(running)
         while (heard := next(listener.events(SECONDS)))["done"] != 7:
             pass
-        assert (heard["stage"], heard["total"]) == ("decode", running[3].request.drawn.total)
+        assert (heard["stage"], heard["total"]) == ("decode", running[3].request.sampled.total)
     assert ar.left.wait(SECONDS)
     assert [one.request.context.is_watched for one in running] == [False] * 8
 
