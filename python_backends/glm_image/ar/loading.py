@@ -1,4 +1,4 @@
-"""Loads the first stage, or a rank's part of it, on a device."""
+"""Loads the AR, or a rank's part of it, on a device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, 
     """Loads the decoder and the vision tower.
 
     Args:
-        checkpoint: where they come from.
+        checkpoint: the models.
         settings: how they run.
         device: where they run.
-        ranks: those of ``ranks.tp`` share the decoder; every one has the whole vision tower.
+        ranks: those of ``ranks.tp`` share the decoder; each has the whole vision tower.
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
