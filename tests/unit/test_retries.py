@@ -84,6 +84,15 @@ def ask(server: BusyServer, way: str, **options: Any) -> GenerationResult:
     return asyncio.run(wait())
 
 
+def test_blocking_client_works_inside_a_running_loop(server: BusyServer) -> None:
+    """As in a notebook: the blocking client needs no loop of its own."""
+
+    async def wait() -> GenerationResult:
+        return ask(server, "sync")
+
+    assert asyncio.run(wait()).seeds == (7,)
+
+
 @pytest.mark.parametrize("way", ["sync", "asyncio"])
 class TestBothClients:
     def test_busy_error_is_raised_without_retries_by_default(self, server: BusyServer, way: str) -> None:
