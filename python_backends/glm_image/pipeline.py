@@ -24,7 +24,7 @@ from glm_image.request.parameters import GenerationParameters, PaintRequest, Res
 
 
 @dataclass(frozen=True)
-class GeneratedPictures:
+class GeneratedImages:
     """Finished pictures.
 
     Attributes:
@@ -102,7 +102,7 @@ class LocalPipeline:
         """Runs the first stage."""
         return self.ar.submit(context or RequestContext(), request).result()
 
-    def generate(self, parameters: GenerationParameters, context: RequestContext | None = None) -> GeneratedPictures:
+    def generate(self, parameters: GenerationParameters, context: RequestContext | None = None) -> GeneratedImages:
         """Runs both stages.
 
         Raises:
@@ -113,12 +113,12 @@ class LocalPipeline:
         prior = self.prior(resolved, context)
         return self.paint(paint_request(resolved, prior, ar_metadata(context, prior.tokens)), context)
 
-    def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedPictures:
+    def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedImages:
         """Runs the second stage."""
         context = context or RequestContext()
         result = self.dit.paint(context, request, self._limits).result()
         metadata = request_metadata(context, request, self._model, self.dit.attention_backend)
-        return GeneratedPictures(result.pixels, result.encoded, metadata)
+        return GeneratedImages(result.pixels, result.encoded, metadata)
 
 
 def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: dict[str, Any]) -> PaintRequest:

@@ -30,7 +30,6 @@ from glm_image.dit.commands import Drop, ForgetSources, Prepare, ReadSources, St
 from glm_image.dit.conditioning import SourceConditioning
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor
-from glm_image.dit.forward import read_sources
 from glm_image.dit.settings import DitSettings
 from glm_image.dit.source_kv import SourceCache
 from glm_image.request import source_images
@@ -99,10 +98,9 @@ def pass_seconds(
     executor: Executor, source: SourceConditioning, device: Device, synchronize: Callable[[], None]
 ) -> float:
     """Returns the time of one source's pass over the blocks."""
-    transformer: Any = executor._transformer
-    tokens = source.prior.shape[1]
-    cache = SourceCache(transformer.config, tokens, device.torch_device, transformer.proj_out.weight.dtype)
-    return seconds(lambda: read_sources(transformer, executor._blocks, [source], cache), synchronize, REPEATS)
+    model, tokens = executor._model, source.prior.shape[1]
+    cache = SourceCache(model.transformer.config, [tokens], device.torch_device, model.dtype)
+    return seconds(lambda: model.read_sources([source], cache), synchronize, REPEATS)
 
 
 def measure_condition(
@@ -110,7 +108,7 @@ def measure_condition(
 ) -> None:
     """The VAE's encoder and the pass over the blocks, alone and together; to one exact forward of the same size."""
     executor, source = engine.executor, picture_of(engine, grid, 0)
-    transformer: Any = executor._transformer
+    transformer: Any = executor._model.transformer
     tokens, dtype = grid.tokens * IMAGE_TOKENS_PER_TOKEN, transformer.proj_out.weight.dtype
     with torch.inference_mode():
         encoding = seconds(lambda: executor._vae.encode(source.pixels), synchronize, REPEATS)
@@ -160,7 +158,7 @@ def attention_seconds(
 def measure_steps(engine: DitEngine, device: Device, grid: Grid, synchronize: Callable[[], None]) -> float:
     """Steps without and with sources, and what explains the difference; returns an exact forward's seconds."""
     executor = engine.executor
-    transformer: Any = executor._transformer
+    transformer: Any = executor._model.transformer
     layers, tokens = transformer.config.num_layers, grid.tokens * IMAGE_TOKENS_PER_TOKEN
     plain = {g: step_seconds(executor, grid, g, None, synchronize) for g in (1.0, 1.5)}
     for guidance, took in plain.items():

@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measure import arguments, say
 
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import instance_device, open_device
-from glm_image.dit.commands import Command, Estimate, Prepare, Result, Step
+from glm_image.dit.commands import Estimate, Prepare, Step
 from glm_image.dit.engine import DitEngine
-from glm_image.dit.scheduler import Run
 from glm_image.dit.settings import DitSettings
 from glm_image.ipc import EventListener, IpcServer
 from glm_image.ipc.protocol import Event
@@ -50,10 +50,10 @@ class Clocks:
     def __init__(self) -> None:
         self.of: dict[str, list[float]] = defaultdict(list)
 
-    def watched(self, run: Run) -> Run:
+    def watched(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Returns ``run`` with a clock."""
 
-        def timed(command: Command) -> Result:
+        def timed(command: Any) -> Any:
             began = time.perf_counter()
             try:
                 return run(command)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import TOKENS
-from glm_image.pipeline import GeneratedPictures, LocalPipeline
+from glm_image.pipeline import GeneratedImages, LocalPipeline
 from glm_image.request.images import decode_source
 from glm_image.request.limits import OUTPUT_FORMATS, Limits
 from glm_image.request.parameters import GenerationParameters
@@ -90,12 +90,12 @@ def test_what_is_legal_is_served_right(pipeline: LocalPipeline, asked: list[dict
         check(first, one)
 
 
-def generate(pipeline: LocalPipeline, asked: list[dict[str, Any]]) -> list[GeneratedPictures]:
+def generate(pipeline: LocalPipeline, asked: list[dict[str, Any]]) -> list[GeneratedImages]:
     with ThreadPoolExecutor(AT_ONCE) as clients:
         return list(clients.map(lambda one: pipeline.generate(GenerationParameters(**one), RequestContext()), asked))
 
 
-def check(made: GeneratedPictures, asked: dict[str, Any]) -> None:
+def check(made: GeneratedImages, asked: dict[str, Any]) -> None:
     count, height, width = asked["num_images"], asked["height"], asked["width"]
     told = made.metadata
     assert made.pixels.shape == (count, height, width, 3)

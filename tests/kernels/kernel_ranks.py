@@ -1,4 +1,4 @@
-"""Ranks of the DiT with fused blocks, also on a CPU, where Triton interprets the kernels."""
+"""Ranks of the second stage whose blocks are the fused ones, also on a CPU, where Triton interprets the kernels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from glm_image.parallel.worker import RankExecutor
 
 @dataclass(frozen=True)
 class TakeLatents:
-    """Return an image's latents, fp32 [1, channels, height, width]."""
+    """Returns an image's latents, fp32 [1, channels, height, width]."""
 
-    picture: int
+    image: int
 
 
 class _Rank:
-    """A rank that can also return latents, since pixels take the interpreter long."""
+    """A rank that also gives latents: pixels would take the interpreter long."""
 
     def __init__(self, executor: Executor | Follower) -> None:
         self._executor = executor
@@ -36,7 +36,7 @@ class _Rank:
             return self._executor.run(command)
         if isinstance(self._executor, Follower):
             return None
-        return self._executor._pictures[command.picture].latents.numpy()
+        return self._executor._images[command.image].latents.numpy()
 
     def close(self) -> None:
         self._executor.close()

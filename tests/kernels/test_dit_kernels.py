@@ -16,7 +16,7 @@ from glm_image.checkpoint.checkpoint import fill
 from glm_image.dit.blocks import eager_blocks
 from glm_image.dit.fused import blocks
 from glm_image.dit.fused.blocks import ATTENTION, FusedBlocks
-from glm_image.dit.sequence_parallel import Heads, SequenceAttention, TokenSplit
+from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape, TokenSplit
 from glm_image.dit.tensor_parallel import ShardedTensors, shard
 from glm_image.kernels.head_norm_rotary import deal_heads, head_norm_rotary
 from glm_image.parallel.collectives import ALONE, Group, Transfer
@@ -142,11 +142,11 @@ def test_blocks_over_ranks_match_one_rank(device: torch.device, ranks: int, text
     def run(rank: int) -> list[Tensor]:
         split = TokenSplit(ALONE, ThreadGroup(rank, ranks, meeting) if ranks > 1 else ALONE)
         shared = SequenceAttention(split, blocks.attention, _no_lse, backend)
-        shared.begin(tokens)
-        own = [(split.own(image, dim=1), text) for image, text in sequences]
-        tables = split.own(rotary[0]), split.own(rotary[1])
+        shards = [(split.shard(image, dim=1), text) for image, text in sequences]
+        tables = split.shard(rotary[0]), split.shard(rotary[1])
+        shape = SequenceShape(tokens) if ranks > 1 else None
         with meeting.turn:
-            return FusedBlocks(build(device), shared)(own, time, tables)
+            return FusedBlocks(build(device), shared)(shards, time, tables, None, shape)
 
     with ThreadPoolExecutor(ranks) as threads:
         parts = list(threads.map(run, range(ranks)))

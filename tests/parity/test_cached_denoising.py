@@ -1,8 +1,8 @@
-"""Cached steps are those that cache-dit caches on the reference, and the pictures are the same."""
+"""The steps skipped are those that cache-dit skips on the reference, and the images are the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,10 @@ from diffusers import GlmImagePipeline
 from numpy.typing import NDArray
 
 from glm_image.ar.settings import ArSettings
-from glm_image.dit import cache_decisions
+from glm_image.dit import cached_step
 from glm_image.dit.cache import CacheSettings
-from glm_image.dit.cache_decisions import BranchDecisions, computation_mask
-from glm_image.pipeline import GeneratedPictures, LocalPipeline, LocalSettings, paint_request
+from glm_image.dit.cache_policy import ReusePolicy
+from glm_image.pipeline import GeneratedImages, LocalPipeline, LocalSettings, paint_request
 from glm_image.request.parameters import GenerationParameters
 from helpers import MakeCheckpoint
 from parity.reference import load_reference, reference_image, reference_tokens
@@ -31,7 +31,7 @@ BLOCKS = 6
 HEIGHT, WIDTH, SEED = 64, 64, 3
 PROMPT = "a 'cat'"
 SOME = 0.7
-"""A threshold that some steps of random weights are below and some are not."""
+"""A threshold that the changes of some steps of random weights are below, and of some are not."""
 
 Pattern = list[tuple[bool, ...]]
 """For each step, which branches skipped."""
@@ -44,7 +44,7 @@ class Case:
     guidance: float = 1.5
     sources: tuple[tuple[int, int], ...] = ()
     skips: range = field(default=range(1, 100))
-    """How many steps of both branches together are skipped: a case in which nothing happens shows nothing."""
+    """Skipped steps of both branches together; a case that skips nothing would test nothing."""
 
 
 USUAL = CacheSettings(residual_diff_threshold=SOME)
@@ -92,7 +92,7 @@ def their_tokens(folder: Path) -> NDArray[np.int64]:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Any:
-    """A reference of its own: cache-dit changes the transformer for good."""
+    """A separate reference, as cache-dit changes the transformer permanently."""
     pipe = GlmImagePipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -110,26 +110,26 @@ def parameters(case: Case) -> GenerationParameters:
     )
 
 
-def paint(pipeline: LocalPipeline, case: Case) -> GeneratedPictures:
+def paint(pipeline: LocalPipeline, case: Case) -> GeneratedImages:
     resolved = pipeline.resolve(parameters(case))
     return pipeline.paint(paint_request(resolved, pipeline.prior(resolved), {}))
 
 
-def cached(pipeline: LocalPipeline, case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[GeneratedPictures, Pattern]:
-    """Paints with the cache; what each branch decided comes from where it decides."""
+def cached(pipeline: LocalPipeline, case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[GeneratedImages, Pattern]:
+    """Renders with the cache, and records the decisions of each branch."""
     branches: list[list[bool]] = []
 
-    class WatchedProcess(BranchDecisions):
+    class RecordedPolicy(ReusePolicy):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.decided: list[bool] = []
             branches.append(self.decided)
 
-        def begin_step(self) -> bool:
-            self.decided.append(super().begin_step())
+        def begin_step(self, change: Callable[[], float]) -> bool:
+            self.decided.append(super().begin_step(change))
             return self.decided[-1]
 
-    monkeypatch.setattr(cache_decisions, "BranchDecisions", WatchedProcess)
+    monkeypatch.setattr(cached_step, "ReusePolicy", RecordedPolicy)
     monkeypatch.setattr(pipeline.dit.executor, "cache", case.settings)
     painted = paint(pipeline, case)
     assert len(branches) == (2 if case.guidance > 1 else 1)
@@ -138,7 +138,7 @@ def cached(pipeline: LocalPipeline, case: Case, monkeypatch: pytest.MonkeyPatch)
 
 @contextmanager
 def cache_dit_on(pipe: Any, case: Case) -> Iterator[None]:
-    settings = case.settings
+    settings, mask = case.settings, case.settings.steps_mask(case.steps)
     calibrator = TaylorSeerCalibratorConfig(taylorseer_order=settings.taylorseer_order)
     cache_dit.enable_cache(
         pipe,
@@ -149,7 +149,7 @@ def cache_dit_on(pipe: Any, case: Case) -> Iterator[None]:
             residual_diff_threshold=settings.residual_diff_threshold,
             max_continuous_cached_steps=settings.max_continuous_cached_steps,
             max_cached_steps=settings.max_cached_steps,
-            steps_computation_mask=computation_mask(settings.scm_steps_mask_policy, case.steps),
+            steps_computation_mask=None if mask is None else list(mask),
             steps_computation_policy=settings.scm_steps_policy,
             force_refresh_step_hint=settings.force_refresh_step_hint,
             enable_separate_cfg=case.guidance > 1,
@@ -165,7 +165,7 @@ def cache_dit_on(pipe: Any, case: Case) -> Iterator[None]:
 def their_picture(
     pipe: Any, tokens: NDArray[np.int64], case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[NDArray[np.uint8], Pattern]:
-    """Paints with cache-dit on the reference; a pass counts as skipped where cache-dit notes it."""
+    """Renders with cache-dit on the reference; a pass counts as skipped where cache-dit records it."""
     passes: list[bool] = []
     mark, add = CachedContext.mark_step_begin, CachedContext.add_cached_step
 
@@ -191,7 +191,7 @@ def their_picture(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_steps_are_skipped_and_the_picture_is_the_same(
+def test_skipped_steps_and_pixels_are_those_of_cache_dit(
     ours: LocalPipeline, theirs: Any, their_tokens: NDArray[np.int64], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES[name]

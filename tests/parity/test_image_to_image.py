@@ -16,7 +16,7 @@ from PIL import Image
 
 from glm_image.ar.settings import ArSettings
 from glm_image.errors import InvalidInputError
-from glm_image.pipeline import GeneratedPictures, LocalPipeline, LocalSettings, paint_request
+from glm_image.pipeline import GeneratedImages, LocalPipeline, LocalSettings, paint_request
 from glm_image.request.parameters import GenerationParameters
 from helpers import MakeCheckpoint
 from parity.reference import load_reference, reference_image, reference_source_tokens, reference_tokens
@@ -90,7 +90,7 @@ def ours(folder: Path) -> Iterator[LocalPipeline]:
         yield opened
 
 
-def assert_same(got: GeneratedPictures, expected: NDArray[np.uint8]) -> None:
+def assert_same(got: GeneratedImages, expected: NDArray[np.uint8]) -> None:
     (pixels,) = got.pixels
     assert pixels.shape == expected.shape
     assert int(np.abs(pixels.astype(int) - expected).max()) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from glm_image.pipeline import GeneratedPictures, LocalPipeline, paint_request
+from glm_image.pipeline import GeneratedImages, LocalPipeline, paint_request
 from glm_image.request import geometry
 from glm_image.request.geometry import Size
 from glm_image.request.parameters import GenerationParameters
@@ -67,7 +67,7 @@ def test_tokens_and_pixels_are_the_references(pipeline: LocalPipeline, reference
     assert_same(picture, theirs[: case.height, : case.width], case)
 
 
-def assert_same(ours: GeneratedPictures, theirs: NDArray[np.uint8], case: object) -> None:
+def assert_same(ours: GeneratedImages, theirs: NDArray[np.uint8], case: object) -> None:
     (pixels,) = ours.pixels
     assert pixels.shape == theirs.shape, f"sizes differ: {case}"
     worst = int(np.abs(pixels.astype(int) - theirs).max())

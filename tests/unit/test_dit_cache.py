@@ -1,4 +1,4 @@
-"""Cached denoising: what it saves and costs, and that nothing of a picture reaches another."""
+"""Cached denoising: how much it skips, and that no image affects another."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from glm_image.config.instance import Instance
 from glm_image.config.schema import DIT_PARAMETERS, read_parameters
 from glm_image.devices.open import open_device
 from glm_image.dit.blocks import eager_blocks
-from glm_image.dit.cache import CacheSettings
-from glm_image.dit.cache_decisions import computation_mask
+from glm_image.dit.cache import CacheSettings, _steps_mask
 from glm_image.dit.cached_step import DbCacheStep
 from glm_image.dit.commands import Drop, Prepare, Step
 from glm_image.dit.conditioning import Branch, Conditioning
 from glm_image.dit.engine import DitEngine, DitResult, DitSettings
 from glm_image.dit.metrics import CACHED_STEPS
+from glm_image.dit.model import DitModel
+from glm_image.dit.step import ImageState
 from glm_image.errors import CancelledError, ConfigurationError
 from glm_image.lifecycle.context import ProgressCallback, RequestContext
 from glm_image.request.geometry import Grid, Size
@@ -43,11 +44,11 @@ GRID = Grid(2, 3)
 ALWAYS = CacheSettings(residual_diff_threshold=1e9)
 SOME = CacheSettings(residual_diff_threshold=0.7)
 NEVER = CacheSettings(residual_diff_threshold=0.0)
-ASKED = CacheSettings(residual_diff_threshold=1e-9)
-"""Looks at the change in every step, and finds none small enough."""
+DISSIMILAR = CacheSettings(residual_diff_threshold=1e-9)
+"""Reads the change in every step, and finds none small enough."""
 
 MEAN_DIFFERENCE = 4
-"""Of 255: three times what random weights show, which say nothing about the published ones."""
+"""Of 255: three times the difference with random weights, which is no measure of the published ones."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def folder(make_checkpoint: MakeCheckpoint) -> Path:
 
 
 class Recorder:
-    """Keeps what an engine measures."""
+    """Sums up the cached steps that an engine records."""
 
     def __init__(self) -> None:
         self.cached = 0.0
@@ -76,7 +77,7 @@ def engine(folder: Path) -> DitEngine:
 
 @pytest.fixture
 def cache(engine: DitEngine) -> Iterator[Any]:
-    """Sets what the engine's next pictures may reuse."""
+    """Sets the cache of the engine's next images."""
     yield lambda settings: setattr(engine.executor, "cache", settings)
     engine.executor.cache = None
 
@@ -95,7 +96,7 @@ def request(grid: Grid = GRID, *seeds: int, **changed: Any) -> PaintRequest:
 
 
 def edit_request(**changed: Any) -> PaintRequest:
-    """Asks for a picture with a source of 96 x 64 pixels."""
+    """Returns a request with a source of 96 x 64 pixels."""
     tokens = np.arange(6, dtype=np.int32)
     source = {"images": (encoded(picture(96, 64)),), "source_token_ids": tokens, "source_grids": (GRID,)}
     return request(**source, **changed)
@@ -105,13 +106,15 @@ def paint(engine: DitEngine, asked: PaintRequest, context: RequestContext | None
     return engine.paint(context or RequestContext(), asked, Limits()).result()
 
 
-@pytest.mark.parametrize("settings", [NEVER, ASKED, replace(NEVER, Fn_compute_blocks=2, Bn_compute_blocks=2)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [NEVER, DISSIMILAR, replace(NEVER, Fn_compute_blocks=2, Bn_compute_blocks=2)], ids=str
+)
 @pytest.mark.parametrize(
     "asked",
     [request(), request(guidance_scale=1.0), edit_request(), edit_request(guidance_scale=0.0)],
     ids=["guidance", "no guidance", "a source", "a source, no guidance"],
 )
-def test_a_cache_that_skips_nothing_changes_no_bit(
+def test_cache_that_skips_nothing_changes_no_bit(
     engine: DitEngine, cache: Any, settings: CacheSettings, asked: PaintRequest
 ) -> None:
     exact = paint(engine, asked)
@@ -121,11 +124,11 @@ def test_a_cache_that_skips_nothing_changes_no_bit(
     assert context.cached_steps == [0]
 
 
-def test_fewer_blocks_run_and_the_picture_is_not_far(
+def test_skipped_steps_run_fewer_blocks_and_change_the_image_little(
     engine: DitEngine, cache: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = 0
-    blocks: Any = engine.executor._blocks
+    blocks: Any = engine.executor._model.blocks
     run = blocks.run
 
     def counted(which: range, sequences: list[Any], *rest: Any) -> Any:
@@ -148,7 +151,7 @@ def test_fewer_blocks_run_and_the_picture_is_not_far(
             print(f"\n{ran} of {50 * BLOCKS * 2} block calls: differs by {difference.mean():.2f} of 255 in the mean")
 
 
-def test_the_cached_steps_of_each_image_are_told_and_counted(folder: Path) -> None:
+def test_cached_steps_of_each_image_are_reported_and_counted(folder: Path) -> None:
     engine = load(folder, SOME)
     context, alone = RequestContext(), [RequestContext(), RequestContext()]
     together = paint(engine, request(GRID, 5, 6), context).pixels
@@ -162,7 +165,7 @@ def test_the_cached_steps_of_each_image_are_told_and_counted(folder: Path) -> No
     assert engine._record.cached == 2 * sum(context.cached_steps)
 
 
-def test_pictures_in_flight_together_do_not_meet(folder: Path) -> None:
+def test_images_in_flight_together_do_not_affect_each_other(folder: Path) -> None:
     """Two instances, each asked at once for pictures of several sizes, with and without a source and guidance."""
     asked = [request(), edit_request(guidance_scale=1.0), request(Grid(1, 1), 8, 9)]
     engines = [load(folder, SOME), load(folder, replace(SOME, enable_taylorseer=True))]
@@ -174,7 +177,7 @@ def test_pictures_in_flight_together_do_not_meet(folder: Path) -> None:
                 assert np.array_equal(future.result().pixels, pixels)
 
 
-def test_pictures_can_be_painted_in_turns(engine: DitEngine, cache: Any) -> None:
+def test_images_can_be_denoised_in_turn(engine: DitEngine, cache: Any) -> None:
     cache(SOME)
     grids = {-1: GRID, -2: Grid(1, 1), -3: GRID}
     executor = engine.executor
@@ -184,7 +187,7 @@ def test_pictures_can_be_painted_in_turns(engine: DitEngine, cache: Any) -> None
         executor.run(Prepare(name, "'a'", "", tokens, grids[name], 16, 1.5, seed=-name))
 
     def latents(name: int) -> torch.Tensor:
-        return executor._pictures[name].latents.clone()
+        return executor._images[name].latents.clone()
 
     expected = {}
     for name in grids:
@@ -204,7 +207,7 @@ def test_pictures_can_be_painted_in_turns(engine: DitEngine, cache: Any) -> None
 
 
 @pytest.mark.parametrize("stopped_after", [1, 6, 15])
-def test_a_picture_after_an_aborted_one_is_as_ever(engine: DitEngine, cache: Any, stopped_after: int) -> None:
+def test_image_after_a_cancelled_one_is_unchanged(engine: DitEngine, cache: Any, stopped_after: int) -> None:
     cache(SOME)
     expected = paint(engine, request()).pixels
     context = RequestContext()
@@ -217,26 +220,28 @@ def test_a_picture_after_an_aborted_one_is_as_ever(engine: DitEngine, cache: Any
 
 
 @pytest.mark.parametrize("settings", [SOME, replace(ALWAYS, enable_taylorseer=True, Bn_compute_blocks=1)], ids=str)
-def test_a_dropped_picture_is_gone_at_once(engine: DitEngine, cache: Any, settings: CacheSettings) -> None:
+def test_dropped_image_is_freed_without_garbage_collection(
+    engine: DitEngine, cache: Any, settings: CacheSettings
+) -> None:
     cache(settings)
     executor = engine.executor
     executor.run(Prepare(-5, "a", "", np.zeros(2, dtype=np.int32), Grid(1, 2), 20, 1.5, seed=0))
     for _ in range(9):
         executor.run(Step(-5))
-    advance: Any = executor._pictures[-5].advance
-    kept = [weakref.ref(tensor) for tensor in (executor._pictures[-5].latents, advance._halves.branches[0].residual)]
-    del advance
+    step: Any = executor._images[-5].step
+    held = [weakref.ref(tensor) for tensor in (executor._images[-5].latents, step._halves.branches[0].residual)]
+    del step
     gc.disable()
     try:
         executor.run(Drop(-5))
-        assert [reference() for reference in kept] == [None, None]
+        assert [reference() for reference in held] == [None, None]
     finally:
         gc.enable()
 
 
 @pytest.mark.parametrize("settings", [ALWAYS, replace(ALWAYS, Bn_compute_blocks=1)], ids=str)
-def test_no_half_of_a_step_looks_at_a_value(settings: CacheSettings) -> None:
-    """What is captured must not wait for the device: on the meta device there are no values to look at."""
+def test_halves_of_a_step_read_no_value(settings: CacheSettings) -> None:
+    """A captured step must not wait for the device: tensors on the meta device have no values to read."""
     with torch.device("meta"), torch.inference_mode():
         transformer = GlmImageTransformer2DModel(
             num_layers=3, attention_head_dim=16, num_attention_heads=2, text_embed_dim=8, time_embed_dim=16,
@@ -248,18 +253,17 @@ def test_no_half_of_a_step_looks_at_a_value(settings: CacheSettings) -> None:
             branches, guided=True, tokens=4, guidance_scale=1.5, times=torch.zeros(5, 16), rotary=rotary
         )
         latents, step = torch.zeros(1, 16, 4, 4), torch.zeros(1, dtype=torch.int64)
-        halves = DbCacheStep(
-            transformer, eager_blocks(transformer), settings, conditioning, latents, step, torch.zeros(6)
-        )
-        halves.front()
+        model = DitModel(transformer, eager_blocks(transformer))
+        halves = DbCacheStep(model, ImageState(conditioning, latents, step, torch.zeros(6)), settings)
+        halves.compute_front()
         for reuse in ((False, False), (True, True), (True, False), (False, True)):
-            halves.back(reuse)
+            halves.finish(reuse)
 
 
 @pytest.mark.parametrize("policy", ["slow", "medium", "fast", "ultra"])
 def test_every_number_of_steps_has_a_mask(policy: str) -> None:
     for steps in range(1, Limits().num_inference_steps + 1):
-        mask = computation_mask(policy, steps)
+        mask = CacheSettings(scm_steps_mask_policy=policy).steps_mask(steps)
         assert mask is not None
         assert len(mask) == steps
         assert set(mask) <= {0, 1}
@@ -281,7 +285,7 @@ def test_every_number_of_steps_has_a_mask(policy: str) -> None:
         (25, 3, 1, [22]),
     ],
 )
-def test_the_hint_counts_passes_of_the_transformer(
+def test_refresh_hint_counts_passes_of_the_transformer(
     hint: int | None, sources: int, branches: int, steps: list[int | None]
 ) -> None:
     settings = CacheSettings(force_refresh_step_hint=hint)
@@ -292,7 +296,7 @@ def settings_of(**parameters: str) -> CacheSettings | None:
     return cache_settings(Instance("glm_dit", 0, 1, read_parameters(DIT_PARAMETERS, parameters), Limits()))
 
 
-def test_the_parameters_defaults_are_the_settings() -> None:
+def test_default_parameters_are_the_default_settings() -> None:
     assert settings_of() is None
     assert settings_of(cache="cache_dit") == CacheSettings()
 
@@ -321,22 +325,23 @@ def test_parameters_are_read() -> None:
         ("cache_force_refresh_step_hint", ["-1", "", "off"], "none, or a whole number of at least 0"),
     ],
 )
-def test_what_is_not_allowed_is_refused(on: str, name: str, values: list[str], allowed: str) -> None:
+def test_invalid_parameters_are_refused(on: str, name: str, values: list[str], allowed: str) -> None:
     for value in values:
         with pytest.raises(ConfigurationError, match=f"^{name} is '{value}'; allowed: {allowed}$"):
             settings_of(cache=on, **{name: value})
 
 
 @pytest.mark.parametrize(("front", "back"), [(BLOCKS, 0), (1, BLOCKS - 1), (4, 3)])
-def test_a_transformer_of_too_few_blocks_is_refused(folder: Path, front: int, back: int) -> None:
+def test_transformer_of_too_few_blocks_is_refused(folder: Path, front: int, back: int) -> None:
     told = f"are {front} and {back}; allowed: fewer in all than the transformer's {BLOCKS} blocks"
     with pytest.raises(ConfigurationError, match=told):
         load(folder, CacheSettings(Fn_compute_blocks=front, Bn_compute_blocks=back))
 
 
-def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_where_a_mask_needs_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cache_dit", None)
-    monkeypatch.delitem(sys.modules, "glm_image.dit.cache_decisions", raising=False)
-    monkeypatch.delattr("glm_image.dit.cache_decisions", raising=False)
-    with pytest.raises(ConfigurationError, match=r"^cache is 'cache_dit', but the package cache-dit cannot be used: "):
-        load(folder, CacheSettings())
+    _steps_mask.cache_clear()
+    expected = r"^cache_scm_steps_mask_policy is 'fast', but the package cache-dit cannot be used: "
+    with pytest.raises(ConfigurationError, match=expected):
+        load(folder, CacheSettings(scm_steps_mask_policy="fast"))
+    load(folder, CacheSettings()).close()  # without a mask cache-dit is not needed

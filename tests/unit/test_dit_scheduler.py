@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from glm_image.dit.commands import Command, Decode, Drop, Prepare, Step
+from glm_image.dit.commands import Decode, Drop, Prepare, Step
 from glm_image.dit.scheduler import Scheduler
 from glm_image.errors import CancelledError, DeadlineExceededError
 from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
+from glm_image.parallel.commands import Command
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.parameters import PaintRequest
 
@@ -21,27 +21,30 @@ WAIT_SECONDS = 30
 
 
 class Executor:
-    """Keeps the books of an executor: a picture's pixel is its seed."""
+    """Tracks the images of an executor without tensors: an image's pixel is its seed."""
 
     def __init__(self) -> None:
-        self.commands: list[Command] = []
-        self.pictures: dict[int, Prepare] = {}
-        self.before: Callable[[Command], None] = lambda _: None
+        self.commands: list[Command[Any]] = []
+        self.images: dict[int, Prepare] = {}
+        self.before: Callable[[Command[Any]], None] = lambda _: None
 
-    def run(self, command: Command) -> NDArray[Any] | None:
+    def run(self, command: Command[Any]) -> Any:
         self.commands.append(command)
         self.before(command)
-        if isinstance(command, Prepare):
-            assert command.picture not in self.pictures
-            self.pictures[command.picture] = command
-            return np.linspace(1, 0, STEPS + 1, dtype=np.float32)
-        if isinstance(command, Step):
-            assert command.picture in self.pictures
-        elif isinstance(command, Decode):
-            return np.full((1, 1, 3), self.pictures.pop(command.picture).seed, dtype=np.uint8)
-        else:
-            self.pictures.pop(command.picture, None)
-        return None
+        match command:
+            case Prepare():
+                assert command.image not in self.images
+                self.images[command.image] = command
+                return np.linspace(1, 0, STEPS + 1, dtype=np.float32)
+            case Step():
+                assert command.image in self.images
+                return False
+            case Decode():
+                return np.full((1, 1, 3), self.images.pop(command.image).seed, dtype=np.uint8)
+            case Drop():
+                return self.images.pop(command.image, None) and None
+            case _:
+                raise AssertionError(f"{command} is unexpected")
 
 
 def request(*seeds: int) -> PaintRequest:
@@ -61,10 +64,10 @@ def kinds(executor: Executor) -> list[str]:
     return [type(command).__name__ for command in executor.commands]
 
 
-def test_pictures_are_painted_one_after_the_other() -> None:
+def test_images_are_denoised_one_after_the_other() -> None:
     executor, seen = Executor(), list[Progress]()
     scheduler, context = Scheduler(executor.run), RequestContext(observers=(ProgressCallback(seen.append),))
-    pictures = scheduler.denoise(context, request(7, 8))
+    images = scheduler.denoise(context, request(7, 8))
     assert kinds(executor) == (["Prepare"] + ["Step"] * STEPS) * 2
     prepared = [command for command in executor.commands if isinstance(command, Prepare)]
     assert [(p.seed, p.prior_token_ids.tolist()) for p in prepared] == [(7, [0, 1]), (8, [2, 3])]
@@ -72,13 +75,13 @@ def test_pictures_are_painted_one_after_the_other() -> None:
         ("a 'b'", "'c'", STEPS, 2.5)
     }
     assert [(p.stage, p.done, p.total) for p in seen] == [("denoise", done, 6) for done in range(1, 7)]
-    assert scheduler.decode(context, pictures)[:, 0, 0, 0].tolist() == [7, 8]
-    assert executor.pictures == {}
+    assert scheduler.decode(context, images)[:, 0, 0, 0].tolist() == [7, 8]
+    assert executor.images == {}
     assert context.seconds.keys() == {"condition", "denoise", "vae"}
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 4])
-def test_a_cancelled_request_stops_at_its_next_step_and_leaves_nothing(steps_before: int) -> None:
+def test_cancelled_request_stops_at_its_next_step_and_drops_its_images(steps_before: int) -> None:
     executor, context = Executor(), RequestContext()
     if steps_before == 0:
         context.cancel()
@@ -87,11 +90,11 @@ def test_a_cancelled_request_stops_at_its_next_step_and_leaves_nothing(steps_bef
     with pytest.raises(CancelledError):
         scheduler.denoise(context, request(7, 8))
     assert kinds(executor).count("Step") == steps_before
-    assert executor.pictures == {}
+    assert executor.images == {}
     assert len(scheduler.denoise(RequestContext(), request(9))) == 1
 
 
-def test_a_late_request_stops() -> None:
+def test_late_request_stops_before_it_is_prepared() -> None:
     executor = Executor()
     with pytest.raises(DeadlineExceededError):
         Scheduler(executor.run).denoise(RequestContext(deadline_ns=1), request(7))
@@ -99,11 +102,11 @@ def test_a_late_request_stops() -> None:
 
 
 @pytest.mark.parametrize("kind", [Prepare, Step, Decode])
-def test_a_fault_leaves_nothing_and_the_next_request_is_painted(kind: type[Command]) -> None:
+def test_fault_drops_the_images_and_the_next_request_is_rendered(kind: type[Command[Any]]) -> None:
     executor = Executor()
     scheduler = Scheduler(executor.run)
 
-    def fail(command: Command) -> None:
+    def fail(command: Command[Any]) -> None:
         if isinstance(command, kind):
             raise RuntimeError("fault")
 
@@ -111,32 +114,32 @@ def test_a_fault_leaves_nothing_and_the_next_request_is_painted(kind: type[Comma
     with pytest.raises(RuntimeError, match="fault"):
         scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request(7, 8)))
     executor.before = lambda _: None
-    assert executor.pictures == {}
+    assert executor.images == {}
     assert scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request(9)))[0, 0, 0, 0] == 9
 
 
-def test_requests_take_turns_and_decoding_waits_for_none() -> None:
+def test_requests_denoise_in_turn_and_decoding_waits_for_none() -> None:
     executor = Executor()
     scheduler = Scheduler(executor.run)
     first = scheduler.denoise(RequestContext(), request(1))
     executor.commands.clear()
     stepping, may_go_on = threading.Event(), threading.Event()
 
-    def hold(command: Command) -> None:
+    def hold(command: Command[Any]) -> None:
         if isinstance(command, Step):
             stepping.set()
             assert may_go_on.wait(WAIT_SECONDS)
 
     executor.before = hold
     with ThreadPoolExecutor(2) as threads:
-        painting = [threads.submit(scheduler.denoise, RequestContext(), request(seed)) for seed in (2, 3)]
+        denoising = [threads.submit(scheduler.denoise, RequestContext(), request(seed)) for seed in (2, 3)]
         assert stepping.wait(WAIT_SECONDS)
         assert scheduler.decode(RequestContext(), first)[0, 0, 0, 0] == 1
         may_go_on.set()
-        names = [future.result(WAIT_SECONDS)[0] for future in painting]
-    steps = [command.picture for command in executor.commands if isinstance(command, Step)]
-    assert steps in ([names[0]] * STEPS + [names[1]] * STEPS, [names[1]] * STEPS + [names[0]] * STEPS)
+        numbers = [future.result(WAIT_SECONDS)[0] for future in denoising]
+    steps = [command.image for command in executor.commands if isinstance(command, Step)]
+    assert steps in ([numbers[0]] * STEPS + [numbers[1]] * STEPS, [numbers[1]] * STEPS + [numbers[0]] * STEPS)
     prepares = [index for index, command in enumerate(executor.commands) if isinstance(command, Prepare)]
     assert sum(isinstance(command, Step) for command in executor.commands[prepares[0] : prepares[1]]) == STEPS
     assert isinstance(executor.commands[-1], Step)
-    assert not any(isinstance(command, Drop) and command.picture in names for command in executor.commands)
+    assert not any(isinstance(command, Drop) and command.image in numbers for command in executor.commands)

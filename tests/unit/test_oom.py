@@ -50,7 +50,7 @@ for _ in range(2):
     except DeviceMemoryError as error:
         messages.append(str(error))
 print(json.dumps({
-    "messages": messages, "same": bool((before == paint(2)).all()), "held": len(engine.executor._pictures)
+    "messages": messages, "same": bool((before == paint(2)).all()), "held": len(engine.executor._images)
 }))
 """
 

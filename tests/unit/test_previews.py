@@ -36,15 +36,15 @@ def scheduler() -> Iterator[tuple[Scheduler, Executor, Counts]]:
     made.previews.close()
 
 
-def test_a_preview_is_painted_while_nobody_paints(scheduler: tuple[Scheduler, Executor, Counts]) -> None:
+def test_preview_is_rendered_while_the_device_is_idle(scheduler: tuple[Scheduler, Executor, Counts]) -> None:
     made, executor, counts = scheduler
     assert made.previews.submit(RequestContext(), request(9)).result(WAIT_SECONDS).ravel().tolist() == [9, 9, 9]
     assert kinds(executor) == ["Prepare", *["Step"] * STEPS, "Decode", "Drop"]
     assert counts[PREVIEWS.name] == 1
-    assert executor.pictures == {}
+    assert executor.images == {}
 
 
-def test_a_preview_is_painted_between_two_steps_of_another(scheduler: tuple[Scheduler, Executor, Counts]) -> None:
+def test_preview_is_rendered_between_two_steps_of_a_request(scheduler: tuple[Scheduler, Executor, Counts]) -> None:
     made, executor, _ = scheduler
     previews: list[Any] = []
 
@@ -56,34 +56,34 @@ def test_a_preview_is_painted_between_two_steps_of_another(scheduler: tuple[Sche
     executor.before = ask_once
     made.denoise(RequestContext(), request(1))
     assert previews[0].result(0).ravel().tolist() == [9, 9, 9]
-    ours = [getattr(command, "picture", None) for command in executor.commands]
+    ours = [getattr(command, "image", None) for command in executor.commands]
     assert ours == [0, 0, *[1] * (STEPS + 3), *[0] * (STEPS - 1)]
 
 
-def test_too_many_are_refused_at_once_and_those_that_wait_are_told_of_the_end() -> None:
+def test_full_queue_refuses_previews_and_close_fails_those_that_wait() -> None:
     counts, device = Counts(), threading.Lock()
-    previews = Previews(lambda context, asked: np.zeros((1, 1, 3), np.uint8), device, counts.record)
-    with previews.painting():
+    previews = Previews(lambda context, request: np.zeros((1, 1, 3), np.uint8), device, counts.record)
+    with previews.requests_first():
         waiting = [previews.submit(RequestContext(), request(1)) for _ in range(MAX_WAITING)]
         with pytest.raises(QueueFullError):
             previews.submit(RequestContext(), request(1))
         assert counts == {DROPPED_PREVIEWS.name: 1}
         previews.close()
-    for one in waiting:
+    for preview in waiting:
         with pytest.raises(UnavailableError):
-            one.result(0)
+            preview.result(0)
     with pytest.raises(UnavailableError):
         previews.submit(RequestContext(), request(1))
 
 
-def test_beside_pictures_previews_have_a_share_of_the_time() -> None:
-    def paint(context: RequestContext, asked: PaintRequest) -> NDArray[np.uint8]:
+def test_previews_between_steps_keep_to_their_share_of_the_time() -> None:
+    def render(context: RequestContext, request: PaintRequest) -> NDArray[np.uint8]:
         clock[0] += 2.0
         return np.zeros((1, 1, 3), np.uint8)
 
     clock = [0.0]
-    previews = Previews(paint, threading.Lock(), Counts().record)
-    with pytest.MonkeyPatch.context() as patch, previews.painting():
+    previews = Previews(render, threading.Lock(), Counts().record)
+    with pytest.MonkeyPatch.context() as patch, previews.requests_first():
         patch.setattr("glm_image.dit.previews.time.monotonic", lambda: clock[0])
         first = previews.submit(RequestContext(), request(1))
         previews.between_steps(0.1)
@@ -103,7 +103,7 @@ def test_beside_pictures_previews_have_a_share_of_the_time() -> None:
     [(RequestContext(deadline_ns=1), DeadlineExceededError), (RequestContext(), CancelledError)],
     ids=["late", "cancelled"],
 )
-def test_what_nobody_waits_for_is_dropped(
+def test_late_and_cancelled_previews_are_dropped(
     scheduler: tuple[Scheduler, Executor, Counts], context: RequestContext, error: type[Exception]
 ) -> None:
     made, executor, counts = scheduler
@@ -115,13 +115,13 @@ def test_what_nobody_waits_for_is_dropped(
     assert counts == {DROPPED_PREVIEWS.name: 1}
 
 
-def test_every_nth_step_but_the_last_is_shown() -> None:
+def test_every_nth_step_but_the_last_publishes_an_estimate() -> None:
     executor, shown = Executor(), list[int]()
 
     def run(command: Any) -> Any:
         result = executor.run(command) if not isinstance(command, Estimate) else np.zeros((1, 1, 3), np.uint8)
         if isinstance(command, Estimate):
-            shown.append(sum(isinstance(one, Step) for one in executor.commands))
+            shown.append(sum(isinstance(earlier, Step) for earlier in executor.commands))
         return result
 
     context = RequestContext(estimate_every=1)
@@ -131,7 +131,7 @@ def test_every_nth_step_but_the_last_is_shown() -> None:
     assert [step.for_estimate for step in steps] == [True, True, False] * 2
 
 
-def test_a_sketch_undoes_a_linear_encoder() -> None:
+def test_latent_preview_inverts_a_linear_encoder() -> None:
     mixing = torch.tensor(np.random.default_rng(1).normal(size=(3, 16)), dtype=torch.float32)
 
     def encode(pixels: NDArray[np.uint8]) -> torch.Tensor:
@@ -144,8 +144,8 @@ def test_a_sketch_undoes_a_linear_encoder() -> None:
     np.testing.assert_array_equal(found(encode(picture.repeat(8, axis=0).repeat(8, axis=1))), picture)
 
 
-def test_an_estimate_of_a_straight_way_is_its_end(pipeline: LocalPipeline) -> None:
-    """With x = clean + sigma * noise on both ends of a step, the estimate is the sketch of what is clean."""
+def test_estimate_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -> None:
+    """With x = clean + sigma * noise on both ends of a step, the estimate is the preview of the clean latents."""
     executor = pipeline.dit.executor
     asked = request(3)
     tokens = asked.prior_token_ids[0] * 0
@@ -153,25 +153,25 @@ def test_an_estimate_of_a_straight_way_is_its_end(pipeline: LocalPipeline) -> No
     assert isinstance(levels, np.ndarray)
     executor.run(Step(-7))
     executor.run(Step(-7, for_estimate=True))
-    picture = executor._pictures[-7]
-    clean, noise = torch.randn_like(picture.latents), torch.randn_like(picture.latents)
-    picture.before = clean + float(levels[1]) * noise
-    picture.latents = clean + float(levels[2]) * noise
-    difference = executor.run(Estimate(-7)).astype(int) - executor._vae.sketch(clean)  # type: ignore[union-attr]
+    image = executor._images[-7]
+    clean, noise = torch.randn_like(image.latents), torch.randn_like(image.latents)
+    image.previous = clean + float(levels[1]) * noise
+    image.latents = clean + float(levels[2]) * noise
+    difference = executor.run(Estimate(-7)).astype(int) - executor._vae.preview(clean)  # type: ignore[union-attr]
     assert abs(difference).max() <= 1
     executor.run(Drop(-7))
 
 
-def test_previews_leave_a_pictures_pixels_as_they_are(pipeline: LocalPipeline) -> None:
+def test_previews_between_steps_do_not_change_the_image(pipeline: LocalPipeline) -> None:
     asked = request(3)
     asked = PaintRequest("a", asked.prior_token_ids * 0, asked.grid, asked.requested, (3,), num_inference_steps=4)
     run = pipeline.dit.executor.run
-    alone, beside = Scheduler(run), Scheduler(run)
+    alone, busy = Scheduler(run), Scheduler(run)
     expected = alone.decode(RequestContext(), alone.denoise(RequestContext(), asked))
     context = RequestContext(estimate_every=1)
-    context.add_observer(ProgressCallback(lambda _: beside.previews.submit(RequestContext(), asked)))
+    context.add_observer(ProgressCallback(lambda _: busy.previews.submit(RequestContext(), asked)))
     began = time.monotonic()
-    pixels = beside.decode(context, beside.denoise(context, asked))
+    pixels = busy.decode(context, busy.denoise(context, asked))
     assert time.monotonic() - began < WAIT_SECONDS
-    beside.previews.close()
+    busy.previews.close()
     np.testing.assert_array_equal(pixels, expected)

@@ -38,8 +38,8 @@ def painted(engine: DitEngine) -> np.ndarray:
 
 def test_int8_paints_nearly_the_same_picture_with_less_memory(checkpoint_folder: Path) -> None:
     exact, rounded = open_engine(checkpoint_folder, "none"), open_engine(checkpoint_folder, "int8")
-    layers = [m for m in rounded.executor._transformer.modules() if isinstance(m, QuantizedLinear)]
-    assert len(layers) == 6 * rounded.executor._transformer.config.num_layers
+    layers = [m for m in rounded.executor._model.transformer.modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == 6 * rounded.executor._model.transformer.config.num_layers
     assert {layer.weight.dtype for layer in layers} == {torch.int8}
     theirs, ours = painted(exact).astype(int), painted(rounded).astype(int)
     assert 0 < np.abs(theirs - ours).mean() < 2
@@ -54,7 +54,7 @@ def test_what_the_budget_counts_is_what_the_weights_take(checkpoint_folder: Path
     settings = DitSettings(quantization="int8")
     modules = _empty_modules(Checkpoint.open(checkpoint_folder), settings, open_device("cpu"), torch.float32, ONE_RANK)
     empty = modules["transformer"]
-    filled = open_engine(checkpoint_folder, "int8").executor._transformer
+    filled = open_engine(checkpoint_folder, "int8").executor._model.transformer
     scales = [module.scales for module in filled.modules() if isinstance(module, QuantizedLinear)]
     taken = sum(tensor.numel() * tensor.dtype.itemsize for tensor in [*filled.parameters(), *scales])
     assert weight_bytes(empty, torch.float32) == taken

@@ -108,4 +108,4 @@ def test_error_while_encoding_reaches_the_caller_and_frees_the_finisher(
             with pytest.raises(RuntimeError, match="cannot encode"):
                 engine.paint(RequestContext(), request(SQUARE, "png"), Limits()).result(WAIT_SECONDS)
     assert engine.paint(RequestContext(), request(SQUARE, "png"), Limits()).result(WAIT_SECONDS).encoded
-    assert not engine.executor._pictures
+    assert not engine.executor._images

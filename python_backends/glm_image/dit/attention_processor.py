@@ -1,4 +1,4 @@
-"""diffusers' attention module with its tokens or heads shared among ranks."""
+"""diffusers' attention module with its tokens or heads split among ranks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
-from glm_image.dit.sequence_parallel import Heads, SequenceAttention
+from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape
 
 
 def plain_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attends from queries to keys, [batch, tokens, heads, head_dim] each, as torch sees fit."""
+    """Attends from queries to keys, [batch, tokens, heads, head_dim] each, by torch's choice of a kernel."""
     query, keys, values = (tensor.transpose(1, 2) for tensor in (query, keys, values))
     return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
 
 
-class SharedAttentionProcessor:
-    """A processor of diffusers' ``Attention``, as ``GlmImageAttnProcessor`` but for who attends.
+class SequenceParallelProcessor:
+    """A processor of diffusers' ``Attention``: ``GlmImageAttnProcessor`` with attention over the tokens of all ranks.
 
     Args:
         attention: attends over the tokens of all ranks.
@@ -37,9 +37,22 @@ class SharedAttentionProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         kv_cache: Any = None,
+        *,
+        shape: SequenceShape,
     ) -> tuple[Tensor, Tensor]:
-        """Attends; see diffusers. There is no mask: every text token is one."""
-        assert attention_mask is None
+        """Attends; see diffusers.
+
+        Args:
+            attn: the module.
+            hidden_states: own image tokens, [1, tokens, width].
+            encoder_hidden_states: text tokens, [1, tokens, width].
+            attention_mask: None: there is no padding.
+            image_rotary_emb: cosines and sines of the own image tokens.
+            kv_cache: has the hook of the keys and values; None = no hook.
+            shape: of the sequence.
+        """
+        if attention_mask is not None:
+            raise ValueError("attention_mask is given; allowed: None")
         text = encoder_hidden_states.shape[1]
         hidden = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         query, key, value = (
@@ -48,12 +61,13 @@ class SharedAttentionProcessor:
         query, key = (
             _rotated(norm(part), text, image_rotary_emb) for norm, part in ((attn.norm_q, query), (attn.norm_k, key))
         )
-        join: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = kv_cache.get if kv_cache else None
+        kv_hook: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = kv_cache.get if kv_cache else None
         attended = torch.empty_like(query)
-        self._attention([Heads(torch.stack([query, key, value], dim=2)[0], text)], [attended[0]], join)
+        heads = Heads(torch.stack([query, key, value], dim=2)[0], text)
+        self._attention([heads], [attended[0]], kv_hook, shape)
         out = attn.to_out[1](attn.to_out[0](attended.flatten(2)))
-        words, image = out.split([text, out.shape[1] - text], dim=1)
-        return image, words
+        text_out, image_out = out.split([text, out.shape[1] - text], dim=1)
+        return image_out, text_out
 
 
 def _rotated(heads: Tensor, text: int, rotary: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What runs the transformer's blocks: diffusers' own modules, or what a device has that is faster."""
+"""Runs the transformer's blocks: the interface, and diffusers' own modules."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 
 from glm_image.dit.conditioning import Rotary
+from glm_image.dit.sequence_parallel import SequenceShape
 from glm_image.dit.source_kv import KvHook
 
 Tokens = tuple[Tensor, Tensor]
@@ -20,14 +21,14 @@ class Blocks(ABC):
     """Runs the transformer's blocks over the sequences of a step.
 
     Attributes:
-        attention_backend: what attends there, by the name that it has in diffusers' attention dispatch.
+        attention_backend: the attention in use, by its name in diffusers' attention dispatch.
     """
 
     attention_backend: str
 
     @abstractmethod
     def __len__(self) -> int:
-        """Returns how many blocks there are."""
+        """Returns the number of blocks."""
 
     @abstractmethod
     def run(
@@ -36,20 +37,21 @@ class Blocks(ABC):
         sequences: list[Tokens],
         time: Tensor,
         rotary: Rotary,
-        joins: Sequence[KvHook] | None = None,
+        kv_hooks: Sequence[KvHook] | None = None,
+        shape: SequenceShape | None = None,
         /,
     ) -> list[Tokens]:
-        """Returns the sequences after some of the blocks; those given stay as they are.
+        """Returns the sequences after some of the blocks; the given tensors are left as they are.
 
-        Running blocks in parts gives the same bits as running them at once.
+        Running blocks in parts gives the same bits as running all of them in one call.
 
         Args:
             which: the blocks, without gaps.
             sequences: the tokens of each.
             time: silu(time embedding), [1, time width].
             rotary: tables of the image tokens.
-            joins: for each block, of all of them, what happens to the first sequence's keys and values before its
-                attention.
+            kv_hooks: one for each of all blocks, applied to the first sequence's keys and values before its attention.
+            shape: of the first sequence where ranks share its tokens; the others differ from it in their text only.
         """
 
     def __call__(
@@ -57,20 +59,21 @@ class Blocks(ABC):
         sequences: list[Tokens],
         time: Tensor,
         rotary: Rotary,
-        joins: Sequence[KvHook] | None = None,
+        kv_hooks: Sequence[KvHook] | None = None,
+        shape: SequenceShape | None = None,
         /,
     ) -> list[Tensor]:
         """Returns the image tokens of each sequence after all blocks; see ``run``."""
-        return [image for image, _ in self.run(range(len(self)), sequences, time, rotary, joins)]
+        return [image for image, _ in self.run(range(len(self)), sequences, time, rotary, kv_hooks, shape)]
 
 
-class _JoinedKeys:
-    """A join in the form in which diffusers' attention takes it."""
+class _KvHookCache:
+    """A hook in the form of a cache that diffusers' attention reads."""
 
     mode = "read"
 
-    def __init__(self, join: KvHook) -> None:
-        self.get = join
+    def __init__(self, kv_hook: KvHook) -> None:
+        self.get = kv_hook
 
 
 class EagerBlocks(Blocks):
@@ -88,14 +91,16 @@ class EagerBlocks(Blocks):
         sequences: list[Tokens],
         time: Tensor,
         rotary: Rotary,
-        joins: Sequence[KvHook] | None = None,
+        kv_hooks: Sequence[KvHook] | None = None,
+        shape: SequenceShape | None = None,
         /,
     ) -> list[Tokens]:
+        options = {} if shape is None else {"attention_kwargs": {"shape": shape}}
         results: list[Tokens] = []
         for image, text in sequences:
             for index in which:
-                cache = _JoinedKeys(joins[index]) if joins and not results else None
-                image, text = self._blocks[index](image, text, time, rotary, kv_cache=cache)  # noqa: PLW2901 - the sequence's state
+                cache = _KvHookCache(kv_hooks[index]) if kv_hooks and not results else None
+                image, text = self._blocks[index](image, text, time, rotary, kv_cache=cache, **options)  # noqa: PLW2901 - the sequence's state
             results.append((image, text))
         return results
 
@@ -106,6 +111,6 @@ def eager_blocks(transformer: Any) -> Blocks:
 
 
 def _dispatched(transformer: Any) -> str:
-    """Returns to whom diffusers' dispatch hands the attention of a transformer."""
+    """Returns the attention that diffusers' dispatch chooses for a transformer."""
     chosen = transformer.transformer_blocks[0].attn1.processor._attention_backend
     return str((chosen or _AttentionBackendRegistry.get_active_backend()[0]).value)

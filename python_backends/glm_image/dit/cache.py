@@ -1,8 +1,9 @@
-"""What the residual cache (cache-dit's DBCache) is asked to do, in its own words."""
+"""The settings of the residual cache, which are those of cache-dit's DBCache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from glm_image.errors import ConfigurationError
@@ -13,23 +14,27 @@ SCM_POLICIES: Final = ("dynamic", "static")
 UNLIMITED: Final = -1
 
 
+STEPS_WITH_A_MASK: Final = 8
+"""cache-dit has masks from here on, and for 4 and 6 steps."""
+
+
 @dataclass(frozen=True)
 class CacheSettings:
-    """When a step may reuse an earlier one's middle blocks; fields as in cache-dit's ``DBCacheConfig``.
+    """When a step may reuse an earlier step's middle blocks; fields as in cache-dit's ``DBCacheConfig``.
 
     Attributes:
-        Fn_compute_blocks: blocks at the front that every step computes; how their residual changes decides the rest.
+        Fn_compute_blocks: blocks at the front that every step computes; the change of their residual decides.
         Bn_compute_blocks: blocks at the back that every step computes.
         max_warmup_steps: steps at the start that compute everything.
-        residual_diff_threshold: relative L1 change below which a step reuses; 0 never does, 1 and above always.
-        max_continuous_cached_steps: steps in a row that may reuse; ``UNLIMITED``.
-        max_cached_steps: steps of a picture that may reuse; ``UNLIMITED``.
-        enable_taylorseer: extrapolate what is reused (TaylorSeer, Liu et al., 2025) rather than take it as it was.
-        taylorseer_order: the highest derivative of that.
+        residual_diff_threshold: relative L1 change below which a step reuses; 0 = never, 1 and above = always.
+        max_continuous_cached_steps: steps in a row that may reuse, or ``UNLIMITED``.
+        max_cached_steps: steps of an image that may reuse, or ``UNLIMITED``.
+        enable_taylorseer: extrapolate the residuals (TaylorSeer, Liu et al., 2025) instead of reusing the latest ones.
+        taylorseer_order: of TaylorSeer's highest derivative.
         scm_steps_mask_policy: one of ``SCM_MASK_POLICIES``: steps outside the policy's gaps compute everything.
-        scm_steps_policy: one of ``SCM_POLICIES``: whether a step in a gap still looks at the change.
-        force_refresh_step_hint: pass of the transformer before which all is forgotten, as if a picture began there: a
-            source image is one, and then a step one for each branch of guidance; None = never.
+        scm_steps_policy: one of ``SCM_POLICIES``: whether the change still decides for a step in a gap.
+        force_refresh_step_hint: pass of the transformer before which the cache starts anew, as for a new image: a
+            source image is a pass, and a step is a pass for each branch of guidance; None = never.
     """
 
     Fn_compute_blocks: int = 1
@@ -45,21 +50,32 @@ class CacheSettings:
     force_refresh_step_hint: int | None = None
 
     def check(self, blocks: int) -> None:
-        """Raises ConfigurationError where they do not fit a transformer of so many blocks."""
+        """Raises ConfigurationError where the settings do not fit a transformer of so many blocks."""
         front, back = self.Fn_compute_blocks, self.Bn_compute_blocks
         if front + back >= blocks:
             raise ConfigurationError(
                 f"cache_Fn_compute_blocks and cache_Bn_compute_blocks are {front} and {back}; "
                 f"allowed: fewer in all than the transformer's {blocks} blocks"
             )
+        try:
+            self.steps_mask(STEPS_WITH_A_MASK)
+        except ImportError as error:
+            raise ConfigurationError(
+                f"cache_scm_steps_mask_policy is {self.scm_steps_mask_policy!r}, but the package cache-dit cannot be "
+                f"used: {error}"
+            ) from error
 
     def parts(self, blocks: int) -> tuple[range, range, range]:
-        """Returns which of so many blocks are computed always, when nothing is reused, and always again."""
+        """Returns the front, middle and back blocks of a transformer of so many blocks."""
         back = blocks - self.Bn_compute_blocks
         return range(self.Fn_compute_blocks), range(self.Fn_compute_blocks, back), range(back, blocks)
 
+    def steps_mask(self, steps: int) -> tuple[int, ...] | None:
+        """Returns 1 for each step of an image that computes everything and 0 for the others; None without a policy."""
+        return None if self.scm_steps_mask_policy == "none" else _steps_mask(self.scm_steps_mask_policy, steps)
+
     def refresh_step(self, sources: int, branch: int, branches: int) -> int | None:
-        """Returns the step before which a branch forgets; None = never.
+        """Returns the step before which a branch starts anew; None = never.
 
         Args:
             sources: passes of source images before the first step.
@@ -69,3 +85,13 @@ class CacheSettings:
         if self.force_refresh_step_hint is None:
             return None
         return max(0, -(-(self.force_refresh_step_hint - sources - branch) // branches))
+
+
+@lru_cache(maxsize=256)
+def _steps_mask(policy: str, steps: int) -> tuple[int, ...]:
+    # cache-dit has no mask for fewer than 4 steps and for 5 and 7: all of those are computed.
+    if steps < STEPS_WITH_A_MASK and steps not in {4, 6}:
+        return (1,) * steps
+    from cache_dit import steps_mask  # noqa: PLC0415 - takes seconds, which only this policy needs
+
+    return tuple(steps_mask(total_steps=steps, mask_policy=policy))

@@ -1,37 +1,60 @@
-"""What the scheduler of the second stage has its executor do: plain data, which can be sent to other ranks."""
+"""The commands of the DiT's executor: plain data, which is sent to every rank."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_image.parallel.commands import Command, R
 from glm_image.request.geometry import Grid
 from glm_image.request.source_images import SourcePicture
 
 
+class DitCommand(Command[R]):
+    """A command of the DiT."""
+
+    def describe(self) -> str:
+        """Returns what an out-of-memory message calls the command."""
+        return "the release of memory"
+
+
 @dataclass(frozen=True)
-class ReadSources:
-    """Read a request's source images, for all its pictures, until they are forgotten."""
+class ReadSources(DitCommand[None]):
+    """Computes the keys and values of a request's source images, which are kept until ``ForgetSources``."""
 
     request: int
     sources: tuple[SourcePicture, ...]
 
+    def describe(self) -> str:
+        """See ``DitCommand``."""
+        return f"the reading of {self.megapixels:.1f} megapixels of source images"
+
+    @property
+    def megapixels(self) -> float:
+        """The size of all sources together."""
+        return sum(source.pixels.size for source in self.sources) / 3e6
+
 
 @dataclass(frozen=True)
-class ForgetSources:
-    """Forget a request's source images."""
+class ForgetSources(DitCommand[None]):
+    """Drops the keys and values of a request's source images."""
 
     request: int
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Draw a picture's noise and prepare its conditions."""
+class ImageCommand(DitCommand[R]):
+    """A command on one image, which has a number of the scheduler's choice."""
 
-    picture: int
+    image: int
+
+
+@dataclass(frozen=True)
+class Prepare(ImageCommand[NDArray[np.float32]]):
+    """Samples an image's noise and prepares its conditioning; returns its noise levels, fp32 [steps + 1]."""
+
     prompt: str
     negative_prompt: str
     prior_token_ids: NDArray[np.int32]
@@ -41,48 +64,48 @@ class Prepare:
     seed: int
     sources_of: int | None = None
 
-
-@dataclass(frozen=True)
-class Step:
-    """Take a picture's next denoising step, after which it may be asked for an ``Estimate`` if ``for_estimate``."""
-
-    picture: int
-    for_estimate: bool = False
+    def describe(self) -> str:
+        """See ``DitCommand``."""
+        return "the conditioning"
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Sketch what a picture will be, by the step that it has just taken.
+class Step(ImageCommand[bool]):
+    """Takes an image's next denoising step; returns whether the cache skipped it.
 
-    That went from latents x at noise level s to x' at s', along the velocity v = (x' - x) / (s' - s); so the clean
-    latents that it made for are x' - s' v = (s x' - s' x) / (s - s').
+    Attributes:
+        for_estimate: whether ``Estimate`` may follow.
     """
 
-    picture: int
+    for_estimate: bool = False
+
+    def describe(self) -> str:
+        """See ``DitCommand``."""
+        return "a denoising step"
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Make pixels of a picture's latents, and forget it."""
+class Estimate(ImageCommand[NDArray[np.uint8]]):
+    """Renders a latent preview of the clean image that the latest step points to, uint8 [height / 8, width / 8, 3].
 
-    picture: int
+    The step went from latents x at noise level s to x' at s', along the velocity v = (x' - x) / (s' - s). At noise
+    level 0 the same velocity leads to x' - s' v = (s x' - s' x) / (s - s').
+    """
+
+    def describe(self) -> str:
+        """See ``DitCommand``."""
+        return "a latent preview"
 
 
 @dataclass(frozen=True)
-class Drop:
-    """Forget a picture."""
+class Decode(ImageCommand[NDArray[np.uint8]]):
+    """Decodes an image's latents to uint8 [height, width, 3], and drops the image."""
 
-    picture: int
+    def describe(self) -> str:
+        """See ``DitCommand``."""
+        return "the VAE decode"
 
 
 @dataclass(frozen=True)
-class NameAttention:
-    """Name what attends in the blocks, as diffusers' attention dispatch does."""
-
-
-Command = ReadSources | ForgetSources | Prepare | Step | Estimate | Decode | Drop | NameAttention
-
-
-Result = NDArray[Any] | bool | str | None
-"""``Prepare`` gives the noise levels, fp32 [steps + 1], ``Step`` whether the cache skipped it, ``Decode`` the picture,
-uint8 [height, width, 3], ``Estimate`` one of 1/8 of each side, ``NameAttention`` the name."""
+class Drop(ImageCommand[None]):
+    """Drops an image, if it has not been dropped."""

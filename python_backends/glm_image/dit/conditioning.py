@@ -1,4 +1,4 @@
-"""All that stays the same from one denoising step to the next, computed once a picture."""
+"""Conditioning: everything that stays the same from one denoising step to the next, computed once per image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Branch:
-    """What one branch of classifier-free guidance adds to a step.
+    """The conditioning of one branch of classifier-free guidance.
 
     Attributes:
         glyphs: projected hidden states of the quoted strings, [1, glyph tokens, width].
@@ -34,16 +34,16 @@ class Branch:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A picture's conditions.
+    """The conditioning of an image.
 
     Attributes:
-        branches: the prompt's, and with guidance the negative prompt's, its prior left out.
+        branches: the prompt's, and with guidance the negative prompt's, without prior tokens.
         guided: whether there is guidance.
-        tokens: image tokens of a branch.
-        guidance_scale: how far from the one to the other.
+        tokens: image tokens of a branch, of all ranks together.
+        guidance_scale: of classifier-free guidance.
         times: silu(time + size embedding) of every step, [steps, time width].
         rotary: cosines and sines, fp32 [image tokens, head_dim] each, on the device.
-        sources: what the conditional branch reads of source images; None without any.
+        sources: keys and values of source images, which the conditional branch attends to; None without any.
     """
 
     branches: list[Branch]
@@ -57,13 +57,13 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class SourceConditioning:
-    """A source image's conditions.
+    """The conditioning of a source image.
 
     Attributes:
         latents: normalised, [1, channels, H/8, W/8].
         prior: projected embeddings of its tokens, [1, image tokens, width]; added to the image tokens.
         time: silu(time + size embedding) of time 0, [1, time width].
-        rotary: as a picture's.
+        rotary: as in ``Conditioning``.
     """
 
     latents: Tensor
@@ -73,7 +73,7 @@ class SourceConditioning:
 
 
 class Conditioner:
-    """Prepares conditions with the modules of a checkpoint.
+    """Prepares conditioning with the modules of a checkpoint.
 
     Args:
         transformer: diffusers' ``GlmImageTransformer2DModel``.
@@ -98,16 +98,16 @@ class Conditioner:
         schedule: Schedule,
         sources: SourceCache | None = None,
     ) -> Conditioning:
-        """Prepares one picture.
+        """Prepares one image.
 
         Args:
-            prompt: its quoted strings are drawn as glyphs.
-            negative_prompt: its quoted strings are the unconditional branch's.
+            prompt: its quoted strings are the glyph condition.
+            negative_prompt: its quoted strings are the glyph condition of the unconditional branch.
             prior_token_ids: int32 [grid.tokens].
             grid: the grid they fill.
             guidance_scale: above 1 there is an unconditional branch.
-            schedule: the picture's steps.
-            sources: what the conditional branch reads of source images.
+            schedule: of the image.
+            sources: keys and values of source images, which the conditional branch attends to.
         """
         embedded = self._embedded(prior_token_ids, grid)
         guided = guidance_scale > 1

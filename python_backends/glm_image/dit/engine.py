@@ -7,21 +7,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
-from glm_image.dit.commands import NameAttention
 from glm_image.dit.loading import load_executor
 from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY, QUEUE_SECONDS
-from glm_image.dit.scheduler import Run, Scheduler
+from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import queued_seconds
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, start_ranks
+from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, local_executor, start_ranks
 from glm_image.request import geometry, images
 from glm_image.request.geometry import Grid
 from glm_image.request.limits import Limits
@@ -76,7 +76,7 @@ class DitEngine:
         settings: DitSettings,
         record: MetricSink = null_sink,
         workers: WorkerConfig = NO_WORKERS,
-        watched: Callable[[Run], Run] = lambda run: run,
+        watched: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] = lambda run: run,
     ) -> None:
         device.set_current()
         self._device, self._record = device, record
@@ -84,7 +84,7 @@ class DitEngine:
         self.source_rule = checkpoint.source_rule
         layout = ParallelLayout.parse(settings.parallel, 1 + len(workers.devices))
         self.executor = start_ranks(load_executor, (checkpoint, settings), device, layout, workers)
-        self.attention_backend = str(self.executor.run(NameAttention()))
+        self.attention_backend: str = local_executor(self.executor).attention_backend
         self._scheduler = Scheduler(watched(self.executor.run), record)
         for size in settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
@@ -125,28 +125,28 @@ class DitEngine:
         self._record(QUEUE_SECONDS, queued)
         request.check(limits, self.codebook_size)
         sources = request.read_sources(limits, self.source_rule)
-        names = self._scheduler.denoise(context, request, sources)
+        numbers = self._scheduler.denoise(context, request, sources)
         self._unfinished.acquire()
         result: Future[DitResult] = Future()
         if self._finisher is None:
-            self._finish(result, context, request, names)
+            self._finish(result, context, request, numbers)
         else:
-            self._finisher.submit(self._finish, result, context, request, names)
+            self._finisher.submit(self._finish, result, context, request, numbers)
         return result
 
     def _finish(
-        self, result: Future[DitResult], context: RequestContext, request: PaintRequest, names: list[int]
+        self, result: Future[DitResult], context: RequestContext, request: PaintRequest, numbers: list[int]
     ) -> None:
         result.set_running_or_notify_cancel()  # so that nobody can cancel the future any more
         try:
-            result.set_result(self._decode_and_encode(context, request, names))
+            result.set_result(self._decode_and_encode(context, request, numbers))
         except Exception as error:  # the caller must get an answer, whatever it is
             result.set_exception(error)
         finally:
             self._unfinished.release()
 
-    def _decode_and_encode(self, context: RequestContext, request: PaintRequest, names: list[int]) -> DitResult:
-        decoded = self._scheduler.decode(context, names)
+    def _decode_and_encode(self, context: RequestContext, request: PaintRequest, numbers: list[int]) -> DitResult:
+        decoded = self._scheduler.decode(context, numbers)
         pixels = np.stack([images.crop(image, request.requested) for image in decoded])
         encoded: list[bytes] = []
         with context.timed(Stage.ENCODE):

@@ -1,4 +1,4 @@
-"""Loads the second stage, or a rank's part of it, on a device."""
+"""Loads the DiT, or a rank's share of it, on a device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from glm_image.checkpoint.checkpoint import Checkpoint, fill
 from glm_image.devices.base import Device
 from glm_image.devices.budget import check_budget
-from glm_image.dit.cache import CacheSettings
 from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor, Follower
+from glm_image.dit.model import DitModel
 from glm_image.dit.parallel_context import ParallelContext
 from glm_image.dit.quantization import quantize_blocks, weight_bytes
 from glm_image.dit.select_blocks import select_attention, select_blocks
@@ -37,7 +37,7 @@ def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device,
         checkpoint: where they come from.
         settings: how they run.
         device: where they run.
-        ranks: those of ``ranks.tp`` share the transformer's weights; every one has the whole of the others.
+        ranks: those of ``ranks.tp`` share the transformer's weights; all ranks have the other modules.
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
@@ -51,16 +51,14 @@ def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device,
         tensors = checkpoint.tensors(component, device.torch_device, dtype)
         fill(module, ShardedTensors(tensors, ranks.tp) if component == "transformer" else tensors)
     transformer, autoencoder, glyph_encoder = modules.values()
-    shared = _sequence_attention(transformer, device, ranks)
+    blocks = select_blocks(transformer, device, _sequence_attention(transformer, device, ranks))
     executor = Executor(
-        transformer,
-        select_blocks(transformer, device, shared),
+        DitModel(transformer, blocks, ParallelContext(ranks)),
         Conditioner(transformer, glyph_encoder, ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))),
         Vae(autoencoder, device, tiling=tiling),
         checkpoint.config("scheduler"),
         device,
         settings.cache,
-        ParallelContext(ranks, shared),
     )
     return Follower(executor) if ranks.world.rank else executor
 
@@ -76,7 +74,7 @@ def _empty_modules(
         }
     transformer = modules["transformer"]
     if settings.cache is not None:
-        _check_cache(settings.cache, len(transformer.transformer_blocks))
+        settings.cache.check(len(transformer.transformer_blocks))
     check_heads(transformer.config.num_attention_heads, ranks.tp.size, ranks.ulysses.size)
     shard(transformer, ranks.tp)
     if settings.quantization != "none":
@@ -90,7 +88,7 @@ def _empty_modules(
 
 
 def _check_memory(modules: Mapping[str, Any], settings: DitSettings, device: Device, dtype: torch.dtype) -> bool:
-    """Checks that the weights fit; returns whether the VAE is to work in tiles."""
+    """Checks that the weights fit; returns whether the VAE decodes in tiles."""
     weights = {name: weight_bytes(module, dtype) for name, module in modules.items()}
     memory = device.memory()
     check_budget(
@@ -108,26 +106,17 @@ def _check_memory(modules: Mapping[str, Any], settings: DitSettings, device: Dev
 
 
 def _sequence_attention(transformer: Any, device: Device, ranks: Ranks) -> SequenceAttention | None:
-    if ranks.ring.size * ranks.ulysses.size == 1:
-        return None
     split = TokenSplit(ranks.ring, ranks.ulysses)
+    if not split.is_split:
+        return None
     attend, backend = select_attention(transformer, device)
     if ranks.ring.size > 1:
         backend = device.lse_attention_backend
     return SequenceAttention(split, attend, device.attention_with_lse, backend)
 
 
-def _check_cache(cache: CacheSettings, blocks: int) -> None:
-    cache.check(blocks)
-    try:
-        # Seconds, which the first picture need not wait for.
-        from glm_image.dit import cache_decisions  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise ConfigurationError(f"cache is 'cache_dit', but the package cache-dit cannot be used: {error}") from error
-
-
 def _bytes_at_work(modules: Mapping[str, Any], side: int, dtype: torch.dtype) -> int:
-    """The memory of a step of a square picture, and of decoding another in one piece meanwhile."""
+    """Returns the memory of a step of a square image, while another is decoded without tiles."""
     size = geometry.generated_size(Size(side, side))
     tokens = geometry.target_grid(size).tokens * IMAGE_TOKENS_PER_TOKEN
     branches = 2

@@ -1,4 +1,4 @@
-"""What the second stage measures."""
+"""The metrics of the DiT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from glm_image.telemetry.metrics import Kind, MetricSpec, OutcomeCounters
 STEP_SECONDS: Final = MetricSpec(
     "glm_image_dit_step_seconds",
     Kind.HISTOGRAM,
-    "Seconds of a denoising step, both branches of guidance together",
+    "Seconds of a denoising step, with both branches of guidance",
     (0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
 )
 CACHED_STEPS: Final = MetricSpec(
@@ -20,30 +20,32 @@ CACHED_STEPS: Final = MetricSpec(
 QUEUE_SECONDS: Final = MetricSpec(
     "glm_image_dit_queue_seconds",
     Kind.HISTOGRAM,
-    "Seconds between a request's end in the first stage and its beginning in the second",
+    "Seconds between a request's end at the AR and its start at the DiT",
     (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
 )
 VAE_SECONDS: Final = MetricSpec(
     "glm_image_dit_vae_seconds",
     Kind.HISTOGRAM,
-    "Seconds in which an image's latents became pixels on the host",
+    "Seconds to decode an image's latents to pixels on the host",
     (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
 ENCODE_SECONDS: Final = MetricSpec(
     "glm_image_dit_encode_seconds",
     Kind.HISTOGRAM,
-    "Seconds in which an image became a PNG, JPEG or WebP file; raw images have none",
+    "Seconds to encode an image as PNG, JPEG or WebP; raw images are not encoded",
     (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
 )
-PREVIEWS: Final = MetricSpec("glm_image_dit_previews_total", Kind.COUNTER, "Previews painted for streams")
+PREVIEWS: Final = MetricSpec("glm_image_dit_previews_total", Kind.COUNTER, "Previews rendered for streams")
 DROPPED_PREVIEWS: Final = MetricSpec(
-    "glm_image_dit_dropped_previews_total", Kind.COUNTER, "Previews not painted, as pictures were or nobody waited"
+    "glm_image_dit_dropped_previews_total",
+    Kind.COUNTER,
+    "Previews not rendered: requests used the device, or the stream had ended",
 )
 IMAGES: Final = MetricSpec("glm_image_dit_images_total", Kind.COUNTER, "Images finished")
 PEAK_MEMORY: Final = MetricSpec(
     "glm_image_dit_peak_memory_bytes",
     Kind.GAUGE,
-    "The most memory that the instance has held: of tensors on an accelerator, of the whole process on the CPU",
+    "Peak memory of the instance: of tensors on an accelerator, of the whole process on the CPU",
 )
 
 DIT_OUTCOMES: Final = OutcomeCounters.of("glm_image_dit")

@@ -1,7 +1,7 @@
-"""Small pictures in few steps, for people who wait: painted while nobody paints, or between two steps of a picture.
+"""Renders previews: small images in few steps, while no request is denoised or between two steps of one.
 
-They never make anybody wait for long: their number is bounded, and while pictures are painted so is their share of the
-device's time. What is over that is refused rather than queued.
+Previews cannot delay requests for long. Their number is bounded, and so is their share of the device's time while
+requests are denoised. Previews beyond that are refused, not queued.
 """
 
 from __future__ import annotations
@@ -24,115 +24,119 @@ from glm_image.request.parameters import PaintRequest
 from glm_image.telemetry.metrics import MetricSink
 
 MAX_WAITING = 8
-SHARE = 0.05
-"""Of the time in which pictures are painted, what previews may take."""
-SAVED_SECONDS = 1.0
-"""The most of their share that previews may use at once."""
+TIME_SHARE = 0.05
+"""Of the time in which requests are denoised, what previews may take."""
+MAX_BUDGET_SECONDS = 1.0
+"""The most unused time that previews may save up."""
 
-Paint = Callable[[RequestContext, PaintRequest], NDArray[np.uint8]]
+Render = Callable[[RequestContext, PaintRequest], NDArray[np.uint8]]
 
 
 @dataclass(eq=False)
-class _Wanted:
+class _Pending:
     context: RequestContext
     request: PaintRequest
     future: Future[NDArray[np.uint8]] = field(default_factory=Future)
 
 
 class Previews:
-    """The previews that wait, and who paints them.
+    """The queue of previews, and the thread that renders them while the device is idle.
 
     Args:
-        paint: paints one; the device is free for it.
-        device_is_free: held by whoever uses the device.
-        record: counts them.
+        render: renders one; called while the device is free for it.
+        device_is_free: held while the device is in use.
+        record: counts previews.
     """
 
-    def __init__(self, paint: Paint, device_is_free: threading.Lock, record: MetricSink) -> None:
-        self._paint = paint
+    def __init__(self, render: Render, device_is_free: threading.Lock, record: MetricSink) -> None:
+        self._render = render
         self._device_is_free = device_is_free
         self._record = record
-        self._waiting: deque[_Wanted] = deque()
+        self._waiting: deque[_Pending] = deque()
         self._changed = threading.Condition()
-        self._painters = 0
-        self._left = SAVED_SECONDS
+        self._requests = 0
+        self._budget_seconds = MAX_BUDGET_SECONDS
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def submit(self, context: RequestContext, request: PaintRequest) -> Future[NDArray[np.uint8]]:
-        """Queues a preview; its future gives uint8 [height, width, 3], or the error it ended with.
+        """Queues a preview; its future resolves to uint8 [height, width, 3], or to the error it ended with.
 
         Raises:
-            QueueFullError: there are too many, or too much is painted.
+            QueueFullError: too many previews wait, or requests leave no time for them.
             UnavailableError: the engine is closed.
         """
-        wanted = _Wanted(context, request)
+        pending = _Pending(context, request)
         with self._changed:
             if self._closed:
-                raise UnavailableError("glm_dit is stopping; no previews are painted")
-            if len(self._waiting) >= MAX_WAITING or (self._painters and self._left <= 0):
+                raise _closed_error()
+            if len(self._waiting) >= MAX_WAITING or (self._requests and self._budget_seconds <= 0):
                 self._record(DROPPED_PREVIEWS, 1)
                 raise QueueFullError("glm_dit is too busy for another preview")
-            self._waiting.append(wanted)
-            if self._thread is None:  # where nobody asks for previews there is none
-                self._thread = threading.Thread(target=self._paint_while_idle, name="dit-previews", daemon=True)
+            self._waiting.append(pending)
+            if self._thread is None:  # started by the first preview
+                self._thread = threading.Thread(target=self._render_while_idle, name="dit-previews", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-        return wanted.future
+        return pending.future
 
     @contextlib.contextmanager
-    def painting(self) -> Iterator[None]:
-        """While somebody paints, or wants to, only ``between_steps`` paints previews."""
+    def requests_first(self) -> Iterator[None]:
+        """While a request is denoised or waits for the device, previews are rendered by ``between_steps`` only."""
         with self._changed:
-            self._painters += 1
+            self._requests += 1
         try:
             yield
         finally:
             with self._changed:
-                self._painters -= 1
+                self._requests -= 1
                 self._changed.notify_all()
 
     def between_steps(self, seconds: float) -> None:
-        """Paints what waits, if it may, for somebody who holds the device and has just taken a step in ``seconds``."""
-        self._left = min(self._left + SHARE * seconds, SAVED_SECONDS)
-        while self._waiting and self._left > 0:
-            began = time.monotonic()
-            self._paint_next()
-            self._left -= time.monotonic() - began
+        """Renders previews within their budget; called by the holder of the device after a step of ``seconds``."""
+        self._budget_seconds = min(self._budget_seconds + TIME_SHARE * seconds, MAX_BUDGET_SECONDS)
+        while self._waiting and self._budget_seconds > 0:
+            started = time.monotonic()
+            self._render_next()
+            self._budget_seconds -= time.monotonic() - started
 
     def close(self) -> None:
-        """Ends what waits with UnavailableError."""
+        """Fails the waiting previews with UnavailableError."""
         with self._changed:
             self._closed = True
             waiting = list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
-        for wanted in waiting:
-            wanted.future.set_exception(UnavailableError("glm_dit is stopping; no previews are painted"))
+        for pending in waiting:
+            pending.future.set_exception(_closed_error())
         if self._thread is not None:
             self._thread.join()
 
-    def _paint_while_idle(self) -> None:
+    def _render_while_idle(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or (self._waiting and not self._painters))
+                self._changed.wait_for(lambda: self._closed or (self._waiting and not self._requests))
                 if self._closed:
                     return
             with self._device_is_free:
-                self._paint_next()
+                self._render_next()
 
-    def _paint_next(self) -> None:
+    def _render_next(self) -> None:
         with self._changed:
             if not self._waiting:
                 return
-            wanted = self._waiting.popleft()
+            pending = self._waiting.popleft()
         try:
-            pixels = self._paint(wanted.context, wanted.request)
-        except Exception as error:  # it is nobody else's
+            pixels = self._render(pending.context, pending.request)
+        except Exception as error:  # fails this preview only
             self._record(DROPPED_PREVIEWS, 1)
             if isinstance(error, GlmImageError):
                 error.__traceback__ = None  # its frames hold the request, which holds the error
-            wanted.future.set_exception(error)
+            pending.future.set_exception(error)
             return
         self._record(PREVIEWS, 1)
-        wanted.future.set_result(pixels)
+        pending.future.set_result(pixels)
+
+
+def _closed_error() -> UnavailableError:
+    return UnavailableError("glm_dit is stopping; no previews are rendered")

@@ -1,10 +1,11 @@
-"""The transformer's blocks with linear layers of 8 bits: half the memory, and products at twice the rate.
+"""8-bit linear layers of the transformer's blocks: half the memory, and matrix products at twice the rate.
 
-Weights have a scale an output channel, activations one a token, taken anew at every call. The rest keeps its dtype:
+Weights have a scale per output channel; activations have one per token, computed at every call. The other layers keep
+their dtype:
 
-* the projections in and out, where the picture itself passes once and an error would reach it unmixed;
-* the modulation's, which read one row a step, so that they cost nothing, and scale every token by what they give;
-* the embeddings of time, size, glyphs and prior tokens, which run once a picture.
+* the projections in and out: an error there would reach the image directly;
+* the modulation layers: they read one row a step, so they cost nothing, and their output scales every token;
+* the embeddings of time, size, glyphs and prior tokens: they run once per image.
 
 Together these are an eighth of the weights, and a hundredth of the arithmetic.
 """
@@ -22,15 +23,15 @@ from glm_image.errors import ConfigurationError
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose products are of 8 bits.
+    """A linear layer whose matrix product runs in 8 bits.
 
-    Built of an empty layer: it is given the weights as the layer would be, and rounds them at once, so that no more
-    than one matrix of the original width is in the device's memory.
+    It is made from an empty layer, receives the layer's weights, and quantizes them right away, so that at most one
+    unquantized matrix is in the device's memory.
 
     Args:
         linear: on the meta device.
         quantization: ``int8`` or ``fp8``.
-        device: what multiplies.
+        device: where it is.
 
     Attributes:
         weight: as the checkpoint has it, then 8-bit [n, k].
@@ -49,31 +50,31 @@ class QuantizedLinear(nn.Module):
                 f"quantization is {quantization!r}, but the transformer has a linear layer of {linear.in_features} to "
                 f"{linear.out_features}; allowed: multiples of {ALIGNMENT}"
             )
-        self.weight, self.bias = (nn.Parameter(own, requires_grad=False) for own in (linear.weight, linear.bias))
+        self.weight, self.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (linear.weight, linear.bias))
         self.dtype = DTYPES[quantization]
         self._device = device
 
     def filled(self) -> None:
-        """Rounds the weights; see ``checkpoint.fill``."""
+        """Quantizes the weights; see ``checkpoint.fill``."""
         values, self.scales = quantize_rows(self.weight, self.dtype)
         self.weight = nn.Parameter(values, requires_grad=False)
 
     @property
     def rows(self) -> QuantizedRows:
-        """The matrix."""
+        """The quantized matrix."""
         return QuantizedRows(self.weight, self.scales)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Multiplies ``hidden`` [..., k], which is rounded a row at a time."""
+        """Multiplies ``hidden`` [..., k], which is quantized a row at a time."""
         shape = (*hidden.shape[:-1], len(self.bias))
-        if not hidden.numel():  # no text, for instance; products of nothing are refused
+        if not hidden.numel():  # no text, for instance; 8-bit products of empty matrices are not supported
             return hidden.new_empty(shape)
         rows = self._device.quantize_rows(hidden.flatten(0, -2), self.dtype)
         return self._device.scaled_product(rows, self.rows, self.bias, hidden.dtype).view(shape)
 
 
 def block_linears(block: Any) -> list[tuple[nn.Module, str]]:
-    """Returns where the linear layers of one of diffusers' ``GlmImageTransformerBlock`` are that work on all tokens."""
+    """Returns owner and name of the linear layers of diffusers' ``GlmImageTransformerBlock`` that read all tokens."""
     attention, feed_forward = block.attn1, block.ff.net
     projections: list[tuple[nn.Module, str]] = [(attention, name) for name in ("to_q", "to_k", "to_v")]
     return [*projections, (attention.to_out, "0"), (feed_forward[0], "proj"), (feed_forward, "2")]
@@ -86,10 +87,10 @@ def quantize_blocks(transformer: Any, quantization: str, device: Device, dtype: 
         transformer: diffusers' ``GlmImageTransformer2DModel`` on the meta device.
         quantization: ``int8`` or ``fp8``.
         device: where it will be.
-        dtype: the rest's.
+        dtype: of the other layers.
 
     Raises:
-        ConfigurationError: the device can't multiply these; or a layer's sides are no multiples of what it demands.
+        ConfigurationError: the device does not support the products, or a layer's sides are not aligned.
     """
     why = device.unsupported_quantization_reason(quantization)
     if why is None and quantization == "fp8" and dtype != torch.bfloat16:

@@ -1,8 +1,8 @@
-"""Noise levels of the denoising steps."""
+"""Noise levels of the denoising steps, and the step between two of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of one picture.
+    """The steps of one image.
 
     Attributes:
-        timesteps: fp32 [steps], what the transformer is told: the unshifted time, less one.
-        sigmas: fp32 [steps + 1], what the Euler steps use: shifted by the picture's size, ending at 0.
+        timesteps: fp32 [steps], the transformer's input: the unshifted time, less one.
+        sigmas: fp32 [steps + 1], the noise levels: shifted by the image's size, ending at 0.
     """
 
     timesteps: Tensor
@@ -26,12 +26,12 @@ class Schedule:
 
 
 def schedule(config: Mapping[str, Any], steps: int, tokens: int, device: torch.device) -> Schedule:
-    """Works out a picture's schedule as diffusers' ``pipeline_glm_image.py`` does.
+    """Computes an image's schedule as diffusers' ``pipeline_glm_image.py`` does.
 
     Args:
         config: the checkpoint's ``scheduler_config.json``.
-        steps: how many.
-        tokens: image tokens of the transformer, H/16 * W/16: larger pictures stay noisy for longer.
+        steps: number of steps.
+        tokens: image tokens of the transformer, H/16 * W/16: larger images stay noisy for longer.
         device: where the tensors go.
     """
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
@@ -41,3 +41,25 @@ def schedule(config: Mapping[str, Any], steps: int, tokens: int, device: torch.d
     shift = root * config.get("max_shift", 0.75) + config.get("base_shift", 0.25)
     scheduler.set_timesteps(steps, device=device, timesteps=times, sigmas=times / train_timesteps, mu=shift)
     return Schedule(timesteps=scheduler.timesteps - 1, sigmas=scheduler.sigmas)
+
+
+def euler_step(
+    latents: Tensor, velocities: Sequence[Tensor], guidance_scale: float, step: Tensor, sigmas: Tensor
+) -> Tensor:
+    """Takes one Euler step of the flow (Lipman et al., 2023).
+
+    Args:
+        latents: fp32 [1, channels, height, width].
+        velocities: the conditional branch's, and with guidance the unconditional branch's, as ``latents``.
+        guidance_scale: of classifier-free guidance.
+        step: int64 [1], index of the step: on the device, so that a captured step can count.
+        sigmas: fp32 [steps + 1].
+
+    Returns:
+        fp32 latents at the next noise level.
+    """
+    velocity, *rest = velocities
+    for unconditional in rest:  # classifier-free guidance (Ho and Salimans, 2022)
+        velocity = unconditional + guidance_scale * (velocity - unconditional)
+    change = sigmas.index_select(0, step + 1) - sigmas.index_select(0, step)
+    return latents + change * velocity

@@ -1,35 +1,42 @@
-"""The host's side of the second stage: which picture is painted next. Touches no tensors."""
+"""Schedules images and previews on the DiT's device; works with commands only, without tensors."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.dit.commands import Command, Decode, Drop, Estimate, ForgetSources, Prepare, ReadSources, Result, Step
+from glm_image.dit.commands import Decode, Drop, Estimate, ForgetSources, Prepare, ReadSources, Step
 from glm_image.dit.metrics import CACHED_STEPS, STEP_SECONDS, VAE_SECONDS
 from glm_image.dit.previews import Previews
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.eta import DurationStatsByKey
+from glm_image.parallel.commands import Command, R
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.source_images import SourcePicture
 from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
-Run = Callable[[Command], Result]
+
+class Run(Protocol):
+    """Runs a command on all ranks and returns its result."""
+
+    def __call__(self, command: Command[R], /) -> R:
+        """Runs ``command``."""
 
 
 class Scheduler:
-    """Denoises one picture at a time, looking at its job and at the previews that wait between steps.
+    """Denoises one image at a time; between steps it checks the request's context and the previews that wait.
 
     Args:
-        run: the executor, or what sends commands to all of its ranks.
-        record: takes what ``dit.measures`` names.
+        run: runs a command on all ranks.
+        record: receives the metrics of ``dit.metrics``.
 
     Attributes:
         previews: those that wait.
@@ -38,139 +45,131 @@ class Scheduler:
     def __init__(self, run: Run, record: MetricSink = null_sink) -> None:
         self._run = run
         self._record = record
-        self._paces = DurationStatsByKey()
-        self._names = itertools.count()
+        self._step_seconds = DurationStatsByKey()
+        self._numbers = itertools.count()
         self._device_is_free = threading.Lock()
-        self.previews = Previews(self._paint_preview, self._device_is_free, record)
+        self.previews = Previews(self._render_preview, self._device_is_free, record)
 
     def denoise(
         self, context: RequestContext, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()
     ) -> list[int]:
-        """Denoises all pictures of a request; returns their names for ``decode``.
+        """Denoises all images of a request; returns their numbers for ``decode``.
 
         Args:
-            context: looked at between steps.
-            request: what to paint.
-            sources: its source images, read once for all its pictures.
+            context: checked between steps.
+            request: a valid request.
+            sources: its source images, read once for all its images.
 
         Raises:
-            CancelledError: the job was cancelled.
+            CancelledError: the request was cancelled.
             DeadlineExceededError: its time ran out, or is too short.
+            DeviceMemoryError: the device is out of memory.
             InvalidInputError: the sources need more memory than the device has.
         """
-        pictures: list[int] = []
+        images: list[int] = []
         try:
-            context.check(self._needed_seconds(request, 0))
-            with self.previews.painting(), self._device_is_free, self._read(context, sources) as sources_of:
+            context.check(self._min_seconds(request, 0))
+            with self.previews.requests_first(), self._device_is_free, self._reading(context, sources) as sources_of:
                 for row in range(len(request.seeds)):
-                    pictures.append(next(self._names))
-                    self._denoise_one(context, request, row, pictures[-1], sources_of)
+                    images.append(next(self._numbers))
+                    self._denoise_one(context, request, row, images[-1], sources_of)
         except BaseException:
-            self.drop(pictures)
+            self._drop(images)
             raise
-        return pictures
+        return images
 
     @contextmanager
-    def _read(self, context: RequestContext, sources: tuple[SourcePicture, ...]) -> Iterator[int | None]:
+    def _reading(self, context: RequestContext, sources: tuple[SourcePicture, ...]) -> Iterator[int | None]:
         if not sources:
             yield None
             return
         context.check()
-        name = next(self._names)
+        number = next(self._numbers)
         try:
             with context.timed(Stage.CONDITION):
-                self._run(ReadSources(name, sources))
-            yield name
+                self._run(ReadSources(number, sources))
+            yield number
         finally:
-            self._run(ForgetSources(name))
+            self._run(ForgetSources(number))
 
     def _denoise_one(
-        self, context: RequestContext, request: PaintRequest, row: int, picture: int, sources_of: int | None
+        self, context: RequestContext, request: PaintRequest, row: int, image: int, sources_of: int | None
     ) -> None:
         context.check()
         with context.timed(Stage.CONDITION):
-            sigmas = self._run(_preparation(request, row, picture, sources_of))
+            sigmas = self._run(_prepare(request, row, image, sources_of))
         with context.timed(Stage.DENOISE):
-            assert isinstance(sigmas, np.ndarray)
-            self._take_steps(context, request, row, picture, sigmas.tolist())
+            self._take_steps(context, request, row, image, sigmas.tolist())
 
     def _take_steps(
-        self, context: RequestContext, request: PaintRequest, row: int, picture: int, sigmas: list[float]
+        self, context: RequestContext, request: PaintRequest, row: int, image: int, sigmas: list[float]
     ) -> None:
-        steps, pace, cached = request.num_inference_steps, self._paces.of(_kind(request)), 0
+        steps, stats, cached = request.num_inference_steps, self._step_seconds.of(_key(request)), 0
         try:
             for taken in range(row * steps, (row + 1) * steps):
-                context.check(self._needed_seconds(request, taken))
+                context.check(self._min_seconds(request, taken))
                 step = taken - row * steps + 1
                 is_shown = context.estimate_every > 0 and step % context.estimate_every == 0 and step < steps
                 started = time.monotonic()
-                cached += self._run(Step(picture, is_shown)) is True
+                cached += self._run(Step(image, is_shown))
                 seconds = time.monotonic() - started
-                pace.add(seconds)
+                stats.add(seconds)
                 self._record(STEP_SECONDS, seconds)
                 context.report(Stage.DENOISE, taken + 1, len(request.seeds) * steps, sigmas[step])
                 if is_shown:
-                    self._show(context, picture)
+                    context.publish_estimate(self._run(Estimate(image)))
                 self.previews.between_steps(seconds)
         finally:
             if cached:
                 self._record(CACHED_STEPS, cached)
         context.cached_steps.append(cached)
 
-    def _show(self, context: RequestContext, picture: int) -> None:
-        pixels = self._run(Estimate(picture))
-        assert isinstance(pixels, np.ndarray)
-        context.publish_estimate(pixels)
-
-    def _paint_preview(self, context: RequestContext, request: PaintRequest) -> NDArray[np.uint8]:
-        picture = next(self._names)
+    def _render_preview(self, context: RequestContext, request: PaintRequest) -> NDArray[np.uint8]:
+        image = next(self._numbers)
         try:
             context.check()
-            self._run(_preparation(request, 0, picture, None))
+            self._run(_prepare(request, 0, image, None))
             for _ in range(request.num_inference_steps):
                 context.check()
-                self._run(Step(picture))
-            pixels = self._run(Decode(picture))
+                self._run(Step(image))
+            return self._run(Decode(image))
         finally:
-            self._run(Drop(picture))
-        assert isinstance(pixels, np.ndarray)
-        return pixels
+            self._run(Drop(image))
 
-    def _needed_seconds(self, request: PaintRequest, taken: int) -> float:
-        """The least that a request's denoising still takes."""
+    def _min_seconds(self, request: PaintRequest, taken: int) -> float:
+        """Returns the least that the remaining steps of a request took so far for requests of its kind."""
         left = len(request.seeds) * request.num_inference_steps - taken
-        return left * self._paces.of(_kind(request)).fastest
+        return left * self._step_seconds.of(_key(request)).fastest
 
-    def decode(self, context: RequestContext, pictures: list[int]) -> NDArray[np.uint8]:
-        """Makes pixels of denoised pictures: uint8 [pictures, height, width, 3].
+    def decode(self, context: RequestContext, images: list[int]) -> NDArray[np.uint8]:
+        """Decodes denoised images to uint8 [images, height, width, 3]; they are dropped, also after an error.
 
         Raises:
-            CancelledError: the job was cancelled; the pictures are forgotten.
-            DeadlineExceededError: its time ran out; as above.
+            CancelledError: the request was cancelled.
+            DeadlineExceededError: its time ran out.
+            DeviceMemoryError: the device is out of memory.
         """
         try:
             with context.timed(Stage.VAE):
-                decoded = [self._decode_one(context, picture) for picture in pictures]
+                return np.stack([self._decode_one(context, image) for image in images])
         finally:
-            self.drop(pictures)
-        return np.stack([pixels for pixels in decoded if isinstance(pixels, np.ndarray)])
+            self._drop(images)
 
-    def _decode_one(self, context: RequestContext, picture: int) -> Result:
+    def _decode_one(self, context: RequestContext, image: int) -> NDArray[np.uint8]:
         context.check()
         started = time.monotonic()
-        pixels = self._run(Decode(picture))
+        pixels = self._run(Decode(image))
         self._record(VAE_SECONDS, time.monotonic() - started)
         return pixels
 
-    def drop(self, pictures: list[int]) -> None:
-        """Forgets pictures, those already forgotten included."""
-        for picture in pictures:
-            self._run(Drop(picture))
+    def _drop(self, images: list[int]) -> None:
+        for image in images:
+            self._run(Drop(image))
 
 
-def _preparation(request: PaintRequest, row: int, picture: int, sources_of: int | None) -> Prepare:
+def _prepare(request: PaintRequest, row: int, image: int, sources_of: int | None) -> Prepare:
     return Prepare(
-        picture=picture,
+        image=image,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         prior_token_ids=request.prior_token_ids[row],
@@ -182,6 +181,6 @@ def _preparation(request: PaintRequest, row: int, picture: int, sources_of: int 
     )
 
 
-def _kind(request: PaintRequest) -> tuple[object, ...]:
-    """What the time of a step depends on."""
+def _key(request: PaintRequest) -> tuple[object, ...]:
+    """Returns what the seconds of a step depend on."""
     return request.grid, request.guidance_scale > 1, request.source_grids

@@ -1,32 +1,32 @@
-"""Selects what runs the blocks of the transformer fastest on a device."""
+"""Selects the fastest implementation of the transformer's blocks on a device."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from glm_image.devices.base import Device
-from glm_image.dit.attention_processor import SharedAttentionProcessor, plain_attention
+from glm_image.dit.attention_processor import SequenceParallelProcessor, plain_attention
 from glm_image.dit.blocks import Blocks, EagerBlocks, eager_blocks
 from glm_image.dit.sequence_parallel import Attend, SequenceAttention
 
 
-def select_blocks(transformer: Any, device: Device, shared: SequenceAttention | None = None) -> Blocks:
-    """Returns the fastest blocks the device has; ``transformer`` may be good for nothing else afterwards.
+def select_blocks(transformer: Any, device: Device, attention: SequenceAttention | None = None) -> Blocks:
+    """Returns the fastest blocks the device has; the transformer's own ``forward`` must not be used afterwards.
 
     Args:
         transformer: diffusers' ``GlmImageTransformer2DModel``.
         device: where it is.
-        shared: attends where several ranks share the tokens; None where they don't.
+        attention: attends where several ranks share the tokens; None where they do not.
     """
     if device.runs_triton:
         from glm_image.dit.fused import blocks  # noqa: PLC0415 - Triton is only where it can run
 
         if blocks.supports(transformer):
-            return blocks.FusedBlocks(transformer, shared)
-    if shared is not None:
+            return blocks.FusedBlocks(transformer, attention)
+    if attention is not None:
         for block in transformer.transformer_blocks:
-            block.attn1.set_processor(SharedAttentionProcessor(shared))
-        return EagerBlocks(transformer.transformer_blocks, shared.backend)
+            block.attn1.set_processor(SequenceParallelProcessor(attention))
+        return EagerBlocks(transformer.transformer_blocks, attention.backend)
     if device.attention_backend is not None:
         transformer.set_attention_backend(device.attention_backend)
     return eager_blocks(transformer)

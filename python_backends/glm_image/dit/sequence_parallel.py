@@ -1,12 +1,14 @@
-"""Attention over tokens that several ranks share, and who has which of them.
+"""Sequence parallelism: attention over tokens that several ranks share.
 
-Text tokens are few, so every rank has all of them; image tokens are split, first among the ranks of the ring, then each
-part among those that exchange heads. Text may be of any length, and tokens need not divide by the number of ranks.
+Every rank has all text tokens, which are few. Image tokens are split, first among the ranks of the ring, then each
+shard among the ranks that exchange heads (Ulysses). Text may be of any length, and the number of tokens need not be a
+multiple of the number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,33 +16,51 @@ from torch import Tensor
 from glm_image.dit.source_kv import KvHook
 from glm_image.parallel.collectives import Group, Transfer
 
-# Attention of queries [1, tokens, heads, head_dim] over keys and values of that form: what is attended to, as the
-# queries, and the logarithm of the sum of the exponentiated scores, fp32 [1, heads, tokens].
-AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of queries [1, tokens, heads, head_dim] over keys and values of the same form; returns as the queries."""
+
+AttendWithLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""As ``Attend``; returns also the logarithm of the sum of the exponentiated scores, fp32 [1, heads, tokens]."""
+
+
+class SequenceShape(NamedTuple):
+    """The lengths of a sequence whose image tokens are split.
+
+    Attributes:
+        image_tokens: of all ranks together.
+        source_tokens: image tokens of each source whose keys and values the sequence also attends to.
+    """
+
+    image_tokens: int
+    source_tokens: tuple[int, ...] = ()
 
 
 class TokenSplit:
     """Which image tokens are this rank's.
 
     Args:
-        ring: ranks whose keys and values go around.
+        ring: ranks that pass keys and values around.
         ulysses: ranks that exchange heads for tokens at attention.
     """
 
     def __init__(self, ring: Group, ulysses: Group) -> None:
         self.ring, self.ulysses = ring, ulysses
 
-    def own(self, tokens: Tensor, dim: int = 0) -> Tensor:
-        """Returns this rank's part of what all ranks have whole."""
-        share = self.ring.shard_range(tokens.shape[dim])
-        inner = self.ulysses.shard_range(len(share))
-        return tokens.narrow(dim, share.start + inner.start, len(inner))
+    @property
+    def is_split(self) -> bool:
+        """Whether tokens are split at all."""
+        return self.ring.size * self.ulysses.size > 1
 
-    def whole(self, own: Tensor, count: int) -> Tensor:
-        """Returns all ``count`` tokens of which this rank has ``own``, [own tokens, ...]."""
-        shares = self.ring.shard_range(count)
-        return self.ring.all_gather_rows(self.ulysses.all_gather_rows(own, len(shares)), count)
+    def shard(self, tokens: Tensor, dim: int = 0) -> Tensor:
+        """Returns this rank's part of the tokens that all ranks have."""
+        outer = self.ring.shard_range(tokens.shape[dim])
+        inner = self.ulysses.shard_range(len(outer))
+        return tokens.narrow(dim, outer.start + inner.start, len(inner))
+
+    def all_gather(self, shard: Tensor, count: int) -> Tensor:
+        """Returns all ``count`` tokens, given this rank's, [own tokens, ...]."""
+        outer = self.ring.shard_range(count)
+        return self.ring.all_gather_rows(self.ulysses.all_gather_rows(shard, len(outer)), count)
 
 
 class Heads:
@@ -52,129 +72,129 @@ class Heads:
 
     Attributes:
         qkv: as given.
-        text: tokens of text, which come first.
+        text: number of text tokens, which come first.
     """
 
     def __init__(self, qkv: Tensor, text: int) -> None:
         self.qkv, self.text = qkv, text
 
-    def whole(self) -> Tensor:
-        """Returns what is attended with, as ``qkv``."""
+    def normed(self) -> Tensor:
+        """Returns the normed and rotated heads that attention reads, as ``qkv``."""
         return self.qkv
 
-    def scatter_heads(self, rank: int, words: Tensor, image: Tensor) -> None:
-        """Writes what is attended with by whose heads they are.
+    def scatter_heads(self, rank: int, text: Tensor, image: Tensor) -> None:
+        """Writes the normed and rotated heads by the rank that attends with them.
 
         Args:
-            rank: whose heads of the text are wanted.
-            words: written, [text, 3, heads / ranks, head_dim].
+            rank: whose heads of the text are written.
+            text: written, [text, 3, heads / ranks, head_dim].
             image: written, [ranks, own image tokens, 3, heads / ranks, head_dim].
         """
         rows, _, heads, head_dim = self.qkv.shape
         by_rank = self.qkv.view(rows, 3, len(image), heads // len(image), head_dim)
-        words.copy_(by_rank[: self.text, :, rank])
+        text.copy_(by_rank[: self.text, :, rank])
         image.copy_(by_rank[self.text :].movedim(2, 0))
 
 
 class SequenceAttention:
-    """Attention from a rank's tokens to everyone's.
+    """Attention from a rank's tokens to those of all ranks.
 
     Args:
-        split: who has which tokens.
+        split: which tokens are this rank's.
         attend: attention on this device.
-        attend_with_lse: the same, telling the sums; used where keys and values go around.
+        attend_with_lse: the same with the log-sum-exp; used by the ring.
         backend: see the attribute.
 
     Attributes:
-        backend: the name in diffusers of the one that is used.
+        backend: the name in diffusers of the attention in use.
     """
 
     def __init__(self, split: TokenSplit, attend: Attend, attend_with_lse: AttendWithLse, backend: str) -> None:
         self._split, self._attend, self._attend_with_lse = split, attend, attend_with_lse
         self.backend = backend
-        self._tokens = 0
-        self._joined: tuple[int, ...] = ()
 
-    def begin(self, tokens: int, joined: Sequence[int] = ()) -> None:
-        """To be called before a forward.
-
-        Args:
-            tokens: image tokens that all ranks have together.
-            joined: image tokens of each source whose keys and values are joined to the first sequence's.
-        """
-        self._tokens, self._joined = tokens, tuple(joined)
-
-    def __call__(self, sequences: Sequence[Heads], results: Sequence[Tensor], join: KvHook | None) -> None:
-        """Attends within each sequence of a step. While one attends, what the others need is on its way.
+    def __call__(
+        self, sequences: Sequence[Heads], results: Sequence[Tensor], kv_hook: KvHook | None, shape: SequenceShape
+    ) -> None:
+        """Attends within each sequence of a step. While one attends, the transfers of the others are under way.
 
         Args:
             sequences: of this rank's tokens.
             results: written, [text + own image tokens, heads, head_dim] each.
-            join: what happens to the first one's keys and values, of this rank's heads and ring.
+            kv_hook: applied to the keys and values of the first sequence, of this rank's heads and its shard of the
+                ring.
+            shape: of the first sequence; the others differ from it in their text only.
         """
-        arriving = [self._to_heads(sequence) for sequence in sequences]
-        leaving = []
+        pending = [self._exchange_tokens(sequence, shape) for sequence in sequences]
+        outputs = []
         for index, (sequence, result) in enumerate(zip(sequences, results, strict=True)):
-            query, key, value = arriving[index].whole()[None].unbind(2)
-            attended = self._attend_to_all(query, key, value, sequence.text, None if index else join)
-            leaving.append(self._to_tokens(attended[0], sequence.text, result))
-        for each in leaving:
-            each.write()
+            query, key, value = pending[index].wait()[None].unbind(2)
+            attended = self._attend_to_all(query, key, value, sequence.text, None if index else kv_hook, shape)
+            outputs.append(self._exchange_heads(attended[0], sequence.text, result))
+        for output in outputs:
+            output.write()
 
-    def _attend_to_all(self, query: Tensor, key: Tensor, value: Tensor, text: int, join: KvHook | None) -> Tensor:
+    def _attend_to_all(
+        self, query: Tensor, key: Tensor, value: Tensor, text: int, kv_hook: KvHook | None, shape: SequenceShape
+    ) -> Tensor:
         if self._split.ring.size == 1:
-            return self._attend(query, *(join(key, value) if join else (key, value)))
-        return self._ring_attention(query, key, value, text, join)
+            return self._attend(query, *(kv_hook(key, value) if kv_hook else (key, value)))
+        return self._ring_attention(query, key, value, text, kv_hook, shape)
 
-    def _to_heads(self, sequence: Heads) -> PendingQkv:
-        """From all heads of own tokens to own heads of the ring's share of tokens."""
+    def _exchange_tokens(self, sequence: Heads, shape: SequenceShape) -> PendingQkv:
+        """From all heads of own tokens to own heads of the ring shard's tokens."""
         group = self._split.ulysses
         if group.size == 1:
-            return PendingQkv(sequence.whole())
+            return PendingQkv(sequence.normed())
         qkv, text = sequence.qkv, sequence.text
-        rows = [len(share) for share in group.shard_ranges(len(self._split.ring.shard_range(self._tokens)))]
+        rows = [len(shard) for shard in group.shard_ranges(len(self._split.ring.shard_range(shape.image_tokens)))]
         own, of_rank = rows[group.rank], (3, qkv.shape[2] // group.size, qkv.shape[3])
-        whole, sent = qkv.new_empty(text + sum(rows), *of_rank), qkv.new_empty(group.size, own, *of_rank)
-        sequence.scatter_heads(group.rank, whole[:text], sent)
-        return PendingQkv(whole, group.all_to_all_async(sent.flatten(0, 1), [own] * group.size, whole[text:], rows))
+        gathered, sent = qkv.new_empty(text + sum(rows), *of_rank), qkv.new_empty(group.size, own, *of_rank)
+        sequence.scatter_heads(group.rank, gathered[:text], sent)
+        transfer = group.all_to_all_async(sent.flatten(0, 1), [own] * group.size, gathered[text:], rows)
+        return PendingQkv(gathered, transfer)
 
-    def _to_tokens(self, attended: Tensor, text: int, result: Tensor) -> PendingOutput:
-        """The way back."""
+    def _exchange_heads(self, attended: Tensor, text: int, result: Tensor) -> PendingOutput:
+        """From own heads of the ring shard's tokens back to all heads of own tokens."""
         group = self._split.ulysses
         if group.size == 1:
             return PendingOutput([(attended[None], result)])
-        words, image = torch.split(attended.contiguous(), [text, len(attended) - text])
-        rows = [len(share) for share in group.shard_ranges(len(image))]
+        text_heads, image_heads = torch.split(attended.contiguous(), [text, len(attended) - text])
+        rows = [len(shard) for shard in group.shard_ranges(len(image_heads))]
         own = rows[group.rank]
-        of_words, of_image = (words.new_empty(group.size, count, *words.shape[1:]) for count in (text, own))
-        transfers = [group.all_to_all_async(image, rows, of_image.flatten(0, 1), [own] * group.size)]
+        text_by_rank, image_by_rank = (
+            attended.new_empty(group.size, count, *attended.shape[1:]) for count in (text, own)
+        )
+        transfers = [group.all_to_all_async(image_heads, rows, image_by_rank.flatten(0, 1), [own] * group.size)]
         if text:
-            transfers.append(group.all_gather_async(of_words.flatten(0, 1), words))
-        return PendingOutput([(of_words, result[:text]), (of_image, result[text:])], transfers)
+            transfers.append(group.all_gather_async(text_by_rank.flatten(0, 1), text_heads))
+        return PendingOutput([(text_by_rank, result[:text]), (image_by_rank, result[text:])], transfers)
 
-    def _ring_attention(self, query: Tensor, key: Tensor, value: Tensor, text: int, join: KvHook | None) -> Tensor:
-        """Ring attention (Liu et al., 2023): partial results are merged by their sums as keys and values come by."""
+    def _ring_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, text: int, kv_hook: KvHook | None, shape: SequenceShape
+    ) -> Tensor:
+        """Ring attention (Liu et al., 2023): merges partial results as the other ranks' keys and values arrive."""
         ring = self._split.ring
-        words, keys, values = (key[:, :text], value[:, :text]), key[:, text:], value[:, text:]
-        if join:
-            keys, values = join(keys, values)
-        moving = torch.stack([keys, values])
-        counts = (self._tokens, *(self._joined if join else ()))
-        coming = self._pass_on(moving, counts, 1)
-        total = self._attend_with_lse(query, torch.cat([words[0], keys], 1), torch.cat([words[1], values], 1))
+        text_key, text_value, keys, values = key[:, :text], value[:, :text], key[:, text:], value[:, text:]
+        if kv_hook:
+            keys, values = kv_hook(keys, values)
+        sent = torch.stack([keys, values])
+        counts = (shape.image_tokens, *(shape.source_tokens if kv_hook else ()))
+        pending = self._send_recv(sent, counts, 1)
+        total = self._attend_with_lse(query, torch.cat([text_key, keys], 1), torch.cat([text_value, values], 1))
         for step in range(1, ring.size):
-            moving = coming.whole()
+            received = pending.wait()
             if step + 1 < ring.size:
-                coming = self._pass_on(moving, counts, step + 1)
-            total = _merged(total, self._attend_with_lse(query, *moving))
+                pending = self._send_recv(received, counts, step + 1)
+            total = _merged(total, self._attend_with_lse(query, *received))
         return total[0].to(query.dtype)
 
-    def _pass_on(self, moving: Tensor, counts: Sequence[int], step: int) -> PendingQkv:
-        """Gives the next rank of the ring what this one has; what comes is that of the rank ``step`` places before."""
+    def _send_recv(self, sent: Tensor, counts: Sequence[int], step: int) -> PendingQkv:
+        """Sends keys and values to the next rank of the ring, and receives those of the rank ``step`` places before."""
         ring = self._split.ring
         length = sum(len(ring.shard_ranges(count)[(ring.rank - step) % ring.size]) for count in counts)
-        coming = moving.new_empty(*moving.shape[:2], length, *moving.shape[3:])
-        return PendingQkv(coming, ring.send_recv_async(moving, coming))
+        received = sent.new_empty(*sent.shape[:2], length, *sent.shape[3:])
+        return PendingQkv(received, ring.send_recv_async(sent, received))
 
 
 class PendingQkv:
@@ -183,14 +203,14 @@ class PendingQkv:
     def __init__(self, tensor: Tensor, transfer: Transfer | None = None) -> None:
         self._tensor, self._transfer = tensor, transfer
 
-    def whole(self) -> Tensor:
+    def wait(self) -> Tensor:
         if self._transfer:
             self._transfer.wait()
         return self._tensor
 
 
 class PendingOutput:
-    """Heads [ranks, tokens, heads, head_dim] that others may still be writing, and where those of all ranks belong."""
+    """Attended heads [ranks, tokens, heads, head_dim] that other ranks may still be writing, and their destinations."""
 
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], transfers: Sequence[Transfer] = ()) -> None:
         self._parts, self._transfers = parts, transfers
@@ -204,7 +224,7 @@ class PendingOutput:
 
 
 def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merges attention to two sets of keys, weighted by the sums of their exponentiated scores."""
+    """Merges attention over two sets of keys, weighted by the sums of their exponentiated scores."""
     lse = torch.logaddexp(one[1], other[1])
     parts = [attended.float() * (own - lse).exp().transpose(1, 2)[..., None] for attended, own in (one, other)]
     return parts[0] + parts[1], lse

@@ -1,4 +1,4 @@
-"""How the second stage runs."""
+"""The settings of the DiT."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from glm_image.request.geometry import Size
 
 @dataclass(frozen=True)
 class DitSettings:
-    """How the second stage runs.
+    """The settings of the DiT.
 
     Attributes:
         dtype: None = the device's default.
         memory_utilization: share of the device's memory this stage may use.
-        warmup_sizes: sizes painted once at load, so that the first request of such a size is as fast as later ones.
+        warmup_sizes: sizes rendered once at load, so that the first request of such a size is as fast as later ones.
         parallel: how an instance on several devices shares a step; see ``ParallelLayout.parse``.
-        cache: when steps may reuse what earlier ones computed; None = never.
+        cache: the residual cache; None = exact steps.
         quantization: ``int8`` or ``fp8`` for the products of the transformer's blocks, or ``none``.
-        vae_tiling: whether the VAE does large pictures in tiles: ``off``, ``on``, or ``auto``, which is on where the
-            largest picture would not fit in one piece.
-        largest_side: of a picture, in pixels.
+        vae_tiling: whether the VAE splits large images into tiles: ``off``, ``on``, or ``auto``, which is on where the
+            largest image would not fit without tiles.
+        largest_side: of an image, in pixels.
     """
 
     dtype: torch.dtype | None = None

@@ -1,4 +1,4 @@
-"""What source images leave in the transformer: keys and values of every block, which the conditional branch reads."""
+"""Keys and values of source images in every block of the transformer, which the conditional branch attends to."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from glm_image.parallel.process_group import ONE_RANK, Ranks
 
-# Tensors as wide as the image tokens that a pass over sources needs at once: the MLP's four, queries, keys, values, ...
 WORKING_TENSORS = 12
+"""Tensors as wide as the image tokens that a pass over sources holds: the MLP's four, queries, keys, values, ..."""
 
-# What happens to the keys and values, [1, tokens, heads, head_dim] each, that a block has just computed, before its
-# attention reads them.
 KvHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Receives the keys and values, [1, tokens, heads, head_dim] each, that a block has computed; returns those that its
+attention reads."""
 
 
 class SourceCache:
@@ -26,7 +26,7 @@ class SourceCache:
         tokens: image tokens of each source; each passes through the blocks once.
         device: where they are kept.
         dtype: the transformer's.
-        ranks: those that share the tokens and heads; this one keeps its own.
+        ranks: those that share the tokens and heads; this one keeps its shard.
 
     Attributes:
         tokens: as given.
@@ -36,9 +36,9 @@ class SourceCache:
         self, config: Any, tokens: Sequence[int], device: torch.device, dtype: torch.dtype, ranks: Ranks = ONE_RANK
     ) -> None:
         self.tokens = tuple(tokens)
-        own = sum(len(ranks.ring.shard_range(count)) for count in tokens)
+        shard = sum(len(ranks.ring.shard_range(count)) for count in tokens)
         heads = config.num_attention_heads // (ranks.tp.size * ranks.ulysses.size)
-        shape = (config.num_layers, 1, own, heads, config.attention_head_dim)
+        shape = (config.num_layers, 1, shard, heads, config.attention_head_dim)
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty(shape, device=device, dtype=dtype)
 
@@ -56,11 +56,11 @@ class SourceCache:
         return int(WORKING_TENSORS * tokens * width * dtype.itemsize)
 
     def recorders(self, start: int) -> list[KvHook]:
-        """Returns for each block what keeps the keys and values of a source whose tokens begin at ``start``."""
+        """Returns for each block a hook that stores the keys and values of a source whose tokens begin at ``start``."""
         return [self._recorder(block, start) for block in range(len(self._keys))]
 
     def readers(self) -> list[KvHook]:
-        """Returns for each block what puts the sources before the picture's own keys and values."""
+        """Returns for each block a hook that puts the sources' keys and values before those of the image."""
         return [self._reader(block) for block in range(len(self._keys))]
 
     def _recorder(self, block: int, start: int) -> KvHook:

@@ -17,19 +17,19 @@ BY_COLUMNS = re.compile(r"(attn1\.to_out\.0|ff\.net\.2)\.weight")
 
 
 class SummedLinear(nn.Linear):
-    """A linear layer of whose input every rank has some channels (Shoeybi et al., 2019)."""
+    """A linear layer whose input channels are split among ranks (Shoeybi et al., 2019)."""
 
     def __init__(self, channels: int, linear: nn.Linear, group: Group) -> None:
         super().__init__(channels, linear.out_features, device="meta")
         self._group = group
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiplies this rank's channels, [..., channels], and adds what the others get."""
+        """Multiplies this rank's channels, [..., channels], and adds the products of all ranks."""
         return self._group.all_reduce_sum(F.linear(input, self.weight)) + self.bias
 
 
 def shard(transformer: Any, group: Group) -> None:
-    """Narrows the blocks of a transformer on the meta device to this rank's part."""
+    """Narrows the blocks of a transformer on the meta device to this rank's shard."""
     if group.size == 1:
         return
     for block in transformer.transformer_blocks:
@@ -47,22 +47,22 @@ def _narrow(linear: nn.Linear, group: Group) -> nn.Linear:
 
 
 class ShardedTensors:
-    """A transformer's tensors, of which the blocks' are narrowed to this rank's part; a ``TensorSource``."""
+    """A ``TensorSource`` of a transformer that narrows the blocks' tensors to this rank's shard."""
 
     def __init__(self, source: TensorSource, group: Group) -> None:
         self._source, self._group = source, group
 
     def has(self, name: str) -> bool:
-        """Tells whether there is a tensor ``name``."""
+        """Returns whether there is a tensor ``name``."""
         return self._source.has(name)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Reads this rank's part, which has ``shape``."""
+        """Reads this rank's shard, which has ``shape``."""
         dim = 0 if BY_ROWS.search(name) else 1 if BY_COLUMNS.search(name) else None
         if dim is None or self._group.size == 1:
             return self._source.read(name, shape)
-        whole = self._source.read(
+        tensor = self._source.read(
             name, tuple(n * self._group.size if axis == dim else n for axis, n in enumerate(shape))
         )
-        own = self._group.shard_range(whole.shape[dim])
-        return torch.narrow_copy(whole, dim, own.start, len(own))
+        rows = self._group.shard_range(tensor.shape[dim])
+        return torch.narrow_copy(tensor, dim, rows.start, len(rows))

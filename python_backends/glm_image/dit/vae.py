@@ -1,4 +1,4 @@
-"""From latents to pixels, and from pixels to latents."""
+"""The VAE: from latents to pixels, and from pixels to latents."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from glm_image.dit import latent_preview
 from glm_image.request.geometry import Size
 
 WORKING_TENSORS = 6
-"""Tensors as large as the decoder's largest that it has at once."""
+"""Tensors as large as the decoder's largest one that it holds at the same time."""
 
 
 class Vae:
-    """A checkpoint's variational autoencoder; decodes and encodes one picture at a time.
-
-    ``sketch`` makes a small picture of latents at next to no cost; see ``glm_image.dit.latent_preview``.
+    """A checkpoint's variational autoencoder; decodes and encodes one image at a time.
 
     Args:
         autoencoder: diffusers' ``AutoencoderKL``; its config has the mean and deviation of each latent channel.
         device: where it is.
-        tiling: does pictures with a side above the config's ``sample_size`` in tiles that overlap and are blended: in
-            less memory, but its norms then see one tile each, which changes the picture.
+        tiling: splits images with a side above the config's ``sample_size`` into overlapping tiles, which are blended.
+            That takes less memory, but the norms see one tile each, which changes the image.
+
+    Attributes:
+        preview: renders latents at their own size, cheaply; see ``dit.latent_preview``.
     """
 
     def __init__(self, autoencoder: Any, device: Device, *, tiling: bool = False) -> None:
@@ -45,10 +46,10 @@ class Vae:
         )
 
         with torch.inference_mode():
-            self.sketch = latent_preview.fit(self.encode)
+            self.preview = latent_preview.fit(self.encode)
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Decodes normalised latents [1, channels, H/8, W/8] to a picture uint8 [H, W, 3] on the host."""
+        """Decodes normalised latents [1, channels, H/8, W/8] to an image uint8 [H, W, 3] on the host."""
         scaled = latents.to(self._dtype) * self._std + self._mean
         decoded = self._autoencoder.decode(scaled, return_dict=False)[0][0]
         levels = (decoded * 0.5 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
@@ -56,11 +57,11 @@ class Vae:
         return pixels
 
     def encode(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Encodes a picture uint8 [H, W, 3], sides multiples of 32, to normalised latents [1, channels, H/8, W/8].
+        """Encodes an image uint8 [H, W, 3], sides multiples of 32, to normalised latents [1, channels, H/8, W/8].
 
-        They are the mode of the distribution: nothing is drawn.
+        They are the mode of the distribution: nothing is sampled.
         """
-        # Channels stay last in memory, as in the reference: convolutions sum in another order otherwise.
+        # Channels stay last in memory, as in the reference: otherwise convolutions sum in another order.
         levels = torch.from_numpy(pixels[None].astype(np.float32) / 255.0).permute(0, 3, 1, 2)
         encoded = self._autoencoder.encode((2.0 * levels - 1.0).to(self._mean.device, self._dtype))
         latents: Tensor = (encoded.latent_dist.mode() - self._mean) / self._std
@@ -68,7 +69,7 @@ class Vae:
 
     @staticmethod
     def bytes_needed(config: Any, size: Size, dtype: torch.dtype) -> int:
-        """Returns the memory in which a picture is decoded in one piece."""
-        # The last block reads, at the full size, what the one before it gave.
+        """Returns the bytes that decoding an image without tiles takes."""
+        # The last block reads the output of the one before it at the full size.
         widest = config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
         return WORKING_TENSORS * size.height * size.width * int(widest) * dtype.itemsize

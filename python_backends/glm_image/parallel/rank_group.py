@@ -91,6 +91,11 @@ def start_ranks(
     return RankGroup(works, workers)
 
 
+def local_executor(executor: RankExecutor) -> Any:
+    """Returns the executor of this process, given what ``start_ranks`` returned."""
+    return executor.local if isinstance(executor, RankGroup) else executor
+
+
 class _Worker:
     """One rank's process, and what has been heard of it."""
 
@@ -141,6 +146,9 @@ class RankGroup:
         works: what every rank does, this process's first; the port is filled in here.
         workers: when a rank is taken for lost, and whom to tell.
 
+    Attributes:
+        local: this process's executor, rank 0's.
+
     Raises:
         ConfigurationError: a rank could not load.
     """
@@ -163,7 +171,7 @@ class RankGroup:
         try:
             self._workers.extend(_Worker(each) for each in works[1:])
             self._watching.start()
-            self._here = self._load(works[0], listening)
+            self.local = self._load(works[0], listening)
             self._wait_until_all(LoadStage.LOADED)
             self._loaded = True
             logger.info("%d ranks loaded in %.1f s", len(works), time.monotonic() - self._started)
@@ -184,7 +192,7 @@ class RankGroup:
             for worker in self._workers:
                 self._send(worker, command)
         try:
-            return self._here.run(command)
+            return self.local.run(command)
         except DeviceMemoryError as error:  # the other ranks may be waiting for this one in a collective
             self._lose(str(error))
             raise
@@ -203,7 +211,7 @@ class RankGroup:
         """Ends what runs here, which may need the other ranks to end, and then those."""
         try:
             if self._loaded and self._lost is None:
-                self._here.close()
+                self.local.close()
         except Exception:  # a rank is lost meanwhile, or the device; the others must end all the same
             logger.exception("rank 0 did not end well")
         self._closing = True

@@ -2,7 +2,8 @@
 
 Text and image tokens share all weights but the modulation's, and rows are independent of each other in everything but
 attention. So the sequences of a step lie one after the other in one matrix, whatever the length of their text; linears
-and norms run over all of it and only attention is done sequence by sequence. The twin is diffusers' own blocks.
+and norms run over the matrix and only attention runs sequence by sequence. The reference implementation is diffusers'
+own blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from glm_image.devices.quantization import QuantizedRows
 from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.conditioning import Rotary
 from glm_image.dit.fused.linears import AnyLinear, joined, linears_of
-from glm_image.dit.sequence_parallel import Heads, SequenceAttention
+from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape
 from glm_image.dit.source_kv import KvHook
 from glm_image.kernels.head_norm_rotary import deal_heads, head_norm_rotary
 from glm_image.kernels.modulated_norm import (
@@ -33,7 +34,7 @@ from glm_image.kernels.modulated_norm import (
     modulated_norm,
 )
 
-MOST_SEQUENCES = 2
+MAX_SEQUENCES = 2
 
 # cuDNN's is the fastest at these lengths. diffusers' dispatch would copy queries, keys and values before calling it.
 ATTENTION = {
@@ -41,13 +42,13 @@ ATTENTION = {
     SDPBackend.FLASH_ATTENTION: "_native_flash",
     SDPBackend.EFFICIENT_ATTENTION: "_native_efficient",
 }
-"""Kernels in the order in which they are tried, with their names there."""
+"""Kernels in the order of preference, with their names in diffusers' dispatch."""
 
 PROBE_TOKENS = 1024
 
 
 def supports(transformer: Any) -> bool:
-    """Tells whether the kernels can run a transformer: bf16 weights, heads a power of two wide."""
+    """Returns whether the kernels can run a transformer: bf16 weights, heads a power of two wide."""
     dim = transformer.config.attention_head_dim
     return bool(transformer.proj_out.weight.dtype == torch.bfloat16 and dim & (dim - 1) == 0)
 
@@ -69,17 +70,17 @@ class FusedBlocks(Blocks):
 
     Args:
         transformer: bf16, the linear layers of its blocks bf16 or ``QuantizedLinear``, on a device that runs Triton.
-        shared: attends where several ranks share the tokens.
+        attention: attends where several ranks share the tokens; None where they do not.
     """
 
-    def __init__(self, transformer: Any, shared: SequenceAttention | None = None) -> None:
+    def __init__(self, transformer: Any, attention: SequenceAttention | None = None) -> None:
         config, first = transformer.config, transformer.transformer_blocks[0]
         self._heads, self._head_dim = first.attn1.heads, config.attention_head_dim
-        self._shared = shared
+        self._attention = attention
         self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
         self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
         self._linears = linears_of(self._blocks[0].qkv)
-        self.attention_backend = shared.backend if shared else attention_backend(transformer)
+        self.attention_backend = attention.backend if attention else attention_backend(transformer)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -89,13 +90,14 @@ class FusedBlocks(Blocks):
         which: range,
         sequences: list[Tokens],
         time: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        joins: Sequence[KvHook] | None = None,
+        rotary: Rotary,
+        kv_hooks: Sequence[KvHook] | None = None,
+        shape: SequenceShape | None = None,
         /,
     ) -> list[Tokens]:
         """Runs some of the blocks over one or two sequences at the same time step; see ``Blocks.run``."""
-        if not 1 <= len(sequences) <= MOST_SEQUENCES:
-            raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MOST_SEQUENCES}")
+        if not 1 <= len(sequences) <= MAX_SEQUENCES:
+            raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MAX_SEQUENCES}")
         residual = torch.cat([part for image, text in sequences for part in (text[0], image[0])])
         lengths = [(text.shape[1], image.shape[1]) for image, text in sequences]
         segments = (lengths[0][0], sum(lengths[0]), lengths[-1][0])
@@ -104,8 +106,10 @@ class FusedBlocks(Blocks):
         normed = self._linears.room(residual)
         modulated_norm(residual, tables[0], normed, self._norm_eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
         for index, block, table, following in zip(which, blocks, tables, [*tables[1:], None], strict=True):
-            join = joins[index] if joins else None
-            attended = self._attend(block, normed, rotary, segments, [sum(length) for length in lengths], join)
+            kv_hook = kv_hooks[index] if kv_hooks else None
+            attended = self._attend(
+                block, normed, rotary, segments, [sum(length) for length in lengths], kv_hook, shape
+            )
             branch = self._linears.linear(block.out, self._linears.read(attended))
             gated_modulated_norm(
                 residual, branch, table, GATE_ATTENTION, table, normed, self._norm_eps, segments, SHIFT_MLP, SCALE_MLP
@@ -130,53 +134,57 @@ class FusedBlocks(Blocks):
         self,
         block: FusedBlock,
         normed: Tensor | QuantizedRows,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         segments: tuple[int, int, int],
         lengths: list[int],
-        join: KvHook | None,
+        kv_hook: KvHook | None,
+        shape: SequenceShape | None,
     ) -> Tensor:
         qkv = self._linears.linear(block.qkv, normed).view(-1, 3, self._heads, self._head_dim)
         sequences = qkv.split(lengths)
-        if self._shared is not None:
+        if self._attention is not None and shape is not None:
             texts = (segments[0], segments[2])[: len(lengths)]
-            own = [_UnnormedHeads(*each, rotary, self._head_eps) for each in zip(sequences, texts, strict=True)]
+            unnormed = [
+                _UnnormedHeads(sequence, text, rotary, self._head_eps)
+                for sequence, text in zip(sequences, texts, strict=True)
+            ]
             heads = qkv.new_empty(len(qkv), self._heads, self._head_dim)
-            self._shared(own, heads.split(lengths), join)
+            self._attention(unnormed, heads.split(lengths), kv_hook, shape)
             return heads.flatten(1)
         head_norm_rotary(qkv, rotary, self._head_eps, segments)
         attended: list[Tensor] = []
         for sequence in sequences:
             query, key, value = sequence[None].unbind(2)
-            if join is not None and not attended:
-                key, value = join(key, value)
+            if kv_hook is not None and not attended:
+                key, value = kv_hook(key, value)
             attended.append(attention(query, key, value)[0].flatten(1))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
 
 
 class _UnnormedHeads(Heads):
-    """Heads that are normed and rotated on their way."""
+    """Heads that are normed and rotated when they are read."""
 
     def __init__(self, qkv: Tensor, text: int, rotary: Rotary, eps: float) -> None:
         super().__init__(qkv, text)
         self._rotary, self._eps = rotary, eps
 
-    def whole(self) -> Tensor:
+    def normed(self) -> Tensor:
         head_norm_rotary(self.qkv, self._rotary, self._eps, (self.text, len(self.qkv), 0))
         return self.qkv
 
-    def scatter_heads(self, rank: int, words: Tensor, image: Tensor) -> None:
-        deal_heads(self.qkv, self.text, self._rotary, self._eps, rank, words, image)
+    def scatter_heads(self, rank: int, text: Tensor, image: Tensor) -> None:
+        deal_heads(self.qkv, self.text, self._rotary, self._eps, rank, text, image)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attends from queries to keys, [batch, tokens, heads, head_dim] each, with the fastest kernel there is."""
+    """Attends from queries to keys, [batch, tokens, heads, head_dim] each, by the preferred kernel that can."""
     query, keys, values = (part.transpose(1, 2) for part in (query, keys, values))
     with sdpa_kernel(list(ATTENTION), set_priority=True):
         return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
 
 
 def attention_backend(transformer: Any) -> str:
-    """Returns diffusers' name of the kernel that ``attention`` takes for a transformer's heads, without running it."""
+    """Returns diffusers' name of the kernel that ``attention`` selects for a transformer, without running it."""
     config, weight = transformer.config, transformer.proj_out.weight
     shape = (1, PROBE_TOKENS, config.num_attention_heads, config.attention_head_dim)
     probe = torch.empty(shape, dtype=weight.dtype, device=weight.device).transpose(1, 2)
