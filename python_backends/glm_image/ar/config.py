@@ -15,6 +15,9 @@ from glm_image.request.parameters import Sampling
 DEFAULT_TEMPERATURE = 0.9
 DEFAULT_TOP_P = 0.75
 
+NOISE_BLOCK = 64
+"""Steps of a slot whose sampling noise is in the device's memory: all of it would be 287 MB a request."""
+
 
 @dataclass(frozen=True)
 class ArConfig:
