@@ -1,4 +1,4 @@
-"""Profiles: what is written parses, fits the cards it is meant for, and is refused only for what is not there yet."""
+"""Profiles: their files match their declarations, are accepted by the stages, and fit the devices they name."""
 
 from __future__ import annotations
 
@@ -6,36 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from capacity_planner import memory
-from glm_image.ar.config import ArConfig
-from glm_image.ar.vision import Vision
-from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.config import pbtxt
+from glm_image.config.parameters import PARAMETERS
 from glm_image.config.profiles import PROFILES, Profile, StageLayout
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
 from glm_image.devices.discovery import Accelerators
-from glm_image.devices.open import open_device
 from glm_image.devices.placement import assign_devices, check_memory_shares
-from glm_image.dit.loading import _empty_modules
-from glm_image.dit.settings import DitSettings
-from glm_image.errors import ConfigurationError
-from glm_image.parallel.process_group import ONE_RANK
+from glm_image.request.declaration import check_names, read, write
 from glm_image.request.geometry import Size
-from glm_image.sizing import parameter_counts, reference_sizes
-from make_tiny_checkpoint import make_tiny_checkpoint
-from tiny_checkpoint_configs import FULL
+from glm_image.sizing.profile_memory import device_bytes, profile_memory
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 NAMES = [
     "cpu", "npu-1x32g", "npu-1x64g", "npu-2", "npu-8", "npu-8-latency",
     "cuda-1x80g", "cuda-2", "cuda-8", "cuda-8-latency",
 ]  # fmt: skip
-STAGES = {"glm_ar": AR_PARAMETERS, "glm_dit": DIT_PARAMETERS}
 GB = 10**9
+SQUARE = Size(1024, 1024)
+ALLOCATOR_HEADROOM = 0.4 * GB
+CONTEXT_BYTES = 0.9 * GB
+"""Room for the device's context of one process."""
 
 
 def parsed(model: str, profile: str) -> Any:
@@ -52,15 +44,15 @@ def machine_of(profile: Profile) -> Accelerators:
     return Accelerators("cpu") if kind == "cpu" else Accelerators(kind, tuple(map(str, range(len(profile.devices)))))
 
 
-def test_these_are_the_profiles() -> None:
+def test_profile_names() -> None:
     assert list(PROFILES) == NAMES
     assert [profile.name for profile in PROFILES.values()] == NAMES
     assert not list((REPOSITORY / "glm_image").glob("configs/*"))
 
 
-@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("model", PARAMETERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_parses_to_its_declaration_and_differs_from_the_default_only_there(name: str, model: str) -> None:
+def test_file_differs_from_the_default_only_as_declared(name: str, model: str) -> None:
     config, declared = parsed(model, name), layout(PROFILES[name], model)
     assert config == pbtxt.profile_configs(PROFILES[name])[model]
     assert config.instance_group[0].count == len(declared.entries)
@@ -71,9 +63,9 @@ def test_a_file_parses_to_its_declaration_and_differs_from_the_default_only_ther
     assert config == pbtxt.model_configs()[model]
 
 
-@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("model", PARAMETERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_profile_lays_out_on_its_machine(name: str, model: str) -> None:
+def test_profile_fits_the_devices_of_its_machine(name: str, model: str) -> None:
     profile = PROFILES[name]
     declared, machine = layout(profile, model), machine_of(profile)
     entries = assign_devices(declared.devices, len(declared.entries), machine)
@@ -81,7 +73,7 @@ def test_a_profile_lays_out_on_its_machine(name: str, model: str) -> None:
     check_memory_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
 
 
-def test_the_layouts_are_what_their_names_say() -> None:
+def test_layouts_match_the_profile_names() -> None:
     assert {name: PROFILES[name].processes for name in NAMES} == {
         "cpu": 2, "npu-1x32g": 2, "npu-1x64g": 2, "npu-2": 2, "npu-8": 8, "npu-8-latency": 8,
         "cuda-1x80g": 2, "cuda-2": 2, "cuda-8": 8, "cuda-8-latency": 8,
@@ -100,47 +92,30 @@ def test_the_layouts_are_what_their_names_say() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cpu"])
-def test_a_profile_fits_its_cards(name: str) -> None:
+def test_profile_fits_the_memory_of_its_devices(name: str) -> None:
+    """Each instance fits its share, with room for the allocator; outside the shares is room for contexts."""
     profile = PROFILES[name]
-    assert all(share <= 0.95 for share in memory.shares(profile).values())
-    for declared, needed in (
-        (profile.ar, memory.first_stage_bytes(profile.ar, len(profile.ar.entries[0]))),
-        (profile.dit, memory.second_stage_bytes(profile.dit, Size(1024, 1024))),
-    ):
-        share = float(declared.parameters.get("memory_utilization", "0.9"))
-        assert needed <= share * profile.card_gigabytes * GB
-    # As they are, without int8, both stages would not fit the smallest card.
-    assert (sum(memory.card_bytes(profile, Size(1024, 1024)).values()) > 32 * GB) == (name != "npu-1x32g")
+    instances = profile_memory(profile, SQUARE)
+    for instance in instances:
+        assert instance.memory.total + ALLOCATOR_HEADROOM <= instance.share * profile.card_gigabytes * GB
+        assert instance.fits(profile.card_gigabytes)
+    for device in profile.devices:
+        shares = [instance.share for instance in instances if device in instance.devices]
+        assert sum(shares) <= 0.95
+        assert (1 - sum(shares)) * profile.card_gigabytes * GB >= len(shares) * CONTEXT_BYTES
 
 
-def test_parameters_are_known_and_their_values_allowed_or_not_there_yet() -> None:
-    refused = {}
-    for name in NAMES:
-        for model, specs in STAGES.items():
-            values = {key: value.string_value for key, value in parsed(model, name).parameters.items()}
-            try:
-                read_parameters(specs, values)
-            except ConfigurationError as error:
-                refused[name, model] = str(error).partition(" is ")[0]
-    dit = {spec.name: spec.allowed for spec in DIT_PARAMETERS}
-    expected = {}
-    if "int8" not in dit["quantization"]:
-        expected["npu-1x32g", "glm_dit"] = "quantization"
-    assert refused == expected
+def test_only_int8_weights_fit_both_stages_on_the_smallest_card() -> None:
+    fit = {name for name in NAMES if sum(device_bytes(PROFILES[name], SQUARE).values()) <= 32 * GB}
+    assert fit == {"npu-1x32g"}
 
 
-def test_memory_is_that_of_the_published_sizes(tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "full", FULL, weights=False)
-    checkpoint = Checkpoint.open(folder, "dummy")
-    assert ArConfig.read(checkpoint) == reference_sizes.DECODER
-    assert Vision.bytes_needed(checkpoint, torch.bfloat16) == memory.VISION_PARAMETERS * 2
-    assert parameter_counts.transformer(checkpoint.config("transformer")) == memory.TRANSFORMER_PARAMETERS
-    assert parameter_counts.vae(checkpoint.config("vae")) == memory.VAE_PARAMETERS
-    assert parameter_counts.text_encoder(checkpoint.config("text_encoder")) == memory.GLYPH_ENCODER_PARAMETERS
-    assert checkpoint.config("vae")["block_out_channels"][1] == memory.VAE_CHANNELS
-    modules = _empty_modules(checkpoint, DitSettings(), open_device("cpu"), torch.bfloat16, ONE_RANK)
-    linears = [part for part in modules["transformer"].modules() if isinstance(part, torch.nn.Linear)]
-    assert sum(linear.weight.numel() for linear in linears) == memory.TRANSFORMER_LINEAR_PARAMETERS
+@pytest.mark.parametrize("model", PARAMETERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_accept_the_parameters_of_the_profiles(name: str, model: str) -> None:
+    values = {key: value.string_value for key, value in parsed(model, name).parameters.items()}
+    check_names(PARAMETERS[model], values)
+    assert write(read(PARAMETERS[model], values)) == values
 
 
 def rows_of_the_table() -> dict[str, list[str]]:
@@ -150,15 +125,11 @@ def rows_of_the_table() -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
-def test_the_table_of_profiles_has_their_memory_and_what_is_not_there_yet() -> None:
+def test_table_of_profiles_has_their_memory() -> None:
     rows = rows_of_the_table()
     assert list(rows) == NAMES
-    for name, (_, card, ar, dit, served) in rows.items():
+    for name, (_, card, ar, dit) in rows.items():
         profile = PROFILES[name]
         assert card == (str(profile.card_gigabytes) if profile.card_gigabytes else "host")
-        first = memory.first_stage_bytes(profile.ar, len(profile.ar.entries[0]))
-        second = memory.second_stage_bytes(profile.dit, Size(1024, 1024))
-        assert [ar, dit] == [f"{size / GB:.1f}" for size in (first, second)]
-        allowed = {spec.name: spec.allowed for spec in DIT_PARAMETERS}["quantization"]
-        lacking = profile.is_quantized and "int8" not in allowed
-        assert served.startswith("not yet" if lacking else "yes"), name
+        memory = {instance.memory.stage: instance.memory.total for instance in profile_memory(profile, SQUARE)}
+        assert [ar, dit] == [f"{memory[stage] / GB:.1f}" for stage in ("glm_ar", "glm_dit")]

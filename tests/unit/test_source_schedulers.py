@@ -130,7 +130,7 @@ class DitExecutor:
         if isinstance(command, dit.Prepare):
             assert command.sources_of is None or command.sources_of in self.held
             return np.linspace(1, 0, command.num_inference_steps + 1, dtype=np.float32)
-        return None
+        return False if isinstance(command, dit.Step) else None
 
 
 SOURCE = SourcePicture(np.zeros((32, 32, 3), np.uint8), np.zeros(1, np.int32), Grid(1, 1))

@@ -13,8 +13,8 @@ from transformers import GlmImageProcessor
 from glm_image.ar.admission import Admission
 from glm_image.ar.commands import ArCommand, Encode
 from glm_image.ar.config import ArConfig
-from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.loading import load_executor
+from glm_image.ar.memory import kv_cache_bytes
 from glm_image.ar.metrics import KV_CACHE_BYTES
 from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.scheduler_thread import SchedulerThread
@@ -24,6 +24,7 @@ from glm_image.ar.vision import patches_of
 from glm_image.ar.warmup import warmup_commands
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
+from glm_image.devices.open import named_dtype
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.parallel.layout import ParallelLayout
@@ -74,7 +75,7 @@ class ArEngine:
         admission: Admission | None = None,
     ) -> None:
         device.set_current()
-        dtype = settings.dtype or device.default_dtype
+        dtype = named_dtype(settings.dtype) or device.default_dtype
         self.config = ArConfig.read(checkpoint)
         self._settings = settings
         slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
@@ -85,7 +86,7 @@ class ArEngine:
         self.executor = _load(
             device, partial(start_ranks, load_executor, (checkpoint, settings), device, layout, workers)
         )
-        record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
+        record(KV_CACHE_BYTES, kv_cache_bytes(self.config, slots, positions, dtype.itemsize))
         run = watched(self.executor.run)
         scheduler = Scheduler(run, slots, settings.max_queue, record, admission)
         self._scheduler = SchedulerThread(scheduler, partial(_run_all, run, self._warmup_commands(device.warmup_sizes)))
