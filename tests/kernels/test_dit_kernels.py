@@ -18,7 +18,7 @@ from glm_image.dit.fused import blocks
 from glm_image.dit.fused.blocks import ATTENTION, FusedBlocks
 from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape, TokenSplit
 from glm_image.dit.tensor_parallel import ShardedTensors, shard
-from glm_image.kernels.head_norm_rotary import deal_heads, head_norm_rotary
+from glm_image.kernels.head_norm_rotary import head_norm_rotary, scatter_heads
 from glm_image.parallel.collectives import ALONE, Group, Transfer
 from kernels.blocks import GRID, HEADS, LargeTensors, arguments, change_error, empty_transformer
 
@@ -120,7 +120,7 @@ def test_scattered_heads_equal_heads_in_place(device: torch.device, heads: int, 
             for _ in range(2)
         )
         Heads(normed, text).scatter_heads(rank, *want)
-        deal_heads(qkv, text, rotary, 1e-5, rank, *got)
+        scatter_heads(qkv, text, rotary, 1e-5, rank, *got)
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
 

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from glm_image.checkpoint.checkpoint import RandomTensors, fill
-from glm_image.kernels.group_norm_silu import GroupNormSilu, fuse_norms, group_norm_silu
+from glm_image.dit.fused.vae import GroupNormSilu, fuse_norms
+from glm_image.kernels.group_norm_silu import group_norm_silu
 from kernels.sizes import relative_error
 
 BF16_ERROR = 0.01

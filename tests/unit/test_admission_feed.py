@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glm_image.ar.admission import BatchAdmission
-from glm_image.ar.commands import Command, Step
+from glm_image.ar.commands import ArCommand, Step
 from glm_image.ar.engine import ArEngine, ArSettings
 from glm_image.ar.scheduler import Run
 from glm_image.checkpoint.checkpoint import Checkpoint
@@ -70,11 +70,11 @@ class ArStage:
         self.steps = 0
 
     def _counted(self, run: Run) -> Run:
-        def counting(command: Command) -> object:
+        def counting(command: ArCommand[object]) -> object:
             self.steps += isinstance(command, Step)
             return run(command)
 
-        return counting  # type: ignore[return-value]
+        return counting
 
     def look(self) -> None:
         """Has the feed look for new instances, as a request that starts does."""

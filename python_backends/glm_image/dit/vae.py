@@ -31,7 +31,7 @@ class Vae:
         if tiling:
             autoencoder.enable_tiling()
         if device.runs_triton and weight.dtype == torch.bfloat16:
-            from glm_image.kernels.group_norm_silu import fuse_norms  # noqa: PLC0415 - Triton is only where it can run
+            from glm_image.dit.fused.vae import fuse_norms  # noqa: PLC0415 - Triton is only where it can run
 
             fuse_norms(autoencoder)
         self._autoencoder = autoencoder

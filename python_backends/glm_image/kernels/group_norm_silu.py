@@ -6,12 +6,10 @@ transpose. The reference is torch's group norm followed by its SiLU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 PARTS = 512
 """Programs that compute the statistics: the same number on every device, for the same order of sums."""
@@ -99,27 +97,3 @@ def group_norm_silu(image: Tensor, weight: Tensor, bias: Tensor, groups: int, ep
     )  # fmt: skip
     _norm_silu_kernel[(triton.cdiv(pixels, tile),)](image, factors, out, pixels, channels, tile, wide, num_warps=8)
     return out
-
-
-class GroupNormSilu(nn.Module):
-    """A group norm that has its SiLU in it."""
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self._norm = norm
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Returns what the norm and then a SiLU make of bf16 [1, channels, height, width]."""
-        norm, image = self._norm, image.contiguous(memory_format=torch.channels_last)
-        return group_norm_silu(image, norm.weight, norm.bias, norm.num_groups, norm.eps)
-
-
-def fuse_norms(autoencoder: Any) -> None:
-    """Gives diffusers' ``AutoencoderKL`` this norm wherever a SiLU follows one, and convolutions of channels last."""
-    for part in list(autoencoder.modules()):
-        if isinstance(getattr(part, "nonlinearity", None), nn.SiLU):  # a residual block
-            part.norm1, part.norm2 = GroupNormSilu(part.norm1), GroupNormSilu(part.norm2)
-            part.nonlinearity = nn.Identity()
-        elif isinstance(getattr(part, "conv_act", None), nn.SiLU):  # the end of the encoder and of the decoder
-            part.conv_norm_out, part.conv_act = GroupNormSilu(part.conv_norm_out), nn.Identity()
-    autoencoder.to(memory_format=torch.channels_last)

@@ -72,8 +72,8 @@ def _block(heads: int) -> int:
 
 
 @triton.jit
-def _deal_heads_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, words_ptr, image_ptr, heads, of_rank, rank, text, image_rows, eps,
+def _scatter_heads_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, text_ptr, image_ptr, heads, of_rank, rank, text, image_rows, eps,
     HEADS_BLOCK: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -82,42 +82,44 @@ def _deal_heads_kernel(
     kind, head = index // heads, index % heads
     owner = head // of_rank
     mask = index < 3 * heads
-    taken = qkv_ptr + row.to(tl.int64) * (6 * HALF) * heads + index[:, None] * (2 * HALF) + at[None, :]
-    value_first = tl.load(taken, mask=mask[:, None], other=0.0).to(tl.float32)
-    value_second = tl.load(taken + HALF, mask=mask[:, None], other=0.0).to(tl.float32)
+    source = qkv_ptr + row.to(tl.int64) * (6 * HALF) * heads + index[:, None] * (2 * HALF) + at[None, :]
+    value_first = tl.load(source, mask=mask[:, None], other=0.0).to(tl.float32)
+    value_second = tl.load(source + HALF, mask=mask[:, None], other=0.0).to(tl.float32)
     first, second = _head_normed(value_first, value_second, eps, HALF)
     in_row = kind * of_rank + head % of_rank
     if row < text:
         mask = mask & (owner == rank)
-        place = words_ptr + ((row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + at[None, :]
+        place = text_ptr + ((row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + at[None, :]
     else:
         token = row - text
         first, second = _rotated(first, second, cos_ptr, sin_ptr, token, HALF)
-        its_row = (owner * image_rows + token).to(tl.int64)
-        place = image_ptr + ((its_row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + at[None, :]
+        image_row = (owner * image_rows + token).to(tl.int64)
+        place = image_ptr + ((image_row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + at[None, :]
     is_value = index[:, None] >= 2 * heads
     first, second = tl.where(is_value, value_first, first), tl.where(is_value, value_second, second)
     tl.store(place, first.to(tl.bfloat16), mask=mask[:, None])
     tl.store(place + HALF, second.to(tl.bfloat16), mask=mask[:, None])
 
 
-def deal_heads(
-    qkv: Tensor, text: int, rotary: tuple[Tensor, Tensor], eps: float, rank: int, words: Tensor, image: Tensor
+def scatter_heads(
+    qkv: Tensor, text: int, rotary: tuple[Tensor, Tensor], eps: float, rank: int, gathered_text: Tensor, image: Tensor
 ) -> None:
-    """``head_norm_rotary`` of one sequence, written by whose heads they are; the values go along as they are.
+    """``head_norm_rotary`` of one sequence, written to the buffers of the ranks that attend with each head.
+
+    Values are copied as they are.
 
     Args:
-        qkv: bf16 [rows, 3, heads, head_dim], of which text comes first; contiguous, head_dim twice a power of two.
-        text: rows of text.
+        qkv: bf16 [rows, 3, heads, head_dim], text rows first; contiguous, head_dim twice a power of two.
+        text: number of text rows.
         rotary: see ``head_norm_rotary``.
         eps: the norm's epsilon.
-        rank: whose heads of the text are wanted.
-        words: written, bf16 [text, 3, heads / ranks, head_dim], contiguous.
+        rank: the rank whose heads of the text are written.
+        gathered_text: written, bf16 [text, 3, heads / ranks, head_dim], contiguous.
         image: written, bf16 [ranks, rows - text, 3, heads / ranks, head_dim], contiguous.
     """
     rows, _, heads, head_dim = qkv.shape
     block = _block(3 * heads)
     sizes = (heads, heads // len(image), rank, text, rows - text)
-    _deal_heads_kernel[(rows, triton.cdiv(3 * heads, block))](
-        qkv, *rotary, words, image, *sizes, eps, block, head_dim // 2, num_warps=4
+    _scatter_heads_kernel[(rows, triton.cdiv(3 * heads, block))](
+        qkv, *rotary, gathered_text, image, *sizes, eps, block, head_dim // 2, num_warps=4
     )

@@ -1,1 +1,1 @@
-"""The fused transformer blocks of the DiT, over the kernels of ``glm_image.kernels``."""
+"""The fused transformer blocks and VAE of the DiT, on the kernels of ``glm_image.kernels``."""

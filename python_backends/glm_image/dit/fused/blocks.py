@@ -22,7 +22,7 @@ from glm_image.dit.conditioning import Rotary
 from glm_image.dit.fused.linears import AnyLinear, joined, linears_of
 from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape
 from glm_image.dit.source_kv import KvHook
-from glm_image.kernels.head_norm_rotary import deal_heads, head_norm_rotary
+from glm_image.kernels.head_norm_rotary import head_norm_rotary, scatter_heads
 from glm_image.kernels.modulated_norm import (
     GATE_ATTENTION,
     GATE_MLP,
@@ -173,7 +173,7 @@ class _UnnormedHeads(Heads):
         return self.qkv
 
     def scatter_heads(self, rank: int, text: Tensor, image: Tensor) -> None:
-        deal_heads(self.qkv, self.text, self._rotary, self._eps, rank, text, image)
+        scatter_heads(self.qkv, self.text, self._rotary, self._eps, rank, text, image)
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
