@@ -1,4 +1,4 @@
-"""What a server tells while it makes a picture, as Python objects."""
+"""The events of a stream as Python objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,16 @@ from PIL import Image
 from glm_image_client.errors import ServerFailure
 from glm_image_client.result import GenerationResult, json_object
 
+RENAMED: Final = {"tokens": "decode"}
+"""Kinds and stages by the names that servers of version 0.1.0 send; accepted for one more version."""
+
 
 @dataclass(frozen=True, eq=False)
 class StreamEvent:
     """One event of ``stream()``.
 
     Attributes:
-        kind: ``queued``, ``prefill``, ``tokens``, ``preview``, ``denoise`` or ``image``, which is the last one.
+        kind: ``queued``, ``prefill``, ``decode``, ``preview``, ``denoise`` or ``image``, which is the last one.
         request_id: what ``cancel`` and ``status`` know the request by.
         stage: where it is, as ``status`` says it.
         done: prompts read, tokens drawn or steps taken of ``total``.
@@ -63,9 +66,9 @@ class StreamEvent:
             result = GenerationResult.from_outputs(outputs) if told["event"] == "image" else None
             files = [] if result else [base64.b64decode(one, validate=True) for one in outputs["images_base64"].ravel()]
             return cls(
-                kind=told["event"],
+                kind=RENAMED.get(told["event"], told["event"]),
                 request_id=told["request_id"],
-                stage=told["stage"],
+                stage=RENAMED.get(told["stage"], told["stage"]),
                 done=told["done"],
                 total=told["total"],
                 seconds=told["seconds"],

@@ -19,8 +19,8 @@ from glm_image_client.terminal import protocol_of, shown
 STAGES: Final[Mapping[str, str]] = {
     "ar_queue": "waiting",
     "prefill": "reading",
-    "tokens": "writing tokens",
-    "dit_queue": "waiting to be painted",
+    "decode": "writing tokens",
+    "dit_queue": "waiting to be denoised",
     "condition": "preparing",
     "denoise": "denoising",
 }

@@ -1,8 +1,12 @@
-"""What can go wrong, in the words a caller sees; ``serving.errors`` maps each class to a Triton status."""
+"""The errors that callers see; each class has the name of its Triton status and of its reason in metrics."""
 
 from __future__ import annotations
 
 MAX_SHOWN_CHARACTERS = 80
+
+STATUSES = ("INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL")
+"""Names of Triton's statuses. Names rather than codes: the stub adds ``TritonError`` to ``triton_python_backend_utils``
+only after it has imported the model."""
 
 
 def shown(value: object) -> str:
@@ -13,18 +17,21 @@ def shown(value: object) -> str:
 
 
 class GlmImageError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base of every error that this package raises on purpose.
 
     Attributes:
-        reason: what a metric calls it.
+        status: one of ``STATUSES``.
+        reason: the error's name in metrics.
     """
 
+    status = "INTERNAL"
     reason = "other"
 
 
 class InvalidInputError(GlmImageError):
-    """A request asks for what is not allowed."""
+    """A request's input is not allowed."""
 
+    status = "INVALID_ARG"
     reason = "invalid"
 
     @classmethod
@@ -36,30 +43,33 @@ class InvalidInputError(GlmImageError):
 class UnavailableError(GlmImageError):
     """The engine cannot take the request now; the same request may succeed later."""
 
+    status = "UNAVAILABLE"
     reason = "stopping"
 
 
 class QueueFullError(UnavailableError):
-    """As many requests wait as may."""
+    """The queue is full."""
 
     reason = "queue_full"
 
 
 class DeviceMemoryError(UnavailableError):
-    """The device is out of memory for what the request needs."""
+    """The device has too little free memory for the request; Triton has no RESOURCE_EXHAUSTED."""
 
     reason = "memory"
 
 
 class CancelledError(GlmImageError):
-    """The caller, or the end of the server, cancelled the request."""
+    """The caller or the end of the server cancelled the request."""
 
+    status = "CANCELLED"
     reason = "cancelled"
 
 
 class DeadlineExceededError(GlmImageError):
-    """The request's time ran out, or will before its picture is done."""
+    """The request's deadline has passed, or will before its images are done."""
 
+    status = "UNAVAILABLE"  # as Triton answers time-outs of its own queue
     reason = "deadline"
 
 
@@ -69,3 +79,8 @@ class CheckpointError(GlmImageError):
 
 class ConfigurationError(GlmImageError):
     """A parameter of ``config.pbtxt`` or a flag has a value that is not allowed."""
+
+
+def status_of(error: BaseException) -> str:
+    """Returns the name of the Triton status for an exception; one that was not raised on purpose is INTERNAL."""
+    return error.status if isinstance(error, GlmImageError) else "INTERNAL"

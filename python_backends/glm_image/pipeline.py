@@ -73,6 +73,7 @@ class LocalPipeline:
         settings = settings or LocalSettings()
         self._limits = settings.limits
         self.checkpoint = Checkpoint.open(Path(checkpoint), settings.load_format)
+        self._model = {"name": self.checkpoint.name, "revision": self.checkpoint.revision}
         first, *others = device.split(",")
         opened, workers = open_device(instance_device(first, 0)), WorkerConfig(tuple(others))
         self.dit = DitEngine(self.checkpoint, opened, settings.dit, workers=workers)
@@ -116,7 +117,7 @@ class LocalPipeline:
         """Runs the second stage."""
         context = context or RequestContext()
         result = self.dit.paint(context, request, self._limits).result()
-        metadata = request_metadata(self.checkpoint, context, request, self.dit.attention_backend)
+        metadata = request_metadata(context, request, self._model, self.dit.attention_backend)
         return GeneratedImages(result.pixels, result.encoded, metadata)
 
 

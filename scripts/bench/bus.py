@@ -26,9 +26,10 @@ from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.sequence import Request, Running, report_progress
 from glm_image.ipc import EventListener, IpcServer
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.registry import RequestRegistry
+from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest, Sampling
+from glm_image.request.stages import Stage
 
 REPORTS, REPEATS = 20_000, 5
 
@@ -52,7 +53,7 @@ class Clock:
 def in_flight(jobs: list[RequestContext], listened: int) -> Iterator[None]:
     """The jobs as a server has them, the first ones listened to."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        kept, heard = RequestRegistry("ar_queue", "handed_on"), threading.Semaphore(0)
+        kept, heard = RequestRegistry(RequestState.FORWARDED), threading.Semaphore(0)
 
         def note(topic: bytes, listens: bool) -> None:
             (kept.watch if listens else kept.unwatch)(topic)
@@ -62,7 +63,8 @@ def in_flight(jobs: list[RequestContext], listened: int) -> Iterator[None]:
         stack.callback(node.close)
         kept.publish = node.publish
         for job in jobs:
-            kept.begin(job)
+            job.add_observer(kept)
+            job.start(Stage.AR_QUEUE)
         for job in jobs[:listened]:
             stack.enter_context(EventListener(Path(folder), job.id))
             heard.acquire()

@@ -27,7 +27,7 @@ from glm_image.devices.open import instance_device, open_device
 from glm_image.dit.engine import DitEngine, DitSettings
 from glm_image.dit.metrics import STEP_SECONDS
 from glm_image.errors import CancelledError, DeviceMemoryError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.request import geometry
 from glm_image.request.geometry import Size
 from glm_image.request.limits import Limits
@@ -46,7 +46,7 @@ def cancel_after(context: RequestContext, stage: str, done: int) -> threading.Ev
         if progress.stage == stage and progress.done >= done:
             there.set()
 
-    context.on_progress = note
+    context.add_observer(ProgressCallback(note))
     return there
 
 
@@ -68,7 +68,7 @@ def measure_ar(engine: ArEngine, size: Size) -> None:
     waits, waits_queued = [], []
     for index in range(REPEATS):
         context = RequestContext()
-        there = cancel_after(context, "tokens", 50)
+        there = cancel_after(context, "decode", 50)
         answer = engine.submit(context, resolved)
         there.wait()
         queued_job = RequestContext()

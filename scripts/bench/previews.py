@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 from measure import arguments, say
-from numpy.typing import NDArray
 
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import instance_device, open_device
@@ -32,12 +31,14 @@ from glm_image.dit.commands import Estimate, Prepare, Step
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.ipc import EventListener, IpcServer
-from glm_image.lifecycle.context import Progress, RequestContext
-from glm_image.lifecycle.preview_rpc import packed_picture
-from glm_image.lifecycle.registry import RequestRegistry
+from glm_image.ipc.protocol import Event
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
+from glm_image.lifecycle.preview_rpc import EstimatePublisher
+from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.geometry import Grid, Size, generated_size, painted_size, preview_grid, target_grid
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
+from glm_image.request.stages import Stage
 
 PREVIEW_STEPS = 6
 PROMPT = "A red fox reading a newspaper that says 'NEWS'"
@@ -74,31 +75,41 @@ def request_of(grid: Grid, steps: int, codebook_size: int) -> PaintRequest:
     return PaintRequest(PROMPT, tokens, grid, painted_size(grid), (1,), num_inference_steps=steps)
 
 
+class TimedRegistry(RequestRegistry):
+    """A registry that measures how long publishing an estimate takes the engine's thread."""
+
+    def __init__(self, clocks: Clocks) -> None:
+        super().__init__(RequestState.FINISHED)
+        self._clocks = clocks
+
+    def publish_details(self, context: RequestContext, details: Callable[[], Event]) -> None:
+        """Publishes and measures."""
+        began = time.perf_counter()
+        super().publish_details(context, details)
+        self._clocks.of["telling of a sketch"].append(time.perf_counter() - began)
+
+
 @contextmanager
 def listened(context: RequestContext, clocks: Clocks, heard: list[object]) -> Iterator[None]:
     """The job on the bus of an instance, its sketches taken by a listener."""
     with tempfile.TemporaryDirectory() as folder:
-        in_flight, is_there, ended = RequestRegistry("condition", "finished"), threading.Event(), threading.Event()
+        registry, is_there, ended = TimedRegistry(clocks), threading.Event(), threading.Event()
 
         def note(topic: bytes, listens: bool) -> None:
-            (in_flight.watch if listens else in_flight.unwatch)(topic)
+            (registry.watch if listens else registry.unwatch)(topic)
             is_there.set()
 
         node = IpcServer(Path(folder), "glm_dit_0", {}, note)
-        in_flight.publish = node.publish
-        in_flight.begin(context)
+        registry.publish = node.publish
+        context.add_observer(registry)
+        context.add_observer(EstimatePublisher(registry))
+        context.start(Stage.CONDITION)
 
         def listen() -> None:
             with EventListener(Path(folder), context.id) as listener:
                 while not ended.is_set():
-                    heard.extend(event["picture"] for event in listener.events(0.05) if "picture" in event)
+                    heard.extend(event["estimate"] for event in listener.events(0.05) if "estimate" in event)
 
-        def show(pixels: NDArray[np.uint8]) -> None:
-            began = time.perf_counter()
-            in_flight.tell(context, lambda: {"picture": packed_picture(pixels)})
-            clocks.of["telling of a sketch"].append(time.perf_counter() - began)
-
-        context.on_picture = show
         listening = threading.Thread(target=listen)
         listening.start()
         is_there.wait()
@@ -118,7 +129,7 @@ def denoise(engine: DitEngine, context: RequestContext, request: PaintRequest) -
 
 def measure_sketches(engine: DitEngine, clocks: Clocks, request: PaintRequest, plain: float) -> None:
     """A picture with a sketch after every step but the last."""
-    context, heard = RequestContext(pictures_every=1), list[object]()
+    context, heard = RequestContext(estimate_every=1), list[object]()
     clocks.take()
     with listened(context, clocks, heard):
         whole = denoise(engine, context, request)
@@ -166,7 +177,7 @@ def measure_beside(engine: DitEngine, request: PaintRequest, preview: PaintReque
             future.add_done_callback(lambda _: done.append(time.perf_counter() - began))
             asked.append(future.result)
 
-    whole = denoise(engine, RequestContext(on_progress=ask), request)
+    whole = denoise(engine, RequestContext(observers=(ProgressCallback(ask),)), request)
     asked[0]()
     say(
         "a picture with a preview between its steps",

@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, int]] = {
     "progress": {"preview_steps": 0, "preview_every": 0},
     "pictures": {"preview_steps": 6, "preview_every": 10},
 }
-LEAVE_AT = ("tokens", "denoise")
+LEAVE_AT = ("decode", "denoise")
 FEW_STEPS = 4
 
 

@@ -213,7 +213,7 @@ class _FirstStage:
             for done in [one for one in self._running if one.left == 0]:
                 self._running.remove(done)
                 self._pace.add((self._clock.now - done.since) / max(1, self._work.tokens - 1))
-                self.backlog.hand_on(done.index, 1)
+                self.backlog.forwarded(done.index, 1)
                 done.done.succeed()
 
     def _admission_wait(self) -> float:
@@ -278,7 +278,7 @@ class _Painter:
         """As ``backlog.DitLoadReporter`` does."""
         for backlog in self.listeners:
             requests = list(self.left.items())
-            backlog.hear({"painter": self.name, "requests": requests, "seconds_a_picture": self.pace.mean})
+            backlog.update({"instance": self.name, "requests": requests, "seconds_per_image": self.pace.mean})
 
 
 class _Server:

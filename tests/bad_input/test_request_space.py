@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.metadata import STAGES, TOKENS
+from glm_image.lifecycle.metadata import TOKENS
 from glm_image.pipeline import GeneratedImages, LocalPipeline
 from glm_image.request.images import decode_source
 from glm_image.request.limits import OUTPUT_FORMATS, Limits
 from glm_image.request.parameters import GenerationParameters
+from glm_image.request.stages import Stage
 
 LIMITS = Limits()
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -107,7 +108,7 @@ def check(made: GeneratedImages, asked: dict[str, Any]) -> None:
     for side, generated in ((height, told["generated_height"]), (width, told["generated_width"])):
         assert generated % 32 == 0
         assert 0 <= generated - side < 32
-    assert set(told["seconds"]) == set(STAGES)
+    assert set(told["seconds"]) == set(Stage)
     assert all(seconds >= 0 for seconds in told["seconds"].values())
     assert set(told["tokens"]) == set(TOKENS)
     assert told["tokens"]["image"] == told["generated_height"] * told["generated_width"] // 32**2

@@ -23,7 +23,7 @@ from glm_image.devices.attention import masked_decode_attention
 from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.open import open_device
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from helpers import MakeCheckpoint, OpenExecutor, sequence_length
@@ -237,7 +237,11 @@ def test_requests_may_join_the_engine_while_others_run(engine: ArEngine, alone: 
     futures: list[Future[ArResult]] = []
     for index in range(4):
         far = threading.Event()
-        futures.append(engine.submit(RequestContext(on_progress=at(40, far.set)), resolved(REQUESTS[index], engine)))
+        futures.append(
+            engine.submit(
+                RequestContext(observers=(ProgressCallback(at(40, far.set)),)), resolved(REQUESTS[index], engine)
+            )
+        )
         assert far.wait(WAIT_SECONDS)
     for index, future in enumerate(futures):
         assert future.result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, index)
@@ -260,8 +264,8 @@ def test_pictures_of_one_request_take_slots_of_their_own(engine: ArEngine, alone
 
 def test_the_engine_drops_what_is_cancelled_or_late_and_nothing_else(engine: ArEngine, alone: list[Tokens]) -> None:
     unwanted, late = RequestContext(), RequestContext()
-    unwanted.on_progress = at(40, unwanted.cancel)
-    late.on_progress = at(60, lambda: setattr(late, "deadline_ns", 1))
+    unwanted.add_observer(ProgressCallback(at(40, unwanted.cancel)))
+    late.add_observer(ProgressCallback(at(60, lambda: setattr(late, "deadline_ns", 1))))
     futures = [
         engine.submit(context, resolved(REQUESTS[index], engine))
         for index, context in enumerate([unwanted, RequestContext(), late])

@@ -29,7 +29,7 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError, UnavailableError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.parallel.rank_group import WorkerConfig, start_ranks
 from glm_image.parallel.worker import Load
@@ -158,7 +158,7 @@ def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: 
     hang_seconds = WAIT_SECONDS if kind == signal.SIGKILL else HANG_SECONDS
     with _decoder(checkpoint_folder, 2, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
         (worker,) = _worker_pids(os.getpid())
-        running = _decode(engine, RequestContext(on_progress=progress), side=1024)
+        running = _decode(engine, RequestContext(observers=(ProgressCallback(progress),)), side=1024)
         assert decoding.wait(WAIT_SECONDS)
         started = time.monotonic()
         os.kill(worker, kind)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm_image.lifecycle.metadata import STAGES
+from glm_image.request.stages import Stage
 from glm_image.supervisor import TritonServer
 from server.kserve import KServeError, Values, grpc_infer
 from server.served import HeldRequest, Served, ask, ended, wait_for_log, write_model
@@ -216,7 +216,7 @@ def test_a_drained_server_finishes_both_stages(tiny_checkpoint: Path, same_threa
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert [line["outcome"] for line in lines] == ["ok", "INVALID_ARG", "ok"]
     assert PICTURE.items() - {("prompt", PICTURE["prompt"]), ("num_inference_steps", 1)} <= lines[2].items()
-    assert set(lines[2]["seconds"]) == set(STAGES)
+    assert set(lines[2]["seconds"]) == set(Stage)
     assert "a fox" not in (tmp_path / "requests.jsonl").read_text()
 
 

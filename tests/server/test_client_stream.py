@@ -59,7 +59,7 @@ def test_the_events_end_with_what_generate_gives(triton: TritonServer, protocol:
 def test_who_leaves_the_iteration_cancels(triton: TritonServer, protocol: str) -> None:
     with client_of(triton, protocol) as client:
         for event in client.stream(**SLOW, request_id=f"left {protocol}"):
-            if event.kind == "tokens":
+            if event.kind == "decode":
                 break
         while (state := client.status(f"left {protocol}")["state"]) in {"running", "queued"}:
             pass

@@ -45,6 +45,7 @@ PIXEL_BYTES = 64 * 96 * 3
 PROTOCOLS = ("grpc", "http")
 THREADS = 8
 PROGRAM_SECONDS = 120
+NODE_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "node_fetch.mjs"
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +235,13 @@ class TestPrograms:
         assert "height is 0; allowed: 32 to 2048" in answer
 
     def test_node_without_a_library(self, triton: TritonServer, png: bytes, tmp_path: Path) -> None:
-        program = str(Path(__file__).with_name("client.mjs"))
+        program = str(NODE_EXAMPLE)
         told = run("node", program, f"http://{triton.http_url}", json.dumps(REQUEST), str(tmp_path / "node.png"))
         assert (tmp_path / "node.png").read_bytes() == png
         assert json.loads(told)["seeds"] == [REQUEST["seed"]]
 
     def test_node_is_told_what_is_wrong(self, triton: TritonServer, tmp_path: Path) -> None:
-        program, request = str(Path(__file__).with_name("client.mjs")), json.dumps({**REQUEST, "height": 31})
+        program, request = str(NODE_EXAMPLE), json.dumps({**REQUEST, "height": 31})
         with pytest.raises(subprocess.CalledProcessError) as failed:
             run("node", program, f"http://{triton.http_url}", request, str(tmp_path / "none.png"))
         assert "height is 31; allowed: 32 to 2048" in failed.value.stderr

@@ -78,7 +78,7 @@ def same_pictures(one: Outputs, other: Outputs) -> None:
 def test_a_request_is_cancelled_while_its_tokens_are_drawn(requests: Requests) -> None:
     alone = requests.send(SMALL, "peaceful").result(WAIT_SECONDS)
     unwanted = requests.send(LONG_TOKENS, "decoding")
-    told = requests.wait_until("decoding", lambda one: one["stage"] == "tokens" and one["done"] > 20)
+    told = requests.wait_until("decoding", lambda one: one["stage"] == "decode" and one["done"] > 20)
     assert told["state"] == "running"
     assert told["requests"][0]["total"] > 4000
     beside = requests.send(SMALL, "beside")
@@ -96,7 +96,7 @@ def test_a_request_is_cancelled_while_its_tokens_are_drawn(requests: Requests) -
 
 def test_a_request_that_waits_for_a_slot_is_cancelled_at_once(requests: Requests) -> None:
     running = requests.send({**LONG_TOKENS, "num_images": SLOTS}, "slots")
-    requests.wait_for("slots", "tokens")
+    requests.wait_for("slots", "decode")
     waiting = requests.send(SMALL, "waits")
     assert requests.wait_for("waits", "ar_queue")["state"] == "queued"
     assert requests.cancel("waits")["state"] == "cancelled"
@@ -129,7 +129,7 @@ def test_all_requests_of_an_id_are_cancelled_and_no_other(requests: Requests) ->
     other = requests.send(SMALL, "share")
     for _ in iter(lambda: len(requests.status("shared")["requests"]), len(shared)):
         pass
-    requests.wait_until("shared", lambda one: one["stage"] in {"tokens", "denoise"})
+    requests.wait_until("shared", lambda one: one["stage"] in {"decode", "denoise"})
     told = requests.cancel("shared")
     assert (told["state"], told["cancelled"], len(told["requests"])) == ("cancelled", 3, 3)
     for answer in shared:
@@ -147,7 +147,7 @@ def test_what_cannot_be_cancelled_is_told(requests: Requests) -> None:
         requests.send({**SMALL, "height": 0}, "refused").result(WAIT_SECONDS)
     assert requests.status("refused")["state"] == "failed"
     unwanted = requests.send(LONG_TOKENS, "twice")
-    requests.wait_for("twice", "tokens")
+    requests.wait_for("twice", "decode")
     assert requests.cancel("twice")["state"] == "cancelled"
     assert_cancelled(unwanted, "twice")
     assert (requests.cancel("twice")["state"], requests.cancel("twice")["cancelled"]) == ("already_cancelled", 0)
@@ -181,7 +181,7 @@ def test_a_client_that_no_longer_waits_cancels(triton: TritonServer, requests: R
     async def give_up() -> None:
         async with AsyncGlmImageClient(url, protocol) as client:
             task = asyncio.create_task(client.generate(**asked, request_id=given_up))
-            await asyncio.to_thread(requests.wait_for, given_up, "tokens")
+            await asyncio.to_thread(requests.wait_for, given_up, "decode")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -191,7 +191,7 @@ def test_a_client_that_no_longer_waits_cancels(triton: TritonServer, requests: R
     with GlmImageClient(url, protocol) as client:
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.generate, **asked, request_id=cancelled)
-            requests.wait_for(cancelled, "tokens")
+            requests.wait_for(cancelled, "decode")
             assert client.cancel(cancelled)["cancelled"] == 1
             with pytest.raises(RequestCancelled, match=f"^request {cancelled} was cancelled$"):
                 answer.result(WAIT_SECONDS)
@@ -207,7 +207,7 @@ def test_the_command_cancels_when_it_is_interrupted(triton: TritonServer, reques
         [*command, "generate", "a fox", "--size", "2048x2048", "--request-id", "interrupted", "--json", *where],
         env=os.environ,
     )
-    requests.wait_for("interrupted", "tokens")
+    requests.wait_for("interrupted", "decode")
     generating.send_signal(signal.SIGINT)
     assert generating.wait(WAIT_SECONDS) == 130
     told = subprocess.run([*command, "status", "interrupted", *where], capture_output=True, text=True, check=True)
@@ -220,7 +220,7 @@ def test_a_direct_call_that_is_broken_off_is_cancelled(triton: TritonServer, req
     """Triton knows of the callers of a model itself, not of those of an ensemble."""
     with tritonclient.grpc.InferenceServerClient(triton.grpc_url) as client:
         call = grpc_start(client, LONG_TOKENS, "glm_ar", request_id="broken off")
-        requests.wait_for("broken off", "tokens")
+        requests.wait_for("broken off", "decode")
         call.cancel()
         requests.wait_until("broken off", lambda told: told["state"] == "cancelled")
 
@@ -235,7 +235,7 @@ def test_a_deadline_that_cannot_be_met_is_told_by_how_much(triton: TritonServer,
     denoise = metadata(grpc_infer(triton, painting, "glm_dit"))["seconds"]["denoise"]
     for model, asked, seconds in (("glm_ar", tokens, decode), ("glm_dit", painting, denoise)):
         sent = time.monotonic()
-        with pytest.raises(KServeError, match=r"cannot meet its deadline: .* takes at least .* s too little") as late:
+        with pytest.raises(KServeError, match=r"cannot meet its deadline: .* takes at least .* s too few") as late:
             grpc_infer(triton, asked, model, timeout_seconds=seconds / 4)
         assert late.value.status == "UNAVAILABLE"
         assert time.monotonic() - sent < seconds / 2

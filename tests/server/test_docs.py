@@ -1,76 +1,146 @@
-"""docs/ by the letter: the examples of each document are run in their order, in one folder."""
+"""README.md and docs/: blocks are those of examples/, tables are what the code declares, links resolve."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+import re
+from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
 
-from glm_image.pipeline import LocalPipeline
-from glm_image.request.parameters import GenerationParameters
-from glm_image.supervisor import TritonServer
-from glm_image_client import PriorTokens
-from server.documents import REPOSITORY_ROOT, check_links, examples_of
-
-DOCUMENTS = {path.stem: path for path in sorted((REPOSITORY_ROOT / "docs").glob("*.md"))}
-FOX = GenerationParameters(
-    "A red fox reading a newspaper that says “NEWS”", height=256, width=256, num_inference_steps=20, seed=42
+from glm_image.config.schema import (
+    AR_PARAMETERS,
+    DIT_PARAMETERS,
+    OUTPUTS,
+    REQUEST_INPUTS,
+    STAGE_PARAMETERS,
+    STAGE_TENSORS,
+    STREAM_INPUTS,
+    TensorSpec,
 )
+from glm_image.request.limits import Limits
+from glm_image.supervisor import ServerSettings, TritonServer
+from glm_image.supervisor.cli import parse_arguments
+from server.documents import (
+    DOCS,
+    DOCUMENTS,
+    EXAMPLES,
+    REPOSITORY_ROOT,
+    blocks_of,
+    check_links,
+    generated_table,
+    is_excerpt,
+    marked_block,
+    table_after,
+)
+from server.kserve import KServeError, generate, grpc_infer, metadata
+
+API, CLI, CONFIGURATION = (
+    (DOCS / name).read_text(encoding="utf-8") for name in ("api.md", "cli.md", "configuration.md")
+)
+TEXTS = {name: path.read_text(encoding="utf-8") for name, path in DOCUMENTS.items()}
 
 
-def run_all(name: str, triton: TritonServer, folder: Path) -> dict[str, NDArray[np.uint8]]:
-    """Runs every example of a document and returns its pictures."""
-    pictures = {}
-    for example in examples_of(DOCUMENTS[name].read_text(encoding="utf-8")).values():
-        with Image.open(example.run(triton, folder)) as picture:
-            assert (picture.format, picture.size) == ("PNG", example.size)
-            pictures[example.file] = np.asarray(picture)
-    return pictures
+@pytest.mark.parametrize("name", TEXTS)
+def test_blocks_are_excerpts_of_the_examples_they_name(name: str) -> None:
+    for block in blocks_of(TEXTS[name]):
+        if block.example:
+            text = (REPOSITORY_ROOT / block.example).read_text(encoding="utf-8")
+            assert is_excerpt(block.text, text), block.text
 
 
-class TestPriorTokens:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tmp_path_factory.mktemp("prior_tokens")
-
-    @pytest.fixture(scope="class")
-    def pictures(self, triton: TritonServer, folder: Path) -> dict[str, NDArray[np.uint8]]:
-        return run_all("prior_tokens", triton, folder)
-
-    def test_kept_tokens_give_the_picture_of_one_request(
-        self, pictures: dict[str, NDArray[np.uint8]], pipeline: LocalPipeline
-    ) -> None:
-        (whole,) = pipeline.generate(FOX).pixels
-        for file in ("kept.png", "plain.png"):
-            np.testing.assert_array_equal(pictures[file], whole)
-        np.testing.assert_array_equal(pictures["variants.png"][:256, :256], whole)
-
-    def test_every_setting_paints_another_picture_from_the_same_tokens(
-        self, pictures: dict[str, NDArray[np.uint8]]
-    ) -> None:
-        tiles = pictures["variants.png"].reshape(2, 256, 3, 256, 3).swapaxes(1, 2).reshape(6, -1)
-        assert len({tile.tobytes() for tile in tiles}) == 6
-
-    def test_edited_tokens_paint_other_pictures(self, pictures: dict[str, NDArray[np.uint8]], folder: Path) -> None:
-        with Image.open(folder / "edited_0.png") as picture:
-            swapped = np.asarray(picture)
-        assert not np.array_equal(swapped, pictures["kept.png"])
-        assert not np.array_equal(swapped, pictures["edited_1.png"])
-
-    def test_the_kept_file_holds_the_tokens(self, pictures: dict[str, NDArray[np.uint8]], folder: Path) -> None:
-        kept = PriorTokens.load(folder / "fox.npz")
-        assert kept.prior_token_ids.shape == (1, 64)
-        assert kept.resolved_seed.tolist() == [42]
+@pytest.mark.parametrize("name", TEXTS)
+def test_python_blocks_come_from_examples(name: str) -> None:
+    """Examples are run by ``test_examples``; a block that is not one of them would rot."""
+    assert [block.text for block in blocks_of(TEXTS[name]) if block.language == "python" and not block.example] == []
 
 
-@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name != "prior_tokens"])
-def test_the_examples_of_other_documents_run(triton: TritonServer, tmp_path: Path, name: str) -> None:
-    run_all(name, triton, tmp_path)
+@pytest.mark.parametrize("name", TEXTS)
+def test_scripts_named_in_shell_blocks_exist(name: str) -> None:
+    for block in blocks_of(TEXTS[name]):
+        for script in re.findall(r"(?:^|\s)(?:\./)?(scripts/[\w/.]+)", block.text):
+            assert (REPOSITORY_ROOT / script).is_file(), script
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_somewhere(name: str) -> None:
+def test_every_example_is_mentioned() -> None:
+    for example in EXAMPLES.iterdir():
+        assert any(f"examples/{example.name}" in text for text in TEXTS.values()), example.name
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_resolve(name: str) -> None:
     check_links(DOCUMENTS[name])
+
+
+@pytest.mark.parametrize(
+    ("table", "specs"),
+    [
+        ("inputs", REQUEST_INPUTS),
+        ("outputs", OUTPUTS),
+        ("stream-inputs", STREAM_INPUTS[len(REQUEST_INPUTS) :]),
+        ("stage-tensors", STAGE_TENSORS),
+    ],
+)
+def test_tensor_tables_have_the_declared_names_and_types(table: str, specs: tuple[TensorSpec, ...]) -> None:
+    rows = generated_table(API, table)
+    assert list(rows) == [spec.name for spec in specs]
+    for spec in specs:
+        assert rows[spec.name][0].split()[0] == {"STRING": "BYTES"}.get(spec.data_type, spec.data_type)
+
+
+@pytest.mark.parametrize(
+    ("table", "declared"),
+    [
+        ("stage-parameters", {spec.name: spec.default for spec in STAGE_PARAMETERS}),
+        ("ar-parameters", {spec.name: spec.default for spec in AR_PARAMETERS[len(STAGE_PARAMETERS) :]}),
+        ("dit-parameters", {spec.name: spec.default for spec in DIT_PARAMETERS[len(STAGE_PARAMETERS) :]}),
+        ("limits", Limits().parameters()),
+    ],
+)
+def test_parameter_tables_have_the_declared_defaults(table: str, declared: dict[str, str]) -> None:
+    shown = {name: cells[0] for name, cells in generated_table(CONFIGURATION, table).items()}
+    assert shown == {name: f"`{default}`" * bool(default) for name, default in declared.items()}
+
+
+def test_the_flags_of_serve_have_the_documented_defaults() -> None:
+    rows = table_after(CLI, "flag")
+    flags = vars(parse_arguments(["--checkpoint", "x"]))
+    documented = set()
+    for names, (default, _) in rows.items():
+        for flag, value in zip(re.findall(r"--([\w-]+)", names), default.split(", "), strict=True):
+            name = flag.replace("-", "_")
+            documented.add(name)
+            assert value == "required" or flags[name] is None or str(flags[name]) == value, flag
+    assert documented == set(flags)
+    assert ServerSettings.host == rows["--host"][0]
+
+
+def test_the_metadata_example_has_the_fields_of_a_response(triton: TritonServer) -> None:
+    shown = json.loads(marked_block(API, "metadata"))
+    prompt = "A red fox reading a newspaper that says “NEWS”"
+    answered = metadata(grpc_infer(triton, {"prompt": prompt, "width": 32, "height": 32, "num_inference_steps": 1}))
+    assert _fields(shown) == _fields(answered)
+    assert shown["tokens"] == {**answered["tokens"], "preview": 256, "image": 64}
+
+
+def _fields(value: Any) -> Any:
+    return {name: _fields(field) for name, field in value.items()} if isinstance(value, dict) else type(value)
+
+
+def test_the_quoted_error_is_the_server_s(triton: TritonServer) -> None:
+    with pytest.raises(KServeError, match="height is 0; allowed: 32 to 2048") as refused:
+        generate(triton, {"prompt": "x", "height": 0})
+    assert "`height is 0; allowed: 32 to 2048`" in API
+    assert refused.value.status == "400"
+
+
+@pytest.mark.parametrize("name", ["configuration.md", "cached_denoising.md"])
+def test_lines_to_edit_differ_from_the_configuration_in_their_value_only(name: str) -> None:
+    config = (REPOSITORY_ROOT / "model_repository" / "glm_dit" / "config.pbtxt").read_text(encoding="utf-8")
+    given = [_without_values(line) for line in config.splitlines()]
+    for line in marked_block(TEXTS[f"docs/{name}"], "edits glm_dit").splitlines():
+        assert given.count(_without_values(line)) == 1, line
+
+
+def _without_values(line: str) -> str:
+    return re.sub(r"count: \d+|string_value: \".*?\"", "VALUE", line)

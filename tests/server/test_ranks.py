@@ -94,7 +94,7 @@ def test_a_rank_that_is_lost_under_a_request(
     server = TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=5, log=log)
     with _kept(server, ready):
         seen = set(_workers().values())
-        for stage, doing in (("glm_ar", "tokens"), ("glm_dit", "denoise")):
+        for stage, doing in (("glm_ar", "decode"), ("glm_dit", "denoise")):
             together = grpc_infer(server, ASKED)["images"].astype(int)
             assert np.abs(together - alone).max() <= 1
             long = (

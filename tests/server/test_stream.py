@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_image.lifecycle.events import ORDER
+from glm_image.request.stages import STAGE_ORDER
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
 from server.kserve import KServeError, Values, at_once, decoded, grpc_infer, metadata
@@ -51,10 +51,10 @@ def test_the_stream_tells_shows_and_ends_with_the_ensembles_picture(triton: Trit
 
     kinds = [response.event["event"] for response in told]
     assert kinds[0] == "queued"
-    assert {"tokens", "preview", "denoise"} <= set(kinds)
+    assert {"decode", "preview", "denoise"} <= set(kinds)
     assert last.event["event"] == "image"
     progress = [one.event for one in told if one.event["event"] != "preview" and not texts(one, "images_base64")]
-    places = [(ORDER.index(event["stage"]), event["done"]) for event in progress]
+    places = [(STAGE_ORDER.index(event["stage"]), event["done"]) for event in progress]
     assert places == sorted(places)
     assert len({response.event["request_id"] for response in told}) == 1
     seconds = [response.event["seconds"] for response in (*told, last)]
@@ -115,7 +115,7 @@ def seen(server: TritonServer, request_id: str, wanted: Callable[[dict[str, Any]
     return told
 
 
-@pytest.mark.parametrize("stage", ["tokens", pytest.param("denoise", marks=pytest.mark.full)])
+@pytest.mark.parametrize("stage", ["decode", pytest.param("denoise", marks=pytest.mark.full)])
 def test_a_closed_stream_frees_the_device(triton: TritonServer, stage: str) -> None:
     asked = {**ASKED, "num_inference_steps": 200, "preview_steps": 0}
     responses = grpc_stream(triton, asked, request_id=f"gone-{stage}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from glm_image.lifecycle.metadata import STAGES
+from glm_image.request.stages import Stage
 from glm_image.supervisor import TritonServer
 from helpers import serving
 
@@ -76,7 +76,7 @@ def test_the_stages_lie_below_their_models(tiny_checkpoint: Path, same_threads: 
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             assert answer.status == 200
         found: dict[str, tuple[str, str]] = {}
-        while not {"InferRequest", "glm_ar", "glm_dit", *STAGES} - {"dit_queue"} <= found.keys():
+        while not {"InferRequest", "glm_ar", "glm_dit", *Stage} - {"dit_queue"} <= found.keys():
             name, trace, span, parent = collector.spans.get(timeout=SECONDS)
             assert trace == TRACE
             found[name] = (span, parent)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from glm_image.ar.admission import CHEAP, NEARLY_USED_UP, PATIENCE, BatchAdmission, ImmediateAdmission, QueueSnapshot
 from glm_image.ipc.protocol import Event
-from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.downstream import HAND_OVER_SECONDS, TOPIC, DitLoad, DitLoadReporter
+from glm_image.lifecycle.context import RequestContext, RequestObserver
+from glm_image.lifecycle.downstream import HANDOVER_SECONDS, TOPIC, DitLoad, DitLoadReporter
+from glm_image.request.stages import Stage
 
 SLOTS = 4
 DECODE, PAINT = 8.0, 10.0
@@ -31,8 +32,8 @@ class Clock:
         return self.now
 
 
-def statement(*left: tuple[int, int], painter: str = "glm_dit_0", seconds: float = PAINT) -> Event:
-    return {"painter": painter, "requests": list(left), "seconds_a_picture": seconds}
+def statement(*left: tuple[int, int], instance: str = "glm_dit_0", seconds: float = PAINT) -> Event:
+    return {"instance": instance, "requests": list(left), "seconds_per_image": seconds}
 
 
 def line(clock: Clock, **other: float) -> QueueSnapshot:
@@ -51,7 +52,7 @@ def clock() -> Clock:
 @pytest.fixture
 def backlog(clock: Clock) -> DitLoad:
     made = DitLoad(clock)
-    made.hear(statement())
+    made.update(statement())
     return made
 
 
@@ -62,20 +63,20 @@ def test_at_once_lets_everybody_in(clock: Clock) -> None:
 def test_nobody_waits_while_the_painters_are_not_known(clock: Clock) -> None:
     backlog = DitLoad(clock)
     for arrived_ns in range(5):
-        backlog.hand_on(arrived_ns, 1)
+        backlog.forwarded(arrived_ns, 1)
     assert backlog.pictures() is None
     assert BatchAdmission(backlog).wait(line(clock)) == 0
-    backlog.hear(statement((0, 1), seconds=0.0))
+    backlog.update(statement((0, 1), seconds=0.0))
     assert backlog.pictures() == 5
     assert BatchAdmission(backlog).wait(line(clock)) == 0
 
 
 def test_who_is_let_in(clock: Clock, backlog: DitLoad) -> None:
     gathered = BatchAdmission(backlog)
-    backlog.hear(statement((1, NEARLY_USED_UP)))
+    backlog.update(statement((1, NEARLY_USED_UP)))
     assert gathered.wait(line(clock)) == 0
     assert gathered.wait(line(clock, running=1, free=3)) > 0
-    backlog.hear(statement((1, NEARLY_USED_UP + 1)))
+    backlog.update(statement((1, NEARLY_USED_UP + 1)))
     assert gathered.wait(line(clock)) > 0
     assert gathered.wait(line(clock, waiting=SLOTS - 1)) > 0
     assert gathered.wait(line(clock, waiting=SLOTS)) == 0
@@ -87,7 +88,7 @@ def test_who_is_let_in(clock: Clock, backlog: DitLoad) -> None:
 
 def test_time_is_a_reason_too(clock: Clock, backlog: DitLoad, caplog: pytest.LogCaptureFixture) -> None:
     gathered = BatchAdmission(backlog)
-    backlog.hear(statement((1, 3)))
+    backlog.update(statement((1, 3)))
     longest = gathered.max_wait(2, DECODE)
     assert longest == PATIENCE * (DECODE + 5 * PAINT)
     assert gathered.wait(line(clock, latest=clock.now + longest)) == pytest.approx(longest)
@@ -101,17 +102,17 @@ def test_time_is_a_reason_too(clock: Clock, backlog: DitLoad, caplog: pytest.Log
 
 
 def test_what_is_handed_on_is_painted_or_lost(clock: Clock, backlog: DitLoad) -> None:
-    backlog.hear(statement((9, 1)))
+    backlog.update(statement((9, 1)))
     for arrived_ns, pictures in ((1, 1), (2, 4)):  # of one batch
-        backlog.hand_on(arrived_ns, pictures)
+        backlog.forwarded(arrived_ns, pictures)
     assert backlog.pictures() == 6
-    backlog.hear(statement((2, 4)))  # the later one came out first
+    backlog.update(statement((2, 4)))  # the later one came out first
     assert backlog.pictures() == 5
     clock.now += 50
-    backlog.hand_on(3, 1)
-    backlog.hear(statement((2, 1)))
+    backlog.forwarded(3, 1)
+    backlog.update(statement((2, 1)))
     assert backlog.pictures() == 3
-    backlog.hear(statement((3, 1)))  # nothing was heard of the first, which was before it in the queue
+    backlog.update(statement((3, 1)))  # nothing was heard of the first, which was before it in the queue
     assert backlog.pictures() == 1
 
 
@@ -119,48 +120,59 @@ def test_nothing_waits_for_a_painter_that_has_nothing_to_do(clock: Clock, backlo
     heard = []
     backlog.when_changed(lambda: heard.append(backlog.pictures()))
     clock.now += 50
-    backlog.hand_on(1, 5)  # for a caller who wanted the tokens alone
+    backlog.forwarded(1, 5)  # for a caller who wanted the tokens alone
     assert backlog.pictures() == 5
     gathered = BatchAdmission(backlog)
-    assert gathered.wait(line(clock)) == pytest.approx(HAND_OVER_SECONDS)
-    clock.now += HAND_OVER_SECONDS
+    assert gathered.wait(line(clock)) == pytest.approx(HANDOVER_SECONDS)
+    clock.now += HANDOVER_SECONDS
     assert gathered.wait(line(clock)) == 0
     assert backlog.pictures() == 0
-    backlog.hear(statement((7, 2), painter="glm_dit_1"))  # called without the first stage
+    backlog.update(statement((7, 2), instance="glm_dit_1"))  # called without the first stage
     assert heard == [2]
     assert backlog.seconds_a_picture == PAINT / 2
-    backlog.hear(statement((8, 1)))
+    backlog.update(statement((8, 1)))
     clock.now += 50
-    backlog.hand_on(2, 1)
+    backlog.forwarded(2, 1)
     clock.now += 50
     assert backlog.pictures() == 4
     assert backlog.next_loss() == math.inf
 
 
-def test_a_painter_states_what_is_left() -> None:
-    told: list[Event] = []
-    painting = DitLoadReporter("glm_dit_3")
-    painting.publish = lambda topic, event: told.append({**event(), "topic": topic})
-    seen: list[str] = []
-    one, other = (
-        RequestContext(arrived_ns=5, on_stage_seconds=lambda stage, _: seen.append(stage)),
-        RequestContext(arrived_ns=6),
+class StagesSeen(RequestObserver):
+    """Notes the stages of which parts have finished."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def stage_finished(self, context: RequestContext, stage: Stage, seconds: float) -> None:
+        self.stages.append(stage)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_reporter_publishes_the_images_that_are_left(is_first: bool) -> None:
+    published: list[Event] = []
+    reporter, seen = DitLoadReporter("glm_dit_3"), StagesSeen()
+    reporter.publish = lambda topic, event: published.append({**event(), "topic": topic})
+    observers = (reporter, seen) if is_first else (seen, reporter)
+    first, second = (
+        RequestContext(arrived_ns=5, num_images=2, observers=observers),
+        RequestContext(arrived_ns=6, observers=observers),
     )
-    painting.begin(one, 2)
-    with one.timed("condition"):
+    first.start(Stage.CONDITION)
+    with first.timed(Stage.CONDITION):
         pass
-    one.add_seconds("denoise", 3.0)
-    painting.begin(other, 1)
-    one.add_seconds("denoise", 5.0)
-    painting.end(one)
-    painting.end(other)
-    painting.end(other)
-    assert [event["requests"] for event in told] == [
+    first.add_seconds(Stage.DENOISE, 3.0)
+    second.start(Stage.CONDITION)
+    first.add_seconds(Stage.DENOISE, 5.0)
+    first.finish()
+    second.finish()
+    reporter.finished(second, None)
+    assert [event["requests"] for event in published] == [
         [(5, 2)], [(5, 1)], [(5, 1), (6, 1)], [(5, 0), (6, 1)], [(6, 1)], [], [],
     ]  # fmt: skip
-    assert told[-1]["seconds_a_picture"] == 4.0
-    assert {(event["painter"], event["topic"]) for event in told} == {("glm_dit_3", TOPIC)}
-    assert seen == ["condition", "denoise", "denoise"]
+    assert published[-1]["seconds_per_image"] == 4.0
+    assert {(event["instance"], event["topic"]) for event in published} == {("glm_dit_3", TOPIC)}
+    assert seen.stages == [Stage.CONDITION, Stage.DENOISE, Stage.DENOISE]
 
 
 @dataclass
@@ -187,7 +199,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.backlog = DitLoad(self.clock)
-        self.backlog.hear(statement())
+        self.backlog.update(statement())
         self.policy = BatchAdmission(self.backlog)
         self.latest: dict[int, float] = {}
         self.events: list[tuple[float, int, Callable[[], None]]] = []
@@ -220,11 +232,11 @@ class Stages:
 
     def state(self) -> None:
         if not self.loses(next(self.statements)):
-            self.backlog.hear(statement(*([] if self.painting is None else [(self.painting, 1)])))
+            self.backlog.update(statement(*([] if self.painting is None else [(self.painting, 1)])))
 
     def decoded(self, number: int) -> None:
         del self.running[number]
-        self.backlog.hand_on(number, 1)
+        self.backlog.forwarded(number, 1)
         if self.paints(number):
             self.queue.append(number)
             self.paint()

@@ -1,4 +1,4 @@
-"""The first stage on the tiny checkpoint lets sequences in by a painter's word, heard over the real bus."""
+"""The AR engine on the tiny checkpoint admits sequences by the load of a DiT instance, received over real sockets."""
 
 from __future__ import annotations
 
@@ -17,58 +17,57 @@ from glm_image.ar.scheduler import Run
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
-from glm_image.ipc import Follower, IpcServer
+from glm_image.ipc import IpcServer
 from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
-from glm_image.lifecycle.downstream import TOPIC, DitLoad, DitLoadReporter
+from glm_image.lifecycle.downstream import DitLoadFeed, DitLoadReporter
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
+from glm_image.request.stages import Stage
 
 SLOTS = 4
 WAIT_SECONDS = 60
-TOKENS = 242 + 2  # preview 11 x 22, picture 1 x 2
+TOKENS = 242 + 2  # preview 11 x 22, image 1 x 2
 
 
 @dataclass
-class Painter:
-    """A painting instance without an engine, on the bus."""
+class DitInstance:
+    """A DiT instance without an engine, with its IPC server."""
 
     folder: Path
     name: str = "glm_dit_0"
 
     def __post_init__(self) -> None:
-        self.painting = DitLoadReporter(self.name)
-        self.node = IpcServer(self.folder, self.name, {}, lambda topic, listens: self.painting.tell())
-        self.painting.publish = self.node.publish
+        self.reporter = DitLoadReporter(self.name)
+        self.server = IpcServer(self.folder, self.name, {}, lambda topic, is_there: self.reporter.publish_load())
+        self.reporter.publish = self.server.publish
 
-    def begin(self, pictures: int) -> RequestContext:
-        context = RequestContext()
-        self.painting.begin(context, pictures)
-        context.add_seconds("denoise", 1000.0)  # so long that nobody is let in because of the time
+    def begin(self, images: int) -> RequestContext:
+        context = RequestContext(num_images=images, observers=(self.reporter,))
+        context.start(Stage.CONDITION)
+        context.add_seconds(Stage.DENOISE, 1000.0)  # so long that no request is admitted because of its waiting time
         return context
 
 
-class FirstStage:
-    """An engine with gathered admission, the steps it took, and what it heard."""
+class ArStage:
+    """An engine with batch admission, the steps it took, and the statements it received."""
 
     def __init__(self, checkpoint: Path, folder: Path) -> None:
         self.steps = 0
-        self.backlog = DitLoad()
-        self.heard = threading.Semaphore(0)
-        self.follower = Follower(folder, "glm_dit_", TOPIC, self._hear)
+        self.feed = DitLoadFeed(folder)
+        self.load = self.feed.load
+        self.received = threading.Semaphore(0)
         settings = ArSettings(max_num_seqs=SLOTS, max_sequence_tokens=512)
         self.engine = ArEngine(
             Checkpoint.open(checkpoint),
             open_device("cpu"),
             settings,
             watched=self._counted,
-            admission=BatchAdmission(self.backlog),
+            admission=BatchAdmission(self.load),
         )
+        look_again = self.load._on_change
+        self.load.when_changed(lambda: (look_again(), self.received.release()))
         self.steps = 0
-
-    def _hear(self, statement: Event) -> None:
-        self.backlog.hear(statement)
-        self.heard.release()
 
     def _counted(self, run: Run) -> Run:
         def counting(command: Command) -> object:
@@ -77,98 +76,101 @@ class FirstStage:
 
         return counting  # type: ignore[return-value]
 
-    def hear(self, statements: int = 1) -> None:
-        for _ in range(statements):
-            assert self.heard.acquire(timeout=WAIT_SECONDS)
+    def look(self) -> None:
+        """Has the feed look for new instances, as a request that starts does."""
+        self.feed.started(RequestContext())
 
-    def request(self, seed: int, pictures: int = 1) -> ResolvedRequest:
-        asked = GenerationParameters(prompt="x", height=32, width=64, seed=seed, num_images=pictures)
-        return asked.resolve(Limits(), self.engine.sampling)
+    def wait_for_statement(self) -> None:
+        assert self.received.acquire(timeout=WAIT_SECONDS)
+
+    def request(self, seed: int, images: int = 1) -> ResolvedRequest:
+        parameters = GenerationParameters(prompt="x", height=32, width=64, seed=seed, num_images=images)
+        return parameters.resolve(Limits(), self.engine.sampling)
 
     def close(self) -> None:
         self.engine.close()
-        self.follower.close()
+        self.feed.close()
 
 
 @pytest.fixture
-def painter(tmp_path: Path) -> Iterator[Painter]:
-    made = Painter(tmp_path)
+def dit(tmp_path: Path) -> Iterator[DitInstance]:
+    made = DitInstance(tmp_path)
     yield made
-    made.node.close()
+    made.server.close()
 
 
 @pytest.fixture
-def first(checkpoint_folder: Path, tmp_path: Path) -> Iterator[FirstStage]:
-    made = FirstStage(checkpoint_folder, tmp_path)
+def ar(checkpoint_folder: Path, tmp_path: Path) -> Iterator[ArStage]:
+    made = ArStage(checkpoint_folder, tmp_path)
     yield made
     made.close()
 
 
-def test_who_waits_decodes_together_when_the_painter_says_so(first: FirstStage, painter: Painter) -> None:
-    alone = [first.engine.submit(RequestContext(), first.request(seed)).result(WAIT_SECONDS) for seed in range(3)]
-    assert first.steps == 3 * (TOKENS - 1)
-    busy = painter.begin(3)
-    first.follower.look()
-    first.hear()
-    waiting = [first.engine.submit(RequestContext(), first.request(seed)) for seed in range(3)]
-    assert first.backlog.pictures() == 2
+def test_waiting_requests_decode_together_when_the_dit_is_nearly_done(ar: ArStage, dit: DitInstance) -> None:
+    alone = [ar.engine.submit(RequestContext(), ar.request(seed)).result(WAIT_SECONDS) for seed in range(3)]
+    assert ar.steps == 3 * (TOKENS - 1)
+    busy = dit.begin(3)
+    ar.look()
+    ar.wait_for_statement()
+    waiting = [ar.engine.submit(RequestContext(), ar.request(seed)) for seed in range(3)]
+    assert ar.load.pictures() == 2
     assert not any(future.done() for future in waiting)
-    assert first.steps == 3 * (TOKENS - 1)
-    busy.add_seconds("denoise", 1000.0)
+    assert ar.steps == 3 * (TOKENS - 1)
+    busy.add_seconds(Stage.DENOISE, 1000.0)
     for future, expected in zip(waiting, alone, strict=True):
         assert (future.result(WAIT_SECONDS).prior_token_ids == expected.prior_token_ids).all()
-    assert first.steps == 4 * (TOKENS - 1)
+    assert ar.steps == 4 * (TOKENS - 1)
 
 
-def test_a_full_batch_and_a_request_of_several_pictures_go_on(first: FirstStage, painter: Painter) -> None:
-    painter.begin(9)
-    first.follower.look()
-    first.hear()
-    more = first.engine.submit(RequestContext(), first.request(0, pictures=SLOTS + 1))
+def test_a_full_batch_and_a_request_of_several_images_are_admitted(ar: ArStage, dit: DitInstance) -> None:
+    dit.begin(9)
+    ar.look()
+    ar.wait_for_statement()
+    more = ar.engine.submit(RequestContext(), ar.request(0, images=SLOTS + 1))
     assert more.result(WAIT_SECONDS).prior_token_ids.shape == (SLOTS + 1, 2)
-    assert first.steps == 2 * (TOKENS - 1)
+    assert ar.steps == 2 * (TOKENS - 1)
 
 
-def test_who_waits_can_be_cancelled_run_out_of_time_and_be_told_of_the_end(first: FirstStage, painter: Painter) -> None:
-    painter.begin(9)
-    first.follower.look()
-    first.hear()
+def test_a_waiting_request_can_be_cancelled_miss_its_deadline_and_end_with_the_engine(
+    ar: ArStage, dit: DitInstance
+) -> None:
+    dit.begin(9)
+    ar.look()
+    ar.wait_for_statement()
     unwanted = RequestContext()
-    cancelled = first.engine.submit(unwanted, first.request(1))
-    held = first.engine.submit(RequestContext(), first.request(2))
+    cancelled = ar.engine.submit(unwanted, ar.request(1))
+    held = ar.engine.submit(RequestContext(), ar.request(2))
     unwanted.cancel()
     with pytest.raises(CancelledError):
         cancelled.result(WAIT_SECONDS)
-    assert first.steps == 0
+    assert ar.steps == 0
     # Too little time to be painted after all that is ahead, so it is not held; the one before it goes first.
-    late = first.engine.submit(
-        RequestContext(deadline_ns=time.monotonic_ns() + WAIT_SECONDS * NANOSECONDS), first.request(3)
-    )
+    late = ar.engine.submit(RequestContext(deadline_ns=time.monotonic_ns() + WAIT_SECONDS * NANOSECONDS), ar.request(3))
     held.result(WAIT_SECONDS)
     late.result(WAIT_SECONDS)
     with pytest.raises(DeadlineExceededError):
-        first.engine.submit(RequestContext(deadline_ns=1), first.request(4)).result(WAIT_SECONDS)
-    last = first.engine.submit(RequestContext(), first.request(5))
-    first.engine.close()
+        ar.engine.submit(RequestContext(deadline_ns=1), ar.request(4)).result(WAIT_SECONDS)
+    last = ar.engine.submit(RequestContext(), ar.request(5))
+    ar.engine.close()
     with pytest.raises(UnavailableError):
         last.result(0)
 
 
-def test_a_painter_that_comes_later_or_again_is_heard(first: FirstStage, tmp_path: Path) -> None:
-    first.follower.look()
-    assert first.backlog.pictures() is None
-    for pictures in (5, 7):
-        painter = Painter(tmp_path)
-        painter.begin(pictures)
-        first.follower.look()
-        while first.backlog.pictures() != pictures - 1:
-            first.hear()
-        painter.node.close()
+def test_an_instance_that_starts_later_or_again_is_received(ar: ArStage, tmp_path: Path) -> None:
+    ar.look()
+    assert ar.load.pictures() is None
+    for images in (5, 7):
+        dit = DitInstance(tmp_path)
+        dit.begin(images)
+        ar.look()
+        while ar.load.pictures() != images - 1:
+            ar.wait_for_statement()
+        dit.server.close()
 
 
-def test_nothing_is_published_to_nobody(painter: Painter) -> None:
-    told: list[Event] = []
-    publish = painter.node.publish
-    painter.painting.publish = lambda topic, event: publish(topic, lambda: told.append(event()) or {})
-    painter.painting.end(painter.begin(2))
-    assert told == []
+def test_publish_without_subscriber_builds_no_statement(dit: DitInstance) -> None:
+    built: list[Event] = []
+    publish = dit.server.publish
+    dit.reporter.publish = lambda topic, event: publish(topic, lambda: built.append(event()) or {})
+    dit.begin(2).finish()
+    assert built == []

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from glm_image.ar.commands import Admit, Command, Release, Step
 from glm_image.ar.scheduler import Scheduler
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.request.geometry import Grid
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest, Sampling
+from glm_image.request.stages import Stage
 
 SLOTS = 3
 LENGTH = 10
@@ -206,7 +207,7 @@ def test_a_late_request_is_dropped_while_it_waits_and_while_it_runs(served: Serv
         served.submit(1, context=RequestContext(deadline_ns=1)).result(WAIT_SECONDS)
     assert served.executor.seeds() == []
     context = RequestContext()
-    context.on_progress = lambda progress: setattr(context, "deadline_ns", 1)
+    context.add_observer(ProgressCallback(lambda progress: setattr(context, "deadline_ns", 1)))
     with pytest.raises(DeadlineExceededError):
         served.submit(2, context=context, length=1000).result(WAIT_SECONDS)
     assert rows(served.submit(3)) == tokens_of(3)
@@ -267,13 +268,13 @@ def test_an_executor_that_only_fails_still_answers(served: Served) -> None:
 
 def test_progress_and_seconds_are_told(served: Served) -> None:
     seen: list[Progress] = []
-    context = RequestContext(on_progress=seen.append)
+    context = RequestContext(observers=(ProgressCallback(seen.append),))
     served.submit(*range(5), length=100, context=context).result(WAIT_SECONDS)
-    done = [progress.done for progress in seen if progress.stage == "tokens"]
+    done = [progress.done for progress in seen if progress.stage == Stage.DECODE]
     assert done == sorted(done)
     assert 0 < done[0] < done[-1] <= 500
-    assert {(progress.stage, progress.total) for progress in seen} == {("prefill", 5), ("tokens", 500)}
-    assert [progress.done for progress in seen if progress.stage == "prefill"] == [1, 2, 3, 4, 5]
+    assert {(progress.stage, progress.total) for progress in seen} == {("prefill", 5), ("decode", 500)}
+    assert [progress.done for progress in seen if progress.stage == Stage.PREFILL] == [1, 2, 3, 4, 5]
     assert context.seconds.keys() == {"ar_queue", "prefill", "decode"}
     assert all(seconds >= 0 for seconds in context.seconds.values())
 

@@ -1,18 +1,144 @@
 from __future__ import annotations
 
+import itertools
+import logging
 import time
+from typing import Any
 
+import numpy as np
 import pytest
 
 from glm_image.errors import CancelledError, DeadlineExceededError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext, RequestObserver, Timeouts
+from glm_image.request.stages import Stage
 
 
-def test_a_job_goes_on_until_it_is_cancelled() -> None:
+class Recorder(RequestObserver):
+    """Notes all that it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def started(self, context: RequestContext) -> None:
+        self.calls.append("started")
+
+    def progressed(self, context: RequestContext, progress: Progress) -> None:
+        self.calls.append(progress)
+
+    def stage_finished(self, context: RequestContext, stage: Stage, seconds: float) -> None:
+        self.calls.append((stage, seconds))
+
+    def preview_sampled(self, context: RequestContext, tokens: Any) -> None:
+        self.calls.append(("preview", tokens.tolist()))
+
+    def estimate_rendered(self, context: RequestContext, pixels: Any) -> None:
+        self.calls.append(("estimate", pixels.shape))
+
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        self.calls.append(("finished", error))
+
+
+class Faulty(RequestObserver):
+    """Raises whenever it is called."""
+
+    def _fail(self, *_: Any) -> None:
+        raise RuntimeError("a faulty observer")
+
+    started = progressed = stage_finished = preview_sampled = estimate_rendered = finished = _fail
+
+
+class Canceller(RequestObserver):
+    """Cancels the request when it starts."""
+
+    def started(self, context: RequestContext) -> None:
+        context.cancel()
+
+
+ERROR = ValueError()
+EVERY_CALL = [
+    "started",
+    Progress(Stage.AR_QUEUE, 0, 1),
+    Progress(Stage.DECODE, 3, 8),
+    (Stage.DECODE, 1.5),
+    ("preview", [1, 2]),
+    ("estimate", (2, 3, 3)),
+    ("finished", ERROR),
+]
+
+
+def run_through(context: RequestContext) -> None:
+    context.start(Stage.AR_QUEUE)
+    context.report(Stage.DECODE, 3, 8)
+    context.add_seconds(Stage.DECODE, 1.5)
+    for _ in range(2):
+        context.publish_preview(np.array([1, 2], dtype=np.int32))
+    context.publish_estimate(np.zeros((2, 3, 3), dtype=np.uint8))
+    context.finish(ERROR)
+    context.finish(None)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_each_observer_sees_everything_in_any_order_and_beside_a_faulty_one(
+    order: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = Recorder(), Recorder()
+    observers = (first, Faulty(), second)
+    with caplog.at_level(logging.ERROR):
+        run_through(RequestContext(observers=tuple(observers[index] for index in order)))
+    assert first.calls == second.calls == EVERY_CALL
+    assert [record.message.partition(" request ")[0] for record in caplog.records] == (
+        ["Faulty failed to observe"] * len(EVERY_CALL)
+    )
+
+
+def test_an_observer_can_be_added_and_removed() -> None:
+    context, recorder = RequestContext(), Recorder()
+    assert (context.is_watched, context.wants_preview) == (False, False)
+    context.add_observer(recorder)
+    assert (context.is_watched, context.wants_preview) == (True, True)
+    context.publish_preview(np.zeros(0, dtype=np.int32))
+    assert not context.wants_preview
+    context.remove_observer(recorder)
+    context.remove_observer(recorder)
+    assert not context.is_watched
+    context.report(Stage.DECODE, 1, 2)
+    assert recorder.calls == [("preview", [])]
+    assert context.progress() == Progress(Stage.DECODE, 1, 2)
+
+
+def test_progress_is_not_computed_without_an_observer_of_it() -> None:
+    context = RequestContext(observers=(Canceller(),))
+    context.progress = lambda: pytest.fail("progress that no observer receives")
+    context.publish_progress()
+    context.add_observer(ProgressCallback(lambda _: None))
+    with pytest.raises(pytest.fail.Exception):
+        context.publish_progress()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_request_cancelled_by_an_observer_does_not_start(is_first: bool) -> None:
+    recorder, canceller = Recorder(), Canceller()
+    context = RequestContext(observers=(canceller, recorder) if is_first else (recorder, canceller))
+    with pytest.raises(CancelledError):
+        context.start(Stage.CONDITION)
+    assert recorder.calls == ["started", Progress(Stage.CONDITION, 0, 1)]
+
+
+def test_a_request_goes_on_until_it_is_cancelled() -> None:
     context = RequestContext(id="mine")
     context.check()
     context.cancel()
     with pytest.raises(CancelledError, match="mine"):
+        context.check()
+
+
+def test_cancel_calls_the_callback_even_if_it_is_set_later() -> None:
+    context, called = RequestContext(), list[str]()
+    context.on_cancel(lambda: called.append("first"))
+    context.cancel()
+    context.on_cancel(lambda: called.append("too late"))
+    assert called == ["first", "too late"]
+    with pytest.raises(CancelledError):
         context.check()
 
 
@@ -26,7 +152,25 @@ def test_a_timeout_becomes_a_deadline() -> None:
         context.check()
 
 
-def test_no_timeout_is_no_deadline_and_no_id_is_a_new_one() -> None:
+def test_a_deadline_that_cannot_be_met_names_the_missing_time() -> None:
+    context = RequestContext.with_timeout("mine", 2_000_000)
+    context.check(1.0)
+    with pytest.raises(
+        DeadlineExceededError, match=r"at least 5\.000 s, (1\.9|2\.0)\d+ s are left, 3\.0\d+ s too few$"
+    ):
+        context.check(5.0)
+    RequestContext().check(1e9)
+
+
+@pytest.mark.parametrize(
+    ("default", "longest", "requested", "expected"),
+    [(0, 0, 0, 0), (0, 0, 7, 7), (5, 0, 0, 5), (5, 0, 7, 7), (0, 9, 0, 9), (5, 9, 0, 5), (5, 9, 11, 9), (5, 9, 7, 7)],
+)
+def test_a_timeout_has_a_default_and_a_maximum(default: int, longest: int, requested: int, expected: int) -> None:
+    assert Timeouts(default, longest).of(requested) == expected
+
+
+def test_without_timeout_there_is_no_deadline_and_without_id_a_new_one() -> None:
     contexts = [RequestContext.with_timeout("", 0) for _ in range(2)]
     assert [context.deadline_ns for context in contexts] == [0, 0]
     assert contexts[0].id != contexts[1].id
@@ -36,15 +180,9 @@ def test_no_timeout_is_no_deadline_and_no_id_is_a_new_one() -> None:
 
 def test_seconds_add_up_and_are_kept_when_a_stage_fails() -> None:
     context = RequestContext()
-    context.add_seconds("decode", 1.5)
-    context.add_seconds("decode", 0.25)
-    with pytest.raises(RuntimeError), context.timed("vae"):
+    context.add_seconds(Stage.DECODE, 1.5)
+    context.add_seconds(Stage.DECODE, 0.25)
+    with pytest.raises(RuntimeError), context.timed(Stage.VAE):
         raise RuntimeError
-    assert context.seconds["decode"] == 1.75
-    assert context.seconds["vae"] >= 0
-
-
-def test_progress_reaches_the_sink() -> None:
-    seen: list[Progress] = []
-    RequestContext(on_progress=seen.append).report("tokens", 3, 8)
-    assert seen == [Progress("tokens", 3, 8)]
+    assert context.seconds[Stage.DECODE] == 1.75
+    assert context.seconds[Stage.VAE] >= 0

@@ -31,7 +31,7 @@ from glm_image.dit.metrics import CACHED_STEPS
 from glm_image.dit.model import DitModel
 from glm_image.dit.step import ImageState
 from glm_image.errors import CancelledError, ConfigurationError
-from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.context import ProgressCallback, RequestContext
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
@@ -211,7 +211,9 @@ def test_image_after_a_cancelled_one_is_unchanged(engine: DitEngine, cache: Any,
     cache(SOME)
     expected = paint(engine, request()).pixels
     context = RequestContext()
-    context.on_progress = lambda progress: context.cancel() if progress.done == stopped_after else None
+    context.add_observer(
+        ProgressCallback(lambda progress: context.cancel() if progress.done == stopped_after else None)
+    )
     with pytest.raises(CancelledError):
         paint(engine, request(GRID, 4), context)
     assert np.array_equal(paint(engine, request()).pixels, expected)

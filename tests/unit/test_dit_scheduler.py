@@ -11,7 +11,7 @@ import pytest
 from glm_image.dit.commands import Decode, Drop, Prepare, Step
 from glm_image.dit.scheduler import Scheduler
 from glm_image.errors import CancelledError, DeadlineExceededError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.parallel.commands import Command
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.parameters import PaintRequest
@@ -66,7 +66,7 @@ def kinds(executor: Executor) -> list[str]:
 
 def test_images_are_denoised_one_after_the_other() -> None:
     executor, seen = Executor(), list[Progress]()
-    scheduler, context = Scheduler(executor.run), RequestContext(on_progress=seen.append)
+    scheduler, context = Scheduler(executor.run), RequestContext(observers=(ProgressCallback(seen.append),))
     images = scheduler.denoise(context, request(7, 8))
     assert kinds(executor) == (["Prepare"] + ["Step"] * STEPS) * 2
     prepared = [command for command in executor.commands if isinstance(command, Prepare)]
@@ -85,7 +85,7 @@ def test_cancelled_request_stops_at_its_next_step_and_drops_its_images(steps_bef
     executor, context = Executor(), RequestContext()
     if steps_before == 0:
         context.cancel()
-    context.on_progress = lambda progress: context.cancel() if progress.done == steps_before else None
+    context.add_observer(ProgressCallback(lambda progress: context.cancel() if progress.done == steps_before else None))
     scheduler = Scheduler(executor.run)
     with pytest.raises(CancelledError):
         scheduler.denoise(context, request(7, 8))

@@ -1,4 +1,4 @@
-"""What a client may send in the place of the first stage's metadata."""
+"""The metadata of the AR, and what a client may send in its place."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import pytest
 
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import LATEST_DEADLINE_NS, RequestContext
-from glm_image.lifecycle.metadata import STAGES, TOKENS, ar_metadata, read_ar_metadata
+from glm_image.lifecycle.metadata import TOKENS, ar_metadata, read_ar_metadata
+from glm_image.request.stages import STAGE_ORDER, Stage
 
 
-def test_what_the_first_stage_tells_is_read() -> None:
+def test_the_metadata_of_the_ar_is_read() -> None:
     context = RequestContext()
-    context.add_seconds("prefill", 0.25)
-    told = ar_metadata(context, dict.fromkeys(TOKENS, 3))
-    assert read_ar_metadata(json.dumps(told)) == told
+    context.add_seconds(Stage.PREFILL, 0.25)
+    metadata = ar_metadata(context, dict.fromkeys(TOKENS, 3))
+    assert read_ar_metadata(json.dumps(metadata)) == metadata
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"seeds": [1], "seconds": {}, "tokens": {}}', '{"finished_ns": 0}'])
@@ -25,7 +26,7 @@ def test_entries_may_be_missing_or_unknown(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "5", "null", "x", '{"a":' * 100_000, '{"a": ' + "9" * 10_000 + "}"])
-def test_what_is_no_object_is_refused(text: str) -> None:
+def test_metadata_must_be_an_object(text: str) -> None:
     with pytest.raises(InvalidInputError, match=r"^ar_metadata is .*; allowed: a JSON object$"):
         read_ar_metadata(text)
 
@@ -33,13 +34,13 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 @pytest.mark.parametrize("value", ["abc", None, [], {}, True, -1, float("nan"), float("inf"), 10**400, 2**63])
 @pytest.mark.parametrize("name", ["seconds", "tokens"])
 def test_numbers_are_checked(name: str, value: Any) -> None:
-    key = {"seconds": STAGES, "tokens": TOKENS}[name][1]
+    key = {"seconds": STAGE_ORDER, "tokens": TOKENS}[name][1]
     with pytest.raises(InvalidInputError, match=f"^ar_metadata's {name} is .*; allowed: an object of .*{key}"):
         read_ar_metadata(json.dumps({name: {key: value}}))
 
 
 @pytest.mark.parametrize("value", ["now", -1, 1.5, True, 2**63, None])
-def test_the_end_of_the_first_stage_is_checked(value: Any) -> None:
+def test_finished_ns_is_checked(value: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"^ar_metadata's finished_ns is .*; allowed: a whole number"):
         read_ar_metadata(json.dumps({"finished_ns": value}))
 

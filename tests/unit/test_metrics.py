@@ -19,10 +19,11 @@ from glm_image.dit import metrics as dit
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import CancelledError
-from glm_image.lifecycle.context import Progress, RequestContext
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, PaintRequest
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSpec
 
 WAIT_SECONDS = 60
@@ -89,10 +90,10 @@ def test_a_cancelled_request_leaves_what_was_done(engine: ArEngine, records: Rec
     context = RequestContext()
 
     def cancel_half_way(progress: Progress) -> None:
-        if progress.stage == "tokens" and progress.done >= progress.total // 2:
+        if progress.stage == Stage.DECODE and progress.done >= progress.total // 2:
             context.cancel()
 
-    context.on_progress = cancel_half_way
+    context.add_observer(ProgressCallback(cancel_half_way))
     resolved = asked(1).resolve(Limits(), engine.sampling)
     with pytest.raises(CancelledError):
         engine.submit(context, resolved).result(WAIT_SECONDS)
@@ -142,7 +143,7 @@ def test_pictures_are_counted(painter: DitEngine, records: Records, output_forma
 
 def test_a_cancelled_picture_leaves_the_steps_it_took(painter: DitEngine, records: Records) -> None:
     context = RequestContext()
-    context.on_progress = lambda progress: context.cancel() if progress.done == 4 else None
+    context.add_observer(ProgressCallback(lambda progress: context.cancel() if progress.done == 4 else None))
     with pytest.raises(CancelledError):
         painter.paint(context, paint_request(3, "raw"), Limits())
     assert records.times(dit.STEP_SECONDS) == 4

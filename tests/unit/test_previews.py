@@ -16,7 +16,7 @@ from glm_image.dit.metrics import DROPPED_PREVIEWS, PREVIEWS
 from glm_image.dit.previews import MAX_WAITING, Previews
 from glm_image.dit.scheduler import Scheduler
 from glm_image.errors import CancelledError, DeadlineExceededError, QueueFullError, UnavailableError
-from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.context import ProgressCallback, RequestContext
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.parameters import PaintRequest
 from glm_image.telemetry.metrics import MetricSpec
@@ -124,7 +124,7 @@ def test_every_nth_step_but_the_last_publishes_an_estimate() -> None:
             shown.append(sum(isinstance(earlier, Step) for earlier in executor.commands))
         return result
 
-    context = RequestContext(pictures_every=1)
+    context = RequestContext(estimate_every=1)
     Scheduler(run).denoise(context, request(1, 2))
     assert shown == [1, 2, STEPS + 1, STEPS + 2]
     steps = [command for command in executor.commands if isinstance(command, Step)]
@@ -168,8 +168,8 @@ def test_previews_between_steps_do_not_change_the_image(pipeline: LocalPipeline)
     run = pipeline.dit.executor.run
     alone, busy = Scheduler(run), Scheduler(run)
     expected = alone.decode(RequestContext(), alone.denoise(RequestContext(), asked))
-    context = RequestContext(pictures_every=1)
-    context.on_progress = lambda _: busy.previews.submit(RequestContext(), asked)  # type: ignore[assignment,return-value]
+    context = RequestContext(estimate_every=1)
+    context.add_observer(ProgressCallback(lambda _: busy.previews.submit(RequestContext(), asked)))
     began = time.monotonic()
     pixels = busy.decode(context, busy.denoise(context, asked))
     assert time.monotonic() - began < WAIT_SECONDS

@@ -4,102 +4,94 @@ import time
 
 import pytest
 
-from glm_image.errors import CancelledError, DeadlineExceededError
-from glm_image.lifecycle.context import RequestContext, Timeouts
+from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.eta import DurationStats, DurationStatsByKey
-from glm_image.lifecycle.registry import MAX_REMEMBERED, RequestRegistry
+from glm_image.lifecycle.lru import LatestEntries
+from glm_image.lifecycle.registry import MAX_REMEMBERED, RequestRegistry, RequestState
+from glm_image.request.stages import Stage
 
 
-def test_all_requests_of_an_id_that_were_there_are_cancelled() -> None:
-    in_flight = RequestRegistry("ar_queue", "handed_on")
-    shared, other = [RequestContext(id="a"), RequestContext(id="a")], RequestContext(id="b")
-    for context in (*shared, other):
-        in_flight.begin(context)
-    asked_ns = time.monotonic_ns()
-    later = RequestContext(id="a")
-    in_flight.begin(later)
-    assert [told["cancelled_now"] for told in in_flight.cancel("a", asked_ns)] == [True, True]
+@pytest.fixture
+def registry() -> RequestRegistry:
+    return RequestRegistry(RequestState.FORWARDED)
+
+
+def started(registry: RequestRegistry, request_id: str) -> RequestContext:
+    context = RequestContext(id=request_id, observers=(registry,))
+    context.start(Stage.AR_QUEUE)
+    return context
+
+
+def test_cancel_applies_to_all_earlier_requests_of_an_id(registry: RequestRegistry) -> None:
+    shared, other = [started(registry, "a"), started(registry, "a")], started(registry, "b")
+    requested_ns = time.monotonic_ns()
+    later = started(registry, "a")
+    assert [event["cancelled_now"] for event in registry.cancel("a", requested_ns)] == [True, True]
     assert [context.cancelled for context in (*shared, other, later)] == [True, True, False, False]
-    assert [told["cancelled_now"] for told in in_flight.cancel("a", asked_ns)] == [False, False]
+    assert [event["cancelled_now"] for event in registry.cancel("a", requested_ns)] == [False, False]
 
 
-def test_what_is_done_beside_a_request_is_cancelled_with_it_and_not_told_of() -> None:
-    in_flight = RequestRegistry("condition", "finished")
+def test_a_linked_request_is_cancelled_with_its_id_and_not_listed(registry: RequestRegistry) -> None:
     mine, over, later = (RequestContext(id="a") for _ in range(3))
-    lets_go = [in_flight.beside(context) for context in (mine, over)]
-    lets_go[1]()
+    unlinks = [registry.link(context) for context in (mine, over)]
+    unlinks[1]()
     later.arrived_ns = time.monotonic_ns() + 10**9
-    lets_go.append(in_flight.beside(later))
-    assert in_flight.cancel("a", time.monotonic_ns()) == in_flight.status("a") == []
+    unlinks.append(registry.link(later))
+    assert registry.cancel("a", time.monotonic_ns()) == registry.status("a") == []
     assert [context.cancelled for context in (mine, over, later)] == [True, False, False]
-    lets_go[0]()
-    lets_go[2]()
-    assert in_flight._beside == {}
+    unlinks[0]()
+    unlinks[2]()
+    assert registry._linked == {}
 
 
-def test_callers_that_are_gone_are_cancelled() -> None:
-    in_flight = RequestRegistry("ar_queue", "handed_on")
-    gone, there = RequestContext(), RequestContext()
-    in_flight.begin(gone, lambda: True)
-    in_flight.begin(there, lambda: False)
-    in_flight.cancel_gone()
-    assert (gone.cancelled, there.cancelled) == (True, False)
+def test_abandoned_requests_are_cancelled(registry: RequestRegistry) -> None:
+    abandoned, connected = started(registry, ""), started(registry, "")
+    abandoned.is_abandoned = lambda: True
+    registry.cancel_abandoned()
+    assert (abandoned.cancelled, connected.cancelled) == (True, False)
 
 
-def test_what_is_remembered_is_bounded() -> None:
-    in_flight = RequestRegistry("ar_queue", "handed_on")
+def test_memory_of_ended_requests_is_bounded(registry: RequestRegistry) -> None:
     for number in range(MAX_REMEMBERED + 10):
-        context = RequestContext(id=str(number))
-        in_flight.begin(context)
-        in_flight.end(context, None)
-        in_flight.cancel(f"x{number}", 1)
-    assert in_flight.status("0") == []
-    assert in_flight.status("20")[0]["state"] == "handed_on"
-    assert (len(in_flight._ended), len(in_flight._cancels)) == (MAX_REMEMBERED, MAX_REMEMBERED)
-    assert in_flight._entries == {}
+        started(registry, str(number)).finish()
+        registry.cancel(f"x{number}", 1)
+    assert registry.status("0") == []
+    assert registry.status("20")[0]["state"] == "forwarded"
+    assert (len(registry._ended), len(registry._cancels)) == (MAX_REMEMBERED, MAX_REMEMBERED)
+    assert registry._requests == {}
 
 
-def test_a_job_calls_who_wants_to_know_of_its_cancel() -> None:
-    context, called = RequestContext(), list[str]()
-    context.on_cancel(lambda: called.append("first"))
-    context.cancel()
-    context.on_cancel(lambda: called.append("too late"))
-    assert called == ["first", "too late"]
-    with pytest.raises(CancelledError):
-        context.check()
+def test_a_request_that_never_started_leaves_no_trace(registry: RequestRegistry) -> None:
+    RequestContext(id="a", observers=(registry,)).finish(ValueError())
+    assert registry.status("a") == []
 
 
-def test_a_deadline_that_cannot_be_met_is_told_by_how_much() -> None:
-    context = RequestContext.with_timeout("mine", 2_000_000)
-    context.check(1.0)
-    with pytest.raises(
-        DeadlineExceededError, match=r"at least 5\.000 s, and it has (1\.9|2\.0)\d+ s, 3\.0\d+ s too little$"
-    ):
-        context.check(5.0)
-    RequestContext().check(1e9)
+def test_entries_go_by_number_and_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("glm_image.lifecycle.lru.time.monotonic", lambda: clock[0])
+    entries: LatestEntries[str, int] = LatestEntries(2, max_seconds=10)
+    for number, key in enumerate("abab"):
+        entries.put(key, number)
+    entries.put("c", 4)
+    assert [entries.get(key) for key in "abc"] == [None, 3, 4]
+    clock[0] = 10.5
+    entries.put("d", 5)
+    assert [entries.get(key) for key in "bcd"] == [None, None, 5]
 
 
-@pytest.mark.parametrize(
-    ("default", "most", "asked", "given"),
-    [(0, 0, 0, 0), (0, 0, 7, 7), (5, 0, 0, 5), (5, 0, 7, 7), (0, 9, 0, 9), (5, 9, 0, 5), (5, 9, 11, 9), (5, 9, 7, 7)],
-)
-def test_a_timeout_has_a_default_and_a_maximum(default: int, most: int, asked: int, given: int) -> None:
-    assert Timeouts(default, most).of(asked) == given
-
-
-def test_a_pace_follows_the_latest_times() -> None:
-    pace = DurationStats()
-    assert (pace.fastest, pace.mean) == (0, 0)
-    pace.add(1.0)
+def test_duration_stats_follow_the_latest_durations() -> None:
+    stats = DurationStats()
+    assert (stats.fastest, stats.mean) == (0, 0)
+    stats.add(1.0)
     for _ in range(300):
-        pace.add(3.0)
-    assert (pace.fastest, pace.mean) == (3.0, 3.0)
+        stats.add(3.0)
+    assert (stats.fastest, stats.mean) == (3.0, 3.0)
 
 
-def test_each_kind_has_its_pace_and_few_are_kept() -> None:
-    paces = DurationStatsByKey()
+def test_each_kind_has_its_durations_and_few_kinds_are_kept() -> None:
+    stats = DurationStatsByKey()
     for kind in range(1000):
-        paces.of(kind).add(kind)
-        assert paces.of(0).fastest == 0
-    assert paces.of(999).mean == 999
-    assert paces.of(1).mean == 0
+        stats.of(kind).add(kind)
+        assert stats.of(0).fastest == 0
+    assert stats.of(999).mean == 999
+    assert stats.of(1).mean == 0

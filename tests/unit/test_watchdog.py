@@ -128,7 +128,7 @@ def test_the_oldest_of_several_commands_counts(pulse: Heartbeat, tmp_path: Path)
 
 def test_an_order_to_drain_arrives(pulse: Heartbeat, tmp_path: Path) -> None:
     drained = threading.Event()
-    pulse.start(orders={"drain": drained.set})
+    pulse.start(commands={"drain": drained.set})
     (tmp_path / "worker_0.orders").write_text("drain\n")
     assert drained.wait(TIMEOUT)
 

@@ -25,6 +25,7 @@ from glm_image.errors import GlmImageError, QueueFullError, UnavailableError
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.lifecycle.eta import DurationStats
 from glm_image.request.parameters import ResolvedRequest
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
 Run = Callable[[Command], "NDArray[np.int32] | None"]
@@ -236,7 +237,7 @@ class Scheduler:
     def _admit_one(self, request: Request, index: int) -> None:
         if index == 0:
             waited = time.monotonic() - request.submitted
-            request.context.add_seconds("ar_queue", waited)
+            request.context.add_seconds(Stage.AR_QUEUE, waited)
             self._record(QUEUE_SECONDS, waited)
         slot = next(slot for slot in range(self._slots) if slot not in self._running)
         resolved = request.resolved
@@ -244,7 +245,7 @@ class Scheduler:
         self._running[slot] = Running(request, index, request.length - 1, started)
         self._record_load()
         try:
-            with request.context.timed("prefill"):
+            with request.context.timed(Stage.PREFILL):
                 self._encode(request)
                 placed = request.sources.placed if request.sources else ()
                 seed = resolved.seeds[index]
@@ -255,7 +256,7 @@ class Scheduler:
         self._running[slot].since = time.monotonic()
         self._record(PREFILL_SECONDS, self._running[slot].since - started)
         self._record(TOKENS, 1)
-        request.context.report("prefill", index + 1, len(resolved.seeds))
+        request.context.report(Stage.PREFILL, index + 1, len(resolved.seeds))
         request.drawn.done += 1
         request.context.progress = request.drawn.progress
         self._finish_done()
@@ -288,7 +289,7 @@ class Scheduler:
     def _hand_out_previews(self) -> None:
         for slot, running in list(self._running.items()):
             request, preview = running.request, running.request.resolved.grids[0].tokens
-            if request.context.on_preview is None or running.index or request.length - running.left < preview:
+            if not request.context.wants_preview or running.index or request.length - running.left < preview:
                 continue
             try:
                 tokens = self._run(Peek(slot, preview))
@@ -312,7 +313,7 @@ class Scheduler:
             assert tokens is not None
             request.tokens[running.index] = tokens
             seconds = time.monotonic() - running.since
-            request.context.add_seconds("decode", seconds)
+            request.context.add_seconds(Stage.DECODE, seconds)
             # The host runs ahead of the device, so only all of a sequence's steps together can be timed from here.
             self._pace.add(seconds / max(1, request.length - 1))
             if len(request.tokens) == len(request.resolved.seeds):

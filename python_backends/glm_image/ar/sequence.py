@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from glm_image.lifecycle.context import Progress, RequestContext
 from glm_image.request.geometry import PlacedGrid
 from glm_image.request.parameters import ResolvedRequest
+from glm_image.request.stages import Stage
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Sampled:
 
     def progress(self) -> Progress:
         """Returns it as a job tells it."""
-        return Progress("tokens", self.done, self.total)
+        return Progress(Stage.DECODE, self.done, self.total)
 
 
 @dataclass(eq=False)
@@ -107,5 +108,5 @@ class Running:
 def report_progress(running: Iterable[Running]) -> None:
     """Tells who watches how far their requests are; called after every step, and mostly for nobody."""
     contexts = [one.request.context for one in running]
-    for context in dict.fromkeys(context for context in contexts if context.on_progress is not None):
+    for context in dict.fromkeys(context for context in contexts if context.is_watched):
         context.publish_progress()

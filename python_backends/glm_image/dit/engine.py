@@ -26,6 +26,7 @@ from glm_image.request import geometry, images
 from glm_image.request.geometry import Grid
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
 UNFINISHED_REQUESTS = 2
@@ -120,7 +121,7 @@ class DitEngine:
             DeviceMemoryError: the device has too little memory for it.
         """
         queued = queued_seconds(request.ar_metadata)
-        context.add_seconds("dit_queue", queued)
+        context.add_seconds(Stage.DIT_QUEUE, queued)
         self._record(QUEUE_SECONDS, queued)
         request.check(limits, self.codebook_size)
         sources = request.read_sources(limits, self.source_rule)
@@ -148,7 +149,7 @@ class DitEngine:
         decoded = self._scheduler.decode(context, numbers)
         pixels = np.stack([images.crop(image, request.requested) for image in decoded])
         encoded: list[bytes] = []
-        with context.timed("encode"):
+        with context.timed(Stage.ENCODE):
             if request.output_format != "raw":
                 encoded = [self._encode(image, request.output_format) for image in pixels]
         self._record(IMAGES, len(pixels))

@@ -20,6 +20,7 @@ from glm_image.lifecycle.eta import DurationStatsByKey
 from glm_image.parallel.commands import Command, R
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.source_images import SourcePicture
+from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
 
@@ -85,7 +86,7 @@ class Scheduler:
         context.check()
         number = next(self._numbers)
         try:
-            with context.timed("condition"):
+            with context.timed(Stage.CONDITION):
                 self._run(ReadSources(number, sources))
             yield number
         finally:
@@ -95,9 +96,9 @@ class Scheduler:
         self, context: RequestContext, request: PaintRequest, row: int, image: int, sources_of: int | None
     ) -> None:
         context.check()
-        with context.timed("condition"):
+        with context.timed(Stage.CONDITION):
             sigmas = self._run(_prepare(request, row, image, sources_of))
-        with context.timed("denoise"):
+        with context.timed(Stage.DENOISE):
             self._take_steps(context, request, row, image, sigmas.tolist())
 
     def _take_steps(
@@ -108,15 +109,15 @@ class Scheduler:
             for taken in range(row * steps, (row + 1) * steps):
                 context.check(self._min_seconds(request, taken))
                 step = taken - row * steps + 1
-                is_shown = context.pictures_every > 0 and step % context.pictures_every == 0 and step < steps
+                is_shown = context.estimate_every > 0 and step % context.estimate_every == 0 and step < steps
                 started = time.monotonic()
                 cached += self._run(Step(image, is_shown))
                 seconds = time.monotonic() - started
                 stats.add(seconds)
                 self._record(STEP_SECONDS, seconds)
-                context.report("denoise", taken + 1, len(request.seeds) * steps, sigmas[step])
+                context.report(Stage.DENOISE, taken + 1, len(request.seeds) * steps, sigmas[step])
                 if is_shown:
-                    context.show(self._run(Estimate(image)))
+                    context.publish_estimate(self._run(Estimate(image)))
                 self.previews.between_steps(seconds)
         finally:
             if cached:
@@ -149,7 +150,7 @@ class Scheduler:
             DeviceMemoryError: the device is out of memory.
         """
         try:
-            with context.timed("vae"):
+            with context.timed(Stage.VAE):
                 return np.stack([self._decode_one(context, image) for image in images])
         finally:
             self._drop(images)

@@ -1,4 +1,4 @@
-"""A request in flight: who it is, until when, whether anyone still wants it, and where its time went."""
+"""A request in flight: its id, deadline, cancel flag, stage times and progress, and the observers of all of it."""
 
 from __future__ import annotations
 
@@ -9,136 +9,215 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.errors import CancelledError, DeadlineExceededError, shown
+from glm_image.request.stages import Stage
 
 logger = logging.getLogger(__name__)
 
-Told = TypeVar("Told")
-
 NANOSECONDS = 1_000_000_000
 LATEST_DEADLINE_NS = 2**63 - 1
-"""What a deadline's INT64 tensor holds; a timeout of centuries comes to this."""
+"""The largest deadline that its INT64 tensor holds; longer timeouts are cut to it."""
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long requests may take, in microseconds; 0 = as long as they like.
+    """The time limits of requests, in microseconds; 0 = no limit.
 
     Attributes:
-        default_us: of a request that does not say.
-        max_us: of any request; one that asks for more, or for none, has this.
+        default_us: the timeout of a request that sets none.
+        max_us: the longest timeout; longer ones, and requests without any, are cut to it.
     """
 
     default_us: int = 0
     max_us: int = 0
 
-    def of(self, asked_us: int) -> int:
-        """Returns the timeout of a request that asks for ``asked_us``."""
-        wanted = asked_us if asked_us > 0 else self.default_us
-        return min(wanted or self.max_us, self.max_us) if self.max_us else wanted
+    def of(self, requested_us: int) -> int:
+        """Returns the timeout of a request that sets ``requested_us`` (0 = none)."""
+        timeout = requested_us if requested_us > 0 else self.default_us
+        return min(timeout or self.max_us, self.max_us) if self.max_us else timeout
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage of a request has come.
+    """The progress of a request within a stage.
 
     Attributes:
-        stage: ``prefill``, ``tokens`` or ``denoise``.
-        done: prompts read, tokens drawn or steps taken, of all its pictures.
-        total: how many there will be.
-        sigma: the noise that is left in a picture being denoised, 1 to 0.
+        stage: the stage.
+        done: prompts read, tokens sampled or denoising steps taken, over all images of the request.
+        total: the value of ``done`` at the end of the stage.
+        sigma: the noise level of the image being denoised, 1 to 0.
     """
 
-    stage: str
+    stage: Stage
     done: int
     total: int
     sigma: float | None = None
 
 
-def not_begun() -> Progress:
-    """How far a request is that nothing has been told of."""
-    return Progress("", 0, 1)
+class RequestObserver:
+    """Receives the events of a request; each method does nothing unless a subclass overrides it.
+
+    Methods are called in the thread that causes the event, often the engine's, so they must return quickly. An
+    exception is logged and reaches neither the engine nor the other observers. No observer may rely on the order in
+    which observers are called.
+    """
+
+    def started(self, context: RequestContext) -> None:
+        """The stage has accepted the request and is about to work on it; cancelling it from here ends it."""
+
+    def progressed(self, context: RequestContext, progress: Progress) -> None:
+        """The engine made progress. Overriding this makes ``RequestContext.is_watched`` true."""
+
+    def stage_finished(self, context: RequestContext, stage: Stage, seconds: float) -> None:
+        """A stage ended, or a part of it: most stages have one part per image."""
+
+    def preview_sampled(self, context: RequestContext, tokens: NDArray[np.int32]) -> None:
+        """The AR sampled the first image's preview, int32 [tokens]; at most once.
+
+        Overriding this makes ``RequestContext.wants_preview`` true.
+        """
+
+    def estimate_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
+        """The DiT rendered an estimate of the image being denoised, uint8 [height, width, 3]."""
+
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        """The request ended, and its response is about to be sent; called once, even if it never started."""
 
 
-def ignore_picture(pixels: NDArray[np.uint8]) -> None:
-    """What is done with the pictures of what is being denoised where nobody looks."""
+class ProgressCallback(RequestObserver):
+    """Calls a function with each progress."""
+
+    def __init__(self, callback: Callable[[Progress], object]) -> None:
+        self._callback = callback
+
+    def progressed(self, context: RequestContext, progress: Progress) -> None:
+        self._callback(progress)
 
 
-def ignore_stage_seconds(stage: str, seconds: float) -> None:
-    """What is done with the parts of a stage's time where nobody traces."""
+def _no_progress() -> Progress:
+    return Progress(Stage.AR_QUEUE, 0, 1)
 
 
 @dataclass(eq=False)
 class RequestContext:
-    """A request in flight, shared by the thread that serves it and whoever may cancel it.
+    """A request in flight, shared by the engine's thread, the thread that serves it and those that may cancel it.
 
     Attributes:
-        id: the caller's request id, or one made here.
-        deadline_ns: ``time.monotonic_ns()`` after which the request is worthless; 0 = none.
-        arrived_ns: ``time.monotonic_ns()`` when the server took it; with the id, what tells requests apart.
-        progress: says how far it is; may be asked from any thread.
-        on_progress: called from the engine's thread; must return at once. None = nobody watches.
-        seconds: wall-clock seconds per stage.
-        on_seconds: called with each part of a stage's time when it is over; must return at once.
-        on_preview: called once, as ``on_progress``, with the tokens of the first picture's preview, int32 [tokens], as
-            soon as they are drawn; None = nobody wants them.
-        pictures_every: steps between two calls of ``on_picture``; 0 = none.
-        on_picture: called as ``on_progress``, with what the picture being denoised will be, uint8 [height, width, 3].
-        cached_steps: denoising steps that the cache skipped, of each picture painted so far.
+        id: the caller's request id, or a generated one.
+        deadline_ns: the ``time.monotonic_ns()`` by which the request must end; 0 = none.
+        arrived_ns: the ``time.monotonic_ns()`` at which it reached the server; distinguishes requests of one id.
+        accepted_ns: the ``time.monotonic_ns()`` at which it reached this stage.
+        num_images: the images that it asks for.
+        attributes: its parameters, for the request log.
+        is_abandoned: returns whether the caller has disconnected.
+        progress: returns the current progress; callable from any thread.
+        is_watched: whether an observer receives progress. Engines skip ``publish_progress`` otherwise.
+        wants_preview: whether an observer waits for the preview's tokens.
+        seconds: wall-clock seconds by stage.
+        estimate_every: denoising steps between two estimates; 0 = none.
+        cached_steps: denoising steps that the cache skipped, one entry per image denoised so far.
+        observers: receive its events; change them with ``add_observer`` and ``remove_observer``.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     deadline_ns: int = 0
     arrived_ns: int = field(default_factory=time.monotonic_ns)
-    progress: Callable[[], Progress] = not_begun
-    on_progress: Callable[[Progress], None] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    on_stage_seconds: Callable[[str, float], None] = ignore_stage_seconds
-    on_preview: Callable[[NDArray[np.int32]], None] | None = None
-    pictures_every: int = 0
-    on_picture: Callable[[NDArray[np.uint8]], None] = ignore_picture
+    accepted_ns: int = field(default_factory=time.monotonic_ns)
+    num_images: int = 1
+    attributes: dict[str, Any] = field(default_factory=dict)
+    is_abandoned: Callable[[], bool] = bool
+    progress: Callable[[], Progress] = _no_progress
+    is_watched: bool = field(default=False, init=False)
+    wants_preview: bool = field(default=False, init=False)
+    seconds: dict[Stage, float] = field(default_factory=dict)
+    estimate_every: int = 0
     cached_steps: list[int] = field(default_factory=list)
-    _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
-    _on_cancel: Callable[[], None] | None = field(default=None, repr=False)
+    observers: tuple[RequestObserver, ...] = ()
+    _preview_is_sampled: bool = field(default=False, init=False, repr=False)
+    _is_finished: bool = field(default=False, init=False, repr=False)
+    _cancelled: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
+    _on_cancel: Callable[[], None] | None = field(default=None, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._set_observers(tuple(self.observers))
 
     @classmethod
     def with_timeout(cls, request_id: str, timeout_us: int) -> RequestContext:
-        """Makes a job from a KServe request: its id ("" = make one) and its timeout in microseconds (0 = none)."""
+        """Creates the context of a request from its id ("" = generate one) and timeout in microseconds (0 = none)."""
         now = time.monotonic_ns()
         deadline_ns = min(now + timeout_us * 1000, LATEST_DEADLINE_NS) if timeout_us > 0 else 0
         return cls(id=request_id or uuid.uuid4().hex, deadline_ns=deadline_ns, arrived_ns=now)
 
+    def add_observer(self, observer: RequestObserver) -> None:
+        with self._lock:
+            self._set_observers((*self.observers, observer))
+
+    def remove_observer(self, observer: RequestObserver) -> None:
+        """Removes an observer, if it is there."""
+        with self._lock:
+            self._set_observers(tuple(other for other in self.observers if other is not observer))
+
+    def _set_observers(self, observers: tuple[RequestObserver, ...]) -> None:
+        self.observers = observers
+        self.is_watched = any(_overrides(observer, "progressed") for observer in observers)
+        self.wants_preview = not self._preview_is_sampled and any(
+            _overrides(observer, "preview_sampled") for observer in observers
+        )
+
+    def start(self, stage: Stage) -> None:
+        """Notifies the observers that the request starts at ``stage``.
+
+        Raises:
+            CancelledError: it has been cancelled, by an observer or before.
+        """
+        self._notify(lambda observer: observer.started(self))
+        self.report(stage, 0, 1)
+        if self.cancelled:
+            self.check()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Notifies the observers that the request ended; only the first call counts.
+
+        Args:
+            error: the error it ended with; None = it succeeded.
+        """
+        with self._lock:
+            if self._is_finished:
+                return
+            self._is_finished = True
+        self._notify(lambda observer: observer.finished(self, error))
+
     @property
     def cancelled(self) -> bool:
-        """Whether somebody has cancelled it."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """Asks the engine to drop the request: at once while it waits, else at its next look."""
+        """Cancels the request: a waiting one ends immediately, a running one at the engine's next ``check``."""
         self._cancelled.set()
         if self._on_cancel is not None:
             self._on_cancel()
 
-    def on_cancel(self, call: Callable[[], None]) -> None:
-        """Has ``call`` called by whoever cancels, in place of what was to be before; at once if it is too late."""
-        self._on_cancel = call
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Sets the callback to run on cancellation, replacing any earlier one; runs it now if already cancelled."""
+        self._on_cancel = callback
         if self.cancelled:
-            call()
+            callback()
 
     def check(self, needed_seconds: float = 0.0) -> None:
-        """Looks whether the request is to go on.
+        """Raises if the request must not go on.
 
         Args:
-            needed_seconds: what is left of it takes at least this long.
+            needed_seconds: the least time that its remaining work takes.
 
         Raises:
             CancelledError: it was cancelled.
-            DeadlineExceededError: its time has run out, or is too short for what is left.
+            DeadlineExceededError: its deadline has passed, or comes before the remaining work can be done.
         """
         if self.cancelled:
             raise CancelledError(f"request {shown(self.id)} was cancelled")
@@ -149,48 +228,55 @@ class RequestContext:
             raise DeadlineExceededError(f"request {shown(self.id)} is {-left:.3f} s past its deadline")
         if left < needed_seconds:
             raise DeadlineExceededError(
-                f"request {shown(self.id)} cannot meet its deadline: what is left to do takes at least "
-                f"{needed_seconds:.3f} s, and it has {left:.3f} s, {needed_seconds - left:.3f} s too little"
+                f"request {shown(self.id)} cannot meet its deadline: the remaining work takes at least "
+                f"{needed_seconds:.3f} s, {left:.3f} s are left, {needed_seconds - left:.3f} s too few"
             )
 
-    def report(self, stage: str, done: int, total: int, sigma: float | None = None) -> None:
-        """Says how far it is; a sink that fails is no reason for the engine to stop."""
-        now = Progress(stage, done, total, sigma)
-        self.progress = lambda: now
+    def report(self, stage: Stage, done: int, total: int, sigma: float | None = None) -> None:
+        """Sets the progress and publishes it."""
+        progress = Progress(stage, done, total, sigma)
+        self.progress = lambda: progress
         self.publish_progress()
 
     def publish_progress(self) -> None:
-        """Tells who watches how far it is, if anybody does."""
-        watcher = self.on_progress  # which another thread may take away
-        if watcher is not None:
-            self._tell(watcher, self.progress())
+        """Passes the current progress to the observers, if one of them receives progress."""
+        if self.is_watched:
+            progress = self.progress()
+            self._notify(lambda observer: observer.progressed(self, progress))
 
     def publish_preview(self, tokens: NDArray[np.int32]) -> None:
-        """Gives a preview's tokens to who wants them, who then wants no more; a fault is as one of ``report``."""
-        wanted, self.on_preview = self.on_preview, None
-        if wanted is not None:
-            self._tell(wanted, tokens)
+        """Passes the first image's preview to the observers, int32 [tokens]; only the first call counts."""
+        with self._lock:
+            if self._preview_is_sampled:
+                return
+            self._preview_is_sampled, self.wants_preview = True, False
+        self._notify(lambda observer: observer.preview_sampled(self, tokens))
 
-    def show(self, pixels: NDArray[np.uint8]) -> None:
-        """Shows what the picture being denoised will be; a fault is as one of ``report``."""
-        self._tell(self.on_picture, pixels)
+    def publish_estimate(self, pixels: NDArray[np.uint8]) -> None:
+        """Passes an estimate of the image being denoised to the observers, uint8 [height, width, 3]."""
+        self._notify(lambda observer: observer.estimate_rendered(self, pixels))
 
-    def _tell(self, sink: Callable[[Told], None], told: Told) -> None:
-        try:
-            sink(told)
-        except Exception:
-            logger.exception("what is told of request %s cannot be published", self.id)
-
-    def add_seconds(self, stage: str, seconds: float) -> None:
+    def add_seconds(self, stage: Stage, seconds: float) -> None:
         """Adds to a stage's time."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        self.on_stage_seconds(stage, seconds)
+        self._notify(lambda observer: observer.stage_finished(self, stage, seconds))
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time of the block to a stage's."""
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Adds the duration of the block to a stage's time, even if it raises."""
         started = time.monotonic()
         try:
             yield
         finally:
             self.add_seconds(stage, time.monotonic() - started)
+
+    def _notify(self, call: Callable[[RequestObserver], None]) -> None:
+        for observer in self.observers:
+            try:
+                call(observer)
+            except Exception:
+                logger.exception("%s failed to observe request %s", type(observer).__name__, shown(self.id))
+
+
+def _overrides(observer: RequestObserver, method: str) -> bool:
+    return getattr(type(observer), method) is not getattr(RequestObserver, method)

@@ -1,8 +1,8 @@
-"""How much the first stage has given the second to paint that is not painted yet, as both instances know it.
+"""The load of the DiT: the images that ``glm_ar`` forwarded and ``glm_dit`` has not denoised, as both stages know it.
 
-Nothing of an ensemble tells the first stage what becomes of its tokens. So each painting instance states, whenever that
-changes, which requests it has and how many of their pictures are left. A statement says all of it: whoever missed one,
-or asks later, knows as much after the next.
+An ensemble does not tell its first step what becomes of the tokens. So each DiT instance publishes its requests and
+their remaining images whenever they change. A statement is complete: a subscriber that missed one, or comes later, is
+up to date after the next.
 """
 
 from __future__ import annotations
@@ -12,146 +12,175 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
-from glm_image.ipc.protocol import KEY_BYTES, Event, publish_nothing
-from glm_image.lifecycle.context import RequestContext
+from glm_image import ipc
+from glm_image.ipc.protocol import KEY_BYTES, Event, Publish, publish_nothing
+from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.eta import DurationStats
+from glm_image.request.stages import Stage
 
-TOPIC = b"painting".ljust(KEY_BYTES)
-"""Where statements are published: as long as the keys of requests, and none of them, as those are digests."""
+TOPIC: Final = b"dit_load".ljust(KEY_BYTES)
+"""The topic of statements: as long as the keys of requests, and different from all of them, as those are digests."""
 
-HAND_OVER_SECONDS = 1.0
-"""Longer than a request takes from one stage to an instance of the other that waits for it."""
+INSTANCES: Final = "glm_dit_"
+"""The prefix of the names of DiT instances."""
+
+HANDOVER_SECONDS: Final = 1.0
+"""Longer than a request takes from ``glm_ar`` to a DiT instance that waits for it."""
 
 
-class DitLoadReporter:
-    """What a painting instance states.
+class DitLoadReporter(RequestObserver):
+    """Publishes the load of a DiT instance; observes its requests.
 
     Args:
-        name: of the instance.
+        name: the name of the instance.
+
+    Attributes:
+        publish: publishes the statements; set by the owner of the IPC server.
     """
 
     def __init__(self, name: str) -> None:
-        self.publish: Callable[[bytes, Callable[[], Event]], None] = publish_nothing
+        self.publish: Publish = publish_nothing
         self._name = name
         self._lock = threading.Lock()
-        self._left: dict[int, tuple[int, int]] = {}
-        self._pace = DurationStats()
+        self._images_left: dict[RequestContext, int] = {}
+        self._durations = DurationStats()
 
-    def begin(self, context: RequestContext, pictures: int) -> None:
-        """Takes a request, and looks at its seconds from now on; ``end`` must be called whatever happens."""
-        told = context.on_stage_seconds
-
-        def note(stage: str, seconds: float) -> None:
-            told(stage, seconds)
-            if stage == "denoise":  # once a picture
-                self._pace.add(seconds)
-                with self._lock:
-                    arrived_ns, left = self._left.get(id(context), (0, 0))
-                    if left:
-                        self._left[id(context)] = (arrived_ns, left - 1)
-                self.tell()
-
-        context.on_stage_seconds = note
+    def started(self, context: RequestContext) -> None:
         with self._lock:
-            self._left[id(context)] = (context.arrived_ns, pictures)
-        self.tell()
+            self._images_left[context] = context.num_images
+        self.publish_load()
 
-    def end(self, context: RequestContext) -> None:
-        """Lets go of a request."""
+    def stage_finished(self, context: RequestContext, stage: Stage, seconds: float) -> None:
+        if stage != Stage.DENOISE:  # once per image
+            return
+        self._durations.add(seconds)
         with self._lock:
-            self._left.pop(id(context), None)
-        self.tell()
+            if self._images_left.get(context):
+                self._images_left[context] -= 1
+        self.publish_load()
 
-    def tell(self) -> None:
-        """States how it stands."""
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        with self._lock:
+            self._images_left.pop(context, None)
+        self.publish_load()
+
+    def publish_load(self) -> None:
+        """Publishes a statement."""
         self.publish(TOPIC, self._statement)
 
     def _statement(self) -> Event:
         with self._lock:
-            requests = list(self._left.values())
-        return {"painter": self._name, "requests": requests, "seconds_a_picture": self._pace.mean}
+            requests = [(context.arrived_ns, left) for context, left in self._images_left.items()]
+        return {"instance": self._name, "requests": requests, "seconds_per_image": self._durations.mean}
 
 
 @dataclass(frozen=True)
-class _Painter:
-    """The last statement of an instance: pictures left by the arrival of their requests, and since when it has none."""
+class _InstanceLoad:
+    """The last statement of an instance: images left by the arrival of their requests, and since when it is idle."""
 
     requests: list[tuple[int, int]]
-    seconds_a_picture: float
+    seconds_per_image: float
     idle_since: float
 
 
 @dataclass(frozen=True)
-class _HandedOn:
-    pictures: int
+class _Forwarded:
+    images: int
     at: float
 
 
 class DitLoad:
-    """What the first stage knows; requests are named by their arrival.
+    """The load of all DiT instances, as ``glm_ar`` knows it; requests are identified by their time of arrival.
 
-    Tokens may never be painted: the caller wanted no more, has gone away, or was refused by the queue in between. As
-    that queue keeps the order, what was handed on well before a request that has come out is not in it any more; and
-    while a painter has nothing to do, nothing waits there.
+    Forwarded tokens may never reach an instance: their request was cancelled, its caller disconnected, or the queue in
+    between refused it. As that queue keeps the order, a request forwarded well before one that has come out of it is
+    lost; and while an instance is idle, nothing waits in the queue.
 
     Args:
-        clock: tells the seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._handed_on: dict[int, _HandedOn] = {}
-        self._painters: dict[str, _Painter] = {}
+        self._forwarded: dict[int, _Forwarded] = {}
+        self._instances: dict[str, _InstanceLoad] = {}
         self._on_change: Callable[[], None] = lambda: None
 
-    def when_changed(self, call: Callable[[], None]) -> None:
-        """Has ``call`` called after each statement, by the thread that heard it."""
-        self._on_change = call
+    def when_changed(self, callback: Callable[[], None]) -> None:
+        """Sets the callback to run after each statement, in the thread that received it."""
+        self._on_change = callback
 
-    def hand_on(self, arrived_ns: int, pictures: int) -> None:
-        """Notes that tokens are on their way to the second stage; before they are."""
+    def forwarded(self, arrived_ns: int, images: int) -> None:
+        """Adds a request whose tokens are about to be sent to the DiT."""
         with self._lock:
-            self._handed_on[arrived_ns] = _HandedOn(pictures, self._clock())
+            self._forwarded[arrived_ns] = _Forwarded(images, self._clock())
 
-    def hear(self, statement: Event) -> None:
-        """Takes a painter's statement."""
+    def update(self, statement: Event) -> None:
+        """Takes an instance's statement."""
         requests = [(arrived_ns, left) for arrived_ns, left in statement["requests"]]
         idle_since = math.inf if requests else self._clock()
         with self._lock:
-            self._painters[statement["painter"]] = _Painter(requests, statement["seconds_a_picture"], idle_since)
-            taken = [self._handed_on.pop(arrived_ns, None) for arrived_ns, _ in requests]
-            # What decoded together is handed on at once, and may come out in any order.
-            passed = max((one.at for one in taken if one), default=-math.inf) - HAND_OVER_SECONDS
-            self._keep(lambda one: one.at >= passed)
+            self._instances[statement["instance"]] = _InstanceLoad(requests, statement["seconds_per_image"], idle_since)
+            received = [self._forwarded.pop(arrived_ns, None) for arrived_ns, _ in requests]
+            # Requests that were decoded together are forwarded together, and may come out in any order.
+            passed = max((request.at for request in received if request), default=-math.inf) - HANDOVER_SECONDS
+            self._keep(lambda request: request.at >= passed)
         self._on_change()
 
     def pictures(self) -> int | None:
-        """Returns how many are handed on and not denoised; None while no painter has said anything."""
+        """Returns how many images are forwarded and not denoised; None until an instance has published its load."""
         with self._lock:
-            if not self._painters:
+            if not self._instances:
                 return None
             now = self._clock()
-            self._keep(lambda one: self._lost_at(one) > now)
-            painting = sum(left for painter in self._painters.values() for _, left in painter.requests)
-            return painting + sum(one.pictures for one in self._handed_on.values())
+            self._keep(lambda request: self._lost_at(request) > now)
+            at_instances = sum(left for instance in self._instances.values() for _, left in instance.requests)
+            return at_instances + sum(request.images for request in self._forwarded.values())
 
     def next_loss(self) -> float:
-        """Returns when the next that was handed on will count as lost, if nothing is heard of it; inf = never."""
+        """Returns when the next forwarded request will count as lost, unless an instance reports it; inf = never."""
         with self._lock:
-            return min(map(self._lost_at, self._handed_on.values()), default=math.inf)
+            return min(map(self._lost_at, self._forwarded.values()), default=math.inf)
 
     @property
     def seconds_a_picture(self) -> float:
-        """What the painters together lately took for one; 0 while that is not known."""
+        """The mean time that all instances together take per image; 0 while it is unknown."""
         with self._lock:
-            rates = [1 / told.seconds_a_picture for told in self._painters.values() if told.seconds_a_picture > 0]
+            rates = [1 / load.seconds_per_image for load in self._instances.values() if load.seconds_per_image > 0]
         return 1 / sum(rates) if rates else 0.0
 
-    def _lost_at(self, one: _HandedOn) -> float:
-        idle_since = min((painter.idle_since for painter in self._painters.values()), default=math.inf)
-        return max(one.at, idle_since) + HAND_OVER_SECONDS
+    def _lost_at(self, request: _Forwarded) -> float:
+        idle_since = min((instance.idle_since for instance in self._instances.values()), default=math.inf)
+        return max(request.at, idle_since) + HANDOVER_SECONDS
 
-    def _keep(self, is_there: Callable[[_HandedOn], bool]) -> None:
-        self._handed_on = {arrived_ns: one for arrived_ns, one in self._handed_on.items() if is_there(one)}
+    def _keep(self, is_there: Callable[[_Forwarded], bool]) -> None:
+        self._forwarded = {arrived_ns: request for arrived_ns, request in self._forwarded.items() if is_there(request)}
+
+
+class DitLoadFeed(RequestObserver):
+    """Keeps a ``DitLoad`` up to date: by the statements of the instances, and by the AR requests that it observes.
+
+    Args:
+        folder: the folder of IPC sockets.
+
+    Attributes:
+        load: the load.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.load = DitLoad()
+        self._subscriber = ipc.Follower(folder, INSTANCES, TOPIC, self.load.update)
+
+    def started(self, context: RequestContext) -> None:
+        self._subscriber.look()
+
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        if error is None:
+            self.load.forwarded(context.arrived_ns, context.num_images)
+
+    def close(self) -> None:
+        self._subscriber.close()

@@ -1,44 +1,45 @@
-"""How long work takes, by the latest of its kind: what a deadline or a queue is judged by."""
+"""How long work takes, measured on the latest work of its kind: what deadlines and queues are checked against."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Hashable
+from typing import Final
 
-KEPT_TIMES = 256
-KEPT_KINDS = 256
+from glm_image.lifecycle.lru import LatestEntries
+
+KEPT_DURATIONS: Final = 256
+KEPT_KINDS: Final = 256
 
 
 class DurationStats:
-    """The latest times of one kind of work, in seconds; 0 while none is known.
+    """The latest durations of one kind of work, in seconds; 0 while none is known.
 
     Attributes:
-        fastest: what the next one takes at least. A deadline that even this misses cannot be met.
-        mean: what the next one is expected to take.
+        fastest: the least that the next one takes. A deadline that even this misses cannot be met.
+        mean: the expected duration of the next one.
     """
 
     def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=KEPT_TIMES)
+        self._durations: deque[float] = deque(maxlen=KEPT_DURATIONS)
         self.fastest = 0.0
         self.mean = 0.0
 
     def add(self, seconds: float) -> None:
-        """Takes a time that was measured."""
-        self._times.append(seconds)
-        self.fastest = min(self._times)
-        self.mean = sum(self._times) / len(self._times)
+        """Adds a measured duration."""
+        self._durations.append(seconds)
+        self.fastest = min(self._durations)
+        self.mean = sum(self._durations) / len(self._durations)
 
 
 class DurationStatsByKey:
-    """The pace of each kind of work; of the kinds longest unused none is kept."""
+    """The durations of each kind of work; the kinds that were not used for longest are dropped."""
 
     def __init__(self) -> None:
-        self._paces: OrderedDict[Hashable, DurationStats] = OrderedDict()
+        self._stats: LatestEntries[Hashable, DurationStats] = LatestEntries(KEPT_KINDS)
 
     def of(self, kind: Hashable) -> DurationStats:
-        """Returns the pace of a kind, a new one where it is not known."""
-        pace = self._paces.setdefault(kind, DurationStats())
-        self._paces.move_to_end(kind)
-        if len(self._paces) > KEPT_KINDS:
-            self._paces.popitem(last=False)
-        return pace
+        """Returns the durations of a kind, empty ones for a new kind."""
+        stats = self._stats.get(kind) or DurationStats()
+        self._stats.put(kind, stats)
+        return stats

@@ -1,104 +1,81 @@
-"""A request told to who waits for it: events of the bus become the events of ``glm_image_stream``."""
+"""The events of ``glm_image_stream``, made of the events that the stages publish."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Mapping
 from typing import Any, Final
 
 from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.context import NANOSECONDS
+from glm_image.lifecycle.registry import RequestState
+from glm_image.request.stages import AR_STAGES, STAGE_ORDER, Stage
 
-KINDS: Final = {
-    "ar_queue": "queued",
-    "prefill": "prefill",
-    "tokens": "tokens",
-    "dit_queue": "queued",
-    "condition": "denoise",
-    "denoise": "denoise",
+KINDS: Final[Mapping[Stage, str]] = {
+    Stage.AR_QUEUE: "queued",
+    Stage.PREFILL: "prefill",
+    Stage.DECODE: "decode",
+    Stage.DIT_QUEUE: "queued",
+    Stage.CONDITION: "denoise",
+    Stage.DENOISE: "denoise",
 }
-"""The kind of event that tells of each stage, in the order of the stages."""
-
-ORDER: Final = tuple(KINDS)
-KEPT_KINDS: Final = 256
-
-
-class DitSecondsByKind:
-    """How long the second stage took for the latest request of each kind, in seconds; for one thread at a time."""
-
-    def __init__(self) -> None:
-        self._seconds: OrderedDict[Hashable, float] = OrderedDict()
-
-    def of(self, kind: Hashable) -> float | None:
-        """Returns how long it took; None = not yet known."""
-        return self._seconds.get(kind)
-
-    def note(self, kind: Hashable, seconds: float) -> None:
-        """Takes a time that was measured."""
-        self._seconds[kind] = seconds
-        self._seconds.move_to_end(kind)
-        if len(self._seconds) > KEPT_KINDS:
-            self._seconds.popitem(last=False)
+"""The kind of event that reports the progress of each stage; later stages have none."""
 
 
 class EventBuilder:
-    """Puts a request's events in order and works out how long it still takes.
+    """Builds a stream's events in order, and estimates the remaining time.
 
     Args:
-        request_id: its id.
-        arrived_ns: ``time.monotonic_ns()`` when it came; events of others that share the id have another.
-        painting_seconds: how long the second stage takes for such a request; None = not known.
+        request_id: the id of the request.
+        arrived_ns: the ``time.monotonic_ns()`` at which it arrived, which no other request of that id shares.
+        dit_seconds: how long the DiT takes for such a request; None = unknown.
     """
 
-    def __init__(self, request_id: str, arrived_ns: int, painting_seconds: float | None = None) -> None:
+    def __init__(self, request_id: str, arrived_ns: int, dit_seconds: float | None = None) -> None:
         self._request_id = request_id
         self._arrived_ns = arrived_ns
-        self._painting_seconds = painting_seconds
+        self._dit_seconds = dit_seconds
         self._latest = (0, 0)
-        self._began: dict[str, tuple[float, int]] = {}
+        self._stage_starts: dict[Stage, tuple[float, int]] = {}
 
-    def is_about(self, told: Event) -> bool:
-        """Whether an event of the bus is this request's."""
-        return bool(told["arrived_ns"] == self._arrived_ns)
+    def is_about(self, published: Event) -> bool:
+        """Whether a published event is about this request."""
+        return bool(published["arrived_ns"] == self._arrived_ns)
 
-    def beginning(self) -> Event:
-        """Returns the first event."""
-        return self._event("queued", "ar_queue", 0, 1, None)
+    def first(self) -> Event:
+        """Returns the stream's first event."""
+        return self._event("queued", Stage.AR_QUEUE, 0, 1, None)
 
-    def progress(self, told: Event) -> Event | None:
-        """Returns the event for where the request is; None for what is over already or ends it."""
-        if told["state"] not in {"running", "handed_on"}:
+    def progress(self, published: Event) -> Event | None:
+        """Returns the event for a published progress; None if it is older than the last one, or ends the request."""
+        if published["state"] == RequestState.FORWARDED:
+            stage, done, total = Stage.DIT_QUEUE, 0, 1
+        elif published["state"] == RequestState.RUNNING:
+            stage, done, total = Stage(published["stage"]), int(published["done"]), int(published["total"])
+        else:
             return None
-        stage, done, total = told["stage"], int(told["done"]), int(told["total"])
-        if told["state"] == "handed_on":
-            stage, done, total = "dit_queue", 0, 1
-        if stage not in ORDER or (ORDER.index(stage), done) <= self._latest:
+        position = (STAGE_ORDER.index(stage), done)
+        if stage not in KINDS or position <= self._latest:
             return None
-        self._latest = (ORDER.index(stage), done)
+        self._latest = position
         return self._event(KINDS[stage], stage, done, total, self._eta(stage, done, total))
 
-    def picture(self, kind: str, told: Event) -> Event:
-        """Returns the event for a picture on the way: ``preview``, or ``denoise`` with where the request is."""
-        return self._event(kind, told["stage"], int(told["done"]), int(told["total"]), None)
+    def image(self, kind: str, published: Event) -> Event:
+        """Returns the event for an intermediate image: ``preview``, or ``denoise`` for an estimate."""
+        return self._event(kind, published["stage"], int(published["done"]), int(published["total"]), None)
 
-    def end(self) -> Event:
-        """Returns the last event."""
+    def last(self) -> Event:
+        """Returns the stream's last event, that of the finished images."""
         return self._event("image", "done", 1, 1, 0.0)
 
-    def _eta(self, stage: str, done: int, total: int) -> float | None:
-        """Seconds to the picture; where the second stage's time is not known, to the end of this stage."""
+    def _eta(self, stage: Stage, done: int, total: int) -> float | None:
+        """Seconds to the finished images; to the end of the AR stage where the DiT's duration is unknown."""
         now = time.monotonic()
-        since, before = self._began.setdefault(stage, (now, done))
-        if done == before:
+        started, done_before = self._stage_starts.setdefault(stage, (now, done))
+        if done == done_before:
             return None
-        left = (now - since) / (done - before) * (total - done)
-        is_first = ORDER.index(stage) < ORDER.index("dit_queue")
-        return left + (self._painting_seconds or 0.0) if is_first else left
-
-    def seconds(self) -> float:
-        """Returns how long ago the request came."""
-        return round((time.monotonic_ns() - self._arrived_ns) / NANOSECONDS, 3)
+        left = (now - started) / (done - done_before) * (total - done)
+        return left + (self._dit_seconds or 0.0) if stage in AR_STAGES else left
 
     def _event(self, kind: str, stage: str, done: int, total: int, eta: float | None) -> dict[str, Any]:
         return {
@@ -107,6 +84,6 @@ class EventBuilder:
             "stage": stage,
             "done": done,
             "total": total,
-            "seconds": self.seconds(),
+            "seconds": round((time.monotonic_ns() - self._arrived_ns) / NANOSECONDS, 3),
             "eta": None if eta is None else round(eta, 3),
         }

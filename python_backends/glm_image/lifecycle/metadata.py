@@ -1,4 +1,4 @@
-"""What is told about a request beside its pictures: JSON objects for people and programs."""
+"""The JSON metadata of a request: from ``glm_ar`` to ``glm_dit``, and of the finished images."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
 from glm_image import __version__
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.request.parameters import PaintRequest
+from glm_image.request.stages import STAGE_ORDER
 
-if TYPE_CHECKING:
-    from glm_image.checkpoint.checkpoint import Checkpoint  # which imports torch, before a stage has chosen its devices
-
-STAGES = ("ar_queue", "prefill", "decode", "dit_queue", "condition", "denoise", "vae", "encode")
-"""The parts of a request's time, in the order of its way."""
-
-TOKENS = ("prompt", "source", "preview", "image")
-"""The parts of a sequence of the first stage, in their order."""
+TOKENS: Final = ("prompt", "source", "preview", "image")
+"""The parts of an AR sequence, in their order."""
 
 
 def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> dict[str, Any]:
-    """Returns what the first stage tells the second about a request."""
+    """Returns the metadata that ``glm_ar`` passes to ``glm_dit``."""
     return {
         "tokens": dict(tokens),
         "seconds": dict(context.seconds),
@@ -35,31 +30,32 @@ def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> dict[str,
 
 
 def read_ar_metadata(text: str) -> dict[str, Any]:
-    """Reads what ``ar_metadata`` gave, or what a client sends in its place; "" is nothing.
+    """Parses the output of ``ar_metadata``, or a client's replacement for it; "" is an empty object.
 
-    Entries of other names are left alone, for the sake of other versions.
+    Unknown entries are kept, so that versions of the stages may differ.
 
     Raises:
-        InvalidInputError: it is no JSON object, or an entry that is read has another type than the first stage gives.
+        InvalidInputError: it is not a JSON object, or a known entry has the wrong type.
     """
     if not text:
         return {}
     try:
-        told = json.loads(text)
+        metadata = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidInputError.of("ar_metadata", text, "a JSON object") from error
-    if not isinstance(told, dict):
+    if not isinstance(metadata, dict):
         raise InvalidInputError.of("ar_metadata", text, "a JSON object")
+    stages = ", ".join(STAGE_ORDER)
     for name, is_allowed, allowed in (
         ("tokens", _numbers(TOKENS, _is_count), f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}"),
-        ("seconds", _numbers(STAGES, _is_duration), f"an object of numbers of at least 0 for {', '.join(STAGES)}"),
+        ("seconds", _numbers(STAGE_ORDER, _is_duration), f"an object of numbers of at least 0 for {stages}"),
         ("request_id", lambda value: isinstance(value, str) and bool(value), "a text that is not empty"),
         ("arrived_ns", _is_count, "a whole number of at least 0, below 2^63"),
         ("finished_ns", _is_count, "a whole number of at least 0, below 2^63"),
     ):
-        if name in told and not is_allowed(told[name]):
-            raise InvalidInputError.of(f"ar_metadata's {name}", json.dumps(told[name]), allowed)
-    return told
+        if name in metadata and not is_allowed(metadata[name]):
+            raise InvalidInputError.of(f"ar_metadata's {name}", json.dumps(metadata[name]), allowed)
+    return metadata
 
 
 def _numbers(names: Collection[str], is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -78,15 +74,22 @@ def _is_duration(value: Any) -> bool:
 
 
 def queued_seconds(metadata: Mapping[str, Any]) -> float:
-    """Returns how long ago the first stage finished; both stages read the machine's monotonic clock."""
+    """Returns the seconds since ``glm_ar`` finished; both stages read the machine's monotonic clock."""
     finished = metadata.get("finished_ns")
     return max(0.0, (time.monotonic_ns() - finished) / NANOSECONDS) if isinstance(finished, int) else 0.0
 
 
 def request_metadata(
-    checkpoint: Checkpoint, context: RequestContext, request: PaintRequest, attention_backend: str
+    context: RequestContext, request: PaintRequest, model: Mapping[str, Any], attention_backend: str
 ) -> dict[str, Any]:
-    """Returns the ``metadata`` output of a finished request."""
+    """Returns the ``metadata`` output of a finished request.
+
+    Args:
+        context: the request.
+        request: its parameters.
+        model: the checkpoint's ``name`` and ``revision``.
+        attention_backend: the DiT's attention implementation, by its name in diffusers.
+    """
     seconds = {**request.ar_metadata.get("seconds", {}), **context.seconds}
     return {
         "version": __version__,
@@ -99,6 +102,6 @@ def request_metadata(
         "cached_steps": list(context.cached_steps),
         "attention_backend": attention_backend,
         "tokens": request.ar_metadata.get("tokens", {"image": request.grid.tokens}),
-        "seconds": {stage: round(float(seconds.get(stage, 0.0)), 6) for stage in STAGES},
-        "model": {"name": checkpoint.name, "revision": checkpoint.revision},
+        "seconds": {stage: round(float(seconds.get(stage, 0.0)), 6) for stage in STAGE_ORDER},
+        "model": dict(model),
     }

@@ -1,208 +1,194 @@
-"""The requests an instance has taken and not yet answered: to be cancelled, asked about and watched by their id."""
+"""The requests that an instance works on, and for a while those that ended: found by id to be cancelled or watched."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from threading import Lock
-from typing import TypeVar
+from typing import Final
 
 from glm_image.errors import CancelledError
 from glm_image.ipc.protocol import Event, Publish, key_of, publish_nothing
-from glm_image.lifecycle.context import NANOSECONDS, Progress, RequestContext
+from glm_image.lifecycle.context import NANOSECONDS, Progress, RequestContext, RequestObserver
+from glm_image.lifecycle.lru import LatestEntries
 
-MAX_REMEMBERED = 4096
-MAX_OF_AN_ID = 16
-REMEMBERED_SECONDS = 3600
+MAX_REMEMBERED: Final = 4096
+MAX_PER_ID: Final = 16
+REMEMBERED_SECONDS: Final = 3600
 """Longer than a request may wait between two stages."""
 
 
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
+class RequestState(str, Enum):
+    """The state of a request at one instance."""
+
+    RUNNING = "running"
+    FORWARDED = "forwarded"
+    """This stage is done, and another stage goes on with it."""
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
 
 
-@dataclass(eq=False)
-class _Entry:
-    context: RequestContext
-    key: bytes
-    is_gone: Callable[[], bool]
+class RequestRegistry(RequestObserver):
+    """Observes the requests of one instance, and remembers for a while how each of them ended.
 
-
-class _Memory(OrderedDict[Key, tuple[float, Value]]):
-    """The latest entries, each with the time it was made; bounded in number and in time."""
-
-    def note(self, key: Key, value: Value) -> None:
-        now = time.monotonic()
-        self[key] = (now, value)
-        self.move_to_end(key)
-        while len(self) > MAX_REMEMBERED or next(iter(self.values()))[0] < now - REMEMBERED_SECONDS:
-            self.popitem(last=False)
-
-
-class RequestRegistry:
-    """The jobs of one instance, and for a while what became of those that ended.
-
-    Ids may be shared by several requests, and used again. So a cancel carries the time at which it was asked for, and
-    hits the requests that had arrived at the server before; one that comes between two stages is remembered for the
-    second.
+    Several requests may share an id, and an id may be reused. So a cancel carries the time at which it was requested
+    and applies to the requests that reached the server before. A cancel that comes while a request is between two
+    stages is remembered for the second.
 
     Args:
-        first_stage: what a job is at before it reports any progress.
-        outcome: what has become of a job that ended without an error: ``handed_on`` or ``finished``.
+        outcome: the state of a request that ended without an error: ``FORWARDED`` or ``FINISHED``.
+
+    Attributes:
+        publish: publishes events of requests; set by the owner of the IPC server.
     """
 
-    def __init__(self, first_stage: str, outcome: str) -> None:
+    def __init__(self, outcome: RequestState) -> None:
         self.publish: Publish = publish_nothing
-        self._first_stage = first_stage
         self._outcome = outcome
         self._lock = Lock()
         self._watched: set[bytes] = set()
-        self._beside: dict[bytes, list[RequestContext]] = {}
-        self._entries: dict[bytes, list[_Entry]] = {}
-        self._ended: _Memory[bytes, list[Event]] = _Memory()
-        self._cancels: _Memory[bytes, int] = _Memory()
+        self._requests: dict[bytes, list[RequestContext]] = {}
+        self._linked: dict[bytes, list[RequestContext]] = {}
+        self._ended: LatestEntries[bytes, list[Event]] = LatestEntries(MAX_REMEMBERED, REMEMBERED_SECONDS)
+        self._cancels: LatestEntries[bytes, int] = LatestEntries(MAX_REMEMBERED, REMEMBERED_SECONDS)
+        self._progress_publisher = _ProgressPublisher(self)
 
-    def begin(self, context: RequestContext, is_gone: Callable[[], bool] = bool) -> None:
-        """Takes a job, and tells of its progress whenever its id is watched.
-
-        Args:
-            context: the job; ``end`` must be called with it whatever happens.
-            is_gone: asked now and then whether the caller has gone away.
-
-        Raises:
-            CancelledError: the request was cancelled before it came here.
-        """
-        entry = _Entry(context, key_of(context.id), is_gone)
-        with self._lock:
-            self._entries.setdefault(entry.key, []).append(entry)
-            is_late = self._is_cancelled(entry.key, context.arrived_ns)
-            self._watch(entry)
-        context.report(self._first_stage, 0, 1)
-        if is_late:
-            context.cancel()
-            context.check()
-
-    def end(self, context: RequestContext, error: BaseException | None) -> None:
-        """Lets go of a job; of one that never began nothing is noted."""
+    def started(self, context: RequestContext) -> None:
+        """Adds a request; cancels it if its id was cancelled while it was on its way here."""
         key = key_of(context.id)
-        outcome = self._outcome if error is None else "cancelled" if isinstance(error, CancelledError) else "failed"
         with self._lock:
-            entries = self._entries.get(key, [])
-            entry = next((entry for entry in entries if entry.context is context), None)
-            if entry is None:
-                return
-            entries.remove(entry)
-            if not entries:
-                del self._entries[key]
-            context.on_progress = None
-            told = {**_told(entry), "state": outcome}
-            self._ended.note(key, [*self._ended.get(key, (0.0, []))[1], told][-MAX_OF_AN_ID:])
-        self.publish(key, lambda: told)
+            self._requests.setdefault(key, []).append(context)
+            if key in self._watched:
+                context.add_observer(self._progress_publisher)
+            is_cancelled = self._is_cancelled(key, context.arrived_ns)
+        if is_cancelled:
+            context.cancel()
 
-    def cancel(self, request_id: str, asked_ns: int) -> list[Event]:
-        """Cancels the requests of an id that arrived before the cancel was asked for.
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        """Removes a request; one that never started leaves no trace."""
+        key = key_of(context.id)
+        state = self._outcome
+        if error is not None:
+            state = RequestState.CANCELLED if isinstance(error, CancelledError) else RequestState.FAILED
+        with self._lock:
+            if context not in self._requests.get(key, ()):
+                return
+            _remove(self._requests, key, context)
+            context.remove_observer(self._progress_publisher)
+            event = {**describe(context), "state": state}
+            self._ended.put(key, [*(self._ended.get(key) or ()), event][-MAX_PER_ID:])
+        self.publish(key, lambda: event)
+
+    def cancel(self, request_id: str, requested_ns: int) -> list[Event]:
+        """Cancels the requests of an id that reached the server before the cancel was requested.
 
         Returns:
-            What is told of each request of that id, ended ones included, as it was; ``cancelled_now`` is true of those
-            that this call cancels.
+            The description of each request of that id as it was before, ended ones included; ``cancelled_now`` is true
+            for those that this call cancels.
         """
         key = key_of(request_id)
         with self._lock:
-            entries = [entry for entry in self._entries.get(key, []) if entry.context.arrived_ns <= asked_ns]
-            told = [_told(entry) for entry in entries] + self._ended_of(key)
-            beside = [context for context in self._beside.get(key, []) if context.arrived_ns <= asked_ns]
-            self._cancels.note(key, max(asked_ns, self._cancels.get(key, (0.0, 0))[1]))
-        for context in [entry.context for entry in entries] + beside:  # outside the lock: ``end`` may be called here
+            running = [context for context in self._requests.get(key, ()) if context.arrived_ns <= requested_ns]
+            linked = [context for context in self._linked.get(key, ()) if context.arrived_ns <= requested_ns]
+            events = [describe(context) for context in running] + self._ended_of(key)
+            self._cancels.put(key, max(requested_ns, self._cancels.get(key) or 0))
+        for context in running + linked:  # without the lock: this may call ``finished``
             context.cancel()
-        return [{**one, "cancelled_now": one["state"] in {"running", "handed_on"}} for one in told]
+        cancellable = {RequestState.RUNNING, RequestState.FORWARDED}
+        return [{**event, "cancelled_now": event["state"] in cancellable} for event in events]
 
-    def beside(self, context: RequestContext) -> Callable[[], None]:
-        """Has a job cancelled with the requests of its id, for which it does something; nothing is told of it.
+    def link(self, context: RequestContext) -> Callable[[], None]:
+        """Links an auxiliary request, so that cancelling its id cancels it too. It is not listed in ``status``.
 
         Returns:
-            What lets go of it, to be called when it is over.
+            Unlinks it; must be called when it ends.
         """
         key = key_of(context.id)
         with self._lock:
-            self._beside.setdefault(key, []).append(context)
+            self._linked.setdefault(key, []).append(context)
 
-        def let_go() -> None:
+        def unlink() -> None:
             with self._lock:
-                self._beside[key].remove(context)
-                if not self._beside[key]:
-                    del self._beside[key]
+                _remove(self._linked, key, context)
 
-        return let_go
+        return unlink
 
     def status(self, request_id: str) -> list[Event]:
-        """Returns what is told of each request of an id, ended ones included."""
+        """Returns the description of each request of an id, ended ones included."""
         key = key_of(request_id)
         with self._lock:
-            return [_told(entry) for entry in self._entries.get(key, [])] + self._ended_of(key)
+            return [describe(context) for context in self._requests.get(key, ())] + self._ended_of(key)
 
     def watch(self, key: bytes) -> None:
-        """Publishes where the requests of an id are now, and their progress until ``unwatch``."""
+        """Publishes the state of the requests of an id, and their progress until ``unwatch``."""
         with self._lock:
-            self._watched.add(key)
-            entries = list(self._entries.get(key, []))
-            for entry in entries:
-                self._watch(entry)
-        for entry in entries:
-            self.publish(key, partial(_told, entry))
+            contexts = list(self._requests.get(key, ()))
+            if key not in self._watched:
+                self._watched.add(key)
+                for context in contexts:
+                    context.add_observer(self._progress_publisher)
+        for context in contexts:
+            self.publish(key, partial(describe, context))
 
     def unwatch(self, key: bytes) -> None:
-        """Lets the requests of an id go on without a word: nobody listens."""
+        """Stops publishing the progress of an id; its last subscriber has left."""
         with self._lock:
             self._watched.discard(key)
-            for entry in self._entries.get(key, []):
-                self._watch(entry)
+            for context in self._requests.get(key, ()):
+                context.remove_observer(self._progress_publisher)
 
-    def tell(self, context: RequestContext, more: Callable[[], Event]) -> None:
-        """Publishes more of a job than its progress, if anybody listens."""
-        key = key_of(context.id)
+    def publish_details(self, context: RequestContext, details: Callable[[], Event]) -> None:
+        """Publishes a request's description and further details, which are made only if there is a subscriber."""
+        self.publish(key_of(context.id), lambda: {**describe(context), **details()})
+
+    def cancel_abandoned(self) -> None:
+        """Cancels the requests whose callers have disconnected."""
         with self._lock:
-            entry = next((entry for entry in self._entries.get(key, []) if entry.context is context), None)
-        if entry is not None:
-            told = entry
-            self.publish(key, lambda: {**_told(told), **more()})
-
-    def cancel_gone(self) -> None:
-        """Cancels the requests whose callers have gone away."""
-        with self._lock:
-            entries = [entry for entries in self._entries.values() for entry in entries]
-        for entry in entries:
-            if not entry.context.cancelled and entry.is_gone():
-                entry.context.cancel()
-
-    def _watch(self, entry: _Entry) -> None:
-        # An engine reports at every step: where nobody watches, that must cost it a look at this attribute at most.
-        entry.context.on_progress = partial(self._publish_progress, entry) if entry.key in self._watched else None
-
-    def _publish_progress(self, entry: _Entry, progress: Progress) -> None:
-        self.publish(entry.key, lambda: _told(entry, progress))
+            contexts = [context for contexts in self._requests.values() for context in contexts]
+        for context in contexts:
+            if not context.cancelled and context.is_abandoned():
+                context.cancel()
 
     def _is_cancelled(self, key: bytes, arrived_ns: int) -> bool:
-        return arrived_ns <= self._cancels.get(key, (0.0, -1))[1]
+        cancelled_ns = self._cancels.get(key)
+        return cancelled_ns is not None and arrived_ns <= cancelled_ns
 
     def _ended_of(self, key: bytes) -> list[Event]:
-        ended = [dict(told) for told in self._ended.get(key, (0.0, []))[1]]
-        for told in ended:
-            if told["state"] == "handed_on" and self._is_cancelled(key, told["arrived_ns"]):
-                told["state"] = "cancelled"
-        return ended
+        events = [dict(event) for event in self._ended.get(key) or ()]
+        for event in events:
+            if event["state"] == RequestState.FORWARDED and self._is_cancelled(key, event["arrived_ns"]):
+                event["state"] = RequestState.CANCELLED
+        return events
 
 
-def _told(entry: _Entry, progress: Progress | None = None) -> Event:
-    context, progress = entry.context, progress or entry.context.progress()
-    told = {
+class _ProgressPublisher(RequestObserver):
+    """Observes the requests that have a subscriber: an engine skips progress that no observer receives."""
+
+    def __init__(self, registry: RequestRegistry) -> None:
+        self._registry = registry
+
+    def progressed(self, context: RequestContext, progress: Progress) -> None:
+        self._registry.publish(key_of(context.id), partial(describe, context, progress))
+
+
+def describe(context: RequestContext, progress: Progress | None = None) -> Event:
+    """Returns the event that describes a running request."""
+    progress = progress or context.progress()
+    event = {
         "arrived_ns": context.arrived_ns,
-        "state": "cancelled" if context.cancelled else "running",
+        "state": RequestState.CANCELLED if context.cancelled else RequestState.RUNNING,
         "stage": progress.stage,
         "done": progress.done,
         "total": progress.total,
         "seconds": round((time.monotonic_ns() - context.arrived_ns) / NANOSECONDS, 3),
     }
-    return told if progress.sigma is None else {**told, "sigma": progress.sigma}
+    return event if progress.sigma is None else {**event, "sigma": progress.sigma}
+
+
+def _remove(contexts: dict[bytes, list[RequestContext]], key: bytes, context: RequestContext) -> None:
+    contexts[key].remove(context)
+    if not contexts[key]:
+        del contexts[key]

@@ -1,4 +1,4 @@
-"""How a request is watched that is made on behalf of another: what ``glm_image_stream`` tells the two stages."""
+"""The options with which ``glm_image_stream`` calls the stages."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What a stage is to tell of a request over the bus, beside its progress.
+    """What a stage publishes of a request over IPC, in addition to its progress.
 
     Attributes:
-        arrived_ns: ``time.monotonic_ns()`` when the request that is followed came; None = when this one does.
-        previews: whether the tokens of the first picture's preview are handed out as soon as they are drawn.
-        pictures_every: steps between two pictures of what is being denoised; 0 = none.
+        arrived_ns: the ``time.monotonic_ns()`` at which the streamed request arrived; None = not a streamed request.
+        previews: whether ``glm_ar`` publishes the tokens of the first image's preview as soon as they are sampled.
+        estimate_every: denoising steps between two estimates that ``glm_dit`` publishes; 0 = none.
     """
 
     arrived_ns: int | None = None
     previews: bool = False
-    pictures_every: int = 0
+    estimate_every: int = 0
 
     PARAMETER: ClassVar[str] = "follow"
-    """The request parameter that holds it; Triton takes texts, numbers and booleans."""
+    """The request parameter that holds the options as JSON: Triton's parameters are strings, numbers and booleans."""
 
     def parameters(self) -> dict[str, str]:
-        """Returns it as request parameters."""
+        """Returns the options as request parameters."""
         return {self.PARAMETER: json.dumps(asdict(self))}
 
     @classmethod
-    def is_asked(cls, parameters: str) -> bool:
-        """Tells whether a request is made on behalf of another, by its parameters as JSON."""
+    def are_set(cls, parameters: str) -> bool:
+        """Whether a request comes from ``glm_image_stream``, by its parameters as JSON."""
         return f'"{cls.PARAMETER}"' in parameters
 
     @classmethod
     def read(cls, parameters: str) -> StreamOptions:
-        """Reads a request's parameters, a JSON object; anybody may send them, so what does not fit is left out."""
+        """Parses a request's parameters, a JSON object; any client may send them, so invalid ones are ignored."""
         try:
-            given = json.loads(json.loads(parameters).get(cls.PARAMETER, "{}"))
+            options = json.loads(json.loads(parameters).get(cls.PARAMETER, "{}"))
         except (ValueError, TypeError, AttributeError, RecursionError):
             return cls()
-        if not isinstance(given, dict):
+        if not isinstance(options, dict):
             return cls()
         return cls(
-            arrived_ns=_count(given.get("arrived_ns")),
-            previews=given.get("previews") is True,
-            pictures_every=_count(given.get("pictures_every")) or 0,
+            arrived_ns=_count(options.get("arrived_ns")),
+            previews=options.get("previews") is True,
+            estimate_every=_count(options.get("estimate_every")) or 0,
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-R = TypeVar("R", covariant=True)
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
-class Command(Generic[R]):
-    """Plain data that every rank runs in the same order; ``R`` is the type of its result."""
+class Command(Generic[R_co]):
+    """Plain data that every rank runs in the same order; ``R_co`` is the type of its result."""

@@ -1,8 +1,9 @@
-"""The stages of a request, in the order in which it passes through them."""
+"""The stages of a request, in the order in which it passes through them: the only list of their names."""
 
 from __future__ import annotations
 
 from enum import Enum
+from typing import Final
 
 
 class Stage(str, Enum):
@@ -11,7 +12,7 @@ class Stage(str, Enum):
     AR_QUEUE = "ar_queue"
     """Waits for a slot of the AR."""
     PREFILL = "prefill"
-    """The AR reads the prompt."""
+    """The AR reads the prompt and the source images."""
     DECODE = "decode"
     """The AR samples image tokens."""
     DIT_QUEUE = "dit_queue"
@@ -27,3 +28,11 @@ class Stage(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+STAGE_ORDER: Final = tuple(Stage)
+
+AR_STAGES: Final = (Stage.AR_QUEUE, Stage.PREFILL, Stage.DECODE)
+"""The stages that ``glm_ar`` serves; the others belong to ``glm_dit``."""
+
+QUEUES: Final = (Stage.AR_QUEUE, Stage.DIT_QUEUE)

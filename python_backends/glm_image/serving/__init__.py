@@ -1,1 +1,1 @@
-"""The Triton side: the only modules that know ``triton_python_backend_utils``."""
+"""The Triton Python models: the only modules that import ``triton_python_backend_utils``."""

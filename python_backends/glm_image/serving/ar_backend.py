@@ -1,4 +1,4 @@
-"""``glm_ar``: hands requests to the engine and answers them when their tokens are there."""
+"""``glm_ar``: passes requests to the AR engine, which responds with their prior tokens."""
 
 from __future__ import annotations
 
@@ -6,218 +6,187 @@ import contextlib
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from numpy.typing import NDArray
 
+from glm_image import ipc
+from glm_image.ar.admission import BatchAdmission
 from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
 from glm_image.config.instance import Instance
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.config.schema import AR_PARAMETERS
 from glm_image.errors import QueueFullError
-from glm_image.lifecycle.context import RequestContext
+from glm_image.ipc.run_directory import VARIABLE
+from glm_image.lifecycle.downstream import DitLoadFeed
 from glm_image.lifecycle.metadata import ar_metadata
-from glm_image.lifecycle.registry import RequestRegistry
-from glm_image.lifecycle.stream_options import StreamOptions
-from glm_image.request.geometry import Grid, preview_of
+from glm_image.lifecycle.preview_rpc import PreviewPublisher
+from glm_image.lifecycle.registry import RequestState
+from glm_image.request.geometry import preview_of
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
-from glm_image.serving import bytes_tensors
-from glm_image.serving.admission_feed import AdmissionFeed
-from glm_image.serving.exit import end_process
-from glm_image.serving.metrics_export import MetricsExporter
-from glm_image.serving.pending_responses import PendingResponses
-from glm_image.serving.request_gate import RequestGate
-from glm_image.serving.responder import Responder
+from glm_image.request.stages import Stage
+from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.request_log import Entry, RequestLog
-from glm_image.telemetry.tracing import RequestTracing
 
 if TYPE_CHECKING:
     from glm_image.ar.engine import ArResult
 
 logger = logging.getLogger(__name__)
 
-DECODING_THREADS = 2
-"""Requests whose source images are decoded at once."""
+DECODING_THREADS: Final = 2
+"""Threads that decode source images."""
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """A request that was let in."""
+class ArBackend(StageBackend):
+    """The Triton Python model of the AR stage."""
 
-    asked: GenerationParameters
-    context: RequestContext
-    answer: Responder
-    entry: Entry
-    following: StreamOptions
+    parameters = AR_PARAMETERS
+    metrics = AR_METRICS
+    counters = AR_OUTCOMES
+    outcome = RequestState.FORWARDED
 
-
-class ArBackend:
-    """The Triton Python model of the first stage."""
-
-    def initialize(self, args: Mapping[str, str]) -> None:
-        """Loads the engine on this instance's device."""
-        bytes_tensors.install()
-        instance = Instance.read(args, AR_PARAMETERS)
-        self._limits, self._timeouts = instance.limits, instance.timeouts
-        log = RequestLog(instance.name, is_last=False)
-        self._spans = RequestTracing(instance.name)
-        self._metrics = MetricsExporter(AR_METRICS, instance)
-        self._open = PendingResponses()
-        self._gathering = AdmissionFeed.of(instance)
-        self._engine, self._pulse = _load(instance, self._metrics, self._open, self._gathering)
-        self._reception = RequestGate(
-            instance, RequestRegistry("ar_queue", "handed_on"), AR_OUTCOMES, self._metrics.record, log
-        )
-        self._decoder = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
+    def _load(self, instance: Instance) -> Heartbeat:
+        self._dit_load = _dit_load_feed(instance)
+        if self._dit_load is not None:
+            self._observers.append(self._dit_load)
         self._max_decoding = instance.integer("max_queue", 1)
-        self._may_decode = threading.Semaphore(self._max_decoding)
-        orders = {"drain": partial(_unload, ENTRY_MODELS), "unload": partial(_unload, STAGES)}
-        self._pulse.start(self._engine.is_alive, orders if instance.index == 0 else {})
+        self._decoding_slots = threading.Semaphore(self._max_decoding)
+        self._decoders = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
 
-    def execute(self, requests: list[Any]) -> None:
-        """Hands requests over; the answers go out later, from the engine's thread.
+        place = instance.take_place(reserve_first=False)
+        # Read before seconds of imports, so that a value that is not allowed is reported first.
+        folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
+        slots, positions, longest_queue = (instance.integer(name, 1) for name in names)
+        # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
+        from glm_image.ar.engine import ArEngine  # noqa: PLC0415
+        from glm_image.ar.settings import ArSettings  # noqa: PLC0415
+        from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
+        from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
 
-        Source images are decoded in threads, so that requests without them do not wait.
-        """
-        for request in requests:
-            answer = self._open.add(Responder(request))
-            entry = self._reception.expect(request, answer)
-            try:
-                self._accept(request, answer, entry)
-            except Exception as error:  # whatever it is, the client must get an answer
-                answer.fail(error)
+        parameters = instance.parameters
+        device = open_device(place.local_names[0], display_name=place.devices[0])
+        settings = ArSettings(
+            dtype=named_dtype(parameters["dtype"]),
+            max_num_seqs=slots,
+            max_sequence_tokens=positions,
+            max_queue=longest_queue,
+            graph_mode=parameters["graph_mode"],
+            graph_capture_sizes=instance.integers("graph_capture_sizes"),
+            memory_utilization=instance.share("memory_utilization"),
+            int8=parameters["quantization"] == "int8",
+        )
+        logger.info("loading the decoder on %s", device)
+        checkpoint = Checkpoint.open(folder, parameters["load_format"])
+        heartbeat = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+        self._engine = ArEngine(
+            checkpoint,
+            device,
+            settings,
+            self._metrics.record,
+            watched=heartbeat.watched,
+            admission=None if self._dit_load is None else BatchAdmission(self._dit_load.load),
+            workers=instance.workers(place, device, self._pending.end_process),
+        )
+        return heartbeat
 
-    def finalize(self) -> None:
-        """Ends what runs, with an answer to each."""
-        self._pulse.close()
-        self._decoder.shutdown(wait=True)
+    def _start(self, heartbeat: Heartbeat) -> None:
+        commands = {"drain": partial(_unload, ENTRY_MODELS), "unload": partial(_unload, STAGES)}
+        heartbeat.start(self._engine.is_alive, commands if self._instance.index == 0 else {})
+
+    def _close_engine(self) -> None:
+        self._decoders.shutdown(wait=True)
         self._engine.close()
-        if self._gathering is not None:
-            self._gathering.close()
-        self._reception.close()
-        self._metrics.close()
-        self._spans.close()
-        end_process()
+        if self._dit_load is not None:
+            self._dit_load.close()
 
-    def _accept(self, request: Any, answer: Responder, entry: Entry) -> None:
-        context = RequestContext.with_timeout(request.request_id(), self._timeouts.of(request.timeout()))
-        following = StreamOptions.read(request.parameters())
-        context.arrived_ns = context.arrived_ns if following.arrived_ns is None else following.arrived_ns
-        entry.follow(context)
-        self._spans.follow(request, context)
-        self._reception.begin(context, answer)
-        asked = read_request(request)
-        entry.note(asked.prompt, **_told(asked))
-        taken = _Taken(asked, context, answer, entry, following)
-        if asked.images is None:
-            self._submit(taken)
-        elif self._may_decode.acquire(blocking=False):
-            self._decoder.submit(self._decode, taken)
+    def _handle(self, call: StageCall) -> None:
+        """Submits a request to the engine; one with source images from a thread, so that others do not wait."""
+        context = call.context
+        if call.options.arrived_ns is not None:
+            context.arrived_ns = call.options.arrived_ns
+        context.start(Stage.AR_QUEUE)
+        parameters = read_request(call.inputs)
+        context.num_images = parameters.num_images
+        context.attributes = _attributes(parameters)
+        if parameters.images is None:
+            self._submit(call, parameters)
+        elif self._decoding_slots.acquire(blocking=False):
+            self._decoders.submit(self._decode_and_submit, call, parameters)
         else:
             raise QueueFullError(
                 f"glm_ar decodes the source images of {self._max_decoding} requests, as many as max_queue allows; "
                 "try again later"
             )
 
-    def _decode(self, taken: _Taken) -> None:
+    def _decode_and_submit(self, call: StageCall, parameters: GenerationParameters) -> None:
         try:
-            taken.context.check()
-            self._submit(taken)
-        except Exception as error:  # whatever it is, the client must get an answer
-            taken.answer.fail(error)
+            with call.responder.errors_sent():
+                call.context.check()
+                self._submit(call, parameters)
         finally:
-            self._may_decode.release()
+            self._decoding_slots.release()
 
-    def _submit(self, taken: _Taken) -> None:
-        context = taken.context
-        resolved = taken.asked.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
-        size = resolved.requested
-        taken.entry.note(taken.asked.prompt, width=size.width, height=size.height, seed=resolved.seeds[0])
-        if taken.following.previews and (grid := preview_of(resolved.grids)) is not None:
-            context.on_preview = partial(self._hand_out_preview, context, grid, resolved.seeds[0])
-        if self._gathering is not None:
-            self._gathering.expect(context, len(resolved.seeds), taken.answer)
-        self._engine.submit(context, resolved).add_done_callback(
-            lambda done: _reply(taken.answer, context, resolved, done)
+    def _submit(self, call: StageCall, parameters: GenerationParameters) -> None:
+        context = call.context
+        resolved = parameters.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
+        width, height, seed = resolved.requested.width, resolved.requested.height, resolved.seeds[0]
+        context.attributes |= {"width": width, "height": height, "seed": seed}
+        preview = preview_of(resolved.grids)
+        if call.options.previews and preview is not None:
+            context.add_observer(PreviewPublisher(self._registry, preview, seed))
+        self._engine.submit(context, resolved).add_done_callback(partial(_respond, call, resolved))
+
+
+def _respond(call: StageCall, resolved: ResolvedRequest, done: Future[ArResult]) -> None:
+    with call.responder.errors_sent():
+        error = done.exception()
+        if error is not None:  # not raised: its traceback would refer to the request, which refers to the error
+            call.responder.fail(error)
+            return
+        result = done.result()
+        call.responder.send(
+            {
+                "prior_token_ids": result.prior_token_ids,
+                "prior_grid": np.array(resolved.target),
+                "source_token_ids": result.source_token_ids,
+                "source_grids": np.array(result.source_grids).reshape(-1, 2),
+                "resolved_seed": np.array([resolved.seeds[0]]),
+                "resolved_size": np.array(resolved.requested),
+                "deadline_ns": np.array([call.context.deadline_ns]),
+                "ar_metadata": text_array(json.dumps(ar_metadata(call.context, result.tokens))),
+            }
         )
 
-    def _hand_out_preview(self, context: RequestContext, grid: Grid, seed: int, tokens: NDArray[np.int32]) -> None:
-        self._reception.tell(
-            context, lambda: {"preview": {"grid": list(grid), "tokens": tokens.tolist(), "seed": seed}}
+
+def _dit_load_feed(instance: Instance) -> DitLoadFeed | None:
+    """Returns the source of the DiT's load; None where ``admission`` does not need it, or it cannot be known."""
+    if instance.parameters["admission"] != "gathered":
+        return None
+    folder = ipc.folder()
+    if folder is None:
+        logger.warning(
+            "admission is gathered, but %s is not set, so the load of glm_dit is unknown: requests are admitted "
+            "immediately",
+            VARIABLE,
         )
-
-
-def _told(asked: GenerationParameters) -> dict[str, Any]:
-    """What the log tells of a request, as it was asked for."""
-    return {
-        "width": asked.width,
-        "height": asked.height,
-        "images": asked.num_images,
-        "steps": asked.num_inference_steps,
-        "seed": asked.seed,
-        "sources": len(asked.images or ()),
-        "output_format": asked.output_format,
-    }
+        return None
+    return DitLoadFeed(folder)
 
 
 def _unload(models: Sequence[str]) -> None:
-    """Takes models away; requests in flight go on, and Triton ends a model's process after its last one."""
+    """Unloads models; requests in flight go on, and Triton ends a model's process after its last one."""
     for model in models:
         with contextlib.suppress(pb_utils.TritonModelException):  # this server was started without it
             pb_utils.unload_model(model)
 
 
-def _load(
-    instance: Instance, metrics: MetricsExporter, pending_responses: PendingResponses, gathering: AdmissionFeed | None
-) -> tuple[Any, Heartbeat]:
-    place = instance.take_place(reserve_first=False)
-    # Read before seconds of imports, so that what is not allowed is told at once.
-    folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
-    slots, positions, longest_queue = (instance.integer(name, 1) for name in names)
-    # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
-    from glm_image.ar.engine import ArEngine  # noqa: PLC0415
-    from glm_image.ar.settings import ArSettings  # noqa: PLC0415
-    from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-    from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
-
-    parameters = instance.parameters
-    device = open_device(place.local_names[0], display_name=place.devices[0])
-    settings = ArSettings(
-        dtype=named_dtype(parameters["dtype"]),
-        max_num_seqs=slots,
-        max_sequence_tokens=positions,
-        max_queue=longest_queue,
-        graph_mode=parameters["graph_mode"],
-        graph_capture_sizes=instance.integers("graph_capture_sizes"),
-        memory_utilization=instance.share("memory_utilization"),
-        int8=parameters["quantization"] == "int8",
-    )
-    logger.info("loading the decoder on %s", device)
-    checkpoint = Checkpoint.open(folder, parameters["load_format"])
-    pulse = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
-    engine = ArEngine(
-        checkpoint,
-        device,
-        settings,
-        metrics.record,
-        watched=pulse.watched,
-        admission=None if gathering is None else gathering.admission,
-        workers=instance.workers(place, device, pending_responses.end_process),
-    )
-    return engine, pulse
-
-
-def read_request(request: Any) -> GenerationParameters:
-    """Reads what a client asks for, not yet validated."""
-    inputs = Inputs(request)
+def read_request(inputs: Inputs) -> GenerationParameters:
+    """Reads a client's request; not validated yet."""
     return GenerationParameters(
         prompt=inputs.text("prompt") or "",
         images=inputs.files("image"),
@@ -237,21 +206,15 @@ def read_request(request: Any) -> GenerationParameters:
     )
 
 
-def _reply(answer: Responder, context: RequestContext, resolved: ResolvedRequest, done: Future[ArResult]) -> None:
-    error = done.exception()
-    if error is not None:
-        answer.fail(error)
-        return
-    result = done.result()
-    answer.send(
-        {
-            "prior_token_ids": result.prior_token_ids,
-            "prior_grid": np.array(resolved.target),
-            "source_token_ids": result.source_token_ids,
-            "source_grids": np.array(result.source_grids).reshape(-1, 2),
-            "resolved_seed": np.array([resolved.seeds[0]]),
-            "resolved_size": np.array(resolved.requested),
-            "deadline_ns": np.array([context.deadline_ns]),
-            "ar_metadata": text_array(json.dumps(ar_metadata(context, result.tokens))),
-        }
-    )
+def _attributes(parameters: GenerationParameters) -> dict[str, Any]:
+    """Returns the request's parameters for the log."""
+    return {
+        "width": parameters.width,
+        "height": parameters.height,
+        "images": parameters.num_images,
+        "steps": parameters.num_inference_steps,
+        "seed": parameters.seed,
+        "sources": len(parameters.images or ()),
+        "output_format": parameters.output_format,
+        "prompt": parameters.prompt,
+    }

@@ -1,4 +1,4 @@
-"""BYTES tensors as they come from clients, read without a loop over millions of strings.
+"""Deserializes clients' BYTES tensors without a loop over millions of strings.
 
 The stub turns a BYTES tensor into an array before a model sees the request, with a function of
 ``triton_python_backend_utils`` that takes 14 seconds for 100 MB of empty strings and keeps other requests waiting.
@@ -15,22 +15,22 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 MAX_STRINGS = 256
-"""More than any input may hold."""
+"""More than any input allows."""
 
 LENGTH = struct.Struct("<I")
 
 
 class _TooMany:
-    """Strings that nobody will read: all empty, of the shape that is asked for, in the memory of one."""
+    """Stands in for strings that are never read: empty ones of any shape, in the memory of one."""
 
     def reshape(self, dims: Sequence[int]) -> NDArray[np.object_]:
         return np.broadcast_to(np.array(b"", dtype=np.object_), tuple(dims))
 
 
 def deserialize(encoded: Any) -> Any:
-    """Returns the strings of a tensor, each after its length, as the stub wants them: something to be reshaped.
+    """Returns the strings of a tensor, each preceded by its length, as an object that the stub reshapes.
 
-    Of more than ``MAX_STRINGS``, which every input refuses, only their number is right.
+    If there are more than ``MAX_STRINGS``, which every input refuses, only their number is right.
     """
     view = memoryview(encoded).cast("B")
     strings: list[bytes] = []

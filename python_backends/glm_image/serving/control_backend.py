@@ -1,4 +1,4 @@
-"""``glm_control``: cancels requests and says where they are."""
+"""``glm_control``: cancels requests and reports their state."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 from glm_image import ipc
 from glm_image.errors import InvalidInputError, UnavailableError
@@ -17,46 +17,41 @@ from glm_image.serving.exit import end_process
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
 
-THREADS = 4
-"""Questions at once: an instance that stands still keeps one waiting."""
+THREADS: Final = 4
+"""Concurrent calls: an instance that hangs keeps one waiting."""
 
 
 class ControlBackend:
     """The Triton Python model that reaches all instances of the others."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Makes the threads that ask."""
         bytes_tensors.install()
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
 
     def execute(self, requests: list[Any]) -> None:
-        """Hands requests to threads; each is answered when all instances have answered."""
+        """Passes requests to threads, which respond when all instances have replied."""
         for request in requests:
-            answer = Responder(request)
-            try:
+            responder = Responder(request)
+            with responder.errors_sent():
                 inputs = Inputs(request)
-                asked = [_required(inputs, name) for name in ("request_id", "action")]
-                self._threads.submit(self._answer, answer, *asked)
-            except Exception as error:  # whatever it is, the client must get an answer
-                answer.fail(error)
+                request_id, action = (_required(inputs, name) for name in ("request_id", "action"))
+                self._threads.submit(self._call, responder, request_id, action)
 
     def finalize(self) -> None:
-        """Waits for the last answers."""
+        """Waits for the last responses."""
         self._threads.shutdown(wait=True)
         end_process()
 
-    def _answer(self, answer: Responder, request_id: str, action: str) -> None:
-        try:
+    def _call(self, responder: Responder, request_id: str, action: str) -> None:
+        with responder.errors_sent():
             folder = ipc.folder()
             if folder is None:
                 raise UnavailableError(
                     f"this Triton was started without {VARIABLE}, the folder in which glm_control finds the other "
                     "models: start it with serve, or name a folder of mode 0700 there"
                 )
-            answer.send({"result": text_array(json.dumps(control(folder, request_id, action)))})
-        except Exception as error:  # whatever it is, the client must get an answer
-            answer.fail(error)
+            responder.send({"result": text_array(json.dumps(control(folder, request_id, action)))})
 
 
 def _required(inputs: Inputs, name: str) -> str:

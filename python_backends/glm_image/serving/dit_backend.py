@@ -1,12 +1,11 @@
-"""``glm_dit``: blocks while a picture is denoised, so that Triton queues for it; the rest goes on in a thread."""
+"""``glm_dit``: blocks while an image is denoised, so that Triton queues for it; the engine finishes it in a thread."""
 
 from __future__ import annotations
 
 import base64
 import json
 import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,62 +18,39 @@ from glm_image.config.instance import Instance
 from glm_image.config.schema import DIT_PARAMETERS
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
-from glm_image.ipc import Message
-from glm_image.lifecycle.context import NANOSECONDS, RequestContext
+from glm_image.ipc import Handler, Message
 from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
-from glm_image.lifecycle.preview_rpc import PREVIEW, answer_preview, packed_picture, read_preview
-from glm_image.lifecycle.registry import RequestRegistry
-from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.lifecycle.preview_rpc import PREVIEW, EstimatePublisher, read_preview_request, reply_with_preview
+from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.request.parameters import PaintRequest, consecutive_seeds, random_seed
+from glm_image.request.stages import AR_STAGES, Stage
 from glm_image.serving import bytes_tensors
-from glm_image.serving.exit import end_process
-from glm_image.serving.metrics_export import MetricsExporter
-from glm_image.serving.pending_responses import PendingResponses
-from glm_image.serving.request_gate import RequestGate
-from glm_image.serving.responder import Responder
+from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.request_log import Entry, RequestLog
-from glm_image.telemetry.tracing import RequestTracing
 
 if TYPE_CHECKING:
     from glm_image.dit.engine import DitResult
 
 logger = logging.getLogger(__name__)
 
-IDLE_NS = NANOSECONDS // 20
-"""Longer than Triton takes to hand an instance the next request that waits."""
 
+class DitBackend(StageBackend):
+    """The Triton Python model of the DiT stage."""
 
-class BusyPeriod:
-    """When a request that does not say it may have arrived: not before the instance was last idle."""
+    parameters = DIT_PARAMETERS
+    metrics = DIT_METRICS
+    counters = DIT_OUTCOMES
+    outcome = RequestState.FINISHED
 
-    def __init__(self) -> None:
-        self.since_ns = 0
-        self._ended_ns = 0
+    def _load(self, instance: Instance) -> Heartbeat:
+        self._load_reporter = DitLoadReporter(instance.name)
+        self._observers += [self._load_reporter, EstimatePublisher(self._registry)]
 
-    def begin(self) -> None:
-        """Notes that a request has come out of the queue."""
-        now = time.monotonic_ns()
-        if now - self._ended_ns > IDLE_NS:
-            self.since_ns = now
-
-    def end(self) -> None:
-        """Notes that the instance asks for the next."""
-        self._ended_ns = time.monotonic_ns()
-
-
-class DitBackend:
-    """The Triton Python model of the second stage."""
-
-    def initialize(self, args: Mapping[str, str]) -> None:
-        """Loads the engine on this instance's device."""
-        bytes_tensors.install()
-        instance = Instance.read(args, DIT_PARAMETERS)
         place = instance.take_place(reserve_first=True)
-        # Read before seconds of imports, so that what is not allowed is told at once.
+        # Read before seconds of imports, so that a value that is not allowed is reported first.
         parameters, folder, cache = instance.parameters, instance.checkpoint, cache_settings(instance)
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
         from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
@@ -82,16 +58,13 @@ class DitBackend:
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
         from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
-        self._limits, self._timeouts = instance.limits, instance.timeouts
-        self._checkpoint = Checkpoint.open(folder, parameters["load_format"])
+        checkpoint = Checkpoint.open(folder, parameters["load_format"])
+        self._model = {"name": checkpoint.name, "revision": checkpoint.revision}
         device = open_device(place.local_names[0], display_name=place.devices[0])
         logger.info("loading the transformer on %s", device)
-        self._spans = RequestTracing(instance.name)
-        self._metrics = MetricsExporter(DIT_METRICS, instance)
-        self._open = PendingResponses()
-        self._pulse = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+        heartbeat = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
         self._engine = DitEngine(
-            self._checkpoint,
+            checkpoint,
             device,
             DitSettings(
                 dtype=named_dtype(parameters["dtype"]),
@@ -101,124 +74,94 @@ class DitBackend:
                 cache=cache,
                 quantization=parameters["quantization"],
                 vae_tiling=parameters["vae_tiling"],
-                largest_side=self._limits.max_side,
+                largest_side=instance.limits.max_side,
             ),
             self._metrics.record,
-            watched=self._pulse.watched,
-            workers=instance.workers(place, device, self._open.end_process),
+            watched=heartbeat.watched,
+            workers=instance.workers(place, device, self._pending.end_process),
         )
-        log = RequestLog(instance.name, is_last=True)
-        self._painting = DitLoadReporter(instance.name)
-        self._reception = RequestGate(
-            instance,
-            RequestRegistry("condition", "finished"),
-            DIT_OUTCOMES,
-            self._metrics.record,
-            log,
-            handlers={PREVIEW: self._preview},
-            topics={TOPIC: self._painting.tell},
-        )
-        self._painting.publish = self._reception.publish
-        self._busy = BusyPeriod()
-        self._pulse.start()
+        return heartbeat
 
-    def execute(self, requests: list[Any]) -> None:
-        """Denoises requests one after the other; each is answered when its pictures are decoded and encoded."""
-        self._busy.begin()
-        for request in requests:
-            answer = self._open.add(Responder(request))
-            entry = self._reception.expect(request, answer)
-            try:
-                self._paint(request, answer, entry)
-            except Exception as error:  # whatever it is, the client must get an answer
-                answer.fail(error)
-        self._busy.end()
+    def _start(self, heartbeat: Heartbeat) -> None:
+        self._load_reporter.publish = self._control.publish
+        heartbeat.start()
 
-    def finalize(self) -> None:
-        """Finishes what is denoised."""
-        self._pulse.close()
+    def _handlers(self) -> Mapping[str, Handler]:
+        return {PREVIEW: self._preview}
+
+    def _topics(self) -> Mapping[bytes, Callable[[], None]]:
+        return {TOPIC: self._load_reporter.publish_load}
+
+    def _close_engine(self) -> None:
         self._engine.close()
-        self._reception.close()
-        self._metrics.close()
-        self._spans.close()
-        end_process()
 
-    def _paint(self, request: Any, answer: Responder, entry: Entry) -> None:
-        inputs = Inputs(request)
-        paint = read_request(inputs)
-        context = self._job(request, inputs, paint)
-        entry.follow(context, paint.ar_metadata.get("seconds"))
-        entry.note(paint.prompt, **_told(paint))
-        self._spans.follow(request, context)
-        answer.when_ended(lambda _: self._painting.end(context))
-        self._painting.begin(context, len(paint.seeds))
-        self._reception.begin(context, answer)
-        self._show(context, StreamOptions.read(request.parameters()).pictures_every)
-        painted = self._engine.paint(context, paint, self._limits)
-        painted.add_done_callback(partial(self._answer, answer, context, paint))
+    def _handle(self, call: StageCall) -> None:
+        """Denoises a request; its response follows when its images are decoded and encoded."""
+        request = read_request(call.inputs)
+        context = call.context
+        _adopt(call, request)
+        context.start(Stage.CONDITION)
+        self._engine.paint(context, request, self._limits).add_done_callback(partial(self._respond, call, request))
 
-    def _show(self, context: RequestContext, pictures_every: int) -> None:
-        def show(pixels: NDArray[np.uint8]) -> None:
-            self._reception.tell(context, lambda: {"picture": packed_picture(pixels)})
-
-        context.pictures_every, context.on_picture = pictures_every, show
-
-    def _preview(self, question: Message) -> Future[Message]:
-        """Answers ``glm_image.lifecycle.preview_rpc.ask_preview`` over the bus, in the bus's thread."""
-        context, paint = read_preview(question)
-        paint.check(self._limits, self._engine.codebook_size)
-        answer: Future[Message] = Future()
-        done = self._engine.preview(context, paint)
-        let_go = self._reception.beside(context)
-        done.add_done_callback(lambda _: let_go())
-        done.add_done_callback(lambda done: answer_preview(answer, done))
-        return answer
-
-    def _job(self, request: Any, inputs: Inputs, paint: PaintRequest) -> RequestContext:
-        told = paint.ar_metadata
-        # As a step of the ensemble it is told the whole request's timeout again; the first stage knows what is left.
-        timeout_us = self._timeouts.of(request.timeout())
-        context = RequestContext.with_timeout(request.request_id() or told.get("request_id", ""), timeout_us)
-        context.arrived_ns = told.get("arrived_ns", self._busy.since_ns)
-        deadline_ns = inputs.integer("deadline_ns") or 0
-        if deadline_ns < 0:
-            raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
-        context.deadline_ns = deadline_ns or context.deadline_ns
-        return context
-
-    def _answer(
-        self, answer: Responder, context: RequestContext, paint: PaintRequest, painted: Future[DitResult]
-    ) -> None:
-        try:
-            result = painted.result()
-            raw = paint.output_format == "raw"
-            metadata = request_metadata(self._checkpoint, context, paint, self._engine.attention_backend)
-            answer.send(
+    def _respond(self, call: StageCall, request: PaintRequest, done: Future[DitResult]) -> None:
+        with call.responder.errors_sent():
+            error = done.exception()
+            if error is not None:  # not raised: its traceback would refer to the request, which refers to the error
+                call.responder.fail(error)
+                return
+            result = done.result()
+            metadata = request_metadata(call.context, request, self._model, self._engine.attention_backend)
+            is_raw = request.output_format == "raw"
+            call.responder.send(
                 {
-                    "images": result.pixels if raw else np.zeros((0, 0, 0, 3)),
+                    "images": result.pixels if is_raw else np.zeros((0, 0, 0, 3)),
                     "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),
                     "metadata": text_array(json.dumps(metadata)),
                 }
             )
-        except Exception as error:  # whatever it is, the client must get an answer
-            answer.fail(error)
+
+    def _preview(self, message: Message) -> Future[Message]:
+        """Handles ``glm_image.lifecycle.preview_rpc.request_preview``, in the IPC server's thread."""
+        context, request = read_preview_request(message)
+        request.check(self._limits, self._engine.codebook_size)
+        reply: Future[Message] = Future()
+        preview = self._engine.preview(context, request)
+        unlink = self._registry.link(context)
+        preview.add_done_callback(lambda _: unlink())
+        preview.add_done_callback(lambda done: reply_with_preview(reply, done))
+        return reply
 
 
-def _told(paint: PaintRequest) -> dict[str, Any]:
-    """What the log tells of a request."""
-    return {
-        "width": paint.requested.width,
-        "height": paint.requested.height,
-        "images": len(paint.seeds),
-        "steps": paint.num_inference_steps,
-        "seed": paint.seeds[0] if paint.seeds else None,
-        "sources": len(paint.source_grids),
-        "output_format": paint.output_format,
+def _adopt(call: StageCall, request: PaintRequest) -> None:
+    """Continues the request that ``glm_ar`` began: its id, arrival, deadline and stage times.
+
+    The ensemble gives each stage the whole timeout of the request, so the deadline comes from the first stage.
+    """
+    context, metadata = call.context, request.ar_metadata
+    deadline_ns = call.inputs.integer("deadline_ns") or 0
+    if deadline_ns < 0:
+        raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
+    context.id = call.request_id or metadata.get("request_id", context.id)
+    context.arrived_ns = metadata.get("arrived_ns", context.arrived_ns)
+    context.deadline_ns = deadline_ns or context.deadline_ns
+    seconds = metadata.get("seconds", {})
+    context.seconds = {stage: seconds[stage] for stage in AR_STAGES if stage in seconds}
+    context.estimate_every = call.options.estimate_every
+    context.num_images = len(request.seeds)
+    context.attributes = {
+        "width": request.requested.width,
+        "height": request.requested.height,
+        "images": len(request.seeds),
+        "steps": request.num_inference_steps,
+        "seed": request.seeds[0] if request.seeds else None,
+        "sources": len(request.source_grids),
+        "output_format": request.output_format,
+        "prompt": request.prompt,
     }
 
 
 def read_request(inputs: Inputs) -> PaintRequest:
-    """Reads what the first stage, or a client with tokens of its own, asks for; not yet validated."""
+    """Reads the request of ``glm_ar``, or of a client with tokens of its own; not validated yet."""
     tokens, sides = _required(inputs, "prior_token_ids"), _required(inputs, "prior_grid")
     grid = Grid(*map(int, sides))
     size = inputs.array("resolved_size")
@@ -228,7 +171,7 @@ def read_request(inputs: Inputs) -> PaintRequest:
         prior_token_ids=tokens,
         grid=grid,
         requested=Size(*(side * PIXELS_PER_TOKEN for side in grid) if size is None else map(int, size)),
-        # Of more rows than that, ``check`` refuses the number.
+        # ``PaintRequest.check`` refuses more rows than that.
         seeds=consecutive_seeds(random_seed() if seed is None else seed, min(len(tokens), bytes_tensors.MAX_STRINGS)),
         ar_metadata=read_ar_metadata(inputs.text("ar_metadata") or ""),
         source_grids=_source_grids(inputs),
@@ -253,7 +196,7 @@ def _source_grids(inputs: Inputs) -> tuple[Grid, ...]:
 
 
 def _required(inputs: Inputs, name: str) -> NDArray[Any]:
-    # Triton refuses too few inputs, and does not look which they are.
+    # Triton checks the number of inputs, not their names.
     array = inputs.array(name)
     if array is None:
         raise InvalidInputError(f"{name} is missing; allowed: the tensor that glm_ar gives")

@@ -9,9 +9,9 @@ from typing import NoReturn
 
 
 def end_process(code: int = 0) -> NoReturn:
-    """Ends this process at once, its interpreter not taken apart: with torch in it that takes up to seconds.
+    """Ends this process without finalizing its interpreter, which takes seconds with torch loaded.
 
-    The last thing that a model does when it is unloaded. Triton waits for nothing but the process's end by then.
+    The last action of a model when it is unloaded: by then Triton only waits for the process to end.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

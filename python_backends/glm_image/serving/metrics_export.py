@@ -1,4 +1,4 @@
-"""The engines' measures as metrics of Triton, on its metrics port beside its own."""
+"""The engines' metrics as metrics of Triton, on its metrics port."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import triton_python_backend_utils as pb_utils
 
@@ -18,63 +18,65 @@ logger = logging.getLogger(__name__)
 
 Value = tuple[MetricSpec, float, int]
 
-RESTARTS = MetricSpec(
-    "glm_image_restarts_total", Kind.COUNTER, "Times that serve has started the server again; as every instance has it"
+RESTARTS: Final = MetricSpec(
+    "glm_image_restarts_total",
+    Kind.COUNTER,
+    "Server restarts since serve started. Reported identically by every instance; do not sum",
 )
-RESTARTS_SO_FAR = "GLM_IMAGE_RESTARTS"
-"""The variable of the environment that tells of them."""
+RESTARTS_VARIABLE: Final = "GLM_IMAGE_RESTARTS"
+"""The environment variable in which ``serve`` passes their number."""
 
 
 class MetricsExporter:
     """An instance's metrics, labelled with its model and index.
 
-    A metric lives in Triton's process, so every change is a message there and back. Engines only put values into a
-    queue; a thread hands them on, with what has piled up meanwhile added together.
+    A metric lives in Triton's process, so every change of it is a message there and back. Engines only put values into
+    a queue; a thread sends them, with those that have accumulated in between added together.
 
     Args:
-        measures: what is measured; counters and gauges are 0 until a value comes.
-        instance: whose.
+        metrics: the metrics; counters and gauges are 0 until a value comes.
+        instance: the instance.
     """
 
-    def __init__(self, measures: Iterable[MetricSpec], instance: Instance) -> None:
+    def __init__(self, metrics: Iterable[MetricSpec], instance: Instance) -> None:
         self._values: queue.SimpleQueue[Value | None] = queue.SimpleQueue()
-        self._families: dict[str, Any] = {}  # a family lost is a metric lost
+        self._families: dict[str, Any] = {}  # a metric ends with its family
         self._metrics: dict[MetricSpec, Any] = {}
         labels = {"model": instance.model, "instance": str(instance.index)}
         try:
-            for measure in (*measures, RESTARTS):
-                self._add(measure, labels)
-            self._metrics[RESTARTS].increment(int(os.environ.get(RESTARTS_SO_FAR, "0")))
+            for metric in (*metrics, RESTARTS):
+                self._add(metric, labels)
+            self._metrics[RESTARTS].increment(int(os.environ.get(RESTARTS_VARIABLE, "0")))
         except pb_utils.TritonModelException as error:  # a Triton may be built without metrics
             logger.warning("no metrics of this instance: %s", error)
             self._metrics.clear()
-        self._thread = threading.Thread(target=self._forward_result, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._export, name="metrics", daemon=True)
         self._thread.start()
 
-    def _add(self, measure: MetricSpec, labels: dict[str, str]) -> None:
-        if measure.name not in self._families:
-            self._families[measure.name] = pb_utils.MetricFamily(
-                name=measure.name,
-                description=measure.meaning,
-                kind=getattr(pb_utils.MetricFamily, measure.kind.name),
+    def _add(self, metric: MetricSpec, labels: dict[str, str]) -> None:
+        if metric.name not in self._families:
+            self._families[metric.name] = pb_utils.MetricFamily(
+                name=metric.name,
+                description=metric.meaning,
+                kind=getattr(pb_utils.MetricFamily, metric.kind.name),
             )
-        if measure.reason:
-            labels = {**labels, "reason": measure.reason}
-        buckets = {"buckets": list(measure.bounds)} if measure.kind is Kind.HISTOGRAM else {}
-        self._metrics[measure] = self._families[measure.name].Metric(labels=labels, **buckets)
+        if metric.reason:
+            labels = {**labels, "reason": metric.reason}
+        buckets = {"buckets": list(metric.bounds)} if metric.kind is Kind.HISTOGRAM else {}
+        self._metrics[metric] = self._families[metric.name].Metric(labels=labels, **buckets)
 
-    def record(self, measure: MetricSpec, value: float, times: int = 1, /) -> None:
-        """Takes a value; see ``glm_image.telemetry.metrics.MetricSink``."""
-        self._values.put((measure, value, times))
+    def record(self, metric: MetricSpec, value: float, times: int = 1, /) -> None:
+        """Records a value; see ``glm_image.telemetry.metrics.MetricSink``."""
+        self._values.put((metric, value, times))
 
     def close(self) -> None:
-        """Hands on what has come so far and ends; what comes later is dropped."""
+        """Exports the values recorded so far; later ones are dropped."""
         self._values.put(None)
         self._thread.join()
         self._metrics.clear()
         self._families.clear()
 
-    def _forward_result(self) -> None:
+    def _export(self) -> None:
         ended = False
         while not ended:
             values = [self._values.get()]
@@ -82,30 +84,30 @@ class MetricsExporter:
                 values.append(self._values.get())
             ended = None in values
             try:
-                for measure, value, times in merged(value for value in values if value is not None):
-                    self._set(measure, value, times)
+                for metric, value, times in merged(value for value in values if value is not None):
+                    self._set(metric, value, times)
             except pb_utils.TritonModelException:
                 logger.exception("metrics are lost")
 
-    def _set(self, measure: MetricSpec, value: float, times: int) -> None:
-        metric = self._metrics.get(measure)
-        if metric is None:
+    def _set(self, metric: MetricSpec, value: float, times: int) -> None:
+        exported = self._metrics.get(metric)
+        if exported is None:
             return
-        if measure.kind is Kind.COUNTER:
-            metric.increment(value)
-        elif measure.kind is Kind.GAUGE:
-            metric.set(value)
+        if metric.kind is Kind.COUNTER:
+            exported.increment(value)
+        elif metric.kind is Kind.GAUGE:
+            exported.set(value)
         else:
             for _ in range(times):
-                metric.observe(value)
+                exported.observe(value)
 
 
 def merged(values: Iterable[Value]) -> Iterator[Value]:
-    """Returns as few values as say the same: counters summed, the last of gauges, all of histograms."""
+    """Combines values: the sum of counters, the last value of gauges, all values of histograms."""
     last: dict[MetricSpec, float] = {}
-    for measure, value, times in values:
-        if measure.kind is Kind.HISTOGRAM:
-            yield measure, value, times
+    for metric, value, times in values:
+        if metric.kind is Kind.HISTOGRAM:
+            yield metric, value, times
         else:
-            last[measure] = value + (last.get(measure, 0.0) if measure.kind is Kind.COUNTER else 0.0)
-    yield from ((measure, value, 1) for measure, value in last.items())
+            last[metric] = value + (last.get(metric, 0.0) if metric.kind is Kind.COUNTER else 0.0)
+    yield from ((metric, value, 1) for metric, value in last.items())

@@ -1,65 +1,103 @@
-"""The answer to one request, sent exactly once, whatever happens on the way."""
+"""The response to a request, sent exactly once, and the responses of an instance that are still to be sent."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
 
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from glm_image.errors import UnavailableError
+from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.serving.errors import triton_error
+from glm_image.serving.exit import end_process
 from glm_image.serving.tensors import response
 
-OnEnd = Callable[["BaseException | None"], None]
-"""Takes what a request ended with; None = its outputs."""
+logger = logging.getLogger(__name__)
+
+EXIT_CODE: Final = 1
+
+
+def _ignore(error: BaseException | None) -> None:
+    pass
 
 
 class Responder:
     """Takes over a request's response sender.
 
-    A request whose answer is never sent hangs its client and keeps the server from stopping, so every path must end in
-    ``send`` or ``fail``; the first one counts.
+    A request without a response hangs its client and keeps the server from stopping, so every path must end in
+    ``send`` or ``fail``. Only the first call counts.
+
+    Args:
+        request: Triton's request.
+        on_end: called with the request's error, or None, before the response is sent.
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, on_end: Callable[[BaseException | None], None] = _ignore) -> None:
         self._sender: Any = request.get_response_sender()
-        self._is_relayed = StreamOptions.is_asked(request.parameters())
+        self._is_relayed = StreamOptions.are_set(request.parameters())
+        self._on_end = on_end
         self._lock = threading.Lock()
-        self._sent = False
-        self._on_end: list[OnEnd] = []
+        self._is_sent = False
 
-    def when_ended(self, call: OnEnd) -> None:
-        """Has ``call`` called just before the answer is sent."""
-        self._on_end.append(call)
+    def is_abandoned(self) -> bool:
+        """Asks Triton whether the caller has disconnected."""
+        with self._lock:  # the sender must not be used after its last response
+            return not self._is_sent and bool(self._sender.is_cancelled())
 
-    def is_unwanted(self) -> bool:
-        """Asks Triton whether the caller has gone away."""
-        with self._lock:  # after its last response the sender may not be asked
-            return not self._sent and bool(self._sender.is_cancelled())
-
-    def send(self, values: Mapping[str, NDArray[Any]]) -> None:
-        """Answers with outputs; with an error when they cannot be sent."""
-        try:
-            made = response(values)
-        except Exception as error:  # whatever it is, the client must get an answer
-            self.fail(error)
-            return
-        self._finish(made, None)
+    def send(self, outputs: Mapping[str, NDArray[Any]]) -> None:
+        """Sends outputs; an error if they cannot be sent."""
+        with self.errors_sent():
+            self._finish(response(outputs), None)
 
     def fail(self, error: BaseException) -> None:
-        """Answers with an error."""
+        """Sends an error."""
         self._finish(pb_utils.InferenceResponse(error=triton_error(error, is_relayed=self._is_relayed)), error)
+
+    @contextmanager
+    def errors_sent(self) -> Iterator[None]:
+        """Sends the exception that ends the block, whatever it is, as the response."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
 
     def _finish(self, made: Any, error: BaseException | None) -> None:
         with self._lock:
-            if self._sent:
+            if self._is_sent:
                 return
-            self._sent = True
-        for call in self._on_end:
-            call(error)
-        self._on_end.clear()
+            self._is_sent = True
+        self._on_end(error)
+        self._on_end = _ignore  # it leads to the request's context, and that back here
         self._sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self._sender = None  # one that is left to the end of the process outlives the memory that it is in
+        self._sender = None  # a sender that is kept to the end of the process outlives the memory that it uses
+
+
+class PendingResponses(RequestObserver):
+    """The responses of an instance that are still to be sent."""
+
+    def __init__(self) -> None:
+        self._responders: dict[RequestContext, Responder] = {}
+
+    def add(self, context: RequestContext, responder: Responder) -> None:
+        self._responders[context] = responder
+
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        self._responders.pop(context, None)
+
+    def end_process(self, error: UnavailableError) -> None:
+        """Fails all of them and ends this process, in which the engine may hang for ever.
+
+        The watchdog sees the process end and restarts the server.
+        """
+        try:
+            for responder in list(self._responders.values()):
+                responder.fail(error)
+            logger.error("this instance ends: %s", error)
+        finally:  # a process that went on would refuse all requests and never be restarted
+            end_process(EXIT_CODE)

@@ -1,78 +1,73 @@
-"""``glm_image_stream``: runs both stages for a request, and tells meanwhile how far it is."""
+"""``glm_image_stream``: runs both stages for a request, and reports its progress meanwhile."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
-from typing import Any
-
-import triton_python_backend_utils as pb_utils
+from collections.abc import Hashable, Mapping
+from typing import Any, Final
 
 from glm_image.config.instance import position
 from glm_image.config.models import DRAINED
 from glm_image.errors import QueueFullError, UnavailableError
-from glm_image.lifecycle.events import DitSecondsByKind
+from glm_image.lifecycle.eta import KEPT_KINDS
+from glm_image.lifecycle.lru import LatestEntries
 from glm_image.serving import bytes_tensors
-from glm_image.serving.errors import triton_error
 from glm_image.serving.exit import end_process
+from glm_image.serving.stream_events import EventSender
 from glm_image.serving.stream_session import StreamSession
 from glm_image.telemetry.heartbeat import Heartbeat
 
 logger = logging.getLogger(__name__)
 
-MAX_STREAMS = 128
-"""Streams at once; each has threads of its own. More than the first stage lets wait by default."""
+MAX_STREAMS: Final = 128
+"""Concurrent streams, each of which has threads of its own; more than the default queue of ``glm_ar``."""
 
 
 class StreamBackend:
-    """The decoupled Triton Python model beside the ensemble.
+    """The decoupled Triton Python model that calls the stages.
 
-    Triton ends it only after the last response of every stream.
+    Triton unloads it only after the last response of every stream.
     """
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Prepares for requests."""
         bytes_tensors.install()
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
-        self._times = DitSecondsByKind()
+        self._dit_seconds: LatestEntries[Hashable, float] = LatestEntries(KEPT_KINDS)
         self._changed = threading.Condition()
         self._running = 0
-        self._drains = False
+        self._is_draining = False
         index, siblings = position(args)
-        self._pulse = Heartbeat(f"{args['model_name']}_{index}", hang_seconds=0)
-        self._pulse.start(orders={"drain": self._drain} if siblings == 1 else {})
+        self._heartbeat = Heartbeat(f"{args['model_name']}_{index}", hang_seconds=0)
+        self._heartbeat.start(commands={"drain": self._drain} if siblings == 1 else {})
 
     def execute(self, requests: list[Any]) -> None:
-        """Begins a stream for each request; its responses go out from threads of its own."""
+        """Starts a stream for each request; its responses are sent by threads of its own."""
         for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._begin(StreamSession(request, sender, self._times))
-            except Exception as error:  # whatever it is, the client must get an answer
-                made = pb_utils.InferenceResponse(error=triton_error(error))
-                sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            sender = EventSender(request)
+            with sender.errors_sent():
+                self._start(StreamSession(request, sender, self._dit_seconds))
 
     def finalize(self) -> None:
-        """Waits for what streams still have open after their last response, which would outlive the interpreter."""
+        """Waits for what streams hold after their last response, which must not outlive the interpreter."""
         with self._changed:
             self._changed.wait_for(lambda: self._running == 0)
-        self._pulse.close()
+        self._heartbeat.close()
         end_process()
 
     def _drain(self) -> None:
-        """Refuses what Triton has taken and not yet handed over, and says when the last stream has ended."""
+        """Refuses the requests that Triton has accepted and not yet passed on, and logs when the last stream ended."""
         with self._changed:
-            self._drains = True
-            self._tell_drained()
+            self._is_draining = True
+            self._log_if_drained()
 
-    def _tell_drained(self) -> None:
-        if self._drains and self._running == 0:
+    def _log_if_drained(self) -> None:
+        if self._is_draining and self._running == 0:
             logger.info(DRAINED)
 
-    def _begin(self, stream: StreamSession) -> None:
+    def _start(self, stream: StreamSession) -> None:
         with self._changed:
-            if self._drains:
+            if self._is_draining:
                 raise UnavailableError("the server is stopping")
             if self._running >= MAX_STREAMS:
                 raise QueueFullError(f"glm_image_stream has {MAX_STREAMS} streams, as many as may be; try again later")
@@ -86,4 +81,4 @@ class StreamBackend:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
-                self._tell_drained()
+                self._log_if_drained()

@@ -1,4 +1,4 @@
-"""Between Triton's tensors and plain values."""
+"""Conversion between Triton's tensors and plain values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING"
 
 
 class Inputs:
-    """The inputs of a request; each getter gives None for one that was left out.
+    """The inputs of a request; each getter returns None for an input that is missing.
 
     Triton has checked types and shapes against the configuration.
     """
@@ -25,7 +25,7 @@ class Inputs:
         self._request = request
 
     def array(self, name: str) -> NDArray[Any] | None:
-        """Returns an input as it is."""
+        """Returns an input as an array."""
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
         return None if tensor is None else tensor.as_numpy()
 
@@ -35,7 +35,7 @@ class Inputs:
         return None if array is None else int(array[0])
 
     def real(self, name: str) -> float | None:
-        """Returns an FP32 [1] as the shortest decimal that is it: 0.9 stays 0.9, not 0.8999999762."""
+        """Returns an FP32 [1], rounded to its shortest decimal: 0.9, not 0.8999999762."""
         array = self.array(name)
         return None if array is None else float(str(np.float32(array[0])))
 
@@ -51,22 +51,22 @@ class Inputs:
         return text
 
     def files(self, name: str) -> tuple[bytes, ...] | None:
-        """Returns a BYTES [k]; None when it was left out, which is not the same as none of them."""
+        """Returns a BYTES [k]; a missing input is None, an empty one ()."""
         array = self.array(name)
         return None if array is None else tuple(bytes(file) for file in array)
 
     def given(self, **values: Any) -> dict[str, Any]:
-        """Returns those values that are not None, so that defaults hold for the others."""
+        """Returns the values that are not None, so that defaults apply to the others."""
         return {name: value for name, value in values.items() if value is not None}
 
 
 def text_array(*texts: str) -> NDArray[np.object_]:
-    """Returns texts as a BYTES tensor's array."""
+    """Returns texts as the array of a BYTES tensor."""
     return np.array([text.encode("utf-8") for text in texts], dtype=np.object_)
 
 
 def response(values: Mapping[str, NDArray[Any]]) -> Any:
-    """Returns an ``InferenceResponse`` with outputs of their declared types."""
+    """Returns an ``InferenceResponse`` with outputs converted to their declared types."""
     types = {spec.name: NUMPY_TYPES[spec.data_type] for spec in (*STAGE_TENSORS, *STREAM_OUTPUTS, *CONTROL_OUTPUTS)}
     return pb_utils.InferenceResponse(
         output_tensors=[pb_utils.Tensor(name, value.astype(types[name], copy=False)) for name, value in values.items()]

@@ -1,7 +1,7 @@
-"""Signs of life of a model's process, in a page that its server's guard reads, and the guard's orders.
+"""The heartbeat of a model's process, in a shared memory file that the watchdog reads, and the watchdog's commands.
 
-The watchdog (``glm_image.supervisor.watchdog``, which imports nothing of this module) names the folder and defines what
-a page holds.
+The watchdog (``glm_image.supervisor.watchdog``, which imports nothing of this module) names the folder and defines the
+format of the file.
 """
 
 from __future__ import annotations
@@ -16,124 +16,124 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from glm_image.ipc.run_directory import run_directory
 from glm_image.lifecycle.context import NANOSECONDS
 
 logger = logging.getLogger(__name__)
 
-BEAT_SECONDS = 1.0
+BEAT_SECONDS: Final = 1.0
 
-_PID, _BEATS, _BUSY_SINCE, _MAY_LAST = range(4)
+_PID, _BEATS, _BUSY_SINCE, _HANG_NS = range(4)
 
-Orders = Mapping[str, Callable[[], None]]
-NO_ORDERS: Orders = {}
+Commands = Mapping[str, Callable[[], None]]
+NO_COMMANDS: Final[Commands] = {}
 
-Given = TypeVar("Given")
-Returned = TypeVar("Returned")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 class Heartbeat:
-    """Shows that a process lives, and since when its engine has been in the command that it is in.
+    """Shows that a process is alive, and since when its engine runs its current command.
 
-    A thread beats as long as it gets its turn, which it does not in a process that is stopped or in which another
-    thread never lets go of the interpreter.
+    A thread beats while it is scheduled: not in a stopped process, nor in one whose interpreter lock is never released.
 
     Args:
-        name: of the instance.
-        hang_seconds: how long one command of an engine may take; 0 = for ever.
-        directory: where the page is to be; None: in the server's own folder; without one nobody watches.
+        name: the name of the instance.
+        hang_seconds: the longest that a command of the engine may take; 0 = no limit.
+        directory: the folder of the heartbeat file; None = in the server's run directory. Without one, there is no
+            watchdog, and this does nothing.
     """
 
     def __init__(self, name: str, hang_seconds: float, directory: Path | None = None) -> None:
         self._busy: dict[object, int] = {}
         self._lock = threading.Lock()
-        private = run_directory()
-        if directory is None and private is not None:
-            directory = private / "pulses"
+        server_folder = run_directory()
+        if directory is None and server_folder is not None:
+            directory = server_folder / "pulses"
         self._directory, self._name = directory, name
-        # Whole 64-bit words, which another process never sees half written.
+        # Aligned 64-bit words, which another process never reads half written.
         words = ctypes.c_int64 * 4
-        self._page = words()
+        self._words = words()
         self._end = os.eventfd(0)
         self._thread: threading.Thread | None = None
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        page = directory / f"{name}.page"
-        page.write_bytes(bytes(self._page))
-        with page.open("r+b") as file:
-            self._page = words.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(words)))
-        self._page[_MAY_LAST] = int(hang_seconds * NANOSECONDS)
+        heartbeat_file = directory / f"{name}.page"
+        heartbeat_file.write_bytes(bytes(self._words))
+        with heartbeat_file.open("r+b") as file:
+            self._words = words.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(words)))
+        self._words[_HANG_NS] = int(hang_seconds * NANOSECONDS)
 
-    def start(self, is_alive: Callable[[], bool] = lambda: True, orders: Orders = NO_ORDERS) -> None:
-        """Begins to beat: when the model is loaded, and what may take as long as it likes is over.
+    def start(self, is_alive: Callable[[], bool] = lambda: True, commands: Commands = NO_COMMANDS) -> None:
+        """Starts to beat; to be called when the model is loaded, as loading may take any time.
 
         Args:
-            is_alive: asked before each beat; a process of which it says no, or never says anything, does not live.
-            orders: what to do, in the pulse's own thread, at an order of the guard: ``drain`` when the server is to
-                end, so that nothing may take requests any more; ``unload`` when none is left.
+            is_alive: called before each beat, which is left out if it returns false or does not return.
+            commands: run in the heartbeat's thread when the watchdog sends their names: ``drain`` when the server is
+                about to end and must accept no more requests; ``unload`` when no request is left.
         """
         if self._directory is None:
             return
         pipe = self._directory / f"{self._name}.orders"
         os.mkfifo(pipe, 0o600)
-        # For reading and writing: a pipe that always has a writer has no end.
+        # For reading and writing: a pipe that always has a writer never reaches its end.
         descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
-        self._page[_PID] = os.getpid()
+        self._words[_PID] = os.getpid()
         self._thread = threading.Thread(
-            target=self._beat, args=(descriptor, is_alive, orders), name="pulse", daemon=True
+            target=self._beat, args=(descriptor, is_alive, commands), name="heartbeat", daemon=True
         )
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the pulse; the guard does not look at it any more."""
-        self._page[_PID] = 0
+        """Stops the heartbeat; the watchdog ignores the process from now on."""
+        self._words[_PID] = 0
         os.eventfd_write(self._end, 1)
         if self._thread is not None:
             self._thread.join()
 
-    def watched(self, run: Callable[[Given], Returned]) -> Callable[[Given], Returned]:
-        """Returns ``run``, each call of which may take ``hang_seconds``."""
+    def watched(self, run: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
+        """Returns ``run`` such that a call of it that takes longer than ``hang_seconds`` is seen."""
 
-        def watching(command: Given) -> Returned:
+        def run_watched(command: Argument) -> Result:
             with self.busy():
                 return run(command)
 
-        return watching
+        return run_watched
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """What is done inside may take ``hang_seconds``; for any number of threads at once."""
-        turn = object()
+        """Limits the block to ``hang_seconds``; usable by any number of threads concurrently."""
+        block = object()
         with self._lock:
-            self._busy[turn] = time.monotonic_ns()
+            self._busy[block] = time.monotonic_ns()
             self._show_busy()
         try:
             yield
         finally:
             with self._lock:
-                del self._busy[turn]
+                del self._busy[block]
                 self._show_busy()
 
     def _show_busy(self) -> None:
-        self._page[_BUSY_SINCE] = next(iter(self._busy.values()), 0)  # the oldest one
+        self._words[_BUSY_SINCE] = next(iter(self._busy.values()), 0)  # the oldest one
 
-    def _beat(self, pipe: int, is_alive: Callable[[], bool], orders: Orders) -> None:
+    def _beat(self, pipe: int, is_alive: Callable[[], bool], commands: Commands) -> None:
         ready: list[int] = []
         while self._end not in ready:
             if is_alive():
-                self._page[_BEATS] += 1
+                self._words[_BEATS] += 1
             if pipe in ready:
-                for order in os.read(pipe, 4096).decode().split():
-                    _obey(order, orders)
+                for name in os.read(pipe, 4096).decode().split():
+                    _run_command(name, commands)
             ready = select.select([pipe, self._end], [], [], BEAT_SECONDS)[0]
 
 
-def _obey(order: str, orders: Orders) -> None:
+def _run_command(name: str, commands: Commands) -> None:
     try:
-        if order in orders:
-            orders[order]()
-    except Exception:  # the server is asked to end after its time for this, and the thread must go on beating
-        logger.exception("the order to %s is not carried out", order)
+        if name in commands:
+            commands[name]()
+    except Exception:  # the watchdog ends a server that does not drain in time, and the thread must go on beating
+        logger.exception("the watchdog's command %s failed", name)

@@ -1,4 +1,4 @@
-"""What the engines measure while they run: each quantity declared once, whoever keeps the numbers."""
+"""The metrics of the engines: each is declared once, independently of who keeps its values."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from enum import Enum
 from typing import Final, Protocol
 
 from glm_image.errors import GlmImageError
+from glm_image.lifecycle.context import RequestContext, RequestObserver
 
 
 class Kind(Enum):
-    """How values of a measure add up."""
+    """How the values of a metric add up."""
 
     COUNTER = "counter"
-    """A sum."""
+    """Their sum."""
     GAUGE = "gauge"
-    """The last value counts."""
+    """The last value."""
     HISTOGRAM = "histogram"
-    """How many values fell below each bound."""
+    """The number of values below each bound."""
 
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """A quantity, named as Prometheus has it: the unit at the end, ``_total`` for sums.
+    """A metric, named by Prometheus' rules: the unit at the end, ``_total`` for counters.
 
     Attributes:
-        name: its name.
+        name: the name.
         kind: how its values add up.
-        meaning: what it is, in a line.
-        bounds: of a histogram, ascending.
-        reason: what tells it from others of its name; "" = it is the only one.
+        meaning: the help text, one line.
+        bounds: the bounds of a histogram, ascending.
+        reason: the label that distinguishes metrics of one name; "" = no label.
     """
 
     name: str
@@ -40,31 +41,35 @@ class MetricSpec:
 
 
 class MetricSink(Protocol):
-    """Takes values; called from the engines' own threads, so it returns at once and raises nothing."""
+    """Records values. Engines call it from their own threads, so it returns immediately and raises nothing."""
 
-    def __call__(self, measure: MetricSpec, value: float, times: int = 1, /) -> None:
-        """Notes a value.
+    def __call__(self, metric: MetricSpec, value: float, times: int = 1, /) -> None:
+        """Records a value.
 
         Args:
-            measure: of what.
-            value: added to a counter, the state of a gauge, observed in a histogram; in the unit of the name.
+            metric: the metric.
+            value: is added to a counter, replaces the value of a gauge, or is observed by a histogram.
             times: how often a histogram observes it.
         """
 
 
+def null_sink(metric: MetricSpec, value: float, times: int = 1, /) -> None:
+    """Records nothing."""
+
+
 REFUSALS: Final = ("invalid", "queue_full", "stopping", "memory")
-"""Why a request may be refused; see ``reason`` of the error classes."""
+"""The reasons for refusing a request; see ``reason`` of the error classes."""
 
 
 @dataclass(frozen=True)
 class OutcomeCounters:
-    """How requests end at a stage, other than well.
+    """Counters of the requests of a stage that did not succeed.
 
     Attributes:
-        cancels: those that were cancelled.
-        deadline_misses: those whose time ran out or was too short.
-        refusals: those refused, by why.
-        failures: those that ended with a fault of the server.
+        cancels: cancelled requests.
+        deadline_misses: requests that missed their deadline, or could not meet it.
+        refusals: refused requests, one counter per reason.
+        failures: requests that ended with an error of the server.
     """
 
     cancels: MetricSpec
@@ -73,22 +78,22 @@ class OutcomeCounters:
     failures: MetricSpec
 
     @classmethod
-    def of(cls, stage: str) -> OutcomeCounters:
-        """Names them after a stage."""
+    def of(cls, prefix: str) -> OutcomeCounters:
+        """Returns counters whose names begin with ``prefix``."""
         refused = "Requests refused, by reason: invalid, queue_full, stopping, memory"
         return cls(
-            MetricSpec(f"{stage}_cancelled_requests_total", Kind.COUNTER, "Requests cancelled before they were done"),
+            MetricSpec(f"{prefix}_cancelled_requests_total", Kind.COUNTER, "Requests cancelled before they were done"),
             MetricSpec(
-                f"{stage}_deadline_missed_requests_total",
+                f"{prefix}_deadline_missed_requests_total",
                 Kind.COUNTER,
-                "Requests whose time ran out, or was too short for what was left to do",
+                "Requests that missed their deadline, or could not meet it",
             ),
             tuple(
-                MetricSpec(f"{stage}_refused_requests_total", Kind.COUNTER, refused, reason=reason)
+                MetricSpec(f"{prefix}_refused_requests_total", Kind.COUNTER, refused, reason=reason)
                 for reason in REFUSALS
             ),
             MetricSpec(
-                f"{stage}_failed_requests_total", Kind.COUNTER, "Requests that ended with a fault of the server"
+                f"{prefix}_failed_requests_total", Kind.COUNTER, "Requests that ended with an error of the server"
             ),
         )
 
@@ -97,13 +102,25 @@ class OutcomeCounters:
         """All of them."""
         return (self.cancels, self.deadline_misses, *self.refusals, self.failures)
 
-    def measure_of(self, error: BaseException) -> MetricSpec:
-        """Returns the measure that counts a request that ended with ``error``."""
+    def counter_of(self, error: BaseException) -> MetricSpec:
+        """Returns the counter of requests that ended with ``error``."""
         reason = error.reason if isinstance(error, GlmImageError) else ""
-        known = {"cancelled": self.cancels, "deadline": self.deadline_misses}
-        known |= {refusal.reason: refusal for refusal in self.refusals}
-        return known.get(reason, self.failures)
+        counters = {"cancelled": self.cancels, "deadline": self.deadline_misses}
+        counters |= {refusal.reason: refusal for refusal in self.refusals}
+        return counters.get(reason, self.failures)
 
 
-def null_sink(measure: MetricSpec, value: float, times: int = 1, /) -> None:
-    """The record of an engine nobody watches."""
+class OutcomeRecorder(RequestObserver):
+    """Counts the requests of a stage that do not succeed.
+
+    Args:
+        counters: the counters of the stage.
+        record: records their values.
+    """
+
+    def __init__(self, counters: OutcomeCounters, record: MetricSink) -> None:
+        self._counters, self._record = counters, record
+
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        if error is not None:
+            self._record(self._counters.counter_of(error), 1)

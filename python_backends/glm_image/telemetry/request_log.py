@@ -1,4 +1,4 @@
-"""One line a request, a JSON object: who asked for what, how it ended, and where its time went."""
+"""The request log: one JSON object per request, with its parameters, its outcome and its stage times."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
-from glm_image.errors import InvalidInputError
-from glm_image.lifecycle.context import RequestContext
-from glm_image.telemetry.status import status_of
+from glm_image.errors import InvalidInputError, status_of
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
 
-FILE = "GLM_IMAGE_REQUEST_LOG"
-"""The variable of the environment that names the file of lines; without it they join the server's log."""
-PROMPTS = "GLM_IMAGE_LOG_PROMPTS"
-"""The variable that is 1 where lines may hold what people wrote."""
-MAX_PROMPT_CHARACTERS = 1000
+FILE: Final = "GLM_IMAGE_REQUEST_LOG"
+"""The environment variable that names the log file; without it, lines go to the server's log."""
+PROMPTS: Final = "GLM_IMAGE_LOG_PROMPTS"
+"""The environment variable that is 1 where lines may contain the text of prompts."""
+MAX_PROMPT_CHARACTERS: Final = 1000
 """Of a prompt in a line: with 4 bytes each a line stays below the 4096 that Linux writes into a pipe in one piece."""
 
 
-class RequestLog:
-    """Writes an instance's lines.
+class RequestLog(RequestObserver):
+    """Writes a line for each request of an instance when it ends.
 
     Args:
-        instance: whose.
-        is_last: whether a request that went well ends here; otherwise the next stage has its line.
+        instance: the name of the instance.
+        is_last: whether successful requests end here; otherwise only failed ones get a line, as the next stage writes
+            that of the others.
     """
 
     def __init__(self, instance: str, *, is_last: bool) -> None:
@@ -36,50 +36,26 @@ class RequestLog:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._file = os.open(path, flags, 0o640) if path else sys.stderr.fileno()
         self._instance = instance
-        self.is_last = is_last
-        self.has_prompts = os.environ.get(PROMPTS) == "1"
+        self._is_last = is_last
+        self._has_prompts = os.environ.get(PROMPTS) == "1"
 
-    def entry(self, request_id: str) -> Entry:
-        """Begins the line of a request."""
-        return Entry(self, request_id)
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        if error is None and not self._is_last:
+            return
+        attributes = {name: value for name, value in context.attributes.items() if name != "prompt"}
+        if self._has_prompts and "prompt" in context.attributes:
+            attributes["prompt"] = context.attributes["prompt"][:MAX_PROMPT_CHARACTERS]
+        outcome = {"outcome": "ok" if error is None else status_of(error)}
+        # The message of a refusal quotes the input.
+        if error is not None and (self._has_prompts or not isinstance(error, InvalidInputError)):
+            outcome["error"] = f"{error}"[:MAX_PROMPT_CHARACTERS]
+        seconds = {stage: round(float(spent), 6) for stage, spent in context.seconds.items()}
+        here = round((time.monotonic_ns() - context.accepted_ns) / NANOSECONDS, 6)
+        self._write({"id": context.id, **attributes, **outcome, "seconds": seconds, "seconds_here": here})
 
-    def write(self, facts: Mapping[str, Any]) -> None:
-        """Appends a line, in one piece beside those of other processes; a log that is gone is no request's fault."""
+    def _write(self, fields: Mapping[str, Any]) -> None:
+        """Appends a line in one write, so that lines of several processes do not mix; ignores a log that is gone."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-        line = {"time": now, "event": "request", "instance": self._instance, **facts}
+        line = {"time": now, "event": "request", "instance": self._instance, **fields}
         with contextlib.suppress(OSError):
             os.write(self._file, json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-
-
-class Entry:
-    """What is known so far of one request."""
-
-    def __init__(self, log: RequestLog, request_id: str) -> None:
-        self._log = log
-        self._began = time.monotonic()
-        self._facts: dict[str, Any] = {"id": request_id}
-        self._seconds: Mapping[str, float] = {}
-        self._before: Mapping[str, float] = {}
-
-    def follow(self, context: RequestContext, before: Mapping[str, float] | None = None) -> None:
-        """Takes a job's id and, when it has ended, its seconds; and those of the stage before."""
-        self._facts["id"] = context.id
-        self._seconds, self._before = context.seconds, before or {}
-
-    def note(self, prompt: str, **facts: Any) -> None:
-        """Takes what was asked for; the prompt is kept only where that is wanted."""
-        self._facts.update(facts)
-        if self._log.has_prompts:
-            self._facts["prompt"] = prompt[:MAX_PROMPT_CHARACTERS]
-
-    def end(self, error: BaseException | None) -> None:
-        """Writes the line."""
-        if error is None and not self._log.is_last:
-            return
-        outcome = {"outcome": "ok" if error is None else status_of(error)}
-        # The words of a refusal quote what was sent.
-        if error is not None and (self._log.has_prompts or not isinstance(error, InvalidInputError)):
-            outcome["error"] = f"{error}"[:MAX_PROMPT_CHARACTERS]
-        seconds = {stage: round(float(spent), 6) for stage, spent in {**self._before, **self._seconds}.items()}
-        here = round(time.monotonic() - self._began, 6)
-        self._log.write({**self._facts, **outcome, "seconds": seconds, "seconds_here": here})

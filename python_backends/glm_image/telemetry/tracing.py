@@ -1,25 +1,25 @@
-"""The stages of a request as OpenTelemetry spans, below the spans that Triton makes of it."""
+"""The stages of a request as OpenTelemetry spans, children of the spans that Triton makes of it."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from glm_image.errors import ConfigurationError
-from glm_image.lifecycle.context import NANOSECONDS, RequestContext
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
+from glm_image.request.stages import Stage
 
-ENDPOINT = "GLM_IMAGE_OTLP_TRACES_ENDPOINT"
-"""The variable of the environment that names the collector; without it there are no spans."""
+ENDPOINT: Final = "GLM_IMAGE_OTLP_TRACES_ENDPOINT"
+"""The environment variable that names the collector; without it there are no spans."""
 
 
 class RequestTracing:
-    """Makes and sends an instance's spans, from a thread of the exporter's.
+    """Makes an instance's spans, which the exporter sends from a thread of its own.
 
     Raises:
-        ConfigurationError: there is a collector, and the packages that send to it are missing.
+        ConfigurationError: a collector is named, and the packages that send to it are missing.
     """
 
     def __init__(self, instance: str) -> None:
@@ -39,33 +39,39 @@ class RequestTracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer("glm_image")
 
-    def follow(self, request: Any, context: RequestContext) -> None:
-        """Has a span made of each part of a job, if Triton traces its request."""
-        if self._provider is None or (span_context := _context_of(request)) is None:
+    def observe(self, context: RequestContext, request: Any) -> None:
+        """Adds the observer that makes spans, if Triton traces the request; ``request`` is Triton's."""
+        if self._provider is None:
             return
-        context.on_stage_seconds = self._span_maker(span_context, context.id)
-
-    def _span_maker(self, span_context: Any, request_id: str) -> Callable[[str, float], None]:
-        def make(stage: str, seconds: float) -> None:
-            ended = time.time_ns()
-            span = self._tracer.start_span(
-                stage,
-                context=span_context,
-                start_time=ended - int(seconds * NANOSECONDS),
-                attributes={"glm_image.request_id": request_id},
-            )
-            span.end(ended)
-
-        return make
+        carrier = request.trace().get_context()
+        if carrier:
+            context.add_observer(_SpanMaker(self._tracer, carrier))
 
     def close(self) -> None:
-        """Sends what has not been sent."""
+        """Sends the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
-def _context_of(request: Any) -> Any:
-    from opentelemetry.propagate import extract  # noqa: PLC0415
+class _SpanMaker(RequestObserver):
+    """Makes a span of each part of a request's stages.
 
-    carrier = request.trace().get_context()
-    return extract(json.loads(carrier)) if carrier else None
+    Args:
+        tracer: makes them.
+        carrier: the context of the parent span, as JSON.
+    """
+
+    def __init__(self, tracer: Any, carrier: str) -> None:
+        from opentelemetry.propagate import extract  # noqa: PLC0415
+
+        self._tracer, self._parent = tracer, extract(json.loads(carrier))
+
+    def stage_finished(self, context: RequestContext, stage: Stage, seconds: float) -> None:
+        ended = time.time_ns()
+        span = self._tracer.start_span(
+            stage.value,
+            context=self._parent,
+            start_time=ended - int(seconds * NANOSECONDS),
+            attributes={"glm_image.request_id": context.id},
+        )
+        span.end(ended)

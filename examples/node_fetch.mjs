@@ -1,4 +1,4 @@
-// Asks for one picture over HTTP JSON, with nothing but Node.js: node client.mjs URL REQUEST_JSON FILE
+// One image over HTTP JSON with Node.js alone: node node_fetch.mjs URL REQUEST_JSON FILE
 import { writeFile } from "node:fs/promises";
 
 const [url, request, file] = process.argv.slice(2);
@@ -14,11 +14,11 @@ const response = await fetch(`${url}/v2/models/glm_image/infer`, {
   method: "POST",
   body: JSON.stringify({ inputs, outputs: [{ name: "images_base64" }, { name: "metadata" }] }),
 });
-const answer = await response.json();
+const body = await response.json();
 if (!response.ok) {
-  console.error(`${response.status} ${answer.error}`);
+  console.error(`${response.status} ${body.error}`);
   process.exit(1);
 }
-const outputs = Object.fromEntries(answer.outputs.map(({ name, data }) => [name, data[0]]));
+const outputs = Object.fromEntries(body.outputs.map(({ name, data }) => [name, data[0]]));
 await writeFile(file, Buffer.from(outputs.images_base64, "base64"));
 console.log(outputs.metadata);

@@ -1,0 +1,140 @@
+"""What both stages share as Triton Python models: each request is tracked from its arrival to its one response."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from glm_image.config.instance import Instance
+from glm_image.config.schema import ParameterSpec
+from glm_image.ipc import Handler
+from glm_image.lifecycle.context import RequestContext, RequestObserver
+from glm_image.lifecycle.control import ControlServer
+from glm_image.lifecycle.registry import RequestRegistry, RequestState
+from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.serving import bytes_tensors
+from glm_image.serving.exit import end_process
+from glm_image.serving.metrics_export import MetricsExporter
+from glm_image.serving.responder import PendingResponses, Responder
+from glm_image.serving.tensors import Inputs
+from glm_image.telemetry.heartbeat import Heartbeat
+from glm_image.telemetry.metrics import MetricSpec, OutcomeCounters, OutcomeRecorder
+from glm_image.telemetry.request_log import RequestLog
+from glm_image.telemetry.tracing import RequestTracing
+
+ABANDONED_POLL_SECONDS: Final = 0.5
+"""Between two questions to Triton whether callers have disconnected. It knows the callers of this model itself, not
+those of an ensemble."""
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """A request of Triton.
+
+    Attributes:
+        inputs: its input tensors.
+        request_id: the id that it was sent with; "" = none.
+        context: the request in flight.
+        responder: sends its response.
+        options: what ``glm_image_stream`` asks for, if the request comes from there.
+    """
+
+    inputs: Inputs
+    request_id: str
+    context: RequestContext
+    responder: Responder
+    options: StreamOptions
+
+
+class StageBackend(ABC):
+    """A stage as a Triton Python model; a subclass loads the engine and passes it the requests."""
+
+    parameters: ClassVar[tuple[ParameterSpec, ...]]
+    metrics: ClassVar[tuple[MetricSpec, ...]]
+    counters: ClassVar[OutcomeCounters]
+    outcome: ClassVar[RequestState]
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Loads the engine on this instance's devices."""
+        bytes_tensors.install()
+        self._instance = instance = Instance.read(args, self.parameters)
+        self._limits, self._timeouts = instance.limits, instance.timeouts
+        self._tracing = RequestTracing(instance.name)
+        self._metrics = MetricsExporter(self.metrics, instance)
+        self._pending = PendingResponses()
+        self._registry = RequestRegistry(self.outcome)
+        self._observers: list[RequestObserver] = [
+            self._registry,
+            self._pending,
+            RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
+            OutcomeRecorder(self.counters, self._metrics.record),
+        ]
+        self._heartbeat = self._load(instance)
+        self._control = ControlServer(instance.name, self._registry, self._handlers(), self._topics())
+        self._closing = threading.Event()
+        self._abandoned_thread = threading.Thread(target=self._cancel_abandoned, name="abandoned", daemon=True)
+        self._abandoned_thread.start()
+        self._start(self._heartbeat)
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            with self._track(request) as call:
+                self._handle(call)
+
+    def finalize(self) -> None:
+        """Ends what runs, with a response to each request."""
+        self._heartbeat.close()
+        self._close_engine()
+        self._closing.set()
+        self._abandoned_thread.join()
+        self._control.close()
+        self._metrics.close()
+        self._tracing.close()
+        end_process()
+
+    @contextmanager
+    def _track(self, request: Any) -> Iterator[StageCall]:
+        """Makes the context of a request; an exception that ends the block becomes its response."""
+        request_id = request.request_id()
+        context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
+        responder = Responder(request, context.finish)
+        context.is_abandoned = responder.is_abandoned
+        for observer in self._observers:
+            context.add_observer(observer)
+        self._pending.add(context, responder)
+        with responder.errors_sent():
+            self._tracing.observe(context, request)
+            options = StreamOptions.read(request.parameters())
+            yield StageCall(Inputs(request), request_id, context, responder, options)
+
+    def _cancel_abandoned(self) -> None:
+        while not self._closing.wait(ABANDONED_POLL_SECONDS):
+            self._registry.cancel_abandoned()
+
+    @abstractmethod
+    def _load(self, instance: Instance) -> Heartbeat:
+        """Loads the engine; returns the heartbeat that watches its commands."""
+
+    @abstractmethod
+    def _handle(self, call: StageCall) -> None:
+        """Works on a request, or passes it to a thread that does. Exceptions become its response."""
+
+    @abstractmethod
+    def _close_engine(self) -> None:
+        """Ends the engine and the threads that work for it."""
+
+    def _start(self, heartbeat: Heartbeat) -> None:
+        """Starts the heartbeat, when everything is loaded."""
+        heartbeat.start()
+
+    def _handlers(self) -> Mapping[str, Handler]:
+        """Returns handlers of further IPC actions."""
+        return {}
+
+    def _topics(self) -> Mapping[bytes, Callable[[], None]]:
+        """Returns further IPC topics; see ``ControlServer``."""
+        return {}
