@@ -1,4 +1,4 @@
-"""Image-to-image: tokens and pixels are the reference's, whatever is in flight beside them."""
+"""Image-to-image: tokens and pixels equal the reference's, whatever else is in flight."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CASES = {
 
 
 def made(case: Case) -> list[Image.Image]:
-    """The sources of a case; two of the same size are the same."""
+    """The sources of a case; sources of the same size are equal."""
     return [picture(*size, seed=sum(size)) for size in case.sources]
 
 
@@ -75,7 +75,7 @@ def asked(case: Case, **changed: Any) -> GenerationParameters:
 
 @pytest.fixture(scope="module")
 def folder(make_checkpoint: MakeCheckpoint) -> Path:
-    """Sources of 64 pixels and more keep their size, which makes them quick."""
+    """A checkpoint with a smaller least side, so that small sources are not enlarged and tests are fast."""
     return make_checkpoint(source_min_pixels=64 * 64)
 
 
@@ -98,7 +98,7 @@ def assert_same(got: GeneratedImages, expected: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_and_pixels_are_the_references(ours: LocalPipeline, theirs: Any, name: str) -> None:
+def test_tokens_and_pixels_equal_the_references(ours: LocalPipeline, theirs: Any, name: str) -> None:
     case = CASES[name]
     images = made(case)
     resolved = ours.resolve(asked(case))
@@ -115,7 +115,7 @@ def test_tokens_and_pixels_are_the_references(ours: LocalPipeline, theirs: Any, 
     assert_same(ours.paint(paint_request(resolved, prior, {})), expected)
 
 
-def test_images_are_enlarged_as_the_published_processor_does(pipeline: LocalPipeline, reference: Any) -> None:
+def test_sources_are_scaled_as_by_the_published_processor(pipeline: LocalPipeline, reference: Any) -> None:
     """With its own least side of 512 pixels: a source of 520 x 512 is cut to its grid, one of 100 x 80 is enlarged."""
     image = picture(520, 512)
     values = {"prompt": "a 'fox'", "height": 64, "width": 64, "seed": 3}
@@ -127,7 +127,7 @@ def test_images_are_enlarged_as_the_published_processor_does(pipeline: LocalPipe
     assert pipeline.prior(pipeline.resolve(small)).prior_token_ids.tolist() == [tokens.tolist()]
 
 
-def test_the_size_left_out_is_that_of_the_first_source(ours: LocalPipeline, theirs: Any) -> None:
+def test_default_size_is_that_of_the_first_source(ours: LocalPipeline, theirs: Any) -> None:
     case = CASES["sides of no multiple of 32 or of 16"]
     assert ours.resolve(asked(case, height=None, width=None)).requested == (96, 128)
     assert ours.resolve(asked(case, width=None)).requested == (128, 128)
@@ -136,14 +136,14 @@ def test_the_size_left_out_is_that_of_the_first_source(ours: LocalPipeline, thei
     assert_same(got, reference_image(theirs, case.prompt, 96, 128, case.seed, STEPS, case.guidance, images=images))
 
 
-def test_a_size_of_no_multiple_of_32_is_cut_from_the_next_one(ours: LocalPipeline) -> None:
+def test_size_that_is_no_multiple_of_32_is_cropped_from_the_next_one(ours: LocalPipeline) -> None:
     case = CASES["two sources of different sizes"]
     whole = ours.generate(asked(case, height=64, width=96)).pixels
     assert np.array_equal(ours.generate(asked(case, height=50, width=70)).pixels, whole[:, :50, :70])
 
 
 @pytest.mark.parametrize("size", [(120, 90), (95, 64), (17, 33), (9, 12), (5, 5), (1, 1), (2100, 600)])
-def test_sizes_at_which_the_reference_fails_are_painted(
+def test_source_sizes_at_which_the_reference_fails_are_rendered(
     ours: LocalPipeline, theirs: Any, size: tuple[int, int]
 ) -> None:
     image = picture(*size)
@@ -155,16 +155,16 @@ def test_sizes_at_which_the_reference_fails_are_painted(
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_picture_i_is_the_single_picture_of_seed_plus_i(ours: LocalPipeline, count: int) -> None:
+def test_image_i_equals_the_single_image_of_seed_plus_i(ours: LocalPipeline, count: int) -> None:
     case = CASES["two sources of different sizes"]
     together = ours.generate(asked(case, num_images=count))
     assert together.metadata["seeds"] == [case.seed + index for index in range(count)]
     for index, seed in enumerate(together.metadata["seeds"]):
         alone = ours.generate(asked(case, seed=seed)).pixels[0]
-        assert np.array_equal(together.pixels[index], alone), f"picture {index}"
+        assert np.array_equal(together.pixels[index], alone), f"image {index}"
 
 
-def test_sources_are_encoded_and_read_once_for_all_pictures(ours: LocalPipeline) -> None:
+def test_sources_are_encoded_and_read_once_for_all_images(ours: LocalPipeline) -> None:
     encodings, readings = [], []
     ar, dit = ours.ar.executor, ours.dit.executor
     vision, read = ar._vision, dit._read_sources
@@ -182,7 +182,7 @@ def test_sources_are_encoded_and_read_once_for_all_pictures(ours: LocalPipeline)
     assert not dit._sources
 
 
-def test_a_crowd_gets_the_pictures_of_each_alone(ours: LocalPipeline) -> None:
+def test_concurrent_requests_get_the_images_of_each_alone(ours: LocalPipeline) -> None:
     """Text-to-image and image-to-image of different lengths, in flight together."""
     requests = [asked(case) for case in CASES.values()]
     requests += [
@@ -202,7 +202,7 @@ def test_a_crowd_gets_the_pictures_of_each_alone(ours: LocalPipeline) -> None:
         assert np.array_equal(one, other), f"request {index}"
 
 
-def test_every_source_and_their_order_count(ours: LocalPipeline) -> None:
+def test_every_source_and_their_order_matter(ours: LocalPipeline) -> None:
     case = CASES["two sources of different sizes"]
     first, second = (encoded(image) for image in made(case))
     other = encoded(picture(*case.sources[1], seed=99))
@@ -214,7 +214,7 @@ def test_every_source_and_their_order_count(ours: LocalPipeline) -> None:
         assert not any(np.array_equal(one, another) for another in pictures[:index])
 
 
-def test_the_transformer_sees_the_pixels_and_not_only_their_tokens(ours: LocalPipeline) -> None:
+def test_transformer_reads_the_pixels_and_not_only_their_tokens(ours: LocalPipeline) -> None:
     case = CASES["two sources of different sizes"]
     resolved = ours.resolve(asked(case))
     prior = ours.prior(resolved)
@@ -224,7 +224,7 @@ def test_the_transformer_sees_the_pixels_and_not_only_their_tokens(ours: LocalPi
     assert not np.array_equal(*pictures)
 
 
-def test_sources_that_do_not_fit_the_devices_memory_are_refused_and_leave_nothing(
+def test_sources_too_large_for_the_device_are_refused_and_dropped(
     ours: LocalPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES["one source, output of its size"]
