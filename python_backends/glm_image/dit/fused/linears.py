@@ -34,21 +34,17 @@ class Bf16Linears:
     """Runs unquantized layers."""
 
     def empty_input(self, residual: Tensor) -> Tensor:
-        """See ``Linears``."""
         return torch.empty_like(residual)
 
     def to_input(self, hidden: Tensor) -> Tensor:
-        """See ``Linears``."""
         return hidden
 
     def linear(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
-        """See ``Linears``."""
         # Calls the layer's forward, as that of a layer whose channels are split among ranks also adds up their outputs.
         result: Tensor = layer(hidden)
         return result
 
     def linear_gelu(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
-        """See ``Linears``."""
         # The GELU of the GEMM's epilogue is approximated by tanh, like the model's.
         return torch._addmm_activation(layer.bias, hidden, layer.weight.T, use_gelu=True)
 
@@ -60,21 +56,17 @@ class QuantizedLinears:
         self._dtype = dtype
 
     def empty_input(self, residual: Tensor) -> QuantizedRows:
-        """See ``Linears``."""
         return empty_rows(residual, self._dtype)
 
     def to_input(self, hidden: Tensor) -> QuantizedRows:
-        """See ``Linears``."""
         return quantize_rowwise(hidden, self._dtype)
 
     def linear(self, layer: QuantizedLinear, hidden: QuantizedRows) -> Tensor:
-        """See ``Linears``."""
         if self._dtype == torch.int8:
             return sums_to_bf16(int8_sums(hidden.values, layer.weight), hidden, layer.rows, layer.bias)
         return scaled_product(hidden, layer.rows, layer.bias, torch.bfloat16)
 
     def linear_gelu(self, layer: QuantizedLinear, hidden: QuantizedRows) -> QuantizedRows:
-        """See ``Linears``."""
         if self._dtype == torch.int8:
             return sums_in_8_bits(int8_sums(hidden.values, layer.weight), hidden, layer.rows, layer.bias)
         return quantize_rowwise(scaled_product(hidden, layer.rows, layer.bias, torch.bfloat16), self._dtype, gelu=True)
