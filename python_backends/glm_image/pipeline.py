@@ -1,4 +1,4 @@
-"""Both engines in one process, without Triton: for tests, and for pictures made offline."""
+"""Both engines in one process, without Triton: for tests and offline generation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from glm_image.request.parameters import ArMetadata, GenerationParameters, Paint
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Finished pictures.
+    """The images of a request.
 
     Attributes:
         pixels: uint8 [n, height, width, 3].
-        encoded: their files, empty for the output format ``raw``.
+        encoded: the encoded files; empty for the output format ``raw``.
         metadata: as the server's ``metadata`` output.
     """
 
@@ -40,12 +40,12 @@ class GeneratedImages:
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """How the pipeline runs.
+    """The settings of the pipeline.
 
     Attributes:
-        ar: the first stage.
-        dit: the second stage.
-        limits: the largest request.
+        ar: of the AR.
+        dit: of the DiT.
+        limits: what a request may ask for.
         load_format: ``auto``, or ``dummy`` for random weights.
     """
 
@@ -56,17 +56,17 @@ class LocalSettings:
 
 
 class LocalPipeline:
-    """A prompt becomes a picture in this process.
+    """Generates images in this process.
 
     Args:
         checkpoint: a folder with ``model_index.json``.
-        device: ``auto``, ``cpu``, ``cuda:0`` or ``npu:0``; holds both stages. Several, with commas between,
-            share the second; the first stage is on the first.
-        settings: how the stages run.
+        device: ``auto``, ``cpu``, ``cuda:0`` or ``npu:0``, for both stages. The devices of a comma-separated list
+            share the DiT; the AR is on the first of them.
+        settings: of the stages.
 
     Raises:
         CheckpointError: the folder is not a whole GLM-Image checkpoint.
-        ConfigurationError: the device is not there, or too small.
+        ConfigurationError: the device does not exist, or is too small.
     """
 
     def __init__(self, checkpoint: Path, device: str = "auto", settings: LocalSettings | None = None) -> None:
@@ -88,7 +88,7 @@ class LocalPipeline:
         self.close()
 
     def close(self) -> None:
-        """Stops the engines."""
+        """Closes both engines."""
         try:
             self.ar.close()
         finally:
@@ -99,11 +99,11 @@ class LocalPipeline:
         return parameters.resolve(self._limits, self.ar.sampling, self.ar.source_rule)
 
     def prior(self, request: ResolvedRequest, context: RequestContext | None = None) -> ArResult:
-        """Runs the first stage."""
+        """Samples the prior tokens of a request."""
         return self.ar.submit(context or RequestContext(), request).result()
 
     def generate(self, parameters: GenerationParameters, context: RequestContext | None = None) -> GeneratedImages:
-        """Runs both stages.
+        """Generates the images of a request.
 
         Raises:
             InvalidInputError: an input is not allowed.
@@ -114,7 +114,7 @@ class LocalPipeline:
         return self.paint(paint_request(resolved, prior, ar_metadata(context, prior.tokens)), context)
 
     def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedImages:
-        """Runs the second stage."""
+        """Renders the images of prior tokens; see ``DitEngine.paint``."""
         context = context or RequestContext()
         result = self.dit.paint(context, request, self._limits).result()
         metadata = request_metadata(context, request, self._model, self.dit.attention_backend)
@@ -122,7 +122,7 @@ class LocalPipeline:
 
 
 def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: ArMetadata) -> PaintRequest:
-    """Makes the second stage's request from the first's and its tokens."""
+    """Returns the request for the DiT, given the resolved request and the AR's tokens."""
     return PaintRequest(
         **resolved.parameters.shared(),
         prior_token_ids=prior.prior_token_ids,

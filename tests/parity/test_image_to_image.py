@@ -1,4 +1,4 @@
-"""Image-to-image: tokens and pixels are the reference's, whatever is in flight beside them."""
+"""Image-to-image: tokens and pixels equal the reference's, whatever else is in flight."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ CASES = {
 
 
 def made(case: Case) -> list[Image.Image]:
-    """The sources of a case; two of the same size are the same."""
+    """The sources of a case; sources of the same size are equal."""
     return [picture(*size, seed=sum(size)) for size in case.sources]
 
 
-def asked(case: Case, **changed: Any) -> GenerationParameters:
+def parameters(case: Case, **changed: Any) -> GenerationParameters:
     values = {
         "prompt": case.prompt,
         "height": case.height,
@@ -75,7 +75,7 @@ def asked(case: Case, **changed: Any) -> GenerationParameters:
 
 @pytest.fixture(scope="module")
 def folder(make_checkpoint: MakeCheckpoint) -> Path:
-    """Sources of 64 pixels and more keep their size, which makes them quick."""
+    """A checkpoint with a smaller least side, so that small sources are not enlarged and tests are fast."""
     return make_checkpoint(source_min_pixels=64 * 64)
 
 
@@ -98,10 +98,10 @@ def assert_same(got: GeneratedImages, expected: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_and_pixels_are_the_references(ours: LocalPipeline, theirs: Any, name: str) -> None:
+def test_tokens_and_pixels_equal_the_references(ours: LocalPipeline, theirs: Any, name: str) -> None:
     case = CASES[name]
     images = made(case)
-    resolved = ours.resolve(asked(case))
+    resolved = ours.resolve(parameters(case))
     prior = ours.prior(resolved)
     source_tokens, grids = reference_source_tokens(theirs, images)
     assert prior.source_token_ids.tolist() == source_tokens.tolist()
@@ -115,7 +115,7 @@ def test_tokens_and_pixels_are_the_references(ours: LocalPipeline, theirs: Any, 
     assert_same(ours.paint(paint_request(resolved, prior, {})), expected)
 
 
-def test_images_are_enlarged_as_the_published_processor_does(pipeline: LocalPipeline, reference: Any) -> None:
+def test_sources_are_scaled_as_by_the_published_processor(pipeline: LocalPipeline, reference: Any) -> None:
     """With its own least side of 512 pixels: a source of 520 x 512 is cut to its grid, one of 100 x 80 is enlarged."""
     image = picture(520, 512)
     values = {"prompt": "a 'fox'", "height": 64, "width": 64, "seed": 3}
@@ -127,44 +127,46 @@ def test_images_are_enlarged_as_the_published_processor_does(pipeline: LocalPipe
     assert pipeline.prior(pipeline.resolve(small)).prior_token_ids.tolist() == [tokens.tolist()]
 
 
-def test_the_size_left_out_is_that_of_the_first_source(ours: LocalPipeline, theirs: Any) -> None:
+def test_default_size_is_that_of_the_first_source(ours: LocalPipeline, theirs: Any) -> None:
     case = CASES["sides of no multiple of 32 or of 16"]
-    assert ours.resolve(asked(case, height=None, width=None)).requested == (96, 128)
-    assert ours.resolve(asked(case, width=None)).requested == (128, 128)
-    got = ours.generate(asked(case, height=None, width=None))
+    assert ours.resolve(parameters(case, height=None, width=None)).requested == (96, 128)
+    assert ours.resolve(parameters(case, width=None)).requested == (128, 128)
+    got = ours.generate(parameters(case, height=None, width=None))
     images = made(case)
     assert_same(got, reference_image(theirs, case.prompt, 96, 128, case.seed, STEPS, case.guidance, images=images))
 
 
-def test_a_size_of_no_multiple_of_32_is_cut_from_the_next_one(ours: LocalPipeline) -> None:
+def test_size_that_is_no_multiple_of_32_is_cropped_from_the_next_one(ours: LocalPipeline) -> None:
     case = CASES["two sources of different sizes"]
-    whole = ours.generate(asked(case, height=64, width=96)).pixels
-    assert np.array_equal(ours.generate(asked(case, height=50, width=70)).pixels, whole[:, :50, :70])
+    whole = ours.generate(parameters(case, height=64, width=96)).pixels
+    assert np.array_equal(ours.generate(parameters(case, height=50, width=70)).pixels, whole[:, :50, :70])
 
 
 @pytest.mark.parametrize("size", [(120, 90), (95, 64), (17, 33), (9, 12), (5, 5), (1, 1), (2100, 600)])
-def test_sizes_at_which_the_reference_fails_are_painted(
+def test_source_sizes_at_which_the_reference_fails_are_rendered(
     ours: LocalPipeline, theirs: Any, size: tuple[int, int]
 ) -> None:
     image = picture(*size)
     with pytest.raises((RuntimeError, ValueError)):
         reference_image(theirs, "x", 64, 64, 1, 1, 1.5, images=[image])
-    got = ours.generate(asked(CASES["no guidance"], images=(encoded(image),), height=64, width=64, guidance_scale=1.5))
+    got = ours.generate(
+        parameters(CASES["no guidance"], images=(encoded(image),), height=64, width=64, guidance_scale=1.5)
+    )
     assert got.pixels.std() > 1
     assert got.metadata["tokens"]["source"] > 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_picture_i_is_the_single_picture_of_seed_plus_i(ours: LocalPipeline, count: int) -> None:
+def test_image_i_equals_the_single_image_of_seed_plus_i(ours: LocalPipeline, count: int) -> None:
     case = CASES["two sources of different sizes"]
-    together = ours.generate(asked(case, num_images=count))
+    together = ours.generate(parameters(case, num_images=count))
     assert together.metadata["seeds"] == [case.seed + index for index in range(count)]
     for index, seed in enumerate(together.metadata["seeds"]):
-        alone = ours.generate(asked(case, seed=seed)).pixels[0]
-        assert np.array_equal(together.pixels[index], alone), f"picture {index}"
+        alone = ours.generate(parameters(case, seed=seed)).pixels[0]
+        assert np.array_equal(together.pixels[index], alone), f"image {index}"
 
 
-def test_sources_are_encoded_and_read_once_for_all_pictures(ours: LocalPipeline) -> None:
+def test_sources_are_encoded_and_read_once_for_all_images(ours: LocalPipeline) -> None:
     encodings, readings = [], []
     ar, dit = ours.ar.executor, ours.dit.executor
     vision, read = ar._vision, dit._read_sources
@@ -177,14 +179,14 @@ def test_sources_are_encoded_and_read_once_for_all_pictures(ours: LocalPipeline)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ar, "_vision", Counting())
         patch.setattr(dit, "_read_sources", lambda sources: (readings.append(sources), read(sources))[1])
-        ours.generate(asked(CASES["three sources"], num_images=3))
+        ours.generate(parameters(CASES["three sources"], num_images=3))
     assert len(encodings) == len(readings) == 1
     assert not dit._sources
 
 
-def test_a_crowd_gets_the_pictures_of_each_alone(ours: LocalPipeline) -> None:
+def test_concurrent_requests_get_the_images_of_each_alone(ours: LocalPipeline) -> None:
     """Text-to-image and image-to-image of different lengths, in flight together."""
-    requests = [asked(case) for case in CASES.values()]
+    requests = [parameters(case) for case in CASES.values()]
     requests += [
         GenerationParameters(prompt=prompt, height=height, width=64, seed=seed, num_inference_steps=2)
         for prompt, height, seed in [("a fox", 64, 3), ("an 'owl'", 96, 4), ("x" * 80, 32, 5)]
@@ -202,37 +204,37 @@ def test_a_crowd_gets_the_pictures_of_each_alone(ours: LocalPipeline) -> None:
         assert np.array_equal(one, other), f"request {index}"
 
 
-def test_every_source_and_their_order_count(ours: LocalPipeline) -> None:
+def test_every_source_and_their_order_matter(ours: LocalPipeline) -> None:
     case = CASES["two sources of different sizes"]
     first, second = (encoded(image) for image in made(case))
     other = encoded(picture(*case.sources[1], seed=99))
-    pictures = [
-        ours.generate(asked(case, images=images)).pixels
+    rendered = [
+        ours.generate(parameters(case, images=images)).pixels
         for images in [(first, second), (second, first), (first,), (first, other), None]
     ]
-    for index, one in enumerate(pictures):
-        assert not any(np.array_equal(one, another) for another in pictures[:index])
+    for index, pixels in enumerate(rendered):
+        assert not any(np.array_equal(pixels, earlier) for earlier in rendered[:index])
 
 
-def test_the_transformer_sees_the_pixels_and_not_only_their_tokens(ours: LocalPipeline) -> None:
+def test_transformer_reads_the_pixels_and_not_only_their_tokens(ours: LocalPipeline) -> None:
     case = CASES["two sources of different sizes"]
-    resolved = ours.resolve(asked(case))
+    resolved = ours.resolve(parameters(case))
     prior = ours.prior(resolved)
     others = tuple(encoded(picture(*size, seed=77)) for size in case.sources)
-    other_pixels = ours.resolve(asked(case, images=others))
-    pictures = [ours.paint(paint_request(one, prior, {})).pixels for one in (resolved, other_pixels)]
-    assert not np.array_equal(*pictures)
+    other_pixels = ours.resolve(parameters(case, images=others))
+    rendered = [ours.paint(paint_request(request, prior, {})).pixels for request in (resolved, other_pixels)]
+    assert not np.array_equal(*rendered)
 
 
-def test_sources_that_do_not_fit_the_devices_memory_are_refused_and_leave_nothing(
+def test_sources_too_large_for_the_device_are_refused_and_dropped(
     ours: LocalPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = CASES["one source, output of its size"]
-    before = ours.generate(asked(case)).pixels
+    before = ours.generate(parameters(case)).pixels
     device = ours.dit.executor._device
     monkeypatch.setattr(device, "memory", lambda: device.__class__.memory(device)._replace(free=1000))
     with pytest.raises(InvalidInputError, match=r"^image is 0\.0 megapixels in all, which take .* free on cpu$"):
-        ours.generate(asked(case))
+        ours.generate(parameters(case))
     monkeypatch.undo()
     assert not ours.dit.executor._sources
-    assert np.array_equal(ours.generate(asked(case)).pixels, before)
+    assert np.array_equal(ours.generate(parameters(case)).pixels, before)

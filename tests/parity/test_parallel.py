@@ -1,4 +1,4 @@
-"""An instance on several devices gives what one on one device gives, and ends well when a rank does not."""
+"""An instance on several devices renders the images of one device, and handles the loss of a rank."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WAIT_SECONDS = 60
 HANG_SECONDS = 3.0
 SOON_SECONDS = 10.0
 
-# Tokens that do not divide by the ranks, branches with texts of other lengths, no guidance, sources of other sizes.
+# Numbers of tokens that are no multiple of the ranks, branches with texts of different lengths, no guidance, sources.
 REQUESTS = {
     "text": GenerationParameters(
         prompt="a fox 'NEWS' and “ok”", height=160, width=96, seed=1, num_inference_steps=3, guidance_scale=4.0
@@ -78,7 +78,7 @@ MANY = [
 ]
 
 
-def _paint(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np.int64]]:
+def _render(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np.int64]]:
     settings = LocalSettings(dit=DitSettings(parallel=parallel))
     with LocalPipeline(checkpoint, ",".join(["cpu"] * ranks), settings) as pipeline:
         assert pipeline.dit.attention_backend == ("_native_flash" if "ring" in parallel else "native")
@@ -87,15 +87,15 @@ def _paint(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np.
 
 @pytest.fixture(scope="module")
 def alone(checkpoint_folder: Path) -> dict[str, NDArray[np.int64]]:
-    return _paint(checkpoint_folder, "auto", 1)
+    return _render(checkpoint_folder, "auto", 1)
 
 
 @pytest.mark.parametrize("parallel", [*FEW, *(pytest.param(each, marks=pytest.mark.full) for each in MANY)])
-def test_pictures_are_those_of_one_device(
+def test_images_equal_those_of_one_device(
     checkpoint_folder: Path, alone: dict[str, NDArray[np.int64]], parallel: str
 ) -> None:
     ranks = math.prod(int(ways) for ways in re.findall(r"\d", parallel))
-    together = _paint(checkpoint_folder, parallel, ranks)
+    together = _render(checkpoint_folder, parallel, ranks)
     differences = {name: int(np.abs(together[name] - alone[name]).max()) for name in alone}
     assert max(differences.values()) <= 1, differences
 
@@ -116,7 +116,7 @@ def _decode(engine: ArEngine, context: RequestContext | None = None, side: int =
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_tokens_are_those_of_one_device(checkpoint_folder: Path, ranks: int) -> None:
+def test_tokens_equal_those_of_one_device(checkpoint_folder: Path, ranks: int) -> None:
     tokens = []
     for count in (1, ranks):
         with _decoder(checkpoint_folder, count) as engine:
@@ -125,15 +125,15 @@ def test_tokens_are_those_of_one_device(checkpoint_folder: Path, ranks: int) -> 
 
 
 class _Loss:
-    """Hears of the loss of a rank."""
+    """Records the loss of a rank."""
 
     def __init__(self) -> None:
-        self.heard = threading.Event()
+        self.called = threading.Event()
         self.errors: list[UnavailableError] = []
 
     def __call__(self, error: UnavailableError) -> None:
         self.errors.append(error)
-        self.heard.set()
+        self.called.set()
 
 
 def _worker_pids(pid: int) -> list[int]:
@@ -148,13 +148,13 @@ def _command_of(pid: int) -> str:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.full)])
-def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: Path, kind: signal.Signals) -> None:
+def test_lost_rank_fails_the_requests(checkpoint_folder: Path, kind: signal.Signals) -> None:
     loss, decoding = _Loss(), threading.Event()
 
     def progress(_: Progress) -> None:
         decoding.set()
 
-    # Who is killed is lost at once; a short time would only take a slow machine for a hung one.
+    # A killed rank is noticed immediately; with a short limit a slow machine would pass for a hung rank.
     hang_seconds = WAIT_SECONDS if kind == signal.SIGKILL else HANG_SECONDS
     with _decoder(checkpoint_folder, 2, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
         (worker,) = _worker_pids(os.getpid())
@@ -165,7 +165,7 @@ def test_a_rank_that_is_lost_ends_the_requests_with_an_error(checkpoint_folder: 
         with pytest.raises(UnavailableError, match=f"rank 1 .cpu, pid {worker}.*send the request again"):
             running.result(WAIT_SECONDS)
         assert time.monotonic() - started < HANG_SECONDS + SOON_SECONDS
-        assert loss.heard.wait(WAIT_SECONDS)
+        assert loss.called.wait(WAIT_SECONDS)
         assert len(loss.errors) == 1
         with pytest.raises(UnavailableError, match="rank 1"):
             _decode(engine).result(WAIT_SECONDS)
@@ -178,7 +178,7 @@ def _peers_of(failing: Load) -> WorkerConfig:
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("arguments", "failing", "told"),
+    ("arguments", "failing", "expected"),
     [
         ((failing_ranks.EndsWhenRead(),), failing_ranks.meets, r"rank 1 .cpu, pid \d+. was ended by signal 9"),
         ((failing_ranks.HidesTheNetwork(),), failing_ranks.meets, r"rank 1 .cpu, pid \d+. ended with .*no\.such\.net"),
@@ -188,25 +188,25 @@ def _peers_of(failing: Load) -> WorkerConfig:
     ],
     ids=["killed at its start", "no rendezvous", "killed while others wait", "error while others wait", "hung"],
 )
-def test_a_rank_that_is_lost_in_loading_ends_the_load(arguments: tuple[Any, ...], failing: Load, told: str) -> None:
+def test_rank_lost_while_loading_fails_the_load(arguments: tuple[Any, ...], failing: Load, expected: str) -> None:
     started = time.monotonic()
-    with pytest.raises(ConfigurationError, match=f"{told}.*; the instance cannot be loaded"):
+    with pytest.raises(ConfigurationError, match=f"{expected}.*; the instance cannot be loaded"):
         start_ranks(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _peers_of(failing))
     assert time.monotonic() - started < WAIT_SECONDS, "the collective's patience is over instead"
     assert not _worker_pids(os.getpid())
 
 
-def test_a_rank_without_its_device_is_told_and_leaves_nothing() -> None:
+def test_rank_without_its_device_is_named_and_leaves_no_process() -> None:
     with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
         start_ranks(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("npu:7",)))
     assert not _worker_pids(os.getpid())
 
 
-def test_what_is_under_way_ends_before_the_ranks_do_and_they_end_whatever_it_ends_with() -> None:
-    team = start_ranks(failing_ranks.ends_badly, (), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("cpu",)))
-    team.run("anything")
+def test_close_ends_the_local_executor_before_the_ranks_even_if_it_fails() -> None:
+    group = start_ranks(failing_ranks.ends_badly, (), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("cpu",)))
+    group.run("anything")
     failing_ranks.ENDS.clear()
-    team.close()
+    group.close()
     assert failing_ranks.ENDS == [2.0]
     assert not dist.is_initialized()
     assert not _worker_pids(os.getpid())
@@ -242,6 +242,6 @@ def test_killing_the_first_rank_leaves_no_orphans(checkpoint_folder: Path) -> No
         os.close(ended)
 
 
-def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(checkpoint_folder: Path) -> None:
+def test_layout_that_does_not_fit_is_refused_before_ranks_start(checkpoint_folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="takes 4 devices, and the instance has 2"):
-        _paint(checkpoint_folder, "cfg=2,ulysses=2", 2)
+        _render(checkpoint_folder, "cfg=2,ulysses=2", 2)

@@ -43,14 +43,14 @@ CASES = [
 ]
 
 
-def made_size(case: Case) -> Size:
+def generated_size(case: Case) -> Size:
     return geometry.generated_size(Size(case.height, case.width))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_tokens_and_pixels_are_the_references(pipeline: LocalPipeline, reference: Any, case: Case) -> None:
-    size = made_size(case)
-    asked = GenerationParameters(
+def test_tokens_and_pixels_equal_the_references(pipeline: LocalPipeline, reference: Any, case: Case) -> None:
+    size = generated_size(case)
+    parameters = GenerationParameters(
         prompt=case.prompt,
         height=case.height,
         width=case.width,
@@ -58,13 +58,13 @@ def test_tokens_and_pixels_are_the_references(pipeline: LocalPipeline, reference
         num_inference_steps=case.steps,
         guidance_scale=case.guidance,
     )
-    resolved = pipeline.resolve(asked)
+    resolved = pipeline.resolve(parameters)
     prior = pipeline.prior(resolved)
     their_tokens = reference_tokens(reference, case.prompt, *size, case.seed)
     assert prior.prior_token_ids.tolist() == [their_tokens.tolist()], f"tokens differ: {case}"
-    picture = pipeline.paint(paint_request(resolved, prior, {}))
+    image = pipeline.paint(paint_request(resolved, prior, {}))
     theirs = reference_image(reference, case.prompt, *size, case.seed, case.steps, case.guidance, their_tokens)
-    assert_same(picture, theirs[: case.height, : case.width], case)
+    assert_same(image, theirs[: case.height, : case.width], case)
 
 
 def assert_same(ours: GeneratedImages, theirs: NDArray[np.uint8], case: object) -> None:
@@ -72,14 +72,14 @@ def assert_same(ours: GeneratedImages, theirs: NDArray[np.uint8], case: object) 
     assert pixels.shape == theirs.shape, f"sizes differ: {case}"
     worst = int(np.abs(pixels.astype(int) - theirs).max())
     assert worst == 0, f"pixels differ by up to {worst} of 255: {case}"
-    assert pixels.std() > 1, f"nothing to see: {case}"
+    assert pixels.std() > 1, f"a uniform image: {case}"
 
 
 @pytest.mark.parametrize("negative", ["no 'blur', no \"text\"", "plain", "'</s'"])
-def test_quoted_text_of_the_negative_prompt_is_the_unconditional_condition(
+def test_quoted_text_of_the_negative_prompt_conditions_the_unconditional_branch(
     pipeline: LocalPipeline, reference: Any, negative: str
 ) -> None:
-    asked = GenerationParameters(
+    parameters = GenerationParameters(
         prompt="a 'fox'",
         negative_prompt=negative,
         height=64,
@@ -88,13 +88,13 @@ def test_quoted_text_of_the_negative_prompt_is_the_unconditional_condition(
         num_inference_steps=3,
         guidance_scale=3.0,
     )
-    resolved = pipeline.resolve(asked)
+    resolved = pipeline.resolve(parameters)
     prior = pipeline.prior(resolved)
     upsampled = geometry.upsample_tokens(prior.prior_token_ids[0], resolved.target)
     with torch.no_grad():
         their_embedding = reference._get_glyph_embeds(negative)
         theirs = reference(
-            prompt=asked.prompt,
+            prompt=parameters.prompt,
             negative_prompt_embeds=their_embedding,
             prior_token_ids=torch.from_numpy(upsampled).long()[None],
             height=64,
@@ -103,17 +103,17 @@ def test_quoted_text_of_the_negative_prompt_is_the_unconditional_condition(
             guidance_scale=3.0,
             generator=torch.Generator().manual_seed(8),
         ).images[0]
-    picture = pipeline.paint(paint_request(resolved, prior, {}))
-    assert_same(picture, np.asarray(theirs), negative)
+    image = pipeline.paint(paint_request(resolved, prior, {}))
+    assert_same(image, np.asarray(theirs), negative)
 
 
-def test_the_negative_prompt_counts_only_with_guidance_and_quotes(pipeline: LocalPipeline) -> None:
+def test_negative_prompt_needs_guidance_and_quotes(pipeline: LocalPipeline) -> None:
     def paint(negative: str, guidance: float) -> NDArray[np.uint8]:
-        asked = GenerationParameters(
+        parameters = GenerationParameters(
             prompt="a 'fox'", height=32, width=32, seed=8, num_inference_steps=2,
             negative_prompt=negative, guidance_scale=guidance,
         )  # fmt: skip
-        return pipeline.generate(asked).pixels
+        return pipeline.generate(parameters).pixels
 
     assert np.array_equal(paint("", 3.0), paint("blur", 3.0))
     assert not np.array_equal(paint("", 3.0), paint("'blur'", 3.0))
@@ -132,35 +132,35 @@ def test_the_negative_prompt_counts_only_with_guidance_and_quotes(pipeline: Loca
     ],
     ids=str,
 )
-def test_sampling_overrides_are_the_references(
+def test_sampling_overrides_equal_the_references(
     pipeline: LocalPipeline, reference: Any, sampling: dict[str, Any]
 ) -> None:
-    asked = GenerationParameters(prompt="a 'fox'", height=96, width=128, seed=21, **sampling)
-    ours = pipeline.prior(pipeline.resolve(asked)).prior_token_ids[0]
+    parameters = GenerationParameters(prompt="a 'fox'", height=96, width=128, seed=21, **sampling)
+    ours = pipeline.prior(pipeline.resolve(parameters)).prior_token_ids[0]
     theirs = reference_tokens(reference, "a 'fox'", 96, 128, 21, **sampling)
     assert ours.tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize("first", [5, 2**63 - 2])
-def test_picture_i_is_the_single_picture_of_seed_plus_i(pipeline: LocalPipeline, first: int) -> None:
-    def asked(seed: int, count: int) -> GenerationParameters:
+def test_image_i_equals_the_single_image_of_seed_plus_i(pipeline: LocalPipeline, first: int) -> None:
+    def parameters(seed: int, count: int) -> GenerationParameters:
         return GenerationParameters(
             prompt="a 'fox'", height=64, width=40, seed=seed, num_images=count, num_inference_steps=2
         )
 
-    together = pipeline.generate(asked(first, 3))
+    together = pipeline.generate(parameters(first, 3))
     assert together.pixels.shape == (3, 64, 40, 3)
     seeds = together.metadata["seeds"]
     assert seeds == [first, first + 1, (first + 2 + 2**63) % 2**64 - 2**63]
     for index, seed in enumerate(seeds):
-        alone = pipeline.generate(asked(seed, 1)).pixels[0]
-        assert np.array_equal(together.pixels[index], alone), f"picture {index}, seed {seed}"
+        alone = pipeline.generate(parameters(seed, 1)).pixels[0]
+        assert np.array_equal(together.pixels[index], alone), f"image {index}, seed {seed}"
     assert not np.array_equal(together.pixels[0], together.pixels[1])
 
 
-def test_the_seed_that_is_reported_makes_the_picture_again(pipeline: LocalPipeline) -> None:
-    asked: dict[str, Any] = {"prompt": "a fox", "height": 32, "width": 64, "num_inference_steps": 2}
-    one = pipeline.generate(GenerationParameters(**asked))
-    again = pipeline.generate(GenerationParameters(**asked, seed=one.metadata["seeds"][0]))
+def test_reported_seed_reproduces_the_image(pipeline: LocalPipeline) -> None:
+    parameters: dict[str, Any] = {"prompt": "a fox", "height": 32, "width": 64, "num_inference_steps": 2}
+    one = pipeline.generate(GenerationParameters(**parameters))
+    again = pipeline.generate(GenerationParameters(**parameters, seed=one.metadata["seeds"][0]))
     assert np.array_equal(one.pixels, again.pixels)
-    assert not np.array_equal(one.pixels, pipeline.generate(GenerationParameters(**asked)).pixels)
+    assert not np.array_equal(one.pixels, pipeline.generate(GenerationParameters(**parameters)).pixels)

@@ -38,7 +38,7 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
 
 
 @given(shape=SHAPES, seed=SEEDS)
-def test_both_ways_compute_attention(shape: tuple[int, int, int, int], seed: int) -> None:
+def test_masked_and_ragged_attention_equal_the_definition(shape: tuple[int, int, int, int], seed: int) -> None:
     inputs = caches(shape, seed)
     expected = plain_attention(*inputs)
     for attention in (masked_decode_attention, ragged_decode_attention):
@@ -46,7 +46,7 @@ def test_both_ways_compute_attention(shape: tuple[int, int, int, int], seed: int
 
 
 @given(shape=SHAPES, seed=SEEDS, garbage=st.sampled_from([1e4, -1e30]))
-def test_what_lies_beyond_a_slots_length_changes_nothing(
+def test_positions_beyond_a_slots_length_change_nothing(
     shape: tuple[int, int, int, int], seed: int, garbage: float
 ) -> None:
     query, keys, values, lengths = caches(shape, seed)
@@ -57,7 +57,7 @@ def test_what_lies_beyond_a_slots_length_changes_nothing(
 
 
 @given(shape=SHAPES, seed=SEEDS)
-def test_a_slot_depends_on_no_other(shape: tuple[int, int, int, int], seed: int) -> None:
+def test_slots_are_independent(shape: tuple[int, int, int, int], seed: int) -> None:
     query, keys, values, lengths = caches(shape, seed)
     others = caches(shape, seed + 1)
     kept = torch.arange(shape[0]) == shape[0] // 2

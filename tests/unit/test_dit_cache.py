@@ -101,25 +101,25 @@ def edit_request(**changed: Any) -> PaintRequest:
     return request(**source, **changed)
 
 
-def paint(engine: DitEngine, asked: PaintRequest, context: RequestContext | None = None) -> DitResult:
-    return engine.paint(context or RequestContext(), asked, Limits()).result()
+def paint(engine: DitEngine, paint_request: PaintRequest, context: RequestContext | None = None) -> DitResult:
+    return engine.paint(context or RequestContext(), paint_request, Limits()).result()
 
 
 @pytest.mark.parametrize(
     "settings", [NEVER, DISSIMILAR, replace(NEVER, Fn_compute_blocks=2, Bn_compute_blocks=2)], ids=str
 )
 @pytest.mark.parametrize(
-    "asked",
+    "paint_request",
     [request(), request(guidance_scale=1.0), edit_request(), edit_request(guidance_scale=0.0)],
     ids=["guidance", "no guidance", "a source", "a source, no guidance"],
 )
 def test_cache_that_skips_nothing_changes_no_bit(
-    engine: DitEngine, cache: Any, settings: CacheSettings, asked: PaintRequest
+    engine: DitEngine, cache: Any, settings: CacheSettings, paint_request: PaintRequest
 ) -> None:
-    exact = paint(engine, asked)
+    exact = paint(engine, paint_request)
     cache(settings)
     context = RequestContext()
-    assert np.array_equal(paint(engine, asked, context).pixels, exact.pixels)
+    assert np.array_equal(paint(engine, paint_request, context).pixels, exact.pixels)
     assert context.cached_steps == [0]
 
 
@@ -136,13 +136,13 @@ def test_skipped_steps_run_fewer_blocks_and_change_the_image_little(
         return run(which, sequences, *rest)
 
     monkeypatch.setattr(blocks, "run", counted)
-    asked = request(num_inference_steps=50)
-    exact = paint(engine, asked).pixels.astype(int)
+    paint_request = request(num_inference_steps=50)
+    exact = paint(engine, paint_request).pixels.astype(int)
     assert ran == 50 * BLOCKS * 2
     for settings, work in ((ALWAYS, 15 * BLOCKS + 35), (replace(ALWAYS, Bn_compute_blocks=2), 15 * BLOCKS + 35 * 3)):
         cache(settings)
         ran, context = 0, RequestContext()
-        difference = np.abs(paint(engine, asked, context).pixels - exact)
+        difference = np.abs(paint(engine, paint_request, context).pixels - exact)
         assert context.cached_steps == [35]
         assert ran == work * 2
         assert 0 < difference.mean() < MEAN_DIFFERENCE
@@ -165,12 +165,12 @@ def test_cached_steps_of_each_image_are_reported_and_counted(folder: Path) -> No
 
 
 def test_images_in_flight_together_do_not_affect_each_other(folder: Path) -> None:
-    """Two instances, each asked at once for pictures of several sizes, with and without a source and guidance."""
-    asked = [request(), edit_request(guidance_scale=1.0), request(Grid(1, 1), 8, 9)]
+    """Two instances, which render images of several sizes at the same time, with and without a source and guidance."""
+    requests = [request(), edit_request(guidance_scale=1.0), request(Grid(1, 1), 8, 9)]
     engines = [load(folder, SOME), load(folder, replace(SOME, enable_taylorseer=True))]
-    alone = [[paint(engine, one).pixels for one in asked] for engine in engines]
+    alone = [[paint(engine, request).pixels for request in requests] for engine in engines]
     with ThreadPoolExecutor(4) as threads:
-        again = [[threads.submit(paint, engine, one) for one in asked] for engine in engines]
+        again = [[threads.submit(paint, engine, request) for request in requests] for engine in engines]
         for engine_alone, engine_again in zip(alone, again, strict=True):
             for pixels, future in zip(engine_alone, engine_again, strict=True):
                 assert np.array_equal(future.result().pixels, pixels)

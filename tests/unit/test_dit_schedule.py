@@ -25,14 +25,14 @@ def reference_schedule(scheduler: Any, steps: int, height: int, width: int) -> t
 
 
 @given(steps=st.integers(1, 200), th=st.integers(1, 64), tw=st.integers(1, 64))
-def test_every_schedule_is_the_references(reference: Any, steps: int, th: int, tw: int) -> None:
+def test_schedules_equal_the_references(reference: Any, steps: int, th: int, tw: int) -> None:
     made = schedule(scheduler_config(), steps, 4 * th * tw, CPU)
     timesteps, sigmas = reference_schedule(reference.scheduler, steps, 32 * th, 32 * tw)
     assert torch.equal(made.timesteps, timesteps)
     assert torch.equal(made.sigmas, sigmas)
 
 
-def test_a_schedule_by_its_formula() -> None:
+def test_schedule_follows_its_formula() -> None:
     made = schedule(scheduler_config(), 50, 64 * 64, CPU)
     times = torch.tensor([int(time) for time in np.linspace(1000, 1, 51)[:-1]])
     sigmas = times / 1000
@@ -43,7 +43,7 @@ def test_a_schedule_by_its_formula() -> None:
     assert made.sigmas.dtype == made.timesteps.dtype == torch.float32
 
 
-def test_a_checkpoints_own_shift_counts() -> None:
+def test_shift_comes_from_the_checkpoint() -> None:
     own = scheduler_config() | {"base_image_seq_len": 64, "base_shift": 0.5, "max_shift": 1.5}
     made, usual = (schedule(config, 4, 256, CPU) for config in (own, scheduler_config()))
     shift = 0.5 + 1.5 * 2

@@ -147,9 +147,9 @@ def test_latent_preview_inverts_a_linear_encoder() -> None:
 def test_estimate_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -> None:
     """With x = clean + sigma * noise on both ends of a step, the estimate is the preview of the clean latents."""
     executor = pipeline.dit.executor
-    asked = request(3)
-    tokens = asked.prior_token_ids[0] * 0
-    levels = executor.run(Prepare(-7, "a", "", tokens, asked.grid, 4, 1.5, seed=0))
+    paint_request = request(3)
+    tokens = paint_request.prior_token_ids[0] * 0
+    levels = executor.run(Prepare(-7, "a", "", tokens, paint_request.grid, 4, 1.5, seed=0))
     assert isinstance(levels, np.ndarray)
     executor.run(Step(-7))
     executor.run(Step(-7, for_estimate=True))
@@ -163,15 +163,15 @@ def test_estimate_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -> None
 
 
 def test_previews_between_steps_do_not_change_the_image(pipeline: LocalPipeline) -> None:
-    asked = request(3)
-    asked = PaintRequest("a", asked.prior_token_ids * 0, asked.grid, asked.requested, (3,), num_inference_steps=4)
+    base = request(3)
+    paint_request = PaintRequest("a", base.prior_token_ids * 0, base.grid, base.requested, (3,), num_inference_steps=4)
     run = pipeline.dit.executor.run
     alone, busy = Scheduler(run), Scheduler(run)
-    expected = alone.decode(RequestContext(), alone.denoise(RequestContext(), asked))
+    expected = alone.decode(RequestContext(), alone.denoise(RequestContext(), paint_request))
     context = RequestContext(estimate_every=1)
-    context.add_observer(ProgressCallback(lambda _: busy.previews.submit(RequestContext(), asked)))
+    context.add_observer(ProgressCallback(lambda _: busy.previews.submit(RequestContext(), paint_request)))
     began = time.monotonic()
-    pixels = busy.decode(context, busy.denoise(context, asked))
+    pixels = busy.decode(context, busy.denoise(context, paint_request))
     assert time.monotonic() - began < WAIT_SECONDS
     busy.previews.close()
     np.testing.assert_array_equal(pixels, expected)

@@ -1,4 +1,4 @@
-"""The second stage with linear layers of 8 bits, on the CPU."""
+"""The DiT with 8-bit linear layers, on the CPU."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def open_engine(folder: Path, quantization: str, device: Device | None = None) -
     return DitEngine(Checkpoint.open(folder), device or open_device("cpu"), DitSettings(quantization=quantization))
 
 
-def painted(engine: DitEngine) -> np.ndarray:
+def rendered(engine: DitEngine) -> np.ndarray:
     tokens = np.arange(GRID.tokens, dtype=np.int32)[None]
     size = Size(GRID.height * 32, GRID.width * 32)
     request = PaintRequest("a 'b'", tokens, GRID, size, seeds=(3,), num_inference_steps=4)
     return engine.paint(RequestContext(), request, Limits()).result().pixels
 
 
-def test_int8_paints_nearly_the_same_picture_with_less_memory(checkpoint_folder: Path) -> None:
-    exact, rounded = open_engine(checkpoint_folder, "none"), open_engine(checkpoint_folder, "int8")
-    layers = [m for m in rounded.executor._model.transformer.modules() if isinstance(m, QuantizedLinear)]
-    assert len(layers) == 6 * rounded.executor._model.transformer.config.num_layers
+def test_int8_changes_the_image_little_with_less_memory(checkpoint_folder: Path) -> None:
+    exact, quantized = open_engine(checkpoint_folder, "none"), open_engine(checkpoint_folder, "int8")
+    layers = [m for m in quantized.executor._model.transformer.modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == 6 * quantized.executor._model.transformer.config.num_layers
     assert {layer.weight.dtype for layer in layers} == {torch.int8}
-    theirs, ours = painted(exact).astype(int), painted(rounded).astype(int)
+    theirs, ours = rendered(exact).astype(int), rendered(quantized).astype(int)
     assert 0 < np.abs(theirs - ours).mean() < 2
-    assert np.array_equal(painted(rounded), ours)
+    assert np.array_equal(rendered(quantized), ours)
 
 
-def test_what_the_budget_counts_is_what_the_weights_take(checkpoint_folder: Path) -> None:
+def test_weight_bytes_are_those_of_a_loaded_transformer(checkpoint_folder: Path) -> None:
     from glm_image.dit.loading import _empty_modules
     from glm_image.dit.quantization import weight_bytes
     from glm_image.parallel.process_group import ONE_RANK
@@ -60,7 +60,7 @@ def test_what_the_budget_counts_is_what_the_weights_take(checkpoint_folder: Path
     assert weight_bytes(empty, torch.float32) == taken
 
 
-def test_few_rows_are_multiplied_as_many_are() -> None:
+def test_products_of_few_rows_equal_those_of_many() -> None:
     generator = torch.Generator().manual_seed(0)
     values, weight = (torch.randint(-127, 128, (n, 32), dtype=torch.int8, generator=generator) for n in (40, 48))
     many = int8_sums(values, weight)
@@ -68,7 +68,7 @@ def test_few_rows_are_multiplied_as_many_are() -> None:
     assert torch.equal(int8_sums(values[:3], weight), many[:3])
 
 
-def test_a_row_is_rounded_to_half_a_step_whatever_the_others_are() -> None:
+def test_row_is_rounded_to_half_a_step_independently_of_others() -> None:
     matrix = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 6)[:, None]
     matrix[3] = 0
     values, scales = quantize_rows(matrix, torch.int8)
@@ -78,7 +78,7 @@ def test_a_row_is_rounded_to_half_a_step_whatever_the_others_are() -> None:
     assert torch.equal(alone.scales, scales[4:5])
 
 
-def test_fp8_is_refused_where_there_are_no_such_products(
+def test_fp8_is_refused_on_devices_without_fp8_products(
     checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigurationError, match="quantization is 'fp8', but a CPU has no fast fp8 products"):

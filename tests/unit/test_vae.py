@@ -1,4 +1,4 @@
-"""The VAE in tiles, and the time that files take beside the next picture."""
+"""The VAE in tiles, and the finisher that decodes and encodes while the next request is denoised."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def request(grid: Grid, output_format: str = "raw") -> PaintRequest:
     return PaintRequest("a", tokens, grid, size, seeds=(3,), num_inference_steps=1, output_format=output_format)
 
 
-def painted(engine: DitEngine, grid: Grid) -> NDArray[np.int64]:
+def rendered(engine: DitEngine, grid: Grid) -> NDArray[np.int64]:
     return engine.paint(RequestContext(), request(grid), Limits()).result().pixels.astype(int)
 
 
-def test_large_pictures_in_tiles_are_nearly_the_same_and_others_are_the_same(
+def test_tiles_change_large_images_little_and_others_not_at_all(
     checkpoint_folder: Path, pipeline: LocalPipeline
 ) -> None:
     tiled = DitEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), DitSettings(vae_tiling="on"))
-    assert np.array_equal(painted(tiled, SQUARE), painted(pipeline.dit, SQUARE))
-    whole, of_tiles = painted(pipeline.dit, WIDE), painted(tiled, WIDE)
-    assert whole.shape == of_tiles.shape == (1, 32, 1088, 3)
-    assert 0 < np.abs(whole - of_tiles).mean() < 8
+    assert np.array_equal(rendered(tiled, SQUARE), rendered(pipeline.dit, SQUARE))
+    exact, in_tiles = rendered(pipeline.dit, WIDE), rendered(tiled, WIDE)
+    assert exact.shape == in_tiles.shape == (1, 32, 1088, 3)
+    assert 0 < np.abs(exact - in_tiles).mean() < 8
 
 
 @pytest.mark.parametrize(
     ("tiling", "gigabytes", "expected"), [("off", 1, False), ("auto", 1, True), ("auto", 64, False)]
 )
-def test_tiles_are_for_where_the_largest_picture_does_not_fit(
+def test_auto_tiles_where_the_largest_image_does_not_fit(
     checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch, tiling: str, gigabytes: int, expected: bool
 ) -> None:
     monkeypatch.setattr(CpuDevice, "memory", lambda _: Memory(gigabytes * 10**9, gigabytes * 10**9))

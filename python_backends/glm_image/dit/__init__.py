@@ -1,1 +1,1 @@
-"""The second stage: a diffusion transformer that paints image tokens, and the VAE that makes pixels of its latents."""
+"""The DiT stage: a diffusion transformer that denoises latents under prior tokens, and the VAE that decodes them."""

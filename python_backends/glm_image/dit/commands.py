@@ -28,7 +28,6 @@ class ReadSources(DitCommand[None]):
     sources: tuple[SourcePicture, ...]
 
     def describe(self) -> str:
-        """See ``DitCommand``."""
         return f"the reading of {self.megapixels:.1f} megapixels of source images"
 
     @property
@@ -65,7 +64,6 @@ class Prepare(ImageCommand[NDArray[np.float32]]):
     sources_of: int | None = None
 
     def describe(self) -> str:
-        """See ``DitCommand``."""
         return "the conditioning"
 
 
@@ -80,7 +78,6 @@ class Step(ImageCommand[bool]):
     for_estimate: bool = False
 
     def describe(self) -> str:
-        """See ``DitCommand``."""
         return "a denoising step"
 
 
@@ -93,7 +90,6 @@ class Estimate(ImageCommand[NDArray[np.uint8]]):
     """
 
     def describe(self) -> str:
-        """See ``DitCommand``."""
         return "a latent preview"
 
 
@@ -102,7 +98,6 @@ class Decode(ImageCommand[NDArray[np.uint8]]):
     """Decodes an image's latents to uint8 [height, width, 3], and drops the image."""
 
     def describe(self) -> str:
-        """See ``DitCommand``."""
         return "the VAE decode"
 
 

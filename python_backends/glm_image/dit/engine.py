@@ -89,7 +89,7 @@ class DitEngine:
         for size in device.warmup_sizes if settings.warmup_sizes is None else settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
         record(PEAK_MEMORY, device.peak_memory())
-        # A host computes on one thread only (see ``Device.is_host``), so there a request is finished in its caller's.
+        # On a host, all compute runs on one thread (see ``Device.is_host``): requests are finished in the caller's.
         self._finisher = None if device.is_host else ThreadPoolExecutor(1, thread_name_prefix="dit-finisher")
         self._unfinished = threading.Semaphore(UNFINISHED_REQUESTS)
 
@@ -137,7 +137,7 @@ class DitEngine:
     def _finish(
         self, result: Future[DitResult], context: RequestContext, request: PaintRequest, numbers: list[int]
     ) -> None:
-        result.set_running_or_notify_cancel()  # so that nobody can cancel the future any more
+        result.set_running_or_notify_cancel()  # makes ``cancel`` of the future fail
         try:
             result.set_result(self._decode_and_encode(context, request, numbers))
         except Exception as error:  # the caller must get an answer, whatever it is

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from glm_image.devices.quantization import QuantizedRows
 from glm_image.dit.blocks import Blocks, Tokens
 from glm_image.dit.conditioning import Rotary
-from glm_image.dit.fused.linears import AnyLinear, joined, linears_of
+from glm_image.dit.fused.linears import AnyLinear, concatenate, linears_for
 from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape
 from glm_image.dit.source_kv import KvHook
 from glm_image.kernels.head_norm_rotary import head_norm_rotary, scatter_heads
@@ -58,7 +58,7 @@ class FusedBlock:
 
     def __init__(self, block: Any) -> None:
         attention = block.attn1
-        self.qkv: AnyLinear = joined([attention.to_q, attention.to_k, attention.to_v])
+        self.qkv: AnyLinear = concatenate([attention.to_q, attention.to_k, attention.to_v])
         self.out: AnyLinear = attention.to_out[0]
         self.modulation: nn.Linear = block.norm1.linear
         self.up: AnyLinear = block.ff.net[0].proj
@@ -79,7 +79,7 @@ class FusedBlocks(Blocks):
         self._attention = attention
         self._norm_eps, self._head_eps = first.norm2.eps, first.attn1.norm_q.eps
         self._blocks = [FusedBlock(block) for block in transformer.transformer_blocks]
-        self._linears = linears_of(self._blocks[0].qkv)
+        self._linears = linears_for(self._blocks[0].qkv)
         self.attention_backend = attention.backend if attention else attention_backend(transformer)
 
     def __len__(self) -> int:
@@ -103,14 +103,14 @@ class FusedBlocks(Blocks):
         segments = (lengths[0][0], sum(lengths[0]), lengths[-1][0])
         blocks = [self._blocks[index] for index in which]
         tables = [F.linear(time, block.modulation.weight, block.modulation.bias)[0] for block in blocks]
-        normed = self._linears.room(residual)
+        normed = self._linears.empty_input(residual)
         modulated_norm(residual, tables[0], normed, self._norm_eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
         for index, block, table, following in zip(which, blocks, tables, [*tables[1:], None], strict=True):
             kv_hook = kv_hooks[index] if kv_hooks else None
             attended = self._attend(
                 block, normed, rotary, segments, [sum(length) for length in lengths], kv_hook, shape
             )
-            branch = self._linears.linear(block.out, self._linears.read(attended))
+            branch = self._linears.linear(block.out, self._linears.to_input(attended))
             gated_modulated_norm(
                 residual, branch, table, GATE_ATTENTION, table, normed, self._norm_eps, segments, SHIFT_MLP, SCALE_MLP
             )

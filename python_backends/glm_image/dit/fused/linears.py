@@ -1,4 +1,4 @@
-"""The linear layers of the fused blocks: bf16 ones, and those whose rows are in 8 bits between the kernels."""
+"""The linear layers of the fused blocks: bf16 layers, and 8-bit layers whose inputs stay in 8 bits between kernels."""
 
 from __future__ import annotations
 
@@ -15,78 +15,70 @@ AnyLinear = nn.Linear | QuantizedLinear
 
 
 class Linears(Protocol):
-    """What the blocks ask of their linear layers; shapes [rows, width] hold for ``QuantizedRows`` too."""
+    """Runs the linear layers of the blocks; their inputs are tensors or ``QuantizedRows``, [rows, width]."""
 
-    def room(self, residual: Tensor) -> Any:
-        """Makes the matrix to which norms write what a layer reads."""
+    def empty_input(self, residual: Tensor) -> Any:
+        """Allocates a layer's input, to which norms write."""
 
-    def read(self, hidden: Tensor) -> Any:
-        """Makes of bf16 values what a layer reads."""
+    def to_input(self, hidden: Tensor) -> Any:
+        """Converts bf16 values to a layer's input."""
 
     def linear(self, layer: Any, hidden: Any) -> Tensor:
-        """Returns bf16 [rows, n]."""
+        """Returns the layer's output, bf16 [rows, n]."""
 
     def linear_gelu(self, layer: Any, hidden: Any) -> Any:
-        """Returns what the next layer reads: the GELU, approximated by tanh, of what this one gives."""
+        """Returns the GELU of the layer's output, approximated by tanh, as the next layer's input."""
 
 
 class Bf16Linears:
-    """Layers as they are."""
+    """Runs unquantized layers."""
 
-    def room(self, residual: Tensor) -> Tensor:
-        """See ``Linears``."""
+    def empty_input(self, residual: Tensor) -> Tensor:
         return torch.empty_like(residual)
 
-    def read(self, hidden: Tensor) -> Tensor:
-        """See ``Linears``."""
+    def to_input(self, hidden: Tensor) -> Tensor:
         return hidden
 
     def linear(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
-        """See ``Linears``."""
-        # By its own forward: a layer whose channels ranks share also adds up what theirs give.
+        # Calls the layer's forward, as that of a layer whose channels are split among ranks also adds up their outputs.
         result: Tensor = layer(hidden)
         return result
 
     def linear_gelu(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
-        """See ``Linears``."""
-        # The GELU of the GEMM's epilogue is the approximation by tanh, as the model's.
+        # The GELU of the GEMM's epilogue is approximated by tanh, like the model's.
         return torch._addmm_activation(layer.bias, hidden, layer.weight.T, use_gelu=True)
 
 
 class QuantizedLinears:
-    """Layers whose products are of 8 bits."""
+    """Runs layers whose products run in 8 bits."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
-    def room(self, residual: Tensor) -> QuantizedRows:
-        """See ``Linears``."""
+    def empty_input(self, residual: Tensor) -> QuantizedRows:
         return empty_rows(residual, self._dtype)
 
-    def read(self, hidden: Tensor) -> QuantizedRows:
-        """See ``Linears``."""
+    def to_input(self, hidden: Tensor) -> QuantizedRows:
         return quantize_rowwise(hidden, self._dtype)
 
     def linear(self, layer: QuantizedLinear, hidden: QuantizedRows) -> Tensor:
-        """See ``Linears``."""
         if self._dtype == torch.int8:
             return sums_to_bf16(int8_sums(hidden.values, layer.weight), hidden, layer.rows, layer.bias)
         return scaled_product(hidden, layer.rows, layer.bias, torch.bfloat16)
 
     def linear_gelu(self, layer: QuantizedLinear, hidden: QuantizedRows) -> QuantizedRows:
-        """See ``Linears``."""
         if self._dtype == torch.int8:
             return sums_in_8_bits(int8_sums(hidden.values, layer.weight), hidden, layer.rows, layer.bias)
         return quantize_rowwise(scaled_product(hidden, layer.rows, layer.bias, torch.bfloat16), self._dtype, gelu=True)
 
 
-def linears_of(layer: AnyLinear) -> Linears:
-    """Returns what runs a layer of this kind."""
+def linears_for(layer: AnyLinear) -> Linears:
+    """Returns an object that runs layers of this kind."""
     return QuantizedLinears(layer.dtype) if isinstance(layer, QuantizedLinear) else Bf16Linears()
 
 
-def joined(layers: list[Any]) -> Any:
-    """Makes the first of several layers with the same input all of them; the others are left without weights."""
+def concatenate(layers: list[Any]) -> Any:
+    """Concatenates layers with the same input into the first one, which is returned; the others lose their weights."""
     first = layers[0]
     first.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
     first.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
