@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from glm_image.request import geometry
 from train_tiny.cells import CellLabels, cell_labels, cell_weights
-from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, drawn_size, small_pictures
+from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, render_size, small_pictures
 from train_tiny.loop import weighted_mean
 from train_tiny.models import CONFIG, build_ar, quantize, tower_features
 from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
@@ -97,7 +97,7 @@ class Codes:
                 grid = geometry.target_grid(size)
                 grid = geometry.preview_grid(grid) if preview else grid
                 self._pictures.append(torch.cat(list(small_pictures(scenes, grid, device, preview=preview))))
-                as_drawn = drawn_size(grid, preview=preview)
+                as_drawn = render_size(grid, preview=preview)
                 labels = cell_labels(scenes, as_drawn, as_drawn.height // grid.height)
                 self._labels.append(CellLabels(*(label.to(device) for label in labels)))
         self._choice = Choice([len(pictures) for pictures in self._pictures], seed)

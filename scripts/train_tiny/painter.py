@@ -18,7 +18,7 @@ from glm_image.request import geometry
 from glm_image.request.geometry import Size
 from train_tiny.cells import cell_labels, cell_weights
 from train_tiny.compilation import compiled
-from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, common, drawn, glyph_rows, halved
+from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, common, glyph_rows, halved, render
 from train_tiny.loop import finished, measured, mixed_precision, weighted_mean
 from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
 from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states, strings_apart
@@ -120,7 +120,7 @@ class Painter:
 
     def _shown(self, scenes: Table, size: Size) -> Shown:
         latents, codes = [], []
-        for pictures in drawn(scenes, size, self._device):
+        for pictures in render(scenes, size, self._device):
             with mixed_precision(self._device):
                 at_once = max(1, ENCODED_PIXELS // pictures[0, 0].numel())
                 latents += [self._latents.encode(some).to(torch.bfloat16) for some in pictures.split(at_once)]
