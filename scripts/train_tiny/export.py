@@ -142,7 +142,7 @@ Seconds are those of all calls of a stage, with the drawing of its samples. The 
 hundred steps. "Named" is the share of cells whose shape, colour, letter or kind of background a light decoder reads
 from the codes; "large grid right" how often the AR's likeliest code is the picture's, given all before it.
 
-## How well it does what it is told
+## How well it does what it is by_measure
 
 {adherence}
 
@@ -176,16 +176,16 @@ def _adherence(run: Path) -> str:
     if not file.exists():
         return "Not measured."
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    told = {line["measure"]: line for line in lines}
+    by_measure = {line["measure"]: line for line in lines}
     rows = [
-        f"| {name.replace('_', ' ')} | {_share(told, measure, name)} | {_share(told, chance, name)} "
-        f"| {told[measure]['of'][name]} |"
+        f"| {name.replace('_', ' ')} | {_share(by_measure, measure, name)} | {_share(by_measure, chance, name)} "
+        f"| {by_measure[measure]['of'][name]} |"
         for measure, chance in (("pictures", "shuffled"), ("edits", "edits_shuffled"))
-        for name in told.get(measure, {}).get("of", {})
+        for name in by_measure.get(measure, {}).get("of", {})
     ]
     head = ["| right | of its pictures | of its pictures for other prompts | pictures |", "|---|---|---|---|"]
     return "\n".join([*head, *rows]) + "\n\n" + MEASURED
 
 
-def _share(told: Mapping[str, Any], measure: str, name: str) -> str:
-    return f"{told[measure][name]:.0%}"
+def _share(by_measure: Mapping[str, Any], measure: str, name: str) -> str:
+    return f"{by_measure[measure][name]:.0%}"
