@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.soak import processes, resident_bytes, tiny_checkpoint
+from bench.servers import processes, resident_bytes, tiny_checkpoint
 from chaos_requests import GOOD, KINDS, OUTCOMES, RequestRecord, Server, fault_of, send_any
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.restarts import RestartPolicy, keep_running

@@ -1,4 +1,4 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter on the CPU."""
+"""Kernels run on a GPU if there is one, otherwise in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks of the second stage whose blocks are the fused ones, also on a CPU, where Triton interprets the kernels."""
+"""Ranks of the DiT with fused blocks, also on a CPU, where Triton interprets the kernels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from glm_image.parallel.worker import RankExecutor
 
 @dataclass(frozen=True)
 class TakeLatents:
-    """Returns an image's latents, fp32 [1, channels, height, width]."""
+    """Return an image's latents, fp32 [1, channels, height, width]."""
 
     image: int
 
 
 class _Rank:
-    """A rank that also gives latents: pixels would take the interpreter long."""
+    """A rank that can also return latents, since pixels take the interpreter long."""
 
     def __init__(self, executor: Executor | Follower) -> None:
         self._executor = executor

@@ -1,4 +1,4 @@
-"""A decoder small enough for Triton's interpreter, and how far bf16 may be from bf16."""
+"""A decoder small enough for Triton's interpreter, and the tolerance between bf16 computations."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CONFIG = ArConfig(
     end_ids=(65,),
     sampling=Sampling(0.9, 0.75, 75),
 )
-BF16_ERROR = 0.02  # more than roundings: the interpreter cuts bf16 off instead
+BF16_ERROR = 0.02  # more than rounding: the interpreter truncates to bf16
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Returns the norm of the difference over that of what is wanted."""
+    """Returns the norm of the difference over that of ``want``."""
     return float((got.float() - want.float()).norm() / want.float().norm())

@@ -1,4 +1,4 @@
-"""The kernels of a decode step against their twins in plain torch, in bf16."""
+"""The kernels of a decode step against their references in plain torch, in bf16."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs
-from glm_image.ar.fused.sampling import draw_tokens
+from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs, weights_of
+from glm_image.ar.fused.step import sample_tokens
 from glm_image.ar.model import Decoder
-from glm_image.ar.sampler import draw
+from glm_image.ar.sampler import sample
 from glm_image.ar.state import DecodeState
 from glm_image.checkpoint.checkpoint import RandomTensors
 from glm_image.devices.attention import masked_decode_attention
@@ -24,7 +24,7 @@ from kernels.sizes import BF16_ERROR, CONFIG, relative_error
 LENGTHS = (0, 1, 5, 63, 64, 65, 130, 17)
 POSITIONS = 160
 
-# Triton's interpreter takes bf16 in a matrix product for integers.
+# In matrix products Triton's interpreter treats bf16 as integers.
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter multiplies no bf16 matrices")
 
 
@@ -50,15 +50,15 @@ def torch_logits(decoder: Decoder, state: DecodeState) -> Tensor:
 
 @needs_gpu
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("plans", [TileConfigs(), INT8_TILES])
-def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, plans: TileConfigs) -> None:
+@pytest.mark.parametrize("tiles", [TileConfigs(), INT8_TILES])
+def test_decode_step_matches_plain_torch(device: torch.device, bias: bool, tiles: TileConfigs) -> None:
     config = replace(CONFIG, attention_bias=bias)
-    product = None if plans == TileConfigs() else dequantized_product
+    product = None if tiles == TileConfigs() else dequantized_product
     decoder = Decoder.load(config, RandomTensors(device, torch.bfloat16), int8=product)
     ours, theirs = random_state(device), random_state(device)
     with torch.inference_mode():
         want = torch_logits(decoder, theirs)
-        fused = FusedDecoder(decoder, len(LENGTHS), plans)
+        fused = FusedDecoder(decoder, len(LENGTHS), tiles)
         got = fused.decode(ours.tokens, ours.lengths, (ours.cos, ours.sin), ours.cache)
     assert torch.isfinite(got).all()
     assert relative_error(got, want) < BF16_ERROR
@@ -68,7 +68,7 @@ def test_a_decode_step_is_that_of_plain_torch(device: torch.device, bias: bool, 
 
 @needs_gpu
 @pytest.mark.parametrize("product", [None, dequantized_product])
-def test_a_slot_depends_on_nothing_in_the_others(device: torch.device, product: Int8Product | None) -> None:
+def test_logits_of_a_slot_are_independent_of_other_slots(device: torch.device, product: Int8Product | None) -> None:
     decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16), int8=product)
     one, other = random_state(device), random_state(device)
     other.tokens[1:] += 1
@@ -84,21 +84,21 @@ def test_a_slot_depends_on_nothing_in_the_others(device: torch.device, product: 
 
 
 @needs_gpu
-@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("split_k", [1, 2, 3])
 @pytest.mark.parametrize(("n", "k"), [(96, 64), (100, 200), (33, 97)])
-def test_parts_add_up_to_the_product(device: torch.device, n: int, k: int, splits: int) -> None:
+def test_partial_sums_add_up_to_the_product(device: torch.device, n: int, k: int, split_k: int) -> None:
     linear = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.bfloat16)
     x = torch.randn(5, k, device=device, dtype=torch.bfloat16)
-    out = torch.full((splits, 5, n), torch.nan, device=device)
-    plan = TileConfig(block_n=32, block_k=32, splits=splits, warps=4, stages=2, fetch=16)
+    out = torch.full((split_k, 5, n), torch.nan, device=device)
+    tiles = TileConfig(block_n=32, block_k=32, split_k=split_k, warps=4, stages=2, fetch=16)
     with torch.inference_mode():
-        linear_partials(x, linear, out, plan)
+        linear_partials(x, linear.weight, None, out, tiles)
         assert relative_error(out.sum(0), x.float() @ linear.weight.float().T) < 1e-3
 
 
 @needs_gpu
 @pytest.mark.parametrize("int8", [False, True])
-def test_gate_and_up_are_multiplied(device: torch.device, int8: bool) -> None:
+def test_gate_up_matches_plain_torch(device: torch.device, int8: bool) -> None:
     layer = torch.nn.Module()
     layer.linear = torch.nn.Linear(96, 2 * 40, bias=False, device=device, dtype=torch.bfloat16)
     if int8:
@@ -106,7 +106,8 @@ def test_gate_and_up_are_multiplied(device: torch.device, int8: bool) -> None:
     x = torch.randn(8, 96, device=device, dtype=torch.bfloat16)
     out = torch.full((8, 40), torch.nan, device=device, dtype=torch.bfloat16)
     with torch.inference_mode():
-        gate_up(x, layer.linear, out, TileConfig(block_n=16, block_k=32, splits=1, warps=4, stages=2, fetch=16))
+        tiles = TileConfig(block_n=16, block_k=32, split_k=1, warps=4, stages=2, fetch=16)
+        gate_up(x, *weights_of(layer.linear), out, tiles)
         gate, up = layer.linear(x).chunk(2, dim=-1)
         assert relative_error(out, up * torch.nn.functional.silu(gate)) < BF16_ERROR
 
@@ -124,24 +125,24 @@ SAMPLINGS = (
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_tokens_are_those_of_the_sampler_with_a_sort(device: torch.device, seed: int) -> None:
+def test_sampled_tokens_match_the_sampler_with_a_sort(device: torch.device, seed: int) -> None:
     state = random_state(device)
     generator = torch.Generator().manual_seed(seed)
     vocabulary = CONFIG.vision_vocab_size
     logits = (3 * torch.randn(len(LENGTHS), vocabulary, generator=generator)).to(device)
-    if seed == 5:  # all that may come has been dropped by top-p in one row
+    if seed == 5:  # in one row top-p drops every allowed id
         logits[0, : CONFIG.codebook_size] -= 50.0
     state.noise.copy_(torch.empty(state.noise.shape).exponential_(generator=generator))
-    state.drawn.fill_(seed)
+    state.sampled.fill_(seed)
     state.active.fill_(1)
     for slot, sampling in enumerate(SAMPLINGS):
         state.sampler.set(slot, sampling, 4 if slot == 7 else 0, vocabulary)
     rows = torch.arange(len(LENGTHS), device=device)
-    allowed = state.allowed[(state.drawn >= state.sampler.preview_tokens).long()]
-    want = draw(logits, state.noise[rows, state.drawn], state.sampler, allowed)
+    allowed = state.allowed[(state.sampled >= state.sampler.preview_tokens).long()]
+    want = sample(logits, state.noise[rows, state.sampled], state.sampler, allowed)
     lengths = state.lengths.clone()
-    draw_tokens(logits, state)
+    sample_tokens(logits, state)
     assert torch.equal(state.tokens, want)
     assert torch.equal(state.output[rows, torch.full_like(rows, seed)], want)
     assert torch.equal(state.lengths, lengths + 1)
-    assert torch.equal(state.drawn, torch.full_like(rows, seed + 1))
+    assert torch.equal(state.sampled, torch.full_like(rows, seed + 1))

@@ -34,7 +34,7 @@ def build(device: torch.device, ranks: Group = ALONE) -> GlmImageTransformer2DMo
 
 
 @pytest.mark.parametrize("text_tokens", [(6, 1), (0,)])
-def test_blocks_run_in_parts_give_the_same_bits(device: torch.device, text_tokens: tuple[int, ...]) -> None:
+def test_blocks_run_in_ranges_give_the_same_bits(device: torch.device, text_tokens: tuple[int, ...]) -> None:
     transformer = build(device)
     sequences, *rest = arguments(transformer, device, text_tokens)
     given = [(image.clone(), text.clone()) for image, text in sequences]
@@ -48,7 +48,7 @@ def test_blocks_run_in_parts_give_the_same_bits(device: torch.device, text_token
 
 
 @pytest.mark.parametrize("text_tokens", TEXT_TOKENS)
-def test_the_blocks_are_those_of_diffusers(device: torch.device, text_tokens: tuple[int, ...]) -> None:
+def test_blocks_match_diffusers(device: torch.device, text_tokens: tuple[int, ...]) -> None:
     transformer = build(device)
     given = arguments(transformer, device, text_tokens)
     with torch.inference_mode():
@@ -60,23 +60,23 @@ def test_the_blocks_are_those_of_diffusers(device: torch.device, text_tokens: tu
 
 
 class Meeting:
-    """Where ranks that are threads show each other what they send; one computes at a time, as the interpreter wants."""
+    """Exchanges data between ranks that are threads; one computes at a time, as the interpreter needs."""
 
     def __init__(self, ranks: int) -> None:
         self.turn = Lock()
         self._shown: list[Any] = [None] * ranks
         self._barrier = Barrier(ranks, timeout=60)
 
-    def everyones(self, rank: int, value: Any) -> list[Any]:
+    def shown_by_all(self, rank: int, value: Any) -> list[Any]:
         self._shown[rank] = value
         self.turn.release()
         try:
             self._barrier.wait()
-            everyones = list(self._shown)
+            shown_by_all = list(self._shown)
             self._barrier.wait()
         finally:
             self.turn.acquire()
-        return everyones
+        return shown_by_all
 
 
 class ThreadGroup(Group):
@@ -87,26 +87,26 @@ class ThreadGroup(Group):
         self._meeting = meeting
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        # Clones: whoever reads first must not find the others' sums.
-        everyones = self._meeting.everyones(self.rank, tensor.clone())
-        return tensor.copy_(torch.stack(everyones).sum(0))
+        # A clone: the first rank to read must not find the sums of the others.
+        shown_by_all = self._meeting.shown_by_all(self.rank, tensor.clone())
+        return tensor.copy_(torch.stack(shown_by_all).sum(0))
 
     def all_to_all_async(
         self, sent: Tensor, sent_rows: Sequence[int], received: Tensor, received_rows: Sequence[int]
     ) -> Transfer:
-        parts = [rows[self.rank] for rows in self._meeting.everyones(self.rank, sent.split(list(sent_rows)))]
+        parts = [rows[self.rank] for rows in self._meeting.shown_by_all(self.rank, sent.split(list(sent_rows)))]
         assert [len(part) for part in parts] == list(received_rows)
         received.copy_(torch.cat(parts))
         return Transfer([], sent)
 
     def all_gather_async(self, gathered: Tensor, tensor: Tensor) -> Transfer:
-        gathered.copy_(torch.cat(self._meeting.everyones(self.rank, tensor)))
+        gathered.copy_(torch.cat(self._meeting.shown_by_all(self.rank, tensor)))
         return Transfer([], tensor)
 
 
 @pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (6, 2), (24, 4), (3, 1)])
 @pytest.mark.parametrize("text", [0, 3])
-def test_heads_are_dealt_as_they_are_normed_in_place(device: torch.device, heads: int, ranks: int, text: int) -> None:
+def test_scattered_heads_equal_heads_in_place(device: torch.device, heads: int, ranks: int, text: int) -> None:
     rows, head_dim = text + 10, 32
     generator = torch.Generator().manual_seed(2)
     qkv = torch.randn(rows, 3, heads, head_dim, generator=generator).to(device, torch.bfloat16)
@@ -127,7 +127,7 @@ def test_heads_are_dealt_as_they_are_normed_in_place(device: torch.device, heads
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("text_tokens", [(2, 1), (0,)])
-def test_blocks_over_ranks_are_those_of_one(device: torch.device, ranks: int, text_tokens: tuple[int, ...]) -> None:
+def test_blocks_over_ranks_match_one_rank(device: torch.device, ranks: int, text_tokens: tuple[int, ...]) -> None:
     transformer = build(device)
     sequences, time, rotary = arguments(transformer, device, text_tokens)
     backend = blocks.attention_backend(transformer)
@@ -154,7 +154,7 @@ def test_blocks_over_ranks_are_those_of_one(device: torch.device, ranks: int, te
     assert change_error(got, want, sequences) < BF16_ERROR
 
 
-def test_blocks_whose_channels_are_shared_are_those_of_one(device: torch.device) -> None:
+def test_tensor_parallel_blocks_match_one_rank(device: torch.device) -> None:
     given = arguments(build(device), device, (1,))
     with torch.inference_mode():
         want = FusedBlocks(build(device))(*given)

@@ -1,4 +1,4 @@
-"""The kernels that read a prompt against their twins in plain torch, in bf16."""
+"""The kernels of the prefill against their references in plain torch, in bf16."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def random(device: torch.device, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, POSITIONS])
-def test_heads_are_rotated_and_stored(device: torch.device, tokens: int) -> None:
+def test_rotated_heads_match_plain_torch(device: torch.device, tokens: int) -> None:
     heads, kv_heads, dim = 6, 2, 32
     qkv, (cos, sin) = random(device, tokens, (heads + 2 * kv_heads) * dim), random(device, 2, tokens, 16)
     keys, values = torch.full((2, kv_heads, POSITIONS, dim), 5.0, device=device, dtype=torch.bfloat16)
     query = rotate_and_store(qkv, cos, sin, (keys, values))
-    turned, value = qkv.unflatten(-1, (-1, dim)).tensor_split([heads + kv_heads], dim=1)
-    want_query, want_key = rotate(turned, cos[:, None], sin[:, None]).tensor_split([heads], dim=1)
+    qk, value = qkv.unflatten(-1, (-1, dim)).tensor_split([heads + kv_heads], dim=1)
+    want_query, want_key = rotate(qk, cos[:, None], sin[:, None]).tensor_split([heads], dim=1)
     assert relative_error(query, want_query) < BF16_ERROR
     assert relative_error(keys[:, :tokens], want_key.transpose(0, 1)) < BF16_ERROR
     assert torch.equal(values[:, :tokens], value.transpose(0, 1))
@@ -38,7 +38,7 @@ def test_heads_are_rotated_and_stored(device: torch.device, tokens: int) -> None
 
 
 @pytest.mark.parametrize("width", [40, 1024, 1500])
-def test_gate_and_up_are_multiplied(device: torch.device, width: int) -> None:
+def test_silu_product_matches_plain_torch(device: torch.device, width: int) -> None:
     gate_up = random(device, 3, 2 * width)
     gate, up = gate_up.chunk(2, dim=-1)
     assert relative_error(silu_product(gate_up), up * F.silu(gate)) < BF16_ERROR

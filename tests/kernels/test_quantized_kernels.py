@@ -19,14 +19,14 @@ from glm_image.kernels.rows import empty_rows, quantize_rowwise, sums_in_8_bits,
 from kernels.blocks import LargeTensors, arguments, change_error, empty_transformer
 from kernels.sizes import relative_error
 
-# What 8 bits cost is 0.021 and 0.058 of the blocks' change; the interpreter cuts bf16 off instead of rounding it, which
-# costs 0.018 by itself and puts rows to other values of 8 bits, and rounds fp8 in a way of its own.
+# Quantization costs 0.021 and 0.058 of the blocks' change. The interpreter truncates to bf16 instead of rounding, which
+# costs 0.018 by itself and changes 8-bit values, and it rounds fp8 differently.
 MOST_ERROR = {"int8": 0.04, "fp8": 0.12}
 MANTISSA, EXPONENT = 0b111, 0b1111000
 
 
 def share_of_same(got: Tensor, want: Tensor) -> float:
-    """Compares 8-bit values; of fp8 in the interpreter only what it can round: no powers of two, nothing subnormal."""
+    """Compares 8-bit values; of fp8 in the interpreter only those that it rounds: no powers of two, no subnormals."""
     comparable = torch.ones_like(want, dtype=torch.bool)
     if want.dtype.is_floating_point and want.device.type == "cpu":
         bits = want.view(torch.uint8)
@@ -40,19 +40,19 @@ def build(device: torch.device, quantization: str | None) -> GlmImageTransformer
     if quantization:
         opened = open_device(f"{device.type}:0" if device.type == "cuda" else "cpu")
         for owner, name in (place for block in transformer.transformer_blocks for place in block_linears(block)):
-            # The twin of fp8 runs on the CPU as well, where a configuration may not ask for it.
+            # The reference of fp8 runs on the CPU as well, where a configuration may not ask for it.
             setattr(owner, name, QuantizedLinear(getattr(owner, name), quantization, opened))
     fill(transformer, LargeTensors(device, torch.bfloat16))
     return transformer
 
 
-def drawn(device: torch.device, *shape: int) -> Tensor:
+def normal(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
 
 
 @pytest.mark.parametrize("quantization", DTYPES)
 @pytest.mark.parametrize("text_tokens", [(6, 1), (0,)])
-def test_the_blocks_are_those_of_diffusers_with_the_same_layers(
+def test_blocks_match_diffusers_with_the_same_layers(
     device: torch.device, text_tokens: tuple[int, ...], quantization: str
 ) -> None:
     transformer = build(device, quantization)
@@ -67,20 +67,20 @@ def test_the_blocks_are_those_of_diffusers_with_the_same_layers(
 
 @pytest.mark.parametrize("quantization", DTYPES)
 @pytest.mark.parametrize("gelu", [False, True])
-def test_rows_are_rounded_as_their_twin_rounds_them(device: torch.device, quantization: str, gelu: bool) -> None:
-    hidden = drawn(device, 5, 40) * 3
+def test_quantized_rows_match_plain_torch(device: torch.device, quantization: str, gelu: bool) -> None:
+    hidden = normal(device, 5, 40) * 3
     hidden[2] = 0
     got = quantize_rowwise(hidden, DTYPES[quantization], gelu=gelu)
     want = quantize_rows(F.gelu(hidden, approximate="tanh") if gelu else hidden, DTYPES[quantization])
     torch.testing.assert_close(got.scales, want.scales, rtol=1e-6, atol=0)
-    # bf16 may round the GELU of the two ways to different sides; the interpreter rounds the half of fp8 up, and a GPU
-    # divides by the scale in its own way.
+    # The two GELUs may be rounded to different bf16 values; the interpreter rounds halves of fp8 up, and a GPU divides
+    # by the scale less exactly.
     assert share_of_same(got.values, want.values) >= (0.95 if gelu or quantization == "fp8" else 0.99)
 
 
 @pytest.mark.parametrize("quantization", DTYPES)
-def test_the_modulated_norm_writes_rounded_rows(device: torch.device, quantization: str) -> None:
-    residual, table = drawn(device, 7, 48), drawn(device, 12 * 48)
+def test_modulated_norm_writes_quantized_rows(device: torch.device, quantization: str) -> None:
+    residual, table = normal(device, 7, 48), normal(device, 12 * 48)
     plain, rounded = torch.empty_like(residual), empty_rows(residual, DTYPES[quantization])
     for out in (plain, rounded):
         modulated_norm(residual, table, out, 1e-5, (2, 7, 0), SHIFT_MLP, SCALE_MLP)
@@ -89,16 +89,16 @@ def test_the_modulated_norm_writes_rounded_rows(device: torch.device, quantizati
     torch.testing.assert_close(rounded.scales, want.scales, rtol=1e-6, atol=0)
 
 
-def test_sums_of_int8_become_what_the_layer_gives(device: torch.device) -> None:
-    rows, weight = (quantize_rows(drawn(device, *shape), torch.int8) for shape in ((5, 32), (48, 32)))
-    bias = drawn(device, 48)
+def test_int8_sums_become_the_layers_result(device: torch.device) -> None:
+    rows, weight = (quantize_rows(normal(device, *shape), torch.int8) for shape in ((5, 32), (48, 32)))
+    bias = normal(device, 48)
     sums = int8_sums(rows.values, weight.values)
     exact = (rows.values.float() * rows.scales) @ (weight.values.float() * weight.scales).T + bias.float()
     got = sums_to_bf16(sums, rows, weight, bias)
     assert relative_error(got, exact) < 1e-2
     assert relative_error(scaled_product(rows, weight, bias, torch.float32), exact) < 1e-5
     then = sums_in_8_bits(sums, rows, weight, bias)
-    twin = quantize_rowwise(got, torch.int8, gelu=True)
+    expected = quantize_rowwise(got, torch.int8, gelu=True)
     assert isinstance(then, QuantizedRows)
-    assert torch.equal(then.values, twin.values)
-    assert torch.equal(then.scales, twin.scales)
+    assert torch.equal(then.values, expected.values)
+    assert torch.equal(then.scales, expected.scales)

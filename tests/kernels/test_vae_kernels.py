@@ -1,4 +1,4 @@
-"""The VAE with norms of our own against diffusers', in bf16."""
+"""The VAE with fused norms against diffusers', in bf16."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from kernels.sizes import relative_error
 BF16_ERROR = 0.01
 
 
-def drawn(device: torch.device, *shape: int) -> Tensor:
+def normal(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
 
 
-# Sizes that fill less than a tile, and many; channels and groups that are no powers of two.
+# Less than a tile and many tiles; channels and groups that are not powers of two.
 @pytest.mark.parametrize(("channels", "groups", "height", "width"), [(16, 8, 5, 3), (48, 8, 16, 8), (1000, 8, 48, 48)])
-def test_the_norm_is_torchs(device: torch.device, channels: int, groups: int, height: int, width: int) -> None:
-    image = (drawn(device, 1, channels, height, width) * 3 + 5).contiguous(memory_format=torch.channels_last)
-    weight, bias = drawn(device, channels), drawn(device, channels)
+def test_norm_matches_torch(device: torch.device, channels: int, groups: int, height: int, width: int) -> None:
+    image = (normal(device, 1, channels, height, width) * 3 + 5).contiguous(memory_format=torch.channels_last)
+    weight, bias = normal(device, channels), normal(device, channels)
     got = group_norm_silu(image, weight, bias, groups, 1e-6)
     want = F.silu(F.group_norm(image.float(), groups, weight.float(), bias.float(), 1e-6))
     assert got.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(got, want) < BF16_ERROR
 
 
-def test_the_autoencoder_is_that_of_diffusers(device: torch.device) -> None:
+def test_autoencoder_matches_diffusers(device: torch.device) -> None:
     with torch.device("meta"):
         theirs = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -44,7 +44,7 @@ def test_the_autoencoder_is_that_of_diffusers(device: torch.device) -> None:
     ours = copy.deepcopy(theirs)
     fuse_norms(ours)
     assert sum(isinstance(part, GroupNormSilu) for part in ours.modules()) == 22
-    latents, picture = drawn(device, 1, 4, 4, 6), drawn(device, 1, 3, 8, 12)
+    latents, picture = normal(device, 1, 4, 4, 6), normal(device, 1, 3, 8, 12)
     with torch.inference_mode():
         pictures = [vae.decode(latents).sample for vae in (ours, theirs)]
         encoded = [vae.encode(picture).latent_dist.mode() for vae in (ours, theirs)]

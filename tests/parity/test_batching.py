@@ -1,4 +1,4 @@
-"""The same request gives the same tokens, whatever else is in flight."""
+"""The same request gives the same tokens, whatever other requests are in flight."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image.ar.commands import Admit, Command, Release, Step
+from glm_image.ar.commands import Admit, ArCommand, Discard, Release, Step
 from glm_image.ar.engine import ArEngine, ArResult
 from glm_image.ar.scheduler import Scheduler
+from glm_image.ar.sequence import Request
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.attention import masked_decode_attention
@@ -24,9 +25,10 @@ from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.open import open_device
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
 from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
+from glm_image.parallel.commands import R
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
-from helpers import MakeCheckpoint, OpenExecutor, sequence_length
+from helpers import MakeCheckpoint, OpenExecutor
 from parity.reference import reference_tokens
 
 SIZES = [(256, 256), (32, 32), (64, 256), (256, 64), (96, 160), (128, 128), (32, 256), (160, 64)]
@@ -53,15 +55,16 @@ def opened(make_checkpoint: MakeCheckpoint) -> OpenExecutor:
 
 @pytest.fixture(scope="module")
 def alone(opened: OpenExecutor) -> list[Tokens]:
-    """Each request's tokens when nothing else runs."""
-    return [opened.alone(opened.admit(0, asked)) for asked in REQUESTS]
+    """Each request's tokens, decoded without any other."""
+    return [opened.alone(opened.admit(0, parameters)) for parameters in REQUESTS]
 
 
-def test_alone_they_are_the_references(alone: list[Tokens], reference: Any) -> None:
-    for asked, tokens in zip(REQUESTS[:4], alone, strict=False):
-        names = [name for name in ("temperature", "top_p", "top_k") if getattr(asked, name) is not None]
-        sampling = {name: getattr(asked, name) for name in names}
-        theirs = reference_tokens(reference, asked.prompt, asked.height, asked.width, asked.seed, **sampling)
+def test_tokens_match_the_reference(alone: list[Tokens], reference: Any) -> None:
+    for parameters, tokens in zip(REQUESTS[:4], alone, strict=False):
+        names = [name for name in ("temperature", "top_p", "top_k") if getattr(parameters, name) is not None]
+        sampling = {name: getattr(parameters, name) for name in names}
+        size = parameters.height, parameters.width
+        theirs = reference_tokens(reference, parameters.prompt, *size, parameters.seed, **sampling)
         assert tokens[-len(theirs) :].tolist() == theirs.tolist()
 
 
@@ -74,14 +77,14 @@ class Sequence:
 def run_together(
     opened: OpenExecutor, arrivals: list[tuple[int, int]], slots: int, stride: int, cancel: dict[int, int] | None = None
 ) -> dict[int, Tokens]:
-    """Drives the executor as a scheduler would.
+    """Drives an executor as a scheduler does.
 
     Args:
         opened: the executor.
         arrivals: (step, index of a request), in order.
-        slots: how many to use.
-        stride: the most steps a command takes.
-        cancel: index of a request -> step at which it is released unfinished.
+        slots: number of slots to use.
+        stride: the most steps per command.
+        cancel: by index of a request, the step at which it is released unfinished.
     """
     waiting, running, done, now = list(arrivals), dict[int, Sequence](), dict[int, Tokens](), 0
     while waiting or running:
@@ -89,13 +92,13 @@ def run_together(
             if sequence.left == 0 or (cancel or {}).get(sequence.index, now + 1) <= now:
                 done[sequence.index] = opened.release(slot)
                 del running[slot]
-        # From the last slot down, so that slots are taken in another order than by the sequences run alone.
+        # From the last slot down: another order than that of the sequences that ran alone.
         for slot in reversed(range(slots)):
             if slot not in running and waiting and waiting[0][0] <= now:
                 index = waiting.pop(0)[1]
                 command = opened.admit(slot, REQUESTS[index])
                 opened.run(command)
-                running[slot] = Sequence(index, sequence_length(command) - 1)
+                running[slot] = Sequence(index, command.tokens - 1)
         count = min([stride, *(sequence.left for sequence in running.values())])
         if running and count:
             opened.run(Step(count))
@@ -117,7 +120,7 @@ def run_together(
     ],
     ids=["1", "3", "8 joining", "8 at once", "12 on 8 slots", "4 on 2 slots"],
 )
-def test_each_gives_the_tokens_it_gives_alone(
+def test_requests_together_give_the_tokens_they_give_alone(
     opened: OpenExecutor, alone: list[Tokens], arrivals: list[tuple[int, int]], slots: int, stride: int
 ) -> None:
     done = run_together(opened, arrivals, slots, stride)
@@ -126,40 +129,39 @@ def test_each_gives_the_tokens_it_gives_alone(
         assert tokens.tolist() == alone[index].tolist(), f"request {index}"
 
 
-def test_every_slot_gives_the_same_tokens(opened: OpenExecutor, alone: list[Tokens]) -> None:
+def test_all_slots_give_the_same_tokens(opened: OpenExecutor, alone: list[Tokens]) -> None:
     commands = [opened.admit(slot, REQUESTS[4]) for slot in range(8)]
     for command in commands:
         opened.run(command)
-    opened.run(Step(sequence_length(commands[0]) - 1))
+    opened.run(Step(commands[0].tokens - 1))
     for command in commands:
         assert opened.release(command.slot).tolist() == alone[4].tolist(), f"slot {command.slot}"
 
 
-def test_one_that_is_cancelled_leaves_the_others_and_its_slot_as_they_were(
-    opened: OpenExecutor, alone: list[Tokens]
-) -> None:
-    # Two slots: request 2 is let into the one that request 1 leaves unfinished.
+def test_cancelled_request_affects_neither_others_nor_its_slot(opened: OpenExecutor, alone: list[Tokens]) -> None:
+    # Two slots: request 2 is admitted to the one that request 1 leaves unfinished.
     done = run_together(opened, [(0, 0), (0, 1), (50, 2)], slots=2, stride=10, cancel={1: 100})
     assert done[1].tolist() == alone[1][:101].tolist()
     assert [done[index].tolist() for index in (0, 2)] == [alone[index].tolist() for index in (0, 2)]
 
 
-def test_a_slot_whose_tokens_nobody_wants_gives_none_and_is_free(opened: OpenExecutor, alone: list[Tokens]) -> None:
+def test_discarded_slot_is_free(opened: OpenExecutor, alone: list[Tokens]) -> None:
     kept, dropped, next_one = opened.admit(0, REQUESTS[0]), opened.admit(1, REQUESTS[1]), opened.admit(1, REQUESTS[2])
     opened.run(kept)
     opened.run(dropped)
     opened.run(Step(30))
-    assert opened.run(Release(1, wanted=False)) is None
+    opened.run(Discard(1))
+    assert opened.release(1).tolist() == []
     opened.run(next_one)
-    left = {0: sequence_length(kept) - 31, 1: sequence_length(next_one) - 1}
-    taken, tokens = 0, dict[int, list[int]]()
+    left = {0: kept.tokens - 31, 1: next_one.tokens - 1}
+    steps, tokens = 0, dict[int, list[int]]()
     for slot in sorted(left, key=left.__getitem__):
-        opened.run(Step(left[slot] - taken))
-        taken, tokens[slot] = left[slot], opened.release(slot).tolist()
+        opened.run(Step(left[slot] - steps))
+        steps, tokens[slot] = left[slot], opened.release(slot).tolist()
     assert tokens == {0: alone[0].tolist(), 1: alone[2].tolist()}
 
 
-def test_a_closed_executor_takes_no_step_and_closes_again(make_checkpoint: MakeCheckpoint) -> None:
+def test_closed_executor_refuses_steps_and_closes_again(make_checkpoint: MakeCheckpoint) -> None:
     executor = OpenExecutor(make_checkpoint(), slots=1).executor
     executor.close()
     executor.close()
@@ -168,19 +170,19 @@ def test_a_closed_executor_takes_no_step_and_closes_again(make_checkpoint: MakeC
 
 
 class MaskedDevice(CpuDevice):
-    """The CPU, attending as accelerators do: over the whole cache, under a mask."""
+    """A CPU with the attention of accelerators: over the whole cache, with a mask."""
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         return masked_decode_attention(query, keys, values, lengths)
 
 
-def test_attention_under_a_mask_gives_the_same_tokens(make_checkpoint: MakeCheckpoint, alone: list[Tokens]) -> None:
+def test_masked_attention_gives_the_same_tokens(make_checkpoint: MakeCheckpoint, alone: list[Tokens]) -> None:
     masked = OpenExecutor(make_checkpoint(), device=MaskedDevice(torch.device("cpu")))
     for index, tokens in run_together(masked, [(31 * (index // 3), index) for index in range(12)], 8, 4).items():
         assert tokens.tolist() == alone[index].tolist(), f"request {index}"
 
 
-def test_an_idle_slot_gives_nothing(opened: OpenExecutor) -> None:
+def test_idle_slot_releases_no_tokens(opened: OpenExecutor) -> None:
     assert opened.release(3).tolist() == []
 
 
@@ -192,19 +194,19 @@ def engine(make_checkpoint: MakeCheckpoint) -> Iterator[ArEngine]:
     made.close()
 
 
-def resolved(asked: GenerationParameters, engine: ArEngine) -> ResolvedRequest:
-    return asked.resolve(Limits(), engine.sampling)
+def resolved(parameters: GenerationParameters, engine: ArEngine) -> ResolvedRequest:
+    return parameters.resolve(Limits(), engine.sampling)
 
 
 def expected(alone: list[Tokens], index: int) -> list[int]:
-    asked = REQUESTS[index]
-    assert asked.height is not None
-    assert asked.width is not None
-    return alone[index][-(asked.height // 32 * asked.width // 32) :].tolist()
+    parameters = REQUESTS[index]
+    assert parameters.height is not None
+    assert parameters.width is not None
+    return alone[index][-(parameters.height // 32 * parameters.width // 32) :].tolist()
 
 
 def at(tokens: int, act: Callable[[], None]) -> Callable[[Progress], None]:
-    """Returns a progress sink that acts, in the engine's own thread, once a request has come so far."""
+    """Returns a progress callback that acts once, in the engine's thread, when ``tokens`` tokens are sampled."""
     left = [act]
 
     def sink(progress: Progress) -> None:
@@ -214,16 +216,16 @@ def at(tokens: int, act: Callable[[], None]) -> Callable[[Progress], None]:
     return sink
 
 
-def test_the_engine_serves_many_threads_at_once(engine: ArEngine, alone: list[Tokens]) -> None:
+def test_engine_serves_many_threads(engine: ArEngine, alone: list[Tokens]) -> None:
     ready = threading.Barrier(len(REQUESTS))
     results: dict[int, ArResult] = {}
 
-    def ask(index: int) -> None:
+    def submit(index: int) -> None:
         ready.wait(WAIT_SECONDS)
         future = engine.submit(RequestContext(), resolved(REQUESTS[index], engine))
         results[index] = future.result(WAIT_SECONDS)
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(REQUESTS))]
+    threads = [threading.Thread(target=submit, args=(index,)) for index in range(len(REQUESTS))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -233,36 +235,36 @@ def test_the_engine_serves_many_threads_at_once(engine: ArEngine, alone: list[To
     }
 
 
-def test_requests_may_join_the_engine_while_others_run(engine: ArEngine, alone: list[Tokens]) -> None:
+def test_requests_join_while_others_run(engine: ArEngine, alone: list[Tokens]) -> None:
     futures: list[Future[ArResult]] = []
     for index in range(4):
-        far = threading.Event()
+        has_joined = threading.Event()
         futures.append(
             engine.submit(
-                RequestContext(observers=(ProgressCallback(at(40, far.set)),)), resolved(REQUESTS[index], engine)
+                RequestContext(observers=(ProgressCallback(at(40, has_joined.set)),)), resolved(REQUESTS[index], engine)
             )
         )
-        assert far.wait(WAIT_SECONDS)
+        assert has_joined.wait(WAIT_SECONDS)
     for index, future in enumerate(futures):
         assert future.result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, index)
 
 
-def test_pictures_of_one_request_take_slots_of_their_own(engine: ArEngine, alone: list[Tokens]) -> None:
+def test_images_of_one_request_equal_single_images(engine: ArEngine, alone: list[Tokens]) -> None:
     others = [engine.submit(RequestContext(), resolved(REQUESTS[index], engine)) for index in range(4)]
-    asked = replace(REQUESTS[4], num_images=8)
-    several = engine.submit(RequestContext(), resolved(asked, engine)).result(WAIT_SECONDS).prior_token_ids
+    parameters = replace(REQUESTS[4], num_images=8)
+    several = engine.submit(RequestContext(), resolved(parameters, engine)).result(WAIT_SECONDS).prior_token_ids
     assert several.shape == (8, 15)
     assert several[0].tolist() == expected(alone, 4)
     for index, future in enumerate(others):
         assert future.result(WAIT_SECONDS).prior_token_ids[0].tolist() == expected(alone, index)
-    assert asked.seed is not None
-    single = engine.submit(RequestContext(), resolved(replace(REQUESTS[4], seed=asked.seed + 7), engine)).result(
+    assert parameters.seed is not None
+    single = engine.submit(RequestContext(), resolved(replace(REQUESTS[4], seed=parameters.seed + 7), engine)).result(
         WAIT_SECONDS
     )
     assert several[7].tolist() == single.prior_token_ids[0].tolist()
 
 
-def test_the_engine_drops_what_is_cancelled_or_late_and_nothing_else(engine: ArEngine, alone: list[Tokens]) -> None:
+def test_engine_ends_cancelled_and_late_requests_and_no_others(engine: ArEngine, alone: list[Tokens]) -> None:
     unwanted, late = RequestContext(), RequestContext()
     unwanted.add_observer(ProgressCallback(at(40, unwanted.cancel)))
     late.add_observer(ProgressCallback(at(60, lambda: setattr(late, "deadline_ns", 1))))
@@ -280,38 +282,45 @@ def test_the_engine_drops_what_is_cancelled_or_late_and_nothing_else(engine: ArE
 
 
 class Faulty:
-    """Runs commands, and fails after one of them was half done."""
+    """Runs commands, and fails after running one of a given kind."""
 
     def __init__(self, opened: OpenExecutor) -> None:
         self._opened = opened
-        self.fail_at: type[Command] | None = None
+        self.fail_at: type[ArCommand[Any]] | None = None
 
-    def run(self, command: Command) -> Tokens | None:
-        done = self._opened.run(command)
+    def run(self, command: ArCommand[R]) -> R:
+        result = self._opened.run(command)
         if self.fail_at is not None and isinstance(command, self.fail_at):
             self.fail_at = None
             raise RuntimeError(f"{type(command).__name__} failed")
-        return done
+        return result
 
 
 @pytest.mark.parametrize("fail_at", [Admit, Step, Release])
 def test_after_a_fault_the_same_slots_give_the_same_tokens(
-    opened: OpenExecutor, alone: list[Tokens], fail_at: type[Command]
+    opened: OpenExecutor, alone: list[Tokens], fail_at: type[ArCommand[Any]]
 ) -> None:
     faulty = Faulty(opened)
     scheduler = Scheduler(faulty.run, slots=2, max_queue=8)
 
-    def submit(index: int) -> Future[Tokens]:
-        asked = REQUESTS[index]
-        ids = opened.admit(0, asked).prompt_ids
-        return scheduler.submit(RequestContext(), ids, asked.resolve(Limits(), opened.config.sampling))
+    def submit(index: int) -> Request:
+        parameters = REQUESTS[index]
+        ids = opened.admit(0, parameters).prompt_ids
+        request = Request(RequestContext(), ids, parameters.resolve(Limits(), opened.config.sampling))
+        scheduler.submit(request)
+        return request
 
-    try:
-        faulty.fail_at = fail_at
-        with pytest.raises(RuntimeError, match=f"{fail_at.__name__} failed"):
-            submit(1).result(WAIT_SECONDS)
-        futures = [submit(index) for index in range(3)]
-        for index, future in enumerate(futures):
-            assert future.result(WAIT_SECONDS)[0].tolist() == alone[index].tolist()
-    finally:
-        scheduler.close()
+    def run() -> None:
+        while not scheduler.next_wait():
+            scheduler.step()
+
+    faulty.fail_at = fail_at
+    failed = submit(1)
+    run()
+    with pytest.raises(RuntimeError, match=f"{fail_at.__name__} failed"):
+        failed.future.result(0)
+    requests = [submit(index) for index in range(3)]
+    run()
+    for index, request in enumerate(requests):
+        assert request.tokens[0].tolist() == alone[index].tolist()
+        assert request.future.result(0).prior_token_ids[0].tolist() == expected(alone, index)

@@ -28,7 +28,7 @@ def gathering(tiny_checkpoint: Path, same_threads: None, tmp_path: Path) -> Iter
     log = io.StringIO()
     with TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=5), log=log) as server:
         yield server
-    assert "has not said in the expected time" not in log.getvalue()
+    assert "has not reported in the expected time" not in log.getvalue()
 
 
 def paint(server: TritonServer, seed: int) -> Outputs:

@@ -1,4 +1,4 @@
-"""The policies of admission against a second stage that paints by the clock, and what is known of its work."""
+"""The admission policies against a simulated DiT, and the DiT load that they know."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from glm_image.lifecycle.downstream import HANDOVER_SECONDS, TOPIC, DitLoad, Dit
 from glm_image.request.stages import Stage
 
 SLOTS = 4
-DECODE, PAINT = 8.0, 10.0
+DECODE, DENOISE = 8.0, 10.0
 
 
 class Clock:
@@ -32,11 +32,11 @@ class Clock:
         return self.now
 
 
-def statement(*left: tuple[int, int], instance: str = "glm_dit_0", seconds: float = PAINT) -> Event:
+def dit_report(*left: tuple[int, int], instance: str = "glm_dit_0", seconds: float = DENOISE) -> Event:
     return {"instance": instance, "requests": list(left), "seconds_per_image": seconds}
 
 
-def line(clock: Clock, **other: float) -> QueueSnapshot:
+def queue(clock: Clock, **other: float) -> QueueSnapshot:
     values = {
         "now": clock.now, "waiting": 1, "free": SLOTS, "running": 0, "extends": 1.0, "has_begun": False,
         "latest": math.inf, "deadline": math.inf, "decode_seconds": DECODE,
@@ -50,92 +50,92 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def backlog(clock: Clock) -> DitLoad:
+def dit_load(clock: Clock) -> DitLoad:
     made = DitLoad(clock)
-    made.update(statement())
+    made.update(dit_report())
     return made
 
 
-def test_at_once_lets_everybody_in(clock: Clock) -> None:
-    assert ImmediateAdmission().wait(line(clock, running=3, free=1)) == 0
+def test_immediate_admission_admits_every_sequence(clock: Clock) -> None:
+    assert ImmediateAdmission().wait(queue(clock, running=3, free=1)) == 0
 
 
-def test_nobody_waits_while_the_painters_are_not_known(clock: Clock) -> None:
-    backlog = DitLoad(clock)
+def test_sequences_are_admitted_while_the_dit_is_unknown(clock: Clock) -> None:
+    dit_load = DitLoad(clock)
     for arrived_ns in range(5):
-        backlog.forwarded(arrived_ns, 1)
-    assert backlog.pictures() is None
-    assert BatchAdmission(backlog).wait(line(clock)) == 0
-    backlog.update(statement((0, 1), seconds=0.0))
-    assert backlog.pictures() == 5
-    assert BatchAdmission(backlog).wait(line(clock)) == 0
+        dit_load.forwarded(arrived_ns, 1)
+    assert dit_load.pictures() is None
+    assert BatchAdmission(dit_load).wait(queue(clock)) == 0
+    dit_load.update(dit_report((0, 1), seconds=0.0))
+    assert dit_load.pictures() == 5
+    assert BatchAdmission(dit_load).wait(queue(clock)) == 0
 
 
-def test_who_is_let_in(clock: Clock, backlog: DitLoad) -> None:
-    gathered = BatchAdmission(backlog)
-    backlog.update(statement((1, NEARLY_USED_UP)))
-    assert gathered.wait(line(clock)) == 0
-    assert gathered.wait(line(clock, running=1, free=3)) > 0
-    backlog.update(statement((1, NEARLY_USED_UP + 1)))
-    assert gathered.wait(line(clock)) > 0
-    assert gathered.wait(line(clock, waiting=SLOTS - 1)) > 0
-    assert gathered.wait(line(clock, waiting=SLOTS)) == 0
-    assert gathered.wait(line(clock, waiting=SLOTS, running=1, free=3)) > 0
-    assert gathered.wait(line(clock, running=1, free=3, extends=CHEAP - 0.01)) == 0
-    assert gathered.wait(line(clock, running=1, free=3, extends=CHEAP)) > 0
-    assert gathered.wait(line(clock, has_begun=True)) == 0
+def test_batch_admission_conditions(clock: Clock, dit_load: DitLoad) -> None:
+    policy = BatchAdmission(dit_load)
+    dit_load.update(dit_report((1, NEARLY_USED_UP)))
+    assert policy.wait(queue(clock)) == 0
+    assert policy.wait(queue(clock, running=1, free=3)) > 0
+    dit_load.update(dit_report((1, NEARLY_USED_UP + 1)))
+    assert policy.wait(queue(clock)) > 0
+    assert policy.wait(queue(clock, waiting=SLOTS - 1)) > 0
+    assert policy.wait(queue(clock, waiting=SLOTS)) == 0
+    assert policy.wait(queue(clock, waiting=SLOTS, running=1, free=3)) > 0
+    assert policy.wait(queue(clock, running=1, free=3, extends=CHEAP - 0.01)) == 0
+    assert policy.wait(queue(clock, running=1, free=3, extends=CHEAP)) > 0
+    assert policy.wait(queue(clock, has_begun=True)) == 0
 
 
-def test_time_is_a_reason_too(clock: Clock, backlog: DitLoad, caplog: pytest.LogCaptureFixture) -> None:
-    gathered = BatchAdmission(backlog)
-    backlog.update(statement((1, 3)))
-    longest = gathered.max_wait(2, DECODE)
-    assert longest == PATIENCE * (DECODE + 5 * PAINT)
-    assert gathered.wait(line(clock, latest=clock.now + longest)) == pytest.approx(longest)
-    needed = PATIENCE * (DECODE + 4 * PAINT)
-    assert gathered.wait(line(clock, deadline=clock.now + needed + 7)) == pytest.approx(7)
-    assert gathered.wait(line(clock, deadline=clock.now + needed - 1)) == 0
+def test_deadline_and_max_wait_end_the_wait(clock: Clock, dit_load: DitLoad, caplog: pytest.LogCaptureFixture) -> None:
+    policy = BatchAdmission(dit_load)
+    dit_load.update(dit_report((1, 3)))
+    longest = policy.max_wait(2, DECODE)
+    assert longest == PATIENCE * (DECODE + 5 * DENOISE)
+    assert policy.wait(queue(clock, latest=clock.now + longest)) == pytest.approx(longest)
+    needed = PATIENCE * (DECODE + 4 * DENOISE)
+    assert policy.wait(queue(clock, deadline=clock.now + needed + 7)) == pytest.approx(7)
+    assert policy.wait(queue(clock, deadline=clock.now + needed - 1)) == 0
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert [gathered.wait(line(clock, latest=clock.now)) for _ in range(3)] == [0, 0, 0]
-    assert [record.message.partition(" and ")[0] for record in caplog.records] == ["glm_dit has 3 pictures to paint"]
+        assert [policy.wait(queue(clock, latest=clock.now)) for _ in range(3)] == [0, 0, 0]
+    assert [record.message.partition(" and ")[0] for record in caplog.records] == ["glm_dit has 3 images to denoise"]
 
 
-def test_what_is_handed_on_is_painted_or_lost(clock: Clock, backlog: DitLoad) -> None:
-    backlog.update(statement((9, 1)))
-    for arrived_ns, pictures in ((1, 1), (2, 4)):  # of one batch
-        backlog.forwarded(arrived_ns, pictures)
-    assert backlog.pictures() == 6
-    backlog.update(statement((2, 4)))  # the later one came out first
-    assert backlog.pictures() == 5
+def test_forwarded_images_are_denoised_or_lost(clock: Clock, dit_load: DitLoad) -> None:
+    dit_load.update(dit_report((9, 1)))
+    for arrived_ns, images in ((1, 1), (2, 4)):  # of one batch
+        dit_load.forwarded(arrived_ns, images)
+    assert dit_load.pictures() == 6
+    dit_load.update(dit_report((2, 4)))  # the later one came out first
+    assert dit_load.pictures() == 5
     clock.now += 50
-    backlog.forwarded(3, 1)
-    backlog.update(statement((2, 1)))
-    assert backlog.pictures() == 3
-    backlog.update(statement((3, 1)))  # nothing was heard of the first, which was before it in the queue
-    assert backlog.pictures() == 1
+    dit_load.forwarded(3, 1)
+    dit_load.update(dit_report((2, 1)))
+    assert dit_load.pictures() == 3
+    dit_load.update(dit_report((3, 1)))  # the first one was before it in the queue, so it is lost
+    assert dit_load.pictures() == 1
 
 
-def test_nothing_waits_for_a_painter_that_has_nothing_to_do(clock: Clock, backlog: DitLoad) -> None:
-    heard = []
-    backlog.when_changed(lambda: heard.append(backlog.pictures()))
+def test_forwarded_images_are_lost_while_the_dit_is_idle(clock: Clock, dit_load: DitLoad) -> None:
+    changes = []
+    dit_load.when_changed(lambda: changes.append(dit_load.pictures()))
     clock.now += 50
-    backlog.forwarded(1, 5)  # for a caller who wanted the tokens alone
-    assert backlog.pictures() == 5
-    gathered = BatchAdmission(backlog)
-    assert gathered.wait(line(clock)) == pytest.approx(HANDOVER_SECONDS)
+    dit_load.forwarded(1, 5)  # for a caller that needs only the tokens
+    assert dit_load.pictures() == 5
+    policy = BatchAdmission(dit_load)
+    assert policy.wait(queue(clock)) == pytest.approx(HANDOVER_SECONDS)
     clock.now += HANDOVER_SECONDS
-    assert gathered.wait(line(clock)) == 0
-    assert backlog.pictures() == 0
-    backlog.update(statement((7, 2), instance="glm_dit_1"))  # called without the first stage
-    assert heard == [2]
-    assert backlog.seconds_a_picture == PAINT / 2
-    backlog.update(statement((8, 1)))
+    assert policy.wait(queue(clock)) == 0
+    assert dit_load.pictures() == 0
+    dit_load.update(dit_report((7, 2), instance="glm_dit_1"))  # called without the AR
+    assert changes == [2]
+    assert dit_load.seconds_a_picture == DENOISE / 2
+    dit_load.update(dit_report((8, 1)))
     clock.now += 50
-    backlog.forwarded(2, 1)
+    dit_load.forwarded(2, 1)
     clock.now += 50
-    assert backlog.pictures() == 4
-    assert backlog.next_loss() == math.inf
+    assert dit_load.pictures() == 4
+    assert dit_load.next_loss() == math.inf
 
 
 class StagesSeen(RequestObserver):
@@ -177,33 +177,33 @@ def test_reporter_publishes_the_images_that_are_left(is_first: bool) -> None:
 
 @dataclass
 class Stages:
-    """Both stages by the clock: a sequence takes DECODE seconds whoever decodes beside it, a picture PAINT.
+    """Both stages, simulated: a sequence takes DECODE seconds, whatever else decodes; an image takes DENOISE.
 
     Args:
-        loses: whether the n-th statement is lost.
-        paints: whether the n-th request is handed on to the painter.
+        loses: whether the n-th report is lost.
+        denoises: whether the n-th request is forwarded to the DiT.
     """
 
     loses: Callable[[int], bool] = lambda _: False
-    paints: Callable[[int], bool] = lambda _: True
+    denoises: Callable[[int], bool] = lambda _: True
     clock: Clock = field(default_factory=Clock)
     waiting: deque[int] = field(default_factory=deque)
     running: dict[int, float] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
-    painting: int | None = None
+    denoising: int | None = None
     admitted: list[tuple[float, int]] = field(default_factory=list)
     arrived: dict[int, float] = field(default_factory=dict)
-    painted: list[float] = field(default_factory=list)
+    denoised: list[float] = field(default_factory=list)
     batch_seconds: float = 0.0
     idle_with_work: float = 0.0
 
     def __post_init__(self) -> None:
-        self.backlog = DitLoad(self.clock)
-        self.backlog.update(statement())
-        self.policy = BatchAdmission(self.backlog)
+        self.dit_load = DitLoad(self.clock)
+        self.dit_load.update(dit_report())
+        self.policy = BatchAdmission(self.dit_load)
         self.latest: dict[int, float] = {}
         self.events: list[tuple[float, int, Callable[[], None]]] = []
-        self.order, self.statements = itertools.count(), itertools.count()
+        self.order, self.reports = itertools.count(), itertools.count()
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         heapq.heappush(self.events, (when, next(self.order), call))
@@ -220,7 +220,7 @@ class Stages:
         if first not in self.latest:
             self.latest[first] = now + self.policy.max_wait(len(self.running), DECODE)
         return self.policy.wait(
-            line(
+            queue(
                 self.clock,
                 waiting=len(self.waiting),
                 free=SLOTS - len(self.running),
@@ -230,28 +230,28 @@ class Stages:
             )
         )
 
-    def state(self) -> None:
-        if not self.loses(next(self.statements)):
-            self.backlog.update(statement(*([] if self.painting is None else [(self.painting, 1)])))
+    def report(self) -> None:
+        if not self.loses(next(self.reports)):
+            self.dit_load.update(dit_report(*([] if self.denoising is None else [(self.denoising, 1)])))
 
     def decoded(self, number: int) -> None:
         del self.running[number]
-        self.backlog.forwarded(number, 1)
-        if self.paints(number):
+        self.dit_load.forwarded(number, 1)
+        if self.denoises(number):
             self.queue.append(number)
-            self.paint()
+            self.denoise_next()
 
-    def paint(self) -> None:
-        if self.painting is None and self.queue:
-            self.painting = self.queue.popleft()
-            self.state()
-            self.at(self.clock.now + PAINT, self.finish)
+    def denoise_next(self) -> None:
+        if self.denoising is None and self.queue:
+            self.denoising = self.queue.popleft()
+            self.report()
+            self.at(self.clock.now + DENOISE, self.finish)
 
     def finish(self) -> None:
-        self.painted.append(self.clock.now)
-        self.painting = None
-        self.state()
-        self.paint()
+        self.denoised.append(self.clock.now)
+        self.denoising = None
+        self.report()
+        self.denoise_next()
 
     def run(self) -> None:
         while True:
@@ -265,7 +265,7 @@ class Stages:
             if following == math.inf:
                 return
             self.batch_seconds += (following - self.clock.now) * bool(self.running)
-            if self.waiting and not self.running and self.painting is None:
+            if self.waiting and not self.running and self.denoising is None:
                 self.idle_with_work += following - self.clock.now
             self.clock.now = max(following, math.nextafter(self.clock.now, math.inf))
             if self.events and self.events[0][0] <= self.clock.now:
@@ -276,48 +276,50 @@ GAPS = st.lists(st.floats(0, 30), min_size=1, max_size=40)
 
 
 @settings(max_examples=100, deadline=None)
-@given(gaps=GAPS, lost=st.sets(st.integers(0, 100)), unpainted=st.sets(st.integers(0, 40)))
-def test_everybody_is_let_in_in_order_whatever_is_lost(gaps: list[float], lost: set[int], unpainted: set[int]) -> None:
-    stages = Stages(lost.__contains__, lambda number: number not in unpainted)
+@given(gaps=GAPS, lost=st.sets(st.integers(0, 100)), not_denoised=st.sets(st.integers(0, 40)))
+def test_requests_are_admitted_in_order_whatever_is_lost(
+    gaps: list[float], lost: set[int], not_denoised: set[int]
+) -> None:
+    stages = Stages(lost.__contains__, lambda number: number not in not_denoised)
     for number, when in enumerate(itertools.accumulate(gaps)):
         stages.at(100 + when, lambda number=number: stages.arrive(number))  # type: ignore[misc]
     stages.run()
     assert [number for _, number in stages.admitted] == list(range(len(gaps)))
-    # Of a head of the line: all before it painted, and patience; nobody waits longer than the heads before it together.
+    # The first in the queue waits at most until all images before it are denoised, times PATIENCE.
     for (when, _), (following, number) in itertools.pairwise(stages.admitted):
         came = max(when, stages.arrived[number])
-        assert following - came <= DECODE + PATIENCE * (DECODE + (len(gaps) + SLOTS) * PAINT)
+        assert following - came <= DECODE + PATIENCE * (DECODE + (len(gaps) + SLOTS) * DENOISE)
 
 
 @settings(max_examples=100, deadline=None)
 @given(gaps=GAPS)
-def test_the_device_never_idles_while_anybody_waits(gaps: list[float]) -> None:
+def test_device_never_idles_while_a_request_waits(gaps: list[float]) -> None:
     stages = Stages()
     for number, when in enumerate(itertools.accumulate(gaps)):
         stages.at(100 + when, lambda number=number: stages.arrive(number))  # type: ignore[misc]
     stages.run()
-    assert len(stages.painted) == len(gaps)
+    assert len(stages.denoised) == len(gaps)
     assert stages.idle_with_work == 0
 
 
 @pytest.mark.parametrize("in_flight", [SLOTS + 1, 2 * SLOTS, 3 * SLOTS])
-def test_a_steady_stream_decodes_in_batches(in_flight: int) -> None:
+def test_closed_loop_load_decodes_in_batches(in_flight: int) -> None:
     stages, total, numbers = Stages(), 30 * SLOTS, itertools.count()
 
-    def ask() -> None:
+    def submit() -> None:
         if (number := next(numbers)) < total:
             stages.arrive(number)
 
     finish = stages.finish
 
-    def finish_and_ask() -> None:
+    def finish_and_submit() -> None:
         finish()
-        ask()
+        submit()
 
-    stages.finish = finish_and_ask  # type: ignore[method-assign]
+    stages.finish = finish_and_submit  # type: ignore[method-assign]
     for _ in range(in_flight):
-        ask()
+        submit()
     stages.run()
-    assert len(stages.painted) == total
-    # At once it would be DECODE for each; the last ones are fewer than a batch.
+    assert len(stages.denoised) == total
+    # Immediate admission would take DECODE for each; the last ones do not fill a batch.
     assert stages.batch_seconds <= (total / SLOTS + 2) * DECODE

@@ -29,8 +29,8 @@ def resolved(engine: ArEngine, prompt: str) -> ResolvedRequest:
     return GenerationParameters(prompt=prompt, height=32, width=64, seed=1).resolve(Limits(), engine.sampling)
 
 
-def test_a_prompt_may_fill_what_the_picture_leaves(checkpoint_folder: Path) -> None:
-    # Preview 11 x 22, picture 1 x 2, and the 13 tokens around the prompt.
+def test_prompt_may_fill_the_rest_of_a_slot(checkpoint_folder: Path) -> None:
+    # Preview 11 x 22, image 1 x 2, and the 13 tokens around the prompt.
     engine = engine_of(checkpoint_folder, max_sequence_tokens=11 * 22 + 2 + 13 + 5, max_num_seqs=1)
     with pytest.raises(
         InvalidInputError, match=r"^prompt is 19 tokens long; allowed: at most 18 .*max_sequence_tokens"
@@ -43,7 +43,7 @@ def test_a_prompt_may_fill_what_the_picture_leaves(checkpoint_folder: Path) -> N
     engine.close()
 
 
-def test_a_closed_engine_takes_nothing(checkpoint_folder: Path) -> None:
+def test_closed_engine_refuses_requests(checkpoint_folder: Path) -> None:
     engine = engine_of(checkpoint_folder, max_num_seqs=1, max_sequence_tokens=512)
     running = engine.submit(RequestContext(), resolved(engine, "x"))
     engine.close()
@@ -57,7 +57,7 @@ class SmallDevice(CpuDevice):
         return Memory(free=4_000_000, total=8_000_000)
 
 
-def test_a_device_too_small_is_refused_before_anything_is_loaded(checkpoint_folder: Path) -> None:
+def test_too_small_device_is_refused_before_loading(checkpoint_folder: Path) -> None:
     small = SmallDevice(torch.device("cpu"))
     with pytest.raises(ConfigurationError, match=r"memory_utilization 0\.9 allows.*lower max_num_seqs"):
         engine_of(checkpoint_folder, small, max_sequence_tokens=8192)
@@ -70,7 +70,7 @@ class LazyDevice(CpuDevice):
     warmup_sizes = (Size(64, 96), Size(2048, 2048))
 
 
-def test_the_warm_up_leaves_nothing_behind(checkpoint_folder: Path) -> None:
+def test_warmup_does_not_change_tokens(checkpoint_folder: Path) -> None:
     records: list[str] = []
     lazy = LazyDevice(torch.device("cpu"))
     settings = ArSettings(max_num_seqs=2, max_sequence_tokens=640)
@@ -83,8 +83,8 @@ def test_the_warm_up_leaves_nothing_behind(checkpoint_folder: Path) -> None:
     cold.close()
 
 
-def test_bfloat16_runs_on_the_cpu(checkpoint_folder: Path) -> None:
-    engine = engine_of(checkpoint_folder, dtype=torch.bfloat16, max_num_seqs=2, max_sequence_tokens=512)
+def test_bfloat16_on_the_cpu_is_deterministic(checkpoint_folder: Path) -> None:
+    engine = engine_of(checkpoint_folder, dtype="bfloat16", max_num_seqs=2, max_sequence_tokens=512)
     first, again = (engine.submit(RequestContext(), resolved(engine, "x")).result(WAIT_SECONDS) for _ in range(2))
     assert first.prior_token_ids.tolist() == again.prior_token_ids.tolist()
     assert first.prior_token_ids.max() < engine.config.codebook_size

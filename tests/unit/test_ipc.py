@@ -232,17 +232,17 @@ def test_progress_without_listener_costs_almost_nothing(stages: tuple[Instance, 
     running = [Running(Request(RequestContext(id=str(slot)), (), resolved, 0.0), 0, 9, 0.0) for slot in range(8)]
     for slot in running:
         ar.start(slot.request.context)
-        slot.request.context.progress = slot.request.drawn.progress
+        slot.request.context.progress = slot.request.sampled.progress
     count = 5_000
     fastest = min(_seconds(lambda: report_progress(running), count) for _ in range(5))
     assert fastest / count < 0.0005 * 0.0063  # of a decode step of 6.3 ms
     with EventListener(tmp_path, "3") as listener:
         assert ar.listened.wait(SECONDS)
-        running[3].request.drawn.done = 7
+        running[3].request.sampled.done = 7
         report_progress(running)
         while (events := next(listener.events(SECONDS)))["done"] != 7:
             pass
-        assert (events["stage"], events["total"]) == ("decode", running[3].request.drawn.total)
+        assert (events["stage"], events["total"]) == ("decode", running[3].request.sampled.total)
     assert ar.left.wait(SECONDS)
     assert [slot.request.context.is_watched for slot in running] == [False] * 8
 

@@ -1,7 +1,7 @@
-"""What is asked of torch_npu, which cannot be imported without an NPU's libraries, is there in the release we pin.
+"""Every use of torch_npu, which cannot be imported without an NPU's libraries, exists in the pinned release.
 
-Every name that the code takes of the device runtimes is read from its source, and looked up with its arguments in the
-sources and operator schemas of the torch-npu wheel; and, by the same way, in those of ``torch.cuda``, which mirrors it.
+The uses of the device runtimes are read from this package's source, and looked up with their arguments in the sources
+and operator schemas of the torch-npu wheel; and in the same way in those of ``torch.cuda``, which mirrors it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PACKAGE = ROOT / "python_backends" / "glm_image"
 OPERATORS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 OPERATOR = re.compile(r"^ *(?:- )?func: (?P<schema>(?P<name>\w+)(?:\.\w+)?\(.*\) -> .*)$", re.MULTILINE)
 DOWNLOAD_SECONDS = 240
-# Of the two twins in a file, the one whose runtime is not looked at.
-OTHER_TWIN = {"torch.npu": "CudaDevice", "torch.cuda": "NpuDevice"}
+# Of the two device classes in a file, the one of the other runtime.
+OTHER_CLASS = {"torch.npu": "CudaDevice", "torch.cuda": "NpuDevice"}
 
 
 def pinned(project: str) -> str:
@@ -75,7 +75,7 @@ def _download(requirement: str, folder: str) -> None:
 
 
 class Surface:
-    """What a runtime offers: functions and classes in Python, operators by their schemas."""
+    """The interface of a runtime: functions and classes in Python, operators by their schemas."""
 
     def __init__(self, root: Any, runtime: str, module: str, schemas: str = "") -> None:
         self.sources = Sources(root)
@@ -89,7 +89,7 @@ class Surface:
         return path.replace(self._runtime, self._module, 1) if path.startswith(self._runtime) else path
 
     def fault(self, use: Use) -> str | None:
-        """What is wrong with a use, or None."""
+        """Returns what is wrong with a use, or None."""
         path = self.real(use.path)
         name = path.rpartition(".")[2]
         definition = self.sources.find(path)
@@ -114,7 +114,7 @@ class Surface:
 
 
 def schema_signature(schema: str) -> Signature:
-    """How an operator is called, by its schema."""
+    """Returns the Python signature of an operator."""
     return Signature(
         Parameter(
             argument.name,
@@ -125,13 +125,13 @@ def schema_signature(schema: str) -> Signature:
     )
 
 
-class Taken:
-    """All that a file takes of a runtime, at its own names, through ``self._runtime``, and of what these return."""
+class Uses:
+    """All uses of a runtime in a file: by its name, through ``self._runtime``, and of the objects that these return."""
 
     def __init__(self, file: str, text: str, runtime: str, surface: Surface) -> None:
         self._file, self._runtime, self._surface = file, runtime, surface
         tree = ast.parse(text)
-        tree.body = [node for node in tree.body if getattr(node, "name", "") != OTHER_TWIN[runtime]]
+        tree.body = [node for node in tree.body if getattr(node, "name", "") != OTHER_CLASS[runtime]]
         self._nodes = list(with_parents(tree))
         self._returns = {
             function.name: node.value
@@ -165,7 +165,7 @@ class Taken:
         return f"{handle}.{node.attr}" if handle and node.attr.islower() else None
 
     def _handle_classes(self) -> Iterator[tuple[str, str]]:
-        """Variables that hold what the runtime made: a name is used for one kind of thing throughout a file."""
+        """Yields variables with the class of the runtime that they hold; a name means one thing throughout a file."""
         for node, _ in self._nodes:
             if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
                 continue
@@ -183,7 +183,7 @@ def uses_of_package(runtime: str, surface: Surface) -> list[Use]:
     return [
         use
         for file in sorted(PACKAGE.rglob("*.py"))
-        for use in Taken(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8"), runtime, surface).uses()
+        for use in Uses(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8"), runtime, surface).uses()
     ]
 
 
@@ -203,7 +203,7 @@ def surface(request: pytest.FixtureRequest) -> tuple[str, Surface]:
     return request.param, request.getfixturevalue(request.param.removeprefix("torch."))
 
 
-# By hand only as a floor: what a change of the code above could not lose sight of.
+# A lower bound, written by hand, so that the code above cannot silently find less.
 SEEN = {
     "torch.npu": {
         "torch.npu.NPUGraph", "torch.npu.graph", "torch.npu.mem_get_info", "torch.npu.max_memory_allocated",
@@ -218,14 +218,14 @@ SEEN = {
 }  # fmt: skip
 
 
-def test_all_that_is_taken_is_there_with_its_arguments(surface: tuple[str, Surface]) -> None:
+def test_every_use_exists_with_its_arguments(surface: tuple[str, Surface]) -> None:
     runtime, offered = surface
     uses = uses_of_package(runtime, offered)
     assert {use.path for use in uses} >= SEEN[runtime]
     assert [fault for fault in map(offered.fault, uses) if fault] == []
 
 
-# Code that takes what is not there, and the word of it that must be found at fault; "" for code that is right.
+# Code, and the word that its fault must name; "" for code without a fault.
 SNIPPETS = {
     "torch.npu.mem_get_info(0)": "",
     "torch.npu.memory_info(0)": "memory_info",
@@ -257,16 +257,16 @@ SNIPPETS = {
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
-def test_what_is_not_there_is_found(npu: Surface, code: str) -> None:
-    uses = list(Taken("code.py", code, "torch.npu", npu).uses())
+def test_faults_are_found(npu: Surface, code: str) -> None:
+    uses = list(Uses("code.py", code, "torch.npu", npu).uses())
     assert uses
-    told = " ".join(fault for fault in map(npu.fault, uses) if fault)
-    assert SNIPPETS[code] in told
-    assert bool(told) == bool(SNIPPETS[code])
+    faults = " ".join(fault for fault in map(npu.fault, uses) if fault)
+    assert SNIPPETS[code] in faults
+    assert bool(faults) == bool(SNIPPETS[code])
 
 
-def test_the_attention_of_diffusers_on_an_npu_is_there(npu: Surface) -> None:
-    """Its backend has the name that we give, and calls an operator that takes what it passes."""
+def test_attention_backend_of_diffusers_exists(npu: Surface) -> None:
+    """The backend has the name that we use, and calls an operator that accepts its arguments."""
     spec = importlib.util.find_spec("diffusers")
     assert spec is not None
     assert spec.origin is not None
@@ -300,11 +300,11 @@ def _arguments(decorator: ast.expr) -> list[ast.expr]:
     return decorator.args if isinstance(decorator, ast.Call) else []
 
 
-def test_the_pin_goes_in_lockstep_with_torch(wheel: zipfile.Path) -> None:
+def test_pinned_version_is_that_of_torch(wheel: zipfile.Path) -> None:
     version = pinned("torch-npu")
-    (told,) = [entry for entry in wheel.iterdir() if entry.name.endswith(".dist-info")]
+    (info,) = [entry for entry in wheel.iterdir() if entry.name.endswith(".dist-info")]
     requires = re.findall(
-        r"^Requires-Dist: torch==([\d.]+)", told.joinpath("METADATA").read_text(encoding="utf-8"), re.MULTILINE
+        r"^Requires-Dist: torch==([\d.]+)", info.joinpath("METADATA").read_text(encoding="utf-8"), re.MULTILINE
     )
     assert [required.rstrip(".") for required in requires] == [version]
     assert pinned("torch") == version

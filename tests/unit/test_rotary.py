@@ -36,7 +36,7 @@ def model(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> tu
     length=st.integers(1, 8192),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_tables_are_the_references(
+def test_tables_match_the_reference(
     model: tuple[ArConfig, Any], th: int, tw: int, length: int, dtype: torch.dtype
 ) -> None:
     config, theirs = model
@@ -48,11 +48,11 @@ def test_tables_are_the_references(
     assert torch.equal(sin, their_sin[0])
 
 
-def test_rotation_turns_pairs_and_leaves_the_other_channels() -> None:
+def test_rotation_rotates_pairs_and_passes_the_other_channels() -> None:
     heads = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
     angle = torch.tensor([0.3, 2.0])
     cos, sin = (torch.cat([values, values]).expand(3, 4) for values in (angle.cos(), angle.sin()))
-    turned = rotate(heads, cos, sin)
-    assert torch.equal(turned[..., 4:], heads[..., 4:])
+    rotated = rotate(heads, cos, sin)
+    assert torch.equal(rotated[..., 4:], heads[..., 4:])
     pairs = torch.complex(heads[..., :2], heads[..., 2:4]) * torch.polar(torch.ones(2), angle)
-    assert torch.allclose(turned[..., :4], torch.cat([pairs.real, pairs.imag], dim=-1), atol=1e-6)
+    assert torch.allclose(rotated[..., :4], torch.cat([pairs.real, pairs.imag], dim=-1), atol=1e-6)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.sampler import SamplerRows, allowed_ids, draw
+from glm_image.ar.sampler import SamplerRows, allowed_ids, sample
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.request.parameters import Sampling
 from helpers import MakeCheckpoint
@@ -42,8 +42,8 @@ def noise_of(seeds: range, vocabulary: int) -> Tensor:
     )
 
 
-def reference_draw(logits: Tensor, sampling: Sampling, seed: int) -> int:
-    """What transformers' ``generate`` does with one row of logits."""
+def reference_sample(logits: Tensor, sampling: Sampling, seed: int) -> int:
+    """The token that transformers' ``generate`` samples from one row of logits."""
     warpers = LogitsProcessorList()
     if sampling.temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(sampling.temperature))
@@ -51,8 +51,8 @@ def reference_draw(logits: Tensor, sampling: Sampling, seed: int) -> int:
     if sampling.top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p=sampling.top_p))
     scores = warpers(torch.zeros(1, 1, dtype=torch.long), logits.clone())
-    drawn = torch.multinomial(scores.softmax(dim=-1), 1, generator=torch.Generator().manual_seed(seed))
-    return int(drawn)
+    sampled = torch.multinomial(scores.softmax(dim=-1), 1, generator=torch.Generator().manual_seed(seed))
+    return int(sampled)
 
 
 @given(
@@ -61,65 +61,67 @@ def reference_draw(logits: Tensor, sampling: Sampling, seed: int) -> int:
     spread=st.sampled_from([0.01, 1.0, 8.0, 100.0]),
     seed=st.integers(0, 2**31),
 )
-def test_draws_are_the_references(samplings: list[Sampling], vocabulary: int, spread: float, seed: int) -> None:
+def test_samples_match_the_reference(samplings: list[Sampling], vocabulary: int, spread: float, seed: int) -> None:
     logits = random_logits(seed, len(samplings), vocabulary, spread)
     noise = noise_of(range(seed, seed + len(samplings)), vocabulary)
     everything = torch.ones_like(logits, dtype=torch.bool)
-    drawn = draw(logits, noise, rows_of(samplings, vocabulary), everything)
-    theirs = [reference_draw(logits[row, None], sampling, seed + row) for row, sampling in enumerate(samplings)]
-    assert drawn.tolist() == theirs
+    sampled = sample(logits, noise, rows_of(samplings, vocabulary), everything)
+    theirs = [reference_sample(logits[row, None], sampling, seed + row) for row, sampling in enumerate(samplings)]
+    assert sampled.tolist() == theirs
 
 
 @given(sampling=SAMPLINGS, level=st.floats(-50, 50, width=32), seed=st.integers(0, 2**31))
-def test_equal_logits_are_drawn_as_the_reference_does(sampling: Sampling, level: float, seed: int) -> None:
+def test_equal_logits_match_the_reference(sampling: Sampling, level: float, seed: int) -> None:
     logits = torch.full((1, 40), level)
-    drawn = draw(logits, noise_of(range(seed, seed + 1), 40), rows_of([sampling], 40), torch.ones_like(logits).bool())
-    assert drawn.tolist() == [reference_draw(logits, sampling, seed)]
+    sampled = sample(
+        logits, noise_of(range(seed, seed + 1), 40), rows_of([sampling], 40), torch.ones_like(logits).bool()
+    )
+    assert sampled.tolist() == [reference_sample(logits, sampling, seed)]
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.75, 3), (0.7501, 4), (0.5, 2), (0.25, 1), (1e-6, 1)])
-def test_what_sums_to_exactly_what_is_left_out_is_left_out(top_p: float, kept: int) -> None:
+def test_ids_that_sum_to_exactly_the_cut_are_dropped(top_p: float, kept: int) -> None:
     logits, sampling = torch.zeros(1, 4), Sampling(1.0, top_p, 4)
     everything = torch.ones(1, 4, dtype=torch.bool)
-    drawn = [int(draw(logits, noise_of(range(n, n + 1), 4), rows_of([sampling], 4), everything)) for n in range(64)]
-    assert drawn == [reference_draw(logits, sampling, seed) for seed in range(64)]
-    assert len(set(drawn)) == kept
+    sampled = [int(sample(logits, noise_of(range(n, n + 1), 4), rows_of([sampling], 4), everything)) for n in range(64)]
+    assert sampled == [reference_sample(logits, sampling, seed) for seed in range(64)]
+    assert len(set(sampled)) == kept
 
 
 @given(samplings=st.lists(SAMPLINGS, min_size=2, max_size=8), seed=st.integers(0, 2**31))
-def test_a_row_depends_on_no_other(samplings: list[Sampling], seed: int) -> None:
+def test_rows_are_independent(samplings: list[Sampling], seed: int) -> None:
     count = len(samplings)
     logits, noise = random_logits(seed, count, 100, 2.0), noise_of(range(seed, seed + count), 100)
     allowed = torch.rand(count, 100, generator=torch.Generator().manual_seed(seed)) < 0.5
     allowed[:, 0] = True
     rows = rows_of(samplings, 100)
-    together = draw(logits, noise, rows, allowed)
+    together = sample(logits, noise, rows, allowed)
     for row in range(count):
         at = slice(row, row + 1)
-        assert draw(logits[at], noise[at], rows.row(row), allowed[at]).tolist() == together[at].tolist()
+        assert sample(logits[at], noise[at], rows.row(row), allowed[at]).tolist() == together[at].tolist()
 
 
 @given(sampling=SAMPLINGS, seed=st.integers(0, 2**31), share=st.sampled_from([0.02, 0.5, 0.98]))
-def test_an_id_that_may_not_come_never_does(sampling: Sampling, seed: int, share: float) -> None:
+def test_disallowed_ids_are_never_sampled(sampling: Sampling, seed: int, share: float) -> None:
     logits, noise = random_logits(seed, 1, 100, 3.0), noise_of(range(seed, seed + 1), 100)
     allowed = torch.rand(1, 100, generator=torch.Generator().manual_seed(seed + 1)) < share
     allowed[0, seed % 100] = True
-    (drawn,) = draw(logits, noise, rows_of([sampling], 100), allowed).tolist()
-    assert allowed[0, drawn]
-    theirs = reference_draw(logits, sampling, seed)
+    (sampled,) = sample(logits, noise, rows_of([sampling], 100), allowed).tolist()
+    assert allowed[0, sampled]
+    theirs = reference_sample(logits, sampling, seed)
     if allowed[0, theirs]:
-        assert drawn == theirs
+        assert sampled == theirs
 
 
 @pytest.mark.parametrize("best", [300.0, -300.0])
-def test_where_no_survivor_may_come_the_best_allowed_id_does(best: float) -> None:
+def test_best_allowed_id_wins_if_top_k_leaves_none(best: float) -> None:
     logits = torch.tensor([[500.0, 400.0, -600.0, best, -500.0]])
     allowed = torch.tensor([[False, False, True, True, True]])
-    drawn = draw(logits, torch.ones(1, 5), rows_of([Sampling(1.0, 1.0, 2)], 5), allowed)
-    assert drawn.tolist() == [3]
+    sampled = sample(logits, torch.ones(1, 5), rows_of([Sampling(1.0, 1.0, 2)], 5), allowed)
+    assert sampled.tolist() == [3]
 
 
-def test_ends_are_kept_from_previews_and_all_but_codes_from_pictures(make_checkpoint: MakeCheckpoint) -> None:
+def test_previews_allow_all_but_end_ids_and_images_only_codes(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint(weights=False, codebook=20, reserved_ids=3)
     config = ArConfig.read(Checkpoint.open(folder))
     preview, picture = allowed_ids(config, CPU).tolist()

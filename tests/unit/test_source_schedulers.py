@@ -1,4 +1,4 @@
-"""Source images on their way through both schedulers: encoded and read once a request, forgotten whatever happens."""
+"""Source images in both schedulers: encoded and read once per request, and freed whatever happens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from glm_image.ar import executor as ar
+from glm_image.ar import commands as ar
 from glm_image.ar.scheduler import Scheduler as ArScheduler
-from glm_image.ar.sequence import Sources
+from glm_image.ar.sequence import Request, Sources
 from glm_image.dit import executor as dit
 from glm_image.dit.scheduler import Scheduler as DitScheduler
 from glm_image.errors import CancelledError
@@ -20,32 +19,32 @@ from glm_image.request.geometry import Grid, PlacedGrid, Size
 from glm_image.request.parameters import GenerationParameters, PaintRequest, ResolvedRequest, Sampling
 from glm_image.request.source_images import SourcePicture
 
-WAIT_SECONDS = 30
 PLACED = (PlacedGrid(1, Grid(1, 2)), PlacedGrid(4, Grid(2, 1)))
 PROMPT = (10, 99, 99, 11, 99, 99, 12)
 
 
 class ArExecutor:
-    """Keeps the books of the first stage's executor; token i of a source is its first patch's value + i."""
+    """Keeps the books of the AR's executor; token i of a source is its first patch's value + i."""
 
     def __init__(self) -> None:
         self.commands: list[Any] = []
         self.fault: Callable[[Any], bool] = lambda _: False
-        self._drawn: dict[int, int] = {}
+        self._sampled: dict[int, int] = {}
 
-    def run(self, command: Any) -> NDArray[np.int32] | None:
+    def run(self, command: Any) -> Any:
         self.commands.append(command)
         if self.fault(command):
             raise RuntimeError("out of memory")
-        if isinstance(command, ar.Encode):
-            first, count = int(command.patches[0, 0]), sum(grid.tokens for grid in command.grids)
-            return np.arange(first, first + count, dtype=np.int32)
-        if isinstance(command, ar.Admit):
-            self._drawn[command.slot] = 1
-        elif isinstance(command, ar.Step):
-            self._drawn = {slot: drawn + command.count for slot, drawn in self._drawn.items()}
-        else:
-            return np.zeros(self._drawn.pop(command.slot, 0), dtype=np.int32)
+        match command:
+            case ar.Encode(patches, grids):
+                first, count = int(patches[0, 0]), sum(grid.tokens for grid in grids)
+                return np.arange(first, first + count, dtype=np.int32)
+            case ar.Admit(slot):
+                self._sampled[slot] = 1
+            case ar.Step(count):
+                self._sampled = {slot: sampled + count for slot, sampled in self._sampled.items()}
+            case ar.Release(slot) | ar.Discard(slot):
+                return np.zeros(self._sampled.pop(slot, 0), dtype=np.int32)
         return None
 
     def of(self, kind: type) -> list[Any]:
@@ -57,8 +56,15 @@ def resolved(*seeds: int) -> ResolvedRequest:
     return ResolvedRequest(GenerationParameters(prompt="x"), Size(64, 96), grids, Sampling(1.0, 1.0, 1), seeds)
 
 
-def sources(first: int) -> Sources:
-    return Sources(np.full((4, 3), first, dtype=np.float32), PLACED)
+def ar_request(*seeds: int, first: int) -> Request:
+    """A request whose source images begin with the token ``first``."""
+    sources = Sources(np.full((4, 3), first, dtype=np.float32), PLACED)
+    return Request(RequestContext(), PROMPT, resolved(*seeds), sources=sources)
+
+
+def run_all(scheduler: ArScheduler) -> None:
+    while not scheduler.next_wait():
+        scheduler.step()
 
 
 @pytest.fixture
@@ -66,15 +72,17 @@ def executor() -> ArExecutor:
     return ArExecutor()
 
 
-def test_sources_are_encoded_once_for_all_pictures_and_put_at_their_places(executor: ArExecutor) -> None:
-    scheduler, given = ArScheduler(executor.run, 2, 4), sources(20)
-    tokens = scheduler.submit(RequestContext(), PROMPT, resolved(5, 6, 7), given).result(WAIT_SECONDS)
-    scheduler.close()
-    assert tokens.shape == (3, 6)
+def test_sources_are_encoded_once_for_all_images_and_inserted_at_their_positions(executor: ArExecutor) -> None:
+    scheduler = ArScheduler(executor.run, 2, 4)
+    future = scheduler.submit(ar_request(5, 6, 7, first=20))
+    run_all(scheduler)
+    result = future.result(0)
+    assert result.prior_token_ids.shape == (3, 6)
     (encoded,) = executor.of(ar.Encode)
     assert encoded.grids == (Grid(1, 2), Grid(2, 1))
-    assert given.token_ids is not None
-    assert given.token_ids.tolist() == [20, 21, 22, 23]
+    assert result.source_token_ids.tolist() == [20, 21, 22, 23]
+    assert result.source_grids == (Grid(1, 2), Grid(2, 1))
+    assert result.tokens == {"prompt": 3, "source": 4, "preview": 0, "image": 6}
     admitted = executor.of(ar.Admit)
     assert [command.seed for command in admitted] == [5, 6, 7]
     assert {command.prompt_ids for command in admitted} == {(10, 20, 21, 11, 22, 23, 12)}
@@ -84,24 +92,22 @@ def test_sources_are_encoded_once_for_all_pictures_and_put_at_their_places(execu
 
 def test_requests_keep_their_own_sources(executor: ArExecutor) -> None:
     scheduler = ArScheduler(executor.run, 3, 8)
-    futures = [scheduler.submit(RequestContext(), PROMPT, resolved(seed), sources(seed)) for seed in (30, 40)]
-    futures.append(scheduler.submit(RequestContext(), (1, 2), resolved(50)))
-    for future in futures:
-        future.result(WAIT_SECONDS)
-    scheduler.close()
+    futures = [scheduler.submit(ar_request(seed, first=seed)) for seed in (30, 40)]
+    futures.append(scheduler.submit(Request(RequestContext(), (1, 2), resolved(50))))
+    run_all(scheduler)
+    assert [future.result(0).source_token_ids[:1].tolist() for future in futures] == [[30], [40], []]
     prompts = {command.seed: command.prompt_ids for command in executor.of(ar.Admit)}
     assert prompts == {30: (10, 30, 31, 11, 32, 33, 12), 40: (10, 40, 41, 11, 42, 43, 12), 50: (1, 2)}
 
 
-def test_a_request_whose_sources_cannot_be_encoded_ends_alone(executor: ArExecutor) -> None:
+def test_request_whose_sources_cannot_be_encoded_ends_alone(executor: ArExecutor) -> None:
     scheduler = ArScheduler(executor.run, 2, 8)
     executor.fault = lambda command: isinstance(command, ar.Encode) and command.patches[0, 0] == 1
-    bad = scheduler.submit(RequestContext(), PROMPT, resolved(1, 2), sources(1))
-    good = scheduler.submit(RequestContext(), PROMPT, resolved(3), sources(3))
+    bad, good = (scheduler.submit(ar_request(*seeds, first=seeds[0])) for seeds in ((1, 2), (3,)))
+    run_all(scheduler)
     with pytest.raises(RuntimeError, match="out of memory"):
-        bad.result(WAIT_SECONDS)
-    assert good.result(WAIT_SECONDS).shape == (1, 6)
-    scheduler.close()
+        bad.result(0)
+    assert good.result(0).prior_token_ids.shape == (1, 6)
     assert [command.seed for command in executor.of(ar.Admit)] == [3]
 
 
@@ -124,7 +130,7 @@ class DitExecutor:
         if isinstance(command, dit.Prepare):
             assert command.sources_of is None or command.sources_of in self.held
             return np.linspace(1, 0, command.num_inference_steps + 1, dtype=np.float32)
-        return None
+        return False if isinstance(command, dit.Step) else None
 
 
 SOURCE = SourcePicture(np.zeros((32, 32, 3), np.uint8), np.zeros(1, np.int32), Grid(1, 1))

@@ -1,1 +1,1 @@
-"""The first stage: an autoregressive decoder that writes image tokens."""
+"""The AR engine: an autoregressive decoder that generates image tokens."""

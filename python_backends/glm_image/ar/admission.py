@@ -1,9 +1,9 @@
-"""When a sequence that waits is let into a free slot. Touches no tensors."""
+"""When a waiting sequence gets a free slot. Touches no tensors."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -14,27 +14,28 @@ logger = logging.getLogger(__name__)
 ADMISSIONS: Final = ("at_once", "gathered")
 
 NEARLY_USED_UP = 1
-"""Pictures for the second stage, with which it is busy for about as long as a batch decodes."""
+"""Images left to the DiT that take it about as long as the AR takes to decode a batch."""
 CHEAP = 0.25
 """The share of its own steps by which a sequence may lengthen the batch that it joins."""
 PATIENCE = 1.5
-"""How often the expected time may pass: what is expected is a mean, and the stages slow each other down."""
+"""Factor on expected times: they are means, and the two stages slow each other down."""
 
 
 @dataclass(frozen=True)
 class QueueSnapshot:
-    """Who waits and who runs at a moment. Times are those of ``time.monotonic``.
+    """The queue and the slots at one moment. Times are in seconds, of one clock.
 
     Attributes:
         now: the moment.
         waiting: sequences without a slot, at least 1.
         free: slots without a sequence, at least 1.
         running: sequences in slots.
-        extends: by which share of its steps the first that waits would lengthen what runs; 1 where nothing runs.
-        has_begun: whether other pictures of its request have had a slot.
-        latest: when it will have waited as long as ``max_wait`` said.
-        deadline: the earliest of those that wait; inf = none has one.
-        decode_seconds: what the first is expected to take in its slot.
+        extends: the share of its steps by which the first waiting sequence would lengthen the running batch; 1 if
+            nothing runs.
+        has_begun: whether another image of its request has been given a slot.
+        latest: when its wait by ``Admission.max_wait`` ends.
+        deadline: the earliest deadline of the waiting requests; inf without one.
+        decode_seconds: the time that the first waiting sequence is expected to take in a slot.
     """
 
     now: float
@@ -47,95 +48,130 @@ class QueueSnapshot:
     deadline: float
     decode_seconds: float
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        now: float,
+        slots: int,
+        steps_left: Collection[int],
+        waiting: int,
+        length: int,
+        decode_seconds: float,
+        latest: float,
+        deadline: float,
+        has_begun: bool,
+    ) -> QueueSnapshot:
+        """Makes a snapshot.
+
+        Args:
+            now: the moment.
+            slots: sequences that can decode together.
+            steps_left: the steps left to each running sequence.
+            waiting: sequences without a slot, at least 1.
+            length: tokens that the first waiting sequence samples.
+            decode_seconds: see the attribute, as are the rest.
+            latest: see the attribute.
+            deadline: see the attribute.
+            has_begun: see the attribute.
+        """
+        return cls(
+            now=now,
+            waiting=waiting,
+            free=slots - len(steps_left),
+            running=len(steps_left),
+            extends=max(0.0, 1 - max(steps_left, default=0) / length),
+            has_begun=has_begun,
+            latest=latest,
+            deadline=deadline,
+            decode_seconds=decode_seconds,
+        )
+
 
 class Admission(Protocol):
-    """Decides; called by the scheduler with its lock held, so it returns at once."""
+    """A policy; called by the scheduler while it holds a lock, so it must not block."""
 
     def max_wait(self, running: int, decode_seconds: float) -> float:
-        """Returns the seconds that a request may wait at the head of the line, from when it has come there.
+        """Returns the seconds that a request may wait after it has become the first in the queue.
 
         Args:
             running: sequences in slots.
-            decode_seconds: what each of its own is expected to take in one; 0 while that is not known.
+            decode_seconds: the time that each of its own is expected to take in a slot; 0 while unknown.
         """
 
-    def wait(self, line: QueueSnapshot) -> float:
-        """Returns the seconds that the first in line is to wait still, unless something changes; 0 = let it in."""
+    def wait(self, queue: QueueSnapshot) -> float:
+        """Returns the seconds that the first in the queue has to wait, unless something changes; 0 admits it."""
 
     def when_changed(self, call: Callable[[], None]) -> None:
-        """Has ``call`` called when ``wait`` may say something else for a reason that the scheduler cannot see."""
+        """Sets the callback for changes of ``wait`` whose cause the scheduler cannot see."""
 
 
 class ImmediateAdmission:
-    """Lets in whoever comes, as long as there is a slot."""
+    """Admits every sequence as soon as a slot is free."""
 
     def max_wait(self, running: int, decode_seconds: float) -> float:
-        """Nobody waits."""
         return 0.0
 
-    def wait(self, line: QueueSnapshot) -> float:
-        """Nobody waits."""
+    def wait(self, queue: QueueSnapshot) -> float:
         return 0.0
 
     def when_changed(self, call: Callable[[], None]) -> None:
-        """Nothing changes."""
+        """Ignores the callback: the policy never changes."""
 
 
 class BatchAdmission:
-    """Lets sequences wait for each other while the second stage, on the same device, has enough to paint.
+    """Collects sequences into batches while the DiT, on the same device, has enough to denoise.
 
-    A decode step takes the same time for one sequence as for all slots, and takes it from the second stage. So whoever
-    comes while there is a backlog gains nothing by going first, and costs the others a whole run of steps. The line
-    moves when the backlog is nearly used up, when the waiting fill the batch, or when joining one that runs costs
-    little. What runs counts as backlog, as it soon will be.
+    A decode step takes the same time for one sequence as for all slots, and delays the DiT by it. So a sequence that
+    arrives while the DiT is busy gains nothing by an early start, and costs the others a whole run of steps. Sequences
+    are admitted when the DiT is nearly out of work, when they fill the batch, or when joining a running batch is cheap.
+    Running sequences count as work of the DiT, as they soon will be.
 
     Args:
-        backlog: of the second stage.
-        warn: takes, once, that the second stage has not said what was expected; a message and its arguments.
+        dit_load: the work of the DiT.
+        warn: takes, once, that the DiT has not reported in the expected time; a message and its arguments.
     """
 
-    def __init__(self, backlog: DitLoad, warn: Callable[..., None] = logger.warning) -> None:
-        self._backlog = backlog
+    def __init__(self, dit_load: DitLoad, warn: Callable[..., None] = logger.warning) -> None:
+        self._dit_load = dit_load
         self._warn = warn
         self._has_warned = False
 
     def max_wait(self, running: int, decode_seconds: float) -> float:
-        """The time in which all that is before it is painted, with patience; 0 while that is not known."""
-        return self._expected((self._backlog.pictures() or 0) + running, decode_seconds)
+        """Returns the expected time until all images before it are denoised, times ``PATIENCE``; 0 while unknown."""
+        return self._expected((self._dit_load.pictures() or 0) + running, decode_seconds)
 
     def when_changed(self, call: Callable[[], None]) -> None:
-        """A painter's word is a reason."""
-        self._backlog.when_changed(call)
+        self._dit_load.when_changed(call)
 
-    def wait(self, line: QueueSnapshot) -> float:
-        """See ``Admission``."""
-        ahead = self._backlog.pictures()
-        if ahead is None or not self._backlog.seconds_a_picture or self._may_go(line, ahead):
+    def wait(self, queue: QueueSnapshot) -> float:
+        ahead = self._dit_load.pictures()
+        if ahead is None or not self._dit_load.seconds_a_picture or self._may_go(queue, ahead):
             return 0.0
-        if line.latest <= line.now:
+        if queue.latest <= queue.now:
             self._warn_once(ahead)
             return 0.0
-        needed = self._expected(ahead + line.running + line.waiting, line.decode_seconds)
-        return max(0.0, min(line.latest, line.deadline - needed, self._backlog.next_loss()) - line.now)
+        needed = self._expected(ahead + queue.running + queue.waiting, queue.decode_seconds)
+        return max(0.0, min(queue.latest, queue.deadline - needed, self._dit_load.next_loss()) - queue.now)
 
     @staticmethod
-    def _may_go(line: QueueSnapshot, ahead: int) -> bool:
+    def _may_go(queue: QueueSnapshot, ahead: int) -> bool:
         return (
-            line.has_begun  # the request's other pictures are handed on with this one
-            or ahead + line.running <= NEARLY_USED_UP
-            or (line.running == 0 and line.waiting >= line.free)
-            or line.extends < CHEAP
+            queue.has_begun  # the request's other images are forwarded together with this one
+            or ahead + queue.running <= NEARLY_USED_UP
+            or (queue.running == 0 and queue.waiting >= queue.free)
+            or queue.extends < CHEAP
         )
 
-    def _expected(self, pictures: int, decode_seconds: float) -> float:
-        a_picture = self._backlog.seconds_a_picture
-        return PATIENCE * (decode_seconds + pictures * a_picture) if a_picture else 0.0
+    def _expected(self, images: int, decode_seconds: float) -> float:
+        seconds_per_image = self._dit_load.seconds_a_picture
+        return PATIENCE * (decode_seconds + images * seconds_per_image) if seconds_per_image else 0.0
 
     def _warn_once(self, ahead: int) -> None:
         if not self._has_warned:
             self._has_warned = True
             self._warn(
-                "glm_dit has %d pictures to paint and has not said in the expected time that they are nearly done; "
-                "requests that wait so long are let in at once",
+                "glm_dit has %d images to denoise and has not reported in the expected time that they are nearly done; "
+                "requests that have waited this long are admitted immediately",
                 ahead,
             )

@@ -1,4 +1,4 @@
-"""What the scheduler of the first stage has its executor do: plain data, which can be sent to other ranks."""
+"""What the AR scheduler asks of its executor: plain data that can be sent to other ranks."""
 
 from __future__ import annotations
 
@@ -7,21 +7,62 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.request.geometry import Grid, PlacedGrid
+from glm_image.parallel.commands import Command, R_co
+from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, PlacedGrid
 from glm_image.request.parameters import Sampling
+
+MEMORY_SETTINGS = "max_num_seqs or max_sequence_tokens"
+"""The parameters that reduce the memory of every command."""
+
+
+class ArCommand(Command[R_co]):
+    """A command of the AR executor, and what an out-of-memory error says of it."""
+
+    @property
+    def operation(self) -> str:
+        """What was being computed."""
+        return "a decode step"
+
+    @property
+    def setting(self) -> str:
+        """What to lower."""
+        return MEMORY_SETTINGS
 
 
 @dataclass(frozen=True)
-class Encode:
-    """Turn source images into their tokens."""
+class Encode(ArCommand[NDArray[np.int32]]):
+    """Turn source images into their tokens, int32 [tokens of all grids].
+
+    Attributes:
+        patches: fp32 [tokens of all grids, channels of a patch].
+        grids: the grid of each image.
+    """
 
     patches: NDArray[np.float32]
     grids: tuple[Grid, ...]
 
+    @property
+    def operation(self) -> str:
+        sides = [(grid.width * PIXELS_PER_TOKEN, grid.height * PIXELS_PER_TOKEN) for grid in self.grids]
+        return f"the encoding of source images of {', '.join(f'{width} x {height}' for width, height in sides)} pixels"
+
+    @property
+    def setting(self) -> str:
+        return f"their number or size, or {MEMORY_SETTINGS}"
+
 
 @dataclass(frozen=True)
-class Admit:
-    """Read a prompt into an idle slot and draw its first token."""
+class Admit(ArCommand[None]):
+    """Prefill a prompt into an idle slot and sample its first token.
+
+    Attributes:
+        slot: an idle slot.
+        prompt_ids: the prompt, with the tokens of its source images.
+        grids: the grids to generate: the preview's, if any, then the image's.
+        sampling: of every token.
+        seed: of the slot's noise.
+        sources: where the source images are in the prompt.
+    """
 
     slot: int
     prompt_ids: tuple[int, ...]
@@ -30,31 +71,44 @@ class Admit:
     seed: int
     sources: tuple[PlacedGrid, ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        """Tokens to sample."""
+        return sum(grid.tokens for grid in self.grids)
+
+    @property
+    def operation(self) -> str:
+        return f"the prefill of {len(self.prompt_ids)} tokens"
+
+    @property
+    def setting(self) -> str:
+        return f"its length, source images included, or {MEMORY_SETTINGS}"
+
 
 @dataclass(frozen=True)
-class Step:
-    """Draw ``count`` more tokens for every admitted slot; none may have fewer left."""
+class Step(ArCommand[None]):
+    """Sample ``count`` more tokens for every admitted slot; none may have fewer left."""
 
     count: int
 
 
 @dataclass(frozen=True)
-class Peek:
-    """Hand over the first ``count`` tokens of a slot, which goes on; they have been drawn."""
+class Peek(ArCommand[NDArray[np.int32]]):
+    """Return the first ``count`` tokens of a slot, int32 [count], which must have been sampled; the slot goes on."""
 
     slot: int
     count: int
 
 
 @dataclass(frozen=True)
-class Release:
-    """Make a slot idle and hand over the tokens it has drawn.
-
-    Handing over waits for the steps that are under way; where nobody wants the tokens, nothing is waited for.
-    """
+class Release(ArCommand[NDArray[np.int32]]):
+    """Make a slot idle and return the tokens sampled in it, int32 [tokens]; waits for the steps under way."""
 
     slot: int
-    wanted: bool = True
 
 
-Command = Encode | Admit | Step | Peek | Release
+@dataclass(frozen=True)
+class Discard(ArCommand[None]):
+    """Make a slot idle without its tokens; waits for nothing."""
+
+    slot: int

@@ -1,4 +1,4 @@
-"""The decoder's numbers, all of them from the checkpoint's configs."""
+"""The decoder's configuration, read from the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glm_image.errors import CheckpointError, ConfigurationError
 from glm_image.parallel.collectives import Group
 from glm_image.request.parameters import Sampling
 
-# What the model's authors sample with, where a checkpoint does not say.
+# The sampling of the model's authors, where a checkpoint has none.
 DEFAULT_TEMPERATURE = 0.9
 DEFAULT_TOP_P = 0.75
 
@@ -33,10 +33,10 @@ class ArConfig:
         norm_eps: epsilon of the RMS norms.
         attention_bias: whether q, k and v have a bias.
         vocab_size: rows of the embedding.
-        vision_vocab_size: rows of the head: image tokens and their marks.
-        codebook_size: ids below it are picture content.
+        vision_vocab_size: rows of the head: image tokens and end tokens.
+        codebook_size: number of image content ids, which come first.
         end_ids: ids that end a sequence in the reference.
-        sampling: the checkpoint's own sampling.
+        sampling: the checkpoint's default sampling.
     """
 
     layers: int
@@ -61,7 +61,7 @@ class ArConfig:
         """Reads ``vision_language_encoder/config.json`` and ``generation_config.json``.
 
         Raises:
-            CheckpointError: a value is missing, or one this decoder does not compute.
+            CheckpointError: a value is missing or not supported.
         """
         path = checkpoint.path("vision_language_encoder") / "config.json"
         config = checkpoint.config("vision_language_encoder")
@@ -74,13 +74,13 @@ class ArConfig:
             raise CheckpointError(f"{path}: {error}") from error
 
     def part(self, group: Group) -> ArConfig:
-        """Returns the numbers of one rank's part: its heads and its share of the MLP's width.
+        """Returns the configuration of one rank's part: its heads and its share of the MLP's width.
 
         Args:
-            group: the ranks that share the decoder. Where there are more of them than kv_heads, some have the same.
+            group: the ranks that share the decoder; with more ranks than kv_heads, several share a KV head.
 
         Raises:
-            ConfigurationError: the decoder can't be split among so many.
+            ConfigurationError: the decoder can't be divided among so many ranks.
         """
         size, heads, kv_heads, width = group.size, self.heads, self.kv_heads, self.intermediate_size
         if heads % size or width % size or (kv_heads % size and size % kv_heads):

@@ -1,29 +1,30 @@
-"""The first stage, put together: a validated request becomes tokens."""
+"""The AR engine: from a validated request to tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import GlmImageProcessor
 
 from glm_image.ar.admission import Admission
-from glm_image.ar.commands import Command, Encode
+from glm_image.ar.commands import ArCommand, Encode
 from glm_image.ar.config import ArConfig
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.loading import load_executor
 from glm_image.ar.metrics import KV_CACHE_BYTES
-from glm_image.ar.scheduler import Run, Scheduler
-from glm_image.ar.sequence import Sources
+from glm_image.ar.scheduler import Scheduler
+from glm_image.ar.scheduler_thread import SchedulerThread
+from glm_image.ar.sequence import ArResult, Request, Sources
 from glm_image.ar.settings import ArSettings
 from glm_image.ar.vision import patches_of
 from glm_image.ar.warmup import warmup_commands
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
+from glm_image.devices.open import named_dtype
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.parallel.layout import ParallelLayout
@@ -35,40 +36,28 @@ from glm_image.request.prompts import PromptTokenizer
 from glm_image.request.source_images import Source
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
+__all__ = ["ArEngine", "ArResult"]
 
-@dataclass(frozen=True)
-class ArResult:
-    """What the first stage hands on.
-
-    Attributes:
-        prior_token_ids: int32 [pictures, tokens of the picture's grid], before upsampling.
-        tokens: how many of each kind: prompt, source, preview, image.
-        source_token_ids: int32 [tokens of all source images].
-        source_grids: the grid of each source image.
-    """
-
-    prior_token_ids: NDArray[np.int32]
-    tokens: dict[str, int]
-    source_token_ids: NDArray[np.int32]
-    source_grids: tuple[Grid, ...]
+AnyRun = Callable[[ArCommand[Any]], Any]
+"""``Run`` without the types of results, as wrappers see it."""
 
 
 class ArEngine:
-    """The decoder and the vision tower, their slots and their queue on one device, or on several.
+    """The decoder and the vision tower with their slots and their queue, on one device or several.
 
     Args:
-        checkpoint: where the models come from.
+        checkpoint: the models.
         device: where they run.
-        settings: how.
-        record: takes what ``ar.measures`` names.
+        settings: how they run.
+        record: takes the metrics of ``ar.metrics``.
         workers: other devices that share the decoder with ``device``.
-        watched: wraps what runs commands on the device, to see one that never ends.
-        admission: says when a free slot is filled; None = at once.
+        watched: wraps the function that runs commands, to detect one that never returns.
+        admission: decides when a free slot is filled; None = immediately.
 
     Attributes:
-        config: the decoder's numbers.
+        config: the decoder's configuration.
         source_rule: how source images are sized.
-        executor: what runs on the devices; the scheduler's while the engine is open.
+        executor: runs commands on the devices; the scheduler's until ``close_scheduler``.
 
     Raises:
         CheckpointError: a tensor is missing or has a wrong shape.
@@ -82,11 +71,11 @@ class ArEngine:
         settings: ArSettings,
         record: MetricSink = null_sink,
         workers: WorkerConfig = NO_WORKERS,
-        watched: Callable[[Run], Run] = lambda run: run,
+        watched: Callable[[AnyRun], AnyRun] = lambda run: run,
         admission: Admission | None = None,
     ) -> None:
         device.set_current()
-        dtype = settings.dtype or device.default_dtype
+        dtype = named_dtype(settings.dtype) or device.default_dtype
         self.config = ArConfig.read(checkpoint)
         self._settings = settings
         slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
@@ -94,57 +83,35 @@ class ArEngine:
         self._image_processor = checkpoint.image_processor
         self.source_rule = checkpoint.source_rule
         layout = ParallelLayout(tp=1 + len(workers.devices))
-        self.executor = _loaded(
+        self.executor = _load(
             device, partial(start_ranks, load_executor, (checkpoint, settings), device, layout, workers)
         )
         record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
-        first = self._warm_up_commands(device.warmup_sizes)
-        self._scheduler = Scheduler(watched(self.executor.run), slots, settings.max_queue, record, first, admission)
+        run = watched(self.executor.run)
+        scheduler = Scheduler(run, slots, settings.max_queue, record, admission)
+        self._scheduler = SchedulerThread(scheduler, partial(_run_all, run, self._warmup_commands(device.warmup_sizes)))
 
     @property
     def sampling(self) -> Sampling:
-        """The checkpoint's own sampling."""
+        """The checkpoint's default sampling."""
         return self.config.sampling
 
     def is_alive(self) -> bool:
-        """Whether requests are still worked on; does not return when the engine's lock is never released."""
+        """Whether the engine's thread runs; does not return while another thread holds its lock."""
         return self._scheduler.is_alive()
 
     def submit(self, context: RequestContext, request: ResolvedRequest) -> Future[ArResult]:
         """Queues a request.
 
         Raises:
-            InvalidInputError: the prompt and the picture have more tokens than a slot holds.
-            UnavailableError: the queue is full.
+            InvalidInputError: the prompt and the image have more tokens than a slot holds.
+            UnavailableError: the queue is full, or the engine is closed.
+            DeadlineExceededError: the request cannot be done before its deadline.
         """
         prompt_ids, placed = self._prompt(request)
-        source_tokens = sum(grid.tokens for _, grid in placed)
-        target = request.target
-        preview_tokens = sum(grid.tokens for grid in request.grids) - target.tokens
-        most = self._settings.max_sequence_tokens - preview_tokens - target.tokens
-        if most < 1:
-            raise InvalidInputError.of(
-                "height x width",
-                f"{request.requested.height} x {request.requested.width}",
-                f"pictures of less than {self._settings.max_sequence_tokens} tokens (max_sequence_tokens)",
-            )
-        if len(prompt_ids) > most:
-            raise InvalidInputError.of(
-                "prompt",
-                f"{len(prompt_ids)} tokens long" + f", {source_tokens} of them of image" * bool(placed),
-                f"at most {most} beside the picture's (max_sequence_tokens)",
-            )
-        counts = {
-            "prompt": len(prompt_ids) - source_tokens,
-            "source": source_tokens,
-            "preview": preview_tokens,
-            "image": target.tokens,
-        }
+        self._check_length(request, prompt_ids, placed)
         sources = Sources(patches_of(self._image_processor, request.sources), placed) if placed else None
-        result: Future[ArResult] = Future()
-        tokens = self._scheduler.submit(context, tuple(prompt_ids), request, sources)
-        tokens.add_done_callback(lambda done: _forward_result(done, preview_tokens, counts, sources, result))
-        return result
+        return self._scheduler.submit(Request(context, tuple(prompt_ids), request, sources=sources))
 
     def _prompt(self, request: ResolvedRequest) -> tuple[list[int], tuple[PlacedGrid, ...]]:
         prompt = request.parameters.prompt
@@ -153,7 +120,20 @@ class ArEngine:
         preview, target = request.grids
         return self._tokenizer.text_to_image(prompt, target, preview), ()
 
-    def _warm_up_commands(self, sizes: tuple[Size, ...]) -> list[Command]:
+    def _check_length(self, request: ResolvedRequest, prompt_ids: list[int], placed: tuple[PlacedGrid, ...]) -> None:
+        positions = self._settings.max_sequence_tokens
+        most = positions - sum(grid.tokens for grid in request.grids)
+        if most < 1:
+            height, width = request.requested
+            allowed = f"images of fewer than {positions} tokens (max_sequence_tokens)"
+            raise InvalidInputError.of("height x width", f"{height} x {width}", allowed)
+        if len(prompt_ids) > most:
+            source_tokens = sum(grid.tokens for _, grid in placed)
+            length = f"{len(prompt_ids)} tokens long" + f", {source_tokens} of them of source images" * bool(placed)
+            allowed = f"at most {most} in addition to those of the image (max_sequence_tokens)"
+            raise InvalidInputError.of("prompt", length, allowed)
+
+    def _warmup_commands(self, sizes: tuple[Size, ...]) -> list[ArCommand[Any]]:
         ids = self._tokenizer.text_to_image("warm-up", Grid(1, 1), Grid(1, 1))
         sources = []
         for grid in (source_grid(size, self.source_rule) for size in sizes):
@@ -163,16 +143,16 @@ class ArEngine:
         return warmup_commands(ids, sources, self.sampling, self._settings.max_sequence_tokens)
 
     def close(self) -> None:
-        """Ends what runs and what waits, and stops the engine's thread and its other ranks."""
+        """Ends all requests, and stops the engine's thread and its other ranks."""
         self.close_scheduler()
         self.executor.close()
 
     def close_scheduler(self) -> None:
-        """Ends what runs and what waits; ``executor`` is the caller's from then on."""
+        """Ends all requests and stops the engine's thread; the caller may use ``executor`` from then on."""
         self._scheduler.close()
 
 
-def _loaded(device: Device, load: Callable[[], RankExecutor]) -> RankExecutor:
+def _load(device: Device, load: Callable[[], RankExecutor]) -> RankExecutor:
     """Loads; on the host in a thread that then ends, so that only the scheduler's has ever computed."""
     if not device.is_host:
         return load()
@@ -180,19 +160,6 @@ def _loaded(device: Device, load: Callable[[], RankExecutor]) -> RankExecutor:
         return loading.submit(load).result()
 
 
-def _forward_result(
-    tokens: Future[NDArray[np.int32]],
-    preview_tokens: int,
-    counts: dict[str, int],
-    sources: Sources | None,
-    result: Future[ArResult],
-) -> None:
-    error = tokens.exception()
-    if error is not None:
-        result.set_exception(error)
-        return
-    source_ids: NDArray[np.int32] = np.zeros(0, np.int32)
-    grids: tuple[Grid, ...] = ()
-    if sources is not None and sources.token_ids is not None:
-        source_ids, grids = sources.token_ids, tuple(placed.grid for placed in sources.placed)
-    result.set_result(ArResult(tokens.result()[:, preview_tokens:], counts, source_ids, grids))
+def _run_all(run: AnyRun, commands: list[ArCommand[Any]]) -> None:
+    for command in commands:
+        run(command)

@@ -1,4 +1,4 @@
-"""Keys and values of every slot, at fixed places."""
+"""Keys and values of every slot, at fixed addresses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from glm_image.ar.config import ArConfig
 
 
 class KvCache:
-    """A static cache: it never grows, so a captured step finds it where it was.
+    """A static cache: it is allocated once, so that a captured step can use it.
 
     Attributes:
         keys: [layers, slots, kv_heads, positions, head_dim].
@@ -24,7 +24,7 @@ class KvCache:
 
     @staticmethod
     def bytes_needed(config: ArConfig, slots: int, positions: int, dtype: torch.dtype) -> int:
-        """Returns the memory a cache takes."""
+        """Returns the memory of a cache."""
         return 2 * config.layers * slots * config.kv_heads * positions * config.head_dim * dtype.itemsize
 
     def write_prompt(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
@@ -33,7 +33,7 @@ class KvCache:
         self.values[layer, slot, :, : values.shape[1]] = values
 
     def append(self, layer: int, lengths: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one token a slot, [slots, kv_heads, head_dim], at position ``lengths``; returns the layer's cache."""
+        """Writes one token per slot, [slots, kv_heads, head_dim], at ``lengths``; returns the layer's cache."""
         self.keys[layer][self._slots, :, lengths] = keys
         self.values[layer][self._slots, :, lengths] = values
         return self.keys[layer], self.values[layer]

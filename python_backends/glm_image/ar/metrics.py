@@ -1,39 +1,39 @@
-"""What the first stage measures."""
+"""The metrics of the AR."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Final
 
-from glm_image.telemetry.metrics import Kind, MetricSpec, OutcomeCounters
+from glm_image.telemetry.metrics import Kind, MetricSink, MetricSpec, OutcomeCounters
 
-RUNNING: Final = MetricSpec("glm_image_ar_running_sequences", Kind.GAUGE, "Sequences in a slot, one an image")
-WAITING: Final = MetricSpec(
-    "glm_image_ar_waiting_sequences", Kind.GAUGE, "Sequences that wait for a slot, one an image"
-)
+RUNNING: Final = MetricSpec("glm_image_ar_running_sequences", Kind.GAUGE, "Sequences in a slot, one per image")
+WAITING: Final = MetricSpec("glm_image_ar_waiting_sequences", Kind.GAUGE, "Sequences waiting for a slot, one per image")
 OCCUPANCY: Final = MetricSpec("glm_image_ar_slot_occupancy_ratio", Kind.GAUGE, "Running sequences over slots, 0 to 1")
 TOKENS: Final = MetricSpec(
-    "glm_image_ar_tokens_total", Kind.COUNTER, "Image tokens drawn, those of previews included, prompts not"
+    "glm_image_ar_tokens_total", Kind.COUNTER, "Image tokens sampled, including previews, excluding prompts"
 )
 STEP_SECONDS: Final = MetricSpec(
     "glm_image_ar_step_seconds",
     Kind.HISTOGRAM,
-    "Seconds of a decode step of all slots, by the host's clock",
+    "Duration of a decode step of all slots, on the host's clock",
     (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
 )
 PREFILL_SECONDS: Final = MetricSpec(
     "glm_image_ar_prefill_seconds",
     Kind.HISTOGRAM,
-    "Seconds in which a sequence's prompt was read, and before the first of a request its source images",
+    "Duration of a sequence's prefill; the first of a request includes encoding its source images",
     (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 QUEUE_SECONDS: Final = MetricSpec(
     "glm_image_ar_queue_seconds",
     Kind.HISTOGRAM,
-    "Seconds that a request waited for its first slot",
+    "Time a request waited for its first slot",
     (0.001, 0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
 )
 KV_CACHE_BYTES: Final = MetricSpec(
-    "glm_image_ar_kv_cache_bytes", Kind.GAUGE, "Memory of the keys and values of all slots, set aside at load"
+    "glm_image_ar_kv_cache_bytes", Kind.GAUGE, "Memory of the KV cache of all slots, allocated at load"
 )
 
 AR_OUTCOMES: Final = OutcomeCounters.of("glm_image_ar")
@@ -42,3 +42,28 @@ AR_METRICS: Final = (
     *(RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS, KV_CACHE_BYTES),
     *AR_OUTCOMES.measures,
 )
+
+
+class LoadGauges:
+    """Records how many sequences run and wait: whenever that changes, and in the order of the changes.
+
+    Args:
+        record: takes the metrics.
+        slots: sequences that decode together.
+        count: returns the number of running and of waiting sequences.
+    """
+
+    def __init__(self, record: MetricSink, slots: int, count: Callable[[], tuple[int, int]]) -> None:
+        self._record, self._slots, self._count = record, slots, count
+        self._lock = threading.Lock()
+        self._recorded = (0, 0)
+
+    def update(self) -> None:
+        with self._lock:
+            load = running, waiting = self._count()
+            if load == self._recorded:
+                return
+            self._recorded = load
+            self._record(RUNNING, running)
+            self._record(OCCUPANCY, running / self._slots)
+            self._record(WAITING, waiting)

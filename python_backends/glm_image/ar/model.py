@@ -1,13 +1,12 @@
 """The decoder: a Transformer with grouped heads, partial M-RoPE and four norms a layer.
 
-Two ways through it: ``prefill`` reads one prompt, ``decode`` adds one token to every slot. Arithmetic as in
+Two entry points: ``prefill`` reads one prompt, ``decode`` adds one token to every slot. The arithmetic is that of
 transformers' ``modeling_glm_image.py``; q, k and v are one matrix here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,12 @@ from glm_image.ar.config import ArConfig
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.weights import CheckpointNames
 from glm_image.checkpoint.checkpoint import TensorSource, fill
-from glm_image.devices.int8_linear import AnyLinear, Int8Linear, Int8Product, quantize_linears
+from glm_image.devices.int8_linear import AnyLinear, Int8Product, quantize_linears
 from glm_image.parallel.collectives import ALONE, Group
 
-# Attends from queries [rows, heads, tokens, head_dim] to keys and values [rows, kv_heads, tokens, head_dim] of one
-# layer, after storing them; returns [rows, heads, tokens, head_dim].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Stores the keys and values of a layer and attends to them: from the layer's index, queries [rows, heads, tokens,
+head_dim], keys and values [rows, kv_heads, tokens, head_dim] to [rows, heads, tokens, head_dim]."""
 
 
 class RmsNorm(nn.Module):
@@ -34,10 +33,9 @@ class RmsNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalises the last dimension."""
         if hidden.dtype != torch.float32:
             return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        # As the reference computes it, to the last bit.
+        # The arithmetic of the reference, to the last bit.
         return self.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps))
 
 
@@ -49,16 +47,16 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: [..., rotary_dim], broadcast over heads.
         sin: as ``cos``.
     """
-    turned, kept = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, kept], dim=-1)
+    rotary, passthrough = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    first, second = rotary.chunk(2, dim=-1)
+    return torch.cat([rotary * cos + torch.cat([-second, first], dim=-1) * sin, passthrough], dim=-1)
 
 
 class DecoderLayer(nn.Module):
     """Attention and MLP, each between two norms.
 
     Args:
-        config: the rank's part of the decoder's numbers.
+        config: of the rank's part of the decoder.
         group: the ranks that share the layer (Shoeybi et al., 2019).
     """
 
@@ -80,10 +78,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Runs the layer on ``hidden`` [rows, tokens, hidden]; cos and sin are [rows, 1, tokens, rotary_dim]."""
-        heads = self.qkv(self.before_attention(hidden)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        turned, value = heads.tensor_split([self.heads + self.kv_heads], dim=1)
-        query, key = rotate(turned, cos, sin).tensor_split([self.heads], dim=1)
-        attended = attend(index, query, key, value)
+        qkv = self.qkv(self.before_attention(hidden)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qk, v = qkv.tensor_split([self.heads + self.kv_heads], dim=1)
+        q, k = rotate(qk, cos, sin).tensor_split([self.heads], dim=1)  # one rotation: fewer launches
+        attended = attend(index, q, k, v)
         hidden = hidden + self.after_attention(self.group.all_reduce_sum(self.out(attended.transpose(1, 2).flatten(2))))
         gate, up = self.gate_up(self.before_mlp(hidden)).chunk(2, dim=-1)
         output: Tensor = hidden + self.after_mlp(self.group.all_reduce_sum(self.down(up * F.silu(gate))))
@@ -94,11 +92,11 @@ class Decoder(nn.Module):
     """Embedding, layers and a head over the image vocabulary.
 
     Args:
-        config: the whole decoder's numbers.
+        config: of the whole decoder.
         group: the ranks that share it; each has some heads, channels and rows of the head.
 
     Attributes:
-        config: the numbers of this rank's part.
+        config: of this rank's part.
         group: as given.
     """
 
@@ -120,15 +118,15 @@ class Decoder(nn.Module):
         """Builds the decoder, or a rank's part of it, on the source's device.
 
         Args:
-            config: its numbers.
+            config: of the whole decoder.
             source: its tensors.
-            int8: the device's product, for linear layers with int8 weights; a layer's others are freed before the next
-                is read.
+            int8: the device's product of int8 weights; None = the weights keep their dtype. Each layer is quantized
+                before the next one is read.
             group: the ranks that share it.
 
         Raises:
             CheckpointError: a tensor is missing or has a wrong shape.
-            ConfigurationError: it can't be split among so many.
+            ConfigurationError: it can't be divided among so many ranks.
         """
         with torch.device("meta"):
             decoder = cls(config, group)
@@ -140,24 +138,24 @@ class Decoder(nn.Module):
             if int8 is not None:
                 quantize_linears(part, int8)
         if int8 is not None:
-            decoder.head = Int8Linear(cast(nn.Linear, decoder.head), int8)
+            quantize_linears(decoder, int8)  # the head
         return decoder
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations and of the cache."""
+        """Of activations and of the cache."""
         return self.embedding.weight.dtype
 
     @torch.inference_mode()
     def prefill(self, token_ids: Tensor, cos: Tensor, sin: Tensor, cache: KvCache, slot: int) -> Tensor:
-        """Reads a prompt into a slot.
+        """Reads a prompt into a slot's cache.
 
         Args:
             token_ids: int64 [tokens].
             cos: [tokens, rotary_dim].
             sin: as ``cos``.
             cache: written from position 0.
-            slot: the slot.
+            slot: where in the cache.
 
         Returns:
             fp32 logits of the token after the prompt, [1, vision_vocab_size].
@@ -179,11 +177,11 @@ class Decoder(nn.Module):
         cache: KvCache,
         attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Adds one token to every slot; reads nothing on the host.
+        """Adds one token to every slot; never waits for the device.
 
         Args:
             token_ids: int64 [slots].
-            lengths: int64 [slots]: how many positions a slot has before this token.
+            lengths: int64 [slots]: filled positions of the cache before this token.
             cos: [slots, rotary_dim], at this token's position.
             sin: as ``cos``.
             cache: read and written.
@@ -211,7 +209,7 @@ class Decoder(nn.Module):
 
 
 def gathered_logits(logits: Tensor, group: Group, vocabulary: int) -> Tensor:
-    """Returns the logits of the whole vocabulary, [rows, vocabulary], given those of this rank's part of it."""
+    """Returns the logits of the whole vocabulary, [rows, vocabulary], from those of each rank's part."""
     if group.size == 1:
         return logits
     return group.all_gather_rows(logits.transpose(0, 1), vocabulary).transpose(0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""M-RoPE tables: each frequency turns with the time, the row or the column of a token."""
+"""M-RoPE tables: each frequency belongs to the time, the row or the column of a token."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from glm_image.ar.config import ArConfig
 def rotary_tables(
     config: ArConfig, positions: NDArray[np.int64], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines, each [tokens, rotary_dim] in ``dtype``, worked out in fp32.
+    """Returns cosines and sines, each [tokens, rotary_dim] in ``dtype``, computed in fp32.
 
     Args:
-        config: theta, sections and the number of rotated channels.
+        config: the decoder's.
         positions: int64 [3, tokens]: axes T, H, W.
-        device: where the tables go.
-        dtype: what they are rounded to at the end.
+        device: of the tables.
+        dtype: of the tables.
     """
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     frequencies = 1.0 / (config.rotary_theta**exponents)

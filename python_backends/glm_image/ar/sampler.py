@@ -1,6 +1,6 @@
-"""Drawing image tokens: temperature, top-k, top-p and a race against exponential noise, row by row.
+"""Sampling of image tokens: temperature, top-k, top-p, and the exponential race of ``torch.multinomial``, row by row.
 
-As transformers' logits warpers and ``torch.multinomial`` do it, with the noise drawn ahead.
+The arithmetic is that of transformers' logits warpers and of ``torch.multinomial``; the noise is generated in advance.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from glm_image.ar.config import ArConfig
 from glm_image.request.parameters import Sampling
 
 NOISE_BLOCK = 64
-"""Steps for which noise is drawn at once."""
+"""Steps for which noise is generated in advance."""
 
 
 @dataclass(frozen=True)
 class SamplerRows:
-    """The sampling of every slot, on the device.
+    """The sampling parameters of every slot, on the device.
 
     Attributes:
         temperature: fp32 [slots, 1].
         cut: fp32 [slots, 1]: 1 - top_p.
-        kth: int64 [slots, 1]: place of the k-th best in ascending order.
-        preview_tokens: int64 [slots]: how many tokens come before the picture's own grid.
+        kth: int64 [slots, 1]: index of the k-th best logit in ascending order.
+        preview_tokens: int64 [slots]: number of tokens before those of the image's own grid.
     """
 
     temperature: Tensor
@@ -35,7 +35,7 @@ class SamplerRows:
 
     @classmethod
     def empty(cls, slots: int, device: torch.device) -> SamplerRows:
-        """Makes rows for idle slots."""
+        """Allocates rows for idle slots."""
         return cls(
             temperature=torch.ones(slots, 1, device=device),
             cut=torch.zeros(slots, 1, device=device),
@@ -44,38 +44,38 @@ class SamplerRows:
         )
 
     def set(self, slot: int, sampling: Sampling, preview_tokens: int, vocabulary: int) -> None:
-        """Sets one slot's row, without waiting for the device, as an assignment would."""
+        """Sets one slot's row, without waiting for the device as an assignment would."""
         self.temperature[slot].fill_(sampling.temperature)
         self.cut[slot].fill_(1 - sampling.top_p)
         self.kth[slot].fill_(vocabulary - min(sampling.top_k, vocabulary))
         self.preview_tokens[slot].fill_(preview_tokens)
 
     def row(self, slot: int) -> SamplerRows:
-        """Returns one slot's row, as rows."""
+        """Returns a view of one slot's row."""
         at = slice(slot, slot + 1)
         return SamplerRows(self.temperature[at], self.cut[at], self.kth[at], self.preview_tokens[at])
 
 
 def allowed_ids(config: ArConfig, device: torch.device) -> Tensor:
-    """Returns which ids may come, bool [2, vision_vocab_size]: row 0 in the preview, row 1 in the picture's grid.
+    """Returns the allowed ids, bool [2, vision_vocab_size]: row 0 in the preview, row 1 in the image's own grid.
 
-    The reference stops at an end id and fails on ids beyond the codebook in the picture's grid.
+    The reference stops at an end id, and fails on ids beyond the codebook in the image's own grid.
     """
     ids = torch.arange(config.vision_vocab_size, device=device)
     ends = torch.tensor(config.end_ids, device=device)
     return torch.stack([~torch.isin(ids, ends), ids < config.codebook_size])
 
 
-def draw(logits: Tensor, noise: Tensor, rows: SamplerRows, allowed: Tensor) -> Tensor:
-    """Draws one token a row.
+def sample(logits: Tensor, noise: Tensor, rows: SamplerRows, allowed: Tensor) -> Tensor:
+    """Samples one token per row.
 
-    Ids that may not come are left out of the race only at its end, so that wherever the reference draws an allowed id,
-    this draws the same. Where they were the only ones left, the best allowed id is taken.
+    Disallowed ids are excluded only at the end of the race, so that wherever the reference samples an allowed id, this
+    samples the same one. Where top-k and top-p leave only disallowed ids, the best allowed id is taken.
 
     Args:
         logits: fp32 [rows, vocabulary].
         noise: fp32 [rows, vocabulary], exponentially distributed.
-        rows: the rows' sampling.
+        rows: the rows' sampling parameters.
         allowed: bool [rows, vocabulary].
 
     Returns:
@@ -89,6 +89,6 @@ def draw(logits: Tensor, noise: Tensor, rows: SamplerRows, allowed: Tensor) -> T
     kept = ascending.masked_fill(dropped, -torch.inf)
     probabilities = torch.empty_like(scores).scatter_(1, order, kept).softmax(dim=-1)
     race = (probabilities / noise).masked_fill(~allowed, 0.0)
-    # A race nobody may win falls to the best allowed logit; all scores below 0 keep it behind any real winner.
+    # A race without a winner goes to the best allowed logit; scores below 0 keep it behind any real winner.
     behind = scores - scores.amax(dim=-1, keepdim=True) - 1.0
     return torch.where(race > 0, race, behind.masked_fill(~allowed, -torch.inf)).argmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Selects the fastest decode step and prefill that a device has."""
+"""Selects the fastest decode step and prefill of a device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from glm_image.ar.step import TorchStep
 from glm_image.devices.base import Device
 
 Prefill = Callable[[Tensor, Tensor, Tensor, KvCache, int], Tensor]
-"""Reads a prompt into a slot, as ``Decoder.prefill`` does."""
+"""``Decoder.prefill`` or a faster equivalent."""
 
 
 def select_decode_step(decoder: Decoder, state: DecodeState, device: Device) -> Callable[[], None]:
-    """Returns the fastest step the device has for a decoder."""
+    """Returns the decode step for a decoder and the state of its slots."""
     if device.runs_triton:
         from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
         from glm_image.ar.fused.step import FusedStep  # noqa: PLC0415
@@ -28,7 +28,7 @@ def select_decode_step(decoder: Decoder, state: DecodeState, device: Device) -> 
 
 
 def select_prefill(decoder: Decoder, device: Device) -> Prefill:
-    """Returns the fastest way the device has to read a prompt."""
+    """Returns the prefill for a decoder."""
     if device.runs_triton:
         from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
         from glm_image.ar.fused.prefill import FusedPrefill  # noqa: PLC0415

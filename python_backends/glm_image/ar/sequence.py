@@ -1,8 +1,9 @@
-"""What the first stage's scheduler keeps of its requests. Touches no tensors."""
+"""What the AR scheduler keeps of its requests. Touches no tensors."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -12,92 +13,151 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.lifecycle.context import Progress, RequestContext
-from glm_image.request.geometry import PlacedGrid
+from glm_image.request.geometry import Grid, PlacedGrid
 from glm_image.request.parameters import ResolvedRequest
 from glm_image.request.stages import Stage
 
 
-@dataclass
+@dataclass(frozen=True)
+class ArResult:
+    """The tokens of a request.
+
+    Attributes:
+        prior_token_ids: int32 [images, tokens of the image's grid], before upsampling.
+        tokens: number of tokens by kind: prompt, source, preview, image.
+        source_token_ids: int32 [tokens of all source images].
+        source_grids: the grid of each source image.
+    """
+
+    prior_token_ids: NDArray[np.int32]
+    tokens: dict[str, int]
+    source_token_ids: NDArray[np.int32]
+    source_grids: tuple[Grid, ...]
+
+
+@dataclass(frozen=True)
 class Sources:
     """The source images of a request.
 
     Attributes:
-        patches: fp32 [tokens, channels of a patch], what the vision tower reads.
-        placed: where in the prompt they are.
-        token_ids: int32 [tokens], what the vision tower made of them; None before the request's first turn.
+        patches: fp32 [tokens, channels of a patch], the input of the vision tower.
+        placed: the position of each image in the prompt.
     """
 
     patches: NDArray[np.float32]
     placed: tuple[PlacedGrid, ...]
-    token_ids: NDArray[np.int32] | None = None
 
-    def fill(self, prompt_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the prompt with the images' tokens at their places."""
-        assert self.token_ids is not None
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        return tuple(placed.grid for placed in self.placed)
+
+    def insert(self, prompt_ids: tuple[int, ...], token_ids: NDArray[np.int32]) -> tuple[int, ...]:
+        """Returns the prompt with the images' tokens, int32 [tokens of all images], at their positions."""
         filled, begin = list(prompt_ids), 0
         for start, grid in self.placed:
-            filled[start : start + grid.tokens] = self.token_ids[begin : begin + grid.tokens].tolist()
+            filled[start : start + grid.tokens] = token_ids[begin : begin + grid.tokens].tolist()
             begin += grid.tokens
         return tuple(filled)
 
 
 @dataclass
 class Sampled:
-    """How many of a request's tokens are drawn; apart from the request, as its job outlives that."""
+    """How many of a request's tokens are sampled; apart from the request, which its context outlives."""
 
     done: int
     total: int
 
     def progress(self) -> Progress:
-        """Returns it as a job tells it."""
         return Progress(Stage.DECODE, self.done, self.total)
 
 
 @dataclass(eq=False)
 class Request:
-    """A request from its queue to its end.
+    """A request from its arrival in the queue to its result.
 
     Attributes:
-        context: looked at between steps.
-        prompt_ids: the prompt.
-        resolved: what is asked for.
-        submitted: ``time.monotonic()`` when it came.
+        context: checked between steps.
+        prompt_ids: the prompt; its source images' tokens are inserted once they are encoded.
+        resolved: the validated request.
+        submitted: ``time.monotonic()`` at its arrival.
         sources: its source images, if any.
-        future: gives its tokens.
-        waiting: the pictures that have no slot yet.
-        tokens: those of finished pictures.
-        latest: when it is let in at the latest; inf before it is the first in line.
-        drawn: how far it is.
+        source_token_ids: int32 [tokens of all source images]; empty before they are encoded.
+        future: its result, or the error that ended it.
+        waiting: indices of the images that have had no slot yet.
+        tokens: int32 [tokens of all grids] of each finished image, by index.
+        admit_by: when the admission policy's wait ends, in the clock of the scheduler; inf before the request is first
+            in the queue.
+        sampled: progress over all images.
     """
 
     context: RequestContext
     prompt_ids: tuple[int, ...]
     resolved: ResolvedRequest
-    submitted: float
+    submitted: float = field(default_factory=time.monotonic)
     sources: Sources | None = None
-    future: Future[NDArray[np.int32]] = field(default_factory=Future)
-    waiting: deque[int] = field(default_factory=deque)
+    source_token_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    future: Future[ArResult] = field(default_factory=Future)
+    waiting: deque[int] = field(init=False)
     tokens: dict[int, NDArray[np.int32]] = field(default_factory=dict)
-    latest: float = math.inf
-    drawn: Sampled = field(init=False)
+    admit_by: float = math.inf
+    sampled: Sampled = field(init=False)
 
     def __post_init__(self) -> None:
-        self.drawn = Sampled(0, self.length * len(self.resolved.seeds))
+        self.waiting = deque(range(self.images))
+        self.sampled = Sampled(0, self.length * self.images)
+
+    @property
+    def images(self) -> int:
+        """Number of images, each of which takes a slot."""
+        return len(self.resolved.seeds)
 
     @property
     def length(self) -> int:
-        """Tokens of each picture."""
+        """Tokens to sample for each image, the preview's included."""
         return sum(grid.tokens for grid in self.resolved.grids)
 
     @property
+    def preview_length(self) -> int:
+        """Tokens to sample before those of the image's own grid."""
+        return self.length - self.resolved.target.tokens
+
+    @property
     def has_begun(self) -> bool:
-        """Whether a picture of it has got a slot."""
-        return len(self.waiting) < len(self.resolved.seeds)
+        """Whether one of its images has been given a slot."""
+        return len(self.waiting) < self.images
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its images are finished."""
+        return len(self.tokens) == self.images
+
+    def result(self) -> ArResult:
+        """Returns the result of a complete request."""
+        grids = self.sources.grids if self.sources else ()
+        source_tokens = sum(grid.tokens for grid in grids)
+        return ArResult(
+            prior_token_ids=np.stack([self.tokens[index][self.preview_length :] for index in range(self.images)]),
+            tokens={
+                "prompt": len(self.prompt_ids) - source_tokens,
+                "source": source_tokens,
+                "preview": self.preview_length,
+                "image": self.resolved.target.tokens,
+            },
+            source_token_ids=self.source_token_ids,
+            source_grids=grids,
+        )
 
 
 @dataclass
 class Running:
-    """A sequence in a slot: one picture of a request, the steps that are left to it, and when they began."""
+    """A sequence in a slot.
+
+    Attributes:
+        request: the request that it belongs to.
+        index: which of the request's images it is.
+        left: steps until its last token.
+        since: ``time.monotonic()`` at its first token.
+    """
 
     request: Request
     index: int
@@ -106,7 +166,7 @@ class Running:
 
 
 def report_progress(running: Iterable[Running]) -> None:
-    """Tells who watches how far their requests are; called after every step, and mostly for nobody."""
-    contexts = [one.request.context for one in running]
+    """Publishes the progress of each request that is watched; called after every step, mostly without a watcher."""
+    contexts = [sequence.request.context for sequence in running]
     for context in dict.fromkeys(context for context in contexts if context.is_watched):
         context.publish_progress()

@@ -1,4 +1,4 @@
-"""What a decode step reads and writes: tensors that stay where they are."""
+"""What a decode step reads and writes: tensors at fixed addresses."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class DecodeState:
     """The slots of a fixed batch.
 
     Attributes:
-        tokens: int64 [slots], the last token drawn.
-        lengths: int64 [slots], positions in the cache; where the last token goes next.
-        drawn: int64 [slots], tokens drawn so far.
-        active: int64 [slots], 1 for a slot that moves on, 0 for an idle one.
-        output: int64 [slots, positions], the tokens drawn.
+        tokens: int64 [slots], the last sampled token.
+        lengths: int64 [slots], filled positions of the cache, which is where the last token goes next.
+        sampled: int64 [slots], number of tokens sampled so far.
+        active: int64 [slots], 1 for an active slot, 0 for an idle one.
+        output: int64 [slots, positions], the sampled tokens.
         cos: [slots, positions, rotary_dim], by position in the cache.
         sin: as ``cos``.
-        noise: fp32 [slots, NOISE_BLOCK, vision_vocab_size], used at step ``drawn % NOISE_BLOCK``.
-        sampler: every slot's sampling.
-        allowed: bool [2, vision_vocab_size]: in the preview, in the picture's grid.
+        noise: fp32 [slots, NOISE_BLOCK, vision_vocab_size], of which a step uses row ``sampled % NOISE_BLOCK``.
+        sampler: the sampling parameters of every slot.
+        allowed: bool [2, vision_vocab_size]: the ids allowed in the preview, and in the image's own grid.
         cache: keys and values.
     """
 
     tokens: Tensor
     lengths: Tensor
-    drawn: Tensor
+    sampled: Tensor
     active: Tensor
     output: Tensor
     cos: Tensor
@@ -46,13 +46,13 @@ class DecodeState:
     def idle(
         cls, config: ArConfig, slots: int, positions: int, device: torch.device, dtype: torch.dtype
     ) -> DecodeState:
-        """Makes the state of idle slots."""
-        tokens, lengths, drawn, active = torch.zeros(4, slots, device=device, dtype=torch.int64)
+        """Allocates the state of idle slots."""
+        tokens, lengths, sampled, active = torch.zeros(4, slots, device=device, dtype=torch.int64)
         cos, sin = torch.zeros(2, slots, positions, config.rotary_dim, device=device, dtype=dtype)
         return cls(
             tokens=tokens,
             lengths=lengths,
-            drawn=drawn,
+            sampled=sampled,
             active=active,
             output=torch.zeros(slots, positions, device=device, dtype=torch.int64),
             cos=cos,
@@ -63,16 +63,16 @@ class DecodeState:
             cache=KvCache(config, slots, positions, device, dtype),
         )
 
-    def set(self, slot: int, length: int, drawn: int, active: bool) -> None:
-        """Sets where a slot is, once the steps under way are done; waits for none of them.
+    def set(self, slot: int, length: int, sampled: int, active: bool) -> None:
+        """Sets a slot's counters after the steps under way, without waiting for them.
 
-        Filled, since an assigned number is copied from the host, which waits for the device.
+        Uses ``fill_``, since an assigned number is copied from the host, which waits for the device.
         """
-        for tensor, value in ((self.lengths, length), (self.drawn, drawn), (self.active, int(active))):
+        for tensor, value in ((self.lengths, length), (self.sampled, sampled), (self.active, int(active))):
             tensor[slot].fill_(value)
 
     def advance(self, rows: Tensor) -> None:
-        """Notes the tokens just drawn and moves the active slots on; ``rows`` is int64 [slots], 0 and up."""
-        self.output[rows, self.drawn] = self.tokens
+        """Stores the tokens just sampled and advances the active slots; ``rows`` is int64 [slots], 0 and up."""
+        self.output[rows, self.sampled] = self.tokens
         self.lengths.add_(self.active)
-        self.drawn.add_(self.active)
+        self.sampled.add_(self.active)

@@ -1,29 +1,29 @@
-"""One decode step of all slots in plain torch: what the CPU runs, and the twin of ``kernels.step``."""
+"""One decode step of all slots in plain torch: the step of the CPU, and the reference of ``ar.fused.step``."""
 
 from __future__ import annotations
 
 import torch
 
 from glm_image.ar.model import Decoder
-from glm_image.ar.sampler import NOISE_BLOCK, draw
+from glm_image.ar.sampler import NOISE_BLOCK, sample
 from glm_image.ar.state import DecodeState
 from glm_image.devices.base import Device
 
 
 class TorchStep:
-    """Feeds every slot its last token and draws the next; reads nothing on the host."""
+    """Feeds every slot its last token and samples the next; never waits for the device."""
 
     def __init__(self, decoder: Decoder, state: DecodeState, device: Device) -> None:
-        self._decoder, self._state = decoder, state
+        self._decoder = decoder
+        self._state = state
         self._attention = device.decode_attention
         self._rows = torch.arange(len(state.tokens), device=device.torch_device)
 
     def __call__(self) -> None:
-        """Takes the step."""
         state, rows = self._state, self._rows
         cos, sin = state.cos[rows, state.lengths], state.sin[rows, state.lengths]
         logits = self._decoder.decode(state.tokens, state.lengths, cos, sin, state.cache, self._attention)
-        allowed = state.allowed[(state.drawn >= state.sampler.preview_tokens).long()]
-        noise = state.noise[rows, state.drawn % NOISE_BLOCK]
-        state.tokens.copy_(draw(logits, noise, state.sampler, allowed))
+        allowed = state.allowed[(state.sampled >= state.sampler.preview_tokens).long()]
+        noise = state.noise[rows, state.sampled % NOISE_BLOCK]
+        state.tokens.copy_(sample(logits, noise, state.sampler, allowed))
         state.advance(rows)

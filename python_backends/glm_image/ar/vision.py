@@ -1,4 +1,4 @@
-"""From source images to tokens: transformers' vision tower, and the nearest code of each of its patches."""
+"""From source images to tokens: transformers' vision tower, and the nearest code of each patch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from glm_image.errors import CheckpointError
 from glm_image.request.geometry import Grid
 from glm_image.request.source_images import Source
 
-# Codes are told apart by distances that bfloat16 rounds to the same number.
 QUANTIZER_DTYPE = torch.float32
+"""bfloat16 rounds the distances of different codes to the same number."""
 
 
 class Vision:
@@ -50,12 +50,12 @@ class Vision:
 
     @staticmethod
     def bytes_needed(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-        """Returns the memory the weights take."""
+        """Returns the memory of the weights."""
         tower, quantizer = (sum(weight.numel() for weight in module.parameters()) for module in _build(checkpoint))
         return int(tower * dtype.itemsize + quantizer * QUANTIZER_DTYPE.itemsize)
 
     def encode(self, patches: NDArray[np.float32], grids: Sequence[Grid]) -> NDArray[np.int32]:
-        """Returns the tokens of a request's source images, int32 [tokens of all grids].
+        """Encodes a request's source images, int32 [tokens of all grids].
 
         Args:
             patches: fp32 [tokens of all grids, channels of a patch], image by image, row by row; see ``patches_of``.
@@ -73,15 +73,15 @@ class Vision:
 
 
 def patches_of(processor: Any, sources: Sequence[Source]) -> NDArray[np.float32]:
-    """Returns what the vision tower reads of source images, fp32 [tokens, channels of a patch].
+    """Returns the vision tower's input of source images, fp32 [tokens, channels of a patch].
 
     Args:
         processor: the checkpoint's image processor.
-        sources: already of their size.
+        sources: already resized.
     """
     images = [source.pixels for source in sources]
-    made = processor(images=images, do_resize=False, input_data_format="channels_last", return_tensors="np")
-    patches: NDArray[np.float32] = made["pixel_values"].astype(np.float32, copy=False)
+    inputs = processor(images=images, do_resize=False, input_data_format="channels_last", return_tensors="np")
+    patches: NDArray[np.float32] = inputs["pixel_values"].astype(np.float32, copy=False)
     return patches
 
 
@@ -94,5 +94,5 @@ def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
     except (KeyError, TypeError, ValueError) as error:
         path = checkpoint.path("vision_language_encoder") / "config.json"
         raise CheckpointError(f"{path}: vision_config and vq_config cannot be read: {error}") from error
-    del quantizer.post_quant_conv  # the way back to features, which nothing takes
+    del quantizer.post_quant_conv  # unused: codes are never turned back into features
     return tower, quantizer

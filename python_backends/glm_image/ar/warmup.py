@@ -1,15 +1,16 @@
-"""Commands that make libraries load at start what they would load in the first requests.
+"""Commands that make libraries load at start what they would otherwise load during the first requests.
 
-Libraries keep handles a thread, choose kernels by shape and load them when they are first called: half a second of the
-first request. So the thread that will run requests first runs these, and they leave nothing in any slot.
+Libraries keep handles per thread, choose kernels by shape and load them at their first call: half a second of the first
+request. So the thread that will run requests runs these commands before; they leave every slot idle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import Any
 
-from glm_image.ar.commands import Admit, Command, Encode, Release, Step
+from glm_image.ar.commands import Admit, ArCommand, Encode, Release, Step
 from glm_image.request.geometry import Grid
 from glm_image.request.parameters import Sampling
 
@@ -17,23 +18,25 @@ STEPS = 3
 """Steps after a prompt, so that the host gets ahead of the device as it does in a request."""
 
 TEXT_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-"""Lengths of prompts for which matrix products may choose different kernels; ours know multiples of 16 from others."""
+"""Lengths of prompts for which matrix products may choose different kernels; ours distinguish multiples of 16."""
 
 
-def warmup_commands(ids: Sequence[int], sources: Sequence[Encode], sampling: Sampling, longest: int) -> list[Command]:
-    """Returns commands that encode source images, and read and decode prompts of usual lengths.
+def warmup_commands(
+    ids: Sequence[int], sources: Sequence[Encode], sampling: Sampling, longest: int
+) -> list[ArCommand[Any]]:
+    """Returns commands that encode source images, and prefill and decode prompts of usual lengths.
 
     Args:
         ids: tokens of a short prompt, repeated for longer ones.
-        sources: source images of usual sizes; with none, the one prompt is read: a device that loads nothing lazily.
-        sampling: the checkpoint's own.
+        sources: source images of usual sizes; without any, on a device that loads nothing lazily, only ``ids`` is read.
+        sampling: the checkpoint's default.
         longest: the most tokens a slot holds.
     """
     sources = [source for source in sources if len(source.patches) <= longest]
     lengths = [len(ids)]
     if sources:
         lengths += [*TEXT_LENGTHS, *(len(ids) + len(source.patches) for source in sources)]
-    commands: list[Command] = list(sources)
+    commands: list[ArCommand[Any]] = list(sources)
     for length in lengths:
         if length + STEPS + 1 <= longest:
             repeated = tuple(islice(cycle(ids), length))

@@ -1,4 +1,4 @@
-"""The decoder's tensors: their names in a checkpoint, and which part of each is a rank's."""
+"""The decoder's tensors: their names in a checkpoint, and the part of each that belongs to a rank."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CHECKPOINT_NAMES = {
 
 
 class CheckpointNames:
-    """Reads the decoder's tensors under the names they have in a checkpoint, whole or a rank's part of them.
+    """A tensor source for ``Decoder`` that translates names to a checkpoint's and reads a rank's part.
 
     Args:
         source: the checkpoint's tensors.
-        config: the whole decoder's numbers.
+        config: of the whole decoder.
         group: the ranks that share the decoder.
     """
 
@@ -38,11 +38,11 @@ class CheckpointNames:
         self._group = group
 
     def has(self, name: str) -> bool:
-        """Tells that every tensor is wanted from the checkpoint."""
+        """Every tensor of the decoder is in the checkpoint."""
         return True
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Reads this rank's part of one parameter of the decoder, or of three that are one here."""
+        """Reads this rank's part of a parameter; q, k and v, which are one here, from three tensors."""
         config, part = self._config, name.split(".", maxsplit=2)[-1] if name.startswith("layers.") else name
         if part == "head.weight":
             rows = self._group.shard_range(config.vision_vocab_size)
@@ -76,7 +76,7 @@ class CheckpointNames:
     def _heads(self, prefix: str, kind: str, rest: tuple[int, ...]) -> Tensor:
         config, group = self._config, self._group
         queries = group.shard_range(config.heads)
-        # A rank has the key and value heads that its query heads read: those of a share, or one that others have too.
+        # A rank has the key and value heads of its query heads: its share, or one that other ranks have too.
         grouped = config.heads // config.kv_heads
         keys = range(queries.start // grouped, (queries.stop - 1) // grouped + 1)
         parts = []
@@ -95,5 +95,5 @@ def _slice(own: range) -> slice:
 
 
 def _copy(part: Tensor, whole: Tensor) -> Tensor:
-    # A view would keep all of the tensor in memory.
+    # A view would keep the whole tensor in memory.
     return part if part.shape == whole.shape else part.clone()

@@ -1,5 +1,5 @@
-"""Kernels of our own, for the steps where libraries leave the device waiting.
+"""Triton kernels over tensors, for the steps in which library kernels leave the device waiting.
 
-Each has a twin in plain torch, with which a test compares it. For the first stage: the linears, norms and attention
-that ``ar.model`` makes of torch's operators, and ``ar.sampler.draw``. For the second: diffusers' own blocks.
+Kernels know no model. Each has a reference implementation in plain torch, which the tests compare it with: the linear
+layers, norms, attention and sampling of ``ar`` for the AR, diffusers' blocks and VAE for the DiT.
 """

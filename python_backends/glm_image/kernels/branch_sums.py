@@ -1,7 +1,7 @@
-"""How a branch of the decoder ends: the parts of its last linear are summed, over one rank or over several.
+"""The end of a branch of the decoder: the partial sums of its last linear are added, over one rank or over several.
 
-Ranks add the same numbers up in the same order, so that all of them have the same bits: all parts where they are
-gathered, else the sum of each rank's parts.
+Ranks add the same numbers in the same order, so that all of them have the same bits: all partial sums where they are
+gathered, otherwise the sum of each rank's partial sums.
 """
 
 from __future__ import annotations
@@ -15,81 +15,81 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glm_image.kernels.int8_pairs import Int8Pairs, store_arguments
 from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
-from glm_image.kernels.residual_norm import end_branch, residual_norm, sum_of_parts
-from glm_image.kernels.split_rows import SplitRows, destination
+from glm_image.kernels.residual_norm import end_branch, residual_norm, sum_of_partials
 from glm_image.parallel.collectives import Group
 
 logger = logging.getLogger(__name__)
 
-TURNS = tl.constexpr(3)
-"""Inboxes that are used in turn."""
+INBOXES = tl.constexpr(3)
+"""Inboxes of a rank, used in rotation."""
 EMPTY = tl.constexpr(-(2**31))
 """The bits of -0.0."""
 
 
 class BranchSum(Protocol):
-    """Where a branch's last linear writes, and what is made of it.
+    """Adds the partial sums of a branch's last linear and ends the branch.
 
     Attributes:
-        parts: fp32 [splits, rows, width].
+        partials: fp32 [split_k, rows, width], written by the linear.
     """
 
-    parts: Tensor
+    partials: Tensor
 
-    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float) -> None:
-        """Sums the parts and ends the branch; see ``residual_norm``."""
+    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
+        """Adds the partial sums and ends the branch; see ``residual_norm``."""
 
 
-class OwnSum:
-    """The sum of one rank's parts."""
+class LocalSum:
+    """The sum over one rank."""
 
-    def __init__(self, parts: Tensor) -> None:
-        self.parts = parts
+    def __init__(self, partials: Tensor) -> None:
+        self.partials = partials
 
-    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float) -> None:
-        """See ``BranchSum``."""
-        residual_norm(self.parts, residual, after, before, out, eps)
+    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
+        residual_norm(self.partials, residual, after, before, out, eps)
 
 
 class GatheredSum:
-    """The sum of all ranks' parts, gathered by the library of collectives."""
+    """The sum over all ranks, whose partial sums the collectives' library gathers."""
 
-    def __init__(self, parts: Tensor, group: Group) -> None:
-        self.parts, self._group = parts, group
-        self._everyones = parts.new_empty(group.size * parts.shape[0], *parts.shape[1:])
+    def __init__(self, partials: Tensor, group: Group) -> None:
+        self.partials = partials
+        self._group = group
+        self._gathered = partials.new_empty(group.size * partials.shape[0], *partials.shape[1:])
 
-    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float) -> None:
-        """See ``BranchSum``."""
-        self._group.all_gather_into(self._everyones, self.parts)
-        residual_norm(self._everyones, residual, after, before, out, eps)
+    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
+        self._group.all_gather_into(self._gathered, self.partials)
+        residual_norm(self._gathered, residual, after, before, out, eps)
 
 
 class PeerSum:
-    """The sum of all ranks' parts, which each adds up and writes into the others' memory: no launch of its own.
+    """The sum over all ranks, each of which writes its own sum into the others' memory: without an extra launch.
 
-    What has arrived tells so by itself: an inbox is full of -0.0, which nothing is that was added to 0.0, and a reader
+    Arrived data marks itself: an empty inbox is full of -0.0, which no sum that starts at 0.0 can be, and a reader
     waits until no -0.0 is left. So an exchange costs one way from memory to memory (TensorRT-LLM's all-reduce for few
-    rows does the same). Three inboxes take turns: a rank reads one and empties the one that it read before, while
-    another that is ahead by a sum, which is as far as it gets, writes to the third.
+    rows works alike). Three inboxes rotate: a rank reads one and empties the one that it read before, while another
+    rank, which can be ahead by one sum at most, writes to the third.
 
     Args:
-        parts: fp32 [splits, rows, width], the buffer of this rank.
-        inboxes: addresses of the ranks' inboxes, int64 [ranks]; each fp32 [``TURNS``, ranks, rows, width] and empty.
-        rank: this one.
-        kept: what the inboxes belong to.
+        partials: fp32 [split_k, rows, width], the buffer of this rank.
+        inboxes: addresses of the ranks' inboxes, int64 [ranks]; each fp32 [``INBOXES``, ranks, rows, width] and empty.
+        rank: this rank.
+        memory: keeps the inboxes allocated.
     """
 
-    def __init__(self, parts: Tensor, inboxes: Tensor, rank: int, kept: object = None) -> None:
-        self.parts, self._inboxes, self._rank, self._kept = parts, inboxes, rank, kept
-        self._turns = torch.zeros(parts.shape[1], dtype=torch.int32, device=parts.device)
+    def __init__(self, partials: Tensor, inboxes: Tensor, rank: int, memory: object = None) -> None:
+        self.partials = partials
+        self._inboxes, self._rank, self._memory = inboxes, rank, memory
+        self._turns = torch.zeros(partials.shape[1], dtype=torch.int32, device=partials.device)
 
     @classmethod
-    def between(cls, parts: Tensor, group: Group) -> PeerSum:
-        """Makes a sum over ranks; all of them must call this.
+    def between(cls, partials: Tensor, group: Group) -> PeerSum:
+        """Makes a sum over ranks, all of which must call this.
 
         Args:
-            parts: fp32 [splits, rows, width], the buffer of this rank.
+            partials: fp32 [split_k, rows, width], the buffer of this rank.
             group: the ranks.
 
         Raises:
@@ -97,35 +97,34 @@ class PeerSum:
         """
         from torch.distributed import _symmetric_memory as symmetric  # noqa: PLC0415 - on CUDA alone
 
-        device, shape = parts.device, inbox_shape(parts, group.size)
-        inbox = symmetric.empty(shape, dtype=parts.dtype, device=device).fill_(-0.0)
+        device, shape = partials.device, inbox_shape(partials, group.size)
+        inbox = symmetric.empty(shape, dtype=partials.dtype, device=device).fill_(-0.0)
         handle = symmetric.rendezvous(inbox, group.process_group)
-        everyones = [handle.get_buffer(rank, shape, inbox.dtype) for rank in range(group.size)]
-        addresses = torch.tensor([one.data_ptr() for one in everyones], device=device)
+        inboxes = [handle.get_buffer(rank, shape, inbox.dtype) for rank in range(group.size)]
+        addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes], device=device)
         torch.cuda.synchronize(device)
         dist.barrier(group.process_group)  # every inbox is empty before anything is sent
-        return cls(parts, addresses, group.rank, kept=(inbox, handle, everyones))
+        return cls(partials, addresses, group.rank, memory=(inbox, handle, inboxes))
 
-    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float) -> None:
-        """See ``BranchSum``."""
-        splits, rows, width = self.parts.shape
-        place, scale, split = destination(out)
+    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
+        split_k, rows, width = self.partials.shape
+        place, scale, int8_pair = store_arguments(out)
         _peer_sum_kernel[(rows,)](
-            self.parts, self._inboxes, self._turns, residual, after, before, place, scale, rows, width, eps,
-            self._rank, len(self._inboxes), splits, split,
+            self.partials, self._inboxes, self._turns, residual, after, before, place, scale, rows, width, eps,
+            self._rank, len(self._inboxes), split_k, int8_pair,
             triton.next_power_of_2(width), can_overlap(), num_warps=16, launch_pdl=can_overlap(),
         )  # fmt: skip
 
 
-def inbox_shape(parts: Tensor, ranks: int) -> tuple[int, ...]:
-    """The shape of an inbox for parts [splits, rows, width]."""
-    return TURNS.value, ranks, *parts.shape[1:]
+def inbox_shape(partials: Tensor, ranks: int) -> tuple[int, ...]:
+    """Returns the shape of an inbox for partial sums [split_k, rows, width]."""
+    return INBOXES.value, ranks, *partials.shape[1:]
 
 
 @triton.jit
 def _peer_sum_kernel(
-    parts_ptr, inboxes_ptr, turns_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, scale_ptr, rows, width, eps,
-    RANK: tl.constexpr, RANKS: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+    partials_ptr, inboxes_ptr, turns_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, scale_ptr, rows, width, eps,
+    RANK: tl.constexpr, RANKS: tl.constexpr, SPLIT_K: tl.constexpr, INT8_PAIR: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
@@ -136,7 +135,7 @@ def _peer_sum_kernel(
     before = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
     turn = tl.load(turns_ptr + row)
-    own = sum_of_parts(parts_ptr, rows, row, width, at, inside, SPLITS)
+    own = sum_of_partials(partials_ptr, rows, row, width, at, inside, SPLIT_K)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             tl.store(_inbox(inboxes_ptr, rank, turn, RANK, RANKS, rows, row, width) + at, own, mask=inside)
@@ -146,26 +145,26 @@ def _peer_sum_kernel(
         if rank == RANK:
             sums += own
         else:
-            sums += _received(_inbox(inboxes_ptr, RANK, turn, rank, RANKS, rows, row, width) + at, inside)
-    emptied = (turn + TURNS - 1) % TURNS
+            sums += _receive(_inbox(inboxes_ptr, RANK, turn, rank, RANKS, rows, row, width) + at, inside)
+    emptied = (turn + INBOXES - 1) % INBOXES
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             inbox = _inbox(inboxes_ptr, RANK, emptied, rank, RANKS, rows, row, width) + at
             tl.store(inbox.to(tl.pointer_type(tl.int32)), tl.full([BLOCK], EMPTY, tl.int32), mask=inside)
-    tl.store(turns_ptr + row, (turn + 1) % TURNS)  # here, where all threads have read it: they waited together
-    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT)
+    tl.store(turns_ptr + row, (turn + 1) % INBOXES)  # here, where all threads have read it: they waited together
+    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, INT8_PAIR)
 
 
 @triton.jit
 def _inbox(inboxes_ptr, owner, turn, sender, RANKS: tl.constexpr, rows, row, width):
-    # Where a rank has a row of what another sends.
+    """Returns the address at which a rank receives a row of another."""
     inbox = tl.load(inboxes_ptr + owner).to(tl.pointer_type(tl.float32))
     inbox = tl.multiple_of(inbox, 16)  # so that whole vectors are written
     return inbox + ((turn * RANKS + sender) * rows + row) * width
 
 
 @triton.jit
-def _received(pointers, inside):
+def _receive(pointers, inside):
     pointers = pointers.to(tl.pointer_type(tl.int32))
     values = tl.load(pointers, mask=inside, other=0, volatile=True)
     while tl.max((values == EMPTY).to(tl.int32), axis=0) > 0:
@@ -173,18 +172,18 @@ def _received(pointers, inside):
     return values.to(tl.float32, bitcast=True)
 
 
-def branch_sum(parts: Tensor, group: Group) -> BranchSum:
-    """Returns the fastest sum there is over the ranks of a group.
+def branch_sum(partials: Tensor, group: Group) -> BranchSum:
+    """Returns the fastest sum over the ranks of a group.
 
     Args:
-        parts: fp32 [splits, rows, width], the buffer of one rank.
+        partials: fp32 [split_k, rows, width], the buffer of one rank.
         group: the ranks.
     """
     if group.size == 1:
-        return OwnSum(parts)
+        return LocalSum(partials)
     if group.uses_peer_memory:
         try:
-            return PeerSum.between(parts, group)
+            return PeerSum.between(partials, group)
         except (ImportError, AttributeError, RuntimeError) as error:
-            logger.warning("the ranks' devices can't write each other's memory, so parts are gathered: %s", error)
-    return GatheredSum(parts, group)
+            logger.warning("the ranks' devices can't write each other's memory, so sums are gathered: %s", error)
+    return GatheredSum(partials, group)

@@ -1,7 +1,7 @@
-"""Attention of one new token a slot: bias, rotary embedding, write to the cache and attention, in two passes.
+"""Attention of one new token per slot: bias, rotary embedding, write to the cache and attention, in two passes.
 
-A slot's positions are dealt in tiles to a fixed number of programs, so how its sums are formed depends on its own
-length alone. The heads that share a KV head are one tile's rows: the cache is read once.
+The positions of a slot are distributed in tiles over a fixed number of programs, so the order of its sums depends on
+its own length alone. The heads that share a KV head are the rows of one tile: the cache is read once.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from torch import Tensor
 from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
 
 PROGRAMS = 16
-"""Programs a slot and KV head are dealt to."""
+"""Programs per slot and KV head."""
 
 TILE = 64
-"""Positions read at a time."""
+"""Positions that a program reads at a time."""
 
 
 @triton.jit
-def _projected(parts_ptr, bias_ptr, at, rows, width, row, mask, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr):
-    # Sums the parts of a projection in order, adds the bias, and rounds as the layer's own operator does.
+def _projected(partials_ptr, bias_ptr, at, rows, width, row, mask, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Adds the partial sums of a projection in order to its bias, and rounds as torch's operator does."""
     sums = tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(at).to(tl.float32)
-    for split in tl.static_range(SPLITS):
-        sums += tl.load(parts_ptr + (split * rows + row) * width + at, mask=mask, other=0.0)
+    for split in tl.static_range(SPLIT_K):
+        sums += tl.load(partials_ptr + (split * rows + row) * width + at, mask=mask, other=0.0)
     return sums.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
 def _attend_kernel(
-    parts_ptr, bias_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, lengths_ptr, acc_ptr, top_ptr, sum_ptr,
+    partials_ptr, bias_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, lengths_ptr, acc_ptr, top_ptr, sum_ptr,
     rows, positions, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr,
     PROGRAMS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
@@ -48,25 +48,27 @@ def _attend_kernel(
     in_group = group < GROUP
 
     # Rotary embedding: channel d of the first half pairs with d + ROTARY / 2.
-    turned = dim < ROTARY
+    rotary = dim < ROTARY
     partner = tl.where(dim < ROTARY // 2, dim + ROTARY // 2, dim - ROTARY // 2)
-    partner = tl.where(turned, partner, dim)
+    partner = tl.where(rotary, partner, dim)
     sign = tl.where(dim < ROTARY // 2, -1.0, 1.0)
     table = (row * positions + length) * ROTARY + dim
-    cos = tl.load(cos_ptr + table, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + table, mask=turned, other=0.0).to(tl.float32) * sign
+    cos = tl.load(cos_ptr + table, mask=rotary, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + table, mask=rotary, other=0.0).to(tl.float32) * sign
 
     head = (kv_head * GROUP + group) * DIM
     mask = in_group[:, None] & (dim[None, :] < DIM)
-    query = _projected(parts_ptr, bias_ptr, head[:, None] + dim[None, :], rows, width, row, mask, SPLITS, HAS_BIAS)
-    other = _projected(parts_ptr, bias_ptr, head[:, None] + partner[None, :], rows, width, row, mask, SPLITS, HAS_BIAS)
+    query = _projected(partials_ptr, bias_ptr, head[:, None] + dim[None, :], rows, width, row, mask, SPLIT_K, HAS_BIAS)
+    other = _projected(
+        partials_ptr, bias_ptr, head[:, None] + partner[None, :], rows, width, row, mask, SPLIT_K, HAS_BIAS
+    )
     query = (query * cos[None, :] + other * sin[None, :]).to(tl.bfloat16)
     key_at = (HEADS + kv_head) * DIM
-    new_key = _projected(parts_ptr, bias_ptr, key_at + dim, rows, width, row, dim < DIM, SPLITS, HAS_BIAS)
-    other_key = _projected(parts_ptr, bias_ptr, key_at + partner, rows, width, row, dim < DIM, SPLITS, HAS_BIAS)
+    new_key = _projected(partials_ptr, bias_ptr, key_at + dim, rows, width, row, dim < DIM, SPLIT_K, HAS_BIAS)
+    other_key = _projected(partials_ptr, bias_ptr, key_at + partner, rows, width, row, dim < DIM, SPLIT_K, HAS_BIAS)
     new_key = (new_key * cos + other_key * sin).to(tl.bfloat16)
     value_at = (HEADS + KV_HEADS + kv_head) * DIM
-    new_value = _projected(parts_ptr, bias_ptr, value_at + dim, rows, width, row, dim < DIM, SPLITS, HAS_BIAS)
+    new_value = _projected(partials_ptr, bias_ptr, value_at + dim, rows, width, row, dim < DIM, SPLIT_K, HAS_BIAS)
     new_value = new_value.to(tl.bfloat16)
 
     cache = (row * KV_HEADS + kv_head).to(tl.int64) * positions * DIM
@@ -120,7 +122,7 @@ def _combine_kernel(
 
 
 class DecodeAttention:
-    """Attention of one layer after the other over the same slots.
+    """Attention of the layers of a decoder, one after the other, over the same slots.
 
     Args:
         slots: rows.
@@ -128,7 +130,7 @@ class DecodeAttention:
         kv_heads: key and value heads.
         head_dim: a power of two.
         rotary_dim: leading channels of a head that are rotated.
-        device: where the buffers are.
+        device: of the buffers.
     """
 
     def __init__(
@@ -136,36 +138,36 @@ class DecodeAttention:
     ) -> None:
         self._slots, self._heads, self._kv_heads = slots, heads, kv_heads
         self._dim, self._rotary = head_dim, rotary_dim
-        parts = (slots * kv_heads, PROGRAMS, heads // kv_heads)
-        self._top, self._sum = torch.empty(2, *parts, device=device)
-        self._acc = torch.empty(*parts, head_dim, device=device)
+        shape = (slots * kv_heads, PROGRAMS, heads // kv_heads)
+        self._top, self._sum = torch.empty(2, *shape, device=device)
+        self._acc = torch.empty(*shape, head_dim, device=device)
 
     def __call__(
         self,
-        parts: Tensor,
+        partials: Tensor,
         bias: Tensor | None,
         tables: tuple[Tensor, Tensor],
         cache: tuple[Tensor, Tensor],
         lengths: Tensor,
         out: Tensor,
     ) -> None:
-        """Attends, after adding the new token to the cache.
+        """Adds the new token to the cache and attends.
 
         Args:
-            parts: fp32 [splits, slots, (heads + 2 * kv_heads) * head_dim]: q, k and v before the bias.
+            partials: fp32 [split_k, slots, (heads + 2 * kv_heads) * head_dim]: of q, k and v, without bias.
             bias: bf16 [(heads + 2 * kv_heads) * head_dim], or None.
             tables: cosines and sines, [slots, positions, rotary_dim] each.
             cache: the layer's keys and values, bf16 [slots, kv_heads, positions, head_dim] each.
-            lengths: int64 [slots]: the new token's position.
+            lengths: int64 [slots]: the position of the new token.
             out: bf16 [slots, heads * head_dim], written.
         """
         group = self._heads // self._kv_heads
         keys, values = cache
         _attend_kernel[(self._slots * self._kv_heads, PROGRAMS)](
-            parts, parts if bias is None else bias, *tables, keys, values, lengths, self._acc, self._top, self._sum,
-            self._slots, keys.shape[2], self._dim**-0.5,
+            partials, partials if bias is None else bias, *tables, keys, values, lengths,
+            self._acc, self._top, self._sum, self._slots, keys.shape[2], self._dim**-0.5,
             self._heads, self._kv_heads, group, self._dim, self._rotary, max(16, triton.next_power_of_2(group)),
-            parts.shape[0], bias is not None, TILE, PROGRAMS, can_overlap(),
+            partials.shape[0], bias is not None, TILE, PROGRAMS, can_overlap(),
             num_warps=4, num_stages=2, launch_pdl=can_overlap(),
         )  # fmt: skip
         _combine_kernel[(self._slots * self._heads,)](

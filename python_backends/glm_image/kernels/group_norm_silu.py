@@ -1,7 +1,7 @@
-"""Group norm and SiLU of an image whose channels lie next to each other in memory: two passes over it, and no third.
+"""Group norm and SiLU of an image in channels-last layout, in two passes over it.
 
-torch's own group norm wants every channel in one piece; convolutions in bf16 want the opposite, and pay for a transpose
-where they do not get it. The twin is torch's group norm, then its SiLU.
+torch's group norm needs channels-first memory; convolutions in bf16 need channels-last, and otherwise pay for a
+transpose. The reference is torch's group norm followed by its SiLU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor, nn
 
 PARTS = 512
-"""Programs that share the statistics: the same on every device, so that the order of the sums is too."""
+"""Programs that compute the statistics: the same number on every device, for the same order of sums."""
 
 TILE = 4096
-"""Values a program has in hand at a time."""
+"""Values that a program holds at a time."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Layer norm of every query and key head and their rotary embedding in one pass, in place or on the way to ranks."""
+"""Layer norm and rotary embedding of all query and key heads in one pass, in place or into the buffers of ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glm_image.kernels.modulated_norm import is_text_row
 
 @triton.jit
 def _head_normed(first, second, eps, HALF: tl.constexpr):
-    """Layer norm of heads, [heads, HALF] of each half; rounded where diffusers' operators round, as fp32."""
+    """Layer norm of heads given as halves [heads, HALF]; fp32, rounded to bf16 where diffusers' operators round."""
     mean = (tl.sum(first, axis=1) + tl.sum(second, axis=1)) / (2 * HALF)
     first, second = first - mean[:, None], second - mean[:, None]
     spread = (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF)
@@ -23,7 +23,7 @@ def _head_normed(first, second, eps, HALF: tl.constexpr):
 
 @triton.jit
 def _rotated(first, second, cos_ptr, sin_ptr, token, HALF: tl.constexpr):
-    """Heads, [heads, HALF] of each half, rotated by an image token's place in the picture."""
+    """Rotates heads given as halves [heads, HALF] by the position of an image token."""
     at = token * 2 * HALF + tl.arange(0, HALF)
     cos, sin = tl.load(cos_ptr + at)[None, :], tl.load(sin_ptr + at)[None, :]
     return first * cos - second * sin, second * cos + first * sin
@@ -50,11 +50,11 @@ def _head_norm_rotary_kernel(
 
 
 def head_norm_rotary(qkv: Tensor, rotary: tuple[Tensor, Tensor], eps: float, segments: tuple[int, int, int]) -> None:
-    """Norms the query and key heads; rotates those of image rows by their place in the picture.
+    """Normalises the query and key heads, and rotates those of image rows by their position.
 
     Args:
-        qkv: bf16 [rows, 3, heads, head_dim], of which queries and keys are overwritten; contiguous, head_dim twice a
-            power of two.
+        qkv: bf16 [rows, 3, heads, head_dim], contiguous, head_dim twice a power of two; queries and keys are
+            overwritten.
         rotary: cosines and sines, fp32 [image tokens, head_dim] each, the same in both halves of a head.
         eps: the norm's epsilon.
         segments: text rows of the first sequence, all its rows, text rows of the second.
@@ -67,7 +67,7 @@ def head_norm_rotary(qkv: Tensor, rotary: tuple[Tensor, Tensor], eps: float, seg
 
 
 def _block(heads: int) -> int:
-    """How many heads a program takes."""
+    """Returns the number of heads per program."""
     return min(32, int(triton.next_power_of_2(heads)))
 
 

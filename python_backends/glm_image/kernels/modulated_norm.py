@@ -1,4 +1,4 @@
-"""From one linear of a diffusion block to the next: gated residual, norm and modulation in one pass over a row."""
+"""Between two linear layers of a DiT block: gated residual, norm and modulation in one pass over a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHIFT_ATTENTION, SCALE_ATTENTION, GATE_ATTENTION, SHIFT_MLP, SCALE_MLP, GATE_MLP
 
 @triton.jit
 def is_text_row(row, first_text, first_rows, second_text):
-    """Tells text rows from image rows in one or two sequences, each of which has its text first."""
+    """Returns whether a row is text, in one or two sequences that each begin with their text."""
     return tl.where(row < first_rows, row < first_text, row - first_rows < second_text)
 
 
@@ -62,7 +62,7 @@ def modulated_norm(
     Args:
         residual: bf16 [rows, width].
         table: bf16 [12 * width]: shift, scale and gate of attention, then of the MLP, each for image then text rows.
-        out: bf16 [rows, width] or in 8 bits, written.
+        out: bf16 or 8-bit [rows, width], written.
         eps: the norm's epsilon.
         segments: text rows of the first sequence, all its rows, text rows of the second.
         shift: row of the table.
@@ -83,15 +83,15 @@ def gated_modulated_norm(
     shift: int = 0,
     scale: int = 0,
 ) -> None:
-    """Computes ``residual += branch * gate`` and then, with a table, what ``modulated_norm`` does.
+    """Computes ``residual += branch * gate``, then ``modulated_norm`` if there is a table.
 
     Args:
         residual: bf16 [rows, width], updated.
         branch: bf16 [rows, width].
-        gates: the table that holds the gate.
+        gates: the table with the gate.
         gate: row of ``gates``.
-        table: the table that holds shift and scale, or None for the residual alone.
-        out: bf16 [rows, width] or in 8 bits, written with a table.
+        table: the table with shift and scale; None = update the residual only.
+        out: bf16 or 8-bit [rows, width], written if there is a table.
         eps: see ``modulated_norm``.
         segments: see ``modulated_norm``.
         shift: see ``modulated_norm``.

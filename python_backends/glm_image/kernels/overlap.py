@@ -1,8 +1,8 @@
-"""Kernels that start before the one they depend on has ended (programmatic dependent launch, compute capability 9).
+"""Kernels that start before their predecessor has ended (programmatic dependent launch, compute capability 9).
 
-Every kernel of a chain lets its successor start early, a small one at its start, one that fills the device when its
-loop is done. The successor fetches what no predecessor writes (weights, into the L2 cache), and only then waits. So
-memory stays busy while small kernels run.
+Every kernel of a chain lets its successor start early: a small one at its start, one that fills the device after its
+loop. The successor prefetches what no predecessor writes (weights, into the L2 cache), and only then waits. So memory
+stays busy while small kernels run.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 OVERLAP_CAPABILITY = 9
 
 FETCH_UNIT = 16
-"""Bytes that addresses and lengths of ``fetch`` are multiples of."""
+"""Alignment of the addresses and lengths of ``fetch``, in bytes."""
 
 
 @functools.cache
 def can_overlap() -> bool:
-    """Tells whether the current device launches dependents early."""
+    """Returns whether the current device supports programmatic dependent launch."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= OVERLAP_CAPABILITY
 
 
 @triton.jit
 def start_next(OVERLAP: tl.constexpr):
-    """Lets the next kernel start; what it may read before it waits is its own affair."""
+    """Lets the next kernel start; until it waits, it may only read what this kernel does not write."""
     if OVERLAP:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_previous(OVERLAP: tl.constexpr):
-    """Waits until the previous kernel, and so all before it, has ended and its writes are seen."""
+    """Waits until the previous kernel, and so all before it, has ended and its writes are visible."""
     if OVERLAP:
         gdc_wait()
 
 
 @triton.jit
 def fetch(pointers, BYTES: tl.constexpr, OVERLAP: tl.constexpr):
-    """Brings ``BYTES`` from each pointer on into the L2 cache; both are multiples of 16 bytes."""
+    """Prefetches ``BYTES`` from each pointer on into the L2 cache; both are multiples of ``FETCH_UNIT``."""
     if OVERLAP and BYTES > 0:
         tl.inline_asm_elementwise(
             "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",

@@ -1,4 +1,4 @@
-"""Rotary embedding of a prompt's heads, its keys and values put into the cache: one pass over q, k and v."""
+"""Rotary embedding of a prompt's heads, and its keys and values written to the cache, in one pass over q, k and v."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEADS_A_PROGRAM = 4
+HEADS_PER_PROGRAM = 4
 
 
 @triton.jit
@@ -19,21 +19,21 @@ def _rotate_and_store_kernel(
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     dim = tl.arange(0, DIM)[None, :]
     inside = (head < HEADS + 2 * KV_HEADS) & (dim < DIM)
-    turned = (dim < ROTARY) & (head < HEADS + KV_HEADS) & inside
+    rotary = (dim < ROTARY) & (head < HEADS + KV_HEADS) & inside
     # Channel d of the first half pairs with d + ROTARY / 2.
     partner = tl.where(dim < ROTARY // 2, dim + ROTARY // 2, dim - ROTARY // 2)
     row = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM + head * DIM
     own = tl.load(row + dim, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(row + partner, mask=turned, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + token * ROTARY + dim, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token * ROTARY + dim, mask=turned, other=0.0).to(tl.float32)
+    other = tl.load(row + partner, mask=rotary, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + token * ROTARY + dim, mask=rotary, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + token * ROTARY + dim, mask=rotary, other=0.0).to(tl.float32)
     sin = tl.where(dim < ROTARY // 2, -sin, sin)
-    made = (own * cos + other * sin).to(tl.bfloat16)
+    rotated = (own * cos + other * sin).to(tl.bfloat16)
     kv_head = (head - HEADS) % KV_HEADS
     place = (kv_head.to(tl.int64) * positions + token) * DIM + dim
-    tl.store(query_ptr + token * HEADS * DIM + head * DIM + dim, made, mask=inside & (head < HEADS))
-    tl.store(keys_ptr + place, made, mask=inside & (head >= HEADS) & (head < HEADS + KV_HEADS))
-    tl.store(values_ptr + place, made, mask=inside & (head >= HEADS + KV_HEADS))
+    tl.store(query_ptr + token * HEADS * DIM + head * DIM + dim, rotated, mask=inside & (head < HEADS))
+    tl.store(keys_ptr + place, rotated, mask=inside & (head >= HEADS) & (head < HEADS + KV_HEADS))
+    tl.store(values_ptr + place, rotated, mask=inside & (head >= HEADS + KV_HEADS))
 
 
 def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
@@ -53,8 +53,8 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor,
     tokens, width = qkv.shape
     heads = width // dim - 2 * kv_heads
     query = torch.empty(tokens, heads, dim, device=qkv.device, dtype=qkv.dtype)
-    _rotate_and_store_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, HEADS_A_PROGRAM))](
-        qkv, cos, sin, query, keys, values, positions, heads, kv_heads, dim, cos.shape[1], HEADS_A_PROGRAM,
+    _rotate_and_store_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, HEADS_PER_PROGRAM))](
+        qkv, cos, sin, query, keys, values, positions, heads, kv_heads, dim, cos.shape[1], HEADS_PER_PROGRAM,
         num_warps=4,
     )  # fmt: skip
     return query

@@ -1,4 +1,4 @@
-"""The way from one linear of the decoder to the next: sum, norm, residual, norm, in one pass over a row."""
+"""Between two linear layers of the decoder: sum, norm, residual, norm, in one pass over a row."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glm_image.kernels.int8_pairs import Int8Pairs, store_arguments, store_row
 from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
-from glm_image.kernels.split_rows import SplitRows, destination, store_row
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _rms(values, weight, width, eps):
 @triton.jit
 def _embed_norm_kernel(
     tokens_ptr, table_ptr, weight_ptr, residual_ptr, out_ptr, scale_ptr, width, eps,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    INT8_PAIR: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0)
@@ -32,34 +32,35 @@ def _embed_norm_kernel(
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(residual_ptr + row * width + at, values, mask=inside)
     normed = _rms(values.to(tl.float32), weight, width, eps)
-    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, SPLIT)
+    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, INT8_PAIR)
 
 
 @triton.jit
-def sum_of_parts(parts_ptr, rows, row, width, at, inside, SPLITS: tl.constexpr):
-    """Adds a row of the parts up, in order, to 0.0: the sum is never -0.0."""
+def sum_of_partials(partials_ptr, rows, row, width, at, inside, SPLIT_K: tl.constexpr):
+    """Adds a row of the partial sums, in order, to 0.0: the sum is never -0.0."""
     sums = tl.zeros(at.shape, dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        sums += tl.load(parts_ptr + (split * rows + row) * width + at, mask=inside, other=0.0)
+    for split in tl.static_range(SPLIT_K):
+        sums += tl.load(partials_ptr + (split * rows + row) * width + at, mask=inside, other=0.0)
     return sums
 
 
 @triton.jit
 def end_branch(
-    sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT: tl.constexpr
-):
-    """Adds the norm of a branch's sums to a row of the residual, and writes the norm of that."""
+    sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps,
+    INT8_PAIR: tl.constexpr,
+):  # fmt: skip
+    """Adds the norm of a branch's sums to a row of the residual, and stores the norm of the result."""
     branch = _rms(sums.to(tl.bfloat16).to(tl.float32), after, width, eps)
     residual = (residual + branch).to(tl.bfloat16)
     tl.store(residual_ptr + row * width + at, residual, mask=inside)
     normed = _rms(residual.to(tl.float32), before, width, eps)
-    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, SPLIT)
+    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, INT8_PAIR)
 
 
 @triton.jit
 def _residual_norm_kernel(
-    parts_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, scale_ptr, rows, width, eps,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    partials_ptr, residual_ptr, after_ptr, before_ptr, out_ptr, scale_ptr, rows, width, eps,
+    SPLIT_K: tl.constexpr, INT8_PAIR: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0)
@@ -69,48 +70,48 @@ def _residual_norm_kernel(
     before = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
     residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    sums = sum_of_parts(parts_ptr, rows, row, width, at, inside, SPLITS)
-    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, SPLIT)
+    sums = sum_of_partials(partials_ptr, rows, row, width, at, inside, SPLIT_K)
+    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, INT8_PAIR)
 
 
 def embed_norm(
-    tokens: Tensor, table: Tensor, weight: Tensor, residual: Tensor, out: Tensor | SplitRows, eps: float
+    tokens: Tensor, table: Tensor, weight: Tensor, residual: Tensor, out: Tensor | Int8Pairs, eps: float
 ) -> None:
-    """Looks tokens up and norms them.
+    """Looks up the embeddings of tokens and normalises them.
 
     Args:
         tokens: int64 [rows].
         table: bf16 [vocabulary, width].
-        weight: bf16 [width], the first norm's.
+        weight: bf16 [width], of the first norm.
         residual: bf16 [rows, width], written: the embeddings.
-        out: bf16 [rows, width] or split, written: the norm of them.
+        out: bf16 [rows, width] or int8 pairs, written: their norm.
         eps: the norm's epsilon.
     """
     rows, width = residual.shape
-    place, scale, split = destination(out)
+    place, scale, int8_pair = store_arguments(out)
     _embed_norm_kernel[(rows,)](
         tokens, table, weight, residual, place, scale, width, eps,
-        split, triton.next_power_of_2(width), can_overlap(), num_warps=8, launch_pdl=can_overlap(),
+        int8_pair, triton.next_power_of_2(width), can_overlap(), num_warps=8, launch_pdl=can_overlap(),
     )  # fmt: skip
 
 
 def residual_norm(
-    parts: Tensor, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | SplitRows, eps: float
+    partials: Tensor, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float
 ) -> None:
-    """Ends one branch and begins the next: ``residual += norm(sum of parts)``, then ``out = norm(residual)``.
+    """Ends one branch and begins the next: ``residual += norm(sum of partials)``, then ``out = norm(residual)``.
 
     Args:
-        parts: fp32 or bf16 [splits, rows, width], summed in order.
+        partials: fp32 or bf16 [split_k, rows, width], summed in order.
         residual: bf16 [rows, width], updated.
-        after: bf16 [width], the scale of the branch's last norm.
-        before: bf16 [width], the scale of the next branch's first norm.
-        out: bf16 [rows, width] or split, written.
+        after: bf16 [width], the weight of the branch's last norm.
+        before: bf16 [width], the weight of the next branch's first norm.
+        out: bf16 [rows, width] or int8 pairs, written.
         eps: the norms' epsilon.
     """
-    splits, rows, width = parts.shape
-    place, scale, split = destination(out)
+    split_k, rows, width = partials.shape
+    place, scale, int8_pair = store_arguments(out)
     _residual_norm_kernel[(rows,)](
-        parts, residual, after, before, place, scale, rows, width, eps,
-        splits, split, triton.next_power_of_2(width), can_overlap(),
+        partials, residual, after, before, place, scale, rows, width, eps,
+        split_k, int8_pair, triton.next_power_of_2(width), can_overlap(),
         num_warps=16, launch_pdl=can_overlap(),
     )  # fmt: skip

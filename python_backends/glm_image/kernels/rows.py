@@ -1,6 +1,6 @@
-"""Rows in 8 bits: what stands between two linear layers whose products are of int8 or fp8, in one pass over a row.
+"""QuantizedRows quantized to 8 bits, between two linear layers with int8 or fp8 products, in one pass over a row.
 
-The twin is ``devices.quantized``.
+The reference is ``devices.quantization``.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from glm_image.devices.quantization import MAX_VALUES, MIN_ABS_MAX, QuantizedRow
 SMALLEST = tl.constexpr(MIN_ABS_MAX)
 
 ROUNDING = tl.constexpr(1.5 * 2**23)
-"""Added to a value below 2 ** 22 and taken away again, it leaves the nearest whole number, the even one of two."""
+"""Added to a value below 2 ** 22 and subtracted again, it rounds to the nearest integer, ties to even."""
 
 GELU_SLOPE = tl.constexpr(1.5957691216057308)
-"""2 * sqrt(2 / pi): the approximation by tanh, which is ``2 * sigmoid(2 x) - 1``."""
+"""2 * sqrt(2 / pi), for the tanh approximation: tanh(x) is ``2 * sigmoid(2 x) - 1``."""
 
 WIDE_ROW = 8192
 
 
 @triton.jit
 def store_row(values, places, scale_place, inside, LARGEST: tl.constexpr):
-    """Stores a row of bf16 values as it is, or in the 8 bits whose largest value is ``LARGEST``, with its scale."""
+    """Stores a row of bf16 values as it is, or with its scale in an 8-bit type whose largest value is ``LARGEST``."""
     if LARGEST > 0:
         full = values.to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(full)), SMALLEST) / LARGEST
@@ -59,12 +59,12 @@ def _rows_kernel(
 
 
 def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedRows:
-    """Rounds what a layer gives to what the next one takes.
+    """Quantizes the output of a layer.
 
     Args:
         product: bf16 [rows, width].
         dtype: int8 or float8_e4m3fn.
-        gelu: whether the GELU, approximated by tanh, comes between.
+        gelu: whether GELU, in its tanh approximation, is applied first.
     """
     out = empty_rows(product, dtype)
     _launch(product, None, out, gelu=gelu)
@@ -72,7 +72,7 @@ def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False)
 
 
 def sums_in_8_bits(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> QuantizedRows:
-    """Makes of the sums of an int8 product, by way of the layer's result and its GELU, what the next layer takes.
+    """Quantizes the GELU of an int8 layer's result, given the sums of its product.
 
     Args:
         sums: int32 [rows, n], ``rows.values @ weight.values.T``.
@@ -86,14 +86,14 @@ def sums_in_8_bits(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bia
 
 
 def sums_to_bf16(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> Tensor:
-    """Makes bf16 [rows, n] of the sums of an int8 product; see ``sums_in_8_bits``."""
+    """Returns an int8 layer's result, bf16 [rows, n], given the sums of its product; see ``sums_in_8_bits``."""
     out = torch.empty_like(sums, dtype=torch.bfloat16)
     _launch(sums, (rows.scales, weight.scales, bias), out, gelu=False)
     return out
 
 
 def empty_rows(like: Tensor, dtype: torch.dtype) -> QuantizedRows:
-    """Makes room for as many and as wide rows as ``like`` has."""
+    """Allocates 8-bit rows of the shape of ``like``."""
     scales = torch.empty(like.shape[0], 1, device=like.device, dtype=torch.float32)
     return QuantizedRows(torch.empty_like(like, dtype=dtype), scales)
 

@@ -1,4 +1,4 @@
-"""The product in the middle of the MLP, in one pass over what gate and up gave."""
+"""The gated product of an MLP, in one pass over the output of its first layer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The fused decode step and prefill of the AR, over the kernels of ``glm_image.kernels``."""
+"""The AR's decode step and prefill on Triton kernels; imported only where Triton can run."""

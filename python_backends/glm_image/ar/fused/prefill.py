@@ -1,7 +1,8 @@
-"""Reading a prompt with few launches: nine a layer, where plain torch has forty.
+"""Prefill with few launches: nine per layer, where plain torch has forty.
 
-A short prompt is bound by launches: the others' next token waits for it. Matrix products and attention are those of
-torch's libraries, chosen by the prompt's own length, so what a prompt gives depends on nothing else.
+The launches of a short prompt take longer than its kernels, and delay the next token of the other slots. Matrix
+products and attention are those of torch's libraries, chosen by the prompt's own length, so the result depends on
+nothing else.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from glm_image.kernels.silu_product import silu_product
 
 
 class FusedPrefill:
-    """Reads prompts with the kernels of this package; ``Decoder.prefill`` is its twin and tells its arguments.
+    """Prefill on the kernels; the reference is ``Decoder.prefill``, which has the same arguments.
 
     Args:
-        decoder: holds the weights, bf16 or int8; ``decoder.supports`` must hold for it.
+        decoder: holds the weights, bf16 or int8; ``fused.decoder.supports`` must hold for it.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -33,7 +34,6 @@ class FusedPrefill:
 
     @torch.inference_mode()
     def __call__(self, token_ids: Tensor, cos: Tensor, sin: Tensor, cache: KvCache, slot: int) -> Tensor:
-        """See ``Decoder.prefill``."""
         decoder, eps = self._decoder, self._decoder.config.norm_eps
         shape = (len(token_ids), decoder.config.hidden_size)
         residual, normed = torch.empty(2, *shape, device=token_ids.device, dtype=decoder.dtype)

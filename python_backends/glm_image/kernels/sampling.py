@@ -1,7 +1,8 @@
-"""Drawing a token a slot without sorting the vocabulary: the twin of ``ar.sampler.draw`` and ``DecodeState.advance``.
+"""Sampling of one token per row without sorting the vocabulary.
 
-The cut of top-k and that of top-p are values, and a value is found by bisection over the order of floats: 32 sums over
-a row that stays in registers. Equal logits fall on the same side of a cut.
+The cut-offs of top-k and top-p are values, and a value is found by bisection over the order of floats: 32 sums over a
+row that stays in registers. Equal logits fall on the same side of a cut-off. The reference sorts: ``ar.sampler.sample``
+and ``DecodeState.advance``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glm_image.ar.state import DecodeState
 from glm_image.kernels.overlap import can_overlap, wait_for_previous
 
 LARGEST = tl.constexpr(0x7FFFFFFF)
@@ -23,14 +23,14 @@ def _load_scores(logits_ptr, at, vocabulary, temperature):
 
 @triton.jit
 def _ordered(scores, at, vocabulary):
-    # Maps fp32 to int32 so that integers compare as the floats do; what is beyond the vocabulary comes first.
+    """Maps fp32 to int32 such that integers compare as the floats do, and ids beyond the vocabulary come first."""
     bits = scores.to(tl.int32, bitcast=True)
     return tl.where(at < vocabulary, tl.where(bits < 0, bits ^ LARGEST, bits), -LARGEST)
 
 
 @triton.jit
 def _upper_middle(low, high):
-    # (low + high + 1) // 2 without leaving int32.
+    """Returns ``(low + high + 1) // 2`` without overflow of int32."""
     return (low >> 1) + (high >> 1) + ((low | high) & 1)
 
 
@@ -39,14 +39,14 @@ def _race(weights, scores, peak, noise_ptr, allowed_ptr, at, vocabulary):
     allowed = tl.load(allowed_ptr + at, mask=at < vocabulary, other=0) != 0
     noise = tl.load(noise_ptr + at, mask=at < vocabulary, other=1.0)
     race = tl.where(allowed, weights / noise, 0.0)
-    # A race nobody may win falls to the best allowed score.
+    # A race without a winner goes to the best allowed score.
     return tl.where(race > 0, race, tl.where(allowed, scores - peak - 1.0, float("-inf")))
 
 
 @triton.jit
-def _draw_kernel(
+def _sample_kernel(
     logits_ptr, noise_ptr, allowed_ptr, temperature_ptr, cut_ptr, kth_ptr, preview_ptr,
-    drawn_ptr, tokens_ptr, lengths_ptr, active_ptr, output_ptr, vocabulary, positions,
+    sampled_ptr, tokens_ptr, lengths_ptr, active_ptr, output_ptr, vocabulary, positions,
     NOISE_STEPS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(OVERLAP)
@@ -61,13 +61,13 @@ def _draw_kernel(
     peak = tl.maximum(tl.max(scores), tl.max(scores2))
     best = tl.maximum(tl.max(order), tl.max(order2))
 
-    # The k-th best: the largest value that at least k scores reach.
+    # Top-k: the largest value that at least k scores reach.
     low, high = -LARGEST, best
-    wanted = vocabulary - tl.load(kth_ptr + row)
-    if wanted < vocabulary:
+    top_k = vocabulary - tl.load(kth_ptr + row)
+    if top_k < vocabulary:
         while low < high:
             middle = _upper_middle(low, high)
-            enough = tl.sum((order >= middle).to(tl.int32)) + tl.sum((order2 >= middle).to(tl.int32)) >= wanted
+            enough = tl.sum((order >= middle).to(tl.int32)) + tl.sum((order2 >= middle).to(tl.int32)) >= top_k
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle - 1)
     weights = tl.where(order >= low, tl.exp(scores - peak), 0.0)
@@ -84,33 +84,56 @@ def _draw_kernel(
     weights = tl.where(order > low, weights, 0.0)
     weights2 = tl.where(order2 > low, weights2, 0.0)
 
-    drawn = tl.load(drawn_ptr + row)
-    noise_ptr += (row * NOISE_STEPS + drawn % NOISE_STEPS) * vocabulary
-    allowed_ptr += (drawn >= tl.load(preview_ptr + row)).to(tl.int64) * vocabulary
+    sampled = tl.load(sampled_ptr + row)
+    noise_ptr += (row * NOISE_STEPS + sampled % NOISE_STEPS) * vocabulary
+    allowed_ptr += (sampled >= tl.load(preview_ptr + row)).to(tl.int64) * vocabulary
     race = _race(weights, scores, peak, noise_ptr, allowed_ptr, at, vocabulary)
     race2 = _race(weights2, scores2, peak, noise_ptr, allowed_ptr, at2, vocabulary)
     token = tl.where(tl.max(race) >= tl.max(race2), tl.argmax(race, axis=0), MAIN + tl.argmax(race2, axis=0))
 
     active = tl.load(active_ptr + row)
     tl.store(tokens_ptr + row, token.to(tl.int64))
-    tl.store(output_ptr + row * positions + drawn, token.to(tl.int64))
+    tl.store(output_ptr + row * positions + sampled, token.to(tl.int64))
     tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + active)
-    tl.store(drawn_ptr + row, drawn + active)
+    tl.store(sampled_ptr + row, sampled + active)
 
 
-def draw_tokens(logits: Tensor, state: DecodeState) -> None:
-    """Draws one token a slot, notes it and moves the active slots on.
+def sample_and_advance(
+    logits: Tensor,
+    noise: Tensor,
+    allowed: Tensor,
+    *,
+    temperature: Tensor,
+    cut: Tensor,
+    kth: Tensor,
+    preview_tokens: Tensor,
+    sampled: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    active: Tensor,
+    output: Tensor,
+) -> None:
+    """Samples one token per row, stores it and advances the active rows.
 
     Args:
-        logits: fp32 [slots, vocabulary].
-        state: its tokens, output, lengths and drawn are written.
+        logits: fp32 [rows, vocabulary].
+        noise: fp32 [rows, steps, vocabulary], exponentially distributed; step ``sampled % steps`` is used.
+        allowed: bool [2, vocabulary]: ids allowed among the first ``preview_tokens`` tokens, and after them.
+        temperature: fp32 [rows, 1].
+        cut: fp32 [rows, 1]: 1 - top_p.
+        kth: int64 [rows, 1]: vocabulary - top_k.
+        preview_tokens: int64 [rows].
+        sampled: int64 [rows], tokens sampled so far; advanced.
+        tokens: int64 [rows], written: the tokens.
+        lengths: int64 [rows], filled positions of the cache; advanced.
+        active: int64 [rows], 1 where a row advances, otherwise 0.
+        output: int64 [rows, positions], written at ``sampled``.
     """
-    slots, vocabulary = logits.shape
+    rows, vocabulary = logits.shape
     main = triton.next_power_of_2(vocabulary + 1) // 2
     rest = triton.next_power_of_2(max(16, vocabulary - main))
-    rows = state.sampler
-    _draw_kernel[(slots,)](
-        logits, state.noise, state.allowed, rows.temperature, rows.cut, rows.kth, rows.preview_tokens,
-        state.drawn, state.tokens, state.lengths, state.active, state.output, vocabulary, state.output.shape[1],
-        state.noise.shape[1], main, rest, can_overlap(), num_warps=32, launch_pdl=can_overlap(),
+    _sample_kernel[(rows,)](
+        logits, noise, allowed, temperature, cut, kth, preview_tokens,
+        sampled, tokens, lengths, active, output, vocabulary, output.shape[1],
+        noise.shape[1], main, rest, can_overlap(), num_warps=32, launch_pdl=can_overlap(),
     )  # fmt: skip
