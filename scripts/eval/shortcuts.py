@@ -26,9 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from eval.adherence import add_request_arguments, judge_question, measure, request_of, say, shares
 from eval.questions import Picture, Question, Request, edit_questions, local_generator, scene_questions
 from eval.similarity import psnr, ssim
-from glm_image.ar.settings import ArSettings
 from glm_image.devices.open import instance_device
-from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.pipeline import LocalSettings
 
@@ -59,8 +57,9 @@ class Shortcut:
         """
         dit = dict(self.dit)
         if self.cache is not None:
-            dit["cache"] = _built(_cache_settings(), self.cache)
-        return LocalSettings(ar=_built(ArSettings, self.ar), dit=_built(DitSettings, dit))
+            dit["cache"] = _changed(_cache_settings()(), self.cache)
+        exact = LocalSettings()
+        return dataclasses.replace(exact, ar=_changed(exact.ar, self.ar), dit=_changed(exact.dit, dit))
 
 
 SHORTCUTS: Final[dict[str, Shortcut]] = {
@@ -106,11 +105,11 @@ def _cache_settings() -> type:
     return cache
 
 
-def _built(settings: type, values: Mapping[str, Any]) -> Any:
+def _changed(settings: Any, values: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(settings)}
     if unknown := sorted(set(values) - known):
-        raise ConfigurationError(f"{settings.__name__} has no {', '.join(unknown)}")
-    return settings(**values)
+        raise ConfigurationError(f"{type(settings).__name__} has no {', '.join(unknown)}")
+    return dataclasses.replace(settings, **values)
 
 
 def devices_from(first: str, count: int) -> str:

@@ -60,8 +60,8 @@ def through_a_bottleneck(picture: Pixels) -> Pixels:
 @pytest.mark.parametrize("harm", [np.asarray, blurred, noisy, compressed, shifted, through_a_bottleneck])
 def test_drawings_are_judged_right_even_harmed(harm: Callable[[Pixels], Pixels]) -> None:
     questions = scene_questions(12, seed=3)
-    told = shares(judge(look(harm(rendered(each.scene, SQUARE))), each.scene) for each in questions)
-    assert {name: share for name, share in told.items() if name != "of"} == dict.fromkeys(told["of"], 1.0)
+    result = shares(judge(look(harm(rendered(question.scene, SQUARE))), question.scene) for question in questions)
+    assert {name: share for name, share in result.items() if name != "of"} == dict.fromkeys(result["of"], 1.0)
 
 
 @pytest.mark.full

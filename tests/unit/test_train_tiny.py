@@ -292,8 +292,8 @@ def test_cells_of_half_the_pixels_show_the_same_in_a_picture_of_half_the_size() 
 
 def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
-    inside, beside = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
-    labels = cell_labels(Table.of([inside, beside]), Size(256, 256))
+    inside, apart = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
+    labels = cell_labels(Table.of([inside, apart]), Size(256, 256))
     assert labels.held[0].any()
     assert torch.equal(labels.held[0] == 1, labels.colour[0] == 1 + COLOUR_INDEX["red"])
     assert (labels.colour[1] == 1 + COLOUR_INDEX["red"]).any()
