@@ -71,11 +71,13 @@ SHORTCUTS: Final[dict[str, Shortcut]] = {
     "steps-3/4": Shortcut(steps_share=0.75),
     "steps-1/2": Shortcut(steps_share=0.5),
     "steps-1/4": Shortcut(steps_share=0.25),
-    "int8-ar": Shortcut(ar={"int8": True}),
+    "int8-ar": Shortcut(ar={"quantization": "int8"}),
     "int8-dit": Shortcut(dit={"quantization": "int8"}),
     "fp8-dit": Shortcut(dit={"quantization": "fp8"}),
-    "int8-both": Shortcut(ar={"int8": True}, dit={"quantization": "int8"}),
-    "int8-both-cache-0.24": Shortcut({"int8": True}, {"quantization": "int8"}, {"residual_diff_threshold": 0.24}),
+    "int8-both": Shortcut(ar={"quantization": "int8"}, dit={"quantization": "int8"}),
+    "int8-both-cache-0.24": Shortcut(
+        {"quantization": "int8"}, {"quantization": "int8"}, {"residual_diff_threshold": 0.24}
+    ),
     "cfg-2": Shortcut(dit={"parallel": "cfg=2"}, devices=2),
     "ulysses-2": Shortcut(dit={"parallel": "ulysses=2"}, devices=2),
     "ring-2": Shortcut(dit={"parallel": "ring=2"}, devices=2),

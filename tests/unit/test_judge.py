@@ -165,6 +165,6 @@ def test_devices_are_counted_on_from_the_first(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_exact_shortcut_is_the_default_and_an_unknown_setting_is_named() -> None:
     assert SHORTCUTS[EXACT].settings() == LocalSettings()
-    assert SHORTCUTS["int8-ar"].settings().ar.int8
+    assert SHORTCUTS["int8-ar"].settings().ar.quantization == "int8"
     with pytest.raises(ConfigurationError, match="DitSettings has no tempo"):
         Shortcut(dit={"tempo": "allegro"}).settings()
