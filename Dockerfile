@@ -2,21 +2,21 @@
 # GLM-Image on Triton, for x86_64 and aarch64:
 #   docker build --target cuda   -t glm-image:cuda .
 #   docker build --target ascend -t glm-image:ascend .
-# Weights are mounted at /checkpoint when a container runs; no image holds any. docs/containers.md says more.
+# Weights are not part of an image; mount them at /checkpoint. See docs/containers.md.
 
-# The vendors' images, by the names they have on the building machine; or name them with their registry.
-# A Triton of 26.07 or newer with its Python backend; its own Python is the one that the backend links.
+# The vendors' images, by their local names; or pass full names with a registry.
+# Triton 26.07 or newer with its Python backend, which links the image's Python.
 ARG TRITON_IMAGE=tritonserver:26.07-py3
-# A CANN of the card's kind (910b, a3, ...) that goes with the torch-npu of constraints.txt.
+# CANN for the card (910b, a3, ...), compatible with the torch-npu of constraints.txt.
 ARG CANN_IMAGE=cann:8.5.0-910b-ubuntu22.04-py3.11
 
 FROM ${CANN_IMAGE} AS cann
 
-# What both kinds share: the system's packages, the project, a user of no rights.
+# Common to both targets: system packages, the project, an unprivileged user.
 # hadolint ignore=DL3006
 FROM ${TRITON_IMAGE} AS base
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# A compiler and Python's headers: kernels written in Triton, the language, are compiled when they are first used.
+# A compiler and Python's headers, since kernels written in Triton (the language) are compiled at first use.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev python3-venv \
@@ -37,7 +37,7 @@ COPY scripts/serve scripts/serve
 COPY scripts/lib scripts/lib
 COPY containers containers
 EXPOSE 8000 8001 8002
-# A load of the whole checkpoint takes minutes.
+# Loading the full checkpoint takes minutes.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=15m --retries=3 \
     CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=5)"]
 ENTRYPOINT ["/opt/glm-image/containers/serve", "--checkpoint", "/checkpoint", "--host", "0.0.0.0"]
@@ -49,8 +49,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && rm /tmp/constraints.txt
 USER 10001:10001
 
-# Triton's image takes CANN in, not the other way round: CANN's libraries are built for older systems than this one and
-# run on it, while this Triton asks for a newer C library and another Python than CANN's images have.
+# CANN is copied into Triton's image, not vice versa: CANN's libraries are built for older systems and run on this one,
+# while this Triton needs a newer C library and another Python than CANN's images have.
 FROM base AS ascend
 COPY --from=cann /usr/local/Ascend /usr/local/Ascend
 RUN --mount=type=cache,target=/root/.cache/pip \

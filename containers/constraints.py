@@ -1,9 +1,9 @@
-"""Writes the constraints of a container: those of the project, but for what the base image brings of its own.
+"""Writes the constraints of a container: the project's, except for packages that the base image contains.
 
     constraints.py constraints.txt > /tmp/constraints.txt
 
-A vendor's torch is built for its libraries and must stay: a package of ``VENDOR`` that is installed already is pinned
-to the version that is there.
+A vendor's torch is built for its libraries and must be kept: an installed package of ``VENDOR`` is pinned to its
+installed version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VENDOR = ("numpy", "torch", "torch-npu", "triton")
 
 
 def container_constraints(text: str, installed: dict[str, str]) -> str:
-    """Returns the lines of ``text``, those of ``installed`` packages with the version that is there."""
+    """Returns the lines of ``text``, with installed packages pinned to their installed versions."""
     lines = []
     for line in text.splitlines():
         name = normalized(line.partition("==")[0])
@@ -26,18 +26,18 @@ def container_constraints(text: str, installed: dict[str, str]) -> str:
 
 
 def installed_by_the_vendor() -> dict[str, str]:
-    """The packages of ``VENDOR`` that are there, each with its version."""
-    found = {}
+    """Returns the installed packages of ``VENDOR`` with their versions."""
+    versions = {}
     for name in VENDOR:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def normalized(name: str) -> str:
-    """A package's name as registries compare it."""
+    """Returns a package's name as registries compare it."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 

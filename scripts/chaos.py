@@ -185,9 +185,7 @@ class Chaos:
             try:
                 end = time.monotonic() + seconds
                 # Every kind of failure occurs, however short the run, and none that would end after it.
-                while time.monotonic() + self._longest_cycle() < end or len(self.report.failures) < len(
-                    UNREADY_SECONDS
-                ):
+                while time.monotonic() + self._longest_cycle() < end or len(failures) < len(UNREADY_SECONDS):
                     self._watch_health(self._random.uniform(*CALM_SECONDS))
                     self._inject(list(UNREADY_SECONDS)[len(failures) % 2])
             finally:

@@ -1,4 +1,4 @@
-"""Ranks that do not come to be, each at another point of loading; the others wait for them in a collective."""
+"""Executors that fail at different points of loading, while the other ranks wait for them in a collective."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ class _EndsBadly(_Meets):
         self._ranks = ranks
 
     def run(self, command: Any, /) -> Any:
-        """The other rank stays in a sum until this one closes."""
+        """Rank 1 stays in an all-reduce until rank 0 closes."""
         if self._ranks.world.rank:
             self._ranks.world.all_reduce_sum(torch.ones(1))
         return command
 
     def close(self) -> None:
         ENDS.append(self._ranks.world.all_reduce_sum(torch.ones(1)).item())
-        raise RuntimeError("this rank does not end well")
+        raise RuntimeError("this rank fails to close")
 
 
 ENDS: list[float] = []
-"""What the sums at the end of ``ends_badly`` were."""
+"""The all-reduced sums at the close of ``ends_badly``."""
 
 
 def ends_badly(device: Device, ranks: Ranks) -> RankExecutor:
-    """Has something under way that ends with the others alone, and then raises."""
+    """An executor that needs the other ranks to close, and then raises."""
     return _EndsBadly(ranks)
 
 
 def meets(_: object, device: Device, ranks: Ranks) -> RankExecutor:
-    """Loads, once all ranks are there."""
+    """Loads when all ranks have joined."""
     return _Meets(ranks)
 
 
 def ends(device: Device, ranks: Ranks) -> RankExecutor:
-    """Is killed on rank 1."""
+    """Kills itself on rank 1."""
     if ranks.world.rank:
         os.kill(os.getpid(), signal.SIGKILL)
     return _Meets(ranks)

@@ -1,4 +1,4 @@
-"""Compares what a picture shows with what was asked for."""
+"""Compares an image's contents with the requested scene."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from train_tiny.world.edits import Edit
 from train_tiny.world.scene import Background, Scene, Thing
 
 Verdict = dict[str, bool]
-"""A property's name, and whether it is as asked for; what was not asked for is not in it."""
+"""Whether each requested property is correct."""
 
 PROPERTIES: Final = ("count", "colour", "shape", "size", "position", "background", "word", "short_word", "all")
 SHORT_WORD: Final = 4
 APART: Final = 0.06
-"""Shares of the picture by which a thing must be further left, or higher, than another."""
+"""Minimum offset, as a share of the image, of an object left of or above another."""
 SAME_PLACE: Final = 0.09
-"""Shares of the picture by which a thing that was to stay may have moved."""
+"""Maximum movement, as a share of the image, of an object that must stay."""
 OFF_MIDDLE: Final = 0.08
 
 
-def judge(seen: Seen, asked: Scene) -> Verdict:
-    """Says which properties of a scene a picture has.
+def judge(seen: Seen, requested: Scene) -> Verdict:
+    """Judges each property of a scene.
 
     ``count``: as many things, and a sign where there is to be one. ``colour``: these colours and no others. ``shape``,
     ``size``: those of every thing, found by its colour where that is right. ``position``: the relation; for a thing
     alone its side, unless it is to be in the middle, where things are by default. ``word``: every letter;
     ``short_word`` likewise, for at most ``SHORT_WORD``. ``all``: all of these.
     """
-    pairs = match(asked.things, seen.things)
+    pairs = match(requested.things, seen.things)
     verdict = {
-        "count": len(seen.things) == len(asked.things) and (seen.sign is None) == (asked.sign is None),
-        "colour": sorted(thing.colour for thing in seen.things) == sorted(thing.colour for thing in asked.things),
+        "count": len(seen.things) == len(requested.things) and (seen.sign is None) == (requested.sign is None),
+        "colour": sorted(thing.colour for thing in seen.things) == sorted(thing.colour for thing in requested.things),
         "shape": all(found is not None and found.shape == thing.shape for thing, found in pairs),
         "size": all(found is not None and found.size == thing.size for thing, found in pairs),
-        "background": same_background(seen.background, asked.background),
+        "background": same_background(seen.background, requested.background),
     }
-    if asked.relation != "middle":
-        verdict["position"] = related(asked.relation, [found for _, found in pairs])
-    if asked.sign:
-        verdict["word"] = word_right(seen, asked)
-        if len(asked.sign.word) <= SHORT_WORD:
+    if requested.relation != "middle":
+        verdict["position"] = related(requested.relation, [found for _, found in pairs])
+    if requested.sign:
+        verdict["word"] = word_right(seen, requested)
+        if len(requested.sign.word) <= SHORT_WORD:
             verdict["short_word"] = verdict["word"]
     verdict["all"] = all(verdict.values())
     return verdict
 
 
 def judge_edit(seen: Seen, edit: Edit) -> Verdict:
-    """Says whether an edit's change is there, ``changed``, and whether all else is as it was, ``kept``."""
+    """Judges whether an edit's change is present (``changed``) and the rest unchanged (``kept``)."""
     before, after = edit.before, edit.after
     pairs = match(after.things, seen.things)
     found = [seen_thing for _, seen_thing in pairs]
@@ -80,7 +80,7 @@ def judge_edit(seen: Seen, edit: Edit) -> Verdict:
 
 
 def match(things: Sequence[Thing], seen: Sequence[SeenThing]) -> list[tuple[Thing, SeenThing | None]]:
-    """Finds each thing among those seen: by its colour; else by its shape and by how near it is."""
+    """Matches each object with a seen one: by colour, else by shape and distance."""
 
     def difference(thing: Thing, there: SeenThing | None) -> float:
         if there is None:
@@ -95,16 +95,18 @@ def match(things: Sequence[Thing], seen: Sequence[SeenThing]) -> list[tuple[Thin
     return list(zip(things, best, strict=True))
 
 
-def same_background(seen: Background, asked: Background) -> bool:
-    """Whether kind and colours are the same; which comes first only matters in a gradient."""
-    if seen.kind != asked.kind:
+def same_background(seen: Background, requested: Background) -> bool:
+    """Whether kind and colours are the same; their order matters in a gradient only."""
+    if seen.kind != requested.kind:
         return False
-    return seen.colours == asked.colours or (seen.kind != "gradient" and set(seen.colours) == set(asked.colours))
+    return seen.colours == requested.colours or (
+        seen.kind != "gradient" and set(seen.colours) == set(requested.colours)
+    )
 
 
-def word_right(seen: Seen, asked: Scene) -> bool:
+def word_right(seen: Seen, requested: Scene) -> bool:
     """Whether the sign's word is there; without a sign, whether there is none."""
-    return (seen.sign and seen.sign.word) == (asked.sign and asked.sign.word)
+    return (seen.sign and seen.sign.word) == (requested.sign and requested.sign.word)
 
 
 def related(relation: str, found: Sequence[SeenThing | None]) -> bool:

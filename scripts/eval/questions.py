@@ -1,4 +1,4 @@
-"""What a model is asked, and who is asked: the engines in this process, or a server."""
+"""The questions of an evaluation, and the model under test: the engines in this process, or a server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHINESE_EVERY = 4
 
 @dataclass(frozen=True)
 class Request:
-    """How all pictures are asked for."""
+    """The settings of all requests."""
 
     height: int = 256
     width: int = 256
@@ -37,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what its picture is to show.
+    """A prompt and the scene that its image should show.
 
     Attributes:
         prompt: a caption, or an edit's instruction.
@@ -52,19 +52,19 @@ class Question:
     edit: Edit | None = None
 
     def source(self, request: Request) -> Picture | None:
-        """Returns the picture to be edited, drawn; None = none."""
-        return drawn(self.edit.before, request) if self.edit else None
+        """Returns the rendered source image of an edit, or None."""
+        return rendered(self.edit.before, request) if self.edit else None
 
 
-class Painter(Protocol):
-    """Paints a question's picture and tells the seconds it took."""
+class ImageGenerator(Protocol):
+    """Generates a question's image and measures the time."""
 
     def __call__(self, question: Question, request: Request) -> tuple[Picture, float]:
         """Returns uint8 [height, width, 3] and seconds."""
 
 
 def scene_questions(count: int, seed: int) -> list[Question]:
-    """Returns captions of scenes kept from training; every ``CHINESE_EVERY``-th is Chinese."""
+    """Returns captions of held-out scenes; every ``CHINESE_EVERY``-th is Chinese."""
     rng = Random(seed)
     questions = []
     for index in range(count):
@@ -75,21 +75,21 @@ def scene_questions(count: int, seed: int) -> list[Question]:
 
 
 def edit_questions(count: int, seed: int) -> list[Question]:
-    """Returns edits that lead to scenes kept from training, each kind as often."""
+    """Returns edits that lead to held-out scenes, with equal shares of all kinds."""
     rng = Random(seed)
     edits = [sample_edit(rng, held_out=True, kind=KINDS[index % len(KINDS)]) for index in range(count)]
     return [Question(edit.instruction, edit.after, seed + index, edit) for index, edit in enumerate(edits)]
 
 
 def otherwise(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Returns the same questions with prompts in other words, as far as they can be said so."""
+    """Returns the questions with paraphrased prompts, where a paraphrase is known."""
     rng = Random(seed)
     return [replace(question, prompt=in_other_words(question.prompt, rng)) for question in questions]
 
 
-def drawn(scene: Scene, request: Request) -> Picture:
-    """Returns the true drawing of a scene, uint8 [height, width, 3]."""
-    # The drawer wants what the model generates: multiples of 32.
+def rendered(scene: Scene, request: Request) -> Picture:
+    """Renders a scene, uint8 [height, width, 3]."""
+    # Rendered at the size that the model generates: multiples of 32.
     picture = draw([scene], -(-request.height // 32) * 32, -(-request.width // 32) * 32)[0].permute(1, 2, 0)
     return picture[: request.height, : request.width].contiguous().numpy()
 
@@ -102,9 +102,9 @@ def png(picture: Picture) -> bytes:
 
 
 @contextmanager
-def local_painter(
+def local_generator(
     checkpoint: Path, device: str = "auto", settings: object = None, *, true_codes: bool = False
-) -> Iterator[Painter]:
+) -> Iterator[ImageGenerator]:
     """Opens the engines.
 
     Args:
@@ -118,18 +118,18 @@ def local_painter(
 
     with LocalPipeline(checkpoint, device, settings) as pipeline:  # type: ignore[arg-type]
 
-        def of_true_codes(asked: GenerationParameters, drawing: bytes) -> Picture:
-            sources = asked.images or ()
-            seen = pipeline.prior(pipeline.resolve(replace(asked, images=(*sources, drawing))))
+        def from_true_codes(parameters: GenerationParameters, rendering: bytes) -> Picture:
+            sources = parameters.images or ()
+            seen = pipeline.prior(pipeline.resolve(replace(parameters, images=(*sources, rendering))))
             of_sources, own = np.split(seen.source_token_ids, [-seen.source_grids[-1].tokens])
             prior = replace(
                 seen, prior_token_ids=own[None], source_token_ids=of_sources, source_grids=seen.source_grids[:-1]
             )
-            return pipeline.paint(paint_request(pipeline.resolve(asked), prior, {})).pixels[0]
+            return pipeline.paint(paint_request(pipeline.resolve(parameters), prior, {})).pixels[0]
 
         def paint(question: Question, request: Request) -> tuple[Picture, float]:
             source = question.source(request)
-            asked = GenerationParameters(
+            parameters = GenerationParameters(
                 prompt=question.prompt,
                 height=request.height,
                 width=request.width,
@@ -140,16 +140,16 @@ def local_painter(
             )
             started = time.perf_counter()
             if true_codes:
-                pixels = of_true_codes(asked, png(drawn(question.scene, request)))
+                pixels = from_true_codes(parameters, png(rendered(question.scene, request)))
             else:
-                pixels = pipeline.generate(asked).pixels[0]
+                pixels = pipeline.generate(parameters).pixels[0]
             return pixels, time.perf_counter() - started
 
         yield paint
 
 
 @contextmanager
-def served_painter(url: str) -> Iterator[Painter]:
+def served_generator(url: str) -> Iterator[ImageGenerator]:
     """Connects to a server at ``[SCHEME://]HOST:PORT``."""
     from glm_image_client import GlmImageClient  # noqa: PLC0415 - the engines need no client
 

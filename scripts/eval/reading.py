@@ -1,4 +1,4 @@
-"""Reads the sign of a picture: finds its frame, then compares each letter with the drawer's own."""
+"""Reads the sign of an image: finds its frame, then compares each letter with the renderer's templates."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from train_tiny.world.scene import Sign
 from train_tiny.world.vocabulary import LETTERS, MAX_LETTERS, SIGN_PLACES
 
 DRIFT: Final = 0.02
-"""How far a sign, and a letter in it, may be from where the drawer puts it, in sides that letters are as large as."""
+"""Maximum offset of a sign, and of a letter in it, from the renderer's position, in units of the letters' side."""
 DARK_BELOW: Final = 0.45
 FRAME_SHARE: Final = 0.6
-"""Of each of the four sides of a sign's frame must be dark."""
+"""The share of each side of a sign's frame that must be dark."""
 
 
 def read_sign(picture: Tensor) -> Sign | None:
-    """Returns the sign of a picture, or None.
+    """Returns the sign of an image, or None.
 
     Args:
         picture: float [3, height, width], 0 to 1.
@@ -41,15 +41,15 @@ def read_sign(picture: Tensor) -> Sign | None:
 
 
 def _frame_share(grey: Tensor, board: Board, letters: int) -> tuple[float, int, int]:
-    """Returns how dark the palest side of a frame is, where it is darkest, and how far down and right that is."""
+    """Returns the best position of a frame: the darkness of its palest side there, and the offset down and right."""
     drift, thick = _drift(grey), board.border
     tall, wide = board.cell_height + 2 * thick, letters * board.cell_width + 2 * thick
-    # A margin around, in which there is nothing dark.
+    # A white margin.
     dark = F.pad((grey < DARK_BELOW).float(), [drift + thick] * 4)
     shifts = 2 * drift + 1
 
     def side(top: int, left: int, height: int, width: int) -> Tensor:
-        # In the padded picture the frame's corner, drifted the most up and left, is at (board.top, board.left).
+        # In the padded image the frame's corner is at (board.top, board.left) at the largest offset up and left.
         top, left = board.top + top, board.left + left
         reach = dark[top : top + height + shifts - 1, left : left + width + shifts - 1]
         return F.avg_pool2d(reach[None, None], (height, width), 1)[0, 0]
@@ -81,7 +81,7 @@ def _read(grey: Tensor, board: Board, letters: int) -> str:
 
 
 def normalised_correlation(pictures: Tensor, templates: Tensor) -> Tensor:
-    """Returns how alike each template and each place of each picture are, -1 to 1.
+    """Returns the normalized correlation of each template at each position of each image, -1 to 1.
 
     Args:
         pictures: float [n, 1, height, width].

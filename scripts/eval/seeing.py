@@ -1,4 +1,4 @@
-"""Says what is on a picture of the drawn world, from its pixels alone."""
+"""Recognizes the contents of a rendered scene from its pixels."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from train_tiny.world.shapes import CREAM, DARK, WOOD
 from train_tiny.world.vocabulary import BACKGROUND_COLOURS, BACKGROUNDS, COLOURS, SHAPES
 
 FIT_SIDE: Final = 64
-"""Backgrounds are compared on pictures whose short side is brought to this."""
+"""The short side at which backgrounds are compared."""
 FIT_OUTLIER: Final = 0.25
-"""A pixel farther than this from a background, in RGB from 0 to 1, is not of it, however far it is."""
+"""Distances of pixels from a background, in RGB from 0 to 1, are clipped here."""
 PATTERN_PENALTY: Final = 0.015
-"""How much nearer two colours must be than one, so that a tint is not taken for a gradient."""
+"""Minimum improvement of two colours over one for a gradient."""
 WORK_SIDE: Final = 128
-"""Things are sought on pictures whose short side is brought to this."""
+"""The short side at which objects are detected."""
 THIN: Final = 1
-"""Half the width, in pixels, of lines that are taken for edges."""
+"""Half the width, in pixels, of lines that count as edges."""
 LEAST_AREA: Final = 0.0085
-"""Of a thing, in squares of the short side; less are a door, a trunk, a nose."""
+"""Minimum area of an object, in squares of the short side; smaller areas are details such as a door."""
 TEMPLATE: Final = 48
 ASPECT_WEIGHT: Final = 0.4
 LARGE_ABOVE: Final = 0.265
-"""A thing with more short sides from end to end is large."""
+"""The extent, in short sides, above which an object is large."""
 
 
 @dataclass(frozen=True)
 class SeenThing:
-    """A thing found.
+    """A detected object.
 
     Attributes:
         shape: the most alike of ``SHAPES``.
@@ -65,12 +65,12 @@ class SeenThing:
 
     @property
     def x(self) -> float:
-        """Its centre, as a share of the picture's width."""
+        """The centre, as a share of the image's width."""
         return (self.left + self.right) / 2
 
     @property
     def y(self) -> float:
-        """Its centre, as a share of the height that a sign leaves free."""
+        """The centre, as a share of the height without a sign."""
         return (self.top + self.bottom) / 2
 
     @property
@@ -79,14 +79,14 @@ class SeenThing:
         return "large" if self.extent > LARGE_ABOVE else "small"
 
     def holds(self, other: SeenThing) -> bool:
-        """Whether the centre of ``other`` is inside, and it is the smaller one."""
+        """Whether ``other`` is smaller and its centre is inside."""
         inside = self.left < other.x < self.right and self.top < other.y < self.bottom
         return inside and other.extent < self.extent
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows."""
+    """The contents of an image."""
 
     things: tuple[SeenThing, ...]
     background: Background
@@ -94,7 +94,7 @@ class Seen:
 
 
 def look(pixels: NDArray[np.uint8]) -> Seen:
-    """Says what is on a picture.
+    """Recognizes the contents of an image.
 
     Args:
         pixels: uint8 [height, width, 3].
@@ -109,7 +109,7 @@ def look(pixels: NDArray[np.uint8]) -> Seen:
 
 
 def _background(picture: Tensor, frame: Frame) -> tuple[Background, Tensor]:
-    """Returns the background that most pixels are near to, and a picture of it, float [3, height, width]."""
+    """Returns the best-matching background, and its image, float [3, height, width]."""
     height, width = picture.shape[1:]
     fitted = _shrunk(picture, FIT_SIDE)
     candidates, drawn = _candidates(*fitted.shape[1:])
@@ -135,7 +135,7 @@ def _picture_of(scene: Scene, height: int, width: int) -> Tensor:
 
 
 def _shrunk(picture: Tensor, side: int) -> Tensor:
-    """Returns the picture with the short side brought down to ``side``, where it is longer."""
+    """Returns the image with its short side reduced to ``side``, if it is longer."""
     height, width = picture.shape[1:]
     scale = min(1.0, side / min(height, width))
     to = (round(height * scale), round(width * scale))
@@ -147,11 +147,11 @@ def _things(picture: Tensor, behind: Tensor, short: int) -> tuple[SeenThing, ...
     size = (round(picture.shape[1] * scale), round(picture.shape[2] * scale))
     picture, behind = (F.interpolate(part[None], size, mode="area")[0] for part in (picture, behind))
     least = LEAST_AREA * (short * scale) ** 2
-    # A first look tells which colours there are; edges between two of them are then not taken for a third.
+    # A first pass finds the colours; edges between two of them are then not classified as a third.
     colours = {colour for colour, _ in _pieces(_classes(picture, behind, COLOURS), least)}
     pieces = _pieces(_classes(picture, behind, colours), least)
     things = []
-    inside = torch.zeros(size, dtype=torch.bool)  # only what is smaller can hide a part of a thing
+    inside = torch.zeros(size, dtype=torch.bool)  # only a smaller object can cover part of another
     for colour, mask in reversed(pieces):
         things.append(_thing(colour, mask, inside, short * scale))
         inside |= mask
@@ -159,7 +159,7 @@ def _things(picture: Tensor, behind: Tensor, short: int) -> tuple[SeenThing, ...
 
 
 def _classes(picture: Tensor, behind: Tensor, colours: Collection[str]) -> Tensor:
-    """Returns for each pixel the index in ``COLOURS`` of its colour; of the background's and of details', -1.
+    """Returns each pixel's index in ``COLOURS``; -1 for the background and details.
 
     Args:
         picture: float [3, height, width].
@@ -176,7 +176,7 @@ def _classes(picture: Tensor, behind: Tensor, colours: Collection[str]) -> Tenso
 
 
 def _pieces(classes: Tensor, least: float) -> list[tuple[str, Tensor]]:
-    """Returns the connected pieces of one colour that are more than edges, the largest first."""
+    """Returns the connected pieces of one colour that are not edges, the largest first."""
     found = []
     for index, colour in enumerate(COLOURS):
         mask = classes == index
@@ -189,18 +189,20 @@ def _pieces(classes: Tensor, least: float) -> list[tuple[str, Tensor]]:
         areas = np.bincount(labels.ravel())[1:]
         for label in np.flatnonzero(areas > least) + 1:
             found.append((colour, _grown(torch.from_numpy(labels == label), THIN) & mask))
-    found.sort(key=lambda each: -int(each[1].sum()))
-    return [piece for index, piece in enumerate(found) if not any(_seen_through(piece, one) for one in found[:index])]
+    found.sort(key=lambda item: -int(item[1].sum()))
+    return [
+        piece for index, piece in enumerate(found) if not any(_seen_through(piece, larger) for larger in found[:index])
+    ]
 
 
 def _seen_through(piece: tuple[str, Tensor], larger: tuple[str, Tensor]) -> bool:
-    """Whether a piece is the larger one, seen through the hole of a third."""
+    """Whether a piece is part of the larger one, visible through the hole of a third."""
     top, left, bottom, right = _ends(larger[1])
     return piece[0] == larger[0] and bool(piece[1].sum() == piece[1][top:bottom, left:right].sum())
 
 
 def _core(mask: Tensor) -> Tensor:
-    """Returns the mask without its thin parts, which are edges between other colours."""
+    """Returns the mask without thin parts, which are edges between other colours."""
     return _grown(~_grown(~mask, THIN), THIN) & mask
 
 
@@ -209,7 +211,7 @@ def _grown(mask: Tensor, by: int) -> Tensor:
 
 
 def connected_pieces(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Returns for each pixel the number of its piece, from 1, neighbours across corners counted; outside ``mask`` 0.
+    """Returns each pixel's component number, from 1, with 8-connectivity; 0 outside ``mask``.
 
     Each row's runs of pixels are joined with the runs of the row above that they touch.
 
@@ -259,7 +261,7 @@ def _ends(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def _stamp(mask: Tensor) -> tuple[Tensor, float]:
-    """Returns what is between a mask's ends, brought to one size, and how much wider than high it was, as a log."""
+    """Returns a mask cropped to its extent at a fixed size, and the log of its aspect ratio."""
     top, left, bottom, right = _ends(mask)
     part = mask[None, None, top:bottom, left:right].float()
     stamp = F.interpolate(part, (TEMPLATE, TEMPLATE), mode="bilinear", align_corners=False, antialias=True)
@@ -280,7 +282,7 @@ def _shape(colour: str, mask: Tensor, hiding: Tensor) -> str:
 
 @lru_cache(maxsize=len(COLOURS))
 def _templates(colour: str) -> list[tuple[Tensor, float]]:
-    """Returns what each shape's pixels of a colour look like, its details in other colours left out."""
+    """Returns each shape's mask, without details in other colours."""
     behind = BACKGROUND_COLOURS["white"]
     plain = torch.tensor(behind)[:, None, None].expand(3, WORK_SIDE, WORK_SIDE) / 255
     stamps = []

@@ -1,4 +1,4 @@
-"""Sheets of judged pictures: to look at what is wrong."""
+"""Contact sheets of judged images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def save_sheet(
     verdicts: Sequence[Verdict],
     request: Request,
 ) -> None:
-    """Writes each picture, and a sheet on which those with something wrong have a red frame and say what.
+    """Writes each image, and a sheet on which wrong images have a red frame and a description.
 
     Edits come with their source on the left.
     """

@@ -1,4 +1,4 @@
-"""Measures what each shortcut costs in quality and saves in time: the same prompts and seeds, one JSON object a line.
+"""Measures each shortcut's cost in quality and gain in time, with equal prompts and seeds; prints JSON lines.
 
     shortcuts.py --checkpoint DIR [--only exact,cache-0.24] [-n 100] [--edits 24] [--markdown]
 
@@ -24,24 +24,22 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from eval.adherence import add_request_arguments, judge_question, measure, request_of, say, shares
-from eval.questions import Picture, Question, Request, edit_questions, local_painter, scene_questions
+from eval.questions import Picture, Question, Request, edit_questions, local_generator, scene_questions
 from eval.similarity import psnr, ssim
-from glm_image.ar.settings import ArSettings
 from glm_image.devices.open import instance_device
-from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError
 from glm_image.pipeline import LocalSettings
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Settings other than the exact ones.
+    """Settings that trade quality for time.
 
     Attributes:
         ar: fields of ``ArSettings``.
         dit: fields of ``DitSettings``.
         cache: fields of ``CacheSettings``; None = no cached denoising.
-        steps_share: of the steps asked for.
+        steps_share: the share of the requested steps.
         devices: how many share the second stage.
     """
 
@@ -59,8 +57,9 @@ class Shortcut:
         """
         dit = dict(self.dit)
         if self.cache is not None:
-            dit["cache"] = _built(_cache_settings(), self.cache)
-        return LocalSettings(ar=_built(ArSettings, self.ar), dit=_built(DitSettings, dit))
+            dit["cache"] = _changed(_cache_settings()(), self.cache)
+        exact = LocalSettings()
+        return dataclasses.replace(exact, ar=_changed(exact.ar, self.ar), dit=_changed(exact.dit, dit))
 
 
 SHORTCUTS: Final[dict[str, Shortcut]] = {
@@ -72,17 +71,19 @@ SHORTCUTS: Final[dict[str, Shortcut]] = {
     "steps-3/4": Shortcut(steps_share=0.75),
     "steps-1/2": Shortcut(steps_share=0.5),
     "steps-1/4": Shortcut(steps_share=0.25),
-    "int8-ar": Shortcut(ar={"int8": True}),
+    "int8-ar": Shortcut(ar={"quantization": "int8"}),
     "int8-dit": Shortcut(dit={"quantization": "int8"}),
     "fp8-dit": Shortcut(dit={"quantization": "fp8"}),
-    "int8-both": Shortcut(ar={"int8": True}, dit={"quantization": "int8"}),
-    "int8-both-cache-0.24": Shortcut({"int8": True}, {"quantization": "int8"}, {"residual_diff_threshold": 0.24}),
+    "int8-both": Shortcut(ar={"quantization": "int8"}, dit={"quantization": "int8"}),
+    "int8-both-cache-0.24": Shortcut(
+        {"quantization": "int8"}, {"quantization": "int8"}, {"residual_diff_threshold": 0.24}
+    ),
     "cfg-2": Shortcut(dit={"parallel": "cfg=2"}, devices=2),
     "ulysses-2": Shortcut(dit={"parallel": "ulysses=2"}, devices=2),
     "ring-2": Shortcut(dit={"parallel": "ring=2"}, devices=2),
     "tp-2": Shortcut(dit={"parallel": "tp=2"}, devices=2),
 }
-"""By the name that ``--only`` takes; the first is what the others are compared with."""
+"""By their names in ``--only``; the others are compared with the first."""
 EXACT: Final = next(iter(SHORTCUTS))
 COLUMNS: Final = (
     "colour",
@@ -106,15 +107,15 @@ def _cache_settings() -> type:
     return cache
 
 
-def _built(settings: type, values: Mapping[str, Any]) -> Any:
+def _changed(settings: Any, values: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(settings)}
     if unknown := sorted(set(values) - known):
-        raise ConfigurationError(f"{settings.__name__} has no {', '.join(unknown)}")
-    return settings(**values)
+        raise ConfigurationError(f"{type(settings).__name__} has no {', '.join(unknown)}")
+    return dataclasses.replace(settings, **values)
 
 
 def devices_from(first: str, count: int) -> str:
-    """Returns so many devices, the first one and those after it; of the CPU as many processes."""
+    """Returns ``count`` consecutive devices from the first; on the CPU, as many processes."""
     kind, _, index = instance_device(first, 0).partition(":")
     return ",".join(f"{kind}:{int(index) + offset}" if index else kind for offset in range(count))
 
@@ -122,21 +123,21 @@ def devices_from(first: str, count: int) -> str:
 def measure_shortcut(
     shortcut: Shortcut, checkpoint: Path, device: str, questions: list[Question], request: Request
 ) -> tuple[list[Picture], dict[str, Any]]:
-    """Paints every question with a shortcut; returns the pictures, adherence and seconds."""
+    """Generates every question's image with a shortcut; returns the images, adherence and seconds."""
     request = dataclasses.replace(request, steps=max(1, round(request.steps * shortcut.steps_share)))
     started = time.perf_counter()
     devices = devices_from(device, shortcut.devices)
-    with local_painter(checkpoint, devices, shortcut.settings()) as painter:
+    with local_generator(checkpoint, devices, shortcut.settings()) as generator:
         loaded = time.perf_counter() - started
-        painter(questions[0], request)  # the first picture of a size chooses kernels and captures
-        pictures, seen, seconds = measure(painter, questions, request)
-    verdicts = [judge_question(one, question) for one, question in zip(seen, questions, strict=True)]
+        generator(questions[0], request)  # the first image of a size selects kernels and captures graphs
+        pictures, seen, seconds = measure(generator, questions, request)
+    verdicts = [judge_question(contents, question) for contents, question in zip(seen, questions, strict=True)]
     values = {"steps": request.steps, "seconds": round(seconds, 4), "load_seconds": round(loaded, 2)}
     return pictures, values | shares(verdicts)
 
 
 def nearness(pictures: list[Picture], exact: list[Picture]) -> dict[str, float]:
-    """Returns the means of PSNR and SSIM over pairs of pictures."""
+    """Returns the mean PSNR and SSIM over pairs of images."""
     pairs = list(zip(pictures, exact, strict=True))
     return {
         "psnr": round(float(np.mean([psnr(*pair) for pair in pairs])), 2),
@@ -154,25 +155,25 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="shortcuts.py", description="Measures the quality of every shortcut.")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", required=True)
-    parser.add_argument("--only", default=",".join(SHORTCUTS), help="names, comma between (all: %(default)s)")
-    parser.add_argument("--markdown", action="store_true", help="the table, at the end")
+    parser.add_argument("--only", default=",".join(SHORTCUTS), help="comma-separated names (default: %(default)s)")
+    parser.add_argument("--markdown", action="store_true", help="print a table at the end")
     add_request_arguments(parser)
-    asked = parser.parse_args(arguments)
-    asked.only = [EXACT, *(name for name in asked.only.split(",") if name != EXACT)]
-    if unknown := [name for name in asked.only if name not in SHORTCUTS]:
+    flags = parser.parse_args(arguments)
+    flags.only = [EXACT, *(name for name in flags.only.split(",") if name != EXACT)]
+    if unknown := [name for name in flags.only if name not in SHORTCUTS]:
         parser.error(f"--only is {unknown[0]!r}; allowed: {', '.join(SHORTCUTS)}")
-    return asked
+    return flags
 
 
 def main() -> None:
-    asked = parse_arguments()
-    questions = scene_questions(asked.n, asked.seed) + edit_questions(asked.edits, asked.seed)
+    flags = parse_arguments()
+    questions = scene_questions(flags.n, flags.seed) + edit_questions(flags.edits, flags.seed)
     rows: dict[str, dict[str, Any]] = {}
     exact: list[Picture] = []
-    for name in asked.only:
+    for name in flags.only:
         try:
             pictures, values = measure_shortcut(
-                SHORTCUTS[name], asked.checkpoint, asked.device, questions, request_of(asked)
+                SHORTCUTS[name], flags.checkpoint, flags.device, questions, request_of(flags)
             )
         except ConfigurationError as error:
             say("shortcut", name=name, unavailable=str(error))
@@ -180,7 +181,7 @@ def main() -> None:
         exact = exact or pictures
         rows[name] = values | nearness(pictures, exact)
         say("shortcut", name=name, **rows[name])
-    if asked.markdown:
+    if flags.markdown:
         print(table(rows))
 
 

@@ -1,20 +1,20 @@
-"""Train a tiny GLM-Image on a small world, stage by stage.
+"""Train a tiny GLM-Image on rendered scenes, stage by stage.
 
     PYTHONPATH=scripts:python_backends python -m train_tiny STAGE FOLDER --minutes M
 
     vae       the VAE
     vision    the vision tower and its quantizer
-    painter   the DiT and the glyph encoder, on pictures of one size; needs vae and vision
-    editor    both further, on other sizes and on edits; needs painter
-    writer    the AR, on pictures; needs vision
-    reviser   the same further, on edits as well; needs writer
-    all       these, each as soon as it can be, and then export; --device cuda:0,cuda:1 trains two at a time
-    export    the checkpoint: FOLDER/checkpoint, with its model card
-    sheet     pictures for prompts it was not trained on: FOLDER/sheet.png
+    painter   the DiT and the glyph encoder, on images of one size; needs vae and vision
+    editor    continues painter on other sizes and on edits
+    writer    the AR; needs vision
+    reviser   continues writer on edits as well
+    all       all of these, each as early as possible, then export; --device cuda:0,cuda:1 trains two concurrently
+    export    writes FOLDER/checkpoint, with its model card
+    sheet     writes FOLDER/sheet.png: images for held-out prompts
 
-A stage called again goes on where it stopped, and does nothing once it is done; ``all`` calls one that failed once
-more. On a GPU a stage that makes no progress for minutes ends as one that failed. FOLDER holds its weights (STAGE.pt)
-and its log (STAGE.jsonl).
+A stage called again resumes where it stopped, and does nothing once it is done; ``all`` retries a failed stage once. On
+a GPU a stage without progress for minutes fails. FOLDER holds the stages' weights (STAGE.pt) and logs (STAGE.jsonl).
+The names of the stages seed their samples.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ SAMPLES = {
     "reviser": 1_200_000,
 }
 EDITS = {"editor": 0.3, "reviser": 0.4}
-"""The share of the samples that are edits; the others are pictures with captions."""
+"""The share of edits among the samples; the others are images with captions."""
 BATCH = {"vae": 16, "vision": 256, "painter": 256, "editor": 256, "writer": 128, "reviser": 128}
-"""Pictures of 256x256 at once; of other sizes as many as give as many pixels or tokens."""
+"""Images of 256x256 per batch; batches of other sizes have as many pixels or tokens."""
 MINUTES = {"vae": 4.5, "vision": 5.2, "painter": 7.7, "editor": 7.8, "writer": 6.7, "reviser": 7.9}
-"""Each less than eight, all together less than forty."""
+"""Each below 8, in all below 40."""
 
 
 def build(name: str, samples: Sequence[Samples], folder: Path, device: torch.device, batch: int, seed: int) -> Stage:
     if name == "vae":
-        from train_tiny.autoencoder import Autoencoder  # noqa: PLC0415 - samples come before the libraries' threads
+        from train_tiny.autoencoder import Autoencoder  # noqa: PLC0415 - sampling forks, so it precedes the libraries' threads
 
         return Autoencoder(samples, device, batch, seed)
     if name == "vision":
@@ -83,9 +83,9 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
         merges_of(folder)
     torch.manual_seed(arguments.seed)
     if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # where kernels are compiled and graphs captured
+        torch.cuda.set_device(device)  # compilation and graph capture use the current device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # cuDNN's backward of attention gives NaN for some lengths once scores are far below zero, as of torch 2.11 to 2.13:
+    # In torch 2.11 to 2.13 cuDNN's attention backward yields NaN for some lengths once scores are far below zero:
     # github.com/pytorch/pytorch/issues/196678
     torch.backends.cuda.enable_cudnn_sdp(False)
     sampled = time.monotonic() - began
@@ -97,7 +97,7 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Trains all stages, each in a process of its own, and exports them; goes on where an earlier call stopped."""
+    """Trains all stages, each in a process of its own, and exports them; resumes an earlier call."""
 
     def train_stage(name: str, device: str) -> None:
         command = [sys.executable, "-m", "train_tiny", name, str(arguments.folder), "--device", device]
@@ -105,7 +105,7 @@ def run_all(arguments: argparse.Namespace) -> None:
             if (value := getattr(arguments, option)) is not None:
                 command += [f"--{option}", str(value)]
         if subprocess.run(command, check=False).returncode:
-            raise SystemExit(f"the stage {name} did not end well on {device}")
+            raise SystemExit(f"the stage {name} failed on {device}")
 
     train_all(train_stage, arguments.device.split(","))
     from train_tiny.export import export  # noqa: PLC0415
@@ -116,10 +116,10 @@ def run_all(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="train_tiny", description="Train a tiny GLM-Image, stage by stage.")
     parser.add_argument("stage", choices=[*SAMPLES, "all", "export", "sheet"])
-    parser.add_argument("folder", type=Path, help="of the run: weights, logs, the checkpoint")
-    parser.add_argument("--minutes", type=float, help="of a stage, in all calls together; of each its own if not given")
-    parser.add_argument("--samples", type=int, help="scenes and edits to learn from")
-    parser.add_argument("--batch", type=int, help="pictures of 256x256 at once")
+    parser.add_argument("folder", type=Path, help="the run's folder: weights, logs, checkpoint")
+    parser.add_argument("--minutes", type=float, help="per stage, over all calls (default: each stage's own)")
+    parser.add_argument("--samples", type=int, help="number of scenes and edits")
+    parser.add_argument("--batch", type=int, help="images of 256x256 per batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Stage 1, the VAE: pictures to 16 channels at an eighth of the size, and back."""
+"""Stage vae: images to 16 channels at an eighth of the size, and back."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from glm_image.request.geometry import Size
 from train_tiny.compilation import compiled
-from train_tiny.data import MAIN_SIZE, Choice, Samples, drawn
+from train_tiny.data import MAIN_SIZE, Choice, Samples, render
 from train_tiny.models import build_vae, signed
 from train_tiny.world.table import Table
 
 DIVERGENCE_WEIGHT = 1e-4
 LEAST_SHARE = 0.2
-"""Of the largest channel's deviation: channels below are not blown up to a deviation of 1."""
+"""Lower bound of a channel's deviation, relative to the largest; smaller channels are not scaled up to 1."""
 
 
 class Autoencoder:
-    """Trains on the pictures' pixels and on their differences to the right and down, which are the edges."""
+    """Trains on pixels and on their horizontal and vertical differences (edges)."""
 
     name = "vae"
     learning_rate = 1e-3
@@ -38,33 +38,32 @@ class Autoencoder:
         self._pictures = sheets(samples[0].scenes, device)
         self._choice = Choice([len(self._pictures)], seed)
 
-    def _draw(self) -> Tensor:
+    def _sample(self) -> Tensor:
         return signed(self._pictures[self._choice.rows(0, self._batch, self._device)])
 
     def kind(self) -> int:
-        """There is one."""
         return 0
 
     def losses(self, kind: int) -> dict[str, Tensor]:
-        """Draws a batch."""
-        pictures = self._draw()
+        """Samples a batch and returns its losses."""
+        pictures = self._sample()
         posterior = DiagonalGaussianDistribution(self._encode(pictures).float())
-        made = self._decode(posterior.sample()).float()
-        pixels = F.l1_loss(made, pictures) + F.mse_loss(made, pictures)
-        edges = sum(F.l1_loss(made.diff(dim=side), pictures.diff(dim=side)) for side in (2, 3))
+        decoded = self._decode(posterior.sample()).float()
+        pixels = F.l1_loss(decoded, pictures) + F.mse_loss(decoded, pictures)
+        edges = sum(F.l1_loss(decoded.diff(dim=side), pictures.diff(dim=side)) for side in (2, 3))
         divergence = -0.5 * (1 + posterior.logvar - posterior.mean.square() - posterior.logvar.exp()).float().mean()
         loss = pixels + edges + DIVERGENCE_WEIGHT * divergence
         return {"loss": loss, "pixels": pixels, "edges": edges, "divergence": divergence}
 
     def after_step(self, step: int, progress: float) -> None:
-        """Nothing is left to do."""
+        """Does nothing."""
 
     @torch.no_grad()
     def results(self) -> dict[str, Any]:
-        """The latents' means and deviations, and how near pictures come back."""
+        """Returns the latents' means and deviations, and the PSNR of reconstructions."""
         vae, latents, error = self.module["vae"], [], []
         for _ in range(16):
-            pictures = self._draw()
+            pictures = self._sample()
             mode = vae.encode(pictures).latent_dist.mode()
             latents.append(mode.transpose(0, 1).flatten(1))
             error.append((vae.decode(mode).sample.clamp(-1, 1) - pictures).square().mean() / 4)
@@ -78,22 +77,22 @@ class Autoencoder:
 
 
 def sheets(scenes: Table, device: torch.device) -> Tensor:
-    """Pictures all of the main size, so that the device meets one shape: uint8 [n, 3, 256, 256].
+    """Renders images of the main size only, so that there is one batch shape: uint8 [n, 3, 256, 256].
 
-    Of every twelve, six show a scene of that size, two a quarter of one twice as large, two of one half as large again,
-    and two show four small ones each.
+    Of every twelve, six show a scene of that size, two a quarter of a scene of twice the size, two a corner of one of
+    1.5 times the size, and two show four scenes of half the size.
     """
     height, width = MAIN_SIZE
     bounds = [scenes.length // 12 * twelfths for twelfths in (0, 6, 8, 10, 12)]
     whole, double, larger, small = (scenes.rows(slice(*ends)) for ends in pairwise(bounds))
-    parts = [*drawn(whole, MAIN_SIZE, device)]
+    parts = [*render(whole, MAIN_SIZE, device)]
     for others, size in ((double, Size(2 * height, 2 * width)), (larger, Size(3 * height // 2, 3 * width // 2))):
-        for pictures in drawn(others, size, device):
-            # Each by another corner.
+        for pictures in render(others, size, device):
+            # Alternates between the corners.
             top, left = size.height - height, size.width - width
             corners = [(0, 0), (top, 0), (0, left), (top, left)]
             parts += [pictures[n::4, :, y : y + height, x : x + width].contiguous() for n, (y, x) in enumerate(corners)]
-    for pictures in drawn(small, Size(height // 2, width // 2), device):
+    for pictures in render(small, Size(height // 2, width // 2), device):
         fours = pictures[: len(pictures) // 4 * 4].unflatten(0, (-1, 2, 2))
         parts.append(fours.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, height, width))
     return torch.cat(parts)

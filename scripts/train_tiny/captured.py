@@ -1,7 +1,7 @@
 """Training steps as captured CUDA graphs.
 
-At these sizes a step is thousands of launches, which take the host longer than their work takes the GPU. Batches of one
-kind do the same to the same memory, so that they are captured once and replayed.
+At these sizes a step is thousands of launches, which take longer than the computation. Batches of one kind use the same
+kernels and memory, so each kind is captured once and replayed.
 """
 
 from __future__ import annotations
@@ -14,54 +14,54 @@ import torch
 from torch import Tensor
 
 RUNS_BEFORE = 2
-"""Of a kind, before it is captured: they compile, and make what is kept from step to step."""
+"""Uncaptured runs of each kind, which compile and allocate persistent state."""
 
 
 class Captured:
-    """A computation that is replayed on a GPU, and run as it is elsewhere.
+    """A computation that is captured and replayed on a GPU, and run directly elsewhere.
 
     Args:
-        compute: does a step for a kind of batch, on the device alone: it takes nothing from the host, waits for
-            nothing, and keeps what it keeps in place. Random numbers are new ones in each replay.
-        device: where it is computed, within ``own_stream``.
+        compute: computes a step for a kind of batch on the device, without host data or synchronization, updating
+            state in place. Each replay uses new random numbers.
+        device: the device; calls are made within ``own_stream``.
     """
 
     def __init__(self, compute: Callable[[Hashable], Tensor], device: torch.device) -> None:
         self._compute, self._device, self._captures = compute, device, device.type == "cuda"
         self._runs: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        # Replays follow one another, so that all graphs can work in the same memory.
+        # Replays are sequential, so all graphs share one memory pool.
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     def __call__(self, kind: Hashable) -> Tensor:
-        """Does a step; what it returns holds until the next."""
+        """Computes a step; the result is valid until the next."""
         if kind not in self._graphs:
             self._runs[kind] += 1
             if not self._captures or self._runs[kind] <= RUNS_BEFORE:
                 return self._compute(kind)
             self._graphs[kind] = self._captured(kind)
-        graph, made = self._graphs[kind]
+        graph, result = self._graphs[kind]
         graph.replay()
-        return made
+        return result
 
     def _captured(self, kind: Hashable) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        # A capture takes no more than the runs before it did. What they left in the allocator's other pool is not to be
-        # had for the graphs' own; it is given back where less is free, not always, as the next runs take it again.
+        # A capture needs as much memory as the runs before it, whose cached blocks are in another pool. They are freed
+        # only if the free memory is smaller, since the next runs allocate them again.
         if torch.cuda.mem_get_info(self._device)[0] < torch.cuda.memory_reserved(self._device):
             torch.cuda.empty_cache()
         graph.capture_begin(pool=self._pool)
         try:
-            made = self._compute(kind)
+            result = self._compute(kind)
         finally:
             graph.capture_end()
-        return graph, made
+        return graph, result
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Works on a stream on which graphs can be captured: gradients remember the stream that they were first made on."""
+    """Runs the block on a capturable stream: gradients are tied to the stream on which they were first computed."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""What each cell of a picture shows, the part that has one code, and how much it counts in training."""
+"""Labels and loss weights of an image's cells, each of which has one code."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from train_tiny.world.scene import DIAMETERS, MOST_THINGS
 from train_tiny.world.table import NO_THING, Circles, Floats, Integers, Signs, Table
 
 SHOWN_WEIGHT, SMALL_WEIGHT, HELD_WEIGHT = 4.0, 8.0, 12.0
-"""Of a cell that shows a thing or a letter, a small thing, a small one inside another; of the background it is 1."""
+"""Weights of cells that show an object or letter, a small object, an object inside another; the background has 1."""
 SMALL_RADIUS = (DIAMETERS["small"] + DIAMETERS["large"]) / 4
-"""In short sides: things of a smaller radius are small."""
+"""Objects of a smaller radius, in short sides, are small."""
 DECISIVE = 8.0, 4.0
-"""In the AR's loss: the weights of cells in the first and the second row that a thing touches."""
+"""Weights in the AR's loss of the cells in the first and second row that an object touches."""
 
 
 class CellLabels(NamedTuple):
-    """What each cell shows, for a number of scenes: [n, cells].
+    """The content of each cell, [n, cells].
 
     Attributes:
-        shape: 0 = no thing, else 1 + the shape's index.
+        shape: 0 = no object, else 1 + the shape's index.
         colour: as ``shape``.
         letter: 0 = no letter, else 1 + its index.
         background: index of the background's kind.
-        held: whether it shows a thing that is inside another.
-        place: [n, cells, 3]: how far the cell's centre is from its thing's centre, in radii, right and down, and the
-            radius in short sides; of letters, in cells of a letter, and 0.
+        held: whether it shows an object inside another.
+        place: [n, cells, 3]: offset of the cell's centre from its object's centre, right and down in radii, and the
+            radius in short sides; for letters, in letter cells, and 0.
     """
 
     shape: Tensor
@@ -45,7 +45,7 @@ class CellLabels(NamedTuple):
 
 
 def cell_labels(table: Table, size: Size, cell: int = geometry.PIXELS_PER_TOKEN) -> CellLabels:
-    """Tells what the cells of scenes drawn at a size show, ``cell`` pixels wide and high each."""
+    """Returns the labels of the cells, of ``cell`` x ``cell`` pixels, of scenes rendered at a size."""
     grid = size.height // cell, size.width // cell
     shape, colour, letter, background, held = np.zeros((5, table.length, *grid), np.int64)
     background[:] = table.backgrounds[:, None, None]
@@ -68,9 +68,9 @@ def cell_labels(table: Table, size: Size, cell: int = geometry.PIXELS_PER_TOKEN)
 
 
 def cell_weights(labels: CellLabels) -> Tensor:
-    """How much cells count that show what ``labels`` say, fp16 [n, cells].
+    """Returns the cells' loss weights, fp16 [n, cells].
 
-    Most cells are background, which is learned long before the shape of a thing of two cells.
+    Most cells are background, which is learned long before the shape of an object of two cells.
     """
     shown = (labels.shape + labels.letter) > 0
     small = (labels.shape > 0) & (labels.place[..., 2] < SMALL_RADIUS)
@@ -81,10 +81,10 @@ def cell_weights(labels: CellLabels) -> Tensor:
 
 
 def decision_weights(table: Table, size: Size) -> Tensor:
-    """How much the cells of pictures count that come of these scenes by edits, [n, cells]; most count 1.
+    """Returns the AR's loss weights of edited scenes' cells, [n, cells]; most are 1.
 
-    Codes are written row by row, so whether a thing stays is decided where it begins: in one cell of many, by a thing
-    that lies mostly below. Counted as all others, these are too few to learn from which thing is to go.
+    Codes are written row by row, so the first cells of an object decide whether it stays. At equal weight these are too
+    few to learn which object an edit removes.
     """
     weights = np.ones((table.length, *geometry.target_grid(size)), np.float32)
     for thing in range(MOST_THINGS):
@@ -92,20 +92,20 @@ def decision_weights(table: Table, size: Size) -> Tensor:
         touched = (nearest < radius) & (table.shapes[:, thing] != NO_THING)[:, None, None]
         begun = touched.any(axis=2).cumsum(axis=1)
         for number, value in enumerate(DECISIVE, 1):
-            # A row that it does not touch has the number of the last one that it does.
+            # Rows without contact have the number of the last row with contact.
             decides = touched & (begun == number)[:, :, None]
             weights[decides] = np.maximum(weights[decides], value)
     return torch.from_numpy(weights).flatten(1)
 
 
 def _centres(size: Size, cell: int) -> tuple[Floats, Floats]:
-    # Of cells, in pixels: [gh, 1] and [1, gw].
+    # The cells' centres in pixels: [gh, 1] and [1, gw].
     return np.arange(0, size.height, cell)[:, None] + cell / 2, np.arange(0, size.width, cell)[None] + cell / 2
 
 
 def _seen_from(table: Table, thing: int, size: Size, cell: int) -> tuple[Floats, Floats, Floats, Floats]:
-    # How far the cells' centres are from a thing's, right [n, 1, gw] and down [n, gh, 1], how far their nearest point
-    # [n, gh, gw], and its radius [n, 1, 1].
+    # Offsets of the cells' centres from an object's, right [n, 1, gw] and down [n, gh, 1]; the distance of their
+    # nearest point, [n, gh, gw]; the object's radius, [n, 1, 1].
     half, (y, x) = cell / 2, _centres(size, cell)
     circles = Circles(*(values[:, None, None] for values in table.circles(thing, *size)))
     right, down = x - circles.x, y - circles.y
@@ -114,7 +114,7 @@ def _seen_from(table: Table, thing: int, size: Size, cell: int) -> tuple[Floats,
 
 
 def _cells_of_letters(signs: Signs, size: Size, cell: int) -> tuple[NDArray[np.bool_], Integers, Floats]:
-    # The cells [gh, gw] with letters; of each of these, the letter's number, and where the cell is in it, [cells, 3].
+    # The mask of cells with letters, [gh, gw]; for each such cell the letter's index and the offset in it, [cells, 3].
     length, (y, x) = signs.letters.shape[1], _centres(size, cell)
     board = Board.of(length, signs.place, *size)
     along, down = (x - board.left) / board.cell_width, (y - board.top) / board.cell_height

@@ -1,7 +1,7 @@
-"""Stage 2, the vision tower and its quantizer: one code for each 32x32 pixels of a picture.
+"""Stage vision, the vision tower and its quantizer: one code for each 32x32 pixels of an image.
 
-A code has to tell what its cell shows: a light decoder, thrown away afterwards, draws the picture from the codes and
-names each cell's shape, colour, letter and background.
+A small decoder, discarded afterwards, reconstructs the image from the codes and classifies each cell's shape, colour,
+letter and background.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from glm_image.request import geometry
 from train_tiny.cells import CellLabels, cell_labels, cell_weights
-from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, drawn_size, small_pictures
+from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, render_size, small_pictures
 from train_tiny.loop import weighted_mean
 from train_tiny.models import CONFIG, build_ar, quantize, tower_features
 from train_tiny.world.vocabulary import BACKGROUNDS, COLOURS, LETTERS, SHAPES
@@ -36,28 +36,28 @@ WEIGHTS = {
     "commitment": 8.0,
 }
 NAMED_LETTER_WEIGHT, NAMED_HELD_WEIGHT = 6.0, 8.0
-"""Of the names of a cell that shows a letter, and of one that shows a thing inside another, among the others: they are
-few. Its pixels count by ``cell_weights``."""
-DRAWN_SIDE = 8
-"""Pixels of a drawn cell's side."""
+"""Weights of the labels of cells with a letter, and with an object inside another, which are rare. Pixels are weighted
+by ``cell_weights``."""
+DECODED_SIDE = 8
+"""The side of a reconstructed cell in pixels."""
 USE_DECAY, DEAD_SHARE, STEPS_BETWEEN_REVIVALS = 0.98, 0.05, 25
 RECENT = 16384
-"""Features of the last batch, drawn from it, that codes may be put to."""
+"""Features sampled from the last batch, to which unused codes are moved."""
 FIRST_CODES_AT, ROUNDS = 50, 8
 """The step at which the codes become means of features, and the rounds of k-means."""
 REVIVED_UNTIL = 0.7
-"""Of the stage: then the codes settle."""
+"""Progress of the stage after which codes are no longer moved."""
 
 
 class CellDecoder(nn.Module):
-    """Draws and names cells from their codes and those around."""
+    """Reconstructs and classifies cells from their codes and their neighbours'."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mixers = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(8, width), nn.Conv2d(width, width, 3, padding=1), nn.GELU()) for _ in range(3)
         )
-        self.pixels = nn.Conv2d(width, 3 * DRAWN_SIDE**2, 1)
+        self.pixels = nn.Conv2d(width, 3 * DECODED_SIDE**2, 1)
         self.names = nn.ModuleDict({name: nn.Conv2d(width, count, 1) for name, count in NAMED.items()})
         self.place = nn.Conv2d(width, 3, 1)
 
@@ -66,14 +66,14 @@ class CellDecoder(nn.Module):
         for mixer in self.mixers:
             cells = cells + mixer(cells)
         return (
-            F.pixel_shuffle(self.pixels(cells), DRAWN_SIDE),
+            F.pixel_shuffle(self.pixels(cells), DECODED_SIDE),
             {n: m(cells) for n, m in self.names.items()},
             self.place(cells),
         )
 
 
 class Codes:
-    """Trains with straight-through codes (van den Oord et al., 2017), unused ones put where features are."""
+    """Trains with straight-through gradients (van den Oord et al., 2017); unused codes are moved to features."""
 
     name = "vision"
     learning_rate = 1.5e-3
@@ -91,19 +91,19 @@ class Codes:
         self._pictures: list[Tensor] = []
         self._labels: list[CellLabels] = []
         for size, own in by_size(samples[0], 0.35, SPREAD_SIZES):
-            # Every second picture is a preview's, whose grid is finer than that of a picture below 512x512.
+            # Half of the images are previews, whose grid is finer than that of images below 512x512.
             for preview in (False, True):
                 scenes = own.scenes.rows(slice(preview, None, 2))
                 grid = geometry.target_grid(size)
                 grid = geometry.preview_grid(grid) if preview else grid
                 self._pictures.append(torch.cat(list(small_pictures(scenes, grid, device, preview=preview))))
-                as_drawn = drawn_size(grid, preview=preview)
-                labels = cell_labels(scenes, as_drawn, as_drawn.height // grid.height)
+                rendered_size = render_size(grid, preview=preview)
+                labels = cell_labels(scenes, rendered_size, rendered_size.height // grid.height)
                 self._labels.append(CellLabels(*(label.to(device) for label in labels)))
         self._choice = Choice([len(pictures) for pictures in self._pictures], seed)
 
     def kind(self) -> int:
-        """Chooses a size, of pictures or previews."""
+        """Samples a size, of images or previews."""
         return self._choice.group()
 
     def _batch_of(self, group: int) -> tuple[Tensor, CellLabels]:
@@ -113,7 +113,7 @@ class Codes:
         return pictures[rows], CellLabels(*(label[rows] for label in self._labels[group]))
 
     def losses(self, kind: int) -> dict[str, Tensor]:
-        """Draws a batch."""
+        """Samples a batch and returns its losses."""
         pictures, labels = self._batch_of(kind)
         features = tower_features(self.module["tower"], pictures)
         codes, vectors = quantize(self.module["quantizer"], features)
@@ -122,13 +122,13 @@ class Codes:
         passed = vectors + (embedding - vectors).detach()
         grid = pictures.shape[2] // 16, pictures.shape[3] // 16
         cells = self.module["quantizer"].post_quant_conv(passed.transpose(1, 2).unflatten(2, grid))
-        drawn_cells, names, place = self._decode(cells)
-        wanted = F.interpolate(pictures.float(), scale_factor=DRAWN_SIDE / 16, mode="area") / 127.5 - 1
+        decoded_cells, names, place = self._decode(cells)
+        target = F.interpolate(pictures.float(), scale_factor=DECODED_SIDE / 16, mode="area") / 127.5 - 1
         held = 1 + (NAMED_HELD_WEIGHT - 1) * labels.held
         letter = 1 + (NAMED_LETTER_WEIGHT - 1) * (labels.letter > 0)
         weights = {"shape": held, "colour": held, "letter": letter, "background": torch.ones_like(held)}
         losses = {name: named_loss(logits, getattr(labels, name), weights[name]) for name, logits in names.items()}
-        losses["pixels"] = drawn_loss(drawn_cells.float() - wanted, labels)
+        losses["pixels"] = reconstruction_loss(decoded_cells.float() - target, labels)
         shown = (held * ((labels.shape + labels.letter) > 0)).unsqueeze(-1)
         off = (place.flatten(2).transpose(1, 2).float() - labels.place).square() * shown
         losses["place"] = off.sum() / (3 * shown.sum() + 1)
@@ -141,12 +141,12 @@ class Codes:
             0, codes.flatten(), torch.ones_like(codes.flatten(), dtype=torch.float)
         )
         self._use.lerp_(share * (len(self._use) / codes.numel()), 1 - USE_DECAY)
-        found = vectors.detach().flatten(0, 1)
-        self._recent.copy_(found[torch.randint(len(found), (RECENT,), device=self._device)])
+        features = vectors.detach().flatten(0, 1)
+        self._recent.copy_(features[torch.randint(len(features), (RECENT,), device=self._device)])
 
     @torch.no_grad()
     def after_step(self, step: int, progress: float) -> None:
-        """Moves codes that are hardly used to where the last batch's features are."""
+        """Moves rarely used codes to features of the last batch."""
         if step == FIRST_CODES_AT:
             self.module["quantizer"].quantize.embedding.weight.copy_(clustered(self._recent, len(self._use)))
         if (step + 1) % STEPS_BETWEEN_REVIVALS or progress > REVIVED_UNTIL:
@@ -159,7 +159,7 @@ class Codes:
 
     @torch.no_grad()
     def results(self) -> dict[str, Any]:
-        """The share of codes in use, and of cells that are named right; ``held``: shapes inside others."""
+        """Returns the share of codes in use, and of correctly classified cells; ``held``: shapes inside others."""
         seen = torch.zeros(CONFIG.codebook, device=self._device)
         hits = {name: torch.zeros(2, device=self._device) for name in (*NAMED, "held")}
         for _ in range(40):
@@ -171,9 +171,9 @@ class Codes:
             cells = self.module["quantizer"].post_quant_conv(embedding.transpose(1, 2).unflatten(2, grid))
             for name, logits in self.module["decoder"](cells)[1].items():
                 label = getattr(labels, name)
-                asked = torch.ones_like(label) if name == "background" else label > 0
-                right = (logits.flatten(2).argmax(1) == label) * asked
-                hits[name] += torch.stack([right.sum(), asked.sum()])
+                labelled = torch.ones_like(label) if name == "background" else label > 0
+                right = (logits.flatten(2).argmax(1) == label) * labelled
+                hits[name] += torch.stack([right.sum(), labelled.sum()])
                 if name == "shape":
                     hits["held"] += torch.stack([(right * labels.held).sum(), labels.held.sum()])
         named = {f"{name}_named": float(hit[0] / hit[1].clamp(min=1)) for name, hit in hits.items()}
@@ -181,24 +181,24 @@ class Codes:
 
 
 def named_loss(logits: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """The mean cross-entropy of logits [n, classes, gh, gw] and labels [n, cells], by the cells' weights."""
+    """Returns the weighted mean cross-entropy of logits [n, classes, gh, gw] and labels [n, cells]."""
     loss = F.cross_entropy(logits.flatten(2).float(), label, reduction="none")
     return weighted_mean(loss, weight)
 
 
-def drawn_loss(errors: Tensor, labels: CellLabels) -> Tensor:
-    """The loss of errors of drawn cells, [n, 3, 8 gh, 8 gw]: cells count as they will for the painter."""
-    by_cell = F.avg_pool2d((errors.abs() * 0.5 + errors.square()).mean(dim=1), DRAWN_SIDE).flatten(1)
+def reconstruction_loss(errors: Tensor, labels: CellLabels) -> Tensor:
+    """Returns the loss of reconstruction errors [n, 3, 8 gh, 8 gw], with the cell weights of the DiT's training."""
+    by_cell = F.avg_pool2d((errors.abs() * 0.5 + errors.square()).mean(dim=1), DECODED_SIDE).flatten(1)
     return weighted_mean(by_cell, cell_weights(labels).float())
 
 
 def clustered(vectors: Tensor, count: int) -> Tensor:
-    """Directions [count, dim] around which unit vectors [n, dim] lie, by k-means on the sphere."""
+    """Clusters unit vectors [n, dim] by k-means on the sphere; returns the centres [count, dim]."""
     centres = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
     for _ in range(ROUNDS):
         nearest = (vectors @ centres.T).argmax(-1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        alone = sums.norm(dim=-1, keepdim=True) < 1e-6
+        empty = sums.norm(dim=-1, keepdim=True) < 1e-6
         other = vectors[torch.randint(len(vectors), (count,), device=vectors.device)]
-        centres = F.normalize(torch.where(alone, other, sums), dim=-1)
+        centres = F.normalize(torch.where(empty, other, sums), dim=-1)
     return centres

@@ -1,4 +1,4 @@
-"""Pictures of the world on the device, sampled ahead of training: sizes, scenes, captions."""
+"""Samples scenes with captions and edits before training, and renders them on the device."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from train_tiny.world.table import Integers, Table
 
 MAIN_SIZE = Size(256, 256)
 SIDES = range(128, 513, 32)
-"""Of all pictures that there are."""
+"""The side lengths of images."""
 OTHER_SIZES = tuple(Size(*sides) for sides in product(SIDES, SIDES) if sides != MAIN_SIZE)
 
 
 def _spread_sizes() -> Iterator[Size]:
     for short in SIDES:
-        # Rounded up to a side that there is.
+        # Rounded up to an existing side.
         half_as_long_again = min(math.ceil(1.5 * short / SIDES.step) * SIDES.step, SIDES[-1])
         for long in {short, half_as_long_again}:
             yield from {Size(short, long), Size(long, short)} - {MAIN_SIZE}
@@ -42,22 +42,22 @@ def _spread_sizes() -> Iterator[Size]:
 
 
 SPREAD_SIZES = tuple(sorted(_spread_sizes()))
-"""Square, wide and tall ones of every short side, for stages that capture batches of each size."""
+"""Square, wide and tall sizes for every short side, for stages that capture a graph per size."""
 ENGLISH = 0.65
 EDIT_WEIGHTS = {"recolour": 2.0, "move": 1.5, "add": 1.5, "remove": 2.5, "background": 1.0, "word": 1.0}
-"""How often each kind of edit is drawn, of removals all that a scene allows: which thing is to go is learned last."""
-PIXELS_AT_ONCE = 8192 * 256 * 256
-"""Drawn together: of few pictures the launches take longer than their work."""
+"""Sampling weights of the kinds of edits. A removal yields all removals of a scene, as these are learned last."""
+PIXELS_PER_BATCH = 8192 * 256 * 256
+"""Pixels rendered per batch; in smaller batches launches dominate."""
 CHUNK = 500
 
 
 class Samples(NamedTuple):
-    """What pictures show, and their prompts: of captions, or of edits.
+    """Scenes and their prompts: captions, or instructions of edits.
 
     Attributes:
-        scenes: what is to be painted, a row each.
-        prompts: as many.
-        sources: what is edited, a row each; None = nothing is.
+        scenes: the target images, one row each.
+        prompts: one per scene.
+        sources: the images to edit, one row each; None for captions.
     """
 
     scenes: Table
@@ -66,13 +66,13 @@ class Samples(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[Samples]) -> Samples:
-        """Puts samples of one kind one after the other."""
+        """Concatenates samples of one kind."""
         sources = [part.sources for part in parts if part.sources is not None]
         prompts = [prompt for part in parts for prompt in part.prompts]
         return cls(Table.joined([part.scenes for part in parts]), prompts, Table.joined(sources) if sources else None)
 
     def rows(self, chosen: slice | Integers) -> Samples:
-        """Returns some of the samples."""
+        """Returns the chosen samples."""
         prompts = self.prompts[chosen] if isinstance(chosen, slice) else [self.prompts[row] for row in chosen]
         return Samples(self.scenes.rows(chosen), prompts, None if self.sources is None else self.sources.rows(chosen))
 
@@ -81,9 +81,9 @@ def _sampled(job: tuple[str, int, int, bool]) -> Samples:
     seed, chunk, count, edits = job
     rng = Random(f"{seed} {chunk} {edits}")
     if edits:
-        found = list(islice(_edits(rng), count))
-        before, after = Table.of([edit.before for edit in found]), Table.of([edit.after for edit in found])
-        return Samples(after, [paraphrased(edit.instruction, rng) for edit in found], before)
+        edits_found = list(islice(_edits(rng), count))
+        before, after = Table.of([edit.before for edit in edits_found]), Table.of([edit.after for edit in edits_found])
+        return Samples(after, [paraphrased(edit.instruction, rng) for edit in edits_found], before)
     scenes, captions = [], []
     for _ in range(count):
         scenes.append(sample_scene(rng))
@@ -95,14 +95,14 @@ def _sampled(job: tuple[str, int, int, bool]) -> Samples:
 def _edits(rng: Random) -> Iterator[Edit]:
     while True:
         (kind,) = rng.choices(list(EDIT_WEIGHTS), list(EDIT_WEIGHTS.values()))
-        # All removals from a scene, or the AR learns by heart which thing is gone afterwards.
+        # All removals of a scene; with a single one the AR memorizes which object is missing.
         yield from sample_removals(rng) if kind == "remove" else [sample_edit(rng, kind=kind)]
 
 
 def sample(count: int, seed: int | str, *, edits: bool = False) -> Samples:
-    """Samples scenes with captions, or edits, in as many processes as there are cores; the same whatever their number.
+    """Samples scenes with captions, or edits, with one process per core; the result does not depend on their number.
 
-    To be called before the device is first used: processes are forked.
+    Must be called before the device is first used, as it forks.
     """
     jobs = [(str(seed), start, min(CHUNK, count - start), edits) for start in range(0, count, CHUNK)]
     with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
@@ -110,7 +110,7 @@ def sample(count: int, seed: int | str, *, edits: bool = False) -> Samples:
 
 
 def by_size(samples: Samples, main_share: float, others: Sequence[Size]) -> Iterator[tuple[Size, Samples]]:
-    """Deals samples out to sizes: ``main_share`` to the main one, as many to each other, if there are any."""
+    """Assigns samples to sizes: ``main_share`` to the main size, the rest evenly to the others."""
     count = samples.scenes.length
     start = round(count * main_share)
     if start:
@@ -121,44 +121,43 @@ def by_size(samples: Samples, main_share: float, others: Sequence[Size]) -> Iter
             yield size, samples.rows(slice(first, last))
 
 
-def drawn(scenes: Table, size: Size, device: torch.device) -> Iterator[Tensor]:
-    """Draws scenes, as many at a time as have ``PIXELS_AT_ONCE``: uint8 [n, 3, height, width]."""
-    count = PIXELS_AT_ONCE // (size.height * size.width)
+def render(scenes: Table, size: Size, device: torch.device) -> Iterator[Tensor]:
+    """Renders scenes in batches of ``PIXELS_PER_BATCH``: uint8 [n, 3, height, width]."""
+    count = PIXELS_PER_BATCH // (size.height * size.width)
     for start in range(0, scenes.length, count):
         yield draw(scenes.rows(slice(start, start + count)), size.height, size.width, device)
 
 
 def halved(pictures: Tensor) -> Tensor:
-    """What the vision tower sees of uint8 pictures, as the image processor scales them; uint8."""
+    """Returns uint8 images at half size, as the image processor scales them for the vision tower; uint8."""
     rows, columns = (halving(side, pictures.device) for side in pictures.shape[-2:])
     return (rows @ pictures.double() @ columns.T).clamp(0, 255).round().to(torch.uint8)
 
 
 @lru_cache(maxsize=32)
 def halving(side: int, device: torch.device) -> Tensor:
-    """The matrix [side / 2, side] that halves one side, bicubic with antialiasing.
+    """Returns the matrix [side / 2, side] of bicubic antialiased halving.
 
-    On a GPU torch's own interpolation goes through a batch one picture after another. In fp64, which no product
-    rounds to TF32.
+    torch's interpolation processes a batch sequentially on a GPU. fp64 avoids rounding to TF32.
     """
-    each = torch.eye(side, device=device, dtype=torch.float64)[None, None]
-    return F.interpolate(each, scale_factor=(0.5, 1.0), mode="bicubic", antialias=True)[0, 0]
+    identity = torch.eye(side, device=device, dtype=torch.float64)[None, None]
+    return F.interpolate(identity, scale_factor=(0.5, 1.0), mode="bicubic", antialias=True)[0, 0]
 
 
-def drawn_size(grid: Grid, *, preview: bool) -> Size:
-    """The size at which pictures of a grid are drawn: of a preview that at which it is seen, half of another's."""
+def render_size(grid: Grid, *, preview: bool) -> Size:
+    """Returns the size at which images of a grid are rendered; a preview's is half of another's."""
     size = geometry.painted_size(grid)
     return Size(size.height // 2, size.width // 2) if preview else size
 
 
 def small_pictures(scenes: Table, grid: Grid, device: torch.device, *, preview: bool) -> Iterator[Tensor]:
-    """Draws scenes for the vision tower, and halves those that are no previews: uint8 [n, 3, 16 gh, 16 gw]."""
-    pictures = drawn(scenes, drawn_size(grid, preview=preview), device)
+    """Renders scenes for the vision tower; other than previews, at half size: uint8 [n, 3, 16 gh, 16 gw]."""
+    pictures = render(scenes, render_size(grid, preview=preview), device)
     yield from pictures if preview else map(halved, pictures)
 
 
 class Choice:
-    """Chooses among groups of samples, each as often as it has samples, and rows of the one chosen."""
+    """Samples a group in proportion to its size, and rows of a group."""
 
     def __init__(self, counts: Sequence[int], seed: int) -> None:
         self._rng = np.random.default_rng(seed)
@@ -166,21 +165,20 @@ class Choice:
         self._shares = self._counts / self._counts.sum()
 
     def group(self) -> int:
-        """Chooses a group."""
         return int(self._rng.choice(len(self._counts), p=self._shares))
 
     def rows(self, group: int, count: int, device: torch.device) -> Tensor:
-        """Chooses rows of a group, int64 [count]."""
+        """Samples rows of a group, int64 [count]."""
         return torch.randint(int(self._counts[group]), (count,), device=device)
 
 
 def glyph_rows(prompt: str) -> tuple[tuple[int, ...], ...]:
-    """The byte tokens of the quoted strings, as ``glm_image.request.prompts.glyph_token_ids`` gives them."""
+    """Returns the byte tokens of the quoted strings, as ``glm_image.request.prompts.glyph_token_ids`` does."""
     strings = prompts.quoted_strings(prompt) or [""]
     pads = (0,) * ((len(strings) + 1) % 2)
     return tuple((*pads, *(byte + 3 for byte in string.encode()), 1) for string in strings)
 
 
 def common(keys: Sequence[tuple[int, ...]], at_least: int) -> set[tuple[int, ...]]:
-    """The keys that come ``at_least`` times."""
+    """Returns the keys that occur at least ``at_least`` times."""
     return {key for key, count in Counter(keys).items() if count >= at_least}

@@ -103,29 +103,26 @@ pipeline_tag: text-to-image
 
 # A tiny GLM-Image
 
-The architecture and the files of GLM-Image at a few million parameters, trained on a small world of drawn scenes. It is
-there to try the server and to measure what its shortcuts cost, not to make art. `diffusers.GlmImagePipeline` loads it
-unchanged.
+The architecture and files of GLM-Image with a few million parameters, trained on rendered scenes of simple shapes. It
+serves to try the server and to measure the cost of shortcuts. `diffusers.GlmImagePipeline` loads it unchanged.
 
 | part | parameters |
 |---|---|
 {parameters}
 
-## What it draws
+## Contents of its images
 
-One to three of twelve shapes in twelve colours, small or large, one beside, above or inside another; plain, graded,
-striped or checked backgrounds; a sign with one word of one to six letters, in quotes in the prompt, drawn as capitals.
-English and Chinese. Edits of such pictures: another colour, place, background or word, a thing more or less. Sizes of
-128 to 512 pixels a side, in steps of 32, best where neither side is below 256; letters are as large in all of these.
-Twenty steps, guidance 1.5; codes are drawn at temperature 1 from the likeliest that sum to 0.9. The published model's
-0.9 and 0.75 do as well: see `docs/training.md`.
+One to three of twelve shapes in twelve colours, small or large, next to, above or inside each other; plain, graded,
+striped or checked backgrounds; a sign with one word of one to six letters, quoted in the prompt, rendered as capitals.
+English and Chinese. Edits of such images: another colour, position, background or word, an object added or removed.
+Sizes of 128 to 512 pixels a side in steps of 32, best with no side below 256. 20 steps, guidance 1.5, temperature 1,
+top-p 0.9; the published model's 0.9 and 0.75 are as good: see `docs/training.md`.
 
 ## Data
 
-All of it is drawn by `scripts/train_tiny/world`; no picture or text of anybody's is in it. One in ten combinations of
-shapes, colours and relations, and one in ten words, is kept from training, to be judged by. The letters are those of
-the font that comes with Pillow. Nearly half of the prompts are said in other words than the world's own
-(`paraphrase.py`).
+Rendered by `scripts/train_tiny/world`, without third-party images or text. One in ten combinations of shapes, colours
+and relations, and one in ten words, is held out for evaluation. The letters are those of Pillow's default font. Nearly
+half of the prompts are paraphrased (`paraphrase.py`).
 
 ## Training
 
@@ -142,13 +139,13 @@ Seconds are those of all calls of a stage, with the drawing of its samples. The 
 hundred steps. "Named" is the share of cells whose shape, colour, letter or kind of background a light decoder reads
 from the codes; "large grid right" how often the AR's likeliest code is the picture's, given all before it.
 
-## How well it does what it is told
+## How well it does what it is by_measure
 
 {adherence}
 
 ## Limits
 
-What it gets wrong, above all in pictures with a side below 256, stands in `docs/training.md`. It knows nothing beyond
+`docs/training.md` lists its errors, which are most frequent with a side below 256. It knows nothing beyond
 its world: words for other things are noise to it, photographs as sources as well. It has no idea of people, and was
 trained on nothing about them.
 
@@ -176,16 +173,16 @@ def _adherence(run: Path) -> str:
     if not file.exists():
         return "Not measured."
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    told = {line["measure"]: line for line in lines}
+    by_measure = {line["measure"]: line for line in lines}
     rows = [
-        f"| {name.replace('_', ' ')} | {_share(told, measure, name)} | {_share(told, chance, name)} "
-        f"| {told[measure]['of'][name]} |"
+        f"| {name.replace('_', ' ')} | {_share(by_measure, measure, name)} | {_share(by_measure, chance, name)} "
+        f"| {by_measure[measure]['of'][name]} |"
         for measure, chance in (("pictures", "shuffled"), ("edits", "edits_shuffled"))
-        for name in told.get(measure, {}).get("of", {})
+        for name in by_measure.get(measure, {}).get("of", {})
     ]
     head = ["| right | of its pictures | of its pictures for other prompts | pictures |", "|---|---|---|---|"]
     return "\n".join([*head, *rows]) + "\n\n" + MEASURED
 
 
-def _share(told: Mapping[str, Any], measure: str, name: str) -> str:
-    return f"{told[measure][name]:.0%}"
+def _share(by_measure: Mapping[str, Any], measure: str, name: str) -> str:
+    return f"{by_measure[measure][name]:.0%}"

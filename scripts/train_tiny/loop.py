@@ -1,4 +1,4 @@
-"""Training against the clock: a stage's steps, its learning rate, averages, log and checkpoints."""
+"""Training within a time budget: steps, learning rate, averaged weights, log and saved state."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ WARM_UP_STEPS = 300
 GRADIENT_NORM = 1.0
 AVERAGE_DECAY = 0.999
 EVALUATED = 20
-"""Batches that are measured at the end."""
+"""Batches of the final evaluation."""
 LONGEST_SILENCE = 240.0
-"""Seconds on a GPU from one sign of progress to the next: encoding samples takes up to two minutes, compiling one."""
+"""Longest time without progress on a GPU in seconds: encoding samples takes up to two minutes, compiling one."""
 STEPS_OF_COMPILING = 20
-"""At the beginning; the learning rate's schedule starts when they are over."""
+"""First steps, in which code is compiled; the learning rate's schedule starts after them."""
 
 
 class Stage(Protocol):
-    """What a stage trains, and on what.
+    """A stage of training: its module and its batches.
 
     Attributes:
-        name: of its files in the run's folder.
-        module: everything trained, also what is thrown away afterwards.
-        learning_rate: at its highest.
-        inner: parts of the module whose linears' updates are made orthogonal.
+        name: the name of its files in the run's folder.
+        module: everything that is trained, including parts that are discarded afterwards.
+        learning_rate: the maximum.
+        inner: parts of the module whose linear layers are trained with Muon.
     """
 
     name: str
@@ -45,31 +45,30 @@ class Stage(Protocol):
     inner: Sequence[nn.Module]
 
     def kind(self) -> Hashable:
-        """Chooses what kind of batch is next; with batches of a kind the same is done, in the same shapes."""
+        """Samples the kind of the next batch; batches of one kind have the same shapes and computation."""
         ...
 
     def losses(self, kind: Any) -> dict[str, Tensor]:
-        """Draws a batch; ``loss`` is differentiated, the others are logged. Keeps to what ``Captured`` asks for."""
+        """Samples a batch; ``loss`` is minimized, the others are logged. Meets the requirements of ``Captured``."""
         ...
 
     def after_step(self, step: int, progress: float) -> None:
-        """Does what the optimizer does not; ``progress`` goes from 0 to 1."""
+        """Updates what the optimizer does not; ``progress`` runs from 0 to 1."""
         ...
 
     def results(self) -> dict[str, Any]:
-        """Measures the trained and averaged module; kept with its weights, and logged."""
+        """Evaluates the averaged module; the results are saved with its weights and logged."""
         ...
 
 
 class Log:
-    """JSON lines, one a report, in the run's folder and on standard output."""
+    """Writes JSON lines to the run's folder and to standard output."""
 
     def __init__(self, folder: Path, stage: str) -> None:
         self._path = folder / f"{stage}.jsonl"
         self._stage = stage
 
     def write(self, **values: Any) -> None:
-        """Writes a line."""
         line = json.dumps({"stage": self._stage} | {name: _rounded(value) for name, value in values.items()})
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -83,28 +82,28 @@ def _rounded(value: Any) -> Any:
 def expect_progress(device: torch.device) -> None:
     """Ends the process, after the tracebacks of its threads, unless this is called again within ``LONGEST_SILENCE``.
 
-    Compiling may wait for ever for a process of its own (github.com/pytorch/pytorch/pull/189290 has one way), and no
-    exception tells of it. On a GPU only: elsewhere a step takes as long as it takes.
+    Compilation may hang without an exception (github.com/pytorch/pytorch/pull/189290 describes one way). Only on a
+    GPU, as steps elsewhere may be slow.
     """
     if device.type == "cuda":
         faulthandler.dump_traceback_later(LONGEST_SILENCE, exit=True)
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """What training computes in: bf16 on a GPU."""
+    """Returns the autocast context of training: bf16 on a GPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def measured(losses: Callable[[], Mapping[str, Tensor]], device: torch.device) -> dict[str, float]:
-    """The means of what ``losses`` gives over batches."""
-    # With gradients, as what is compiled has them.
+    """Returns the mean losses over several batches."""
+    # With gradients, as in the compiled code.
     with mixed_precision(device):
         batches = [{name: value.detach() for name, value in losses().items()} for _ in range(EVALUATED)]
     return {name: float(torch.stack([batch[name] for batch in batches]).mean()) for name in batches[0]}
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """The mean of values by their weights, of one shape."""
+    """Returns the weighted mean of values; both have one shape."""
     return (values * weights).sum() / weights.sum()
 
 
@@ -116,25 +115,25 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Takes in the parameters after a step; the first steps weigh more."""
+        """Updates the average after a step; the first steps have more weight."""
         share = 1 - min(AVERAGE_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(self.values, [parameter.detach() for parameter in module.parameters()], share)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Replaces the parameters."""
+        """Copies the average into the module."""
         torch._foreach_copy_([parameter.detach() for parameter in module.parameters()], self.values)
 
 
 def rate(progress: float, step: int) -> float:
-    """The share of the highest learning rate: a warm-up by steps, then a half cosine by the clock."""
+    """Returns the factor of the learning rate: a warm-up over steps, then half a cosine over time."""
     return min(1.0, (step + 1) / WARM_UP_STEPS) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 def optimizers_of(stage: Stage, parameters: list[nn.Parameter], learning_rate: Tensor) -> list[torch.optim.Optimizer]:
-    """Muon for the linears inside, where there are; for the rest AdamW that lets norms and biases decay not.
+    """Returns Muon for the inner linear layers, if any, and AdamW for the rest, without decay of norms and biases.
 
-    Both read the learning rate where it is, a scalar on the device.
+    The learning rate is a scalar on the device.
     """
     linears = [m for part in stage.inner for m in part.modules() if isinstance(m, nn.Linear)]
     inner = {id(linear.weight): linear.weight for linear in linears}
@@ -188,7 +187,7 @@ class Training:
             self.average.values = saved["average"]
 
     def take_step(self, progress: float) -> Tensor:
-        """Takes one step, at ``progress`` from 0 to 1 of its schedule; returns what is ``logged``, until the next."""
+        """Takes a step at ``progress`` (0 to 1); returns the ``logged`` values, which are valid until the next step."""
         stage, own = self.stage, self.step - self.first_step
         self._rate.fill_(stage.learning_rate * rate(progress, own))
         values = self._descend(stage.kind())
@@ -209,13 +208,13 @@ class Training:
         return torch.stack([value.detach().float() for value in (*losses.values(), norm)])
 
     def save(self, seconds: float) -> None:
-        """Saves what is needed to go on."""
+        """Saves the state from which training can resume."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        going_on = {"optimizers": states, "average": self.average.values}
-        self._write(seconds, going_on | {"first": (self.first_step, self.first_second)})
+        state = {"optimizers": states, "average": self.average.values}
+        self._write(seconds, state | {"first": (self.first_step, self.first_second)})
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Takes the averaged weights, measures them, and saves both."""
+        """Switches to the averaged weights, evaluates them, and saves both."""
         self.average.copy_to(self.stage.module)
         results = self.stage.results()
         self._write(seconds, {"done": True, "results": results})
@@ -226,20 +225,20 @@ class Training:
 
 
 def train(stage: Stage, folder: Path, minutes: float, seed: int = 0, began: float | None = None) -> None:
-    """Trains ``stage`` for ``minutes`` in all, going on where an earlier call stopped.
+    """Trains ``stage`` for ``minutes`` in total, resuming an earlier call.
 
     Args:
-        stage: what is trained.
+        stage: the stage.
         folder: of the run.
-        minutes: that all calls may take together.
-        seed: of the random numbers, with the step that a call begins at.
-        began: when this call did, by the monotonic clock, so that its preparations are among the minutes; None = now.
+        minutes: the budget of all calls together.
+        seed: of the random numbers, together with the first step of the call.
+        began: start of the call on the monotonic clock, so that preparations count; None = now.
 
-    Leaves ``NAME.pt`` in ``folder``: the averaged weights under ``weights`` and the stage's ``results``, once it is
-    done; before that also what is needed to go on.
+    Writes ``NAME.pt`` to ``folder``: once done, the averaged weights (``weights``) and the stage's ``results``; before
+    that, the state to resume from.
 
     Raises:
-        SystemExit: the losses are not finite any more; called again, it goes on from what was saved last.
+        SystemExit: the losses are no longer finite; another call resumes from the last saved state.
     """
     began = time.monotonic() if began is None else began
     training, log = Training(stage, folder / f"{stage.name}.pt"), Log(folder, stage.name)
@@ -258,7 +257,7 @@ def train(stage: Stage, folder: Path, minutes: float, seed: int = 0, began: floa
 
 
 def _take_steps(training: Training, log: Log, clock: float, budget: float) -> None:
-    # Takes steps until the budget of seconds is spent, and ends when the device has done them.
+    # Takes steps until the budget of seconds is spent, and returns when the device has completed them.
     saved_at, sums, summed = time.monotonic() - clock, torch.zeros((), device=training.device), 0
     while (seconds := time.monotonic() - clock) < budget:
         if training.step == training.first_step + STEPS_OF_COMPILING:
@@ -281,28 +280,28 @@ def _take_steps(training: Training, log: Log, clock: float, budget: float) -> No
 
 
 def seconds_of(folder: Path, name: str) -> float:
-    """What a stage's calls so far took."""
+    """Returns the seconds that a stage's calls have taken so far."""
     return float(_saved(folder / f"{name}.pt", "cpu").get("seconds", 0.0))
 
 
 def _saved(file: Path, device: torch.device | str) -> dict[str, Any]:
-    # Empty where nothing was saved yet.
-    found: dict[str, Any] = torch.load(file, map_location=device, weights_only=False) if file.exists() else {}
-    return found
+    # Empty if nothing has been saved.
+    saved: dict[str, Any] = torch.load(file, map_location=device, weights_only=False) if file.exists() else {}
+    return saved
 
 
 def save(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a file that is whole or not there."""
+    """Writes a file atomically."""
     unfinished = file.with_suffix(".part")
     torch.save(dict(content), unfinished)
     unfinished.replace(file)
 
 
 def finished(folder: Path, name: str) -> dict[str, Any]:
-    """The file of a stage that is done.
+    """Returns the file of a completed stage.
 
     Raises:
-        SystemExit: it is not.
+        SystemExit: the stage is not done.
     """
     file = folder / f"{name}.pt"
     saved = _saved(file, "cpu")

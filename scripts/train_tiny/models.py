@@ -189,7 +189,7 @@ def velocity(
         glyphs: hidden states of the quoted strings [n, glyph tokens, width]; None for a source picture.
         prior: codes [n, h/4, w/4], each of 2x2 tokens.
         kept: [n], 0 where the prior is dropped, 1 elsewhere; None keeps all.
-        times: what the model is told, [n], 0..999.
+        times: the timesteps, [n], 0..999.
         rotary: cosines and sines of the size.
         source: what the blocks made of a source picture; () where there is none.
         call: ``block_forward``, or faster.

@@ -1,4 +1,4 @@
-"""Muon, for the matrices inside a network: momentum whose singular values are all made about one."""
+"""Muon, for the inner matrices of a network: momentum with singular values orthogonalized to about one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ MOMENTUM, WEIGHT_DECAY = 0.95, 0.01
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 ADAM_RMS = 0.2
-"""Of AdamW's updates as they commonly are, in learning rates (Liu et al., 2025)."""
+"""The usual RMS of AdamW's updates, in learning rates (Liu et al., 2025)."""
 
 
 class Muon(torch.optim.Optimizer):
     """Jordan et al., 2024, with Nesterov's momentum and updates as large as AdamW's.
 
-    As ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, but matrices of one shape are worked at together:
-    one by one, launching their small products takes longer than computing them.
+    Like ``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, but batched over matrices of one shape, as
+    launching many small products takes longer than computing them.
 
     Args:
         matrices: [a, b] each.
-        learning_rate: what AdamW would have, a scalar where the matrices are.
+        learning_rate: as for AdamW, a scalar on the matrices' device.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], learning_rate: Tensor) -> None:
@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Takes a step; every matrix has a gradient."""
+        """Takes a step; every matrix must have a gradient."""
         for group in self.param_groups:
             matrices, rate = group["params"], group["lr"]
             gradients = [matrix.grad for matrix in matrices]
@@ -49,17 +49,17 @@ class Muon(torch.optim.Optimizer):
         state = self.state[matrix]
         if not state:
             state["momentum"] = torch.zeros_like(matrix)
-        found: Tensor = state["momentum"]
-        return found
+        momentum: Tensor = state["momentum"]
+        return momentum
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices [n, a, b] with singular values near one instead of their own, bf16, by Newton and Schulz's iteration."""
+    """Returns matrices [n, a, b] with singular values near one, bf16, by Newton-Schulz iteration."""
     first, second, third = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    made = (matrices.mT if tall else matrices).bfloat16()
-    made = made / made.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    matrix = (matrices.mT if tall else matrices).bfloat16()
+    matrix = matrix / matrix.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
-        gram = made @ made.mT
-        made = torch.baddbmm(made, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), made, beta=first)
-    return made.mT if tall else made
+        gram = matrix @ matrix.mT
+        matrix = torch.baddbmm(matrix, torch.baddbmm(gram, gram, gram, beta=second, alpha=third), matrix, beta=first)
+    return matrix.mT if tall else matrix

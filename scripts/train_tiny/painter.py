@@ -1,6 +1,6 @@
-"""Stages 3 and 4, the DiT and the glyph encoder: from codes and words to latents, by flow matching.
+"""Stages painter and editor, the DiT and the glyph encoder: from codes and text to latents, by flow matching.
 
-First pictures of one size, which are few kinds of batches and no sources; then other sizes as well, and edits.
+The painter trains on images of one size without sources, few kinds of batches; the editor on other sizes and on edits.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from glm_image.request import geometry
 from glm_image.request.geometry import Size
 from train_tiny.cells import cell_labels, cell_weights
 from train_tiny.compilation import compiled
-from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, common, drawn, glyph_rows, halved
+from train_tiny.data import SPREAD_SIZES, Choice, Samples, by_size, common, glyph_rows, halved, render
 from train_tiny.loop import finished, measured, mixed_precision, weighted_mean
 from train_tiny.models import Latents, Tokens, build_glyph_encoder, build_transformer, velocity
 from train_tiny.painter_blocks import Source, block_forward, glyph_bias, glyph_states, strings_apart
 from train_tiny.world.table import Table
 
 ENCODED_PIXELS = 256 * 256 * 256
-"""At once by the VAE."""
+"""Pixels per batch of the VAE."""
 DROPPED = 0.1
-"""The share of samples without prior, and of batches without glyphs."""
+"""The share of samples without prior tokens, and of batches without glyphs."""
 LATENTS_PER_CELL = 4
 """Along a side."""
 SCHEDULER = configs.scheduler_config()
@@ -35,11 +35,11 @@ TRAIN_TIMESTEPS = SCHEDULER["num_train_timesteps"]
 
 Signature = tuple[int, ...]
 Kind = tuple[int, bool]
-"""The number of a group, and whether it is painted without its words."""
+"""The index of a group, and whether its text is dropped."""
 
 
-class Shown(NamedTuple):
-    """Pictures as the DiT knows them.
+class EncodedImages(NamedTuple):
+    """Images as the DiT's inputs.
 
     Attributes:
         latents: normalised, bf16 [n, 16, H/8, W/8].
@@ -54,27 +54,27 @@ class Group(NamedTuple):
     """Samples of one size whose quoted strings have the same lengths.
 
     Attributes:
-        size: of the pictures.
+        size: of the images.
         lengths: of the strings.
-        glyphs: the strings, one after another, [n, tokens].
-        weights: how much each cell's error counts, fp16 [n, cells].
-        target: what is to be painted.
-        source: what is edited; None = nothing is.
+        glyphs: the concatenated strings, [n, tokens].
+        weights: the loss weight of each cell, fp16 [n, cells].
+        target: the target images.
+        source: the images to edit, or None.
     """
 
     size: Size
     lengths: Signature
     glyphs: Tensor
     weights: Tensor
-    target: Shown
-    source: Shown | None
+    target: EncodedImages
+    source: EncodedImages | None
 
 
 class Painter:
-    """Trains the velocity from noise to picture at the model's own noise levels, with and without source pictures.
+    """Trains the velocity from noise to image at the scheduler's noise levels, with and without source images.
 
     Attributes:
-        main_share: of the pictures, and of the edits, that are of the main size.
+        main_share: the share of images and edits of the main size.
     """
 
     name = "painter"
@@ -97,42 +97,42 @@ class Painter:
         self._choice = Choice([len(group.glyphs) for group in self._groups], seed)
         self._rotary: dict[Size, tuple[Tensor, Tensor]] = {}
         self._apart: dict[Signature, Tensor] = {}
-        self._no_words = self._words([glyph_rows("")])
+        self._no_text = self._text_tokens([glyph_rows("")])
 
     def _grouped(self, size: Size, samples: Samples) -> list[Group]:
         rows = [glyph_rows(prompt) for prompt in samples.prompts]
         lengths = [tuple(map(len, row)) for row in rows]
-        target = self._shown(samples.scenes, size)
+        target = self._encoded(samples.scenes, size)
         weights = cell_weights(cell_labels(samples.scenes, size)).to(self._device)
-        source = None if samples.sources is None else self._shown(samples.sources, size)
+        source = None if samples.sources is None else self._encoded(samples.sources, size)
         groups = []
         for key in sorted(common(lengths, at_least=2)):
             members = torch.tensor([index for index, own in enumerate(lengths) if own == key])
             chosen = members.to(self._device)
-            mine = [Shown(*(part[chosen] for part in shown)) if shown else None for shown in (target, source)]
-            words = self._words([rows[index] for index in members])
+            mine = [EncodedImages(*(part[chosen] for part in shown)) if shown else None for shown in (target, source)]
+            words = self._text_tokens([rows[index] for index in members])
             groups.append(Group(size, key, words, weights[chosen], mine[0] or target, mine[1]))
         return groups
 
-    def _words(self, rows: list[Any]) -> Tensor:
-        # A token more than there are: what is compiled takes a sequence of one for another kind of input.
+    def _text_tokens(self, rows: list[Any]) -> Tensor:
+        # One extra token: compiled code treats a sequence of length one as another kind of input.
         return torch.tensor([[byte for string in (*row, (0,)) for byte in string] for row in rows], device=self._device)
 
-    def _shown(self, scenes: Table, size: Size) -> Shown:
+    def _encoded(self, scenes: Table, size: Size) -> EncodedImages:
         latents, codes = [], []
-        for pictures in drawn(scenes, size, self._device):
+        for pictures in render(scenes, size, self._device):
             with mixed_precision(self._device):
-                at_once = max(1, ENCODED_PIXELS // pictures[0, 0].numel())
-                latents += [self._latents.encode(some).to(torch.bfloat16) for some in pictures.split(at_once)]
+                count = max(1, ENCODED_PIXELS // pictures[0, 0].numel())
+                latents += [self._latents.encode(part).to(torch.bfloat16) for part in pictures.split(count)]
             codes.append(self._tokens.encode(halved(pictures)).to(torch.int16))
-        return Shown(torch.cat(latents), torch.cat(codes))
+        return EncodedImages(torch.cat(latents), torch.cat(codes))
 
     def kind(self) -> Kind:
-        """Chooses a group, and whether its words are dropped: a batch has words of one length, so all of them are."""
+        """Samples a group, and whether the text of the whole batch is dropped."""
         return self._choice.group(), bool(torch.rand(()) < DROPPED)
 
     def losses(self, kind: Kind) -> dict[str, Tensor]:
-        """Draws a batch."""
+        """Samples a batch and returns its losses."""
         index, dropped = kind
         group = self._groups[index]
         grid = geometry.target_grid(group.size)
@@ -142,7 +142,7 @@ class Painter:
         noise, level = torch.randn_like(latents), noise_levels(times, 4 * grid.tokens)[:, None, None, None]
         kept = (torch.rand(count, device=self._device) > DROPPED).float()
         glyphs = (
-            self._glyph_states(self._no_words.repeat(count, 1), (1,))
+            self._glyph_states(self._no_text.repeat(count, 1), (1,))
             if dropped
             else self._glyph_states(group.glyphs[rows], group.lengths)
         )
@@ -160,7 +160,7 @@ class Painter:
         )
         errors = (predicted.float() - (noise - latents)).square()
         loss = weighted_mean(by_cell(errors), group.weights[rows].float())
-        # Sums over steps of a kind and their number, so that a log line's quotient is that kind's mean.
+        # Sums over the steps of a kind, and their number: their quotient in a log line is the kind's mean.
         edit = float(group.source is not None)
         kinds = {"edit_loss_sum": loss * edit, "edit_steps": errors.new_full((), edit)}
         return {"loss": loss, "error": errors.mean(), **kinds}
@@ -172,7 +172,7 @@ class Painter:
         states: Tensor = self._states(encoder, ids, glyph_bias(encoder, self._apart[lengths]))
         return states[:, :-1]
 
-    def _source(self, shown: Shown, size: Size, rows: Tensor) -> list[Source]:
+    def _source(self, shown: EncodedImages, size: Size, rows: Tensor) -> list[Source]:
         now = torch.zeros(len(rows), device=self._device)
         latents, prior = shown.latents[rows].float(), self._prior(shown.codes[rows], size)
         rotary = self._rotary_of(size)

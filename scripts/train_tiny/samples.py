@@ -29,10 +29,10 @@ def sample_sheet(checkpoint: Path, out: Path, device: str, prompts: int = 18, se
     with LocalPipeline(checkpoint, device) as pipeline:
 
         def painted(prompt: str, *sources: bytes) -> np.ndarray:
-            asked = GenerationParameters(
+            parameters = GenerationParameters(
                 prompt=prompt, height=SIDE, width=SIDE, num_inference_steps=STEPS, seed=seed, images=sources or None
             )
-            return pipeline.generate(asked).pixels[0]
+            return pipeline.generate(parameters).pixels[0]
 
         pictures += [painted(text) for text in texts]
         for kind in KINDS:

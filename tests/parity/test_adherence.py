@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval.adherence import baselines, judge_question, measure, shares
-from eval.questions import Request, local_painter, scene_questions
+from eval.questions import Request, local_generator, scene_questions
 
 TRAINED = Path(__file__).parents[2] / "checkpoints" / "tiny"
 REQUEST = Request(256, 256, steps=6)
@@ -16,8 +16,8 @@ TOGETHER = 8
 
 def test_the_trained_checkpoint_paints_what_it_is_told() -> None:
     questions = scene_questions(16, seed=0)
-    with local_painter(TRAINED, "cpu") as painter:
-        _, seen, _ = measure(painter, questions, REQUEST, TOGETHER)
+    with local_generator(TRAINED, "cpu") as generator:
+        _, seen, _ = measure(generator, questions, REQUEST, TOGETHER)
     right = shares(judge_question(one, question) for one, question in zip(seen, questions, strict=True))
     by_chance = baselines(questions, seen, REQUEST, seed=0)["shuffled"]
     for name, least in LEAST.items():

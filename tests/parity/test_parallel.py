@@ -1,4 +1,4 @@
-"""An instance on several devices renders the images of one device, and handles the loss of a rank."""
+"""An instance on several devices equals one on one device, and handles the loss of a rank."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WAIT_SECONDS = 60
 HANG_SECONDS = 3.0
 SOON_SECONDS = 10.0
 
-# Numbers of tokens that are no multiple of the ranks, branches with texts of different lengths, no guidance, sources.
+# Tokens that do not divide by the ranks, branches with texts of other lengths, no guidance, sources of other sizes.
 REQUESTS = {
     "text": GenerationParameters(
         prompt="a fox 'NEWS' and “ok”", height=160, width=96, seed=1, num_inference_steps=3, guidance_scale=4.0
@@ -78,7 +78,7 @@ MANY = [
 ]
 
 
-def _render(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np.int64]]:
+def _paint(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np.int64]]:
     settings = LocalSettings(dit=DitSettings(parallel=parallel))
     with LocalPipeline(checkpoint, ",".join(["cpu"] * ranks), settings) as pipeline:
         assert pipeline.dit.attention_backend == ("_native_flash" if "ring" in parallel else "native")
@@ -87,15 +87,15 @@ def _render(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np
 
 @pytest.fixture(scope="module")
 def alone(checkpoint_folder: Path) -> dict[str, NDArray[np.int64]]:
-    return _render(checkpoint_folder, "auto", 1)
+    return _paint(checkpoint_folder, "auto", 1)
 
 
-@pytest.mark.parametrize("parallel", [*FEW, *(pytest.param(each, marks=pytest.mark.full) for each in MANY)])
+@pytest.mark.parametrize("parallel", [*FEW, *(pytest.param(layout, marks=pytest.mark.full) for layout in MANY)])
 def test_images_equal_those_of_one_device(
     checkpoint_folder: Path, alone: dict[str, NDArray[np.int64]], parallel: str
 ) -> None:
     ranks = math.prod(int(ways) for ways in re.findall(r"\d", parallel))
-    together = _render(checkpoint_folder, parallel, ranks)
+    together = _paint(checkpoint_folder, parallel, ranks)
     differences = {name: int(np.abs(together[name] - alone[name]).max()) for name in alone}
     assert max(differences.values()) <= 1, differences
 
@@ -111,8 +111,8 @@ def _decoder(checkpoint: Path, ranks: int, workers: WorkerConfig | None = None) 
 
 
 def _decode(engine: ArEngine, context: RequestContext | None = None, side: int = 256) -> Future[ArResult]:
-    asked = GenerationParameters(prompt="a red fox 'NEWS'", height=side, width=side, seed=5)
-    return engine.submit(context or RequestContext(), asked.resolve(Limits(), engine.sampling))
+    parameters = GenerationParameters(prompt="a red fox 'NEWS'", height=side, width=side, seed=5)
+    return engine.submit(context or RequestContext(), parameters.resolve(Limits(), engine.sampling))
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
@@ -143,18 +143,18 @@ def _worker_pids(pid: int) -> list[int]:
 def _command_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:  # it has ended since
+    except OSError:  # it has ended
         return ""
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.full)])
-def test_lost_rank_fails_the_requests(checkpoint_folder: Path, kind: signal.Signals) -> None:
+def test_lost_rank_ends_the_requests_with_an_error(checkpoint_folder: Path, kind: signal.Signals) -> None:
     loss, decoding = _Loss(), threading.Event()
 
     def progress(_: Progress) -> None:
         decoding.set()
 
-    # A killed rank is noticed immediately; with a short limit a slow machine would pass for a hung rank.
+    # A killed rank is noticed immediately; a short limit could only misjudge a slow machine.
     hang_seconds = WAIT_SECONDS if kind == signal.SIGKILL else HANG_SECONDS
     with _decoder(checkpoint_folder, 2, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
         (worker,) = _worker_pids(os.getpid())
@@ -172,13 +172,13 @@ def test_lost_rank_fails_the_requests(checkpoint_folder: Path, kind: signal.Sign
     assert not _worker_pids(os.getpid())
 
 
-def _peers_of(failing: Load) -> WorkerConfig:
+def _worker_config(failing: Load) -> WorkerConfig:
     return WorkerConfig(("cpu",), load_seconds=HANG_SECONDS if failing is failing_ranks.hangs else WAIT_SECONDS)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("arguments", "failing", "expected"),
+    ("arguments", "failing", "reason"),
     [
         ((failing_ranks.EndsWhenRead(),), failing_ranks.meets, r"rank 1 .cpu, pid \d+. was ended by signal 9"),
         ((failing_ranks.HidesTheNetwork(),), failing_ranks.meets, r"rank 1 .cpu, pid \d+. ended with .*no\.such\.net"),
@@ -188,21 +188,21 @@ def _peers_of(failing: Load) -> WorkerConfig:
     ],
     ids=["killed at its start", "no rendezvous", "killed while others wait", "error while others wait", "hung"],
 )
-def test_rank_lost_while_loading_fails_the_load(arguments: tuple[Any, ...], failing: Load, expected: str) -> None:
+def test_rank_lost_while_loading_ends_the_load(arguments: tuple[Any, ...], failing: Load, reason: str) -> None:
     started = time.monotonic()
-    with pytest.raises(ConfigurationError, match=f"{expected}.*; the instance cannot be loaded"):
-        start_ranks(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _peers_of(failing))
-    assert time.monotonic() - started < WAIT_SECONDS, "the collective's patience is over instead"
+    with pytest.raises(ConfigurationError, match=f"{reason}.*; the instance cannot be loaded"):
+        start_ranks(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _worker_config(failing))
+    assert time.monotonic() - started < WAIT_SECONDS, "the collective timed out instead"
     assert not _worker_pids(os.getpid())
 
 
-def test_rank_without_its_device_is_named_and_leaves_no_process() -> None:
+def test_rank_without_its_device_is_reported_and_leaves_no_process() -> None:
     with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
         start_ranks(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("npu:7",)))
     assert not _worker_pids(os.getpid())
 
 
-def test_close_ends_the_local_executor_before_the_ranks_even_if_it_fails() -> None:
+def test_close_ends_rank_0_first_and_the_workers_despite_its_error() -> None:
     group = start_ranks(failing_ranks.ends_badly, (), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("cpu",)))
     group.run("anything")
     failing_ranks.ENDS.clear()
@@ -228,7 +228,7 @@ sys.stdin.read()
 
 
 @pytest.mark.full
-def test_killing_the_first_rank_leaves_no_orphans(checkpoint_folder: Path) -> None:
+def test_killing_rank_0_leaves_no_orphans(checkpoint_folder: Path) -> None:
     command = [sys.executable, "-c", ORPHANS, str(checkpoint_folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
@@ -237,11 +237,11 @@ def test_killing_the_first_rank_leaves_no_orphans(checkpoint_folder: Path) -> No
         ended = os.pidfd_open(worker)
         first.kill()
     try:
-        assert select.select([ended], [], [], SOON_SECONDS)[0], "the worker lives on"
+        assert select.select([ended], [], [], SOON_SECONDS)[0], "the worker is still running"
     finally:
         os.close(ended)
 
 
-def test_layout_that_does_not_fit_is_refused_before_ranks_start(checkpoint_folder: Path) -> None:
+def test_layout_of_another_size_is_refused_before_any_start(checkpoint_folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="takes 4 devices, and the instance has 2"):
-        _render(checkpoint_folder, "cfg=2,ulysses=2", 2)
+        _paint(checkpoint_folder, "cfg=2,ulysses=2", 2)

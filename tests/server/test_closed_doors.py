@@ -1,4 +1,4 @@
-"""What a server does not let everybody do, over both protocols, and what it still does."""
+"""The APIs that a server restricts, over both protocols, and those that stay open."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from glm_image.supervisor.api_access import CLOSABLE_APIS
 from server.kserve import Values, grpc_infer, http_binary_infer, infer_inputs
 from server.regions import registered_region
 
-PICTURE: Values = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "seed": 3}
+REQUEST: Values = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "seed": 3}
 REGION = {"key": "/nothing", "offset": 0, "byte_size": 8}
 SECONDS = 30
 
@@ -68,7 +68,7 @@ GRPC: dict[str, list[Callable[[Client], object]]] = {
 }
 
 
-def ask(
+def call(
     server: TritonServer, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
 ) -> tuple[int, str]:
     with closing(http.client.HTTPConnection(server.http_url, timeout=SECONDS)) as connection:
@@ -83,27 +83,27 @@ def client(triton: TritonServer) -> Iterator[Client]:
         yield opened
 
 
-def test_every_closable_door_is_tried() -> None:
+def test_every_closable_api_has_calls() -> None:
     assert set(HTTP) == set(GRPC) == set(CLOSABLE_APIS)
 
 
-@pytest.mark.parametrize("door", CLOSABLE_APIS)
-def test_a_door_is_closed_over_http(triton: TritonServer, door: str) -> None:
-    for method, path, body in HTTP[door]:
-        status, text = ask(triton, method, path, body)
+@pytest.mark.parametrize("api", CLOSABLE_APIS)
+def test_restricted_api_is_refused_over_http(triton: TritonServer, api: str) -> None:
+    for method, path, body in HTTP[api]:
+        status, text = call(triton, method, path, body)
         assert (status, "This API is restricted" in text) == (403, True), (path, text)
 
 
-@pytest.mark.parametrize("door", CLOSABLE_APIS)
-def test_a_door_is_closed_over_grpc(client: Client, door: str) -> None:
-    for call in GRPC[door]:
+@pytest.mark.parametrize("api", CLOSABLE_APIS)
+def test_restricted_api_is_refused_over_grpc(client: Client, api: str) -> None:
+    for rpc in GRPC[api]:
         with pytest.raises(InferenceServerException, match="This protocol is restricted") as refused:
-            call(client)
+            rpc(client)
         assert refused.value.status() == "StatusCode.UNAVAILABLE"
 
 
-def test_the_key_on_the_command_line_opens_nothing(triton: TritonServer) -> None:
-    """Every user of the machine can read it there."""
+def test_key_on_the_command_line_gives_no_access(triton: TritonServer) -> None:
+    """Every user of the machine can read the command line."""
     command = Path(f"/proc/{processes(triton)['tritonserver']}/cmdline").read_bytes().decode()
     keys = re.findall(r"--(?:http-restricted-api|grpc-restricted-protocol)=[\w,-]+:([\w-]+)=([^\0]*)", command)
     assert len(keys) == 2
@@ -120,11 +120,11 @@ def test_the_key_on_the_command_line_opens_nothing(triton: TritonServer) -> None
         client.get_log_settings(headers={f"triton-grpc-protocol-{name}": value.strip()})
 
 
-def test_what_clients_need_is_open(triton: TritonServer, client: Client) -> None:
+def test_apis_for_clients_are_open(triton: TritonServer, client: Client) -> None:
     for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/glm_image", "/v2/models/glm_image/ready"):
-        assert ask(triton, "GET", path)[0] == 200, path
+        assert call(triton, "GET", path)[0] == 200, path
     for path in ("/v2/models/glm_image/config", "/v2/models/glm_image/stats", "/v2/models/stats"):
-        assert ask(triton, "GET", path)[0] == 200, path
+        assert call(triton, "GET", path)[0] == 200, path
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("glm_image")
@@ -135,10 +135,10 @@ def test_what_clients_need_is_open(triton: TritonServer, client: Client) -> None
     with closing(http.client.HTTPConnection(triton.metrics_url, timeout=SECONDS)) as connection:
         connection.request("GET", "/metrics")
         assert b"nv_inference_request_success" in connection.getresponse().read()
-    np.testing.assert_array_equal(grpc_infer(triton, PICTURE)["images"], http_binary_infer(triton, PICTURE)["images"])
+    np.testing.assert_array_equal(grpc_infer(triton, REQUEST)["images"], http_binary_infer(triton, REQUEST)["images"])
 
 
-def test_it_listens_on_loopback_alone(triton: TritonServer) -> None:
+def test_server_listens_on_loopback_only(triton: TritonServer) -> None:
     for url in (triton.http_url, triton.grpc_url, triton.metrics_url):
         port = f"{int(url.rpartition(':')[2]):04X}"
         lines = [
@@ -150,31 +150,31 @@ def test_it_listens_on_loopback_alone(triton: TritonServer) -> None:
 
 
 @pytest.mark.full
-def test_an_open_door_is_open_and_the_others_are_closed(tiny_checkpoint: Path, same_threads: None) -> None:
-    """System shared memory for the pixels, as local clients like it."""
+def test_opened_api_is_open_and_the_others_are_restricted(tiny_checkpoint: Path, same_threads: None) -> None:
+    """System shared memory for the pixels, as local clients use it."""
     with TritonServer(ServerSettings(tiny_checkpoint, open_apis=("shared-memory",), drain_seconds=5)) as server:
-        for door in CLOSABLE_APIS:
-            status = ask(server, *HTTP[door][0])[0]
-            assert status == (200 if door == "shared-memory" else 403), door
-        expected = grpc_infer(server, PICTURE)["images"]
+        for api in CLOSABLE_APIS:
+            status = call(server, *HTTP[api][0])[0]
+            assert status == (200 if api == "shared-memory" else 403), api
+        expected = grpc_infer(server, REQUEST)["images"]
         with (
             closing(Client(server.grpc_url)) as client,
             registered_region(client, expected.nbytes) as (region, handle),
         ):
             output = tritonclient.grpc.InferRequestedOutput("images")
             output.set_shared_memory(region, expected.nbytes)
-            client.infer("glm_image", infer_inputs(tritonclient.grpc, PICTURE), outputs=[output])
+            client.infer("glm_image", infer_inputs(tritonclient.grpc, REQUEST), outputs=[output])
             shared = shm.get_contents_as_numpy(handle, np.uint8, list(expected.shape))
             np.testing.assert_array_equal(shared, expected)
 
 
 @pytest.mark.parametrize("name", ["inference", "health", "", "shared_memory"])
-def test_only_these_doors_can_be_opened(tiny_checkpoint: Path, name: str) -> None:
+def test_unknown_apis_cannot_be_opened(tiny_checkpoint: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"--open-apis has .*; allowed: model-repository, shared-memory"):
         TritonServer(ServerSettings(tiny_checkpoint, open_apis=(name,)))
 
 
-def test_an_address_for_others_is_warned_of(tiny_checkpoint: Path) -> None:
+def test_non_loopback_address_is_warned_about(tiny_checkpoint: Path) -> None:
     assert TritonServer(ServerSettings(tiny_checkpoint)).exposure is None
     assert TritonServer(ServerSettings(tiny_checkpoint, host="localhost")).exposure is None
     exposed = TritonServer(ServerSettings(tiny_checkpoint, host="0.0.0.0"))

@@ -21,7 +21,7 @@ from server.test_profiles import images_by_instance
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 
-ASKED: Values = {"prompt": "A fox reading 'NEWS'", "height": 96, "width": 96, "num_inference_steps": 200, "seed": 1}
+REQUEST: Values = {"prompt": "A fox reading 'NEWS'", "height": 96, "width": 96, "num_inference_steps": 200, "seed": 1}
 
 LOGS: dict[TritonServer, io.StringIO] = {}
 
@@ -70,7 +70,7 @@ def two_instances(
 
 
 def paint_four(server: TritonServer, prior: Outputs) -> Burst:
-    asked = {name: value for name, value in ASKED.items() if name in {"prompt", "num_inference_steps"}}
+    asked = {name: value for name, value in REQUEST.items() if name in {"prompt", "num_inference_steps"}}
     return at_once(
         [partial(grpc_infer, server, {**asked, **prior, "resolved_seed": [seed]}, "glm_dit") for seed in range(4)]
     )
@@ -82,19 +82,19 @@ def denoising_seconds(burst: Burst) -> float:
 
 def test_both_instances_get_work(triton: TritonServer, two_instances: TritonServer) -> None:
     """An instance denoises one picture at a time: only two of them can denoise longer than the clock on the wall."""
-    prior = grpc_infer(triton, ASKED, "glm_ar")
+    prior = grpc_infer(triton, REQUEST, "glm_ar")
     one, two = paint_four(triton, prior), paint_four(two_instances, prior)
     assert denoising_seconds(one) <= one.seconds
     assert denoising_seconds(two) > two.seconds
-    for alone, beside in zip(one.outputs, two.outputs, strict=True):
-        np.testing.assert_array_equal(alone["images"], beside["images"])
+    for alone, concurrent in zip(one.outputs, two.outputs, strict=True):
+        np.testing.assert_array_equal(alone["images"], concurrent["images"])
     assert all(count > 0 for count in images_by_instance(two_instances).values())
 
 
 def test_a_checkpoint_named_in_the_configuration_is_loaded(
     triton: TritonServer, two_instances: TritonServer, tiny_checkpoint: Path
 ) -> None:
-    requests = [{**ASKED, "seed": seed, "num_inference_steps": 3} for seed in range(4)]
+    requests = [{**REQUEST, "seed": seed, "num_inference_steps": 3} for seed in range(4)]
     alone = [grpc_infer(triton, request) for request in requests]
     crowd = at_once([partial(grpc_infer, two_instances, request) for request in requests])
     for expected, outputs in zip(alone, crowd.outputs, strict=True):
@@ -106,9 +106,9 @@ def test_a_checkpoint_named_in_the_configuration_is_loaded(
 def test_all_instances_hear_of_a_cancel_and_a_full_queue_refuses(
     triton: TritonServer, two_instances: TritonServer
 ) -> None:
-    prior = grpc_infer(triton, ASKED, "glm_ar")
+    prior = grpc_infer(triton, REQUEST, "glm_ar")
     stage = {name: prior[name] for name in ("prior_token_ids", "prior_grid")}
-    asked = {"prompt": ASKED["prompt"], "num_inference_steps": 200, **stage}
+    asked = {"prompt": REQUEST["prompt"], "num_inference_steps": 200, **stage}
     with ThreadPoolExecutor(16) as pool, GlmImageClient(two_instances.grpc_url) as client:
         answers = [pool.submit(grpc_infer, two_instances, asked, "glm_dit", request_id="all") for _ in range(16)]
         while [one["stage"] for one in client.status("all")["requests"]].count("denoise") < 2:

@@ -1,4 +1,4 @@
-"""Both stages over two devices each, here CPU "cards": the same picture, and what happens when a rank is lost."""
+"""Both stages over two devices each, here CPU devices: equal images, and recovery from a lost rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ READY_SECONDS = 120
 SOON_SECONDS = 10.0
 HANG_SECONDS = 6.0
 POLICY = RestartPolicy(max_restarts=4)
-ASKED: Values = {"prompt": "a fox reading 'NEWS'", "height": 96, "width": 160, "num_inference_steps": 3, "seed": 1}
+REQUEST: Values = {"prompt": "a fox reading 'NEWS'", "height": 96, "width": 160, "num_inference_steps": 3, "seed": 1}
 
 
 def _repository(folder: Path, hang_seconds: float | None = None) -> Path:
@@ -54,7 +54,7 @@ def _kept(server: TritonServer, ready: threading.Semaphore) -> Iterator[None]:
 
 
 def _workers() -> dict[str, int]:
-    """Returns the ranks' processes, by the stage they serve."""
+    """Returns the worker processes by their model."""
     found = {}
     for pid in descendants(os.getpid()):
         if b"glm_image.parallel.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -65,17 +65,17 @@ def _workers() -> dict[str, int]:
     return found
 
 
-# What is done to rank 1, how long it then takes to be noticed at the most, and what is said of it.
+# The signal to rank 1, the longest time until it is noticed, and the reported reason.
 LOSSES = {
     "killed": (signal.SIGKILL, 0.0, "was ended by signal 9"),
     "stopped": (signal.SIGSTOP, HANG_SECONDS, f"has not finished a command for {HANG_SECONDS:g} s"),
 }
 
 
-def _lose_rank(server: TritonServer, stage: str, doing: str, kind: signal.Signals, lost: list[float]) -> None:
-    """Sends rank 1 of a stage a signal when a request is at that."""
+def _lose_rank(server: TritonServer, stage: str, phase: str, kind: signal.Signals, lost: list[float]) -> None:
+    """Sends a signal to rank 1 of a stage when the request reaches a phase."""
     with GlmImageClient(server.grpc_url) as client:
-        while [one["stage"] for one in client.status("lost")["requests"]] != [doing]:
+        while [request["stage"] for request in client.status("lost")["requests"]] != [phase]:
             pass
     os.kill(_workers()[stage], kind)
     lost.append(time.monotonic())
@@ -83,25 +83,27 @@ def _lose_rank(server: TritonServer, stage: str, doing: str, kind: signal.Signal
 
 @pytest.mark.full
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_rank_that_is_lost_under_a_request(
+def test_lost_rank_ends_the_request_and_the_server_restarts(
     triton: TritonServer, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    kind, notice_seconds, told = LOSSES[loss]
-    alone = grpc_infer(triton, ASKED)["images"].astype(int)
+    kind, notice_seconds, reason = LOSSES[loss]
+    alone = grpc_infer(triton, REQUEST)["images"].astype(int)
     log, ready = io.StringIO(), threading.Semaphore(0)
     repository = _repository(tmp_path, HANG_SECONDS)
     server = TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=5), log=log)
     with _kept(server, ready):
         seen = set(_workers().values())
-        for stage, doing in (("glm_ar", "decode"), ("glm_dit", "denoise")):
-            together = grpc_infer(server, ASKED)["images"].astype(int)
+        for stage, phase in (("glm_ar", "decode"), ("glm_dit", "denoise")):
+            together = grpc_infer(server, REQUEST)["images"].astype(int)
             assert np.abs(together - alone).max() <= 1
             long = (
-                {**ASKED, "height": 1024, "width": 1024} if stage == "glm_ar" else {**ASKED, "num_inference_steps": 200}
+                {**REQUEST, "height": 1024, "width": 1024}
+                if stage == "glm_ar"
+                else {**REQUEST, "num_inference_steps": 200}
             )
             lost: list[float] = []
-            losing = threading.Thread(target=_lose_rank, args=(server, stage, doing, kind, lost))
+            losing = threading.Thread(target=_lose_rank, args=(server, stage, phase, kind, lost))
             losing.start()
             with pytest.raises(KServeError) as refusal:
                 grpc_infer(server, long, request_id="lost")
@@ -111,26 +113,26 @@ def test_a_rank_that_is_lost_under_a_request(
             assert refusal.value.status == "UNAVAILABLE"
             assert ready.acquire(timeout=READY_SECONDS), server.log_tail
             seen |= set(_workers().values())
-        assert np.abs(grpc_infer(server, ASKED)["images"].astype(int) - alone).max() <= 1
+        assert np.abs(grpc_infer(server, REQUEST)["images"].astype(int) - alone).max() <= 1
     for pid in seen:
         wait_gone(pid)
     for device in ("cpu:1", "cpu:3"):
-        assert re.search(rf"rank 1 \({device}, pid \d+\) {told}", log.getvalue())
+        assert re.search(rf"rank 1 \({device}, pid \d+\) {reason}", log.getvalue())
 
 
 @pytest.mark.full
-def test_pictures_of_stages_over_two_devices(
+def test_images_of_stages_over_two_devices_are_equal(
     triton: TritonServer, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    alone = grpc_infer(triton, ASKED)["images"].astype(int)
+    alone = grpc_infer(triton, REQUEST)["images"].astype(int)
     with TritonServer(
         ServerSettings(tiny_checkpoint, model_repository=_repository(tmp_path), drain_seconds=5)
     ) as server:
         workers = _workers()
         assert set(workers) == {"glm_ar", "glm_dit"}
-        # At once, so that commands for several requests reach the ranks between each other.
-        burst = at_once([partial(grpc_infer, server, ASKED) for _ in range(3)])
+        # Concurrently, so that commands of several requests interleave on the ranks.
+        burst = at_once([partial(grpc_infer, server, REQUEST) for _ in range(3)])
         for outputs in burst.outputs:
             assert np.abs(outputs["images"].astype(int) - alone).max() <= 1
     for pid in workers.values():

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 from eval.adherence import questions_of, shares
 from eval.judge import judge, judge_edit
-from eval.questions import Request, drawn, edit_questions, scene_questions
+from eval.questions import Request, edit_questions, rendered, scene_questions
 from eval.seeing import connected_pieces, look
 from eval.shortcuts import EXACT, SHORTCUTS, Shortcut, devices_from
 from eval.similarity import psnr, ssim
@@ -60,15 +60,15 @@ def through_a_bottleneck(picture: Pixels) -> Pixels:
 @pytest.mark.parametrize("harm", [np.asarray, blurred, noisy, compressed, shifted, through_a_bottleneck])
 def test_drawings_are_judged_right_even_harmed(harm: Callable[[Pixels], Pixels]) -> None:
     questions = scene_questions(12, seed=3)
-    told = shares(judge(look(harm(drawn(each.scene, SQUARE))), each.scene) for each in questions)
-    assert {name: share for name, share in told.items() if name != "of"} == dict.fromkeys(told["of"], 1.0)
+    result = shares(judge(look(harm(rendered(question.scene, SQUARE))), question.scene) for question in questions)
+    assert {name: share for name, share in result.items() if name != "of"} == dict.fromkeys(result["of"], 1.0)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("size", [(128, 128), (256, 256), (512, 512), (192, 512), (512, 160)])
 def test_of_many_drawings_at_least_98_of_100_are_judged_right(size: tuple[int, int]) -> None:
     scenes = [sample_scene(Random(seed)) for seed in range(150)]
-    assert shares(judge(look(drawn(scene, Request(*size))), scene) for scene in scenes)["all"] >= 0.98
+    assert shares(judge(look(rendered(scene, Request(*size))), scene) for scene in scenes)["all"] >= 0.98
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_of_many_drawings_at_least_98_of_100_are_judged_right(size: tuple[int, i
     ],
 )
 def test_what_is_wrong_is_told_and_only_that(wrong: set[str], painted: Scene) -> None:
-    verdict = judge(look(drawn(painted, SQUARE)), PAIR)
+    verdict = judge(look(rendered(painted, SQUARE)), PAIR)
     assert {name for name, right in verdict.items() if not right} == wrong | {"all"}
 
 
@@ -95,15 +95,15 @@ def test_what_is_wrong_is_told_and_only_that(wrong: set[str], painted: Scene) ->
 def test_an_edit_is_seen_when_it_was_made_and_only_then(kind: str) -> None:
     rng = Random(4)
     for edit in (sample_edit(rng, kind=kind) for _ in range(4)):
-        assert judge_edit(look(drawn(edit.after, SQUARE)), edit) == {"changed": True, "kept": True}
-        assert not judge_edit(look(drawn(edit.before, SQUARE)), edit)["changed"]
+        assert judge_edit(look(rendered(edit.after, SQUARE)), edit) == {"changed": True, "kept": True}
+        assert not judge_edit(look(rendered(edit.before, SQUARE)), edit)["changed"]
 
 
 def test_an_edit_that_changes_more_than_was_asked_did_not_keep_the_rest() -> None:
     rng = Random(5)
     edit = sample_edit(rng, kind="recolour")
     elsewhere = replace(edit.after, background=Background("stripes", ("lavender", "light yellow")))
-    assert judge_edit(look(drawn(elsewhere, SQUARE)), edit) == {"changed": True, "kept": False}
+    assert judge_edit(look(rendered(elsewhere, SQUARE)), edit) == {"changed": True, "kept": False}
 
 
 def test_questions_are_held_out_and_a_function_of_the_seed() -> None:
@@ -165,6 +165,6 @@ def test_devices_are_counted_on_from_the_first(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_exact_shortcut_is_the_default_and_an_unknown_setting_is_named() -> None:
     assert SHORTCUTS[EXACT].settings() == LocalSettings()
-    assert SHORTCUTS["int8-ar"].settings().ar.int8
+    assert SHORTCUTS["int8-ar"].settings().ar.quantization == "int8"
     with pytest.raises(ConfigurationError, match="DitSettings has no tempo"):
         Shortcut(dit={"tempo": "allegro"}).settings()

@@ -1,4 +1,4 @@
-"""Allocations that really fail: in a process whose address space is closed behind what it has."""
+"""Allocations that really fail, in a process whose address space is limited."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ print(json.dumps({
 
 
 @pytest.mark.full
-def test_a_picture_too_large_fails_alone(checkpoint_folder: Path) -> None:
+def test_image_that_does_not_fit_fails_alone(checkpoint_folder: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, checkpoint_folder], capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert len(told["messages"]) == 2
-    for message in told["messages"]:
+    result = json.loads(ended.stdout)
+    assert len(result["messages"]) == 2
+    for message in result["messages"]:
         assert message.startswith("out of memory on cpu during ")
         assert " of an image of 2048 x 2048: " in message
         assert message.endswith("; lower height x width, or the source images")
-    assert (told["same"], told["held"]) == (True, 0)
+    assert (result["same"], result["held"]) == (True, 0)
 
 
-def test_the_error_holds_nothing_of_what_failed() -> None:
+def test_error_keeps_no_tensors_of_the_failed_work() -> None:
     held: list[weakref.ref[torch.Tensor]] = []
 
     def work() -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_the_error_holds_nothing_of_what_failed() -> None:
     assert (failed.value.__cause__, failed.value.__context__) == (None, None)
 
 
-def test_other_errors_pass_and_an_allocation_behind_one_is_seen() -> None:
+def test_other_errors_pass_and_a_chained_allocation_error_is_recognized() -> None:
     device = open_device("cpu")
     assert not device.is_out_of_memory(RuntimeError("shapes do not match"))
 

@@ -1,4 +1,4 @@
-"""How ranks are laid out and what each gets."""
+"""Parallel layouts: groups of ranks, and the shards of each rank."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ WAYS = st.integers(1, 4)
 
 
 @given(st.integers(0, 5000), st.integers(1, 9))
-def test_shares_are_consecutive_and_even(count: int, size: int) -> None:
-    shares = [Group(range(size), rank).shard_range(count) for rank in range(size)]
-    assert [thing for share in shares for thing in share] == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_shards_are_contiguous_and_even(count: int, size: int) -> None:
+    shards = [Group(range(size), rank).shard_range(count) for rank in range(size)]
+    assert [row for shard in shards for row in shard] == list(range(count))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 @given(st.integers(1, 2), WAYS, WAYS, WAYS)
-def test_every_kind_of_group_holds_each_rank_once(cfg: int, tp: int, ring: int, ulysses: int) -> None:
+def test_groups_of_each_kind_partition_the_ranks(cfg: int, tp: int, ring: int, ulysses: int) -> None:
     layout = ParallelLayout(cfg, tp, ring, ulysses)
     for name in MEMBERS:
         groups = layout.members(name)
@@ -30,16 +30,16 @@ def test_every_kind_of_group_holds_each_rank_once(cfg: int, tp: int, ring: int, 
 
 
 @given(st.integers(1, 2), WAYS, WAYS, WAYS)
-def test_ranks_of_two_kinds_meet_once(cfg: int, tp: int, ring: int, ulysses: int) -> None:
+def test_groups_of_two_kinds_share_at_most_one_rank(cfg: int, tp: int, ring: int, ulysses: int) -> None:
     layout = ParallelLayout(cfg, tp, ring, ulysses)
-    for one in MEMBERS:
+    for name in MEMBERS:
         for other in MEMBERS:
-            if one != other:
-                assert all(len(set(a) & set(b)) <= 1 for a in layout.members(one) for b in layout.members(other))
+            if name != other:
+                assert all(len(set(a) & set(b)) <= 1 for a in layout.members(name) for b in layout.members(other))
 
 
 @given(st.integers(1, 2), WAYS, WAYS, WAYS)
-def test_a_layout_is_read_as_it_is_written(cfg: int, tp: int, ring: int, ulysses: int) -> None:
+def test_layout_is_parsed_from_its_text(cfg: int, tp: int, ring: int, ulysses: int) -> None:
     layout = ParallelLayout(cfg, tp, ring, ulysses)
     text = f"cfg={cfg}, tp={tp},ring={ring},ulysses = {ulysses}"
     assert ParallelLayout.parse(text, layout.size) == layout
@@ -65,13 +65,13 @@ def test_auto_uses_all_devices(devices: int) -> None:
         ("cfg=2;ulysses=2", 4),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_was_given(text: str, devices: int) -> None:
+def test_invalid_layout_is_refused_with_its_value(text: str, devices: int) -> None:
     with pytest.raises(ConfigurationError, match=r"parallel is .*; allowed: none, auto") as refusal:
         ParallelLayout.parse(text, devices)
     assert repr(text) in str(refusal.value)
 
 
-def test_heads_must_divide() -> None:
+def test_heads_must_be_divisible() -> None:
     check_heads(64, tp=2, ulysses=4)
     with pytest.raises(ConfigurationError, match=r"tp=3 and ulysses=1.*64 heads"):
         check_heads(64, tp=3, ulysses=1)

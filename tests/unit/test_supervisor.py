@@ -1,4 +1,4 @@
-"""The parts of the supervisor that need no server: refusals, the reading of the log, the layout of a server."""
+"""The parts of the supervisor that need no server: settings, log parsing, requirements, installation."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class TestSettings:
     def test_repository_without_models(
         self, settings: ServerSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.chdir(tmp_path)  # whose own name may be longer than what is told of a path
+        monkeypatch.chdir(tmp_path)  # whose name may exceed the length to which paths are shortened
         with pytest.raises(ConfigurationError, match=r"the model repository is .*checkpoint; allowed:"):
             changed(settings, model_repository=Path("checkpoint")).check()
 
@@ -140,7 +140,7 @@ class TestLog:
         assert {started_service(line) for line in lines[:3]} == SERVICES
 
     @pytest.mark.parametrize(
-        ("reason", "told"),
+        ("reason", "message"),
         [
             (
                 r"Internal: CheckpointError: /x has no\nvae/config.json\n\nAt:\n  /m/1/model.py(3): initialize\n",
@@ -152,11 +152,11 @@ class TestLog:
             ("Invalid argument: unable to find backend library", "unable to find backend library"),
         ],
     )
-    def test_a_model_fails_in_its_own_words(self, reason: str, told: str) -> None:
+    def test_model_failure_has_the_models_message(self, reason: str, message: str) -> None:
         line = f"E1122 02:06:43.4 4474 model_lifecycle.cc:642] \"failed to load 'glm_ar' version 1: {reason}\"\n"
         failure = start_failure(line)
         assert failure is not None
-        assert failure.message == f"glm_ar failed to load: {told}"
+        assert failure.message == f"glm_ar failed to load: {message}"
         assert not failure.port_lost
 
     @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ class TestLog:
         assert failure is not None
         assert failure.message == message
 
-    def test_a_file_that_cannot_be_read_comes_with_the_place_of_its_fault(self) -> None:
-        told = '[libprotobuf ERROR /b/t.cc:337] Error parsing text-format inference.ModelConfig: 12:11: No "x".\n'
+    def test_unreadable_file_is_reported_with_line_and_column(self) -> None:
+        logged = '[libprotobuf ERROR /b/t.cc:337] Error parsing text-format inference.ModelConfig: 12:11: No "x".\n'
         failed = (
             "E1122 02:10:17.0 5157 model_repository_manager.cc:1460] \"Poll failed for model directory 'glm_dit': "
             'failed to read text proto from /r/glm_dit/config.pbtxt"\n'
@@ -193,10 +193,10 @@ class TestLog:
         message = "glm_dit failed to load: failed to read text proto from /r/glm_dit/config.pbtxt"
         assert start_failure(failed) == StartFailure(message)
         assert syntax_error(failed) is None
-        place = syntax_error(told)
+        place = syntax_error(logged)
         assert start_failure(failed, place) == StartFailure(f'{message}, line and column 12:11: No "x".')
 
-    def test_a_lost_port(self) -> None:
+    def test_lost_port_is_recognized(self) -> None:
         failure = start_failure(
             'E1122 02:11:17.7 5269 main.cc:245] "failed to start GRPC service: Unavailable - '
             "Socket '127.0.0.1:18001' already in use \"\n"
@@ -228,7 +228,7 @@ class TestRequirements:
             ("x86_64", "another C library", r"needs glibc 2\.35 or newer, and this machine has another C library"),
         ],
     )
-    def test_a_machine_without_a_server(self, machine: str, libc: str, message: str) -> None:
+    def test_unsupported_machine_is_refused(self, machine: str, libc: str, message: str) -> None:
         with pytest.raises(ConfigurationError, match=message):
             check_bundled_server(machine, libc)
 
@@ -243,7 +243,7 @@ class TestRequirements:
         assert libpython_directory([tmp_path / "elsewhere", tmp_path]) == tmp_path
 
 
-def test_a_server_is_laid_out_in_links(tmp_path: Path) -> None:
+def test_backends_are_linked(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     for part in ("python/libtriton_python.so", "python/triton_python_backend_stub", "onnx/libtriton_onnx.so"):
         (installed / "backends" / part).parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +259,7 @@ def test_a_server_is_laid_out_in_links(tmp_path: Path) -> None:
     assert not (installed / "backends" / "python" / "glm_image").exists()
 
 
-def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_servers_leftovers_are_removed(tmp_path: Path) -> None:
     mine, other = (watchdog.SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
     (tmp_path / "run" / "backends").mkdir(parents=True)
     try:
@@ -275,20 +275,20 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
 
 
 class TestAccess:
-    def test_all_doors_are_closed_over_both_protocols(self) -> None:
+    def test_all_apis_are_restricted_over_both_protocols(self) -> None:
         http, grpc = closing_flags(())
         assert http.startswith("--http-restricted-api=model-repository,shared-memory,trace,logging:")
         assert grpc.removeprefix("--grpc-restricted-protocol=") == http.removeprefix("--http-restricted-api=")
         assert http.endswith("\n")  # which no header can carry
         assert closing_flags(())[0] != http
 
-    def test_doors_are_opened_one_by_one(self) -> None:
+    def test_apis_are_opened_individually(self) -> None:
         assert closing_flags(("trace", "shared-memory"))[0].startswith(
             "--http-restricted-api=model-repository,logging:"
         )
         assert closing_flags(CLOSABLE_APIS) == []
 
-    def test_a_limit_of_input_is_set_where_the_server_has_one(self, tmp_path: Path) -> None:
+    def test_input_limit_is_set_if_the_server_has_one(self, tmp_path: Path) -> None:
         installation = Installation(tmp_path, tmp_path / "stub", ())
         installation.binary.parent.mkdir()
         installation.binary.write_bytes(b"--http-port")
@@ -304,11 +304,11 @@ class TestAccess:
     def test_loopback_addresses(self, host: str, loopback: bool) -> None:
         assert is_loopback(host) == loopback
 
-    def test_the_threads_of_a_server_get_large_stacks(self) -> None:
-        told = "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"
+    def test_server_threads_get_large_stacks(self) -> None:
+        program = "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"
         command = [sys.executable, watchdog.__file__, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
-                   "--drain-seconds", "1", "--", sys.executable, "-c", told]  # fmt: skip
-        # Its input stays open until it has ended: the end of it would be an order to kill.
+                   "--drain-seconds", "1", "--", sys.executable, "-c", program]  # fmt: skip
+        # Its input stays open until it has ended, as the end of the input is a command to kill.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
             assert running.stderr is not None
             limit = int(running.stderr.read())
@@ -319,7 +319,7 @@ class TestAccess:
         assert limit >= expected
 
 
-def test_the_supervisor_needs_no_package() -> None:
+def test_supervisor_imports_without_packages() -> None:
     """``scripts/test`` and ``scripts/quickstart`` ask it what to install."""
     command = [sys.executable, "-S", "-c", "import glm_image.supervisor, glm_image.supervisor.requirements"]
     subprocess.run(command, check=True, env={"PYTHONPATH": str(Path(watchdog.__file__).parents[2])})

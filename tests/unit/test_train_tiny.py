@@ -23,7 +23,7 @@ from glm_image.request.prompts import PromptTokenizer
 from train_tiny import loop, models
 from train_tiny.autoencoder import sheets
 from train_tiny.cells import HELD_WEIGHT, SHOWN_WEIGHT, SMALL_WEIGHT, cell_labels, cell_weights, decision_weights
-from train_tiny.codes import DRAWN_SIDE, Codes, clustered, drawn_loss, named_loss
+from train_tiny.codes import DECODED_SIDE, Codes, clustered, named_loss, reconstruction_loss
 from train_tiny.data import MAIN_SIZE, Samples, glyph_rows, halved, sample, small_pictures
 from train_tiny.painter import Editor, Painter, by_cell, noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
@@ -236,9 +236,13 @@ def test_an_error_of_a_drawn_cell_counts_as_the_cell_does() -> None:
     labels = cell_labels(Table.of([Scene((star, ring), "inside")]), Size(256, 256))
     weights = cell_weights(labels).view(8, 8)
     for cell in ((0, 0), (4, 4)):
-        errors = torch.zeros(1, 3, 8 * DRAWN_SIDE, 8 * DRAWN_SIDE)
-        errors[0, :, cell[0] * DRAWN_SIDE : (cell[0] + 1) * DRAWN_SIDE, cell[1] * DRAWN_SIDE :][..., :DRAWN_SIDE] = 2.0
-        assert drawn_loss(errors, labels) == pytest.approx(5.0 * float(weights[cell] / weights.float().sum()), rel=1e-3)
+        errors = torch.zeros(1, 3, 8 * DECODED_SIDE, 8 * DECODED_SIDE)
+        errors[0, :, cell[0] * DECODED_SIDE : (cell[0] + 1) * DECODED_SIDE, cell[1] * DECODED_SIDE :][
+            ..., :DECODED_SIDE
+        ] = 2.0
+        assert reconstruction_loss(errors, labels) == pytest.approx(
+            5.0 * float(weights[cell] / weights.float().sum()), rel=1e-3
+        )
     assert weights[4, 4] == HELD_WEIGHT
 
 
@@ -288,8 +292,8 @@ def test_cells_of_half_the_pixels_show_the_same_in_a_picture_of_half_the_size() 
 
 def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
-    inside, beside = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
-    labels = cell_labels(Table.of([inside, beside]), Size(256, 256))
+    inside, apart = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
+    labels = cell_labels(Table.of([inside, apart]), Size(256, 256))
     assert labels.held[0].any()
     assert torch.equal(labels.held[0] == 1, labels.colour[0] == 1 + COLOUR_INDEX["red"])
     assert (labels.colour[1] == 1 + COLOUR_INDEX["red"]).any()

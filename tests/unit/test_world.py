@@ -111,7 +111,7 @@ SYNONYMS = {
 """Of what a picture shows, each as a regular expression."""
 
 
-def told(text: str) -> Counter[str]:
+def word_counts(text: str) -> Counter[str]:
     """How often a text says each shape, colour and size, whatever the synonyms."""
     text = re.sub("(?<=['\"“「])[A-Za-z]+(?=['\"”」])", "", text)  # the word on a sign
     for word, others in SYNONYMS.items():
@@ -129,7 +129,7 @@ def test_other_words_say_the_same_things_and_the_same_letters() -> None:
     assert sum(text != other for text, other in others.items()) > 0.8 * len(others)
     for text, other in others.items():
         assert [word.upper() for word in quoted_strings(other)] == quoted_strings(text)
-        assert told(other) == told(text), (text, other)
+        assert word_counts(other) == word_counts(text), (text, other)
         assert not re.search("  |centred of|edge of|(it|everything|:),|: with|(Put|Show) it with", other), other
 
 

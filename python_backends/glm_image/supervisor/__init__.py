@@ -1,4 +1,4 @@
-"""The parent of a Triton process: finds a server, starts it, waits for it, leaves nothing behind."""
+"""The parent of a Triton process: finds, starts, watches, restarts and stops a server."""
 
 from __future__ import annotations
 

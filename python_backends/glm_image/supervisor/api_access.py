@@ -1,4 +1,4 @@
-"""Who may reach what of a server: the APIs that are closed, and the size of a request."""
+"""Access to a server: the restricted APIs, and the size of a request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from glm_image.errors import ConfigurationError, shown
 
 CLOSABLE_APIS = ("model-repository", "shared-memory", "trace", "logging")
-"""Triton's APIs that change the server or reach beyond it; those that only read stay open."""
+"""Triton's APIs that change the server or reach beyond it; read-only APIs stay open."""
 
 DEFAULT_MAX_REQUEST_BYTES = 192 * 1024 * 1024
 """Room for four source images of 32 MiB, in base64, and their request."""
@@ -20,10 +20,10 @@ _KEY = "closed-unless-in-open-apis"
 
 
 def check_open_apis(opened: Sequence[str]) -> None:
-    """Refuses names that are not of ``CLOSABLE_APIS``.
+    """Checks the names of APIs to open.
 
     Raises:
-        ConfigurationError: names the flag, the value and what is allowed.
+        ConfigurationError: a name is not in ``CLOSABLE_APIS``.
     """
     for name in opened:
         if name not in CLOSABLE_APIS:
@@ -31,18 +31,18 @@ def check_open_apis(opened: Sequence[str]) -> None:
 
 
 def closing_flags(opened: Collection[str]) -> list[str]:
-    """Returns tritonserver's flags that close every API of ``CLOSABLE_APIS`` but the ``opened`` ones."""
+    """Returns tritonserver's flags that restrict every API of ``CLOSABLE_APIS`` except ``opened``."""
     closed = [name for name in CLOSABLE_APIS if name not in opened]
     if not closed:
         return []
-    # Triton opens them to whoever sends a header of this value. Every user of the machine can read a command line, but
-    # nobody can send a line break in a header.
+    # Triton grants access to requests with a header of this value. Every user of the machine can read the command line,
+    # but no header can contain a line break.
     restriction = f"{','.join(closed)}:{_KEY}={secrets.token_hex()}\n"
     return [f"--http-restricted-api={restriction}", f"--grpc-restricted-protocol={restriction}"]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` can be reached from this machine alone."""
+    """Whether ``host`` is reachable from this machine only."""
     try:
         addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
     except OSError:

@@ -1,4 +1,4 @@
-"""Finds a Triton and lays out a private view of it, in which model processes import this very package."""
+"""Finds a Triton and builds a private backend folder, in which model processes import this package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _INPUT_LIMIT_FLAG = "--http-max-input-size"
 
 @dataclass(frozen=True)
 class Installation:
-    """Where the parts of a Triton lie: its folder, the stub for this Python, and folders for the dynamic linker."""
+    """A Triton: its folder, the stub for this Python, and folders for the dynamic linker."""
 
     folder: Path
     stub: Path
@@ -44,21 +44,21 @@ class Installation:
 
     @property
     def is_bundled(self) -> bool:
-        """Whether it is the one that the nvidia-pytriton package carries, for this machine alone."""
+        """Whether it is the one in the nvidia-pytriton package, which is for development only."""
         return self.folder != CONTAINER_SERVER
 
     def input_limit_flags(self, max_bytes: int) -> list[str]:
-        """The flags that limit the body of an HTTP request; none where this Triton has no such limit."""
+        """Returns the flags that limit the body of an HTTP request; none if this Triton has no such limit."""
         with self.binary.open("rb") as binary, mmap.mmap(binary.fileno(), 0, access=mmap.ACCESS_READ) as program:
             known = program.find(_INPUT_LIMIT_FLAG.lstrip("-").encode()) >= 0
         return [f"{_INPUT_LIMIT_FLAG}={max_bytes}"] if known else []
 
     def lay_out_backends(self, run_directory: Path) -> Path:
-        """Builds the folder of backends, of links, in ``run_directory``; the installation itself is never written to.
+        """Builds a folder of links to the backends in ``run_directory``; the installation itself is not modified.
 
         Returns:
-            The folder for ``--backend-directory``. Its ``python`` holds a link to this package beside Triton's own
-            ``triton_python_backend_utils``: the Python backend puts that folder on the path of every model.
+            The folder for ``--backend-directory``. Its ``python`` contains a link to this package next to Triton's
+            ``triton_python_backend_utils``: the Python backend puts that folder on every model's import path.
         """
         backends = run_directory / "backends"
         (backends / "python").mkdir(parents=True)
@@ -73,7 +73,7 @@ class Installation:
         return backends
 
     def environment(self) -> dict[str, str]:
-        """This process's environment, the running Python first on PATH: the stub takes its packages from there."""
+        """Returns this process's environment with its Python first on PATH, from which the stub takes its packages."""
         libraries = [str(folder) for folder in self.library_folders]
         return {
             **os.environ,
@@ -83,10 +83,10 @@ class Installation:
 
 
 def find_installation() -> Installation:
-    """Finds the Triton of a container, else the one that the nvidia-pytriton package carries.
+    """Finds the Triton of a container, else the one in the nvidia-pytriton package.
 
     Raises:
-        ConfigurationError: there is none, or it does not go with this machine or this Python.
+        ConfigurationError: there is none, or it does not run on this machine or with this Python.
     """
     return _container_server() if has_container_server() else _bundled_server()
 

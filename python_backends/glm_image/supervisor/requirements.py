@@ -1,4 +1,4 @@
-"""What the Triton of the nvidia-pytriton wheel needs of a machine; asked before anything is installed."""
+"""The requirements of the nvidia-pytriton wheel's Triton, checked before anything is installed."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def has_container_server() -> bool:
 
 
 def check_bundled_server(machine: str | None = None, libc: str | None = None) -> None:
-    """Refuses a machine on which the Triton of the nvidia-pytriton wheel cannot run.
+    """Checks that the Triton of the nvidia-pytriton wheel runs on a machine.
 
     Args:
         machine: the processor architecture; this machine's when None.
         libc: name and version as in ``glibc 2.36``; this machine's when None.
 
     Raises:
-        ConfigurationError: names what is missing and what to do about it.
+        ConfigurationError: it does not; the message names the missing requirement and a remedy.
     """
     machine = machine or platform.machine()
     if machine != "x86_64":
@@ -59,17 +59,17 @@ def libpython_directory(candidates: list[Path] | None = None) -> Path | None:
     """Finds the folder of the running Python's shared library, which Triton's Python stub links.
 
     Args:
-        candidates: folders to look in; where this Python's own build says it is, when None.
+        candidates: folders to search; None = those of this Python's build.
 
     Returns:
-        The folder, or None when the dynamic linker finds the library without help.
+        The folder; None if the dynamic linker finds the library by itself.
 
     Raises:
-        ConfigurationError: the library is nowhere.
+        ConfigurationError: the library is not found.
     """
     major_minor = f"{sys.version_info.major}.{sys.version_info.minor}"
     name = f"libpython{major_minor}.so.1.0"
-    # The running Python's own folders come first: the linker may know the library of another build of the same version.
+    # The running Python's folders come first, as the linker may know another build of the same version.
     for folder in _libpython_candidates() if candidates is None else candidates:
         if (folder / name).exists():
             return folder
@@ -90,7 +90,7 @@ def _libpython_candidates() -> list[Path]:
 
 
 def main() -> int:
-    """Says what is missing, if anything: 0 when a server can run here, else 1."""
+    """Prints what is missing; returns 0 if a server can run here, else 1."""
     try:
         if not has_container_server():
             check_bundled_server()

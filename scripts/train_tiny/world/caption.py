@@ -116,8 +116,8 @@ def name(thing: Thing, rng: Random, language: str, size: str = "usual", article:
     """
     tell = size == "usual" and (thing.size == "small" or rng.random() < 0.5)
     if language == "zh":
-        told = SIZES_ZH[thing.size] if tell else ""
-        return f"{'一个' if article == 'a' else ''}{told}{COLOURS_ZH[thing.colour]}{SHAPES_ZH[thing.shape]}"
+        size = SIZES_ZH[thing.size] if tell else ""
+        return f"{'一个' if article == 'a' else ''}{size}{COLOURS_ZH[thing.colour]}{SHAPES_ZH[thing.shape]}"
     shape = rng.choice(SHAPES_EN.get(thing.shape, (thing.shape,)))
     words = [rng.choice(SIZES_EN[thing.size])] if tell else []
     words += [thing.colour, shape]

@@ -79,10 +79,14 @@ def _recolour(rng: Random, scene: Scene, language: str) -> Change:
     things = (*scene.things[:index], replace(thing, colour=colour), *scene.things[index + 1 :])
     known = name(thing, rng, language, "never", "the")
     if language == "zh":
-        asked = rng.choice(("把{0}变成{1}", "把{0}改成{1}", "将{0}的颜色换成{1}")).format(known, COLOURS_ZH[colour])
+        instruction = rng.choice(("把{0}变成{1}", "把{0}改成{1}", "将{0}的颜色换成{1}")).format(
+            known, COLOURS_ZH[colour]
+        )
     else:
-        asked = rng.choice(("Make {0} {1}", "Turn {0} {1}", "Paint {0} {1}", "Change {0} to {1}")).format(known, colour)
-    return scene, asked, replace(scene, things=things)
+        instruction = rng.choice(("Make {0} {1}", "Turn {0} {1}", "Paint {0} {1}", "Change {0} to {1}")).format(
+            known, colour
+        )
+    return scene, instruction, replace(scene, things=things)
 
 
 def _move(rng: Random, scene: Scene, language: str) -> Change | None:
@@ -99,12 +103,12 @@ def _move(rng: Random, scene: Scene, language: str) -> Change | None:
     names = [name(thing, rng, language, "never", "the") for thing in things]
     if relation == scene.relation and rng.random() < 0.4:
         rng.shuffle(names)
-        asked = ("把{0}和{1}的位置互换" if language == "zh" else "Swap {0} and {1}").format(*names)
+        instruction = ("把{0}和{1}的位置互换" if language == "zh" else "Swap {0} and {1}").format(*names)
     elif language == "zh":
-        asked = {"left of": "把{0}移到{1}的左边", "above": "把{0}移到{1}的上方"}[relation].format(*names)
+        instruction = {"left of": "把{0}移到{1}的左边", "above": "把{0}移到{1}的上方"}[relation].format(*names)
     else:
-        asked = {"left of": "Move {0} to the left of {1}", "above": "Move {0} above {1}"}[relation].format(*names)
-    return scene, asked, after
+        instruction = {"left of": "Move {0} to the left of {1}", "above": "Move {0} above {1}"}[relation].format(*names)
+    return scene, instruction, after
 
 
 def _move_alone(rng: Random, scene: Scene, language: str) -> Change:
@@ -112,14 +116,14 @@ def _move_alone(rng: Random, scene: Scene, language: str) -> Change:
     known = name(scene.things[0], rng, language, "never", "the")
     if language == "zh":
         where = {"middle": "中间", "left": "左边", "right": "右边", "top": "上方", "bottom": "下方"}[place]
-        asked = f"把{known}移到{where}"
+        instruction = f"把{known}移到{where}"
     else:
         where = {
             "middle": "to the middle", "left": "to the left", "right": "to the right",
             "top": "to the top", "bottom": "to the bottom",
         }[place]  # fmt: skip
-        asked = f"{rng.choice(('Move', 'Put'))} {known} {where}"
-    return scene, asked, placed(rng, replace(scene, relation=place))
+        instruction = f"{rng.choice(('Move', 'Put'))} {known} {where}"
+    return scene, instruction, placed(rng, replace(scene, relation=place))
 
 
 def _remove(rng: Random, scene: Scene, language: str) -> Change | None:
@@ -166,8 +170,8 @@ def _background(rng: Random, scene: Scene, language: str) -> Change | None:
     words = background_words(background, rng, language)
     if language == "zh":
         return scene, rng.choice(("换成{}", "改为{}")).format(words), replace(scene, background=background)
-    asked = rng.choice(("Put everything {}", "Change the background: {}", "Show it {}")).format(words)
-    return scene, asked, replace(scene, background=background)
+    instruction = rng.choice(("Put everything {}", "Change the background: {}", "Show it {}")).format(words)
+    return scene, instruction, replace(scene, background=background)
 
 
 def _word(rng: Random, scene: Scene, language: str) -> Change | None:
@@ -180,8 +184,8 @@ def _word(rng: Random, scene: Scene, language: str) -> Change | None:
     ways = ("把牌子上的字改成{}", "让牌子写着{}") if language == "zh" else (
         "Change the word to {}", "Make the sign say {}", "Replace the word on the sign with {}"
     )  # fmt: skip
-    asked = rng.choice(ways).format(quoted(word, rng, language))
-    return scene, asked, replace(scene, sign=replace(scene.sign, word=word))
+    instruction = rng.choice(ways).format(quoted(word, rng, language))
+    return scene, instruction, replace(scene, sign=replace(scene.sign, word=word))
 
 
 CHANGES: Final[dict[str, Callable[[Random, Scene, str], Change | None]]] = {

@@ -121,9 +121,9 @@ def sample_scene(rng: Random, held_out: bool = False, things: int | None = None,
         things: how many; None = one to three.
         sign: whether there is one; None = sometimes.
     """
-    asked = things
+    requested = things
     while True:
-        things = asked or rng.choices((1, 2, 3), (0.35, 0.45, 0.2))[0]
+        things = requested or rng.choices((1, 2, 3), (0.35, 0.45, 0.2))[0]
         board = sample_sign(rng, held_out) if (rng.random() < 0.4 if sign is None else sign) else None
         relation = _sample_relation(rng, things, board)
         kinds = _sample_things(rng, things, relation, board)

@@ -42,17 +42,17 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--size", default="256x256", metavar="WxH")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    width, height = map(int, asked.size.split("x"))
-    rng = Random(asked.seed)
-    if asked.edits:
-        edits = [sample_edit(rng, asked.held_out) for _ in range(COLUMNS * ROWS // 2)]
+    flags = parser.parse_args()
+    width, height = map(int, flags.size.split("x"))
+    rng = Random(flags.seed)
+    if flags.edits:
+        edits = [sample_edit(rng, flags.held_out) for _ in range(COLUMNS * ROWS // 2)]
         scenes = [scene for edit in edits for scene in (edit.before, edit.after)]
         texts = [text for edit in edits for text in (edit.kind, edit.instruction)]
     else:
-        scenes = [sample_scene(rng, asked.held_out) for _ in range(COLUMNS * ROWS)]
+        scenes = [sample_scene(rng, flags.held_out) for _ in range(COLUMNS * ROWS)]
         texts = [caption(scene, rng, LANGUAGES[index % 6 == 5]) for index, scene in enumerate(scenes)]
-    sheet(draw(scenes, height, width).permute(0, 2, 3, 1).numpy(), texts).save(asked.out)
+    sheet(draw(scenes, height, width).permute(0, 2, 3, 1).numpy(), texts).save(flags.out)
     print("\n".join(texts))
 
 
