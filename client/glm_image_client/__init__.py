@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from glm_image_client.async_client import AsyncGlmImageClient
-from glm_image_client.calls import OutputFormat
 from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import (
     BadArgumentError,
@@ -16,19 +15,37 @@ from glm_image_client.errors import (
     UnreachableError,
 )
 from glm_image_client.events import StreamEvent
+from glm_image_client.options import (
+    ArOptions,
+    CommonOptions,
+    DitOptions,
+    GenerateOptions,
+    OutputFormat,
+    PaintOptions,
+    PreviewOptions,
+    PriorOptions,
+    SourceImage,
+    StreamOptions,
+)
 from glm_image_client.result import GenerationResult, Metadata, PriorTokens
 from glm_image_client.retries import Retries
-from glm_image_client.tensors import SourceImage
 
 __all__ = [
+    "ArOptions",
     "AsyncGlmImageClient",
     "BadArgumentError",
     "BusyError",
+    "CommonOptions",
+    "DitOptions",
+    "GenerateOptions",
     "GenerationResult",
     "GlmImageClient",
     "GlmImageClientError",
     "Metadata",
     "OutputFormat",
+    "PaintOptions",
+    "PreviewOptions",
+    "PriorOptions",
     "PriorTokens",
     "RefusedError",
     "RequestCancelled",
@@ -37,5 +54,6 @@ __all__ = [
     "ServerFailure",
     "SourceImage",
     "StreamEvent",
+    "StreamOptions",
     "UnreachableError",
 ]

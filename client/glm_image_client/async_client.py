@@ -1,40 +1,31 @@
-"""The same client for programs that run on asyncio."""
+"""The client for asyncio."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator
 from functools import partial
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from glm_image_client import calls
-from glm_image_client.calls import ENSEMBLE, Call, described
-from glm_image_client.client import GIVE_UP_SECONDS, READY_SECONDS
 from glm_image_client.connections import connect_async
-from glm_image_client.errors import GlmImageClientError, RequestTimeout
-from glm_image_client.events import StreamEvent, check_whole
-from glm_image_client.retries import NO_RETRIES, Attempts, Retries
-from glm_image_client.transport import Endpoint, ProtocolName, microseconds
+from glm_image_client.core import AsyncRuntime, ClientCore
+from glm_image_client.events import StreamEvent
+from glm_image_client.result import GenerationResult, PriorTokens
+from glm_image_client.retries import NO_RETRIES, Retries
+from glm_image_client.transport import Endpoint, ProtocolName
 
-P = ParamSpec("P")
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-
-def _method(prepare: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncGlmImageClient, P], Awaitable[T]]:
-    async def method(self: AsyncGlmImageClient, /, *arguments: P.args, **named: P.kwargs) -> T:
-        # Source images are read and encoded here, which may take a while: not in the loop's own thread.
-        return await self._answer(await asyncio.to_thread(prepare, *arguments, **named))
-
-    return described(method, prepare)
+    from glm_image_client.options import GenerateOptions, PaintOptions, PriorOptions, StreamOptions
 
 
 class AsyncGlmImageClient:
     """Talks to a GLM-Image server from one asyncio loop; an asynchronous context manager.
 
-    Many requests may be in flight at once. A call that is cancelled, or whose time runs out, cancels its request at the
-    server. Arguments and errors are those of ``GlmImageClient``.
+    Many requests may be in flight concurrently. A call that is cancelled or times out cancels its request on the
+    server. Methods, arguments and errors are those of ``GlmImageClient``.
     """
 
     def __init__(
@@ -45,11 +36,8 @@ class AsyncGlmImageClient:
         timeout: float | None = None,
         retries: Retries = NO_RETRIES,
     ) -> None:
-        microseconds(timeout)
         self.endpoint = Endpoint.parse(url, protocol)
-        self._timeout = timeout
-        self._retries = retries
-        self._transport = connect_async(self.endpoint)
+        self._core = ClientCore(self.endpoint, connect_async, AsyncRuntime(), timeout, retries)
 
     async def __aenter__(self) -> AsyncGlmImageClient:
         return self
@@ -60,56 +48,37 @@ class AsyncGlmImageClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection."""
-        await self._transport.close()
+        """See ``GlmImageClient.close``."""
+        await self._core.close()
 
     async def server_ready(self) -> bool:
         """See ``GlmImageClient.server_ready``."""
-        return await self._transport.ready(self._timeout or READY_SECONDS)
+        return await self._core.ready()
 
-    async def model_metadata(self, model: str = ENSEMBLE) -> dict[str, Any]:
+    async def model_metadata(self, model: str = calls.ENSEMBLE) -> dict[str, Any]:
         """See ``GlmImageClient.model_metadata``."""
-        return await self._transport.model_metadata(model, self._timeout)
+        return await self._core.model_metadata(model)
 
-    generate = _method(calls.generate)
-    prior_tokens = _method(calls.prior_tokens)
-    paint = _method(calls.paint)
-    cancel = _method(calls.cancel)
-    status = _method(calls.status)
+    async def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> GenerationResult:
+        """See ``GlmImageClient.generate``."""
+        return await self._core.answer(partial(calls.generate, prompt, **options))
 
-    async def stream(self, prompt: str, **named: Any) -> AsyncGenerator[StreamEvent, None]:
-        """See ``glm_image_client.calls.stream``; an asynchronous iterator."""
-        call = await asyncio.to_thread(partial(calls.stream, prompt, **named))
-        timeout = self._timeout if call.timeout is None else call.timeout
-        event = None
-        async with aclosing(
-            self._transport.stream(call.model, call.tensors, request_id=call.request_id or "", timeout=timeout)
-        ) as responses:
-            async for outputs in responses:
-                event = call.read(outputs)
-                yield event
-        check_whole(event)
+    def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> AsyncGenerator[StreamEvent, None]:
+        """See ``GlmImageClient.stream``; returns an asynchronous iterator."""
+        return self._core.events(partial(calls.stream, prompt, **options))
 
-    async def _answer(self, call: Call[T]) -> T:
-        try:
-            return await self._answer_of(call)
-        except (asyncio.CancelledError, KeyboardInterrupt, RequestTimeout):
-            await self._give_up(call)
-            raise
+    async def prior_tokens(self, prompt: str, **options: Unpack[PriorOptions]) -> PriorTokens:
+        """See ``GlmImageClient.prior_tokens``."""
+        return await self._core.answer(partial(calls.prior_tokens, prompt, **options))
 
-    async def _give_up(self, call: Call[Any]) -> None:
-        if call.request_id is not None:
-            with suppress(GlmImageClientError):
-                await asyncio.shield(self.cancel(call.request_id, timeout=GIVE_UP_SECONDS))
+    async def paint(self, prompt: str, prior: PriorTokens, **options: Unpack[PaintOptions]) -> GenerationResult:
+        """See ``GlmImageClient.paint``."""
+        return await self._core.answer(partial(calls.paint, prompt, prior, **options))
 
-    async def _answer_of(self, call: Call[T]) -> T:
-        attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)
-        while True:
-            try:
-                outputs = await self._transport.infer(
-                    call.model, call.tensors, request_id=call.request_id or "", timeout=attempts.timeout
-                )
-            except GlmImageClientError as error:
-                await asyncio.sleep(attempts.pause_after(error))
-            else:
-                return call.read(outputs)
+    async def cancel(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
+        """See ``GlmImageClient.cancel``."""
+        return await self._core.answer(partial(calls.cancel, request_id, timeout=timeout))
+
+    async def status(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
+        """See ``GlmImageClient.status``."""
+        return await self._core.answer(partial(calls.status, request_id, timeout=timeout))

@@ -7,20 +7,21 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, cast
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from glm_image_client.calls import OutputFormat
 from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
 from glm_image_client.offline import generate_offline, inspect_checkpoint
+from glm_image_client.options import OPTIONS, PROMPT
 from glm_image_client.result import GenerationResult, format_of
 from glm_image_client.tensors import source_bytes
 
@@ -30,7 +31,7 @@ EXIT_SERVER: Final = 4
 EXIT_INTERRUPTED: Final = 130
 
 PREVIEW_EVERY: Final = 10
-"""Steps between two pictures of what is being denoised, where they are written."""
+"""Denoising steps between two images in --preview-dir."""
 
 DEFAULT_OUTPUT: Final = "output_{width}x{height}.png"
 
@@ -40,7 +41,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 class ProtocolChoice(str, Enum):
-    """How to talk to the server."""
+    """The protocol of the connection."""
 
     grpc = "grpc"
     http = "http"
@@ -48,9 +49,13 @@ class ProtocolChoice(str, Enum):
 
 Url = Annotated[
     str | None,
-    typer.Option(envvar="GLM_IMAGE_URL", metavar="HOST:PORT", help="The server; default 127.0.0.1:8001 or :8000."),
+    typer.Option(
+        envvar="GLM_IMAGE_URL",
+        metavar="HOST:PORT",
+        help="Server; default 127.0.0.1:8001, over HTTP :8000.",
+    ),
 ]
-Protocol = Annotated[ProtocolChoice, typer.Option(help="Where the URL has no scheme.")]
+Protocol = Annotated[ProtocolChoice, typer.Option(help="Protocol, if the URL has no scheme.")]
 
 
 def main() -> NoReturn:
@@ -64,134 +69,131 @@ def main() -> NoReturn:
 
 @app.callback()
 def glm_image() -> None:
-    """GLM-Image: a prompt becomes a picture."""
+    """GLM-Image: generates images from prompts."""
+
+
+def with_generate_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds to a command the flags that ``glm_image_client.options`` declares; their values go to its ``**options``."""
+    declared = signature(command, eval_str=True)
+    own = [parameter for parameter in declared.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    flags = [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[option.kind, typer.Option(*option.input.flags, help=option.input.help)],
+        )
+        for name, option in OPTIONS.items()
+        if option.input.flags
+    ]
+    command.__signature__ = declared.replace(parameters=[*own, *flags])  # type: ignore[attr-defined] # typer reads it
+    return command
 
 
 @app.command()
+@with_generate_flags
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to paint; text in quotation marks is lettered.")],
+    prompt: Annotated[str, typer.Argument(help=PROMPT.help)],
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Width and height in pixels.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 and below is off.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same picture.")] = None,
     output: Annotated[
-        str, typer.Option("-o", "--output", metavar="FILE", help=".png, .jpg, .jpeg or .webp.")
+        str, typer.Option("-o", "--output", metavar="FILE", help="Image file: .png, .jpg, .jpeg or .webp.")
     ] = DEFAULT_OUTPUT,
-    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A source image; several times.")] = None,
-    count: Annotated[int | None, typer.Option("-n", "--num-images", help="Pictures to make.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to letter.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Sampling of image tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sampling of image tokens.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sampling of image tokens.")] = None,
-    request_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="What `cancel` and `status` will know it by.")
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Source image; may be given several times.")
     ] = None,
+    request_id: Annotated[str | None, typer.Option(metavar="ID", help="Id for `cancel` and `status`.")] = None,
     url: Url = None,
     protocol: Protocol = ProtocolChoice.grpc,
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after this long.")] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Timeout of the request.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     streamed: Annotated[
-        bool | None,
-        typer.Option("--stream/--no-stream", help="Follow the request on its way; by default in a terminal."),
+        bool | None, typer.Option("--stream/--no-stream", help="Show the progress; the default in a terminal.")
     ] = None,
     preview_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where pictures on the way are written; streams.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for intermediate images; implies --stream.")
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Run the engines here, without a server.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="What --offline loads.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where --offline runs: auto, cpu, cuda:0, npu:0.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint for --offline.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device for --offline: auto, cpu, cuda:0, npu:0.")] = None,
+    **options: Any,
 ) -> None:
-    """Generates pictures. What is not given is left to the server's defaults."""
+    """Generates images. Options that are not given have the server's defaults."""
     with _exit_codes():
         width, height = _parse_size(size)
-        output_format = cast("OutputFormat", format_of(output))
+        output_format = format_of(output)
         _check_folder(output)
         _check_offline(offline, checkpoint, device)
         images = [source_bytes(path) for path in image or ()]
-        values: dict[str, Any] = {
-            "prompt": prompt,
-            "height": height,
-            "width": width,
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "seed": seed,
-            "num_images": count,
-            "negative_prompt": negative_prompt,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-        }
+        options |= {"width": width, "height": height}
         began = time.perf_counter()
         has_bar = not as_json and sys.stderr.isatty()
         if checkpoint is not None:
             with _progress(shown=has_bar):
-                result = generate_offline(checkpoint, device or "auto", values, images)
+                result = generate_offline(checkpoint, device or "auto", {"prompt": prompt, **options}, images)
         else:
-            values |= {"images": images, "output_format": output_format, "request_id": request_id}
+            options |= {"images": images, "output_format": output_format, "request_id": request_id}
             with GlmImageClient(url, protocol.value, timeout=timeout) as client:
                 if has_bar or preview_dir is not None if streamed is None else streamed:
-                    result = _stream(client, values, has_bar, preview_dir)
+                    result = _stream(client, prompt, options, has_bar, preview_dir)
                 else:
                     with _progress(shown=has_bar):
-                        result = client.generate(**values)
+                        result = client.generate(prompt, **options)
         waited = time.perf_counter() - began
         files = _save(result, output)
         print(_as_json(result, files) if as_json else _as_text(result, files, waited))
 
 
 def _stream(
-    client: GlmImageClient, values: dict[str, Any], has_bar: bool, preview_dir: Path | None
+    client: GlmImageClient, prompt: str, options: dict[str, Any], has_bar: bool, preview_dir: Path | None
 ) -> GenerationResult:
-    from glm_image_client.watching import wants_pictures, watch  # noqa: PLC0415 - only where there is a stream
+    from glm_image_client.watching import shows_images, watch  # noqa: PLC0415 - only for a stream
 
     if preview_dir is not None and not preview_dir.is_dir():
         raise BadArgumentError(f"--preview-dir is {str(preview_dir)!r}; allowed: a folder that exists")
-    steps = None if wants_pictures(preview_dir) else 0
-    every = PREVIEW_EVERY if preview_dir is not None else 0
-    return watch(
-        client.stream(**values, preview_steps=steps, preview_every=every), has_bar=has_bar, preview_dir=preview_dir
-    )
+    options["preview_steps"] = None if shows_images(preview_dir) else 0
+    options["preview_every"] = PREVIEW_EVERY if preview_dir is not None else 0
+    return watch(client.stream(prompt, **options), has_bar=has_bar, preview_dir=preview_dir)
 
 
 @app.command()
 def cancel(
-    request_id: Annotated[str, typer.Argument(metavar="ID", help="What the request was sent with.")],
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the requests.")],
     url: Url = None,
     protocol: Protocol = ProtocolChoice.grpc,
 ) -> None:
-    """Cancels the requests of an id; exits with 2 when the server does not know it."""
+    """Cancels the requests of an id; exits with 2 if the server does not know it."""
     _control("cancel", request_id, url, protocol)
 
 
 @app.command()
 def status(
-    request_id: Annotated[str, typer.Argument(metavar="ID", help="What the request was sent with.")],
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the requests.")],
     url: Url = None,
     protocol: Protocol = ProtocolChoice.grpc,
 ) -> None:
-    """Tells where the requests of an id are; exits with 2 when the server does not know it."""
+    """Prints the state of the requests of an id; exits with 2 if the server does not know it."""
     _control("status", request_id, url, protocol)
 
 
 def _control(action: str, request_id: str, url: str | None, protocol: ProtocolChoice) -> None:
     with _exit_codes():
         with GlmImageClient(url, protocol.value) as client:
-            told = client.cancel(request_id) if action == "cancel" else client.status(request_id)
-        print(json.dumps(told))
-        if told["state"] == "unknown":
+            answer = client.cancel(request_id) if action == "cancel" else client.status(request_id)
+        print(json.dumps(answer))
+        if answer["state"] == "unknown":
             raise typer.Exit(EXIT_REFUSED)
 
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, complete or not.")],
-    card: Annotated[float | None, typer.Option(metavar="GB", help="Tell what fits a card of this memory.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder, complete or not.")],
+    card: Annotated[float | None, typer.Option(metavar="GB", help="Memory of a device, to check what fits it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tells what a checkpoint holds, and the memory that serving it takes. Reads no weights."""
+    """Lists the contents of a checkpoint and the memory it needs. Reads no weights."""
     with _exit_codes():
         if card is not None and not (math.isfinite(card) and card > 0):
-            raise BadArgumentError(f"--card is {card}; allowed: GB above 0")
+            raise BadArgumentError(f"--card is {card}; allowed: a number of GB above 0")
         found = inspect_checkpoint(folder)
         print(json.dumps(found.to_json(card)) if as_json else found.to_text(card))
 
@@ -230,7 +232,7 @@ def _parse_size(size: str | None) -> tuple[int | None, int | None]:
 
 
 def _check_folder(output: str) -> None:
-    # Before the wait, not after it.
+    # Before the request, so that no images are lost.
     if not Path(output).parent.is_dir():
         raise BadArgumentError(f"--output is {output!r}; allowed: a file in a folder that exists")
 
@@ -239,7 +241,7 @@ def _check_offline(offline: bool, checkpoint: Path | None, device: str | None) -
     if offline and checkpoint is None:
         raise BadArgumentError("--offline needs --checkpoint DIR")
     if not offline and (checkpoint, device) != (None, None):
-        raise BadArgumentError("--checkpoint and --device belong to --offline; a server has its own")
+        raise BadArgumentError("--checkpoint and --device need --offline; a server has its own")
 
 
 def _save(result: GenerationResult, output: str) -> list[Path]:
@@ -255,13 +257,13 @@ def _as_json(result: GenerationResult, files: list[Path]) -> str:
 
 
 def _as_text(result: GenerationResult, files: list[Path], waited: float) -> str:
-    told = result.metadata
-    stages = "".join(f"{name} {seconds:.2f}, " for name, seconds in told.seconds.items())
-    seeds = ", ".join(map(str, told.seeds))
+    metadata = result.metadata
+    stages = "".join(f"{name} {seconds:.2f}, " for name, seconds in metadata.seconds.items())
+    seeds = ", ".join(map(str, metadata.seeds))
     return "\n".join(
         [
             *map(str, files),
-            f"{told.width}x{told.height}, {told.steps} steps, seed {seeds}",
-            f"seconds: {stages}all in all {waited:.2f}",
+            f"{metadata.width}x{metadata.height}, {metadata.steps} steps, seed {seeds}",
+            f"seconds: {stages}total {waited:.2f}",
         ]
     )

@@ -1,50 +1,40 @@
-"""The client: a prompt in, pictures out."""
+"""The blocking client."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from collections.abc import Generator
+from functools import partial
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from glm_image_client import calls
-from glm_image_client.calls import ENSEMBLE, Call, described
 from glm_image_client.connections import connect
-from glm_image_client.errors import GlmImageClientError, RequestTimeout
-from glm_image_client.events import StreamEvent, check_whole
-from glm_image_client.retries import NO_RETRIES, Attempts, Retries
-from glm_image_client.transport import Endpoint, ProtocolName, microseconds
+from glm_image_client.core import BlockingRuntime, ClientCore, run
+from glm_image_client.events import StreamEvent
+from glm_image_client.result import GenerationResult, PriorTokens
+from glm_image_client.retries import NO_RETRIES, Retries
+from glm_image_client.transport import Endpoint, ProtocolName
 
-READY_SECONDS: Final = 5.0
-GIVE_UP_SECONDS: Final = 2.0
-"""What a caller who no longer wants an answer still waits for the server to hear of it."""
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _method(prepare: Callable[P, Call[T]]) -> Callable[Concatenate[GlmImageClient, P], T]:
-    def method(self: GlmImageClient, /, *arguments: P.args, **named: P.kwargs) -> T:
-        return self._answer(prepare(*arguments, **named))
-
-    return described(method, prepare)
+    from glm_image_client.options import GenerateOptions, PaintOptions, PriorOptions, StreamOptions
 
 
 class GlmImageClient:
     """Talks to a GLM-Image server; a context manager, safe to use from several threads.
 
-    A call that is interrupted, or whose time runs out, cancels its request at the server.
+    A call that is interrupted or times out cancels its request on the server.
 
     Args:
         url: ``HOST[:PORT]``, or ``SCHEME://HOST[:PORT]`` with grpc, grpcs, http or https, which decides the protocol;
             None = 127.0.0.1:8001 (gRPC) or 127.0.0.1:8000 (HTTP).
         protocol: ``grpc`` or ``http``.
-        timeout: seconds to wait for an answer where a call does not say; None = as long as it takes.
-        retries: whether and when a request is sent again; by default it never is.
+        timeout: seconds to wait for an answer where a call does not say; None = no limit.
+        retries: when a request is sent again; by default never.
 
     Raises:
-        BadArgumentError: an argument is none of these.
+        BadArgumentError: an argument is not allowed.
     """
 
     def __init__(
@@ -55,11 +45,8 @@ class GlmImageClient:
         timeout: float | None = None,
         retries: Retries = NO_RETRIES,
     ) -> None:
-        microseconds(timeout)
         self.endpoint = Endpoint.parse(url, protocol)
-        self._timeout = timeout
-        self._retries = retries
-        self._transport = connect(self.endpoint)
+        self._core = ClientCore(self.endpoint, connect, BlockingRuntime(), timeout, retries)
 
     def __enter__(self) -> GlmImageClient:
         return self
@@ -71,63 +58,111 @@ class GlmImageClient:
 
     def close(self) -> None:
         """Closes the connection."""
-        self._transport.close()
+        run(self._core.close())
 
     def server_ready(self) -> bool:
-        """Tells whether the server answers and every model is ready; False where no server is."""
-        return self._transport.ready(self._timeout or READY_SECONDS)
+        """Returns whether the server answers and every model is ready; False if no server answers."""
+        return run(self._core.ready())
 
-    def model_metadata(self, model: str = ENSEMBLE) -> dict[str, Any]:
+    def model_metadata(self, model: str = calls.ENSEMBLE) -> dict[str, Any]:
         """Returns KServe's metadata of a model: name, versions, platform, inputs and outputs.
 
         Raises:
             GlmImageClientError: as ``generate``.
         """
-        return self._transport.model_metadata(model, self._timeout)
+        return run(self._core.model_metadata(model))
 
-    generate = _method(calls.generate)
-    prior_tokens = _method(calls.prior_tokens)
-    paint = _method(calls.paint)
-    cancel = _method(calls.cancel)
-    status = _method(calls.status)
+    def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> GenerationResult:
+        """Generates images.
 
-    def stream(self, prompt: str, **named: Any) -> Generator[StreamEvent, None, None]:
-        """See ``glm_image_client.calls.stream``."""
-        return self._events(calls.stream(prompt, **named))
+        Args:
+            prompt: text to render; text in quotation marks becomes lettering in the image.
+            options: see ``GenerateOptions``; an option that is omitted or None has the server's default.
 
-    def _events(self, call: Call[StreamEvent]) -> Generator[StreamEvent, None, None]:
-        timeout = self._timeout if call.timeout is None else call.timeout
-        event = None
-        # Closed as soon as nobody iterates any more: that cancels the request.
-        with closing(
-            self._transport.stream(call.model, call.tensors, request_id=call.request_id or "", timeout=timeout)
-        ) as responses:
-            for outputs in responses:
-                event = call.read(outputs)
-                yield event
-        check_whole(event)
+        Raises:
+            BadArgumentError: a value cannot be sent; no request was sent.
+            RefusedError: the server refuses the request.
+            UnreachableError: no server answers, or the connection broke.
+            BusyError: the server's queue is full, or the server is stopping.
+            RequestTimeout: the timeout expired, or is too short for the request.
+            RequestCancelled: the request was cancelled.
+            ServerFailure: the server failed.
+        """
+        return run(self._core.answer(partial(calls.generate, prompt, **options)))
 
-    def _answer(self, call: Call[T]) -> T:
+    def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Generator[StreamEvent, None, None]:
+        """Generates images as ``generate`` does, and yields a ``StreamEvent`` for each step of the progress.
+
+        Leaving the iteration cancels the request. Errors are those of ``generate``, raised by the iteration; a stream
+        is never retried.
+
+        Args:
+            prompt: as in ``generate``.
+            options: see ``StreamOptions``; over HTTP ``output_format`` may not be ``raw``.
+        """
+        events = self._core.events(partial(calls.stream, prompt, **options))
         try:
-            return self._answer_of(call)
-        except (KeyboardInterrupt, RequestTimeout):
-            self._give_up(call)
-            raise
+            while True:
+                try:
+                    event = run(anext(events))
+                except StopAsyncIteration:
+                    return
+                yield event
+        finally:
+            run(events.aclose())
 
-    def _give_up(self, call: Call[Any]) -> None:
-        # Nobody waits for it any more, and Triton does not tell a running step of an ensemble.
-        if call.request_id is not None:
-            with suppress(GlmImageClientError):
-                self.cancel(call.request_id, timeout=GIVE_UP_SECONDS)
+    def prior_tokens(self, prompt: str, **options: Unpack[PriorOptions]) -> PriorTokens:
+        """Runs the AR stage alone; its tokens are the input of ``paint``.
 
-    def _answer_of(self, call: Call[T]) -> T:
-        attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)
-        while True:
-            try:
-                outputs = self._transport.infer(
-                    call.model, call.tensors, request_id=call.request_id or "", timeout=attempts.timeout
-                )
-            except GlmImageClientError as error:
-                time.sleep(attempts.pause_after(error))
-            else:
-                return call.read(outputs)
+        Args:
+            prompt: as in ``generate``.
+            options: see ``PriorOptions``.
+
+        Raises:
+            GlmImageClientError: as ``generate``.
+        """
+        return run(self._core.answer(partial(calls.prior_tokens, prompt, **options)))
+
+    def paint(self, prompt: str, prior: PriorTokens, **options: Unpack[PaintOptions]) -> GenerationResult:
+        """Runs the DiT stage alone on tokens that were kept, perhaps edited.
+
+        Args:
+            prompt: only its quoted text matters.
+            prior: the tokens; one image for each row of ``prior_token_ids``.
+            options: see ``PaintOptions``; ``seed`` is that of the noise, by default the seed of ``prior``, and
+                ``images`` are the source images that ``prior`` was made with.
+
+        Raises:
+            GlmImageClientError: as ``generate``.
+        """
+        return run(self._core.answer(partial(calls.paint, prompt, prior, **options)))
+
+    def cancel(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
+        """Cancels every running or queued request of an id.
+
+        Returns the server's answer: ``state`` is ``cancelled``, ``already_cancelled``, ``finished``, ``failed`` or
+        ``unknown``, ``cancelled`` the number of requests that this call cancelled, ``requests`` where each of them was.
+
+        Args:
+            request_id: the id of the requests.
+            timeout: seconds.
+
+        Raises:
+            GlmImageClientError: as ``generate``.
+        """
+        return run(self._core.answer(partial(calls.cancel, request_id, timeout=timeout)))
+
+    def status(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
+        """Returns the state of the requests of an id.
+
+        In the server's answer ``state`` is ``queued``, ``running``, ``cancelled``, ``finished``, ``failed`` or
+        ``unknown``, ``requests`` has the stage and the progress of each.
+
+        Args:
+            request_id: the id of the requests.
+            timeout: seconds.
+
+        Raises:
+            GlmImageClientError: as ``generate``.
+        """
+        return run(self._core.answer(partial(calls.status, request_id, timeout=timeout)))

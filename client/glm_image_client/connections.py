@@ -1,13 +1,15 @@
-"""Connects to a server over the protocol asked for."""
+"""Opens a transport for an endpoint.
+
+Each half of tritonclient is an optional part of it and slow to import, so only the one in use is imported.
+"""
 
 from __future__ import annotations
 
-from glm_image_client.transport import AsyncTransport, Endpoint, Transport
+from glm_image_client.transport import Endpoint, Transport
 
 
 def connect(endpoint: Endpoint) -> Transport:
-    """Returns a transport for the endpoint; no connection is made before the first call."""
-    # Each half of tritonclient is an optional part of it and slow to import: only the one in use has to be there.
+    """Returns a blocking transport; it connects with the first call."""
     if endpoint.protocol == "http":
         from glm_image_client.http_transport import HttpTransport  # noqa: PLC0415
 
@@ -17,8 +19,8 @@ def connect(endpoint: Endpoint) -> Transport:
     return GrpcTransport(endpoint)
 
 
-def connect_async(endpoint: Endpoint) -> AsyncTransport:
-    """Returns a transport for asyncio; see ``connect``."""
+def connect_async(endpoint: Endpoint) -> Transport:
+    """Returns a transport for asyncio; it connects with the first call."""
     if endpoint.protocol == "http":
         from glm_image_client.async_http_transport import AsyncHttpTransport  # noqa: PLC0415
 

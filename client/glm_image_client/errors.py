@@ -1,4 +1,4 @@
-"""What a caller has to tell apart, and how the words of Triton become it."""
+"""The errors of the client, and their mapping from Triton's statuses and messages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ HTTP_STATUS_NAMES: Final = {
 }
 
 _REFUSED: Final = {"INVALID_ARGUMENT", "UNIMPLEMENTED"}
-# What Triton says, as NOT_FOUND, when it has unloaded its models and its ports are still open.
+# Triton's message, with status NOT_FOUND, when it has unloaded its models and its ports are still open.
 _STOPPING: Final = re.compile(r"has no available versions$")
-_PERHAPS_TOO_LATE: Final = {"UNAVAILABLE", None}  # an event has no status
+_MAYBE_TIMEOUT: Final = {"UNAVAILABLE", None}  # an event has no status
 _CANCELLED: Final = re.compile(r"request .* was cancelled")
-_TOO_LATE: Final = re.compile(r"time-?out|time ran out|deadline", re.IGNORECASE)
+_TIMEOUT: Final = re.compile(r"time-?out|time ran out|deadline", re.IGNORECASE)
 _WRAPPING: Final = (
     re.compile(r"\[request id: [^\]]*\] "),
     re.compile(r"in ensemble '[^']*', "),
@@ -32,23 +32,23 @@ _STACK: Final = re.compile(r"\n+At:\n.*", re.DOTALL)
 
 
 class GlmImageClientError(Exception):
-    """Base of every error this package raises on purpose; its text is one sentence to show to a person."""
+    """Base of every error this package raises on purpose; its text is one sentence for people."""
 
 
 class BadArgumentError(GlmImageClientError, ValueError):
-    """A value cannot be sent, or a picture not be saved, as asked; the server was not asked for it."""
+    """A value cannot be sent, or an image cannot be saved; no request was sent."""
 
 
 class RefusedError(GlmImageClientError):
-    """The server does not take this request: the request itself is at fault, sending it again is of no use."""
+    """The server refuses the request because of its content; sending it again fails again."""
 
 
 class UnreachableError(GlmImageClientError):
     """No server answers at the address, or the connection broke before an answer came."""
 
 
-class ServerFailure(GlmImageClientError):  # noqa: N818 - says what it is
-    """The server took the request and gave no picture; the same request may succeed later.
+class ServerFailure(GlmImageClientError):  # noqa: N818 - a public name
+    """The server accepted the request and failed; the same request may succeed later.
 
     Attributes:
         status: the gRPC name of the status (``UNAVAILABLE``, ``INTERNAL``, ...), the number of an HTTP status that has
@@ -61,19 +61,19 @@ class ServerFailure(GlmImageClientError):  # noqa: N818 - says what it is
 
 
 class BusyError(ServerFailure):
-    """The server's queue is full, or it is about to stop: the same request may succeed in a while."""
+    """The server's queue is full, or the server is stopping: the same request may succeed later."""
 
 
 class RequestCancelled(ServerFailure):
-    """The request was cancelled, here or by somebody else who knows its id."""
+    """The request was cancelled, by this client or by another one."""
 
 
 class RequestTimeout(ServerFailure):
-    """The time given to the request ran out."""
+    """The request's timeout expired."""
 
 
 def sentence(message: str) -> str:
-    """Returns the server's own sentence: without what an ensemble and the Python backend put around it."""
+    """Returns the server's own sentence, without the text that ensembles and the Python backend add around it."""
     for wrapping in _WRAPPING:
         if found := wrapping.match(message):
             message = message[found.end() :]
@@ -88,19 +88,19 @@ def status_name(status: str | None) -> str | None:
 
 
 def answered(status: str | None, message: str | None) -> RefusedError | ServerFailure:
-    """Returns the error for what a server answered.
+    """Returns the error for a server's answer.
 
     Args:
         status: as ``InferenceServerException.status()`` gives it: ``StatusCode.NAME``, an HTTP status number, or None.
         message: as ``InferenceServerException.message()`` gives it.
     """
     name = status_name(status)
-    text = sentence(message or "") or f"the server failed with status {name} and said nothing more"
-    if name == "CANCELLED" or _CANCELLED.fullmatch(text):  # over HTTP its number is that of a refusal
+    text = sentence(message or "") or f"the server failed with status {name} and no message"
+    if name == "CANCELLED" or _CANCELLED.fullmatch(text):  # over HTTP it has the status of a refusal
         return RequestCancelled(text, "CANCELLED")
     if name in _REFUSED:
         return RefusedError(text)
-    if name == "DEADLINE_EXCEEDED" or (name in _PERHAPS_TOO_LATE and _TOO_LATE.search(text)):
+    if name == "DEADLINE_EXCEEDED" or (name in _MAYBE_TIMEOUT and _TIMEOUT.search(text)):
         return RequestTimeout(text, name)
     if name == "UNAVAILABLE" or _STOPPING.search(text):
         return BusyError(text, name)
@@ -108,11 +108,11 @@ def answered(status: str | None, message: str | None) -> RefusedError | ServerFa
 
 
 def timed_out(seconds: float | None) -> RequestTimeout:
-    """Returns the error for a wait that this side ended."""
+    """Returns the error for a timeout on the client's side."""
     given = "the time given to the request" if seconds is None else f"{seconds:g} s"
     return RequestTimeout(f"no answer came within {given}", "DEADLINE_EXCEEDED")
 
 
 def unreachable(address: str, reason: object) -> UnreachableError:
-    """Returns the error for a connection that could not be made or that broke."""
+    """Returns the error for a failed or broken connection."""
     return UnreachableError(f"no server answers at {address}: {reason}")

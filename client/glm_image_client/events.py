@@ -1,4 +1,4 @@
-"""The events of a stream as Python objects."""
+"""The events of a stream, as Python objects."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class StreamEvent:
 
     Attributes:
         kind: ``queued``, ``prefill``, ``decode``, ``preview``, ``denoise`` or ``image``, which is the last one.
-        request_id: what ``cancel`` and ``status`` know the request by.
-        stage: where it is, as ``status`` says it.
-        done: prompts read, tokens drawn or steps taken of ``total``.
-        total: how many there will be.
-        seconds: since the server took the request.
-        eta: about how many seconds are left; None = not known.
-        files: PNG files of a picture on the way: a ``preview``, or what is being denoised in 1/8 of its size.
-        result: the pictures, at the end.
+        request_id: the id for ``cancel`` and ``status``.
+        stage: the request's stage, as in ``status``.
+        done: prompts prefilled, tokens sampled or steps taken, of ``total``.
+        total: the number of them.
+        seconds: time since the server accepted the request.
+        eta: estimated seconds left; None = unknown.
+        files: PNG files of intermediate images: a ``preview``, or the latents at 1/8 of the size.
+        result: the images, in the last event.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class StreamEvent:
 
     @cached_property
     def images(self) -> list[Image.Image]:
-        """The pictures that the event brings, RGB."""
+        """The images of the event, RGB."""
         if self.result is not None:
             return self.result.images
         return [Image.open(io.BytesIO(file)).convert("RGB") for file in self.files]
@@ -59,42 +59,44 @@ class StreamEvent:
         """Reads the output tensors of one response.
 
         Raises:
-            ServerFailure: an output is missing or is not what it should be.
+            ServerFailure: an output is missing or malformed.
         """
         try:
-            told = json_object(outputs["event"][0], "event")
-            result = GenerationResult.from_outputs(outputs) if told["event"] == "image" else None
-            files = [] if result else [base64.b64decode(one, validate=True) for one in outputs["images_base64"].ravel()]
+            event = json_object(outputs["event"][0], "event")
+            result = GenerationResult.from_outputs(outputs) if event["event"] == "image" else None
+            files = (
+                [] if result else [base64.b64decode(file, validate=True) for file in outputs["images_base64"].ravel()]
+            )
             return cls(
-                kind=RENAMED.get(told["event"], told["event"]),
-                request_id=told["request_id"],
-                stage=RENAMED.get(told["stage"], told["stage"]),
-                done=told["done"],
-                total=told["total"],
-                seconds=told["seconds"],
-                eta=told["eta"],
+                kind=RENAMED.get(event["event"], event["event"]),
+                request_id=event["request_id"],
+                stage=RENAMED.get(event["stage"], event["stage"]),
+                done=event["done"],
+                total=event["total"],
+                seconds=event["seconds"],
+                eta=event["eta"],
                 files=files,
                 result=result,
             )
         except (KeyError, IndexError) as error:
             raise ServerFailure(f"the server's response has no {error.args[0]!r}") from error
         except binascii.Error as error:
-            raise ServerFailure("the server's images_base64 is not base64") from error
+            raise ServerFailure("images_base64 of the server's response is not base64") from error
 
 
-def check_whole(last: StreamEvent | None) -> None:
-    """Refuses a stream that has ended without the picture.
+def check_complete(last: StreamEvent | None) -> None:
+    """Checks the last event of a stream.
 
     Raises:
-        ServerFailure: it has.
+        ServerFailure: the stream ended without the images.
     """
     if last is None or last.result is None:
-        raise ServerFailure("the server ended the stream before the picture came")
+        raise ServerFailure("the server ended the stream before it sent the images")
 
 
-def outputs_of_json(told: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """Returns the outputs of a Server-Sent Event; a list there has lost its shape, and one element is no list."""
-    texts = {name: _texts(told.get(name, [])) for name in ("event", "images_base64", "metadata")}
+def outputs_of_json(event: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Returns the outputs of a Server-Sent Event, in which tensors have no shape and one element is not a list."""
+    texts = {name: _texts(event.get(name, [])) for name in ("event", "images_base64", "metadata")}
     return {**texts, "images": np.zeros((0, 0, 0, 3), dtype=np.uint8)}
 
 

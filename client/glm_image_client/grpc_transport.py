@@ -1,112 +1,138 @@
-"""The gRPC half of ``transport``."""
+"""Transports over gRPC: what both have in common, and the blocking one."""
 
 from __future__ import annotations
 
 import queue
 import re
-from collections.abc import Callable, Generator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import closing, suppress
-from functools import partial
 from typing import Any, TypeVar
 
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
+from glm_image_client.core import finished
 from glm_image_client.errors import GlmImageClientError, answered, status_name, timed_out, unreachable
 from glm_image_client.transport import (
     LIVENESS_SECONDS,
     Endpoint,
     Tensor,
-    infer_inputs,
     microseconds,
+    to_infer_inputs,
     with_integer_shapes,
 )
 
 T = TypeVar("T")
 
-# gRPC's words around what went wrong: which attempt, which status, which address.
+# gRPC's message around the fault: the attempt, the status, the address.
 _AROUND_FAULT = re.compile(r"(?:.*last error: )?(?:[A-Z_]+: )?(?:ipv[46]:\S+: )?(.*?)(?:: OK)?", re.DOTALL)
 
-
 WITH_STATUS = {"triton_grpc_error": "true"}
-"""Without it an error in a stream is nothing but its words."""
+"""Headers with which Triton sends the status of an error in a stream, not only its message."""
 
 
-class GrpcTransport:
-    """One channel to a server."""
+class GrpcBase(ABC):
+    """The calls over one channel, whose client either blocks or returns awaitables."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._address = endpoint.address
         self._tls = endpoint.tls
-        self._client = triton.InferenceServerClient(endpoint.address, ssl=endpoint.tls)
 
-    def infer(
+    @property
+    @abstractmethod
+    def _client(self) -> Any:
+        """An ``InferenceServerClient``."""
+
+    async def infer(
         self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
     ) -> dict[str, NDArray[Any]]:
-        """See ``Transport.infer``."""
+        """See ``Transport``."""
         arguments = infer_arguments(inputs, request_id, timeout)
-        return self._told(lambda: outputs_of(self._client.infer(model, **arguments)), timeout)
+        return outputs_of(await self._answer(lambda: self._client.infer(model, **arguments), timeout))
 
-    def stream(
+    async def ready(self, timeout: float | None) -> bool:
+        """See ``Transport``."""
+        return await self._succeeds(lambda: self._client.is_server_ready(client_timeout=timeout))
+
+    async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
+        """See ``Transport``."""
+
+        def call() -> Any:
+            return self._client.get_model_metadata(model, as_json=True, client_timeout=timeout)
+
+        return with_integer_shapes(await self._answer(call, timeout))
+
+    async def _answer(self, call: Callable[[], T | Awaitable[T]], timeout: float | None) -> T:
+        try:
+            return await finished(call())
+        except InferenceServerException as error:
+            raise await self._error(error, timeout) from error
+
+    async def _error(self, error: InferenceServerException, timeout: float | None) -> GlmImageClientError:
+        # gRPC reports UNAVAILABLE for a full queue and for a failed connection, and DEADLINE_EXCEEDED for a slow answer
+        # and for a host that drops packets: ask the server whether it is there.
+        live = status_name(error.status()) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"} or await self._succeeds(
+            lambda: self._client.is_server_live(client_timeout=LIVENESS_SECONDS)
+        )
+        return client_error(error, self._address, timeout, live=live)
+
+    async def _succeeds(self, call: Callable[[], Any]) -> bool:
+        try:
+            return bool(await finished(call()))
+        except InferenceServerException:
+            return False
+
+
+class GrpcTransport(GrpcBase):
+    """One channel to a server, shared by the calling threads, which it blocks."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint)
+        self._channel = self._connected()
+
+    @property
+    def _client(self) -> Any:
+        return self._channel
+
+    async def stream(
         self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
-    ) -> Generator[dict[str, NDArray[Any]], None, None]:
-        """See ``Transport.stream``: a connection of its own, as tritonclient has one stream for each."""
-        answers: queue.SimpleQueue[tuple[Any, InferenceServerException | None]] = queue.SimpleQueue()
-        with closing(triton.InferenceServerClient(self._address, ssl=self._tls)) as client:
+    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
+        """See ``Transport``; uses a connection of its own, because tritonclient has one stream for each connection."""
+        responses: queue.SimpleQueue[tuple[Any, InferenceServerException | None]] = queue.SimpleQueue()
+        with closing(self._connected()) as client:
             client.start_stream(
-                lambda result, error: answers.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
+                lambda result, error: responses.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
             )
             is_last = False
             try:
-                with suppress(InferenceServerException):  # of a connection that could not be made the callback tells
+                with suppress(InferenceServerException):  # the callback reports a failed connection
                     client.async_stream_infer(model, **stream_arguments(inputs, request_id, timeout))
                 while not is_last:
-                    outputs, is_last = self._told(partial(next_response, answers), timeout)
-                    if outputs:
+                    result, error = responses.get()
+                    if error is not None:
+                        raise await self._error(error, timeout) from error
+                    is_last = is_final(result)
+                    if outputs := outputs_of(result):
                         yield outputs
             finally:
-                # Triton 2.51 may never let go of a request that is cancelled just after its last response, nor of its
+                # Triton 2.51 may never release a request that is cancelled just after its last response, nor its
                 # model, which then cannot be unloaded.
                 client.stop_stream(cancel_requests=not is_last)
 
-    def ready(self, timeout: float | None) -> bool:
-        """See ``Transport.ready``."""
-        try:
-            return bool(self._client.is_server_ready(client_timeout=timeout))
-        except InferenceServerException:
-            return False
+    async def close(self) -> None:
+        """See ``Transport``."""
+        self._channel.close()
 
-    def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
-        """See ``Transport.model_metadata``."""
-
-        def call() -> dict[str, Any]:
-            return with_integer_shapes(self._client.get_model_metadata(model, as_json=True, client_timeout=timeout))
-
-        return self._told(call, timeout)
-
-    def close(self) -> None:
-        """See ``Transport.close``."""
-        self._client.close()
-
-    def _told(self, call: Callable[[], T], timeout: float | None) -> T:
-        try:
-            return call()
-        except InferenceServerException as error:
-            live = not may_be_unreachable(error) or self._live()
-            raise told(error, self._address, timeout, live=live) from error
-
-    def _live(self) -> bool:
-        try:
-            return bool(self._client.is_server_live(client_timeout=LIVENESS_SECONDS))
-        except InferenceServerException:
-            return False
+    def _connected(self) -> Any:
+        return triton.InferenceServerClient(self._address, ssl=self._tls)
 
 
 def infer_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
-    """Returns what ``infer`` of tritonclient's clients takes beside the model's name."""
+    """Returns the arguments of tritonclient's ``infer`` except the model's name."""
     return {
-        "inputs": infer_inputs(triton, inputs),
+        "inputs": to_infer_inputs(triton, inputs),
         "request_id": request_id,
         "timeout": microseconds(timeout),
         "client_timeout": timeout,
@@ -114,24 +140,14 @@ def infer_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | 
 
 
 def stream_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
-    """Returns what a stream of tritonclient takes beside the model's name."""
+    """Returns the arguments of a request in a stream of tritonclient except the model's name."""
     arguments = infer_arguments(inputs, request_id, timeout)
     del arguments["client_timeout"]
     return {**arguments, "enable_empty_final_response": True}
 
 
-def next_response(
-    answers: queue.SimpleQueue[tuple[Any, InferenceServerException | None]],
-) -> tuple[dict[str, NDArray[Any]], bool]:
-    """Waits for a response; returns its outputs and whether it is the last."""
-    result, error = answers.get()
-    if error is not None:
-        raise error
-    return outputs_of(result), is_final(result)
-
-
 def is_final(result: Any) -> bool:
-    """Tells whether an ``InferResult`` of a stream is the last one."""
+    """Returns whether an ``InferResult`` of a stream is the last one."""
     return bool(result.get_response().parameters["triton_final_response"].bool_param)
 
 
@@ -140,17 +156,10 @@ def outputs_of(result: Any) -> dict[str, NDArray[Any]]:
     return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 
 
-def may_be_unreachable(error: InferenceServerException) -> bool:
-    """Tells whether only a look at the server shows if it answered.
-
-    gRPC says UNAVAILABLE both for a full queue and for a connection that cannot be made, and DEADLINE_EXCEEDED both for
-    a slow answer and for a host that swallows packets.
-    """
-    return status_name(error.status()) in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
-
-
-def told(error: InferenceServerException, address: str, timeout: float | None, *, live: bool) -> GlmImageClientError:
-    """Returns tritonclient's error as one of this package; ``live`` = there is a server at the address."""
+def client_error(
+    error: InferenceServerException, address: str, timeout: float | None, *, live: bool
+) -> GlmImageClientError:
+    """Returns tritonclient's error as one of this package; ``live`` = a server answers at the address."""
     status, message = status_name(error.status()), error.message() or ""
     late = status == "DEADLINE_EXCEEDED"
     if not live:
@@ -159,6 +168,6 @@ def told(error: InferenceServerException, address: str, timeout: float | None, *
 
 
 def connection_fault(message: str) -> str:
-    """Returns what went wrong with a connection, out of gRPC's message."""
+    """Returns the reason of a failed connection, from gRPC's message."""
     found = _AROUND_FAULT.fullmatch(message)
     return found[1] if found else message

@@ -1,56 +1,127 @@
-"""The HTTP half of ``transport``."""
+"""Transports over HTTP: what both have in common, and the blocking one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, closing
 from http.client import OK, HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import tritonclient.http as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from glm_image_client import server_sent
+from glm_image_client.core import finished
 from glm_image_client.errors import GlmImageClientError, ServerFailure, answered, timed_out, unreachable
 from glm_image_client.transport import (
     CONNECT_SECONDS,
     LIVENESS_SECONDS,
     Endpoint,
     Tensor,
-    infer_inputs,
     microseconds,
+    to_infer_inputs,
     with_integer_shapes,
 )
 
 T = TypeVar("T")
 
-# tritonclient's words for an error without the JSON that KServe asks for.
+TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # two classes before Python 3.11
+
+# tritonclient's message for an error without the JSON that KServe asks for.
 _NOT_KSERVE = "an exception occurred in the client while decoding the response"
 
 
-class HttpTransport:
-    """A connection a call: tritonclient's may not cross threads, and takes its timeout when it is made."""
+class HttpBase(ABC):
+    """The calls of a transport that opens a connection for each of them.
+
+    Attributes:
+        faults: what the HTTP library raises for a timeout or a broken connection.
+    """
+
+    faults: ClassVar[tuple[type[Exception], ...]]
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._address = endpoint.address
         self._tls = endpoint.tls
 
-    def infer(
+    @abstractmethod
+    async def _within(self, call: Callable[[Any], Any], timeout: float | None) -> Any:
+        """Returns ``call`` of an ``InferenceServerClient``, awaited if it is a coroutine."""
+
+    @abstractmethod
+    def _reason(self, error: Exception) -> str:
+        """Returns the reason of a broken connection, for people."""
+
+    async def infer(
         self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
     ) -> dict[str, NDArray[Any]]:
-        """See ``Transport.infer``."""
+        """See ``Transport``."""
         arguments = infer_arguments(inputs, request_id, timeout)
-        return self._told(lambda client: outputs_of(client.infer(model, **arguments)), timeout)
+        return await self._answer(lambda client: client.infer(model, **arguments), outputs_of, timeout)
 
-    def stream(
+    async def ready(self, timeout: float | None) -> bool:
+        """See ``Transport``."""
+        try:
+            return bool(await self._within(lambda client: client.is_server_ready(), timeout))
+        except InferenceServerException:
+            return False
+        except self.faults:
+            return False
+
+    async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
+        """See ``Transport``."""
+        return await self._answer(lambda client: client.get_model_metadata(model), with_integer_shapes, timeout)
+
+    async def close(self) -> None:  # noqa: B027 - no connection outlives its call
+        """See ``Transport``."""
+
+    async def _answer(self, call: Callable[[Any], Any], read: Callable[[Any], T], timeout: float | None) -> T:
+        async with self._translated_errors(timeout):
+            result = read(await self._within(call, timeout))
+        return result  # noqa: RET504 - mypy takes a context manager for one that may suppress errors
+
+    @asynccontextmanager
+    async def _translated_errors(self, timeout: float | None) -> AsyncIterator[None]:
+        try:
+            yield
+        except InferenceServerException as error:
+            raise client_error(error, self._address) from error
+        except TIMEOUTS as error:
+            raise await self._timeout_error(timeout) from error
+        except self.faults as error:
+            raise unreachable(self._address, self._reason(error)) from error
+        except GlmImageClientError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise ServerFailure(f"{self._address} did not answer in KServe's protocol") from error
+
+    async def _timeout_error(self, timeout: float | None) -> GlmImageClientError:
+        # A host that drops packets and a slow answer both end in a timeout.
+        try:
+            await self._within(lambda client: client.is_server_live(), LIVENESS_SECONDS)
+        except InferenceServerException:
+            return timed_out(timeout)
+        except self.faults:
+            return unreachable(self._address, "the connection timed out")
+        return timed_out(timeout)
+
+
+class HttpTransport(HttpBase):
+    """Blocks the calling thread. tritonclient's connections may not cross threads and have a fixed timeout."""
+
+    faults = (*TIMEOUTS, OSError, HTTPException)
+
+    async def stream(
         self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
-    ) -> Generator[dict[str, NDArray[Any]], None, None]:
-        """See ``Transport.stream``; over Server-Sent Events."""
+    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
+        """See ``Transport``; over Server-Sent Events."""
         body = server_sent.body_of(inputs, request_id, timeout)
         host, _, base = self._address.partition("/")
         connect = HTTPSConnection if self._tls else HTTPConnection
-        try:
+        async with self._translated_errors(timeout):
             with closing(connect(host, timeout=timeout)) as connection:
                 connection.request("POST", f"{'/' * bool(base)}{base}{server_sent.path_of(model)}", body)
                 answer = connection.getresponse()
@@ -59,61 +130,28 @@ class HttpTransport:
                 while line := answer.readline():
                     if (outputs := server_sent.outputs_of_line(line)) is not None:
                         yield outputs
-        except TimeoutError as error:
-            raise self._late(timeout) from error
-        except (OSError, HTTPException) as error:
-            raise unreachable(self._address, _reason(error)) from error
 
-    def ready(self, timeout: float | None) -> bool:
-        """See ``Transport.ready``."""
-        try:
-            with closing(self._client(timeout)) as client:
-                return bool(client.is_server_ready())
-        except (OSError, HTTPException, InferenceServerException):
-            return False
-
-    def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
-        """See ``Transport.model_metadata``."""
-        return self._told(lambda client: with_integer_shapes(client.get_model_metadata(model)), timeout)
-
-    def close(self) -> None:
-        """See ``Transport.close``: no connection outlives its call."""
-
-    def _client(self, timeout: float | None) -> Any:
-        return triton.InferenceServerClient(
+    async def _within(self, call: Callable[[Any], Any], timeout: float | None) -> Any:
+        client = triton.InferenceServerClient(
             self._address,
             connection_timeout=CONNECT_SECONDS if timeout is None else min(timeout, CONNECT_SECONDS),
             network_timeout=timeout,
             ssl=self._tls,
         )
+        with closing(client):
+            return await finished(call(client))
 
-    def _told(self, call: Callable[[Any], T], timeout: float | None) -> T:
-        try:
-            with closing(self._client(timeout)) as client:
-                return call(client)
-        except InferenceServerException as error:
-            raise told(error, self._address) from error
-        except TimeoutError as error:
-            raise self._late(timeout) from error
-        except (OSError, HTTPException) as error:
-            raise unreachable(self._address, _reason(error)) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise not_kserve(self._address) from error
-
-    def _late(self, timeout: float | None) -> GlmImageClientError:
-        # A host that swallows packets and a slow answer both end in a timeout.
-        try:
-            with closing(self._client(LIVENESS_SECONDS)) as client:
-                client.is_server_live()
-        except (OSError, HTTPException):
-            return unreachable(self._address, "the connection timed out")
-        return timed_out(timeout)
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        closed = "closed" in str(error).lower()
+        return "the connection was closed" if closed else "the server at this address does not speak HTTP"
 
 
 def infer_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
-    """Returns what ``infer`` of tritonclient's clients takes beside the model's name; they know no wait."""
+    """Returns the arguments of tritonclient's ``infer`` except the model's name."""
     return {
-        "inputs": infer_inputs(triton, inputs, binary_data=True),
+        "inputs": to_infer_inputs(triton, inputs, binary_data=True),
         "request_id": request_id,
         "timeout": microseconds(timeout),
     }
@@ -125,21 +163,9 @@ def outputs_of(result: Any) -> dict[str, NDArray[Any]]:
     return {name: result.as_numpy(name) for name in names}
 
 
-def told(error: InferenceServerException, address: str) -> GlmImageClientError:
+def client_error(error: InferenceServerException, address: str) -> GlmImageClientError:
     """Returns tritonclient's error as one of this package."""
     status, message = error.status(), error.message() or ""
     if message.startswith(_NOT_KSERVE):
         return ServerFailure(f"{address} answered HTTP {status}, not in KServe's protocol", status)
     return answered(status, message)
-
-
-def not_kserve(address: str) -> ServerFailure:
-    """Returns the error for an answer that is none."""
-    return ServerFailure(f"what {address} answered is not KServe's protocol")
-
-
-def _reason(error: OSError | HTTPException) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    closed = "closed" in str(error).lower()
-    return "the connection was closed" if closed else "what listens there does not speak HTTP"

@@ -1,4 +1,4 @@
-"""What the command does in its own process, without a server: ``generate --offline`` and ``inspect``."""
+"""The parts of the command that need no server: ``generate --offline`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from glm_image_client.errors import BadArgumentError, RefusedError, ServerFailure
+from glm_image_client.options import SourceImage
 from glm_image_client.result import GenerationResult, Metadata
-from glm_image_client.tensors import SourceImage, source_bytes
+from glm_image_client.tensors import source_bytes
 
 
 def generate_offline(
     checkpoint: Path, device: str, values: Mapping[str, Any], images: Sequence[SourceImage] = ()
 ) -> GenerationResult:
-    """Loads a checkpoint, generates once and lets go of it.
+    """Loads a checkpoint, generates once and frees it.
 
     Args:
         checkpoint: a folder with ``model_index.json``.
@@ -27,10 +28,10 @@ def generate_offline(
 
     Raises:
         BadArgumentError: the engines are not installed, or an image cannot be read.
-        RefusedError: the request is not allowed.
-        ServerFailure: anything else the engines refuse or fail at.
+        RefusedError: the request is refused.
+        ServerFailure: the engines failed.
     """
-    # The client is installed without the engines: only this path asks for them.
+    # The client is installed without the engines; only this path imports them.
     try:
         pipeline, request, errors = (
             import_module(f"glm_image.{part}") for part in ("pipeline", "request.parameters", "errors")
@@ -54,7 +55,7 @@ def inspect_checkpoint(folder: Path) -> Any:
     """Returns a ``glm_image.sizing.inspect.Inspection``.
 
     Raises:
-        BadArgumentError: the server's package is not installed, or the folder is no checkpoint.
+        BadArgumentError: the server's package is not installed, or the folder is not a checkpoint.
     """
     try:
         inspection, errors = (import_module(f"glm_image.{part}") for part in ("sizing.inspect", "errors"))

@@ -1,4 +1,4 @@
-"""What a server answers, as Python objects."""
+"""The results of requests, as Python objects."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _ENCODER_OPTIONS: Final[Mapping[str, Mapping[str, int]]] = {
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the server tells of a picture; a field it left out has the default.
+    """The metadata of a result; fields that the server omits have their defaults.
 
     Attributes:
         version: the server's version.
-        seeds: the seed used for each picture.
-        width: the pictures' width in pixels.
-        height: the pictures' height in pixels.
-        generated_width: the width before cropping, a multiple of 32.
-        generated_height: the height before cropping, a multiple of 32.
+        seeds: the seed of each image.
+        width: width of the images in pixels.
+        height: height of the images in pixels.
+        generated_width: width before cropping, a multiple of 32.
+        generated_height: height before cropping, a multiple of 32.
         steps: denoising steps.
-        cached_steps: for each picture, what the residual cache skipped.
-        attention_backend: what attends in the transformer, by its name in diffusers' attention dispatch.
-        tokens: counts: prompt, source, preview, image.
-        seconds: time spent in each stage: ar_queue, prefill, decode, dit_queue, condition, denoise, vae, encode.
+        cached_steps: for each image, the steps that the residual cache shortened.
+        attention_backend: the DiT's attention implementation, by its name in diffusers.
+        tokens: token counts: prompt, source, preview, image.
+        seconds: durations: ar_queue, prefill, decode, dit_queue, condition, denoise, vae, encode.
         model: name and revision of the checkpoint.
-        extra: the fields this version of the client does not know.
+        extra: fields that this version of the client does not know.
         raw: the whole JSON object.
     """
 
@@ -67,7 +67,7 @@ class Metadata:
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any]) -> Metadata:
         """Reads the metadata's JSON object."""
-        known = {one.name for one in fields(cls)} - {"extra", "raw"}
+        known = {item.name for item in fields(cls)} - {"extra", "raw"}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in raw.items() if name in known
         }
@@ -82,19 +82,19 @@ class Metadata:
         """Reads the metadata's text.
 
         Raises:
-            ServerFailure: it is no JSON object.
+            ServerFailure: it is not a JSON object.
         """
         return cls.from_mapping(json_object(text, "metadata"))
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationResult:
-    """The pictures of one request.
+    """The images of one request.
 
     Attributes:
-        metadata: what the server tells of them.
-        encoded: the bytes of each picture's file as the server wrote it; empty when raw pixels were asked for.
-        pixels: uint8 [n, height, width, 3] when raw pixels were asked for, else None.
+        metadata: the server's metadata.
+        encoded: the bytes of each image file as the server wrote it; empty for raw pixels.
+        pixels: uint8 [n, height, width, 3] for raw pixels, else None.
     """
 
     metadata: Metadata
@@ -106,47 +106,47 @@ class GenerationResult:
         """Reads the output tensors ``images``, ``images_base64`` and ``metadata``.
 
         Raises:
-            ServerFailure: an output is missing or is not what it should be.
+            ServerFailure: an output is missing or malformed.
         """
         try:
             metadata = Metadata.from_json(outputs["metadata"][0])
-            encoded = [base64.b64decode(picture, validate=True) for picture in outputs["images_base64"].ravel()]
+            encoded = [base64.b64decode(file, validate=True) for file in outputs["images_base64"].ravel()]
             return cls(metadata, encoded, None if encoded else outputs["images"])
         except KeyError as error:
             raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
         except binascii.Error as error:
-            raise ServerFailure("the server's images_base64 is not base64") from error
+            raise ServerFailure("images_base64 of the server's response is not base64") from error
 
     @cached_property
     def images(self) -> list[Image.Image]:
-        """The pictures as PIL images, RGB; decoded on first use."""
+        """The images as PIL images, RGB; decoded on first use."""
         if self.pixels is not None:
-            return [Image.fromarray(picture) for picture in self.pixels]
+            return [Image.fromarray(image) for image in self.pixels]
         return [Image.open(io.BytesIO(file)).convert("RGB") for file in self.encoded]
 
     @cached_property
     def arrays(self) -> list[NDArray[np.uint8]]:
-        """The pictures as uint8 [height, width, 3] each; decoded on first use."""
+        """The images as uint8 [height, width, 3] each; decoded on first use."""
         if self.pixels is not None:
             return list(self.pixels)
         return [np.asarray(image) for image in self.images]
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed used for each picture."""
+        """The seed of each image."""
         return self.metadata.seeds
 
     def save(self, path: str | Path) -> list[Path]:
-        """Writes every picture and returns the files.
+        """Writes every image and returns the files.
 
-        A picture that the server encoded in the suffix's format is written byte for byte.
+        An image that the server encoded in the suffix's format is written byte for byte.
 
         Args:
             path: ``.png``, ``.jpg``, ``.jpeg`` or ``.webp``; ``{width}``, ``{height}``, ``{seed}`` and ``{index}`` are
-                filled in. Several pictures without one of the last two go to ``NAME_0.png``, ``NAME_1.png``, ...
+                filled in. Several images without one of the last two go to ``NAME_0.png``, ``NAME_1.png``, ...
 
         Raises:
-            BadArgumentError: the suffix is none of these.
+            BadArgumentError: the suffix is another one.
             OSError: a file cannot be written.
         """
         suffix_format = format_of(path)
@@ -156,28 +156,28 @@ class GenerationResult:
             file.write_bytes(self._file_bytes(index, suffix_format))
         return files
 
-    def _file_bytes(self, index: int, wanted: str) -> bytes:
-        if self.encoded and (Image.open(io.BytesIO(self.encoded[index])).format or "").lower() == wanted:
+    def _file_bytes(self, index: int, image_format: str) -> bytes:
+        if self.encoded and (Image.open(io.BytesIO(self.encoded[index])).format or "").lower() == image_format:
             return self.encoded[index]
         buffer = io.BytesIO()
-        self.images[index].save(buffer, wanted, **_ENCODER_OPTIONS[wanted])
+        self.images[index].save(buffer, image_format, **_ENCODER_OPTIONS[image_format])
         return buffer.getvalue()
 
 
 @dataclass(frozen=True, eq=False)
 class PriorTokens:
-    """What the first stage makes of a prompt: keep it, edit it, paint it again.
+    """The tokens that the AR stage makes of a prompt; they can be kept, edited and rendered again.
 
     Attributes:
-        prior_token_ids: int32 [n, rows * columns], one row a picture.
-        prior_grid: int32 [2], rows and columns; a token stands for 32x32 pixels.
+        prior_token_ids: int32 [n, rows * columns], one row for each image.
+        prior_grid: int32 [2], rows and columns; a token covers 32x32 pixels.
         source_token_ids: int32 [s], the source images' tokens; [0] without any.
         source_grids: int32 [k, 2], rows and columns of each source; [0, 2] without any.
-        resolved_seed: int64 [1], the first picture's seed.
-        resolved_size: int32 [2], the height and width asked for.
-        deadline_ns: int64 [1], on the server's clock; it holds for the request that made the tokens, so it is not
-            sent when they are painted.
-        ar_metadata: the first stage's metadata, a JSON object.
+        resolved_seed: int64 [1], the first image's seed.
+        resolved_size: int32 [2], the requested height and width.
+        deadline_ns: int64 [1], on the server's clock; the deadline of the request that made the tokens, so it is not
+            sent with ``paint``.
+        ar_metadata: the AR stage's metadata, a JSON object.
     """
 
     prior_token_ids: NDArray[np.int32]
@@ -194,10 +194,10 @@ class PriorTokens:
         """Reads the output tensors of ``glm_ar``.
 
         Raises:
-            ServerFailure: an output is missing or is not what it should be.
+            ServerFailure: an output is missing or malformed.
         """
         try:
-            values: dict[str, Any] = {one.name: outputs[one.name] for one in fields(cls)}
+            values: dict[str, Any] = {item.name: outputs[item.name] for item in fields(cls)}
         except KeyError as error:
             raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
         values["ar_metadata"] = json_object(values["ar_metadata"][0], "ar_metadata")
@@ -209,27 +209,27 @@ class PriorTokens:
         Raises:
             OSError: the file cannot be written.
         """
-        arrays = {one.name: getattr(self, one.name) for one in fields(self)}
+        arrays = {item.name: getattr(self, item.name) for item in fields(self)}
         arrays["ar_metadata"] = np.array(json.dumps(self.ar_metadata))
-        with Path(path).open("wb") as file:  # numpy would put its own suffix to a name without one
+        with Path(path).open("wb") as file:  # numpy would append its own suffix to a name without one
             np.savez(file, **arrays)
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> PriorTokens:
-        """Reads what ``save`` wrote; nothing in the file is executed.
+        """Reads a file of ``save``; nothing in the file is executed.
 
         Raises:
-            BadArgumentError: the file cannot be read, or is none of these.
+            BadArgumentError: the file cannot be read, or was not written by ``save``.
         """
         try:
             with np.load(Path(path), allow_pickle=False) as file:
-                values: dict[str, Any] = {one.name: file[one.name] for one in fields(cls)}
+                values: dict[str, Any] = {item.name: file[item.name] for item in fields(cls)}
             values["ar_metadata"] = json.loads(str(values["ar_metadata"]))
         except OSError as error:
             raise BadArgumentError(f"tokens {str(path)!r} cannot be read: {error.strerror or error}") from error
         except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-            raise BadArgumentError(f"tokens {str(path)!r} is no file of PriorTokens.save") from error
+            raise BadArgumentError(f"tokens {str(path)!r} was not written by PriorTokens.save") from error
         return cls(**values)
 
 
@@ -237,7 +237,7 @@ def json_object(text: bytes | str, name: str) -> dict[str, Any]:
     """Returns the JSON object in an output's text.
 
     Raises:
-        ServerFailure: it is none.
+        ServerFailure: it is not a JSON object.
     """
     try:
         value = json.loads(text)
@@ -249,10 +249,10 @@ def json_object(text: bytes | str, name: str) -> dict[str, Any]:
 
 
 def format_of(path: str | Path) -> str:
-    """Returns the picture format that a file's suffix names: ``png``, ``jpeg`` or ``webp``.
+    """Returns the image format of a file's suffix: ``png``, ``jpeg`` or ``webp``.
 
     Raises:
-        BadArgumentError: it names none of them.
+        BadArgumentError: the suffix is another one.
     """
     suffix = Path(path).suffix
     if suffix.lower() not in SUFFIX_FORMATS:
@@ -268,9 +268,9 @@ def file_names(template: str, count: int, metadata: Metadata) -> list[str]:
     names = []
     for index in range(count):
         seed = metadata.seeds[index] if index < len(metadata.seeds) else index
-        known = {"index": index, "seed": seed, "width": metadata.width, "height": metadata.height}
+        placeholders = {"index": index, "seed": seed, "width": metadata.width, "height": metadata.height}
         name = template
-        for placeholder, value in known.items():
+        for placeholder, value in placeholders.items():
             name = name.replace(f"{{{placeholder}}}", str(value))
         names.append(name)
     return names

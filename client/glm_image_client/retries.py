@@ -1,4 +1,4 @@
-"""When to ask again, and after how long."""
+"""Retries of requests that a busy server refuses."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from glm_image_client.errors import BadArgumentError, BusyError, GlmImageClientE
 
 @dataclass(frozen=True)
 class Retries:
-    """Asks again when the server is busy: after ``first_seconds``, then ``factor`` times as long, and so on.
+    """Exponential backoff: the first pause is ``first_seconds``, each further one ``factor`` times as long.
 
-    Each pause is shortened by a random share of up to ``jitter``, so that clients turned away together do not come
-    back together. Pauses count towards a request's timeout: none is begun that would outlast it.
+    Each pause is shortened by a random share of up to ``jitter``, so that clients refused at the same time do not
+    return at the same time. Pauses count towards a request's timeout: a pause that would exceed it is not begun.
 
     Attributes:
-        attempts: how often to ask again; 0 = never.
+        attempts: the number of retries; 0 = none.
         first_seconds: the first pause.
-        factor: how much longer each pause is than the one before it.
-        longest_seconds: no pause is longer.
-        jitter: 0 = none, 1 = a pause of any length up to the full one.
-        unreachable: ask again also where no server answers, as while one is restarted.
+        factor: ratio of a pause to the previous one.
+        longest_seconds: the longest pause.
+        jitter: 0 = none, 1 = a pause of any length up to the full length.
+        unreachable: whether to retry also if no server answers, as during a restart.
 
     Raises:
         BadArgumentError: a value is out of its range.
@@ -44,8 +44,8 @@ class Retries:
                 raise BadArgumentError(f"{name} is {value}; allowed: {low} {'to 1' if name == 'jitter' else 'or more'}")
 
     def pause(self, index: int) -> float:
-        """Returns the seconds of pause ``index``, counted from 0; drawn anew at each call."""
-        # The exponent is bounded: a power that overflows would be an error, not a long pause.
+        """Returns a random duration of pause ``index``, counted from 0, in seconds."""
+        # The exponent is bounded: a float power that overflows raises.
         full = min(self.longest_seconds, self.first_seconds * self.factor ** min(index, 64))
         return full * (1 - self.jitter * random.random())
 
@@ -54,7 +54,7 @@ NO_RETRIES = Retries(attempts=0)
 
 
 class Attempts:
-    """One request's attempts: what is left of its time, and how long to wait before the next."""
+    """The attempts of one request: the remaining time and the pauses."""
 
     def __init__(self, retries: Retries, timeout: float | None) -> None:
         self._retries = retries
@@ -64,7 +64,7 @@ class Attempts:
 
     @property
     def timeout(self) -> float | None:
-        """Seconds that the next attempt may take; None = as long as it takes."""
+        """Seconds that the next attempt may take; None = no limit."""
         if self._deadline is None or not self._failed:
             return self._timeout
         return self._deadline - time.monotonic()
@@ -73,7 +73,7 @@ class Attempts:
         """Returns the seconds to wait after a failed attempt.
 
         Raises:
-            GlmImageClientError: ``error``, when there is to be no other attempt.
+            GlmImageClientError: ``error``, if there is no further attempt.
         """
         kinds = (BusyError, UnreachableError) if self._retries.unreachable else (BusyError,)
         if not isinstance(error, kinds) or self._failed >= self._retries.attempts:

@@ -1,4 +1,4 @@
-"""Requests of ``generate_stream`` and the Server-Sent Events that answer them."""
+"""Requests of Triton's ``generate_stream`` and the Server-Sent Events of their answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAY_SUCCEED_LATER = re.compile(r"deadline|try again later|is stopping|maximum qu
 
 
 def path_of(model: str) -> str:
-    """Returns where a model takes such requests."""
+    """Returns the path of a model's ``generate_stream``."""
     return f"/v2/models/{model}/generate_stream"
 
 
@@ -27,11 +27,11 @@ def body_of(inputs: Sequence[Tensor], request_id: str, timeout: float | None) ->
     """Returns the JSON of a request.
 
     Raises:
-        BadArgumentError: raw pixels are asked for, which would be text there.
+        BadArgumentError: ``output_format`` is raw, which Triton would send as text.
     """
     values: dict[str, Any] = {"id": request_id}
     for name, datatype, data in inputs:
-        listed = [_text(name, one) for one in data.ravel()] if datatype == "BYTES" else data.ravel().tolist()
+        listed = [_text(name, value) for value in data.ravel()] if datatype == "BYTES" else data.ravel().tolist()
         values[name] = listed[0] if len(listed) == 1 else listed
     if values.get("output_format") == "raw":
         raise BadArgumentError("output_format is raw; allowed in a stream over HTTP: png, jpeg, webp")
@@ -41,30 +41,30 @@ def body_of(inputs: Sequence[Tensor], request_id: str, timeout: float | None) ->
 
 
 def outputs_of_line(line: bytes) -> dict[str, NDArray[Any]] | None:
-    """Returns the outputs of a line of the answer; None for one without.
+    """Returns the outputs in a line of the answer; None for a line without an event.
 
     Raises:
-        RefusedError: the event is an error.
-        ServerFailure: as before, or it is no event.
+        RefusedError: the event is a refusal.
+        ServerFailure: the event is another error, or is not JSON.
     """
     if not line.startswith(DATA):
         return None
     try:
-        told = json.loads(line.removeprefix(DATA))
+        event = json.loads(line.removeprefix(DATA))
     except ValueError as error:
         raise ServerFailure("the server's event is not JSON") from error
-    if "error" in told:
-        raise answered(None, told["error"])
-    return outputs_of_json(told)
+    if "error" in event:
+        raise answered(None, event["error"])
+    return outputs_of_json(event)
 
 
 def failure_of(status: int, body: bytes) -> Exception:
-    """Returns the error for an answer that is no stream."""
+    """Returns the error for an answer without a stream."""
     try:
         message = json.loads(body.removeprefix(DATA))["error"]
     except (ValueError, KeyError, TypeError):
         message = ""
-    # Triton answers 400 whatever the code was.
+    # Triton answers 400 for every error code.
     return answered("UNAVAILABLE" if MAY_SUCCEED_LATER.search(message) else str(status), message)
 
 

@@ -1,4 +1,4 @@
-"""A request's values as tensors."""
+"""Converts the values of a request into tensors."""
 
 from __future__ import annotations
 
@@ -7,33 +7,15 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, SupportsFloat, SupportsIndex, Union, cast
+from typing import Any, Final, SupportsFloat, SupportsIndex, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from glm_image_client.errors import BadArgumentError
+from glm_image_client.options import OPTIONS, PROMPT, SourceImage
 from glm_image_client.transport import Tensor, object_array
-
-SourceImage = Union[str, "os.PathLike[str]", bytes, Image.Image]
-
-INPUT_DATATYPES: Final[Mapping[str, str]] = {
-    "prompt": "BYTES",
-    "height": "INT32",
-    "width": "INT32",
-    "num_inference_steps": "INT32",
-    "guidance_scale": "FP32",
-    "seed": "INT64",
-    "num_images": "INT32",
-    "negative_prompt": "BYTES",
-    "temperature": "FP32",
-    "top_p": "FP32",
-    "top_k": "INT32",
-    "output_format": "BYTES",
-    "preview_steps": "INT32",
-    "preview_every": "INT32",
-}
 
 _INTEGERS: Final[Mapping[str, type[np.signedinteger[Any]]]] = {"INT32": np.int32, "INT64": np.int64}
 _PNG_MODES: Final = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
@@ -43,14 +25,17 @@ def request_tensors(values: Mapping[str, object], images: Sequence[SourceImage] 
     """Returns the inputs of a request: each value as a tensor [1], the source images as ``image`` BYTES [k].
 
     Args:
-        values: input name -> value; None is not sent, so that the server's default holds.
+        values: the values of the inputs; None is not sent, so that the server's default applies.
         images: source images: paths, the bytes of image files, or PIL images (sent as PNG).
 
     Raises:
         BadArgumentError: a value does not fit its input's type, or an image cannot be read.
     """
     tensors = [
-        Tensor(name, INPUT_DATATYPES[name], _scalar(name, value)) for name, value in values.items() if value is not None
+        Tensor(name, datatype, _scalar(name, datatype, value))
+        for name, value in values.items()
+        if value is not None
+        for datatype in [(PROMPT if name == "prompt" else OPTIONS[name].input).datatype]
     ]
     if images:
         tensors.append(Tensor("image", "BYTES", object_array([source_bytes(image) for image in images])))
@@ -78,14 +63,13 @@ def source_bytes(image: SourceImage) -> bytes:
         raise BadArgumentError(f"image {os.fspath(image)!r} cannot be read: {error.strerror}") from error
 
 
-def _scalar(name: str, value: object) -> NDArray[Any]:
-    datatype = INPUT_DATATYPES[name]
+def _scalar(name: str, datatype: str, value: object) -> NDArray[Any]:
     try:
         if datatype == "BYTES":
             return object_array([cast("str", value).encode("utf-8")])
         if datatype == "FP32":
             return np.array([float(cast("SupportsFloat", value))], dtype=np.float32)
-        # operator.index refuses 512.5, which numpy would cut to 512.
+        # operator.index refuses 512.5, which numpy would truncate to 512.
         number = operator.index(cast("SupportsIndex", value))
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         kind = {"BYTES": "text that UTF-8 can hold", "FP32": "a number"}.get(datatype, "an integer")

@@ -1,4 +1,4 @@
-"""Pictures in terminals that can show them."""
+"""Inline images in terminals that can show them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ COLUMNS: Final = 32
 
 
 def protocol_of(environment: Mapping[str, str]) -> Protocol | None:
-    """Returns how the terminal of an environment takes pictures; None = not at all, as far as it tells."""
-    if environment.get("TMUX") or environment.get("STY"):  # these pass on neither protocol
+    """Returns the inline image protocol of the terminal that an environment describes; None = none is known."""
+    if environment.get("TMUX") or environment.get("STY"):  # these forward neither protocol
         return None
     program = environment.get("TERM_PROGRAM", "")
     if "KITTY_WINDOW_ID" in environment or environment.get("TERM") == "xterm-kitty" or program in KITTY_PROGRAMS:
@@ -27,7 +27,7 @@ def protocol_of(environment: Mapping[str, str]) -> Protocol | None:
 
 
 def shown(png: bytes, protocol: Protocol) -> str:
-    """Returns what a terminal shows as the picture of a PNG file, ``COLUMNS`` wide, and a new line.
+    """Returns the escape sequence that shows a PNG file ``COLUMNS`` wide, and a new line.
 
     As in https://iterm2.com/documentation-images.html and https://sw.kovidgoyal.net/kitty/graphics-protocol.
     """

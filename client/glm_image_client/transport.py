@@ -1,9 +1,9 @@
-"""Tensors to a server and back, over gRPC or HTTP, behind one interface."""
+"""The interface of the transports, and what they share: addresses, tensors and timeouts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -47,11 +47,11 @@ class Endpoint(NamedTuple):
         """Reads ``HOST[:PORT]`` or ``SCHEME://HOST[:PORT][/PATH]``; a scheme decides the protocol.
 
         Args:
-            url: None = this machine and the protocol's own port.
-            protocol: ``grpc`` or ``http``, used where the URL has no scheme.
+            url: None = this machine and the protocol's default port.
+            protocol: ``grpc`` or ``http``, used if the URL has no scheme.
 
         Raises:
-            BadArgumentError: the URL or the protocol is none of these.
+            BadArgumentError: the URL or the protocol is not allowed.
         """
         if protocol not in DEFAULT_PORTS:
             raise BadArgumentError(f"protocol is {protocol!r}; allowed: grpc, http")
@@ -75,9 +75,9 @@ class Endpoint(NamedTuple):
 
 
 class Transport(Protocol):
-    """What a client needs of a server; safe to use from several threads."""
+    """Sends tensors to a server. The methods of a blocking transport never suspend; see ``glm_image_client.core``."""
 
-    def infer(
+    async def infer(
         self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
     ) -> dict[str, NDArray[Any]]:
         """Sends one request and returns every output by its name.
@@ -85,62 +85,39 @@ class Transport(Protocol):
         Args:
             model: the model's name.
             inputs: the tensors to send, as binary data.
-            request_id: what the server knows it by; "" = an id that the server makes.
-            timeout: seconds to wait; the server is told them too.
+            request_id: the id of the request; "" = an id that the server makes.
+            timeout: seconds to wait, also sent to the server.
 
         Raises:
-            RefusedError: the server does not take this request.
-            UnreachableError: no server, or the connection broke.
-            ServerFailure: anything else the server answered, or an answer that is none.
+            RefusedError: the server refuses the request.
+            UnreachableError: no server answers, or the connection broke.
+            ServerFailure: the server answered anything else, or not in KServe's protocol.
         """
-
-    def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
-    ) -> Generator[dict[str, NDArray[Any]], None, None]:
-        """Sends one request and yields the outputs of each response; the server hears when it is closed.
-
-        Arguments and errors are those of ``infer``.
-        """
-
-    def ready(self, timeout: float | None) -> bool:
-        """Tells whether a server answers and all its models are ready; never raises for a server that is not there."""
-
-    def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
-        """Returns KServe's model metadata: name, versions, platform, inputs, outputs. Raises as ``infer`` does."""
-
-    def close(self) -> None:
-        """Closes every connection."""
-
-
-class AsyncTransport(Protocol):
-    """``Transport`` for asyncio: the same methods, to be awaited, from one loop."""
-
-    async def infer(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """See ``Transport.infer``."""
 
     def stream(
         self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
     ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
-        """See ``Transport.stream``."""
+        """Sends one request and yields the outputs of each response; closing the generator cancels the request.
+
+        Arguments and errors are those of ``infer``.
+        """
 
     async def ready(self, timeout: float | None) -> bool:
-        """See ``Transport.ready``."""
+        """Returns whether a server answers and all its models are ready; False if no server answers."""
 
     async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
-        """See ``Transport.model_metadata``."""
+        """Returns KServe's model metadata: name, versions, platform, inputs, outputs. Raises as ``infer`` does."""
 
     async def close(self) -> None:
-        """See ``Transport.close``."""
+        """Closes every connection."""
 
 
-def infer_inputs(triton: Any, inputs: Sequence[Tensor], **options: bool) -> list[Any]:
-    """Returns tensors as the ``InferInput`` of a half of tritonclient; ``options`` are its own."""
-    made = [triton.InferInput(name, list(data.shape), datatype) for name, datatype, data in inputs]
-    for one, (_, _, data) in zip(made, inputs, strict=True):
-        one.set_data_from_numpy(data, **options)
-    return made
+def to_infer_inputs(triton: Any, inputs: Sequence[Tensor], **options: bool) -> list[Any]:
+    """Returns tensors as ``InferInput`` objects of ``triton``, a module of tritonclient."""
+    infer_inputs = [triton.InferInput(name, list(data.shape), datatype) for name, datatype, data in inputs]
+    for infer_input, (_, _, data) in zip(infer_inputs, inputs, strict=True):
+        infer_input.set_data_from_numpy(data, **options)
+    return infer_inputs
 
 
 def microseconds(timeout: float | None) -> int | None:

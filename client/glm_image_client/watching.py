@@ -1,4 +1,4 @@
-"""Watches a stream for the command: a bar of its progress, and the pictures on the way."""
+"""Follows a stream for the command: a progress bar and intermediate images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from glm_image_client.result import GenerationResult
 from glm_image_client.terminal import protocol_of, shown
 
 STAGES: Final[Mapping[str, str]] = {
-    "ar_queue": "waiting",
-    "prefill": "reading",
-    "decode": "writing tokens",
-    "dit_queue": "waiting to be denoised",
-    "condition": "preparing",
+    "ar_queue": "queued",
+    "prefill": "prefill",
+    "decode": "decoding tokens",
+    "dit_queue": "queued for denoising",
+    "condition": "conditioning",
     "denoise": "denoising",
+    "vae": "decoding the image",
+    "encode": "encoding",
 }
 COLUMNS: Final = (
     SpinnerColumn(),
@@ -34,21 +36,21 @@ COLUMNS: Final = (
 )
 
 
-def wants_pictures(preview_dir: Path | None) -> bool:
-    """Tells whether pictures on the way would be seen by anybody."""
+def shows_images(preview_dir: Path | None) -> bool:
+    """Returns whether intermediate images are written or shown."""
     return preview_dir is not None or (sys.stderr.isatty() and protocol_of(os.environ) is not None)
 
 
 def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | None) -> GenerationResult:
-    """Follows a stream to its end and returns the pictures.
+    """Follows a stream to its end and returns the images.
 
     Args:
-        events: of ``stream()``.
-        has_bar: whether standard error gets a bar, and where its terminal can show them the pictures.
-        preview_dir: where they are written too, as ``NN_KIND.png``.
+        events: the events of ``stream()``.
+        has_bar: whether standard error gets a progress bar, and intermediate images if its terminal can show them.
+        preview_dir: folder for intermediate images, named ``NN_KIND.png``.
 
     Raises:
-        BadArgumentError: a picture cannot be written there.
+        BadArgumentError: an image cannot be written.
         GlmImageClientError: as ``GlmImageClient.generate``.
     """
     protocol = protocol_of(os.environ) if has_bar else None
@@ -72,7 +74,7 @@ def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | N
                 if protocol is not None and event.kind == "preview":
                     bar.console.out(shown(file, protocol), highlight=False, end="")
                 written += 1
-    raise ServerFailure("the server ended the stream before the picture came")
+    raise ServerFailure("the server ended the stream before it sent the images")
 
 
 def _write(path: Path, file: bytes) -> None:

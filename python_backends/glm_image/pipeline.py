@@ -20,7 +20,7 @@ from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import ar_metadata, request_metadata
 from glm_image.parallel.rank_group import WorkerConfig
 from glm_image.request.limits import Limits
-from glm_image.request.parameters import GenerationParameters, PaintRequest, ResolvedRequest
+from glm_image.request.parameters import ArMetadata, GenerationParameters, PaintRequest, ResolvedRequest
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LocalSettings:
     """
 
     ar: ArSettings = field(default_factory=ArSettings)
-    dit: DitSettings = field(default_factory=DitSettings)
+    dit: DitSettings = field(default_factory=lambda: DitSettings(parallel="auto", warmup_sizes=()))
     limits: Limits = field(default_factory=Limits)
     load_format: str = "auto"
 
@@ -121,20 +121,14 @@ class LocalPipeline:
         return GeneratedImages(result.pixels, result.encoded, metadata)
 
 
-def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: dict[str, Any]) -> PaintRequest:
+def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: ArMetadata) -> PaintRequest:
     """Makes the second stage's request from the first's and its tokens."""
-    asked = resolved.parameters
     return PaintRequest(
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt,
+        **resolved.parameters.shared(),
         prior_token_ids=prior.prior_token_ids,
         grid=resolved.target,
         requested=resolved.requested,
         seeds=resolved.seeds,
-        num_inference_steps=asked.num_inference_steps,
-        guidance_scale=asked.guidance_scale,
-        output_format=asked.output_format,
-        images=asked.images,
         source_token_ids=prior.source_token_ids,
         source_grids=prior.source_grids,
         ar_metadata=metadata,

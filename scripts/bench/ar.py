@@ -246,7 +246,7 @@ def main(flags: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     bandwidth = copy_bandwidth(device.torch_device, synchronizer(device))
     config = ArConfig.read(checkpoint)
-    settings = ArSettings(int8=flags.quantization == "int8")
+    settings = ArSettings(quantization=flags.quantization)
     bytes_a_weight = 1 if flags.quantization == "int8" else device.default_dtype.itemsize
     bytes_a_step = decoder_weights(config) * bytes_a_weight
     floor = bytes_a_step / bandwidth

@@ -59,8 +59,8 @@ def file_of(grid: Grid) -> bytes:
 def measure_vision(checkpoint: Checkpoint, device: Device, grid: Grid, synchronize: Callable[[], None]) -> None:
     """The host's work on a source, and the vision tower with the quantizer, for one to four sources."""
     file, rule, limits = file_of(grid), checkpoint.source_rule, Limits()
-    seen = source_images.for_vision([file], limits, rule)
-    host = seconds(lambda: source_images.for_vision([file], limits, rule), lambda: None, REPEATS)
+    seen = source_images.for_ar([file], limits, rule)
+    host = seconds(lambda: source_images.for_ar([file], limits, rule), lambda: None, REPEATS)
     patching = seconds(lambda: patches_of(checkpoint.image_processor, seen), lambda: None, REPEATS)
     say("host: decode and scale for the vision tower", size=size_of(grid), ms=host * 1e3)
     say("host: patches", size=size_of(grid), ms=patching * 1e3)

@@ -8,8 +8,11 @@ from typing import Final
 import torch
 
 from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
+from glm_image.ar.settings import ArSettings
 from glm_image.config.profiles import Profile, StageLayout
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS
+from glm_image.devices.settings import DeviceSettings
+from glm_image.dit.settings import DitSettings
+from glm_image.request.declaration import read
 from glm_image.request.geometry import Size
 from glm_image.sizing import parameter_counts
 from glm_image.sizing.inspect import WORKING_MAPS
@@ -45,9 +48,8 @@ def first_stage_bytes(layout: StageLayout, ranks: int = 1) -> int:
 
     Over several, the weights of the layers and what is computed are split, and the cache as far as it has heads.
     """
-    values = {spec.name: spec.default for spec in AR_PARAMETERS} | layout.values()
-    int8 = values["quantization"] == "int8"
-    slots, positions = int(values["max_num_seqs"]), int(values["max_sequence_tokens"])
+    settings = read(ArSettings, layout.values())
+    int8, slots, positions = settings.int8, settings.max_num_seqs, settings.max_sequence_tokens
     embedding = DECODER.vocab_size * DECODER.hidden_size * DTYPE.itemsize
     kept = embedding + VISION_PARAMETERS * DTYPE.itemsize
     split = weight_bytes(DECODER, DTYPE, int8=int8) - embedding
@@ -58,10 +60,9 @@ def first_stage_bytes(layout: StageLayout, ranks: int = 1) -> int:
 
 def second_stage_bytes(layout: StageLayout, size: Size) -> int:
     """Returns the memory of a second stage on each of its devices; what painting takes is an estimate."""
-    values = {spec.name: spec.default for spec in DIT_PARAMETERS} | layout.values()
     parameters = TRANSFORMER_PARAMETERS + VAE_PARAMETERS + GLYPH_ENCODER_PARAMETERS
     weights = parameters * DTYPE.itemsize
-    if values["quantization"] == "int8":
+    if read(DitSettings, layout.values()).quantization == "int8":
         weights -= TRANSFORMER_LINEAR_PARAMETERS * (DTYPE.itemsize - torch.int8.itemsize)
     working: int = WORKING_MAPS * size.height * size.width * VAE_CHANNELS * DTYPE.itemsize
     return weights + working
@@ -70,9 +71,9 @@ def second_stage_bytes(layout: StageLayout, size: Size) -> int:
 def shares(profile: Profile) -> dict[str, float]:
     """Returns for each device of a profile how much of its memory the instances on it may use together."""
     taken: Counter[str] = Counter()
-    for layout, specs in ((profile.ar, AR_PARAMETERS), (profile.dit, DIT_PARAMETERS)):
-        values = {spec.name: spec.default for spec in specs} | layout.values()
+    for layout in (profile.ar, profile.dit):
+        settings = read(DeviceSettings, layout.values())
         for entry in layout.entries:
             for device in entry:
-                taken[device] += float(values["memory_utilization"])  # type: ignore[assignment]
+                taken[device] += settings.memory_utilization  # type: ignore[assignment]
     return dict(taken)

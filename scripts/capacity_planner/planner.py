@@ -9,10 +9,11 @@ from typing import Final
 from capacity_planner.memory import card_bytes, shares
 from capacity_planner.simulation import Layout, Work, percentile, poisson_arrivals, saturate, simulate
 from capacity_planner.times import StageTimes, tokens_of
+from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.config.profiles import PROFILES, Profile
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
 from glm_image.errors import ConfigurationError
 from glm_image.parallel.layout import ParallelLayout
+from glm_image.request.declaration import read
 from glm_image.request.geometry import Size
 
 LOADS: Final = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
@@ -86,12 +87,12 @@ def painting_seconds(profile: Profile, asked: Asked, times: StageTimes) -> float
 
 def layout_of(profile: Profile) -> Layout:
     """Returns the instances of a profile; several devices of one are a device here."""
-    values = {spec.name: spec.default for spec in AR_PARAMETERS} | profile.ar.values()
+    parameters = read(ArParameters, profile.ar.values())
     return Layout(
         ar=tuple(map(",".join, profile.ar.entries)),
         dit=tuple(map(",".join, profile.dit.entries)),
-        slots=int(values["max_num_seqs"]),
-        admission=values["admission"],
+        slots=parameters.engine.max_num_seqs,
+        admission=parameters.admission,
     )
 
 
@@ -127,8 +128,8 @@ def _option(profile: Profile, machine: Machine, asked: Asked, times: StageTimes)
 def _not_served(profile: Profile) -> str:
     """Returns the words with which a stage of this version refuses a profile, "" where both take it."""
     try:
-        read_parameters(AR_PARAMETERS, profile.ar.values())
-        read_parameters(DIT_PARAMETERS, profile.dit.values())
+        read(ArParameters, profile.ar.values())
+        read(DitParameters, profile.dit.values())
     except ConfigurationError as error:
         return str(error)
     return ""

@@ -78,8 +78,8 @@ CASES: dict[str, tuple[Files, str]] = {
     "the second of two is empty": (lambda: [good(), b""], "image 2 of 2 is empty; allowed: the bytes of"),
     "words": (lambda: [b"a red fox"], NO_FILE),
     "bytes of no kind": (lambda: [bytes(range(256))], NO_FILE),
-    "a URL": (lambda: [b"https://example.com/fox.png"], "image is a URL, and none is ever fetched; allowed"),
-    "a file URL": (lambda: [b"file:///etc/passwd"], "image is a URL, and none is ever fetched; allowed"),
+    "a URL": (lambda: [b"https://example.com/fox.png"], "image is a URL, which is never fetched; allowed"),
+    "a file URL": (lambda: [b"file:///etc/passwd"], "image is a URL, which is never fetched; allowed"),
     "a path": (lambda: [b"/etc/passwd"], NO_FILE),
     "an SVG": (lambda: [b'<svg xmlns="http://www.w3.org/2000/svg"/>'], "image is an SVG, XML or HTML file; allowed"),
     "an SVG in base64": (lambda: [base64.b64encode(b"<svg/>")], "image is an SVG, XML or HTML file; allowed"),
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Files, str]] = {
     "a WebP declaring 16,000 x 16,000": (lambda: [webp_declaring(16_000, 16_000)], "WebP file of 16000 x 16000 pixels"),
     "a strip 65,000 wide": (
         lambda: [png(width=65_000, height=8)],
-        "image is 65000 x 8 pixels; allowed: the longer side at most 4 times the shorter one",
+        "image is 65000 x 8 pixels; allowed: the longer side at most 4 times the shorter side",
     ),
     "a strip 65,000 high": (lambda: [png(width=1, height=65_000)], "image is 1 x 65000 pixels; allowed: the longer"),
     "an aspect just beyond 4": (lambda: [encoded(picture(257, 64))], "image is 257 x 64 pixels; allowed: the longer"),
@@ -151,11 +151,11 @@ CASES: dict[str, tuple[Files, str]] = {
     ),
     "more than the byte limit": (
         lambda: [good() + bytes(33 * MEGABYTE)],
-        r"image is 346\d+ bytes long; allowed: files of at most 33554432 bytes",
+        r"image is 346\d+ bytes long; allowed: at most 33554432 bytes",
     ),
     "more than the byte limit in base64": (
         lambda: [b"A" * (52 * MEGABYTE)],
-        r"image is 545\d+ bytes long; allowed: files of at most 33554432 bytes",
+        r"image is 545\d+ bytes long; allowed: at most 33554432 bytes",
     ),
     "more pixels than the limit in all": (
         lambda: [encoded(Image.new("RGB", (1536, 1536)))] * 2,
@@ -213,7 +213,7 @@ def test_a_bad_image_is_refused_in_words(triton: TritonServer, before: Outputs, 
 
 
 def test_json_takes_base64_and_nothing_else(triton: TritonServer) -> None:
-    with pytest.raises(KServeError, match="image is a URL, and none is ever fetched"):
+    with pytest.raises(KServeError, match="image is a URL, which is never fetched"):
         http_json_infer(triton, {**ASKED, "image": ["http://127.0.0.1:1/x.png"]})
     with pytest.raises(KServeError, match="image 2 of 2 is a GIF file"):
         http_json_infer(triton, {**ASKED, "image": [base64.b64encode(file).decode() for file in (good(), gif())]})

@@ -51,7 +51,7 @@ def denoised(load: Load, parallel: str = "auto", ranks: int = 1) -> NDArray[np.f
     rng = np.random.default_rng(0)
     ids, source_ids = (rng.integers(CODES, size=GRID.tokens, dtype=np.int32) for _ in range(2))
     pixels = rng.integers(256, size=(32 * GRID.height, 32 * GRID.width, 3), dtype=np.uint8)
-    settings = DitSettings(dtype=torch.bfloat16, parallel=parallel)
+    settings = DitSettings(dtype="bfloat16", parallel=parallel)
     layout = ParallelLayout.parse(parallel, ranks)
     arguments = (Checkpoint.open(TRAINED), settings)
     running = start_ranks(load, arguments, open_device("cpu"), layout, WorkerConfig(("cpu",) * (ranks - 1)))

@@ -9,19 +9,12 @@ from typing import Any
 
 import pytest
 
-from glm_image.config.schema import (
-    AR_PARAMETERS,
-    DIT_PARAMETERS,
-    OUTPUTS,
-    REQUEST_INPUTS,
-    STAGE_PARAMETERS,
-    STAGE_TENSORS,
-    STREAM_INPUTS,
-    TensorSpec,
-)
+from glm_image.config.parameters import ArParameters, DitParameters
+from glm_image.config.schema import OUTPUTS, REQUEST_INPUTS, STAGE_TENSORS, STREAM_INPUTS
 from glm_image.errors import DeadlineExceededError
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
-from glm_image.request.limits import Limits
+from glm_image.request.declaration import parameters
+from glm_image.request.tensors import TensorSpec
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.cli import parse_arguments
 from server.documents import (
@@ -92,17 +85,16 @@ def test_tensor_tables_have_the_declared_names_and_types(table: str, specs: tupl
 
 
 @pytest.mark.parametrize(
-    ("table", "declared"),
+    ("tables", "kind"),
     [
-        ("stage-parameters", {spec.name: spec.default for spec in STAGE_PARAMETERS}),
-        ("ar-parameters", {spec.name: spec.default for spec in AR_PARAMETERS[len(STAGE_PARAMETERS) :]}),
-        ("dit-parameters", {spec.name: spec.default for spec in DIT_PARAMETERS[len(STAGE_PARAMETERS) :]}),
-        ("limits", Limits().parameters()),
+        (("stage-parameters", "ar-parameters", "limits"), ArParameters),
+        (("stage-parameters", "dit-parameters", "limits"), DitParameters),
     ],
 )
-def test_parameter_tables_have_the_declared_defaults(table: str, declared: dict[str, str]) -> None:
-    shown = {name: cells[0] for name, cells in generated_table(CONFIGURATION, table).items()}
-    assert shown == {name: f"`{default}`" * bool(default) for name, default in declared.items()}
+def test_parameter_tables_have_the_declared_defaults(tables: tuple[str, ...], kind: type) -> None:
+    rows = {name: cells for table in tables for name, cells in generated_table(CONFIGURATION, table).items()}
+    declared = {name: f"`{default}`" * bool(default) for name, _, default in parameters(kind)}
+    assert {name: cells[0] for name, cells in rows.items()} == declared
 
 
 def test_the_flags_of_serve_have_the_documented_defaults() -> None:

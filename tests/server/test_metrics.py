@@ -16,8 +16,8 @@ import tritonclient.grpc
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
-from glm_image.config.schema import AR_PARAMETERS
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.supervisor import TritonServer
 from glm_image.telemetry.metrics import REFUSALS, Kind, MetricSpec, OutcomeCounters
@@ -142,7 +142,7 @@ def test_histograms_have_their_bounds(fresh: Page) -> None:
 
 def test_memory_is_told_from_the_start(fresh: Page, tiny_checkpoint: Path) -> None:
     config = ArConfig.read(Checkpoint.open(tiny_checkpoint))
-    positions = int({spec.name: spec.default for spec in AR_PARAMETERS}["max_sequence_tokens"])
+    positions = ArSettings().max_sequence_tokens
     fp32 = 4
     keys = config.layers * SLOTS * config.kv_heads * positions * config.head_dim * fp32
     assert fresh["ar_kv_cache_bytes"] == 2 * keys

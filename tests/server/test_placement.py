@@ -17,7 +17,7 @@ import pytest
 from glm_image.supervisor import ServerStartError, TritonServer
 from glm_image_client import GlmImageClient
 from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
-from server.test_profiles import images_by_painter
+from server.test_profiles import images_by_instance
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 
@@ -88,7 +88,7 @@ def test_both_instances_get_work(triton: TritonServer, two_instances: TritonServ
     assert denoising_seconds(two) > two.seconds
     for alone, beside in zip(one.outputs, two.outputs, strict=True):
         np.testing.assert_array_equal(alone["images"], beside["images"])
-    assert all(count > 0 for count in images_by_painter(two_instances).values())
+    assert all(count > 0 for count in images_by_instance(two_instances).values())
 
 
 def test_a_checkpoint_named_in_the_configuration_is_loaded(

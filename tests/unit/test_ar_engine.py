@@ -84,7 +84,7 @@ def test_warmup_does_not_change_tokens(checkpoint_folder: Path) -> None:
 
 
 def test_bfloat16_on_the_cpu_is_deterministic(checkpoint_folder: Path) -> None:
-    engine = engine_of(checkpoint_folder, dtype=torch.bfloat16, max_num_seqs=2, max_sequence_tokens=512)
+    engine = engine_of(checkpoint_folder, dtype="bfloat16", max_num_seqs=2, max_sequence_tokens=512)
     first, again = (engine.submit(RequestContext(), resolved(engine, "x")).result(WAIT_SECONDS) for _ in range(2))
     assert first.prior_token_ids.tolist() == again.prior_token_ids.tolist()
     assert first.prior_token_ids.max() < engine.config.codebook_size

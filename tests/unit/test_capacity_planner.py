@@ -10,13 +10,12 @@ import pytest
 
 from capacity_planner import cli, planner
 from capacity_planner.times import H100, StageTimes, read_measured, read_size, tokens_of
-from glm_image.config.schema import DIT_PARAMETERS
 from glm_image.errors import ConfigurationError
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.request.geometry import Size
 
 # Until the second stage takes int8 weights, nothing is for one card of 32 GB.
-INT8_CARD = "npu-1x32g" * any(spec.name == "quantization" and "int8" in spec.allowed for spec in DIT_PARAMETERS)
+INT8_CARD = "npu-1x32g"
 SQUARE, WIDE = Size(1024, 1024), Size(1024, 1920)
 
 

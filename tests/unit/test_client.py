@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from glm_image.config.schema import PAINTING_INPUTS, REQUEST_INPUTS, STAGE_INPUTS, STREAM_INPUTS
+from glm_image.request.limits import OUTPUT_FORMATS
+from glm_image.request.parameters import GenerationParameters, PreviewParameters
+from glm_image.request.tensors import request_fields
 from glm_image_client import (
     BadArgumentError,
     BusyError,
@@ -25,9 +30,19 @@ from glm_image_client import (
     RequestTimeout,
     ServerFailure,
 )
-from glm_image_client.calls import prior_inputs
+from glm_image_client.calls import generate, paint, prior_inputs, prior_tokens, stream
+from glm_image_client.core import run
 from glm_image_client.errors import answered, sentence
 from glm_image_client.grpc_transport import connection_fault
+from glm_image_client.options import (
+    OPTIONS,
+    PROMPT,
+    GenerateOptions,
+    OutputFormat,
+    PaintOptions,
+    PriorOptions,
+    StreamOptions,
+)
 from glm_image_client.result import file_names
 from glm_image_client.tensors import request_tensors, source_bytes
 from glm_image_client.transport import Endpoint, microseconds, with_integer_shapes
@@ -52,9 +67,9 @@ def pixels(count: int = 2) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(7).integers(0, 256, (count, 3, 5, 3), dtype=np.uint8)
 
 
-def encoded(picture: np.ndarray[Any, Any], picture_format: str = "png") -> bytes:
+def encoded(image: np.ndarray[Any, Any], image_format: str = "png") -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, picture_format)
+    Image.fromarray(image).save(buffer, image_format)
     return buffer.getvalue()
 
 
@@ -119,12 +134,12 @@ class TestTensors:
             ("prompt", "\ud800"),
         ],
     )
-    def test_what_a_type_cannot_hold_is_refused_by_name(self, name: str, value: object) -> None:
+    def test_value_outside_the_type_is_refused_by_name(self, name: str, value: object) -> None:
         with pytest.raises(BadArgumentError, match=f"^{name} is .*; allowed: "):
             request_tensors({name: value})
 
     @given(st.lists(st.binary(), min_size=1, max_size=4))
-    def test_source_bytes_go_as_they_are(self, files: list[bytes]) -> None:
+    def test_source_bytes_are_sent_unchanged(self, files: list[bytes]) -> None:
         (tensor,) = request_tensors({}, files)
         assert (tensor.name, tensor.datatype, tensor.data.shape) == ("image", "BYTES", (len(files),))
         assert tensor.data.tolist() == files
@@ -141,14 +156,85 @@ class TestTensors:
         decoded = Image.open(io.BytesIO(source_bytes(Image.new(mode, (3, 2)))))
         assert (decoded.format, decoded.size) == ("PNG", (3, 2))
 
-    def test_pil_sources_stand_upright(self) -> None:
+    def test_pil_sources_are_turned_upright(self) -> None:
         lying = Image.new("RGB", (3, 2))
         lying.getexif()[0x0112] = 6  # orientation: turn by 90 degrees
         assert Image.open(io.BytesIO(source_bytes(lying))).size == (2, 3)
 
-    def test_a_source_of_another_type_is_refused(self) -> None:
+    def test_source_of_another_type_is_refused(self) -> None:
         with pytest.raises(BadArgumentError, match="image is of type int"):
             source_bytes(7)  # type: ignore[arg-type]
+
+
+class TestOptions:
+    def test_options_match_the_declaration_of_the_server(self) -> None:
+        """The client imports nothing of the server, so its own declaration is compared here."""
+        declared = {
+            field.spec.name: field.spec
+            for kind in (GenerationParameters, PreviewParameters)
+            for field in request_fields(kind)
+        }
+        sent = {"prompt": PROMPT.datatype, **{name: option.input.datatype for name, option in OPTIONS.items()}}
+        assert sent == {
+            name: {"STRING": "BYTES"}.get(spec.data_type, spec.data_type)
+            for name, spec in declared.items()
+            if name != "image"
+        }
+        assert declared["image"].data_type == "STRING"
+        formats = get_args(OutputFormat)
+        assert formats == OUTPUT_FORMATS
+
+    def test_options_have_the_types_of_the_server(self) -> None:
+        hints = {**get_type_hints(GenerationParameters), **get_type_hints(PreviewParameters)}
+        hints["output_format"] = OutputFormat
+        kinds = {name: set(get_args(option.kind)) - {type(None)} for name, option in OPTIONS.items()}
+        assert kinds == {name: set(get_args(hints[name]) or {hints[name]}) - {type(None)} for name in OPTIONS} | {
+            "output_format": {OutputFormat}
+        }
+
+    def test_stages_take_the_inputs_of_their_models(self) -> None:
+        ar = {tensor.name for tensor in prior_tokens("x", **_every(PriorOptions)).tensors}
+        assert ar <= {spec.name for spec in REQUEST_INPUTS}
+        prior = PriorTokens(*[np.zeros((1, 1), np.int32)] * 7, {})
+        dit = {tensor.name for tensor in paint("x", prior, **_every(PaintOptions)).tensors}
+        assert dit <= {spec.name for spec in (*PAINTING_INPUTS, *STAGE_INPUTS)}
+        assert {"num_inference_steps", "guidance_scale", "negative_prompt", "image", "output_format"} <= dit
+        streamed = {tensor.name for tensor in stream("x", **_every(StreamOptions)).tensors}
+        assert streamed == {spec.name for spec in STREAM_INPUTS}
+        generated = {tensor.name for tensor in generate("x", **_every(GenerateOptions)).tensors}
+        assert generated == {spec.name for spec in REQUEST_INPUTS}
+
+    @pytest.mark.parametrize("call", [generate, stream, prior_tokens])
+    def test_unknown_option_is_refused_by_name(self, call: Any) -> None:
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'sed'; allowed: .*seed"):
+            call("x", sed=3)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'seeds'"), GlmImageClient() as client:
+            client.generate("x", seeds=3)  # type: ignore[call-arg]
+
+    def test_images_are_png_unless_another_format_is_requested(self) -> None:
+        def output_format(**options: Any) -> list[Any]:
+            return [t.data.tolist() for t in generate("x", **options).tensors if t.name == "output_format"]
+
+        assert output_format() == [[b"png"]]
+        assert output_format(output_format="raw") == [[b"raw"]]
+        assert output_format(output_format=None) == []
+
+    def test_a_blocking_call_that_suspends_is_an_error(self) -> None:
+        async def suspends() -> None:
+            await asyncio.sleep(0)
+
+        with pytest.raises(RuntimeError, match="suspended"):
+            run(suspends())
+
+
+def _every(kind: Any) -> dict[str, Any]:
+    """A value for each option of a call."""
+    values = {int: 1, float: 0.5, str: "x"}
+    options = {}
+    for name in kind.__annotations__:
+        if name in OPTIONS:
+            options[name] = next((values[part] for part in get_args(OPTIONS[name].kind) if part in values), "png")
+    return {**options, "images": [b"file"], "request_id": "id", "timeout": 5.0}
 
 
 class TestResults:
@@ -159,20 +245,20 @@ class TestResults:
         assert [image.size for image in result.images] == [(5, 3), (5, 3)]
         assert result.seeds == (41, 42)
 
-    def test_encoded_pictures_are_kept_and_decoded(self) -> None:
-        files = [encoded(picture) for picture in pixels()]
+    def test_encoded_images_are_kept_and_decoded(self) -> None:
+        files = [encoded(image) for image in pixels()]
         result = GenerationResult.from_outputs(outputs(files))
         assert result.encoded == files
         assert np.array_equal(np.stack(result.arrays), pixels())
 
     @pytest.mark.parametrize("missing", ["images", "images_base64", "metadata"])
-    def test_a_missing_output_is_named(self, missing: str) -> None:
+    def test_missing_output_is_named(self, missing: str) -> None:
         answer = outputs()
         del answer[missing]
         with pytest.raises(ServerFailure, match=f"no output '{missing}'"):
             GenerationResult.from_outputs(answer)
 
-    def test_metadata_is_typed_and_keeps_what_it_does_not_know(self) -> None:
+    def test_metadata_is_typed_and_keeps_unknown_fields(self) -> None:
         metadata = Metadata.from_json(json.dumps(METADATA | {"weather": "fine"}))
         assert metadata.seeds == (41, 42)
         assert metadata.cached_steps == (0, 4)
@@ -181,16 +267,16 @@ class TestResults:
         assert metadata.extra == {"weather": "fine"}
         assert metadata.raw == METADATA | {"weather": "fine"}
 
-    def test_metadata_of_an_older_server_lacks_fields(self) -> None:
+    def test_missing_metadata_fields_have_defaults(self) -> None:
         assert Metadata.from_json("{}") == Metadata()
 
     @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff"])
-    def test_metadata_that_is_no_object_is_the_servers_fault(self, text: bytes) -> None:
+    def test_malformed_metadata_is_a_server_failure(self, text: bytes) -> None:
         with pytest.raises(ServerFailure, match="metadata is not"):
             Metadata.from_json(text)
 
-    def test_the_same_format_is_saved_byte_for_byte_and_another_is_converted(self, tmp_path: Path) -> None:
-        files = [encoded(picture) for picture in pixels()]
+    def test_save_keeps_the_bytes_of_the_same_format_and_converts_others(self, tmp_path: Path) -> None:
+        files = [encoded(image) for image in pixels()]
         result = GenerationResult.from_outputs(outputs(files))
         saved = result.save(tmp_path / "out.png")
         assert saved == [tmp_path / "out_0.png", tmp_path / "out_1.png"]
@@ -203,7 +289,7 @@ class TestResults:
         assert [file.name for file in saved] == ["41.png", "42.png"]
         assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in saved]), pixels())
 
-    def test_an_unknown_suffix_writes_nothing(self, tmp_path: Path) -> None:
+    def test_unknown_suffix_writes_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(BadArgumentError, match=r"ends in '\.gif'; allowed: \.png, \.jpg, \.jpeg, \.webp"):
             GenerationResult.from_outputs(outputs()).save(tmp_path / "out.gif")
         assert list(tmp_path.iterdir()) == []
@@ -241,7 +327,7 @@ class TestPriorTokens:
             }
         )
 
-    def test_what_the_first_stage_gave_goes_to_the_second(self, prior: PriorTokens) -> None:
+    def test_outputs_of_the_ar_stage_are_inputs_of_the_dit_stage(self, prior: PriorTokens) -> None:
         tensors = {tensor.name: tensor for tensor in prior_inputs(prior)}
         shapes = {name: (tensor.datatype, tensor.data.shape) for name, tensor in tensors.items()}
         assert shapes == {
@@ -256,24 +342,24 @@ class TestPriorTokens:
         assert tensors["resolved_seed"].data.tolist() == [41]
         assert json.loads(tensors["ar_metadata"].data[0]) == {"seeds": [41, 42]}
 
-    def test_another_seed_takes_the_place_of_the_first(self, prior: PriorTokens) -> None:
+    def test_seed_replaces_that_of_the_prior(self, prior: PriorTokens) -> None:
         tensors = {tensor.name: tensor for tensor in prior_inputs(prior, seed=-5)}
         assert tensors["resolved_seed"].data.tolist() == [-5]
         assert tensors["resolved_seed"].data.dtype == np.int64
 
-    def test_tokens_are_kept_in_a_file(self, prior: PriorTokens, tmp_path: Path) -> None:
+    def test_tokens_are_saved_and_loaded(self, prior: PriorTokens, tmp_path: Path) -> None:
         kept = PriorTokens.load(prior.save(tmp_path / "tokens.npz"))
         assert kept.ar_metadata == prior.ar_metadata
         for name in set(vars(prior)) - {"ar_metadata"}:
             np.testing.assert_array_equal(getattr(kept, name), getattr(prior, name), strict=True)
 
     @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 broken"])
-    def test_a_file_of_something_else_is_refused_by_name(self, tmp_path: Path, content: bytes) -> None:
+    def test_load_refuses_other_files_by_name(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "tokens.npz").write_bytes(content)
-        with pytest.raises(BadArgumentError, match=r"tokens\.npz' is no file of PriorTokens\.save"):
+        with pytest.raises(BadArgumentError, match=r"tokens\.npz' was not written by PriorTokens\.save"):
             PriorTokens.load(tmp_path / "tokens.npz")
         np.savez(tmp_path / "tokens.npz", prior_grid=np.zeros(2))
-        with pytest.raises(BadArgumentError, match="is no file of"):
+        with pytest.raises(BadArgumentError, match="was not written by"):
             PriorTokens.load(tmp_path / "tokens.npz")
         with pytest.raises(BadArgumentError, match="cannot be read: No such file"):
             PriorTokens.load(tmp_path / "none.npz")
@@ -302,25 +388,25 @@ class TestErrors:
             (None, ServerFailure),
         ],
     )
-    def test_status_decides(self, status: str | None, error: type[Exception]) -> None:
+    def test_status_decides_the_error_class(self, status: str | None, error: type[Exception]) -> None:
         assert type(answered(status, "in ensemble 'glm_image', the queue is full")) is error
 
     @pytest.mark.parametrize("status", ["StatusCode.NOT_FOUND", "404"])
-    def test_a_server_that_has_unloaded_its_models_is_stopping(self, status: str) -> None:
+    def test_unloaded_models_mean_a_stopping_server(self, status: str) -> None:
         said = "Request for unknown model: 'glm_image' has no available versions"
         assert type(answered(status, said)) is BusyError
 
     @pytest.mark.parametrize(
         ("grpc", "http"), [("UNAVAILABLE", "503"), ("INTERNAL", "500"), ("NOT_FOUND", "404"), ("CANCELLED", "499")]
     )
-    def test_both_protocols_name_a_status_alike(self, grpc: str, http: str) -> None:
+    def test_status_names_are_the_same_over_both_protocols(self, grpc: str, http: str) -> None:
         failures = answered(f"StatusCode.{grpc}", "no"), answered(http, "no")
         assert [failure.status for failure in failures if isinstance(failure, ServerFailure)] == [grpc, grpc]
 
-    def test_a_queue_that_waited_too_long_is_a_timeout(self) -> None:
+    def test_expired_queue_time_is_a_timeout(self) -> None:
         assert isinstance(answered("503", "in ensemble 'glm_image', Request timeout expired"), RequestTimeout)
 
-    def test_a_sentence_about_a_deadline_is_still_a_refusal(self) -> None:
+    def test_refusal_that_mentions_a_deadline_is_a_refusal(self) -> None:
         assert type(answered("400", "prompt is 'deadline timeout'; allowed: less")) is RefusedError
 
     @pytest.mark.parametrize(
@@ -336,17 +422,15 @@ class TestErrors:
             "allowed: 32..2048\n\nAt:\n  /models/glm_ar/1/model.py(20): one\n",
         ],
     )
-    def test_what_triton_puts_around_a_sentence_is_taken_off(self, wrapped: str) -> None:
+    def test_sentence_is_stripped_of_tritons_wrapping(self, wrapped: str) -> None:
         assert sentence(wrapped) == "height is 7; allowed: 32..2048"
 
-    def test_a_quoted_prompt_is_left_alone(self) -> None:
+    def test_quoted_wrapping_is_kept(self) -> None:
         text = "prompt is \"in ensemble 'x', \\n\\nAt:\"; allowed: less"
         assert sentence(text) == text
 
-    def test_an_error_without_words_says_so(self) -> None:
-        assert (
-            str(answered("StatusCode.INTERNAL", None)) == "the server failed with status INTERNAL and said nothing more"
-        )
+    def test_error_without_a_message(self) -> None:
+        assert str(answered("StatusCode.INTERNAL", None)) == "the server failed with status INTERNAL and no message"
 
     @pytest.mark.parametrize(
         ("message", "fault"),
@@ -364,7 +448,7 @@ class TestErrors:
             ("", ""),
         ],
     )
-    def test_a_connections_fault_is_told_in_short(self, message: str, fault: str) -> None:
+    def test_connection_fault_is_extracted(self, message: str, fault: str) -> None:
         assert connection_fault(message) == fault
 
 
@@ -393,27 +477,27 @@ class TestAddresses:
         "url",
         ["ftp://box", "box:port", "box:70000", "http://", ":8001", "grpc://box/path", "user@box:1", "[::1", "box?x"],
     )
-    def test_what_is_no_address_is_refused(self, url: str) -> None:
+    def test_invalid_url_is_refused(self, url: str) -> None:
         with pytest.raises(BadArgumentError, match=r"^url is .*; allowed: HOST:PORT"):
             Endpoint.parse(url)
 
-    def test_an_unknown_protocol_is_refused(self) -> None:
+    def test_unknown_protocol_is_refused(self) -> None:
         with pytest.raises(BadArgumentError, match="protocol is 'smtp'; allowed: grpc, http"):
             GlmImageClient("box", "smtp")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
-    def test_a_timeout_is_a_positive_number(self, timeout: float) -> None:
+    def test_timeout_must_be_positive(self, timeout: float) -> None:
         with pytest.raises(BadArgumentError, match="timeout is"):
             GlmImageClient("box", timeout=timeout)
 
-    def test_kserve_counts_microseconds(self) -> None:
+    def test_timeouts_are_sent_in_microseconds(self) -> None:
         assert microseconds(None) is None
         assert [microseconds(1.5), microseconds(1e-9)] == [1_500_000, 1]
 
-    def test_shapes_are_integers_whatever_the_protocol(self) -> None:
-        told: dict[str, Any] = {
+    def test_shapes_in_metadata_are_integers(self) -> None:
+        metadata: dict[str, Any] = {
             "inputs": [{"name": "image", "shape": ["-1"]}],
             "outputs": [{"name": "images", "shape": ["-1", 3]}],
         }
-        assert with_integer_shapes(told)["outputs"][0]["shape"] == [-1, 3]
-        assert told["inputs"][0]["shape"] == [-1]
+        assert with_integer_shapes(metadata)["outputs"][0]["shape"] == [-1, 3]
+        assert metadata["inputs"][0]["shape"] == [-1]

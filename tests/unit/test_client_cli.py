@@ -1,4 +1,4 @@
-"""The command ``glm-image``: its arguments, its exit codes, and what it says where no server is."""
+"""The command ``glm-image``: its arguments, its exit codes, and its message if no server answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from glm_image_client import GlmImageClient, UnreachableError
 from glm_image_client.cli import app
+from glm_image_client.options import OPTIONS, PreviewOptions
 
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port that is taken, and at which nobody listens."""
+    """A bound port without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -25,21 +26,21 @@ def closed_port() -> Iterator[int]:
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 class TestNoServer:
-    def test_every_call_says_that_nobody_answers(self, scheme: str, closed_port: int) -> None:
+    def test_every_call_raises_unreachable_error(self, scheme: str, closed_port: int) -> None:
         with GlmImageClient(f"{scheme}://127.0.0.1:{closed_port}", timeout=20) as client:
             assert not client.server_ready()
             for call in (client.model_metadata, lambda: client.generate("x"), lambda: client.prior_tokens("x")):
                 with pytest.raises(UnreachableError, match=f"no server answers at 127.0.0.1:{closed_port}: .*refused"):
                     call()
 
-    def test_the_command_exits_3_with_one_sentence(self, scheme: str, closed_port: int, tmp_path: Path) -> None:
+    def test_command_exits_3_with_one_sentence(self, scheme: str, closed_port: int, tmp_path: Path) -> None:
         url = f"{scheme}://127.0.0.1:{closed_port}"
         done = CliRunner().invoke(app, ["generate", "x", "--url", url, "-o", str(tmp_path / "a.png")])
         assert (done.exit_code, done.stdout) == (3, "")
         assert done.stderr.startswith("glm-image: no server answers at")
         assert done.stderr.count("\n") == 1
 
-    def test_the_environment_names_the_server(self, scheme: str, closed_port: int, tmp_path: Path) -> None:
+    def test_environment_variable_names_the_server(self, scheme: str, closed_port: int, tmp_path: Path) -> None:
         environment = {"GLM_IMAGE_URL": f"127.0.0.1:{closed_port}"}
         arguments = ["generate", "x", "--protocol", scheme, "-o", str(tmp_path / "a.png")]
         done = CliRunner().invoke(app, arguments, env=environment)
@@ -49,7 +50,7 @@ class TestNoServer:
 
 class TestCommandLine:
     @pytest.mark.parametrize(
-        ("arguments", "told"),
+        ("arguments", "message"),
         [
             (["--size", "1024"], "--size is '1024'; allowed: WIDTHxHEIGHT"),
             (["--size", "64x-64"], "--size is"),
@@ -62,28 +63,38 @@ class TestCommandLine:
             (["--timeout", "0"], "timeout is 0.0"),
             (["--seed", str(2**63)], f"seed is {2**63}"),
             (["--offline"], "--offline needs --checkpoint"),
-            (["--checkpoint", "folder"], "belong to --offline"),
+            (["--checkpoint", "folder"], "need --offline"),
         ],
     )
     def test_bad_arguments_exit_2_with_one_sentence(
-        self, arguments: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
         done = CliRunner().invoke(app, ["generate", "x", *arguments])
         assert (done.exit_code, done.stdout) == (2, "")
-        assert told in done.stderr
+        assert message in done.stderr
         assert done.stderr.startswith("glm-image: ")
         assert done.stderr.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("arguments", [["--steps", "many"], ["--protocol", "smtp"], ["--nonsense"], ["x", "y"]])
-    def test_what_does_not_parse_exits_2(self, arguments: list[str]) -> None:
+    def test_unparsable_arguments_exit_2(self, arguments: list[str]) -> None:
         done = CliRunner().invoke(app, ["generate", *arguments])
         assert done.exit_code == 2
         assert "Error: " in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_the_client_needs_no_engine(self) -> None:
+    def test_every_option_has_a_flag(self) -> None:
+        shown = CliRunner().invoke(app, ["generate", "--help"]).stdout
+        derived = {"height": "--size", "width": "--size", "output_format": "--output"}
+        for name, option in OPTIONS.items():
+            if name in PreviewOptions.__annotations__:
+                continue
+            for flag in option.input.flags or (derived[name],):
+                assert flag in shown
+        assert "Text to render" in shown
+
+    def test_client_imports_no_engine(self) -> None:
         code = "import sys, glm_image_client.cli; print({'torch', 'glm_image', 'transformers'} & set(sys.modules))"
         client = Path(sys.modules["glm_image_client"].__file__ or "").parents[1]
         found = subprocess.run([sys.executable, "-c", code], cwd=client, capture_output=True, text=True, check=True)

@@ -17,9 +17,7 @@ import torch
 from diffusers import GlmImageTransformer2DModel
 
 from glm_image.checkpoint.checkpoint import Checkpoint
-from glm_image.config.cache import cache_settings
-from glm_image.config.instance import Instance
-from glm_image.config.schema import DIT_PARAMETERS, read_parameters
+from glm_image.config.parameters import DitParameters
 from glm_image.devices.open import open_device
 from glm_image.dit.blocks import eager_blocks
 from glm_image.dit.cache import CacheSettings, _steps_mask
@@ -32,6 +30,7 @@ from glm_image.dit.model import DitModel
 from glm_image.dit.step import ImageState
 from glm_image.errors import CancelledError, ConfigurationError
 from glm_image.lifecycle.context import ProgressCallback, RequestContext
+from glm_image.request.declaration import read
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
@@ -293,7 +292,7 @@ def test_refresh_hint_counts_passes_of_the_transformer(
 
 
 def settings_of(**parameters: str) -> CacheSettings | None:
-    return cache_settings(Instance("glm_dit", 0, 1, read_parameters(DIT_PARAMETERS, parameters), Limits()))
+    return read(DitParameters, parameters).engine.cache
 
 
 def test_default_parameters_are_the_default_settings() -> None:

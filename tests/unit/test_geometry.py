@@ -31,7 +31,7 @@ def test_token_budgets(size: Size, text_to_image: int, image_to_image: int) -> N
     assert geometry.token_budget(geometry.output_grids(target, image_to_image=True)) == image_to_image
 
 
-def test_every_legal_size_has_the_references_grids_and_budget(reference: Any) -> None:
+def test_grids_and_budget_of_every_size_match_the_reference(reference: Any) -> None:
     processor = reference.processor
     for th in range(1, 65):
         for tw in range(1, 65):
@@ -49,26 +49,26 @@ def test_every_legal_size_has_the_references_grids_and_budget(reference: Any) ->
 
 
 @pytest.mark.parametrize(("requested", "made"), [(1, 32), (31, 32), (32, 32), (33, 64), (1024, 1024), (2047, 2048)])
-def test_sides_are_rounded_up_to_what_the_model_makes(requested: int, made: int) -> None:
+def test_sides_are_rounded_up_to_multiples_of_32(requested: int, made: int) -> None:
     assert geometry.generated_size(Size(requested, 64)) == (made, 64)
     assert geometry.generated_size(Size(64, requested)) == (64, made)
 
 
 @given(height=st.integers(32, 2048), width=st.integers(32, 2048))
-def test_a_generated_size_covers_the_requested_one(height: int, width: int) -> None:
+def test_generated_size_covers_the_requested_size(height: int, width: int) -> None:
     made = geometry.generated_size(Size(height, width))
     for side, asked in zip(made, (height, width), strict=True):
         assert side % 32 == 0
         assert 0 <= side - asked < 32
 
 
-def test_a_preview_has_at_least_one_token_a_side() -> None:
+def test_preview_grid_has_at_least_one_token_a_side() -> None:
     assert geometry.preview_grid(Grid(1, 300)) == (1, 277)
     assert geometry.preview_grid(Grid(300, 1)) == (277, 1)
 
 
 @given(target=GRIDS, length=st.integers(1, 300), image_to_image=st.booleans())
-def test_positions_are_the_references(reference: Any, target: Grid, length: int, image_to_image: bool) -> None:
+def test_positions_match_the_reference(reference: Any, target: Grid, length: int, image_to_image: bool) -> None:
     model = reference.vision_language_encoder.model
     grids = geometry.output_grids(target, image_to_image=image_to_image)
     ids = torch.full((1, length), model.config.image_token_id + 1)
@@ -84,7 +84,7 @@ def test_positions_are_the_references(reference: Any, target: Grid, length: int,
 
 
 @given(grid=GRIDS, seed=st.integers(0, 2**32))
-def test_upsampling_is_the_references(grid: Grid, seed: int) -> None:
+def test_upsampling_matches_the_reference(grid: Grid, seed: int) -> None:
     ids = np.random.default_rng(seed).integers(0, 16384, grid.tokens, dtype=np.int32)
     theirs = GlmImagePipeline._upsample_token_ids(torch.from_numpy(ids).long(), *grid)
     ours = geometry.upsample_tokens(ids, grid)

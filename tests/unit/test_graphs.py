@@ -11,19 +11,18 @@ from glm_image.ar.engine import ArEngine
 from glm_image.ar.graphs import GRAPH_MODES, captured
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
-from glm_image.config.instance import Instance
-from glm_image.config.schema import AR_PARAMETERS, read_parameters
 from glm_image.devices.open import open_device
 from glm_image.errors import ConfigurationError
 from glm_image.lifecycle.context import RequestContext
+from glm_image.request.declaration import read
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters
 
 WAIT_SECONDS = 60
 
 
-def instance(**parameters: str) -> Instance:
-    return Instance("glm_ar", 0, 1, read_parameters(AR_PARAMETERS, parameters), Limits())
+def settings_of(**parameters: str) -> ArSettings:
+    return read(ArSettings, parameters)
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("NONE", False), ("FULL_DECODE_ONLY", True), ("FULL", True)])
@@ -53,7 +52,7 @@ def test_other_sizes_are_refused_with_the_reason(sizes: tuple[int, ...]) -> None
 def test_piecewise_is_refused_with_the_reason() -> None:
     message = "^graph_mode is 'PIECEWISE'; allowed: NONE, FULL_DECODE_ONLY, FULL; the decode step .* captured whole$"
     with pytest.raises(ConfigurationError, match=message):
-        instance(graph_mode="PIECEWISE")
+        settings_of(graph_mode="PIECEWISE")
     with pytest.raises(ConfigurationError, match=r"^graph_mode is 'PIECEWISE'; allowed: NONE, FULL_DECODE_ONLY, FULL$"):
         captured("PIECEWISE", (), 8)
 
@@ -62,13 +61,13 @@ def test_piecewise_is_refused_with_the_reason() -> None:
     ("text", "expected"), [("", ()), (" ", ()), ("[]", ()), ("8", (8,)), ("[8]", (8,)), ("[1, 2 ,8]", (1, 2, 8))]
 )
 def test_lists_of_sizes(text: str, expected: tuple[int, ...]) -> None:
-    assert instance(graph_capture_sizes=text).integers("graph_capture_sizes") == expected
+    assert settings_of(graph_capture_sizes=text).graph_capture_sizes == expected
 
 
 @pytest.mark.parametrize("text", ["eight", "8,", "[8", "-8", "8 8", "[[8]]", "8.0", "1" * 10])
 def test_malformed_list_of_sizes_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^graph_capture_sizes is '.*'; allowed: empty, or whole numbers"):
-        instance(graph_capture_sizes=text).integers("graph_capture_sizes")
+        settings_of(graph_capture_sizes=text)
 
 
 def test_every_mode_samples_the_same_tokens(checkpoint_folder: Path) -> None:

@@ -16,7 +16,7 @@ def gradient(size: Size) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [Size(33, 70), Size(64, 96), Size(1, 1)])
-def test_a_crop_keeps_the_top_left(size: Size) -> None:
+def test_crop_keeps_the_top_left(size: Size) -> None:
     whole = gradient(Size(64, 96))
     cropped = images.crop(whole, size)
     assert cropped.shape == (*size, 3)
@@ -24,7 +24,7 @@ def test_a_crop_keeps_the_top_left(size: Size) -> None:
 
 
 @pytest.mark.parametrize(("output_format", "worst"), [("png", 0), ("jpeg", 16), ("webp", 24)])
-def test_files_hold_the_picture(output_format: str, worst: int) -> None:
+def test_encoded_files_hold_the_image(output_format: str, worst: int) -> None:
     pixels = images.crop(gradient(Size(64, 80)), Size(50, 70))
     opened = Image.open(io.BytesIO(images.encode(pixels, output_format)))
     assert opened.format == output_format.upper()

@@ -175,7 +175,7 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         ("arguments", "told"),
-        [(["--card", "0"], "--card is 0.0; allowed: GB above 0"), ([], "model_index.json: no such file")],
+        [(["--card", "0"], "--card is 0.0; allowed: a number of GB above 0"), ([], "model_index.json: no such file")],
     )
     def test_refusals(self, tmp_path: Path, arguments: list[str], told: str) -> None:
         done = CliRunner().invoke(app, ["inspect", str(tmp_path), *arguments])

@@ -11,17 +11,23 @@ from typing import Any
 import pytest
 
 from glm_image.config.instance import Instance
-from glm_image.config.schema import AR_PARAMETERS
+from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.devices.discovery import Accelerators
+from glm_image.devices.open import open_device
 from glm_image.errors import ConfigurationError
+from glm_image.lifecycle.context import Timeouts
+from glm_image.request.declaration import read
+from glm_image.request.geometry import Size
 from glm_image.request.limits import Limits
 
 
-def instance(name: str = "glm_ar_0_0", groups: tuple[dict[str, Any], ...] = (), **parameters: str) -> Instance:
+def instance(
+    name: str = "glm_ar_0_0", groups: tuple[dict[str, Any], ...] = (), **parameters: str
+) -> Instance[ArParameters]:
     given = {key: {"string_value": value} for key, value in parameters.items()}
     config = {"parameters": given, "instance_group": groups}
     args = {"model_name": "glm_ar", "model_instance_name": name, "model_config": json.dumps(config)}
-    return Instance.read(args, AR_PARAMETERS)
+    return Instance.read(args, ArParameters)
 
 
 @pytest.mark.parametrize(
@@ -31,79 +37,126 @@ def instance(name: str = "glm_ar_0_0", groups: tuple[dict[str, Any], ...] = (), 
         ("glm_ar_0_0", ({"name": "glm_ar_0", "count": 1},), (0, 1)),
         ("glm_ar_0_12", ({"name": "glm_ar_0", "count": 13},), (12, 13)),
         ("glm_ar_1_1", ({"name": "glm_ar_0", "count": 2}, {"name": "glm_ar_1", "count": 3}), (3, 5)),
-        ("painters_0", ({"name": "", "count": 1}, {"name": "painters", "count": 1}), (1, 2)),
+        ("renderers_0", ({"name": "", "count": 1}, {"name": "renderers", "count": 1}), (1, 2)),
     ],
 )
-def test_an_instance_knows_its_place_among_all(
+def test_instance_has_its_index_over_all_groups(
     name: str, groups: tuple[dict[str, Any], ...], position: tuple[int, int]
 ) -> None:
-    read = instance(name, groups)
-    assert (read.model, read.index, read.siblings) == ("glm_ar", *position)
+    made = instance(name, groups)
+    assert (made.model, made.index, made.siblings) == ("glm_ar", *position)
 
 
-def test_a_name_that_no_group_gives_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="'glm_ar_0_2', which instance_group"):
+def test_instance_name_of_no_group_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="'glm_ar_0_2', which no group of instance_group gives"):
         instance("glm_ar_0_2", ({"name": "glm_ar_0", "count": 2},))
 
 
-def test_a_config_without_parameters_is_all_defaults() -> None:
+def test_config_without_parameters_has_the_defaults() -> None:
     args = {"model_name": "glm_ar", "model_instance_name": "glm_ar_0_0", "model_config": "{}"}
-    read = Instance.read(args, AR_PARAMETERS)
-    assert read.parameters == {spec.name: spec.default for spec in AR_PARAMETERS}
-    assert read.limits == Limits()
+    made = Instance.read(args, ArParameters)
+    assert made.parameters == ArParameters()
+    assert made.parameters.limits == Limits()
 
 
 def test_limits_are_read() -> None:
-    assert instance(limit_max_side="512", limit_guidance_scale="7.5").limits == Limits(max_side=512, guidance_scale=7.5)
+    assert instance(limit_max_side="512", limit_guidance_scale="7.5").parameters.limits == Limits(
+        max_side=512, guidance_scale=7.5
+    )
     with pytest.raises(ConfigurationError, match="limit_max_side is 'big'"):
         instance(limit_max_side="big")
 
 
-def test_an_unknown_parameter_stops_the_load() -> None:
+def test_unknown_parameter_stops_the_load() -> None:
     with pytest.raises(ConfigurationError, match="'max_batch'"):
         instance(max_batch="1")
 
 
-def test_variables_in_the_checkpoints_path_are_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_path_has_its_variables_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLM_IMAGE_CHECKPOINT", "/models/glm")
     monkeypatch.setenv("REVISION", "a$b\\1")
-    assert instance().checkpoint == Path("/models/glm")
-    assert instance(checkpoint="/plain path").checkpoint == Path("/plain path")
-    assert instance(checkpoint="${GLM_IMAGE_CHECKPOINT}/${REVISION}/x").checkpoint == Path("/models/glm/a$b\\1/x")
+    assert instance().parameters.checkpoint_folder == Path("/models/glm")
+    assert instance(checkpoint="/plain path").parameters.checkpoint_folder == Path("/plain path")
+    nested = instance(checkpoint="${GLM_IMAGE_CHECKPOINT}/${REVISION}/x")
+    assert nested.parameters.checkpoint_folder == Path("/models/glm/a$b\\1/x")
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_a_variable_the_environment_lacks_is_named(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_missing_variable_is_named(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
     monkeypatch.delenv("GLM_IMAGE_CHECKPOINT", raising=False)
     if value is not None:
         monkeypatch.setenv("GLM_IMAGE_CHECKPOINT", value)
     with pytest.raises(ConfigurationError, match="no GLM_IMAGE_CHECKPOINT; set it"):
-        _ = instance().checkpoint
+        _ = instance().parameters.checkpoint_folder
 
 
 @pytest.mark.parametrize("text", ["1", "8", "999999999"])
 def test_whole_numbers_are_read(text: str) -> None:
-    assert instance(max_num_seqs=text).integer("max_num_seqs", 1) == int(text)
+    assert instance(max_num_seqs=text).parameters.engine.max_num_seqs == int(text)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "eight", "1e3", "1_000", " 8", "8\n", "9" * 5000])
-def test_what_is_no_whole_number_is_refused(text: str) -> None:
+def test_invalid_whole_number_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^max_num_seqs is .*; allowed: a whole number of at least 1$"):
-        instance(max_num_seqs=text).integer("max_num_seqs", 1)
+        instance(max_num_seqs=text)
 
 
 @pytest.mark.parametrize("text", ["0.9", "1", "1.0", "1e-3"])
 def test_shares_are_read(text: str) -> None:
-    assert instance(memory_utilization=text).share("memory_utilization") == float(text)
+    assert instance(memory_utilization=text).parameters.engine.memory_utilization == float(text)
 
 
 @pytest.mark.parametrize("text", ["", "0", "-0.5", "1.01", "nan", "inf", "90%"])
-def test_what_is_no_share_is_refused(text: str) -> None:
+def test_invalid_share_is_refused(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^memory_utilization is .*; allowed: above 0, at most 1$"):
-        instance(memory_utilization=text).share("memory_utilization")
+        instance(memory_utilization=text)
 
 
-def test_taking_a_place_sets_what_the_runtime_reads(
+@pytest.mark.parametrize(("text", "expected"), [("auto", None), ("0", 0.0), ("60", 60.0), ("0.5", 0.5)])
+def test_hang_seconds_are_read(text: str, expected: float | None) -> None:
+    assert instance(hang_seconds=text).parameters.hang_seconds == expected
+    assert instance(hang_seconds=text).hang_seconds(open_device("cpu")) == (600 if expected is None else expected)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "nan", "inf", "none", "a minute"])
+def test_invalid_hang_seconds_are_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^hang_seconds is '.*'; allowed: auto, or a number of at least 0$"):
+        instance(hang_seconds=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("auto", None),
+        ("none", ()),
+        ("1024x768", (Size(768, 1024),)),
+        ("64x32, 2048x2048", (Size(32, 64), Size(2048, 2048))),
+    ],
+)
+def test_warmup_sizes_are_read(text: str, expected: tuple[Size, ...] | None) -> None:
+    assert read(DitParameters, {"warmup_sizes": text}).engine.warmup_sizes == expected
+
+
+@pytest.mark.parametrize("text", ["", "1024", "1024x", "x1024", "1024x1024;64x64", "16x64", "64x4096", "64x64,"])
+def test_invalid_warmup_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^warmup_sizes is '.*'; allowed: auto, none, or WIDTHxHEIGHT "):
+        read(DitParameters, {"warmup_sizes": text})
+
+
+def test_warmup_sizes_are_checked_against_the_configured_limits() -> None:
+    with pytest.raises(ConfigurationError, match=r"^warmup_sizes is '64x1024'; allowed: .* of 32 to 512, with commas"):
+        read(DitParameters, {"warmup_sizes": "64x1024", "limit_max_side": "512"})
+
+
+def test_largest_side_is_the_configured_limit() -> None:
+    assert read(DitParameters, {"limit_max_side": "512"}).engine.largest_side == 512
+
+
+def test_timeouts_are_read_in_milliseconds() -> None:
+    assert instance(default_timeout_ms="5", max_timeout_ms="70").parameters.timeouts == Timeouts(5000, 70_000)
+
+
+def test_take_place_sets_the_variables_of_the_runtime(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("glm_image.config.instance.find_accelerators", lambda: Accelerators("npu", ("4", "5", "6")))
@@ -119,7 +172,7 @@ def test_taking_a_place_sets_what_the_runtime_reads(
         instance("glm_ar_0_0", groups, devices="npu:1;npu:1").take_place(reserve_first=False)
 
 
-def test_no_backend_imports_the_framework_before_it_has_a_place() -> None:
+def test_backends_import_no_framework_before_take_place() -> None:
     """Run as Triton's stub does: with Triton's utilities on the path."""
     package = importlib.util.find_spec("pytriton")
     if package is None or not package.submodule_search_locations:

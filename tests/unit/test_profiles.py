@@ -1,4 +1,4 @@
-"""Profiles: what is written parses, fits the cards it is meant for, and is refused only for what is not there yet."""
+"""Profiles: their files match their declarations, are accepted by the stages, and fit the devices they name."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from glm_image.ar.config import ArConfig
 from glm_image.ar.vision import Vision
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.config import pbtxt
+from glm_image.config.parameters import PARAMETERS
 from glm_image.config.profiles import PROFILES, Profile, StageLayout
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, read_parameters
 from glm_image.devices.discovery import Accelerators
 from glm_image.devices.open import open_device
 from glm_image.devices.placement import assign_devices, check_memory_shares
 from glm_image.dit.loading import _empty_modules
 from glm_image.dit.settings import DitSettings
-from glm_image.errors import ConfigurationError
 from glm_image.parallel.process_group import ONE_RANK
+from glm_image.request.declaration import check_names, read, write
 from glm_image.request.geometry import Size
 from glm_image.sizing import parameter_counts, reference_sizes
 from make_tiny_checkpoint import make_tiny_checkpoint
@@ -34,7 +34,6 @@ NAMES = [
     "cpu", "npu-1x32g", "npu-1x64g", "npu-2", "npu-8", "npu-8-latency",
     "cuda-1x80g", "cuda-2", "cuda-8", "cuda-8-latency",
 ]  # fmt: skip
-STAGES = {"glm_ar": AR_PARAMETERS, "glm_dit": DIT_PARAMETERS}
 GB = 10**9
 
 
@@ -52,15 +51,15 @@ def machine_of(profile: Profile) -> Accelerators:
     return Accelerators("cpu") if kind == "cpu" else Accelerators(kind, tuple(map(str, range(len(profile.devices)))))
 
 
-def test_these_are_the_profiles() -> None:
+def test_profile_names() -> None:
     assert list(PROFILES) == NAMES
     assert [profile.name for profile in PROFILES.values()] == NAMES
     assert not list((REPOSITORY / "glm_image").glob("configs/*"))
 
 
-@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("model", PARAMETERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_parses_to_its_declaration_and_differs_from_the_default_only_there(name: str, model: str) -> None:
+def test_file_differs_from_the_default_only_as_declared(name: str, model: str) -> None:
     config, declared = parsed(model, name), layout(PROFILES[name], model)
     assert config == pbtxt.profile_configs(PROFILES[name])[model]
     assert config.instance_group[0].count == len(declared.entries)
@@ -71,9 +70,9 @@ def test_a_file_parses_to_its_declaration_and_differs_from_the_default_only_ther
     assert config == pbtxt.model_configs()[model]
 
 
-@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("model", PARAMETERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_profile_lays_out_on_its_machine(name: str, model: str) -> None:
+def test_profile_fits_the_devices_of_its_machine(name: str, model: str) -> None:
     profile = PROFILES[name]
     declared, machine = layout(profile, model), machine_of(profile)
     entries = assign_devices(declared.devices, len(declared.entries), machine)
@@ -81,7 +80,7 @@ def test_a_profile_lays_out_on_its_machine(name: str, model: str) -> None:
     check_memory_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
 
 
-def test_the_layouts_are_what_their_names_say() -> None:
+def test_layouts_match_the_profile_names() -> None:
     assert {name: PROFILES[name].processes for name in NAMES} == {
         "cpu": 2, "npu-1x32g": 2, "npu-1x64g": 2, "npu-2": 2, "npu-8": 8, "npu-8-latency": 8,
         "cuda-1x80g": 2, "cuda-2": 2, "cuda-8": 8, "cuda-8-latency": 8,
@@ -100,7 +99,7 @@ def test_the_layouts_are_what_their_names_say() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cpu"])
-def test_a_profile_fits_its_cards(name: str) -> None:
+def test_profile_fits_the_memory_of_its_devices(name: str) -> None:
     profile = PROFILES[name]
     assert all(share <= 0.95 for share in memory.shares(profile).values())
     for declared, needed in (
@@ -113,23 +112,15 @@ def test_a_profile_fits_its_cards(name: str) -> None:
     assert (sum(memory.card_bytes(profile, Size(1024, 1024)).values()) > 32 * GB) == (name != "npu-1x32g")
 
 
-def test_parameters_are_known_and_their_values_allowed_or_not_there_yet() -> None:
-    refused = {}
-    for name in NAMES:
-        for model, specs in STAGES.items():
-            values = {key: value.string_value for key, value in parsed(model, name).parameters.items()}
-            try:
-                read_parameters(specs, values)
-            except ConfigurationError as error:
-                refused[name, model] = str(error).partition(" is ")[0]
-    dit = {spec.name: spec.allowed for spec in DIT_PARAMETERS}
-    expected = {}
-    if "int8" not in dit["quantization"]:
-        expected["npu-1x32g", "glm_dit"] = "quantization"
-    assert refused == expected
+@pytest.mark.parametrize("model", PARAMETERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_accept_the_parameters_of_the_profiles(name: str, model: str) -> None:
+    values = {key: value.string_value for key, value in parsed(model, name).parameters.items()}
+    check_names(PARAMETERS[model], values)
+    assert write(read(PARAMETERS[model], values)) == values
 
 
-def test_memory_is_that_of_the_published_sizes(tmp_path: Path) -> None:
+def test_memory_constants_match_the_published_sizes(tmp_path: Path) -> None:
     folder = make_tiny_checkpoint(tmp_path / "full", FULL, weights=False)
     checkpoint = Checkpoint.open(folder, "dummy")
     assert ArConfig.read(checkpoint) == reference_sizes.DECODER
@@ -150,7 +141,7 @@ def rows_of_the_table() -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
-def test_the_table_of_profiles_has_their_memory_and_what_is_not_there_yet() -> None:
+def test_table_of_profiles_has_their_memory() -> None:
     rows = rows_of_the_table()
     assert list(rows) == NAMES
     for name, (_, card, ar, dit, served) in rows.items():
@@ -159,6 +150,4 @@ def test_the_table_of_profiles_has_their_memory_and_what_is_not_there_yet() -> N
         first = memory.first_stage_bytes(profile.ar, len(profile.ar.entries[0]))
         second = memory.second_stage_bytes(profile.dit, Size(1024, 1024))
         assert [ar, dit] == [f"{size / GB:.1f}" for size in (first, second)]
-        allowed = {spec.name: spec.allowed for spec in DIT_PARAMETERS}["quantization"]
-        lacking = profile.is_quantized and "int8" not in allowed
-        assert served.startswith("not yet" if lacking else "yes"), name
+        assert served.startswith("yes"), name

@@ -50,7 +50,7 @@ def spells_no_special_token(text: str) -> bool:
 
 
 @given(prompt=PROMPTS.filter(spells_no_special_token), th=st.integers(1, 64), tw=st.integers(1, 64))
-def test_prompt_ids_are_the_references(processor: Any, prompt: str, th: int, tw: int) -> None:
+def test_prompt_ids_match_the_reference(processor: Any, prompt: str, th: int, tw: int) -> None:
     size = Size(32 * th, 32 * tw)
     assert our_ids(processor, prompt, size) == reference_ids(processor, prompt, size)
 
@@ -75,7 +75,7 @@ def test_threads_may_share_a_tokenizer(processor: Any) -> None:
 
 
 @pytest.mark.parametrize("times", [0, 2])
-def test_a_template_must_show_the_prompt_once(checkpoint_folder: Path, times: int) -> None:
+def test_template_must_contain_the_prompt_once(checkpoint_folder: Path, times: int) -> None:
     processor = GlmImageProcessor.from_pretrained(checkpoint_folder / "processor")
     processor.chat_template = "x" + "{{ messages[0].content[0].text }}" * times
     with pytest.raises(CheckpointError, match=rf"chat_template.*{times} times"):
@@ -83,7 +83,7 @@ def test_a_template_must_show_the_prompt_once(checkpoint_folder: Path, times: in
 
 
 @given(prompt=PROMPTS)
-def test_quoted_strings_are_the_references(reference: Any, prompt: str) -> None:
+def test_quoted_strings_match_the_reference(reference: Any, prompt: str) -> None:
     assert prompts.quoted_strings(prompt) == reference.get_glyph_texts(prompt)[0]
 
 
@@ -103,7 +103,7 @@ def test_quoted_strings(prompt: str, strings: list[str]) -> None:
 
 
 @given(prompt=PROMPTS.filter(lambda text: "<" not in text))
-def test_glyph_ids_are_the_references(reference: Any, prompt: str) -> None:
+def test_glyph_ids_match_the_reference(reference: Any, prompt: str) -> None:
     strings = reference.get_glyph_texts(prompt)[0] or [""]
     ids = reference.tokenizer(strings, max_length=2048, truncation=True).input_ids
     pads = [reference.tokenizer.pad_token_id] * ((len(ids) + 1) % 2)

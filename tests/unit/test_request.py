@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from glm_image.errors import ConfigurationError, InvalidInputError
 from glm_image.request import geometry, prompts
+from glm_image.request.declaration import read, write
 from glm_image.request.geometry import Grid, Size
-from glm_image.request.limits import OUTPUT_FORMATS, Limits
+from glm_image.request.limits import LIMIT_PREFIX, OUTPUT_FORMATS, Limits
 from glm_image.request.parameters import (
     GenerationParameters,
     PaintRequest,
@@ -95,12 +96,12 @@ OUT = [
 
 
 @pytest.mark.parametrize(("name", "value"), IN)
-def test_what_is_just_in_is_taken(name: str, value: Any) -> None:
+def test_values_at_the_bounds_are_accepted(name: str, value: Any) -> None:
     assert getattr(resolve(**{name: value}).parameters, name) == value
 
 
 @pytest.mark.parametrize(("name", "value", "allowed"), OUT)
-def test_what_is_just_out_is_refused_in_a_sentence(name: str, value: Any, allowed: str) -> None:
+def test_values_beyond_the_bounds_are_refused_in_a_sentence(name: str, value: Any, allowed: str) -> None:
     with pytest.raises(InvalidInputError) as refused:
         resolve(**{name: value})
     message = str(refused.value)
@@ -112,7 +113,7 @@ def test_what_is_just_out_is_refused_in_a_sentence(name: str, value: Any, allowe
     assert len(message) < SENTENCE
 
 
-def test_the_sentence_shows_the_value() -> None:
+def test_error_shows_the_value() -> None:
     with pytest.raises(InvalidInputError, match=r"^height is 31; allowed: 32 to 2048$"):
         resolve(height=31)
     with pytest.raises(InvalidInputError, match=r"^guidance_scale is nan; allowed: 0 to 20$"):
@@ -123,14 +124,14 @@ def test_the_sentence_shows_the_value() -> None:
         resolve(output_format="x" * 81)
 
 
-def test_source_images_are_looked_at_last() -> None:
+def test_source_images_are_checked_last() -> None:
     with pytest.raises(InvalidInputError, match=r"^image is empty; allowed: the bytes of"):
         resolve(images=(b"",))
     with pytest.raises(InvalidInputError, match="height"):
         resolve(images=(b"",), height=0)
 
 
-def test_defaults() -> None:
+def test_resolve_fills_in_the_defaults() -> None:
     resolved = resolve()
     assert resolved.requested == (1024, 1024)
     assert resolved.grids == (Grid(16, 16), Grid(32, 32))
@@ -143,14 +144,14 @@ def test_defaults() -> None:
     assert given.seeds == (-3, -2)
 
 
-def test_a_random_seed_is_one_that_json_holds() -> None:
+def test_random_seed_is_below_2_53() -> None:
     seeds = {random_seed() for _ in range(100)}
     assert len(seeds) == 100
     assert all(0 <= seed < 2**53 for seed in seeds)
     assert resolve().seeds != resolve().seeds
 
 
-def test_seeds_wrap_at_the_end_of_64_bits() -> None:
+def test_seeds_wrap_modulo_2_64() -> None:
     assert consecutive_seeds(2**63 - 1, 3) == (2**63 - 1, -(2**63), -(2**63) + 1)
     assert consecutive_seeds(-1, 2) == (-1, 0)
 
@@ -179,7 +180,7 @@ ANY_TEXT = st.one_of(st.text(), st.text("'\"“”「」 a\0\ud800", max_size=30
         },
     )
 )
-def test_whatever_is_asked_is_refused_in_words_or_resolved_to_sane_values(asked: dict[str, Any]) -> None:
+def test_any_request_is_refused_in_a_sentence_or_resolved_to_sane_values(asked: dict[str, Any]) -> None:
     try:
         resolved = GenerationParameters(**asked).resolve(LIMITS, DEFAULTS)
     except InvalidInputError as error:
@@ -234,7 +235,7 @@ def ids(shape: tuple[int, ...], extreme: int = 0) -> np.ndarray:
         {"negative_prompt": " "},
     ],
 )
-def test_tokens_of_ones_own_are_taken(changed: dict[str, Any]) -> None:
+def test_client_tokens_are_accepted(changed: dict[str, Any]) -> None:
     paint = replace(PAINT, **changed)
     paint.check(LIMITS, codebook_size=256)
     assert paint.generated == tuple(32 * side for side in paint.grid)
@@ -262,28 +263,30 @@ def test_tokens_of_ones_own_are_taken(changed: dict[str, Any]) -> None:
         ({"requested": Size(-64, -96)}, "resolved_size is (-64, -96)"),
     ],
 )
-def test_tokens_of_ones_own_are_refused_in_words(changed: dict[str, Any], named: str) -> None:
+def test_invalid_client_tokens_are_refused_in_a_sentence(changed: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidInputError) as refused:
         replace(PAINT, **changed).check(LIMITS, codebook_size=256)
     assert str(refused.value).startswith(named)
     assert "; allowed: " in str(refused.value)
 
 
-def test_limits_go_into_parameters_and_back() -> None:
-    assert Limits.from_parameters(LIMITS.parameters()) == LIMITS
-    assert Limits.from_parameters({"limit_max_side": "512", "other": "x"}) == replace(LIMITS, max_side=512)
-    assert set(LIMITS.parameters()) == {f"limit_{limit.name}" for limit in fields(Limits)}
-    assert json.dumps(LIMITS.parameters())
+def test_limits_are_written_as_parameters_and_read_back() -> None:
+    written = write(LIMITS, LIMIT_PREFIX)
+    assert read(Limits, written, LIMIT_PREFIX) == LIMITS
+    changed = {"limit_max_side": "512", "other": "x"}
+    assert read(Limits, changed, LIMIT_PREFIX) == replace(LIMITS, max_side=512)
+    assert set(written) == {f"limit_{limit.name}" for limit in fields(Limits)}
+    assert json.dumps(written)
 
 
 @pytest.mark.parametrize("limit", [limit.name for limit in fields(Limits)])
 @pytest.mark.parametrize("text", ["", "many", "0", "-1", "nan", "inf"])
-def test_a_limit_must_be_a_positive_number(limit: str, text: str) -> None:
+def test_limit_must_be_positive(limit: str, text: str) -> None:
     with pytest.raises(ConfigurationError, match=f"limit_{limit}"):
-        Limits.from_parameters({f"limit_{limit}": text})
+        read(Limits, {f"limit_{limit}": text}, LIMIT_PREFIX)
 
 
-def test_other_limits_hold() -> None:
+def test_configured_limits_apply() -> None:
     small = replace(LIMITS, max_side=64, num_images=2, guidance_scale=3.5)
     asked = GenerationParameters(prompt="x", height=64, width=64, num_images=2, guidance_scale=3.5)
     asked.resolve(small, DEFAULTS)

@@ -1,4 +1,4 @@
-"""Retries of both clients, against a real HTTP server that is busy as often as it is told to be."""
+"""Retries of both clients, against a real HTTP server that is busy for a set number of requests."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ OUTPUTS = [
 
 
 class BusyServer(ThreadingHTTPServer):
-    """Answers ``busy`` requests with 503, and the others with a picture of one pixel."""
+    """Answers the first ``busy`` requests with 503, the others with an image of one pixel."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.busy = 0
-        self.asked = 0
+        self.requests = 0
         self.hang_up = False
 
     @property
@@ -51,19 +51,19 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         assert isinstance(server, BusyServer)
         self.rfile.read(int(self.headers["Content-Length"]))
-        server.asked += 1
-        busy = server.asked <= server.busy
+        server.requests += 1
+        busy = server.requests <= server.busy
         if busy and server.hang_up:
             return
-        told: dict[str, Any] = {"error": "the queue is full"} if busy else {"outputs": OUTPUTS}
-        body = json.dumps(told).encode()
+        answer: dict[str, Any] = {"error": "the queue is full"} if busy else {"outputs": OUTPUTS}
+        body = json.dumps(answer).encode()
         self.send_response(503 if busy else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -86,46 +86,46 @@ def ask(server: BusyServer, way: str, **options: Any) -> GenerationResult:
 
 @pytest.mark.parametrize("way", ["sync", "asyncio"])
 class TestBothClients:
-    def test_a_busy_server_is_told_of_at_once_by_default(self, server: BusyServer, way: str) -> None:
+    def test_busy_error_is_raised_without_retries_by_default(self, server: BusyServer, way: str) -> None:
         server.busy = 1
         with pytest.raises(BusyError, match=r"^the queue is full$") as failed:
             ask(server, way)
-        assert (server.asked, failed.value.status) == (1, "UNAVAILABLE")
+        assert (server.requests, failed.value.status) == (1, "UNAVAILABLE")
 
-    def test_a_busy_server_is_asked_again(self, server: BusyServer, way: str) -> None:
+    def test_busy_server_is_retried(self, server: BusyServer, way: str) -> None:
         server.busy = 3
         assert ask(server, way, retries=QUICK).seeds == (7,)
-        assert server.asked == 4
+        assert server.requests == 4
 
-    def test_the_last_attempt_tells_its_error(self, server: BusyServer, way: str) -> None:
+    def test_last_attempt_raises_its_error(self, server: BusyServer, way: str) -> None:
         server.busy = 9
         with pytest.raises(BusyError):
             ask(server, way, retries=QUICK)
-        assert server.asked == 4
+        assert server.requests == 4
 
-    def test_a_broken_connection_is_tried_again_only_where_asked(self, server: BusyServer, way: str) -> None:
+    def test_broken_connection_is_retried_only_if_configured(self, server: BusyServer, way: str) -> None:
         server.busy, server.hang_up = 1, True
         with pytest.raises(UnreachableError):
             ask(server, way, retries=QUICK)
-        assert server.asked == 1
+        assert server.requests == 1
         server.busy = 2
         assert ask(server, way, retries=Retries(attempts=1, first_seconds=0, unreachable=True)).seeds == (7,)
 
-    def test_no_pause_outlasts_the_timeout(self, server: BusyServer, way: str) -> None:
+    def test_pause_never_exceeds_the_timeout(self, server: BusyServer, way: str) -> None:
         server.busy = 9
         began = time.monotonic()
         with pytest.raises(BusyError):
             ask(server, way, timeout=20.0, retries=Retries(attempts=9, first_seconds=60, longest_seconds=60, jitter=0))
         assert time.monotonic() - began < 10
-        assert server.asked == 1
+        assert server.requests == 1
 
 
 class TestRetries:
-    def test_pauses_grow_up_to_the_longest(self) -> None:
+    def test_pauses_grow_up_to_the_longest_pause(self) -> None:
         retries = Retries(first_seconds=0.5, factor=2, longest_seconds=3, jitter=0)
         assert [retries.pause(index) for index in (0, 1, 2, 3, 10**6)] == [0.5, 1, 2, 3, 3]
 
-    def test_jitter_shortens_a_pause_by_up_to_its_share(self) -> None:
+    def test_jitter_shortens_pauses(self) -> None:
         pauses = [Retries(first_seconds=8, jitter=0.25).pause(0) for _ in range(200)]
         assert all(6 <= pause <= 8 for pause in pauses)
         assert max(pauses) - min(pauses) > 1
@@ -145,13 +145,13 @@ class TestRetries:
         with pytest.raises(BadArgumentError, match=f"^{name} is .*; allowed: "):
             Retries(**values)  # type: ignore[arg-type]
 
-    def test_other_errors_are_not_for_another_attempt(self) -> None:
+    def test_other_errors_are_not_retried(self) -> None:
         error = GlmImageClientError("no")
         with pytest.raises(GlmImageClientError) as raised:
             Attempts(Retries(), None).pause_after(error)
         assert raised.value is error
 
-    def test_an_attempt_has_what_the_others_left_of_the_time(self) -> None:
+    def test_attempt_has_the_remaining_time(self) -> None:
         attempts = Attempts(QUICK, 100.0)
         assert attempts.timeout == 100.0
         attempts.pause_after(BusyError("full", "UNAVAILABLE"))

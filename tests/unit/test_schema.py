@@ -7,12 +7,15 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from glm_image.config import pbtxt, schema
-from glm_image.config.schema import AR_PARAMETERS, DIT_PARAMETERS, ParameterSpec, TensorSpec, read_parameters
+from glm_image.config import docs, pbtxt, schema
+from glm_image.config.parameters import PARAMETERS, ArParameters, DitParameters
 from glm_image.errors import ConfigurationError
-from glm_image.request.limits import Limits
+from glm_image.request.declaration import check_names, parameters, read, write
+from glm_image.request.limits import LIMIT_PREFIX, Limits
 
-REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
+ROOT = Path(__file__).resolve().parents[2]
+REPOSITORY = ROOT / "model_repository"
+PAGES = [ROOT / "docs" / name for name in docs.PAGES if (ROOT / "docs" / name).exists()]
 
 
 def parsed(model: str) -> Any:
@@ -31,11 +34,7 @@ def tensors(entries: Any) -> dict[str, tuple[str, tuple[int, ...], bool]]:
     }
 
 
-def declared(specs: tuple[TensorSpec, ...]) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-    return {spec.name: (spec.data_type, spec.dims, spec.optional) for spec in specs}
-
-
-def test_checked_in_files_are_what_the_declaration_writes() -> None:
+def test_checked_in_files_match_the_declaration() -> None:
     files = pbtxt.config_files()
     assert {path: (REPOSITORY / path).read_text(encoding="utf-8") for path in files} == files
     assert set(files) == {path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("*.pbtxt")}
@@ -50,10 +49,10 @@ def test_files_parse_to_the_declared_message(model: str) -> None:
     assert config.model_transaction_policy.decoupled == (model == "glm_image_stream")
 
 
-def test_the_ensemble_takes_and_gives_what_clients_are_promised() -> None:
+def test_ensemble_has_the_tensors_of_the_contract() -> None:
     config = parsed("glm_image")
     assert tensors(config.input) == {
-        "prompt": ("STRING", (1,), True),  # the stages say that it is missing
+        "prompt": ("STRING", (1,), True),  # the stages report that it is missing
         "image": ("STRING", (-1,), True),
         "height": ("INT32", (1,), True),
         "width": ("INT32", (1,), True),
@@ -74,7 +73,7 @@ def test_the_ensemble_takes_and_gives_what_clients_are_promised() -> None:
     }
 
 
-def test_the_stages_hand_on_plain_host_tensors() -> None:
+def test_stage_tensors_are_plain_host_tensors() -> None:
     assert tensors(parsed("glm_ar").output) == {
         "prior_token_ids": ("INT32", (-1, -1), False),
         "prior_grid": ("INT32", (2,), False),
@@ -89,14 +88,14 @@ def test_the_stages_hand_on_plain_host_tensors() -> None:
     assert required == {"prior_token_ids", "prior_grid"}
 
 
-def test_no_two_tensors_of_the_ensemble_share_a_name() -> None:
+def test_ensemble_tensor_names_are_unique() -> None:
     spaces = [[spec.name for spec in specs] for specs in (
         schema.REQUEST_INPUTS, schema.STAGE_TENSORS, schema.OUTPUTS)]  # fmt: skip
     names = [name for space in spaces for name in space]
     assert len(names) == len(set(names))
 
 
-def test_the_ensembles_steps_fit_the_models() -> None:
+def test_ensemble_steps_match_the_models() -> None:
     ensemble = parsed("glm_image")
     steps = ensemble.ensemble_scheduling.step
     assert [step.model_name for step in steps] == ["glm_ar", "glm_dit"]
@@ -113,51 +112,98 @@ def test_the_ensembles_steps_fit_the_models() -> None:
     assert {name: known[name] for name in tensors(ensemble.output)} == tensors(ensemble.output)
 
 
-def test_both_stages_have_the_same_limits_and_declared_defaults() -> None:
-    limits = Limits().parameters()
-    for model, specs in (("glm_ar", AR_PARAMETERS), ("glm_dit", DIT_PARAMETERS)):
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_config_files_have_the_declared_defaults(model: str) -> None:
+    kind = PARAMETERS[model]
+    values = {name: value.string_value for name, value in parsed(model).parameters.items()}
+    assert values == write(kind()) == {name: default for name, _, default in parameters(kind)}
+    check_names(kind, values)
+    assert read(kind, values) == kind()
+    assert parsed(model).instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+
+
+def test_both_stages_have_the_same_limits() -> None:
+    limits = write(Limits(), LIMIT_PREFIX)
+    for model in PARAMETERS:
         values = {name: value.string_value for name, value in parsed(model).parameters.items()}
-        assert values == {spec.name: spec.default for spec in specs} | limits
-        assert read_parameters(specs, values) == {spec.name: spec.default for spec in specs}
-    assert parsed("glm_ar").instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
+        assert {name: value for name, value in values.items() if name.startswith(LIMIT_PREFIX)} == limits
 
 
-def test_parameters_left_out_have_their_defaults_and_tritons_own_are_let_by() -> None:
+def test_omitted_parameters_have_their_defaults_and_triton_parameters_are_ignored() -> None:
     given = {
         "dtype": "bfloat16",
         "limit_max_side": "512",
         "EXECUTION_ENV_PATH": "x",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
     }
-    values = read_parameters(AR_PARAMETERS, given)
-    assert values["dtype"] == "bfloat16"
-    assert values["max_num_seqs"] == "8"
-    assert values.keys() == {spec.name for spec in AR_PARAMETERS}
+    check_names(ArParameters, given)
+    values = read(ArParameters, given)
+    assert values.engine.dtype == "bfloat16"
+    assert values.engine.max_num_seqs == 8
+    assert values.limits == Limits(max_side=512)
+    assert write(values) == {**write(ArParameters()), "dtype": "bfloat16", "limit_max_side": "512"}
 
 
 @pytest.mark.parametrize("name", ["max_num_seq", "Dtype", "limit_max_sides", "", "cache"])
-def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
+def test_unknown_parameter_is_refused_by_name(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"parameter '{name}' is not known") as refused:
-        read_parameters(AR_PARAMETERS, {name: "1"})
+        check_names(ArParameters, {name: "1"})
     assert "max_num_seqs" in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("specs", "name", "value"),
+    ("kind", "name", "value"),
     [
-        (AR_PARAMETERS, "dtype", "fp16"),
-        (AR_PARAMETERS, "load_format", ""),
-        (AR_PARAMETERS, "quantization", "int4"),
-        (AR_PARAMETERS, "graph_mode", "full"),
-        (DIT_PARAMETERS, "cache", "on"),
+        (ArParameters, "dtype", "fp16"),
+        (ArParameters, "load_format", ""),
+        (ArParameters, "quantization", "int4"),
+        (ArParameters, "graph_mode", "full"),
+        (DitParameters, "cache", "on"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_refused(specs: tuple[ParameterSpec, ...], name: str, value: str) -> None:
+def test_value_that_is_not_allowed_is_refused(kind: type, name: str, value: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^{name} is '{value}'; allowed: "):
-        read_parameters(specs, {name: value})
+        read(kind, {name: value})
 
 
-def test_the_writer_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", PARAMETERS.values())
+def test_every_parameter_has_help_and_allowed_values(kind: type) -> None:
+    for name, declared, default in parameters(kind):
+        assert declared.help.endswith("."), name
+        assert declared.allowed, name
+        assert declared.text(declared.read(name, default)) == default
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_generated_tables_of_the_documentation_are_up_to_date(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert docs.rendered(text) == text, "run `python -m glm_image.config.docs docs`"
+
+
+def test_a_page_gets_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in docs.PAGES:
+        text = "# Title\n\n<!-- BEGIN GENERATED: limits -->\nold\n<!-- END GENERATED -->\n\nafter\n"
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["docs", str(tmp_path)])
+    docs.main()
+    for name in docs.PAGES:
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert text.startswith("# Title\n\n<!-- BEGIN GENERATED: limits -->\n| parameter | default |")
+        assert "| `limit_max_side` | `2048` |" in text
+        assert text.endswith("|\n<!-- END GENERATED -->\n\nafter\n")
+
+
+def test_every_table_has_a_row_for_each_declared_name() -> None:
+    tables = {name: table() for name, table in docs.TABLES.items()}
+    for kind in PARAMETERS.values():
+        shown = "".join(tables[name] for name in ("stage-parameters", "ar-parameters", "dit-parameters", "limits"))
+        assert all(f"| `{name}` | " in shown for name, _, _ in parameters(kind))
+    assert all(f"| `{spec.name}` | " in tables["inputs"] for spec in schema.REQUEST_INPUTS)
+    assert "| `num_images` | INT32 | `1` | " in tables["inputs"]
+    assert "| 1 to 8 |" in tables["inputs"]
+
+
+def test_writer_writes_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["configs", str(tmp_path)])
     pbtxt.main()
     for path, text in pbtxt.config_files().items():

@@ -1,4 +1,4 @@
-"""Source images: every kind of file becomes the same upright RGB picture, of one size for both stages."""
+"""Source images: every file format becomes the same upright RGB image, of one grid for both stages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from glm_image.ar.vision import patches_of
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.errors import CheckpointError, InvalidInputError
 from glm_image.request import geometry, images, source_images
+from glm_image.request.declaration import read, write
 from glm_image.request.geometry import Grid, PlacedGrid, Size, SourceRule
-from glm_image.request.limits import Limits
+from glm_image.request.limits import LIMIT_PREFIX, Limits
 from glm_image.request.parameters import GenerationParameters, Sampling
 from glm_image.request.prompts import PromptTokenizer
 from helpers import MakeCheckpoint
@@ -38,7 +39,7 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 
 
 @given(SIDES, SIDES, st.sampled_from([(512, 2048), (64, 2048), (256, 1024), (512, 4096)]))
-def test_the_grid_is_that_of_the_references_processor(height: int, width: int, edges: tuple[int, int]) -> None:
+def test_source_grid_matches_the_reference_processor(height: int, width: int, edges: tuple[int, int]) -> None:
     rule = RULE._replace(shortest_edge=edges[0], longest_edge=edges[1])
     if max(height, width) > 4 * min(height, width):
         with pytest.raises(ValueError, match="aspect"):
@@ -64,7 +65,7 @@ def test_the_grid_is_that_of_the_references_processor(height: int, width: int, e
         (Size(2048, 512), Grid(64, 16)),
     ],
 )
-def test_grids(original: Size, grid: Grid) -> None:
+def test_source_grids(original: Size, grid: Grid) -> None:
     assert geometry.source_grid(original, RULE) == grid
 
 
@@ -158,7 +159,7 @@ KINDS: dict[str, tuple[bytes, np.ndarray, float]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file_is_an_rgb_picture(kind: str) -> None:
+def test_every_file_format_is_decoded_to_rgb(kind: str) -> None:
     file, expected, worst = KINDS[kind]
     for data in (file, base64.b64encode(file), b"data:image/whatever;base64," + base64.b64encode(file)):
         decoded = images.decode_source(data)
@@ -166,7 +167,7 @@ def test_every_kind_of_file_is_an_rgb_picture(kind: str) -> None:
         assert np.abs(pixels_of(decoded).astype(float) - expected).max() <= worst
 
 
-def test_base64_may_have_line_breaks() -> None:
+def test_base64_with_line_breaks_is_decoded() -> None:
     assert np.array_equal(images.decode_source(base64.encodebytes(encoded(RGB))), np.asarray(RGB))
 
 
@@ -179,7 +180,7 @@ STORED = {
 
 @pytest.mark.parametrize("file_format", ["png", "jpeg", "webp"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_pictures_are_turned_upright(orientation: int, file_format: str) -> None:
+def test_images_are_turned_upright(orientation: int, file_format: str) -> None:
     turn = STORED[orientation]
     stored = RGB if turn is None else RGB.transpose(turn)
     exif = Image.Exif()
@@ -190,7 +191,7 @@ def test_pictures_are_turned_upright(orientation: int, file_format: str) -> None
     assert np.abs(np.asarray(decoded).astype(int) - np.asarray(RGB)).max() <= (12 if file_format == "jpeg" else 0)
 
 
-def test_transparency_stays_where_it_is_when_a_picture_is_turned() -> None:
+def test_transparency_is_kept_when_an_image_is_turned() -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     flat = RGB.quantize(8)
@@ -201,12 +202,12 @@ def test_transparency_stays_where_it_is_when_a_picture_is_turned() -> None:
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
-def test_a_picture_with_broken_exif_is_still_a_picture(exif: bytes) -> None:
+def test_image_with_broken_exif_is_decoded(exif: bytes) -> None:
     assert images.decode_source(encoded(RGB, "jpeg", exif=exif)).size == RGB.size
 
 
 @given(st.binary(max_size=60), st.sampled_from(["png", "jpeg", "webp"]), st.data())
-def test_damaged_files_are_refused_in_words_or_decoded(noise: bytes, file_format: str, data: st.DataObject) -> None:
+def test_damaged_files_are_refused_or_decoded(noise: bytes, file_format: str, data: st.DataObject) -> None:
     file = bytearray(encoded(RGB, file_format))
     place = data.draw(st.integers(0, len(file) - 1))
     file[place : place + len(noise)] = noise
@@ -222,7 +223,7 @@ def test_damaged_files_are_refused_in_words_or_decoded(noise: bytes, file_format
     assert refusal.isprintable()
 
 
-def test_nothing_is_decoded_before_its_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_is_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     file = encoded(RGB)
 
     def load(_: Image.Image) -> None:
@@ -244,23 +245,23 @@ def encoded_without_load(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
-def test_both_stages_scale_the_same_original_to_one_grid() -> None:
+def test_both_stages_scale_a_source_to_the_same_grid() -> None:
     files = [encoded(picture(700, 530)), encoded(picture(520, 1300))]
     limits, grids = Limits(), (Grid(17, 22), Grid(41, 16))
-    seen = source_images.for_vision(files, limits, RULE)
-    assert tuple(source.grid for source in seen) == grids
-    assert [source.pixels.shape for source in seen] == [(16 * g.height, 16 * g.width, 3) for g in grids]
+    ar_sources = source_images.for_ar(files, limits, RULE)
+    assert tuple(source.grid for source in ar_sources) == grids
+    assert [source.pixels.shape for source in ar_sources] == [(16 * g.height, 16 * g.width, 3) for g in grids]
     ids = np.arange(sum(grid.tokens for grid in grids), dtype=np.int32)
-    painted = source_images.for_painting(files, ids, grids, limits, RULE)
-    assert [source.pixels.shape for source in painted] == [(32 * g.height, 32 * g.width, 3) for g in grids]
-    assert np.array_equal(np.concatenate([source.token_ids for source in painted]), ids)
+    dit_sources = source_images.for_dit(files, ids, grids, limits, RULE)
+    assert [source.pixels.shape for source in dit_sources] == [(32 * g.height, 32 * g.width, 3) for g in grids]
+    assert np.array_equal(np.concatenate([source.token_ids for source in dit_sources]), ids)
 
 
-def test_patches_are_those_of_the_references_processor(checkpoint_folder: Path) -> None:
+def test_patches_match_the_reference_processor(checkpoint_folder: Path) -> None:
     image = picture(700, 530)
     processor = Checkpoint.open(checkpoint_folder).image_processor
     theirs = GlmImageImageProcessorPil.from_pretrained(checkpoint_folder / "processor")([image], return_tensors="np")
-    ours = patches_of(processor, source_images.for_vision([encoded(image)], LIMITS, RULE))
+    ours = patches_of(processor, source_images.for_ar([encoded(image)], LIMITS, RULE))
     assert ours.dtype == np.float32
     assert np.array_equal(ours, theirs["pixel_values"])
 
@@ -277,12 +278,12 @@ def test_patches_are_those_of_the_references_processor(checkpoint_folder: Path) 
         ([encoded(picture(1400, 1400))] * 3, r"^image is 3 files that make 5947392 pixels in all.* at most 4194304;"),
     ],
 )
-def test_refusals(files: list[bytes], sentence: str) -> None:
+def test_invalid_source_images_are_refused(files: list[bytes], sentence: str) -> None:
     with pytest.raises(InvalidInputError, match=sentence):
         GenerationParameters(prompt="x", images=tuple(files)).resolve(LIMITS, DEFAULTS)
 
 
-def test_sizes_left_out_are_the_first_sources() -> None:
+def test_omitted_size_is_that_of_the_first_source() -> None:
     def size(**asked: int) -> Size:
         given = (encoded(picture(700, 530)), encoded(picture(512, 512)))
         return GenerationParameters(prompt="x", images=given, **asked).resolve(LIMITS, DEFAULTS).requested
@@ -296,7 +297,7 @@ def test_sizes_left_out_are_the_first_sources() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "[gMASK]<sop><|user|>\n"])
-def test_prompts_are_the_references(make_checkpoint: MakeCheckpoint, prefix: str) -> None:
+def test_prompts_match_the_reference(make_checkpoint: MakeCheckpoint, prefix: str) -> None:
     folder = make_checkpoint(weights=False, chat_prefix=prefix, source_min_pixels=64 * 64)
     processor = GlmImageProcessor.from_pretrained(folder / "processor")
     given = [picture(96, 64), picture(64, 128)]
@@ -323,14 +324,14 @@ def test_text_that_spells_an_image_token_is_text(checkpoint_folder: Path) -> Non
 
 
 @pytest.mark.parametrize("template", ["{{ '\ue0a5' }}", "<|image|><|image|><|image|>\ue0a5"])
-def test_a_template_that_does_not_show_the_images_is_refused(checkpoint_folder: Path, template: str) -> None:
+def test_template_without_the_images_is_refused(checkpoint_folder: Path, template: str) -> None:
     processor = GlmImageProcessor.from_pretrained(checkpoint_folder / "processor")
     processor.chat_template = template
     with pytest.raises(CheckpointError, match="processor/chat_template: shows "):
         PromptTokenizer(processor).image_to_image("x", Grid(1, 1), [Grid(1, 2), Grid(1, 1)])
 
 
-def test_a_checkpoint_of_another_patch_size_is_refused(tmp_path: Path, checkpoint_folder: Path) -> None:
+def test_checkpoint_of_another_patch_size_is_refused(tmp_path: Path, checkpoint_folder: Path) -> None:
     (tmp_path / "processor").mkdir()
     config = (checkpoint_folder / "processor" / "preprocessor_config.json").read_text()
     (tmp_path / "processor" / "preprocessor_config.json").write_text(
@@ -343,13 +344,13 @@ def test_a_checkpoint_of_another_patch_size_is_refused(tmp_path: Path, checkpoin
 
 
 def test_limits_are_written_as_whole_numbers() -> None:
-    written = Limits().parameters()
+    written = write(Limits(), LIMIT_PREFIX)
     assert written["limit_source_bytes"] == "33554432"
     assert written["limit_max_source_pixels"] == "4194304"
-    assert Limits.from_parameters(written) == Limits()
+    assert read(Limits, written, LIMIT_PREFIX) == Limits()
 
 
-def test_files_are_decoded_from_memory_alone(tmp_path: Path) -> None:
+def test_paths_and_urls_are_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded(RGB))
     for name in (str(path), path.as_uri()):

@@ -24,6 +24,7 @@ from glm_image.ar.vision import patches_of
 from glm_image.ar.warmup import warmup_commands
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
+from glm_image.devices.open import named_dtype
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.parallel.layout import ParallelLayout
@@ -74,7 +75,7 @@ class ArEngine:
         admission: Admission | None = None,
     ) -> None:
         device.set_current()
-        dtype = settings.dtype or device.default_dtype
+        dtype = named_dtype(settings.dtype) or device.default_dtype
         self.config = ArConfig.read(checkpoint)
         self._settings = settings
         slots, positions = settings.max_num_seqs, settings.max_sequence_tokens

@@ -12,6 +12,7 @@ from glm_image.ar.vision import Vision
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
 from glm_image.devices.budget import check_budget
+from glm_image.devices.open import named_dtype
 from glm_image.parallel.collectives import Group
 from glm_image.parallel.process_group import Ranks
 
@@ -30,7 +31,7 @@ def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, 
         ConfigurationError: a setting is not allowed, or the device is too small.
     """
     group = ranks.tp if settings.peer_memory else ranks.tp.without_peer_memory()
-    config, dtype = ArConfig.read(checkpoint), settings.dtype or device.default_dtype
+    config, dtype = ArConfig.read(checkpoint), named_dtype(settings.dtype) or device.default_dtype
     slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
     capture = captured(settings.graph_mode, settings.graph_capture_sizes, slots)
     _check_memory(checkpoint, config, settings, device, group)
@@ -46,7 +47,7 @@ def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, 
 
 
 def _check_memory(checkpoint: Checkpoint, config: ArConfig, settings: ArSettings, device: Device, group: Group) -> None:
-    dtype = settings.dtype or device.default_dtype
+    dtype = named_dtype(settings.dtype) or device.default_dtype
     shape = (config.part(group), settings.max_num_seqs, settings.max_sequence_tokens, dtype)
     weights = weight_bytes(config, dtype, int8=settings.int8, group=group) + Vision.bytes_needed(checkpoint, dtype)
     check_budget(

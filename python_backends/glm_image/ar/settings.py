@@ -1,34 +1,41 @@
-"""How the first stage runs."""
+"""Settings of the AR engine. Imports no torch: they are read before a stage chooses its devices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from glm_image.ar.graphs import GRAPH_MODES, WHY_NOT_PIECEWISE
+from glm_image.devices.settings import DeviceSettings
+from glm_image.request.declaration import choice, whole, whole_numbers
 
 
 @dataclass(frozen=True)
-class ArSettings:
-    """How the first stage runs.
+class ArSettings(DeviceSettings):
+    """How the AR engine runs.
 
     Attributes:
-        dtype: None = the device's default.
-        max_num_seqs: sequences that decode together.
-        max_sequence_tokens: prompt and image tokens of one sequence.
-        max_queue: requests that may wait.
-        graph_mode: ``NONE``, ``FULL_DECODE_ONLY``, or ``FULL``, which runs as the latter.
-        graph_capture_sizes: sequences of the captured step; () = max_num_seqs, the only size there is.
-        memory_utilization: share of the device's memory this stage may use.
-        peer_memory: whether the ranks of an instance on several devices write each other's memory, where these can.
-        int8: whether the decoder's linear layers keep int8 weights.
+        peer_memory: whether the ranks of an instance on several devices write each other's memory where they can.
     """
 
-    dtype: torch.dtype | None = None
-    max_num_seqs: int = 8
-    max_sequence_tokens: int = 8192
-    max_queue: int = 64
-    graph_mode: str = "FULL_DECODE_ONLY"
-    graph_capture_sizes: tuple[int, ...] = ()
-    memory_utilization: float = 0.9
+    quantization: str = choice("none", ("none", "int8"), "`int8` stores the decoder's linear layers as int8 weights.")
+    max_num_seqs: int = whole(8, "Sequences that decode together; each image is one sequence.", low=1)
+    max_sequence_tokens: int = whole(8192, "Prompt, source and image tokens of a sequence.", low=1)
+    max_queue: int = whole(64, "Requests that may wait for a slot; further requests get UNAVAILABLE.", low=1)
+    graph_mode: str = choice(
+        "FULL_DECODE_ONLY",
+        GRAPH_MODES,
+        "Whether the decode step is captured as a device graph at load; the CPU has no graphs and runs the same step. "
+        "`FULL` runs as `FULL_DECODE_ONLY`: prompts differ in length, so prefill is eager.",
+        {"PIECEWISE": WHY_NOT_PIECEWISE},
+    )
+    graph_capture_sizes: tuple[int, ...] = whole_numbers(
+        (),
+        "Batch sizes to capture: empty or `max_num_seqs`. Other sizes are refused: a request's tokens would depend on "
+        "the number of concurrent sequences.",
+    )
     peer_memory: bool = True
-    int8: bool = False
+
+    @property
+    def int8(self) -> bool:
+        """Whether the decoder's linear layers have int8 weights."""
+        return self.quantization == "int8"

@@ -1,14 +1,14 @@
-"""The models that take whole requests; imports nothing, because the supervisor runs before anything is installed."""
+"""Names of the models. Imports nothing: the supervisor runs before any package is installed."""
 
 from __future__ import annotations
 
 from typing import Final
 
 ENTRY_MODELS: Final = ("glm_image", "glm_image_stream")
-"""A server that drains unloads them first."""
+"""The models that clients send whole requests to; a draining server unloads them first."""
 
 DRAINED: Final = "has no requests and takes no more"
-"""What an instance of one logs, if it is the only one, before Triton has unloaded it."""
+"""Log line of the only instance of such a model when its last request has ended."""
 
 STAGES: Final = ("glm_control", "glm_dit", "glm_ar")
-"""What it unloads when no request is left; the last one unloads them all."""
+"""The models that a draining server unloads, in this order, when no request is left; ``glm_ar`` unloads them all."""

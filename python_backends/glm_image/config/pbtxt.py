@@ -1,4 +1,4 @@
-"""Writes the models' ``config.pbtxt`` files from their declaration.
+"""Writes the models' ``config.pbtxt`` files and the profiles from their declarations.
 
 Run as ``python -m glm_image.config.pbtxt MODEL_REPOSITORY``.
 """
@@ -15,31 +15,32 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from glm_image.config import schema
+from glm_image.config.parameters import PARAMETERS, ArParameters, DitParameters
 from glm_image.config.profiles import PROFILES, Profile
-from glm_image.config.schema import ParameterSpec, TensorSpec
-from glm_image.request.limits import Limits
+from glm_image.request.declaration import parameters, write
+from glm_image.request.tensors import TensorSpec
 
 MAX_DIT_QUEUE = 64
-"""Requests that may wait in Triton for the second stage; of one with a larger batch than 1 there is none."""
+"""Requests that may wait in Triton for ``glm_dit``. Nothing is batched: ``max_batch_size`` is 0."""
 
 HEADER = """\
-# Edit instance_group, max_queue_size and the parameters to place and size the model. The rest is declared in
-# glm_image/config/schema.py and written by `python -m glm_image.config.pbtxt model_repository`.
+# Edit instance_group, max_queue_size and the parameters to place and size the model. The parameters are declared in
+# glm_image/config/parameters.py, the tensors in glm_image/config/schema.py; this file is written by
+# `python -m glm_image.config.pbtxt model_repository`.
 """
 
 PROFILE_HEADER = """\
 # Profile {name}: {meaning}.
-# `serve --profile {name}` takes it. Declared in glm_image/config/profiles.py and written by
+# Selected by `serve --profile {name}`. Declared in glm_image/config/profiles.py and written by
 # `python -m glm_image.config.pbtxt model_repository`.
 """
 
 
 def _stage(
-    name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], parameters: tuple[ParameterSpec, ...]
+    name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], parameters: ArParameters | DitParameters
 ) -> Any:
     config = _python_model(name, inputs, outputs)
-    values = {spec.name: spec.default for spec in parameters} | Limits().parameters()
-    for parameter, value in values.items():
+    for parameter, value in write(parameters).items():
         config.parameters[parameter].string_value = value
     return config
 
@@ -47,14 +48,14 @@ def _stage(
 def _python_model(name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> Any:
     config = model_config_pb2.ModelConfig(name=name, backend="python", max_batch_size=0)
     _add_tensors(config, inputs, outputs)
-    kind = model_config_pb2.ModelInstanceGroup.KIND_CPU  # the devices are chosen by the parameter: Triton knows no NPU
+    kind = model_config_pb2.ModelInstanceGroup.KIND_CPU  # `devices` chooses the devices: Triton knows no NPU
     config.instance_group.add(count=1, kind=kind)
     return config
 
 
-def _second_stage() -> Any:
-    painting = (*schema.PAINTING_INPUTS, *schema.STAGE_INPUTS)
-    config = _stage("glm_dit", painting, schema.OUTPUTS, schema.DIT_PARAMETERS)
+def _dit() -> Any:
+    inputs = (*schema.PAINTING_INPUTS, *schema.STAGE_INPUTS)
+    config = _stage("glm_dit", inputs, schema.OUTPUTS, DitParameters())
     config.dynamic_batching.default_queue_policy.max_queue_size = MAX_DIT_QUEUE
     return config
 
@@ -95,15 +96,15 @@ def model_configs() -> dict[str, Any]:
     """Returns every model's ``ModelConfig`` message."""
     return {
         "glm_image": _ensemble(),
-        "glm_ar": _stage("glm_ar", schema.REQUEST_INPUTS, schema.STAGE_TENSORS, schema.AR_PARAMETERS),
-        "glm_dit": _second_stage(),
+        "glm_ar": _stage("glm_ar", schema.REQUEST_INPUTS, schema.STAGE_TENSORS, ArParameters()),
+        "glm_dit": _dit(),
         "glm_image_stream": _stream(),
         "glm_control": _python_model("glm_control", schema.CONTROL_INPUTS, schema.CONTROL_OUTPUTS),
     }
 
 
 def profile_configs(profile: Profile) -> dict[str, Any]:
-    """Returns the ``ModelConfig`` message of each stage in a profile; the ensemble has but one."""
+    """Returns the ``ModelConfig`` message of each stage in a profile; the other models have no profiles."""
     configs = model_configs()
     layouts = {"glm_ar": profile.ar, "glm_dit": profile.dit}
     for model, layout in layouts.items():
@@ -114,7 +115,7 @@ def profile_configs(profile: Profile) -> dict[str, Any]:
 
 
 def config_text(config: Any) -> str:
-    """Returns a message in protobuf's text format: what operators edit first, one entry a line."""
+    """Returns a message in protobuf's text format, one entry a line; the entries that operators edit come first."""
     lines = [
         f'{field}: "{getattr(config, field)}"' for field in ("name", "backend", "platform") if getattr(config, field)
     ]
@@ -123,11 +124,10 @@ def config_text(config: Any) -> str:
         lines += _entries("model_transaction_policy", [config.model_transaction_policy])
     if config.HasField("dynamic_batching"):
         lines += _entries("dynamic_batching", [config.dynamic_batching])
-    declared = [spec.name for spec in (*schema.AR_PARAMETERS, *schema.DIT_PARAMETERS)]
-    for key in [*dict.fromkeys(declared), *Limits().parameters()]:
-        if key in config.parameters:
-            value = json.dumps(config.parameters[key].string_value)
-            lines.append(f'parameters {{ key: "{key}" value {{ string_value: {value} }} }}')
+    kind = PARAMETERS.get(config.name)
+    for name, _, _ in parameters(kind) if kind else ():
+        value = json.dumps(config.parameters[name].string_value)
+        lines.append(f'parameters {{ key: "{name}" value {{ string_value: {value} }} }}')
     lines += _entries("input", config.input) + _entries("output", config.output)
     if config.ensemble_scheduling.step:
         lines += ["ensemble_scheduling {", *map(_step_text, config.ensemble_scheduling.step), "}"]
@@ -162,7 +162,7 @@ def config_files() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Writes the files into the model repository named on the command line."""
+    """Writes the files into the model repository given on the command line."""
     (repository,) = sys.argv[1:]
     for path, text in config_files().items():
         target = Path(repository) / path

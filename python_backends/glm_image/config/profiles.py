@@ -1,6 +1,6 @@
-"""Layouts of both stages over a machine's devices, each declared once: ``serve --profile NAME`` takes one.
+"""Profiles: layouts of both stages over a machine's devices, selected by ``serve --profile NAME``.
 
-``configs.py`` writes them into ``configs/NAME.pbtxt`` of both stages.
+``glm_image.config.pbtxt`` writes them into ``configs/NAME.pbtxt`` of both stages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class StageLayout:
     """A stage in a profile.
 
     Attributes:
-        devices: the parameter; there are as many instances as it has entries.
-        parameters: others that differ from their defaults.
+        devices: the parameter ``devices``; each entry is one instance.
+        parameters: other parameters that differ from their defaults.
     """
 
     devices: str
@@ -39,9 +39,9 @@ class Profile:
     """A layout of both stages.
 
     Attributes:
-        name: what ``--profile`` takes.
-        meaning: a line about it.
-        card_gigabytes: the smallest usual card (10^9 bytes) on which 1024 x 1024 fits; 0 for the host's memory.
+        name: the value of ``--profile``.
+        meaning: one line for people.
+        card_gigabytes: memory, in 10^9 bytes, of the smallest common card on which 1024 x 1024 fits; 0 = host memory.
         ar: the first stage.
         dit: the second stage.
     """
@@ -60,44 +60,44 @@ class Profile:
 
     @property
     def processes(self) -> int:
-        """How many processes hold a model: one a device of an instance."""
+        """The number of processes that hold a model: one for each device of an instance."""
         return sum(map(len, (*self.ar.entries, *self.dit.entries)))
 
     @property
     def is_quantized(self) -> bool:
-        """Whether a stage keeps its weights in fewer bits."""
+        """Whether a stage has quantized weights."""
         return any(layout.parameters.get("quantization", "none") != "none" for layout in (self.ar, self.dit))
 
 
-def _every(kind: str, first: int, last: int, between: str) -> str:
-    return between.join(f"{kind}:{index}" for index in range(first, last + 1))
+def _devices(kind: str, first: int, last: int, separator: str) -> str:
+    return separator.join(f"{kind}:{index}" for index in range(first, last + 1))
 
 
-def _of_several_cards(kind: str) -> tuple[Profile, ...]:
+def _multi_card(kind: str) -> tuple[Profile, ...]:
     return (
         Profile(
-            f"{kind}-2", "a stage a card", 32, StageLayout(f"{kind}:0"), StageLayout(f"{kind}:1")
+            f"{kind}-2", "one card for each stage", 32, StageLayout(f"{kind}:0"), StageLayout(f"{kind}:1")
         ),
         Profile(
             f"{kind}-8",
-            "one first stage feeds seven second ones: most pictures a second",
+            "one AR instance feeds seven DiT instances: highest throughput",
             32,
             StageLayout(f"{kind}:0"),
-            StageLayout(_every(kind, 1, 7, ";")),
+            StageLayout(_devices(kind, 1, 7, ";")),
         ),
         Profile(
             f"{kind}-8-latency",
-            "each stage over four cards: soonest done with one picture",
+            "each stage on four cards: lowest latency of a single image",
             32,
-            StageLayout(_every(kind, 0, 3, ",")),
-            StageLayout(_every(kind, 4, 7, ","), {"parallel": "cfg=2,ulysses=2"}),
+            StageLayout(_devices(kind, 0, 3, ",")),
+            StageLayout(_devices(kind, 4, 7, ","), {"parallel": "cfg=2,ulysses=2"}),
         ),
     )  # fmt: skip
 
 
 def _one_card(name: str, meaning: str, gigabytes: int, ar: Mapping[str, str], dit: Mapping[str, str]) -> Profile:
     device = f"{name.partition('-')[0]}:0"
-    gathered = {**ar, "admission": "gathered"}  # what the first stage takes of the card the second has not
+    gathered = {**ar, "admission": "gathered"}  # the stages compete for the card: batches of the AR cost the DiT less
     return Profile(name, meaning, gigabytes, StageLayout(device, gathered), StageLayout(device, dit))
 
 
@@ -113,15 +113,15 @@ PROFILES: Final = {
         Profile("cpu", "both stages on the host's cores", 0, StageLayout("cpu"), StageLayout("cpu")),
         _one_card(
             "npu-1x32g",
-            "both stages on one card, with int8 weights and fewer sequences at once",
+            "both stages on one card, with int8 weights and fewer sequences",
             32,
             {"memory_utilization": "0.49", "max_num_seqs": "4", **_INT8},
             {"memory_utilization": "0.45", **_INT8},
         ),
         _one_card("npu-1x64g", "both stages on one card", 64, *_shares("0.4", "0.5")),
-        *_of_several_cards("npu"),
+        *_multi_card("npu"),
         _one_card("cuda-1x80g", "both stages on one card", 80, *_shares("0.35", "0.55")),
-        *_of_several_cards("cuda"),
+        *_multi_card("cuda"),
     )
 }
-"""Every profile by its name."""
+"""Every profile, by its name."""

@@ -1,4 +1,4 @@
-"""The settings of the residual cache, which are those of cache-dit's DBCache."""
+"""Settings of the residual cache (cache-dit's DBCache), named as in cache-dit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Final
 
 from glm_image.errors import ConfigurationError
+from glm_image.request.declaration import choice, number, switch, whole
 
 SCM_MASK_POLICIES: Final = ("none", "slow", "medium", "fast", "ultra")
 SCM_POLICIES: Final = ("dynamic", "static")
@@ -20,34 +21,39 @@ STEPS_WITH_A_MASK: Final = 8
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """When a step may reuse an earlier step's middle blocks; fields as in cache-dit's ``DBCacheConfig``.
+    """When a step may reuse an earlier step's middle blocks; fields as in cache-dit's ``DBCacheConfig``."""
 
-    Attributes:
-        Fn_compute_blocks: blocks at the front that every step computes; the change of their residual decides.
-        Bn_compute_blocks: blocks at the back that every step computes.
-        max_warmup_steps: steps at the start that compute everything.
-        residual_diff_threshold: relative L1 change below which a step reuses; 0 = never, 1 and above = always.
-        max_continuous_cached_steps: steps in a row that may reuse, or ``UNLIMITED``.
-        max_cached_steps: steps of an image that may reuse, or ``UNLIMITED``.
-        enable_taylorseer: extrapolate the residuals (TaylorSeer, Liu et al., 2025) instead of reusing the latest ones.
-        taylorseer_order: of TaylorSeer's highest derivative.
-        scm_steps_mask_policy: one of ``SCM_MASK_POLICIES``: steps outside the policy's gaps compute everything.
-        scm_steps_policy: one of ``SCM_POLICIES``: whether the change still decides for a step in a gap.
-        force_refresh_step_hint: pass of the transformer before which the cache starts anew, as for a new image: a
-            source image is a pass, and a step is a pass for each branch of guidance; None = never.
-    """
-
-    Fn_compute_blocks: int = 1
-    Bn_compute_blocks: int = 0
-    max_warmup_steps: int = 4
-    residual_diff_threshold: float = 0.24
-    max_continuous_cached_steps: int = 3
-    max_cached_steps: int = UNLIMITED
-    enable_taylorseer: bool = False
-    taylorseer_order: int = 1
-    scm_steps_mask_policy: str = "none"
-    scm_steps_policy: str = "dynamic"
-    force_refresh_step_hint: int | None = None
+    Fn_compute_blocks: int = whole(
+        1,
+        "Blocks at the front that every step computes; the change of their residual decides about the others.",
+        low=1,
+    )
+    Bn_compute_blocks: int = whole(0, "Blocks at the back that every step computes.", low=0)
+    max_warmup_steps: int = whole(4, "Steps at the start that compute every block.", low=0)
+    residual_diff_threshold: float = number(
+        0.24, "Relative L1 change below which a step reuses: 0 never does, 1 and above always does."
+    )
+    max_continuous_cached_steps: int = whole(3, "Consecutive steps that may reuse.", low=0, unlimited=True)
+    max_cached_steps: int = whole(UNLIMITED, "Steps of an image that may reuse.", low=0, unlimited=True)
+    enable_taylorseer: bool = switch(
+        False, "Extrapolate the reused residual (TaylorSeer, Liu et al., 2025) instead of repeating it."
+    )
+    taylorseer_order: int = whole(1, "The highest derivative of the extrapolation.", low=1)
+    scm_steps_mask_policy: str = choice(
+        "none", SCM_MASK_POLICIES, "A fixed pattern of steps; steps outside its gaps compute every block."
+    )
+    scm_steps_policy: str = choice(
+        "dynamic",
+        SCM_POLICIES,
+        "Steps in a gap of the pattern: `dynamic` compares the change with the threshold, `static` always reuses.",
+    )
+    force_refresh_step_hint: int | None = whole(
+        None,
+        "Pass of the transformer before which the cache is cleared, as at the start of an image. Each source image "
+        "is one pass, then each step is one pass for each branch of guidance.",
+        low=0,
+        none=True,
+    )
 
     def check(self, blocks: int) -> None:
         """Raises ConfigurationError where the settings do not fit a transformer of so many blocks."""

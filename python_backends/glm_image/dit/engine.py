@@ -86,7 +86,7 @@ class DitEngine:
         self.executor = start_ranks(load_executor, (checkpoint, settings), device, layout, workers)
         self.attention_backend: str = local_executor(self.executor).attention_backend
         self._scheduler = Scheduler(watched(self.executor.run), record)
-        for size in settings.warmup_sizes:
+        for size in device.warmup_sizes if settings.warmup_sizes is None else settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
         record(PEAK_MEMORY, device.peak_memory())
         # A host computes on one thread only (see ``Device.is_host``), so there a request is finished in its caller's.

@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from glm_image.checkpoint.checkpoint import Checkpoint, fill
 from glm_image.devices.base import Device
 from glm_image.devices.budget import check_budget
+from glm_image.devices.open import named_dtype
 from glm_image.dit.conditioning import Conditioner
 from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor, Follower
 from glm_image.dit.model import DitModel
@@ -44,7 +45,7 @@ def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device,
         ConfigurationError: the device is too small or can't multiply what ``quantization`` names, the cache does not
             fit the transformer, or its heads can't be split so.
     """
-    dtype = settings.dtype or device.default_dtype
+    dtype = named_dtype(settings.dtype) or device.default_dtype
     modules = _empty_modules(checkpoint, settings, device, dtype, ranks)
     tiling = _check_memory(modules, settings, device, dtype)
     for component, module in modules.items():

@@ -6,19 +6,19 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from glm_image import __version__
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
-from glm_image.request.parameters import PaintRequest
+from glm_image.request.parameters import ArMetadata, PaintRequest
 from glm_image.request.stages import STAGE_ORDER
 
 TOKENS: Final = ("prompt", "source", "preview", "image")
 """The parts of an AR sequence, in their order."""
 
 
-def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> dict[str, Any]:
+def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> ArMetadata:
     """Returns the metadata that ``glm_ar`` passes to ``glm_dit``."""
     return {
         "tokens": dict(tokens),
@@ -29,7 +29,7 @@ def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> dict[str,
     }
 
 
-def read_ar_metadata(text: str) -> dict[str, Any]:
+def read_ar_metadata(text: str) -> ArMetadata:
     """Parses the output of ``ar_metadata``, or a client's replacement for it; "" is an empty object.
 
     Unknown entries are kept, so that versions of the stages may differ.
@@ -55,7 +55,7 @@ def read_ar_metadata(text: str) -> dict[str, Any]:
     ):
         if name in metadata and not is_allowed(metadata[name]):
             raise InvalidInputError.of(f"ar_metadata's {name}", json.dumps(metadata[name]), allowed)
-    return metadata
+    return cast("ArMetadata", metadata)
 
 
 def _numbers(names: Collection[str], is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -73,7 +73,7 @@ def _is_duration(value: Any) -> bool:
     return _is_count(value) or (type(value) is float and 0 <= value < math.inf)
 
 
-def queued_seconds(metadata: Mapping[str, Any]) -> float:
+def queued_seconds(metadata: ArMetadata) -> float:
     """Returns the seconds since ``glm_ar`` finished; both stages read the machine's monotonic clock."""
     finished = metadata.get("finished_ns")
     return max(0.0, (time.monotonic_ns() - finished) / NANOSECONDS) if isinstance(finished, int) else 0.0

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from glm_image.errors import InvalidInputError
 
 PIXELS_PER_TOKEN = 32
-"""Side of the square of pixels that one prior token stands for."""
+"""Side of the square that one prior token covers, in pixels."""
 
 PREVIEW_SIDE = PIXELS_PER_TOKEN // 2
-"""Side of the preview grid of a square picture, in tokens."""
+"""Side of the preview grid of a square image, in tokens."""
 
 MAX_SOURCE_ASPECT = 4
-"""The longer side of a source image over its shorter one, at most."""
+"""Largest ratio of a source image's longer side to its shorter side."""
 
 
 class Grid(NamedTuple):
@@ -38,7 +38,7 @@ class Grid(NamedTuple):
 
 
 class Size(NamedTuple):
-    """A picture's size in pixels."""
+    """An image's size in pixels."""
 
     height: int
     width: int
@@ -52,13 +52,13 @@ class PlacedGrid(NamedTuple):
 
 
 class SourceRule(NamedTuple):
-    """How a checkpoint sizes source images; the defaults are the published one's.
+    """How a checkpoint sizes source images; the defaults are those of the published checkpoint.
 
     Attributes:
-        patch: pixels of the vision tower's picture, which has half the painted size, to a side of a token.
+        patch: side of a token in pixels of the vision tower's input, which has half the generated size.
         shortest_edge: pixels; images with a shorter side are enlarged to it.
         longest_edge: pixels; images with a longer side are reduced to it.
-        resample: Pillow's number of the filter that scales the vision tower's picture.
+        resample: Pillow's number of the filter that scales the vision tower's input.
     """
 
     patch: int = PIXELS_PER_TOKEN // 2
@@ -68,22 +68,22 @@ class SourceRule(NamedTuple):
 
 
 def generated_size(requested: Size) -> Size:
-    """Rounds both sides up to the multiples of 32 that the model can make."""
+    """Rounds both sides up to multiples of 32, the sizes that the model generates."""
     return Size(*(-(-side // PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for side in requested))
 
 
 def target_grid(generated: Size) -> Grid:
-    """Returns the token grid of a picture whose sides are multiples of 32."""
+    """Returns the token grid of an image whose sides are multiples of 32."""
     return Grid(generated.height // PIXELS_PER_TOKEN, generated.width // PIXELS_PER_TOKEN)
 
 
 def painted_size(grid: Grid) -> Size:
-    """Returns the size in pixels of the picture that a grid of tokens stands for."""
+    """Returns the size in pixels of the image that a grid of tokens covers."""
     return Size(grid.height * PIXELS_PER_TOKEN, grid.width * PIXELS_PER_TOKEN)
 
 
 def check_aspect(size: Size, name: str = "image") -> None:
-    """Refuses a source image that is too long and narrow for the model.
+    """Refuses a source image whose aspect ratio the model does not support.
 
     Raises:
         InvalidInputError: names the image, its size and what is allowed.
@@ -92,18 +92,18 @@ def check_aspect(size: Size, name: str = "image") -> None:
         raise InvalidInputError.of(
             name,
             f"{size.width} x {size.height} pixels",
-            f"the longer side at most {MAX_SOURCE_ASPECT} times the shorter one",
+            f"the longer side at most {MAX_SOURCE_ASPECT} times the shorter side",
         )
 
 
 def source_grid(original: Size, rule: SourceRule, name: str = "image") -> Grid:
-    """Returns the token grid of a source image, from the size of the original alone.
+    """Returns the token grid of a source image, computed from the size of the original alone.
 
     As transformers' ``smart_resize``, which halves first and rounds halves to even. Images with a side below ``patch``,
-    which it does not take, are halved exactly, so that they keep their aspect.
+    which it refuses, are halved exactly, so that they keep their aspect ratio.
 
     Raises:
-        InvalidInputError: the aspect is beyond the limit.
+        InvalidInputError: the aspect ratio is beyond the limit.
     """
     check_aspect(original, name)
     scale = 1.0
@@ -116,27 +116,27 @@ def source_grid(original: Size, rule: SourceRule, name: str = "image") -> Grid:
 
 
 def preview_grid(target: Grid) -> Grid:
-    """Returns the small grid that text-to-image writes before the target's.
+    """Returns the preview grid, which text-to-image generates before the target's.
 
-    It has about 256 tokens and the target's aspect; never less than one token a side (the reference's formula gives 0
-    beyond an aspect of 256).
+    It has about 256 tokens and the target's aspect ratio, and at least one token a side (the reference's formula gives
+    0 beyond a ratio of 256).
     """
     ratio = target.height / target.width
     return Grid(max(1, int(math.sqrt(ratio) * PREVIEW_SIDE)), max(1, int(math.sqrt(1 / ratio) * PREVIEW_SIDE)))
 
 
 def output_grids(target: Grid, *, image_to_image: bool) -> tuple[Grid, ...]:
-    """Returns the grids in the order in which the AR writes them: preview then target, or the target alone."""
+    """Returns the grids in the order in which the AR generates them: preview and target, or the target alone."""
     return (target,) if image_to_image else (preview_grid(target), target)
 
 
 def preview_of(grids: Sequence[Grid]) -> Grid | None:
-    """Returns the first of ``output_grids`` where it is worth a picture of its own: less than half of the last one."""
+    """Returns the preview grid of ``output_grids`` if it has less than half of the target's tokens, else None."""
     return grids[0] if 2 * grids[0].tokens < grids[-1].tokens else None
 
 
 def token_budget(grids: Sequence[Grid]) -> int:
-    """Returns how many tokens the reference generates for ``grids``: all of theirs and the end of the image."""
+    """Returns the number of tokens that the reference generates for ``grids``: theirs and the end of the image."""
     return sum(grid.tokens for grid in grids) + 1
 
 
@@ -144,12 +144,12 @@ def decode_positions(grids: Sequence[Grid], start: int) -> NDArray[np.int64]:
     """Returns the M-RoPE positions of generated tokens.
 
     Args:
-        grids: grids in the order in which they are written.
+        grids: grids in the order in which they are generated.
         start: the first position after the prompt's.
 
     Returns:
         int64 [3, tokens of all grids]: axes T, H, W. All tokens of a grid share T; H and W count its rows and columns
-        from there, row by row; the next grid starts after the longer side.
+        from T, row by row; the next grid starts after the longer side.
     """
     parts = []
     for grid in grids:
@@ -173,8 +173,7 @@ def prompt_positions(length: int, sources: Sequence[PlacedGrid] = ()) -> NDArray
 
     Args:
         length: tokens of the prompt, those of its source images included.
-        sources: its source images in order; each takes as many positions as its longer side, the text between them one
-            a token.
+        sources: its source images in order; each takes as many positions as its longer side, and each text token one.
     """
     parts = []
     token = position = 0
@@ -189,7 +188,7 @@ def prompt_positions(length: int, sources: Sequence[PlacedGrid] = ()) -> NDArray
 
 
 def upsample_tokens(token_ids: NDArray[np.int32], grid: Grid) -> NDArray[np.int32]:
-    """Doubles both sides of a token grid by repetition: one id for each 16x16 pixels.
+    """Doubles both sides of a token grid by repetition, to one id for each 16x16 pixels.
 
     Args:
         token_ids: int32 [grid.tokens], row by row.

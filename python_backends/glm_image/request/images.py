@@ -1,4 +1,4 @@
-"""Pictures as files: decode source images with guards and scale them; crop and encode results."""
+"""Image files: decode source images safely and scale them; crop and encode results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
 
 ALLOWED_FILES: Final = "the bytes of a PNG, JPEG or WebP file, or their base64"
 
-# The plugins themselves rather than Image.open: it would look at the size only after a file has had its way.
+# The plugins themselves rather than Image.open, which checks the size only after the plugin has parsed the file.
 READERS: Final[dict[str, Callable[[io.BytesIO], Image.Image]]] = {
     "PNG": PngImagePlugin.PngImageFile,
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -37,7 +37,7 @@ PNG_START: Final = b"\x89PNG\r\n\x1a\n"
 PNG_METADATA_CHUNKS: Final = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")
 MAX_PNG_METADATA_BYTES: Final = 1 << 20
 MAX_FILE_PARTS: Final = 1 << 16
-"""Chunks or segments of a file: real ones have tens, files made to keep a reader busy have millions."""
+"""Chunks or segments of a file: real files have tens, hostile files have millions."""
 MAX_JPEG_SCANS: Final = 64
 JPEG_START_OF_SCAN: Final = 0xDA
 WEBP_HEADER_BYTES: Final = 30
@@ -50,12 +50,12 @@ OTHER_FILES: Final = (
     (b"%PDF", "a PDF file"),
     (b"<", "an SVG, XML or HTML file"),
     (b"\xef\xbb\xbf<", "an SVG, XML or HTML file"),
-    (b"http://", "a URL, and none is ever fetched"),
-    (b"https://", "a URL, and none is ever fetched"),
-    (b"file:", "a URL, and none is ever fetched"),
+    (b"http://", "a URL, which is never fetched"),
+    (b"https://", "a URL, which is never fetched"),
+    (b"file:", "a URL, which is never fetched"),
 )
 
-# EXIF's orientation -> what turns the stored picture upright.
+# EXIF's orientation -> the transposition that turns the stored image upright.
 UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -71,19 +71,19 @@ EXIF_ORIENTATION: Final = 0x0112
 def decode_source(data: bytes, name: str = "image", *, max_bytes: int = 1 << 25, max_pixels: int = 50_000_000) -> Any:
     """Decodes a source image: upright, its first frame, over white.
 
-    Size and aspect are looked at before any pixel is decoded, so what a file declares costs nothing.
+    Size and aspect ratio are checked before any pixel is decoded, so that a file's declared size costs no memory.
 
     Args:
         data: a PNG, JPEG or WebP file, or its base64, perhaps as a ``data:`` URL. Nothing is ever fetched.
-        name: what to call it in an error.
-        max_bytes: of the file.
-        max_pixels: that it may declare.
+        name: its name in error messages.
+        max_bytes: the largest file.
+        max_pixels: the largest declared size.
 
     Returns:
         A ``PIL.Image.Image`` in mode RGB.
 
     Raises:
-        InvalidInputError: names the image, what it is and what is allowed.
+        InvalidInputError: names the image, its contents and what is allowed.
     """
     file = _file_bytes(bytes(data), name, max_bytes)
     kind = _kind(file)
@@ -91,31 +91,31 @@ def decode_source(data: bytes, name: str = "image", *, max_bytes: int = 1 << 25,
         raise InvalidInputError.of(name, _described(file), ALLOWED_FILES)
     _check_parts(file, kind, name)
     try:
-        picture = _opened(file, kind, name, max_pixels)
-        picture.load()
-        return _over_white(_upright(picture))
+        image = _opened(file, kind, name, max_pixels)
+        image.load()
+        return _over_white(_upright(image))
     except (InvalidInputError, MemoryError):
         raise
-    except Exception as error:  # Pillow's readers stumble over broken files in many ways
+    except Exception as error:  # Pillow raises many kinds of errors for broken files
         raise InvalidInputError(
             f"{name} is a {kind} file that cannot be decoded ({shown(str(error) or type(error).__name__)}); "
-            f"allowed: {ALLOWED_FILES}, whole and sound"
+            f"allowed: {ALLOWED_FILES}, complete and intact"
         ) from error
 
 
-def scale(picture: Image.Image, size: Size, resample: int = Image.Resampling.LANCZOS) -> NDArray[np.uint8]:
-    """Scales an RGB picture to uint8 [height, width, 3]."""
-    scaled: NDArray[np.uint8] = np.array(picture.resize((size.width, size.height), Image.Resampling(resample)))
+def scale(image: Image.Image, size: Size, resample: int = Image.Resampling.LANCZOS) -> NDArray[np.uint8]:
+    """Scales an RGB image to uint8 [height, width, 3]."""
+    scaled: NDArray[np.uint8] = np.array(image.resize((size.width, size.height), Image.Resampling(resample)))
     return scaled
 
 
 def crop(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
-    """Keeps the top left ``size`` of a picture uint8 [height, width, 3]."""
+    """Returns the top left ``size`` of an image, uint8 [height, width, 3]."""
     return pixels[: size.height, : size.width]
 
 
 def encode(pixels: NDArray[np.uint8], output_format: str) -> bytes:
-    """Encodes a picture uint8 [height, width, 3] as a ``png``, ``jpeg`` or ``webp`` file."""
+    """Encodes an image, uint8 [height, width, 3], as a ``png``, ``jpeg`` or ``webp`` file."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, output_format, **ENCODER_OPTIONS[output_format])
     return buffer.getvalue()
@@ -133,9 +133,9 @@ def _described(data: bytes) -> str:
     if not data:
         return "empty"
     start = data[:64].lstrip()
-    for magic, words in OTHER_FILES:
+    for magic, kind in OTHER_FILES:
         if start.lower().startswith(magic.lower()):
-            return words
+            return kind
     return f"{len(data)} bytes that begin with {data[:16]!r}"
 
 
@@ -160,11 +160,11 @@ def _file_bytes(data: bytes, name: str, max_bytes: int) -> bytes:
 
 
 def _too_many_bytes(count: int, name: str, max_bytes: int) -> InvalidInputError:
-    return InvalidInputError.of(name, f"{count} bytes long", f"files of at most {max_bytes} bytes")
+    return InvalidInputError.of(name, f"{count} bytes long", f"at most {max_bytes} bytes")
 
 
 def _check_parts(file: bytes, kind: str, name: str) -> None:
-    """Refuses files whose structure alone would keep a reader busy or fill its memory."""
+    """Refuses files whose structure alone would exhaust a reader's time or memory."""
     if kind == "PNG":
         metadata = sum(length for chunk, length in _png_chunks(file, name) if chunk in PNG_METADATA_CHUNKS)
         if metadata > MAX_PNG_METADATA_BYTES:
@@ -201,7 +201,7 @@ def _check_jpeg_segments(file: bytes, name: str) -> None:
     place = 2
     for _ in range(MAX_FILE_PARTS):
         if place + 4 > len(file) or file[place] != 0xFF or file[place + 1] == JPEG_START_OF_SCAN:  # noqa: PLR2004
-            return  # the end of the header, or not a sound one, which Pillow tells
+            return  # the end of the header, or a broken one, which Pillow refuses
         bare = file[place + 1] in (0x00, 0x01, *range(0xD0, 0xDA))
         padding = file[place + 1] == 0xFF  # noqa: PLR2004
         (length,) = struct.unpack_from(">H", file, place + 2)
@@ -210,11 +210,11 @@ def _check_jpeg_segments(file: bytes, name: str) -> None:
 
 
 def _opened(file: bytes, kind: str, name: str, max_pixels: int) -> Image.Image:
-    if kind == "WebP":  # whose reader takes memory for the whole canvas
+    if kind == "WebP":  # its reader allocates the whole canvas
         _check_size(_webp_size(file), kind, name, max_pixels)
-    picture = READERS[kind](io.BytesIO(file))
-    _check_size(Size(picture.height, picture.width), kind, name, max_pixels)
-    return picture
+    image = READERS[kind](io.BytesIO(file))
+    _check_size(Size(image.height, image.width), kind, name, max_pixels)
+    return image
 
 
 def _check_size(size: Size, kind: str, name: str, max_pixels: int) -> None:
@@ -223,13 +223,13 @@ def _check_size(size: Size, kind: str, name: str, max_pixels: int) -> None:
             name, f"a {kind} file of {size.width} x {size.height} pixels", f"at most {max_pixels} pixels"
         )
     if min(size) < 1:
-        raise InvalidInputError.of(name, f"a {kind} file of {size.width} x {size.height} pixels", "1 pixel and more")
+        raise InvalidInputError.of(name, f"a {kind} file of {size.width} x {size.height} pixels", "1 pixel and above")
     geometry.check_aspect(size, name)
 
 
 def _webp_size(file: bytes) -> Size:
     if len(file) < WEBP_HEADER_BYTES:
-        raise ValueError("it ends within its header")
+        raise ValueError("the file ends within its header")
     kind = file[12:16]
     if kind == b"VP8X":
         width, height = (int.from_bytes(file[at : at + 3], "little") + 1 for at in (24, 27))
@@ -241,13 +241,13 @@ def _webp_size(file: bytes) -> Size:
     return Size(height, width)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = picture.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # a picture with broken metadata is still a picture
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # broken metadata does not invalidate the image
         orientation = None
     turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return picture if turn is None else _keeping_info(picture, picture.transpose(turn))
+    return image if turn is None else _keeping_info(image, image.transpose(turn))
 
 
 def _keeping_info(before: Image.Image, after: Image.Image) -> Image.Image:
@@ -256,20 +256,20 @@ def _keeping_info(before: Image.Image, after: Image.Image) -> Image.Image:
     return after
 
 
-def _over_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        picture = _eight_bits(picture)
-    if picture.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    # The high byte, as Pillow's reader takes of 16-bit colour; its own conversion of 16-bit grey cuts off at 255.
-    levels = np.asarray(picture).astype(np.int64)
+def _eight_bits(image: Image.Image) -> Image.Image:
+    # The high byte, as Pillow reads 16-bit colour; its own conversion of 16-bit grey clips at 255.
+    levels = np.asarray(image).astype(np.int64)
     grey = (levels.clip(0, 0xFFFF) >> 8).astype(np.uint8)
-    transparent = picture.info.get("transparency")
+    transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey = np.where(levels == transparent, np.uint8(255), grey)
     return Image.fromarray(grey)

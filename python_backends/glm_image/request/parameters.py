@@ -1,11 +1,11 @@
-"""What was asked for, validated, and what it comes to: the objects that the stages hand on."""
+"""Requests of both stages: declared fields, validation, and the resolved request of the AR stage."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, Final, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,18 @@ from numpy.typing import NDArray
 from glm_image.errors import InvalidInputError
 from glm_image.request import geometry, source_images
 from glm_image.request.geometry import Grid, Size, SourceRule
-from glm_image.request.limits import Limits, check_painting, check_prompt, check_range, check_token_ids
+from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_range, check_token_ids
 from glm_image.request.source_images import Source, SourcePicture
+from glm_image.request.stages import Stage
+from glm_image.request.tensors import (
+    CheckedElsewhere,
+    Choice,
+    Range,
+    check_fields,
+    request_fields,
+    tensor,
+    tensor_metadata,
+)
 
 DEFAULT_SIDE: Final = 1024
 RANDOM_SEED_BELOW: Final = 2**53  # every JSON client can hold it exactly
@@ -22,38 +32,68 @@ RANDOM_SEED_BELOW: Final = 2**53  # every JSON client can hold it exactly
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the AR draws a token: temperature, then the k best, then the best whose probabilities sum to p."""
+    """How the AR samples a token: by temperature, then top-k, then top-p."""
 
     temperature: float
     top_p: float
     top_k: int
 
 
+PROMPT_ALLOWED: Final = (
+    "1 to {prompt_characters} characters of UTF-8, not only white space, without NUL; at most {quoted_strings} quoted "
+    "strings and {glyph_tokens} glyph tokens in all. Text that spells a special token is treated as text."
+)
+
+SIDE: Final = Range("min_side", "max_side")
+
+
 @dataclass(frozen=True)
-class GenerationParameters:
-    """What a caller asks of ``glm_image``; None = the default of the server or of the checkpoint."""
+class SharedParameters:
+    """The request fields that both stages read."""
 
-    prompt: str
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.5
-    seed: int | None = None
-    num_images: int = 1
-    negative_prompt: str = ""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    output_format: str = "raw"
-    images: tuple[bytes, ...] | None = None
+    prompt: str = field(
+        metadata=tensor_metadata(
+            "STRING",
+            CheckedElsewhere(PROMPT_ALLOWED),
+            "Text to render; text in '…', \"…\", “…” or 「…」 is rendered as lettering in the image.",
+            shown="",
+        )
+    )
+    _: KW_ONLY
+    images: tuple[bytes, ...] | None = tensor(
+        None,
+        "STRING",
+        CheckedElsewhere(
+            "1 to {source_images} files: PNG, JPEG or WebP, as bytes or base64, with or without a `data:` prefix"
+        ),
+        "Source images; they select [image to image](image_to_image.md).",
+        shown="none",
+        name="image",
+        dims=(-1,),
+    )
+    negative_prompt: str = tensor(
+        "",
+        "STRING",
+        CheckedElsewhere("as `prompt`, may be empty"),
+        "Its quoted text is the glyph condition of the unconditional branch.",
+    )
+    num_inference_steps: int = tensor(50, "INT32", Range(1, "num_inference_steps"), "Denoising steps.")
+    guidance_scale: float = tensor(
+        1.5, "FP32", Range(0, "guidance_scale"), "Classifier-free guidance; 1 and below disable it."
+    )
+    output_format: str = tensor(
+        "raw",
+        "STRING",
+        Choice(OUTPUT_FORMATS),
+        "`raw` returns pixels in `images`, the other formats return files in `images_base64`.",
+    )
 
-    def resolve(self, limits: Limits, defaults: Sampling, rule: SourceRule | None = None) -> ResolvedRequest:
-        """Validates everything and works out sizes, grids and seeds.
+    def shared(self) -> dict[str, Any]:
+        """Returns the fields that both stages read, by their names."""
+        return {declared.attribute: getattr(self, declared.attribute) for declared in request_fields(SharedParameters)}
 
-        Args:
-            limits: the largest request.
-            defaults: the checkpoint's own sampling.
-            rule: how the checkpoint sizes source images; None = as the published one.
+    def check_shared(self, limits: Limits) -> None:
+        """Checks every declared field; source images only when they are decoded.
 
         Raises:
             InvalidInputError: names the input, its value and what is allowed.
@@ -61,57 +101,121 @@ class GenerationParameters:
         check_prompt("prompt", self.prompt, limits)
         if self.negative_prompt:
             check_prompt("negative_prompt", self.negative_prompt, limits, may_be_blank=True)
-        for name, side in (("height", self.height), ("width", self.width)):
-            if side is not None:
-                check_range(name, side, limits.min_side, limits.max_side)
-        check_painting(self.num_inference_steps, self.guidance_scale, self.output_format, limits)
-        check_range("num_images", self.num_images, 1, limits.num_images)
-        sampling = self._sampling(defaults)
-        # Last, since decoding takes longer than all the rest.
-        given = () if self.images is None else source_images.for_vision(self.images, limits, rule or SourceRule())
-        requested = self._requested(given, limits)
+        check_fields(self, limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationParameters(SharedParameters):
+    """A request of ``glm_image``; None = the default of the server or of the checkpoint."""
+
+    height: int | None = tensor(
+        None,
+        "INT32",
+        SIDE,
+        "Pixels. The next multiple of 32 is generated and the image cropped at the top left.",
+        shown=f"{DEFAULT_SIDE}; with `image` that of the first source, scaled",
+    )
+    width: int | None = tensor(None, "INT32", SIDE, "As `height`.", shown="as `height`")
+    seed: int | None = tensor(
+        None,
+        "INT64",
+        CheckedElsewhere("any"),
+        "The metadata reports the seed in use. The same seed gives the same image.",
+        shown="random, below 2^53",
+    )
+    num_images: int = tensor(
+        1,
+        "INT32",
+        Range(1, "num_images"),
+        "Images to generate. Image i equals the single image of seed + i (modulo 2^64).",
+    )
+    temperature: float | None = tensor(
+        None, "FP32", Range(0.01, 2.0), "Temperature of image token sampling.", shown="the checkpoint's, else 0.9"
+    )
+    top_p: float | None = tensor(
+        None,
+        "FP32",
+        Range(0, 1, excludes_low=True),
+        "Probability mass of nucleus sampling of image tokens.",
+        shown="the checkpoint's, else 0.75",
+    )
+    top_k: int | None = tensor(
+        None,
+        "INT32",
+        Range(1),
+        "Number of most probable image tokens to sample from.",
+        shown="the checkpoint's, else the vision vocabulary",
+    )
+
+    def resolve(self, limits: Limits, defaults: Sampling, rule: SourceRule | None = None) -> ResolvedRequest:
+        """Validates the request and computes sizes, grids and seeds.
+
+        Args:
+            limits: the largest request.
+            defaults: the checkpoint's own sampling.
+            rule: how the checkpoint sizes source images; None = that of the published checkpoint.
+
+        Raises:
+            InvalidInputError: names the input, its value and what is allowed.
+        """
+        self.check_shared(limits)
+        sampling = self._sampling(defaults, limits)
+        # Last: decoding images takes longer than all other checks.
+        sources = () if self.images is None else source_images.for_ar(self.images, limits, rule or SourceRule())
+        requested = self._requested(sources, limits)
         target = geometry.target_grid(geometry.generated_size(requested))
         return ResolvedRequest(
             parameters=self,
             requested=requested,
-            grids=geometry.output_grids(target, image_to_image=bool(given)),
+            grids=geometry.output_grids(target, image_to_image=bool(sources)),
             sampling=sampling,
             seeds=consecutive_seeds(random_seed() if self.seed is None else self.seed, self.num_images),
-            sources=given,
+            sources=sources,
         )
 
-    def _requested(self, given: tuple[Source, ...], limits: Limits) -> Size:
-        # What is left out is the first source's, as the model scales it.
-        usual = geometry.painted_size(given[0].grid) if given else Size(DEFAULT_SIDE, DEFAULT_SIDE)
+    def _requested(self, sources: tuple[Source, ...], limits: Limits) -> Size:
+        default = geometry.painted_size(sources[0].grid) if sources else Size(DEFAULT_SIDE, DEFAULT_SIDE)
         requested = Size(
-            usual.height if self.height is None else self.height, usual.width if self.width is None else self.width
+            default.height if self.height is None else self.height, default.width if self.width is None else self.width
         )
-        for name, side in zip(("height", "width"), requested, strict=True):
-            check_range(name, side, limits.min_side, limits.max_side)
+        check_fields(replace(self, height=requested.height, width=requested.width), limits)
         return requested
 
-    def _sampling(self, defaults: Sampling) -> Sampling:
-        temperature = defaults.temperature if self.temperature is None else self.temperature
-        top_p = defaults.top_p if self.top_p is None else self.top_p
-        top_k = defaults.top_k if self.top_k is None else self.top_k
-        check_range("temperature", temperature, 0.01, 2.0)
-        if not 0.0 < top_p <= 1.0:
-            raise InvalidInputError.of("top_p", top_p, "above 0, at most 1")
-        if top_k < 1:
-            raise InvalidInputError.of("top_k", top_k, "1 and above")
-        return Sampling(temperature, top_p, top_k)
+    def _sampling(self, defaults: Sampling, limits: Limits) -> Sampling:
+        sampling = Sampling(
+            defaults.temperature if self.temperature is None else self.temperature,
+            defaults.top_p if self.top_p is None else self.top_p,
+            defaults.top_k if self.top_k is None else self.top_k,
+        )
+        check_fields(replace(self, **vars(sampling)), limits)
+        return sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewParameters:
+    """The request fields that ``glm_image_stream`` has in addition."""
+
+    preview_steps: int = tensor(
+        6,
+        "INT32",
+        Range(0, 50),
+        "Denoising steps of a small preview image, sent while the AR stage still decodes; 0 = no preview.",
+    )
+    preview_every: int = tensor(
+        0, "INT32", Range(0, 200), "Denoising steps between two images of the latents; 0 = no such images."
+    )
 
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """A validated request: nothing about it is left to choose.
+    """A validated request with every default filled in.
 
     Attributes:
-        parameters: what was asked for.
-        requested: the size of the answer, in pixels.
-        grids: the grids the AR writes, in order; the last one is the picture's.
-        sampling: how tokens are drawn.
-        seeds: one for each picture, signed 64-bit.
+        parameters: the request's fields.
+        requested: size of the images in pixels.
+        grids: the grids the AR generates, in order; the last one is the image's.
+        sampling: how tokens are sampled.
+        seeds: one for each image, signed 64-bit.
         sources: source images as the vision tower reads them.
     """
 
@@ -124,58 +228,62 @@ class ResolvedRequest:
 
     @property
     def target(self) -> Grid:
-        """The picture's grid of tokens."""
+        """The image's grid of tokens."""
         return self.grids[-1]
 
 
-@dataclass(frozen=True)
-class PaintRequest:
-    """What the second stage is asked for: tokens to paint.
+class ArMetadata(TypedDict, total=False):
+    """The tensor ``ar_metadata``: what the AR stage reports about a request to the DiT stage.
 
     Attributes:
-        prompt: its quoted strings are the glyph condition.
-        negative_prompt: its quoted strings are the glyph condition of the unconditional branch.
-        prior_token_ids: int32 [n, grid.tokens], ids of the codebook, before upsampling.
-        grid: the grid they fill.
-        requested: the size of the answer in pixels; at most that of the grid, and needing all of it.
-        seeds: one for each picture, signed 64-bit.
-        num_inference_steps: denoising steps.
-        guidance_scale: classifier-free guidance; at most 1 = off.
-        output_format: one of ``OUTPUT_FORMATS``.
-        images: source images, as files; None = no image-to-image.
-        source_token_ids: int32 [tokens of all source grids], ids of the codebook.
-        source_grids: the grid of each source image.
+        tokens: the sequence's tokens, by kind: prompt, source, preview, image.
+        seconds: the AR stage's durations, by ``Stage``.
+        request_id: the request's id.
+        arrived_ns: ``time.monotonic_ns()`` when the request arrived.
+        finished_ns: ``time.monotonic_ns()`` when the AR stage had finished.
     """
 
-    prompt: str
+    tokens: Mapping[str, int]
+    seconds: Mapping[Stage, float]
+    request_id: str
+    arrived_ns: int
+    finished_ns: int
+
+
+@dataclass(frozen=True)
+class PaintRequest(SharedParameters):
+    """A request of ``glm_dit``: image tokens to render.
+
+    Attributes:
+        prior_token_ids: int32 [n, grid.tokens], ids of the codebook, before upsampling.
+        grid: the grid of each row.
+        requested: size of the images in pixels; rounded up to multiples of 32 it is the size of the grid.
+        seeds: one for each image, signed 64-bit.
+        source_token_ids: int32 [tokens of all source grids], ids of the codebook.
+        source_grids: the grid of each source image.
+        ar_metadata: what the AR stage reported; {} for tokens that a client sends.
+    """
+
     prior_token_ids: NDArray[np.int32]
     grid: Grid
     requested: Size
     seeds: tuple[int, ...]
-    negative_prompt: str = ""
-    num_inference_steps: int = 50
-    guidance_scale: float = 1.5
-    output_format: str = "raw"
-    images: tuple[bytes, ...] | None = None
     source_token_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     source_grids: tuple[Grid, ...] = ()
-    ar_metadata: Mapping[str, Any] = field(default_factory=dict)
+    ar_metadata: ArMetadata = field(default_factory=ArMetadata)
 
     @property
     def generated(self) -> Size:
-        """The size in pixels that the model paints."""
+        """The size in pixels that the DiT generates."""
         return geometry.painted_size(self.grid)
 
     def check(self, limits: Limits, codebook_size: int) -> None:
-        """Validates everything but what is in the source images' files; see ``read_sources``.
+        """Validates everything except the contents of the source images; see ``read_sources``.
 
         Raises:
             InvalidInputError: names the input, its value and what is allowed.
         """
-        check_prompt("prompt", self.prompt, limits)
-        if self.negative_prompt:
-            check_prompt("negative_prompt", self.negative_prompt, limits, may_be_blank=True)
-        check_painting(self.num_inference_steps, self.guidance_scale, self.output_format, limits)
+        self.check_shared(limits)
         largest = limits.max_side // geometry.PIXELS_PER_TOKEN
         if not all(1 <= side <= largest for side in self.grid):
             raise InvalidInputError.of("prior_grid", tuple(self.grid), f"two sides of 1 to {largest}")
@@ -214,18 +322,18 @@ class PaintRequest:
         check_token_ids("source_token_ids", self.source_token_ids, codebook_size)
 
     def read_sources(self, limits: Limits, rule: SourceRule) -> tuple[SourcePicture, ...]:
-        """Decodes the source images of a request that ``check`` let through.
+        """Decodes the source images of a request that ``check`` accepted.
 
         Raises:
-            InvalidInputError: an image is not allowed, or is not the one that the tokens are of.
+            InvalidInputError: an image is not allowed, or its grid differs from the tokens'.
         """
         if self.images is None:
             return ()
-        return source_images.for_painting(self.images, self.source_token_ids, self.source_grids, limits, rule)
+        return source_images.for_dit(self.images, self.source_token_ids, self.source_grids, limits, rule)
 
 
 def random_seed() -> int:
-    """Returns a seed from the system's randomness, below 2^53."""
+    """Returns a random seed below 2^53."""
     return secrets.randbelow(RANDOM_SEED_BELOW)
 
 

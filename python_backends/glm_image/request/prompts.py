@@ -1,4 +1,4 @@
-"""A prompt's way into the two models: quoted strings for the glyph encoder, token ids for the AR."""
+"""Prompts as inputs of the two models: quoted strings for the glyph encoder, token ids for the AR."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from typing import Any
 from glm_image.errors import CheckpointError
 from glm_image.request.geometry import Grid, PlacedGrid
 
-# In this order: the strings of one kind come before those of the next (diffusers pipeline_glm_image.py).
+# The strings of one kind of quotes come before those of the next (diffusers pipeline_glm_image.py).
 QUOTED = tuple(re.compile(pattern) for pattern in (r"'([^']*)'", r"“([^“”]*)”", r'"([^"]*)"', r"「([^「」]*)」"))
 
-# Stands for the prompt while the chat template is rendered; a private-use code point no template contains.
+# Placeholder of the prompt while the chat template is rendered: a private-use code point, in no template.
 PROMPT_MARK = "\ue0a5"
 
 
 def quoted_strings(prompt: str) -> list[str]:
-    """Returns the strings in quotes whose glyphs the picture is to show, kind of quote by kind of quote."""
+    """Returns the quoted strings, which the image shows as lettering, by kind of quotes."""
     return [string for pattern in QUOTED for string in pattern.findall(prompt)]
 
 
 def glyph_token_count(prompt: str) -> int:
-    """Returns how many tokens the quoted strings of ``prompt`` give: a byte each, an end each, a pad if they are even.
+    """Returns the number of glyph tokens: one for each byte and each end of a quoted string.
 
-    No quoted string counts as one empty one.
+    Each string has a pad token more if the number of strings is even. A prompt without quoted strings has one empty
+    string.
     """
     strings = quoted_strings(prompt) or [""]
     return sum(len(string.encode("utf-8")) for string in strings) + len(strings) * (1 + _pads(strings))
 
 
 def glyph_token_ids(prompt: str, tokenizer: Any) -> list[list[int]]:
-    """Returns the byte tokens of each quoted string, not padded.
+    """Returns the byte tokens of each quoted string, not padded to a common length.
 
-    One pad token comes first in each when the number of strings is even: the model was trained with it. Text that
-    spells a special token is tokenised as text.
+    Each begins with one pad token if the number of strings is even, as in training. Text that spells a special token
+    is tokenized as text.
 
     Args:
         prompt: the prompt.
@@ -70,17 +71,17 @@ class PromptTokenizer:
     def text_to_image(self, prompt: str, target: Grid, preview: Grid) -> list[int]:
         """Returns the input ids of a text-to-image prompt; the last one is the start of the image.
 
-        Text in ``prompt`` that spells a special token is tokenised as text.
+        Text in ``prompt`` that spells a special token is tokenized as text.
         """
         return self._with_template(0, prompt, target, preview)
 
     def image_to_image(
         self, prompt: str, target: Grid, sources: Sequence[Grid]
     ) -> tuple[list[int], tuple[PlacedGrid, ...]]:
-        """Returns the input ids of an image-to-image prompt, and where in it the source images are.
+        """Returns the input ids of an image-to-image prompt, and the places of the source images in it.
 
-        Their places hold image tokens, to be replaced by the ids that the vision tower gives. The marks that the chat
-        template puts around each image are kept.
+        The places hold image tokens, which the ids of the vision tower replace. The tokens that the chat template puts
+        around each image are kept.
         """
         ids: list[int] = []
         placed: list[PlacedGrid] = []

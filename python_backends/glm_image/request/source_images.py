@@ -1,4 +1,4 @@
-"""Source images of a request, decoded and scaled for each stage; how large they are is decided in one place."""
+"""Source images of a request, decoded and scaled for each stage."""
 
 from __future__ import annotations
 
@@ -45,72 +45,70 @@ class SourcePicture:
     grid: Grid
 
 
-def named(index: int, count: int) -> str:
-    """Returns what to call one of the files of the input ``image``."""
+def source_name(index: int, count: int) -> str:
+    """Returns the name of a source image in error messages."""
     return "image" if count == 1 else f"image {index + 1} of {count}"
 
 
 def check_count(count: int, limits: Limits) -> None:
-    """Refuses requests with no source image where some are announced, or too many."""
+    """Refuses an input ``image`` without files or with too many."""
     if not 1 <= count <= limits.source_images:
         raise InvalidInputError.of("image", f"{count} files", f"1 to {limits.source_images} files")
 
 
-def sized(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> Iterator[tuple[Image.Image, Grid]]:
-    """Decodes source images, one at a time, and tells the grid of each.
+def decode_sources(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> Iterator[tuple[Image.Image, Grid]]:
+    """Decodes source images, one at a time, and yields each with its grid.
 
     Raises:
-        InvalidInputError: an image is not allowed, or they are too many or too large in all.
+        InvalidInputError: an image is not allowed, or the images are too many or too large together.
     """
     check_count(len(files), limits)
     pixels = 0
     for index, file in enumerate(files):
-        name = named(index, len(files))
-        picture = images.decode_source(
-            file, name, max_bytes=limits.source_bytes, max_pixels=limits.source_decoded_pixels
-        )
-        grid = geometry.source_grid(Size(picture.height, picture.width), rule, name)
+        name = source_name(index, len(files))
+        image = images.decode_source(file, name, max_bytes=limits.source_bytes, max_pixels=limits.source_decoded_pixels)
+        grid = geometry.source_grid(Size(image.height, image.width), rule, name)
         pixels += grid.tokens * PIXELS_PER_TOKEN**2
         if pixels > limits.max_source_pixels:
             raise InvalidInputError.of(
                 "image",
                 f"{index + 1} files that make {pixels} pixels in all, as the model scales them",
-                f"at most {limits.max_source_pixels}; send fewer or smaller ones",
+                f"at most {limits.max_source_pixels}; send fewer or smaller images",
             )
-        yield picture, grid
+        yield image, grid
 
 
-def for_vision(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[Source, ...]:
-    """Returns what the first stage needs of source images; errors as ``sized``."""
+def for_ar(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[Source, ...]:
+    """Returns source images as the AR stage needs them; errors as ``decode_sources``."""
     return tuple(
-        Source(images.scale(picture, Size(*(side * rule.patch for side in grid)), rule.resample), grid)
-        for picture, grid in sized(files, limits, rule)
+        Source(images.scale(image, Size(*(side * rule.patch for side in grid)), rule.resample), grid)
+        for image, grid in decode_sources(files, limits, rule)
     )
 
 
-def for_painting(
+def for_dit(
     files: Sequence[bytes], token_ids: NDArray[np.int32], grids: Sequence[Grid], limits: Limits, rule: SourceRule
 ) -> tuple[SourcePicture, ...]:
-    """Returns what the second stage needs of source images.
+    """Returns source images as the DiT stage needs them.
 
     Args:
         files: the images.
         token_ids: int32 [tokens of all grids].
-        grids: one an image.
+        grids: one for each image.
         limits: the largest request.
         rule: how images are sized.
 
     Raises:
-        InvalidInputError: as ``sized``, or an image has another grid.
+        InvalidInputError: as ``decode_sources``, or an image's grid differs from ``grids``.
     """
-    pictures = []
+    sources = []
     start = 0
-    for index, (picture, grid) in enumerate(sized(files, limits, rule)):
+    for index, (image, grid) in enumerate(decode_sources(files, limits, rule)):
         if grid != grids[index]:
             raise InvalidInputError.of(
-                f"source_grids[{index}]", tuple(grids[index]), f"{tuple(grid)}, as {named(index, len(files))}"
+                f"source_grids[{index}]", tuple(grids[index]), f"{tuple(grid)}, as {source_name(index, len(files))}"
             )
-        own = token_ids[start : start + grid.tokens]
-        pictures.append(SourcePicture(images.scale(picture, geometry.painted_size(grid)), own, grid))
+        image_tokens = token_ids[start : start + grid.tokens]
+        sources.append(SourcePicture(images.scale(image, geometry.painted_size(grid)), image_tokens, grid))
         start += grid.tokens
-    return tuple(pictures)
+    return tuple(sources)

@@ -19,7 +19,7 @@ from glm_image.ar.admission import BatchAdmission
 from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
 from glm_image.config.instance import Instance
 from glm_image.config.models import ENTRY_MODELS, STAGES
-from glm_image.config.schema import AR_PARAMETERS
+from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
 from glm_image.ipc.run_directory import VARIABLE
 from glm_image.lifecycle.downstream import DitLoadFeed
@@ -29,6 +29,7 @@ from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import preview_of
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from glm_image.request.stages import Stage
+from glm_image.serving.request_reader import read_fields
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.telemetry.heartbeat import Heartbeat
@@ -45,48 +46,35 @@ DECODING_THREADS: Final = 2
 class ArBackend(StageBackend):
     """The Triton Python model of the AR stage."""
 
-    parameters = AR_PARAMETERS
+    parameters = ArParameters
     metrics = AR_METRICS
     counters = AR_OUTCOMES
     outcome = RequestState.FORWARDED
 
-    def _load(self, instance: Instance) -> Heartbeat:
-        self._dit_load = _dit_load_feed(instance)
+    def _load(self, instance: Instance[ArParameters]) -> Heartbeat:
+        parameters = instance.parameters
+        self._dit_load = _dit_load_feed(parameters)
         if self._dit_load is not None:
             self._observers.append(self._dit_load)
-        self._max_decoding = instance.integer("max_queue", 1)
+        self._max_decoding = parameters.engine.max_queue
         self._decoding_slots = threading.Semaphore(self._max_decoding)
         self._decoders = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
 
         place = instance.take_place(reserve_first=False)
-        # Read before seconds of imports, so that a value that is not allowed is reported first.
-        folder, names = instance.checkpoint, ("max_num_seqs", "max_sequence_tokens", "max_queue")
-        slots, positions, longest_queue = (instance.integer(name, 1) for name in names)
+        folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
         # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
         from glm_image.ar.engine import ArEngine  # noqa: PLC0415
-        from glm_image.ar.settings import ArSettings  # noqa: PLC0415
         from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
+        from glm_image.devices.open import open_device  # noqa: PLC0415
 
-        parameters = instance.parameters
         device = open_device(place.local_names[0], display_name=place.devices[0])
-        settings = ArSettings(
-            dtype=named_dtype(parameters["dtype"]),
-            max_num_seqs=slots,
-            max_sequence_tokens=positions,
-            max_queue=longest_queue,
-            graph_mode=parameters["graph_mode"],
-            graph_capture_sizes=instance.integers("graph_capture_sizes"),
-            memory_utilization=instance.share("memory_utilization"),
-            int8=parameters["quantization"] == "int8",
-        )
         logger.info("loading the decoder on %s", device)
-        checkpoint = Checkpoint.open(folder, parameters["load_format"])
-        heartbeat = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+        checkpoint = Checkpoint.open(folder, parameters.load_format)
+        heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
         self._engine = ArEngine(
             checkpoint,
             device,
-            settings,
+            parameters.engine,
             self._metrics.record,
             watched=heartbeat.watched,
             admission=None if self._dit_load is None else BatchAdmission(self._dit_load.load),
@@ -163,9 +151,9 @@ def _respond(call: StageCall, resolved: ResolvedRequest, done: Future[ArResult])
         )
 
 
-def _dit_load_feed(instance: Instance) -> DitLoadFeed | None:
+def _dit_load_feed(parameters: ArParameters) -> DitLoadFeed | None:
     """Returns the source of the DiT's load; None where ``admission`` does not need it, or it cannot be known."""
-    if instance.parameters["admission"] != "gathered":
+    if parameters.admission != "gathered":
         return None
     folder = ipc.folder()
     if folder is None:
@@ -187,23 +175,7 @@ def _unload(models: Sequence[str]) -> None:
 
 def read_request(inputs: Inputs) -> GenerationParameters:
     """Reads a client's request; not validated yet."""
-    return GenerationParameters(
-        prompt=inputs.text("prompt") or "",
-        images=inputs.files("image"),
-        **inputs.given(
-            height=inputs.integer("height"),
-            width=inputs.integer("width"),
-            num_inference_steps=inputs.integer("num_inference_steps"),
-            guidance_scale=inputs.real("guidance_scale"),
-            seed=inputs.integer("seed"),
-            num_images=inputs.integer("num_images"),
-            negative_prompt=inputs.text("negative_prompt"),
-            temperature=inputs.real("temperature"),
-            top_p=inputs.real("top_p"),
-            top_k=inputs.integer("top_k"),
-            output_format=inputs.text("output_format"),
-        ),
-    )
+    return GenerationParameters(**read_fields(inputs, GenerationParameters))
 
 
 def _attributes(parameters: GenerationParameters) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.config.cache import cache_settings
 from glm_image.config.instance import Instance
-from glm_image.config.schema import DIT_PARAMETERS
+from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
 from glm_image.ipc import Handler, Message
@@ -24,9 +23,10 @@ from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import PREVIEW, EstimatePublisher, read_preview_request, reply_with_preview
 from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
-from glm_image.request.parameters import PaintRequest, consecutive_seeds, random_seed
+from glm_image.request.parameters import PaintRequest, SharedParameters, consecutive_seeds, random_seed
 from glm_image.request.stages import AR_STAGES, Stage
 from glm_image.serving import bytes_tensors
+from glm_image.serving.request_reader import read_fields
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.telemetry.heartbeat import Heartbeat
@@ -40,42 +40,32 @@ logger = logging.getLogger(__name__)
 class DitBackend(StageBackend):
     """The Triton Python model of the DiT stage."""
 
-    parameters = DIT_PARAMETERS
+    parameters = DitParameters
     metrics = DIT_METRICS
     counters = DIT_OUTCOMES
     outcome = RequestState.FINISHED
 
-    def _load(self, instance: Instance) -> Heartbeat:
+    def _load(self, instance: Instance[DitParameters]) -> Heartbeat:
         self._load_reporter = DitLoadReporter(instance.name)
         self._observers += [self._load_reporter, EstimatePublisher(self._registry)]
 
         place = instance.take_place(reserve_first=True)
-        # Read before seconds of imports, so that a value that is not allowed is reported first.
-        parameters, folder, cache = instance.parameters, instance.checkpoint, cache_settings(instance)
+        parameters = instance.parameters
+        folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
         # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
         from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices.open import named_dtype, open_device  # noqa: PLC0415
+        from glm_image.devices.open import open_device  # noqa: PLC0415
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
-        from glm_image.dit.settings import DitSettings  # noqa: PLC0415
 
-        checkpoint = Checkpoint.open(folder, parameters["load_format"])
+        checkpoint = Checkpoint.open(folder, parameters.load_format)
         self._model = {"name": checkpoint.name, "revision": checkpoint.revision}
         device = open_device(place.local_names[0], display_name=place.devices[0])
         logger.info("loading the transformer on %s", device)
-        heartbeat = Heartbeat(instance.name, instance.seconds("hang_seconds", device.hang_seconds))
+        heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
         self._engine = DitEngine(
             checkpoint,
             device,
-            DitSettings(
-                dtype=named_dtype(parameters["dtype"]),
-                memory_utilization=instance.share("memory_utilization"),
-                warmup_sizes=instance.sizes("warmup_sizes", device.warmup_sizes),
-                parallel=parameters["parallel"],
-                cache=cache,
-                quantization=parameters["quantization"],
-                vae_tiling=parameters["vae_tiling"],
-                largest_side=instance.limits.max_side,
-            ),
+            parameters.engine,
             self._metrics.record,
             watched=heartbeat.watched,
             workers=instance.workers(place, device, self._pending.end_process),
@@ -167,7 +157,6 @@ def read_request(inputs: Inputs) -> PaintRequest:
     size = inputs.array("resolved_size")
     seed = inputs.integer("resolved_seed")
     return PaintRequest(
-        prompt=inputs.text("prompt") or "",
         prior_token_ids=tokens,
         grid=grid,
         requested=Size(*(side * PIXELS_PER_TOKEN for side in grid) if size is None else map(int, size)),
@@ -175,14 +164,8 @@ def read_request(inputs: Inputs) -> PaintRequest:
         seeds=consecutive_seeds(random_seed() if seed is None else seed, min(len(tokens), bytes_tensors.MAX_STRINGS)),
         ar_metadata=read_ar_metadata(inputs.text("ar_metadata") or ""),
         source_grids=_source_grids(inputs),
-        **inputs.given(
-            images=inputs.files("image"),
-            source_token_ids=inputs.array("source_token_ids"),
-            negative_prompt=inputs.text("negative_prompt"),
-            num_inference_steps=inputs.integer("num_inference_steps"),
-            guidance_scale=inputs.real("guidance_scale"),
-            output_format=inputs.text("output_format"),
-        ),
+        **inputs.given(source_token_ids=inputs.array("source_token_ids")),
+        **read_fields(inputs, SharedParameters),
     )
 
 

@@ -38,7 +38,7 @@ class MetricsExporter:
         instance: the instance.
     """
 
-    def __init__(self, metrics: Iterable[MetricSpec], instance: Instance) -> None:
+    def __init__(self, metrics: Iterable[MetricSpec], instance: Instance[Any]) -> None:
         self._values: queue.SimpleQueue[Value | None] = queue.SimpleQueue()
         self._families: dict[str, Any] = {}  # a metric ends with its family
         self._metrics: dict[MetricSpec, Any] = {}

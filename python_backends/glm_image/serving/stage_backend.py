@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
-from glm_image.config.schema import ParameterSpec
+from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.ipc import Handler
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import ControlServer
@@ -53,7 +53,7 @@ class StageCall:
 class StageBackend(ABC):
     """A stage as a Triton Python model; a subclass loads the engine and passes it the requests."""
 
-    parameters: ClassVar[tuple[ParameterSpec, ...]]
+    parameters: ClassVar[type[ArParameters] | type[DitParameters]]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[OutcomeCounters]
     outcome: ClassVar[RequestState]
@@ -62,7 +62,7 @@ class StageBackend(ABC):
         """Loads the engine on this instance's devices."""
         bytes_tensors.install()
         self._instance = instance = Instance.read(args, self.parameters)
-        self._limits, self._timeouts = instance.limits, instance.timeouts
+        self._limits, self._timeouts = instance.parameters.limits, instance.parameters.timeouts
         self._tracing = RequestTracing(instance.name)
         self._metrics = MetricsExporter(self.metrics, instance)
         self._pending = PendingResponses()
@@ -116,7 +116,7 @@ class StageBackend(ABC):
             self._registry.cancel_abandoned()
 
     @abstractmethod
-    def _load(self, instance: Instance) -> Heartbeat:
+    def _load(self, instance: Instance[Any]) -> Heartbeat:
         """Loads the engine; returns the heartbeat that watches its commands."""
 
     @abstractmethod

@@ -6,27 +6,25 @@ import json
 import time
 import uuid
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image import ipc
-from glm_image.config.schema import OUTPUTS, PAINTING_INPUTS, REQUEST_INPUTS, STAGE_TENSORS, TensorSpec
+from glm_image.config.schema import OUTPUTS, PAINTING_INPUTS, REQUEST_INPUTS, STAGE_TENSORS
 from glm_image.errors import CancelledError
 from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.events import EventBuilder
 from glm_image.lifecycle.lru import LatestEntries
 from glm_image.lifecycle.stream_options import StreamOptions
-from glm_image.request.limits import check_range
-from glm_image.request.parameters import GenerationParameters
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, PreviewParameters
+from glm_image.request.tensors import TensorSpec, check_fields
+from glm_image.serving.request_reader import read_fields
 from glm_image.serving.stream_events import EventSender, PreviewFetcher, ProgressRelay, StageError
 from glm_image.serving.tensors import Inputs
-
-MAX_PREVIEW_STEPS: Final = 50
-DEFAULT_PREVIEW_STEPS: Final = 6
-MAX_STEPS: Final = 200
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -82,17 +80,17 @@ class StreamSession:
         # Copied, as the request's memory is released before the session ends.
         given = inputs.given(**{spec.name: inputs.array(spec.name) for spec in REQUEST_INPUTS})
         self._inputs: Arrays = {name: array.copy() for name, array in given.items()}
-        preview_steps = _number(inputs, "preview_steps", DEFAULT_PREVIEW_STEPS, MAX_PREVIEW_STEPS)
-        estimate_every = _number(inputs, "preview_every", 0, MAX_STEPS)
+        previews = PreviewParameters(**read_fields(inputs, PreviewParameters))
+        check_fields(previews, Limits())
         timeout_us: int = request.timeout() or _timeout_of(request.parameters())
-        options = StreamOptions(sender.arrived_ns, preview_steps > 0, estimate_every)
+        options = StreamOptions(sender.arrived_ns, previews.preview_steps > 0, previews.preview_every)
         self._stages = StageCaller(self._request_id, timeout_us, options)
         self._kind: Hashable = tuple(
             (name, array.tobytes()) for name, array in self._inputs.items() if array.dtype != np.object_
         )
         self._builder = EventBuilder(self._request_id, sender.arrived_ns, dit_seconds.get(self._kind))
         self._previews = PreviewFetcher(
-            self._request_id, self._prompts(), self._guidance_scale(), preview_steps, self._send_preview
+            self._request_id, self._prompts(), self._guidance_scale(), previews.preview_steps, self._send_preview
         )
 
     def run(self) -> None:
@@ -130,14 +128,6 @@ class StreamSession:
     def _text(self, name: str) -> str:
         array = self._inputs.get(name)
         return "" if array is None else array[0].decode("utf-8", "replace")  # ``glm_ar`` refuses what is not UTF-8
-
-
-def _number(inputs: Inputs, name: str, default: int, high: int) -> int:
-    value = inputs.integer(name)
-    if value is None:
-        return default
-    check_range(name, value, 0, high)
-    return value
 
 
 def _timeout_of(parameters: str) -> int:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.layout import (
     COMPONENTS,
     PIPELINE_CLASS,
@@ -19,7 +20,6 @@ from glm_image.checkpoint.layout import (
     read_json,
     read_weight_map,
 )
-from glm_image.config.schema import AR_PARAMETERS
 from glm_image.errors import CheckpointError
 from glm_image.sizing import parameter_counts
 
@@ -113,7 +113,7 @@ class Inspection:
 
         As much of the card is used as a stage's default ``memory_utilization`` allows.
         """
-        usable = gigabytes * 1e9 * float(_default("memory_utilization"))
+        usable = gigabytes * 1e9 * ArSettings().memory_utilization
         answers = {}
         for dtype in DTYPE_BYTES:
             needs = {stage.stage: stage.total for stage in self.stages if stage.dtype == dtype}
@@ -140,7 +140,7 @@ class Inspection:
             told = " + ".join(f"{name} {_gigabytes(size)}" for name, size in sizes if size)
             lines.append(f"  {stage.dtype:<9} {stage.stage:<8} {_gigabytes(stage.total):>9} = {told}")
         if gigabytes is not None:
-            share = _default("memory_utilization")
+            share = ArSettings().memory_utilization
             lines += ["", f"fits a card of {gigabytes:g} GB, of which memory_utilization allows {share}"]
             for dtype, answers in self.fits(gigabytes).items():
                 told = ", ".join(f"{name} {'yes' if fits else 'no'}" for name, fits in answers.items())
@@ -264,11 +264,7 @@ def _stages(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> list[StageR
 
 
 def _slots() -> tuple[int, int]:
-    return int(_default("max_num_seqs")), int(_default("max_sequence_tokens"))
-
-
-def _default(name: str) -> str:
-    return next(spec.default for spec in AR_PARAMETERS if spec.name == name)
+    return ArSettings().max_num_seqs, ArSettings().max_sequence_tokens
 
 
 def _token_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:

@@ -1,0 +1,178 @@
+"""Tensors of the models, and request fields declared as dataclass fields that are read from a tensor each.
+
+``num_images: int = tensor(1, "INT32", Range(1, "num_images"), "Images to generate.")`` is the whole declaration of a
+request field: the models' configuration, the reader of requests, the check against the limits and the documentation are
+derived from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from glm_image.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from glm_image.request.limits import Limits
+
+TENSOR: Final = "tensor"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a model.
+
+    Attributes:
+        name: its name.
+        data_type: Triton's name of it, without ``TYPE_``; STRING is KServe's BYTES.
+        dims: -1 = any.
+        optional: whether an input may be omitted.
+        help: Markdown for the documentation.
+    """
+
+    name: str
+    data_type: str
+    dims: tuple[int, ...] = (1,)
+    optional: bool = False
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from ``low`` to ``high``.
+
+    Attributes:
+        low: the smallest; a text names a limit.
+        high: the largest; a text names a limit.
+        excludes_low: whether ``low`` itself is not allowed.
+    """
+
+    low: float | str
+    high: float | str = math.inf
+    excludes_low: bool = False
+
+    def allowed(self, limits: Limits) -> str:
+        """Returns the range as error messages give it."""
+        low, high = _bound(self.low, limits), _bound(self.high, limits)
+        if self.excludes_low:
+            return f"above {low:g}, at most {high:g}"
+        return f"{low:g} and above" if high == math.inf else f"{low:g} to {high:g}"
+
+    def holds(self, value: Any, limits: Limits) -> bool:
+        """Whether a number is in the range; NaN is not."""
+        low, high = _bound(self.low, limits), _bound(self.high, limits)
+        return bool((low < value if self.excludes_low else low <= value) and value <= high)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several texts."""
+
+    values: tuple[str, ...]
+
+    def allowed(self, _: Limits) -> str:
+        """Returns the choices as error messages give them."""
+        return ", ".join(self.values)
+
+    def holds(self, value: Any, _: Limits) -> bool:
+        """Whether a value is one of them."""
+        return value in self.values
+
+
+@dataclass(frozen=True)
+class CheckedElsewhere:
+    """Values with a check of their own; ``{NAME}`` in the text stands for a limit."""
+
+    text: str
+
+    def allowed(self, limits: Limits) -> str:
+        """Returns the text with the limits filled in."""
+        return self.text.format(**asdict(limits))
+
+    def holds(self, _: Any, __: Limits) -> bool:
+        """Whether a value is allowed as far as this knows: always."""
+        return True
+
+
+@dataclass(frozen=True)
+class RequestField:
+    """A field of a request.
+
+    Attributes:
+        attribute: the dataclass field.
+        spec: the tensor.
+        allowed: the values that are allowed.
+        default: the default as the documentation gives it.
+    """
+
+    attribute: str
+    spec: TensorSpec
+    allowed: Range | Choice | CheckedElsewhere
+    default: str
+
+    def check(self, value: Any, limits: Limits) -> None:
+        """Refuses a value that is not allowed.
+
+        Raises:
+            InvalidInputError: names the input, its value and what is allowed.
+        """
+        if not self.allowed.holds(value, limits):
+            raise InvalidInputError.of(self.spec.name, value, self.allowed.allowed(limits))
+
+
+def tensor_metadata(
+    data_type: str,
+    allowed: Range | Choice | CheckedElsewhere,
+    help_text: str,
+    *,
+    shown: str | None = None,
+    name: str | None = None,
+    dims: tuple[int, ...] = (1,),
+) -> dict[str, Any]:
+    """Returns the metadata of a request field.
+
+    Args:
+        data_type: Triton's name of it, without ``TYPE_``.
+        allowed: the values that are allowed.
+        help_text: Markdown for the documentation.
+        shown: the default as the documentation gives it; None = the field's default.
+        name: the tensor's name; None = the field's.
+        dims: -1 = any.
+    """
+    spec = TensorSpec(name or "", data_type, dims, optional=True, help=help_text)
+    return {TENSOR: (spec, allowed, shown)}
+
+
+def tensor(default: T, *declaration: Any, **options: Any) -> T:
+    """Declares a request field with a default; the other arguments are those of ``tensor_metadata``."""
+    return field(default=default, metadata=tensor_metadata(*declaration, **options))
+
+
+def request_fields(kind: type) -> Iterator[RequestField]:
+    """Yields the request fields of a dataclass in their order."""
+    for item in fields(kind):
+        if TENSOR in item.metadata:
+            spec, allowed, shown = item.metadata[TENSOR]
+            default = shown if shown is not None else f"`{item.default}`" if item.default != "" else '""'
+            named = TensorSpec(spec.name or item.name, spec.data_type, spec.dims, spec.optional, spec.help)
+            yield RequestField(item.name, named, allowed, default)
+
+
+def check_fields(request: Any, limits: Limits) -> None:
+    """Checks every request field of a dataclass instance that is not None.
+
+    Raises:
+        InvalidInputError: names the input, its value and what is allowed.
+    """
+    for declared in request_fields(type(request)):
+        value = getattr(request, declared.attribute)
+        if value is not None:
+            declared.check(value, limits)
+
+
+def _bound(bound: float | str, limits: Limits) -> float:
+    return float(getattr(limits, bound)) if isinstance(bound, str) else bound
