@@ -1,142 +1,134 @@
 #!/usr/bin/env python3
-"""Measures what the bus costs a decode step, in JSON lines: alone, and in the host's time of whole steps.
+"""Measures what progress events cost a decode step, alone and in the host's time of whole steps. Prints JSON lines.
 
-    bus.py [--requests 8] [--step-ms 6.3]
+    scripts/bench/bus.py [--requests 8] [--step-ms 6.3]
 
-The scheduler, the jobs, the node and the listeners are a server's; only the executor computes nothing, so that nothing
-but the host's time is left. Runs on any machine, without a checkpoint.
+The scheduler, the requests, the IPC server and the subscribers are those of a server; the executor computes nothing, so
+that only the host's time is left. Runs on any machine, without a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import say
+from measure import new_parser, parse, report
+from timing import open_benchmark_device, report_ceilings
 
-from glm_image.ar.commands import ArCommand, Release, Step
+from glm_image.ar.commands import Release, Step
 from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.scheduler_thread import SchedulerThread
-from glm_image.ar.sequence import Request, Running, report_progress
-from glm_image.ipc import EventListener, IpcServer
+from glm_image.ar.sequence import Request
+from glm_image.ipc.client import EventListener
+from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest, Sampling
 from glm_image.request.stages import Stage
 
-REPORTS, REPEATS = 20_000, 5
+SIDE = 2048
+SAMPLING = Sampling(0.9, 0.75, 16384)
 
 
-class Clock:
-    """An executor that computes nothing, and when it took its first and its last step."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = new_parser("bus.py", __doc__)
+    parser.add_argument("--requests", type=int, default=8, help="in the batch (%(default)s)")
+    parser.add_argument("--step-ms", type=float, default=6.3, help="a step on the device (%(default)s)")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the images, which sets the steps (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each figure, the least counts (%(default)s)")
+    return parse(parser, arguments, {"requests": 3, "side": 256, "repeats": 1})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = parse_arguments(arguments)
+    report_ceilings(open_benchmark_device("cpu"), brief=True)
+    resolved = GenerationParameters("a fox", height=flags.side, width=flags.side, seed=1).resolve(Limits(), SAMPLING)
+    without = step_seconds(flags, resolved, None)
+    report("host's step without events", requests=flags.requests, us=without * 1e6)
+    cases = {"no subscriber": 0, "a subscriber to one request": 1, "a subscriber to each": flags.requests}
+    for name, subscribers in cases.items():
+        step = step_seconds(flags, resolved, subscribers)
+        report(
+            f"a step's events, {name}",
+            requests=flags.requests,
+            host_step_us=step * 1e6,
+            added_us=(step - without) * 1e6,
+            percent_of_step=100 * (step - without) * 1e3 / flags.step_ms,
+        )
+    return 0
+
+
+class StepClock:
+    """An executor that computes nothing, and records when it ran its first and its latest step."""
 
     def __init__(self) -> None:
-        self.steps, self.first, self.last = 0, 0.0, 0.0
+        self.steps, self.first, self.latest = 0, 0.0, 0.0
+        self.may_begin = threading.Event()
 
-    def run(self, command: ArCommand[Any]) -> Any:
-        """Notes the time of a step."""
+    def run(self, command: Any) -> Any:
+        self.may_begin.wait()  # until all requests are queued, so that they run together from the first step on
         if isinstance(command, Step):
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
+            self.latest = time.perf_counter()
+            self.first = self.first or self.latest
             self.steps += 1
         return np.zeros(1, dtype=np.int32) if isinstance(command, Release) else None
 
 
 @contextmanager
-def in_flight(jobs: list[RequestContext], listened: int) -> Iterator[None]:
-    """The jobs as a server has them, the first ones listened to."""
+def registered(contexts: Sequence[RequestContext], subscribers: int | None) -> Iterator[None]:
+    """The requests in the registry of an instance, the first ones with a subscriber each; None = no registry."""
+    if subscribers is None:
+        yield
+        return
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        kept, heard = RequestRegistry(RequestState.FORWARDED), threading.Semaphore(0)
+        registry, subscribed = RequestRegistry(RequestState.FORWARDED), threading.Semaphore(0)
 
-        def note(topic: bytes, listens: bool) -> None:
-            (kept.watch if listens else kept.unwatch)(topic)
-            heard.release()
+        def on_subscription(topic: bytes, begins: bool) -> None:
+            (registry.watch if begins else registry.unwatch)(topic)
+            subscribed.release()
 
-        node = IpcServer(Path(folder), "glm_ar_0", {}, note)
-        stack.callback(node.close)
-        kept.publish = node.publish
-        for job in jobs:
-            job.add_observer(kept)
-            job.start(Stage.AR_QUEUE)
-        for job in jobs[:listened]:
-            stack.enter_context(EventListener(Path(folder), job.id))
-            heard.acquire()
+        server = IpcServer(Path(folder), "glm_ar_0", {}, on_subscription)
+        stack.callback(server.close)
+        registry.publish = server.publish
+        for context in contexts:
+            context.add_observer(registry)
+            context.start(Stage.AR_QUEUE)
+        for context in contexts[:subscribers]:
+            stack.enter_context(EventListener(Path(folder), context.id))
+            subscribed.acquire()
         yield
 
 
-def report_seconds(jobs: list[RequestContext], resolved: ResolvedRequest) -> float:
-    """What telling of all the jobs takes after a step; the least of some rounds."""
-    running = [Running(Request(job, (), resolved, 0.0), 0, 1, 0.0) for job in jobs]
-    for one in running:
-        one.request.context.progress = one.request.sampled.progress
-    taken = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        for _ in range(REPORTS):
-            report_progress(running)
-        taken.append((time.perf_counter() - began) / REPORTS)
-    return min(taken)
+def step_seconds(flags: argparse.Namespace, resolved: ResolvedRequest, subscribers: int | None) -> float:
+    """Returns the host's time of a step of all the requests, decoded by a scheduler; the least of some rounds."""
+    times = []
+    for _ in range(flags.repeats):
+        contexts = [RequestContext() for _ in range(flags.requests)]
+        with registered(contexts, subscribers):
+            times.append(round_seconds(contexts, resolved))
+    return min(times)
 
 
-def step_seconds(jobs: list[RequestContext], resolved: ResolvedRequest) -> float:
-    """The host's time of a step of all the jobs, decoded by a scheduler."""
-    clock, seen = Clock(), []
-    admitted = threading.Event()
-
-    def run(command: ArCommand[Any]) -> Any:
-        admitted.wait()  # so that all of them are there from the first step on
-        return clock.run(command)
-
-    scheduler = SchedulerThread(Scheduler(run, len(jobs), len(jobs)))
-    for job in jobs:
-        seen.append(scheduler.submit(Request(job, (), resolved)))
-    admitted.set()
-    for future in seen:
+def round_seconds(contexts: Sequence[RequestContext], resolved: ResolvedRequest) -> float:
+    """Returns the host's mean time of a step from the first to the latest of some requests."""
+    clock = StepClock()
+    scheduler = SchedulerThread(Scheduler(clock.run, len(contexts), len(contexts)))
+    futures = [scheduler.submit(Request(context, (), resolved)) for context in contexts]
+    clock.may_begin.set()
+    for future in futures:
         future.result()
     scheduler.close()
-    return (clock.last - clock.first) / (clock.steps - 1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures what the bus costs a decode step.")
-    parser.add_argument("--requests", type=int, default=8, help="in the batch (%(default)s)")
-    parser.add_argument("--step-ms", type=float, default=6.3, help="a step on the device (%(default)s)")
-    flags = parser.parse_args()
-    asked = GenerationParameters("a fox", height=2048, width=2048, seed=1)
-    resolved = asked.resolve(Limits(), Sampling(0.9, 0.75, 16384))
-    ways = {"nobody listens": 0, "somebody listens to one": 1, "all are listened to": flags.requests}
-
-    def new_jobs() -> list[RequestContext]:
-        return [RequestContext() for _ in range(flags.requests)]
-
-    without = min(step_seconds(new_jobs(), resolved) for _ in range(REPEATS))
-    say("host's step without a bus", requests=flags.requests, us=without * 1e6)
-    for name, listened in ways.items():
-        jobs = new_jobs()
-        with in_flight(jobs, listened):
-            report = report_seconds(jobs, resolved)
-        whole = []
-        for _ in range(REPEATS):
-            jobs = new_jobs()
-            with in_flight(jobs, listened):
-                whole.append(step_seconds(jobs, resolved))
-        say(
-            f"a step's reports, {name}",
-            requests=flags.requests,
-            us=report * 1e6,
-            percent_of_step=100 * report * 1e3 / flags.step_ms,
-            host_step_us=min(whole) * 1e6,
-            more_than_without_us=(min(whole) - without) * 1e6,
-        )
+    return (clock.latest - clock.first) / (clock.steps - 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""How a benchmark's own server is set up: parameters changed in a copy of the model repository, and CUDA MPS."""
+"""The set-up of a benchmark's own server: a model repository with other parameters, and CUDA MPS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MPS_SECONDS = 20
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of what is here."""
+    """Adds the flags of ``deployed``."""
     parser.add_argument(
         "--parameter",
         action="append",
@@ -36,9 +36,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def repository_with(repository: Path | None, parameters: Sequence[str], models: str = "*") -> Iterator[Path | None]:
-    """A copy of a model repository whose configs have other parameters; the repository itself where there are none.
+    """Yields a copy of a model repository with other parameters, or the repository itself if there are none.
 
-    ``models`` is the pattern of those that the copy has.
+    Args:
+        repository: the original; None = the built-in one.
+        parameters: ``MODEL.NAME=VALUE`` each.
+        models: a pattern of the models that the copy contains.
     """
     if not parameters:
         yield repository
@@ -53,7 +56,7 @@ def repository_with(repository: Path | None, parameters: Sequence[str], models: 
 
 
 def set_parameter(repository: Path, parameter: str) -> None:
-    """Sets one ``MODEL.NAME=VALUE``; whether it is allowed is the model's to say."""
+    """Sets one ``MODEL.NAME=VALUE``; the model refuses a value that is not allowed when it is loaded."""
     name, _, value = parameter.partition("=")
     model, _, key = name.partition(".")
     path = repository / model / "config.pbtxt"
@@ -68,61 +71,61 @@ def set_parameter(repository: Path, parameter: str) -> None:
 
 @contextmanager
 def cuda_mps() -> Iterator[None]:
-    """CUDA's Multi-Process Service for the processes started inside: their kernels may then run at the same time.
+    """Runs CUDA's Multi-Process Service for the processes started inside, so that their kernels can overlap.
 
-    Its server is started here rather than by the first client, for which a failure would be one of CUDA's own.
+    Starts the MPS server too: if the first client did, its failure would surface as a CUDA error.
     """
     if shutil.which(MPS_CONTROL) is None:
         raise SystemExit(f"--mps needs {MPS_CONTROL}, which comes with NVIDIA's driver; it is not on PATH")
-    # Sockets lie there, whose paths must be short; a daemon that is slow to end may still write.
+    # The folder has sockets, whose paths must be short; a daemon that ends slowly may still write to it.
     with tempfile.TemporaryDirectory(prefix="mps", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         folders = dict.fromkeys(("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"), scratch)
         os.environ |= folders
         try:
-            # Not through pipes, which the daemon would keep open.
+            # To a file: the daemon would keep a pipe open.
             with Path(scratch, "start.log").open("w") as log:
                 started = subprocess.run([MPS_CONTROL, "-d"], stdout=log, stderr=log, timeout=MPS_SECONDS, check=False)
             if started.returncode == 0:
-                tell_mps(f"start_server -uid {os.getuid()}")
+                send_to_mps(f"start_server -uid {os.getuid()}")
             if not any(mps_servers() or time.sleep(1) for _ in range(MPS_SECONDS)):
-                raise SystemExit(f"--mps: no MPS server starts here; {_last_lines(Path(scratch))}")
+                raise SystemExit(f"--mps: no MPS server started; {_last_lines(Path(scratch))}")
             yield
         finally:
-            tell_mps(f"quit -t {MPS_SECONDS // 2}")
+            send_to_mps(f"quit -t {MPS_SECONDS // 2}")
             for name in folders:
                 os.environ.pop(name, None)
 
 
-def tell_mps(command: str) -> list[str]:
-    """Gives the control daemon a command; returns the lines of its answer, none where it gives no answer."""
+def send_to_mps(command: str) -> list[str]:
+    """Sends the control daemon a command; returns the lines of its response, [] if it gives none."""
     try:
-        told = subprocess.run(
+        ended = subprocess.run(
             [MPS_CONTROL], input=f"{command}\n", capture_output=True, text=True, timeout=MPS_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return []
-    return told.stdout.split("\n") if told.returncode == 0 else []
+    return ended.stdout.split("\n") if ended.returncode == 0 else []
 
 
 def mps_servers() -> list[str]:
-    """The processes of MPS servers that the daemon has started."""
-    return [line.strip() for line in tell_mps("get_server_list") if line.strip().isdigit()]
+    """Returns the process ids of the MPS servers that the daemon has started."""
+    return [line.strip() for line in send_to_mps("get_server_list") if line.strip().isdigit()]
 
 
 def mps_clients() -> list[str]:
-    """The processes that compute through them: one that found no daemon computes by itself, and says nothing."""
-    lines = [line.strip() for server in mps_servers() for line in tell_mps(f"get_client_list {server}")]
+    """Returns the process ids of the MPS clients; a process that finds no daemon silently runs without MPS."""
+    lines = [line.strip() for server in mps_servers() for line in send_to_mps(f"get_client_list {server}")]
     return [line for line in lines if line.isdigit()]
 
 
 def _last_lines(folder: Path) -> str:
     texts = [path.read_text(errors="replace").strip() for path in sorted(folder.glob("*.log"))]
-    said = [text.splitlines()[-1] for text in texts if text]
-    return "; ".join(said) or f"{MPS_CONTROL} says nothing about why"
+    last = [text.splitlines()[-1] for text in texts if text]
+    return "; ".join(last) or f"{MPS_CONTROL} logged nothing"
 
 
 @contextmanager
 def deployed(flags: argparse.Namespace) -> Iterator[Path | None]:
-    """What the flags ask for, for as long as it is needed; gives the model repository."""
+    """Sets up what the flags name; yields the model repository."""
     with cuda_mps() if flags.mps else nullcontext(), repository_with(flags.model_repository, flags.parameter) as copy:
         yield copy

@@ -1,4 +1,4 @@
-"""Requests sent to a server at a fixed concurrency or rate, by perf_analyzer or from this process."""
+"""Sends requests to a server at a fixed concurrency or rate, with perf_analyzer or from this process."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import say
+from measure import report
 
 from glm_image_client import AsyncGlmImageClient, GenerationResult, GlmImageClientError
 
 MODEL = "glm_image"
 Values = dict[str, Any]
-Ask = Callable[[AsyncGlmImageClient, int], Awaitable[GenerationResult]]
+Send = Callable[[AsyncGlmImageClient, int], Awaitable[GenerationResult]]
 """Sends a request of its own for each number."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """How many requests are sent, and how: ``mode`` is ``concurrency`` (in flight at once) or ``rate`` (a second)."""
+    """A load: ``requests`` in all; ``mode`` is ``concurrency`` (requests in flight) or ``rate`` (requests a second)."""
 
     mode: str
     value: float
@@ -35,38 +35,45 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One request: when it was sent and answered, in seconds; what went wrong, if anything; the answer's metadata."""
+class Response:
+    """The outcome of one request.
+
+    Attributes:
+        sent: seconds on a clock of the driver's.
+        received: likewise.
+        error: the message of its error; None if it succeeded.
+        metadata: of the response.
+    """
 
     sent: float
-    answered: float
+    received: float
     error: str | None
     metadata: Values
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
-        return self.answered - self.sent
+        """The request's latency."""
+        return self.received - self.sent
 
 
 def read_input_data(path: Path) -> list[Values]:
     """Reads perf_analyzer's ``--input-data``: a list of requests under ``data``, each value in a list."""
-    return [{name: values[0] for name, values in one.items()} for one in json.loads(path.read_text())["data"]]
+    return [{name: values[0] for name, values in row.items()} for row in json.loads(path.read_text())["data"]]
 
 
-def write_input_data(path: Path, requests: list[Values]) -> Path:
-    path.write_text(json.dumps({"data": [{name: [value] for name, value in one.items()} for one in requests]}))
+def write_input_data(path: Path, requests: Sequence[Values]) -> Path:
+    path.write_text(json.dumps({"data": [{name: [value] for name, value in row.items()} for row in requests]}))
     return path
 
 
 def find_perf_analyzer() -> str | None:
-    """The program that PERF_ANALYZER names, else the one on PATH."""
+    """Returns the program that PERF_ANALYZER names, else the one on PATH."""
     return shutil.which(os.environ.get("PERF_ANALYZER") or "perf_analyzer")
 
 
-def perf_analyzer(program: str, url: str, protocol: str, requests: list[Values], level: Level) -> list[Answered]:
-    """Sends the requests in turn with perf_analyzer; its end with an error is that of the benchmark."""
-    how = (
+def perf_analyzer(program: str, url: str, protocol: str, requests: Sequence[Values], level: Level) -> list[Response]:
+    """Sends the requests in turn with perf_analyzer; raises SystemExit if it fails."""
+    load = (
         ["--concurrency-range", str(int(level.value))]
         if level.mode == "concurrency"
         else ["--request-rate-range", str(level.value)]
@@ -75,7 +82,7 @@ def perf_analyzer(program: str, url: str, protocol: str, requests: list[Values],
         data, export = write_input_data(Path(scratch, "data.json"), requests), Path(scratch, "export.json")
         ended = subprocess.run(
             [
-                *(program, "-m", MODEL, "-i", protocol, "-u", url, "--input-data", data, *how),
+                *(program, "-m", MODEL, "-i", protocol, "-u", url, "--input-data", data, *load),
                 *("--request-count", str(level.requests), "--profile-export-file", export),
             ],
             capture_output=True,
@@ -88,87 +95,94 @@ def perf_analyzer(program: str, url: str, protocol: str, requests: list[Values],
     return [_exported(request) for request in experiment["requests"]]
 
 
-def _exported(request: Values) -> Answered:
+def _exported(request: Values) -> Response:
     sent = request["timestamp"] / 1e9
     if not request.get("response_timestamps"):
-        return Answered(sent, sent, "no response", {})
-    # A BYTES output stands there as it came: its length in four bytes, then its text.
+        return Response(sent, sent, "no response", {})
+    # perf_analyzer exports a BYTES output as it was received: its length in four bytes, then its text.
     text = request["response_outputs"][0]["metadata"]
-    return Answered(sent, request["response_timestamps"][-1] / 1e9, None, json.loads(text[text.index("{") :]))
+    return Response(sent, request["response_timestamps"][-1] / 1e9, None, json.loads(text[text.index("{") :]))
 
 
-def own_load(url: str, protocol: str, requests: list[Values], level: Level) -> list[Answered]:
+def own_load(url: str, protocol: str, requests: Sequence[Values], level: Level) -> list[Response]:
     """Sends the requests in turn from this process."""
     return asyncio.run(_own_load(f"{protocol}://{url}", requests, level))
 
 
-async def _own_load(url: str, requests: list[Values], level: Level) -> list[Answered]:
+async def _own_load(url: str, requests: Sequence[Values], level: Level) -> list[Response]:
     in_flight = asyncio.Semaphore(int(level.value) if level.mode == "concurrency" else level.requests)
-    began = time.monotonic()
+    started = time.monotonic()
 
-    async def ask(client: AsyncGlmImageClient, index: int) -> Answered:
+    async def send(client: AsyncGlmImageClient, index: int) -> Response:
         if level.mode == "rate":
-            await asyncio.sleep(max(0.0, began + index / level.value - time.monotonic()))
+            await asyncio.sleep(max(0.0, started + index / level.value - time.monotonic()))
         async with in_flight:
-            return await answered(client.generate(**requests[index % len(requests)]))
+            return await response_to(client.generate(**requests[index % len(requests)]))
 
     async with AsyncGlmImageClient(url) as client:
-        return await asyncio.gather(*(ask(client, index) for index in range(level.requests)))
+        return await asyncio.gather(*(send(client, index) for index in range(level.requests)))
 
 
-async def answered(asking: Awaitable[GenerationResult]) -> Answered:
-    """Waits for a request's answer."""
+async def response_to(request: Awaitable[GenerationResult]) -> Response:
+    """Waits for the response to a request."""
     sent = time.monotonic()
     try:
-        result = await asking
+        result = await request
     except GlmImageClientError as error:
-        return Answered(sent, time.monotonic(), str(error), {})
-    return Answered(sent, time.monotonic(), None, dict(result.metadata.raw))
+        return Response(sent, time.monotonic(), str(error), {})
+    return Response(sent, time.monotonic(), None, dict(result.metadata.raw))
 
 
-def steady_load(url: str, ask: Ask, concurrency: int, wanted: int) -> list[Answered]:
-    """Keeps requests in flight until so many are answered, and gives the rest up; in the order of the answers.
+def steady_load(url: str, send: Send, concurrency: int, count: int) -> list[Response]:
+    """Keeps requests in flight until ``count`` responses have come, and abandons the rest; in the order of arrival.
 
-    Says when each came, so that a stream that is cut off still tells how far it got. An error ends it.
+    Reports each response when it comes, so that an interrupted run shows its progress. An error ends the load.
     """
-    return asyncio.run(_steady_load(url, ask, concurrency, wanted))
+    return asyncio.run(_steady_load(url, send, concurrency, count))
 
 
-async def _steady_load(url: str, ask: Ask, concurrency: int, wanted: int) -> list[Answered]:
-    answers = asyncio.Queue[Answered]()
+async def _steady_load(url: str, send: Send, concurrency: int, count: int) -> list[Response]:
+    responses = asyncio.Queue[Response]()
 
-    async def keep_asking(client: AsyncGlmImageClient, first: int) -> None:
-        for seed in range(first, first + wanted):
-            one = await answered(ask(client, seed))
-            await answers.put(one)
-            if one.error:
+    async def keep_sending(client: AsyncGlmImageClient, first: int) -> None:
+        for seed in range(first, first + count):
+            response = await response_to(send(client, seed))
+            await responses.put(response)
+            if response.error:
                 return
 
     async with AsyncGlmImageClient(url) as client:
-        asking = [asyncio.create_task(keep_asking(client, index * wanted)) for index in range(concurrency)]
-        got: list[Answered] = []
-        began = time.monotonic()
-        while len(got) < wanted and not (got and got[-1].error):
-            got.append(one := await answers.get())
-            since_start = one.answered - began
-            say("answered", number=len(got), since_start=since_start, seconds=one.seconds, error=one.error)
-        for task in asking:
+        senders = [asyncio.create_task(keep_sending(client, index * count)) for index in range(concurrency)]
+        received: list[Response] = []
+        started = time.monotonic()
+        while len(received) < count and not (received and received[-1].error):
+            received.append(response := await responses.get())
+            since_start = response.received - started
+            report(
+                "answered",
+                number=len(received),
+                since_start=since_start,
+                seconds=response.seconds,
+                error=response.error,
+            )
+        for task in senders:
             task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
-    return got
+        await asyncio.gather(*senders, return_exceptions=True)
+    return received
 
 
-def has_failed(answers: list[Answered]) -> bool:
-    """Says what went wrong, if anything."""
-    errors = [one.error for one in answers if one.error]
+def has_failed(responses: Sequence[Response]) -> bool:
+    """Reports the errors, if there are any."""
+    errors = [response.error for response in responses if response.error]
     if errors:
-        say("failed", requests=len(errors), errors=sorted(set(errors)))
+        report("failed", requests=len(errors), errors=sorted(set(errors)))
     return bool(errors)
 
 
-def steady_rate(answers: list[Answered]) -> float:
-    """Returns the pictures a second of a steady stream: the slope of a line through how many had come by when.
+def steady_rate(responses: Sequence[Response]) -> float:
+    """Returns the images a second of a steady stream: the slope of a line fitted to the responses' times.
 
-    Several painters, each at its own pace, need not have answered equally lately when it ends; a line hardly minds.
+    Instances of different speed need not have responded equally recently when the stream ends, to which a fitted line
+    is little sensitive.
     """
-    return float(np.polyfit([one.answered for one in answers], np.arange(len(answers)), 1)[0])
+    return float(np.polyfit([response.received for response in responses], np.arange(len(responses)), 1)[0])

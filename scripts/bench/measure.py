@@ -1,78 +1,106 @@
-"""What the benchmarks share: the ceilings of the run's own device, timing, and JSON lines."""
+"""What all benchmarks share: their flags and their output, one JSON object a line. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from glm_image.request.geometry import Grid, Size
 
-COPY_BYTES = 1 << 30
-MATMUL_SIDE = 8192
+REPOSITORY = Path(__file__).resolve().parents[2]
+if str(REPOSITORY / "scripts") not in sys.path:
+    sys.path.append(str(REPOSITORY / "scripts"))  # has capacity_planner; a script's own path is its folder
+
+TINY_CHECKPOINT = REPOSITORY / "checkpoints" / "tiny"
+PROMPT = "A red fox reading a newspaper that says 'NEWS'"
+DIGITS = 4
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """Returns a parser with the flags of every benchmark."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder with model_index.json")
+def report(measure: str, **values: Any) -> None:
+    """Prints one measure as a JSON line; floats are rounded to four decimals, or to four significant digits below 1."""
+    print(json.dumps({"measure": measure, **{name: _rounded(value) for name, value in values.items()}}), flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return round(value, DIGITS) if abs(value) >= 1 else float(f"{value:.{DIGITS}g}")
+
+
+def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser that shows a description as it is."""
+    return argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def engine_parser(name: str, description: str | None, size: str = "1024x1024") -> argparse.ArgumentParser:
+    """Returns a parser with the flags of every benchmark of an engine."""
+    parser = new_parser(name, description)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        default=TINY_CHECKPOINT,
+        help="folder with model_index.json (checkpoints/tiny)",
+    )
     parser.add_argument("--load-format", default="dummy", choices=("dummy", "auto"), help="dummy: random weights")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="(%(default)s)")
+    add_size(parser, size)
     return parser
 
 
-def say(measure: str, **values: Any) -> None:
-    """Prints one measure as a JSON line."""
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
-    print(json.dumps({"measure": measure, **rounded}), flush=True)
+def add_size(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds ``--size``; a benchmark of one size takes the first."""
+    parser.add_argument(
+        "--size",
+        "--sizes",
+        dest="sizes",
+        type=read_sizes,
+        default=default,
+        metavar="WIDTHxHEIGHT[,...]",
+        help="of the images (%(default)s)",
+    )
 
 
-def seconds(work: Callable[[], object], synchronize: Callable[[], None], repeats: int = 5, warm_ups: int = 2) -> float:
-    """Returns the median of ``repeats`` runs by a clock read when the device is idle."""
-    for _ in range(warm_ups):
-        work()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        started = time.perf_counter()
-        work()
-        synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, brief: Mapping[str, Any]
+) -> argparse.Namespace:
+    """Parses arguments; with ``--brief``, ``brief`` has the defaults of the other flags."""
+    parser.add_argument("--brief", action="store_true", help=f"defaults that take seconds: {_as_flags(brief)}")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--brief" in given:
+        parser.set_defaults(**brief)
+    return parser.parse_args(given)
 
 
-def copy_bandwidth(device: torch.device, synchronize: Callable[[], None]) -> float:
-    """Returns bytes read and written a second by a large copy."""
-    source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / seconds(lambda: target.copy_(source), synchronize, repeats=9)
+def _as_flags(values: Mapping[str, Any]) -> str:
+    names = {"sizes": "size"}
+    return " ".join(f"--{names.get(name, name).replace('_', '-')} {value}" for name, value in values.items())
 
 
-def matmul_rate(device: torch.device, synchronize: Callable[[], None], for_seconds: float = 5.0) -> float:
-    """Returns FLOP a second of bf16 matrix products kept up for a while: cards slow down as they warm up."""
-    side = MATMUL_SIDE if device.type != "cpu" else MATMUL_SIDE // 16
-    left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
-    product = torch.empty_like(left)
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < for_seconds:
-        for _ in range(20):
-            torch.matmul(left, right, out=product)
-        synchronize()
-        count += 20
-    return count * 2 * side**3 / (time.perf_counter() - started)
+def read_sizes(text: str) -> list[Size]:
+    """Reads sizes with commas between them."""
+    return [read_size(part) for part in text.split(",")]
 
 
-def say_kernels(work: Callable[[], object], synchronize: Callable[[], None], most: int = 14, **named: Any) -> None:
-    """Prints the kernels of some work on this process's GPU, those that take longest first."""
-    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415 - only where it is asked for
+def read_size(text: str) -> Size:
+    """Reads WIDTHxHEIGHT, in pixels.
 
-    synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        work()
-        synchronize()
-    for event in sorted(recorded.key_averages(), key=lambda event: -event.self_device_time_total)[:most]:
-        say("kernel", **named, name=event.key[:70], ms=event.self_device_time_total / 1e3, calls=event.count)
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) * int(height)):
+        raise argparse.ArgumentTypeError(f"size is {text!r}; allowed: WIDTHxHEIGHT, such as 1024x1024")
+    return Size(int(height), int(width))
+
+
+def size_name(size: Size | Grid) -> str:
+    """Returns WIDTHxHEIGHT in pixels, of a grid that of its image."""
+    pixels = 32 if isinstance(size, Grid) else 1
+    return f"{size.width * pixels}x{size.height * pixels}"

@@ -1,12 +1,14 @@
-"""Measures a served checkpoint from outside, one JSON object a line.
+#!/usr/bin/env python3
+"""Measures a server from outside. Prints JSON lines.
 
-    served.py [--checkpoint DIR] [--size 1024x1024] [--steps 50] [--concurrency 1,2,4,8] [--request-rate 0.5,1]
+    scripts/bench/served.py [--checkpoint DIR] [--size 1024x1024] [--steps 50] [--concurrency 1,2,4,8]
+    scripts/bench/served.py --url HOST:8000 --grpc-url HOST:8001 --request-rate 0.5,1
 
-For each level: throughput, latency, the seconds of every stage as the answers tell them, and what Triton counted for
-each model. At the end: the peak memory of each process. The code is 1 when a request failed.
+For each level: throughput, latency, the seconds of every stage by the responses' metadata, and Triton's counts for each
+model. At the end: the peak memory of each process. The exit code is 1 if a request failed.
 
-Triton's compute seconds of ``glm_ar`` end when its engine has taken the request; ``ar_queue``, ``prefill`` and
-``decode`` of the answers are what the request then waited and computed.
+Triton's compute seconds of ``glm_ar`` end when the engine has queued the request; ``ar_queue``, ``prefill`` and
+``decode`` of the responses are the seconds in which it waited and computed.
 """
 
 from __future__ import annotations
@@ -15,64 +17,75 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import load
+from ceilings import report_ceilings_of
 from deploy import add_flags, deployed, mps_clients
-from load import Answered, Level, Values
-from measure import say
+from load import Level, Response, Values
+from measure import PROMPT, add_size, new_parser, parse, report, size_name
+from servers import memory, tiny_checkpoint
 
-from glm_image.supervisor import TritonServer
+from glm_image.request.geometry import Size
+from glm_image.supervisor import ServerSettings, TritonServer
 
 MODELS = ("glm_image", "glm_ar", "glm_dit")
-PROMPT = "A red fox reading a newspaper that says 'NEWS'"
 DIFFERENT_SEEDS = 16
 PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 PERCENTILES = (50, 90, 99)
-PROC = Path("/proc")
-DRAIN_SECONDS = 5  # for what the benchmark gave up
+DRAIN_SECONDS = 5
+"""For requests that the benchmark abandoned."""
+
+BRIEF = {"sizes": "64x64", "steps": 2, "concurrency": "2", "requests": 4}
 
 
 class Served(NamedTuple):
-    """Where the server listens, and the process that all of its own descend from, if it is on this machine."""
+    """Where a server listens, and the process that its processes descend from; None if it is not known."""
 
     http_url: str
     grpc_url: str
     pid: int | None
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="served.py", description="Measures a served checkpoint from outside.")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: a tiny one of random weights")
-    parser.add_argument("--model-repository", type=Path, metavar="DIR", help="as serve has it")
-    parser.add_argument("--url", metavar="HOST:PORT", help="HTTP of a server that runs already, in place of one's own")
-    parser.add_argument("--grpc-url", metavar="HOST:PORT", default="127.0.0.1:8001", help="its gRPC (%(default)s)")
-    parser.add_argument("--pid", type=int, help="its process, whose memory and whose children's is told")
-    parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc")
-    parser.add_argument("--driver", choices=("auto", "perf_analyzer", "own"), default="auto")
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = server_parser("served.py", __doc__, "256x256", steps=20)
+    parser.add_argument("--pid", type=int, help="of the server at --url, whose memory is reported")
+    parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc", help="(%(default)s)")
+    parser.add_argument("--driver", choices=("auto", "perf_analyzer", "own"), default="auto", help="(%(default)s)")
     parser.add_argument("--concurrency", type=_numbers, default="1,2,4,8", help="levels (%(default)s); '' for none")
     parser.add_argument("--request-rate", type=_numbers, default="", help="levels, requests a second (none)")
     parser.add_argument("--requests", type=int, default=16, help="a level (%(default)s)")
     parser.add_argument("--warm-ups", type=int, default=1, help="requests before the first level (%(default)s)")
-    parser.add_argument("--input-data", type=Path, metavar="FILE", help="requests as perf_analyzer reads them")
-    parser.add_argument("--size", default="256x256", metavar="WxH", help="without --input-data (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="without --input-data (%(default)s)")
+    parser.add_argument("--input-data", type=Path, metavar="FILE", help="requests in perf_analyzer's format")
+    return parse(parser, arguments, BRIEF)
+
+
+def server_parser(name: str, description: str | None, size: str, steps: int) -> argparse.ArgumentParser:
+    """Returns a parser with the flags of every benchmark of a server; see ``served``."""
+    parser = new_parser(name, description)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: a tiny one of random weights")
+    parser.add_argument("--model-repository", type=Path, metavar="DIR", help="as for scripts/serve")
+    parser.add_argument("--url", metavar="HOST:PORT", help="HTTP of a running server; none is started then")
+    parser.add_argument("--grpc-url", metavar="HOST:PORT", default="127.0.0.1:8001", help="its gRPC (%(default)s)")
+    parser.set_defaults(pid=None)
+    add_size(parser, size)
+    parser.add_argument("--steps", type=int, default=steps, help="denoising steps (%(default)s)")
     add_flags(parser)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",") if number]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_arguments(arguments)
     program = None if flags.driver == "own" else load.find_perf_analyzer()
     if flags.driver == "perf_analyzer" and program is None:
@@ -81,142 +94,118 @@ def main(arguments: list[str] | None = None) -> int:
     levels = [Level("concurrency", value, flags.requests) for value in flags.concurrency]
     levels += [Level("rate", value, flags.requests) for value in flags.request_rate]
     if not flags.input_data:
-        say("request", size=flags.size, steps=flags.steps)
+        report("request", size=size_name(flags.sizes[0]), steps=flags.steps)
+    started = time.monotonic()
     with served(flags) as server:
+        report("start to ready", seconds=time.monotonic() - started)
         url = server.grpc_url if flags.protocol == "grpc" else server.http_url
         alone = load.own_load(url, flags.protocol, requests, Level("concurrency", 1, flags.warm_ups))
-        say_stages({"warm_ups": flags.warm_ups}, alone)
+        report_stages({"warm_ups": flags.warm_ups}, alone)
         failed = sum(run_level(server, url, flags.protocol, program, requests, level) for level in levels)
         for process in memory(server.pid) if server.pid else ():
-            say("memory", **process)
+            report("memory", **process)
     return 1 if failed else 0
 
 
+def request_values(size: Size, steps: int) -> Values:
+    """Returns a request without its seed."""
+    values = {"prompt": PROMPT, "width": size.width, "height": size.height, "num_inference_steps": steps}
+    return {**values, "output_format": "png"}
+
+
 def default_requests(flags: argparse.Namespace) -> list[Values]:
-    width, height = (int(side) for side in flags.size.split("x"))
-    common = {"prompt": PROMPT, "width": width, "height": height, "num_inference_steps": flags.steps}
-    return [{**common, "seed": seed, "output_format": "png"} for seed in range(DIFFERENT_SEEDS)]
+    common = request_values(flags.sizes[0], flags.steps)
+    return [{**common, "seed": seed} for seed in range(DIFFERENT_SEEDS)]
+
+
+@contextmanager
+def checkpoint_of(flags: argparse.Namespace) -> Iterator[Path]:
+    """Yields the checkpoint that the flags name, or a tiny one."""
+    if flags.checkpoint:
+        yield flags.checkpoint
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield tiny_checkpoint(Path(scratch))
 
 
 @contextmanager
 def served(flags: argparse.Namespace) -> Iterator[Served]:
-    """The server that was named, or one over the checkpoint for as long as the benchmark takes."""
+    """Yields the server at ``--url``, or starts one and stops it at the end; reports the ceilings of its device."""
     if flags.url:
         yield Served(flags.url, flags.grpc_url, flags.pid)
         return
+    report_ceilings_of("auto", brief=flags.brief)
     with (
-        nullcontext(flags.checkpoint) if flags.checkpoint else tiny_checkpoint() as checkpoint,
+        checkpoint_of(flags) as checkpoint,
         deployed(flags) as repository,
-        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
+        TritonServer(ServerSettings(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS)) as server,
     ):
         if flags.mps:
             clients = mps_clients()
-            say("mps", clients=len(clients))
+            report("mps", clients=len(clients))
             if not clients:
-                raise SystemExit("--mps: the MPS server runs, and none of the models computes through it")
+                raise SystemExit("--mps: the MPS server runs, and no model uses it")
         yield Served(server.http_url, server.grpc_url, os.getpid())
 
 
-@contextmanager
-def tiny_checkpoint() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "tiny")
-        maker = Path(__file__).resolve().parents[1] / "make_tiny_checkpoint.py"
-        subprocess.run([sys.executable, maker, folder], check=True, stdout=subprocess.DEVNULL)
-        yield folder
-
-
 def run_level(
-    server: Served, url: str, protocol: str, program: str | None, requests: list[Values], level: Level
+    server: Served, url: str, protocol: str, program: str | None, requests: Sequence[Values], level: Level
 ) -> int:
-    """Sends one level's requests and says what came of it; returns how many failed."""
+    """Sends the requests of a level and reports its figures; returns how many failed."""
     before = {model: statistics(server, model) for model in MODELS}
     if program is None:
-        answers = load.own_load(url, protocol, requests, level)
+        responses = load.own_load(url, protocol, requests, level)
     else:
-        answers = load.perf_analyzer(program, url, protocol, requests, level)
+        responses = load.perf_analyzer(program, url, protocol, requests, level)
     named = {level.mode: level.value}
-    failed = say_load(named, "own" if program is None else "perf_analyzer", answers, level.requests)
-    say_stages(named, answers)
+    failed = report_load(named, "own" if program is None else "perf_analyzer", responses, level.requests)
+    report_stages(named, responses)
     for model in MODELS:
-        say_statistics(named, model, before[model], statistics(server, model))
+        report_statistics(named, model, before[model], statistics(server, model))
     return failed
 
 
-def say_load(named: dict[str, float], driver: str, answers: list[Answered], asked: int) -> int:
-    good = sorted(one.seconds for one in answers if one.error is None)
-    told: dict[str, Any] = {"driver": driver, "requests": asked, "failed": asked - len(good)}
+def report_load(named: Mapping[str, float], driver: str, responses: Sequence[Response], sent: int) -> int:
+    good = sorted(response.seconds for response in responses if response.error is None)
+    figures: dict[str, Any] = {"driver": driver, "requests": sent, "failed": sent - len(good)}
     if good:
-        span = max(one.answered for one in answers) - min(one.sent for one in answers)
-        told["requests_per_second"] = len(good) / span
-        told |= {f"p{percent}_seconds": percentile(good, percent) for percent in PERCENTILES}
-    if errors := sorted({one.error for one in answers if one.error}):
-        told["errors"] = errors
-    say("load", **named, **told)
-    return asked - len(good)
+        span = max(response.received for response in responses) - min(response.sent for response in responses)
+        figures["requests_per_second"] = len(good) / span
+        figures |= {f"p{percent}_seconds": percentile(good, percent) for percent in PERCENTILES}
+    if errors := sorted({response.error for response in responses if response.error}):
+        figures["errors"] = errors
+    report("load", **named, **figures)
+    return sent - len(good)
 
 
-def percentile(ordered: list[float], percent: float) -> float:
-    """The smallest value that at least ``percent`` of all do not exceed."""
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """Returns the smallest value that at least ``percent`` of all do not exceed."""
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
-def say_stages(named: dict[str, float], answers: list[Answered]) -> None:
-    """Says the mean seconds of every stage, as the answers' metadata tell them."""
-    told = [one.metadata["seconds"] for one in answers if one.metadata]
-    if told:
-        say("stages", **named, **{name: sum(one[name] for one in told) / len(told) for name in told[0]})
+def report_stages(named: Mapping[str, float], responses: Sequence[Response]) -> None:
+    """Reports the mean seconds of every stage, by the responses' metadata."""
+    seconds = [response.metadata["seconds"] for response in responses if response.metadata]
+    if seconds:
+        report("stages", **named, **{stage: sum(row[stage] for row in seconds) / len(seconds) for stage in seconds[0]})
 
 
 def statistics(server: Served, model: str) -> Values:
-    """Triton's counts of a model since it was loaded."""
-    with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/stats", timeout=30) as answer:
-        counted: Values = json.load(answer)["model_stats"][0]["inference_stats"]
-        return counted
+    """Returns Triton's counts of a model since it was loaded."""
+    with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/stats", timeout=30) as response:
+        counts: Values = json.load(response)["model_stats"][0]["inference_stats"]
+        return counts
 
 
-def say_statistics(named: dict[str, float], model: str, before: Values, after: Values) -> None:
-    """Says what Triton counted for a model meanwhile: requests, and mean seconds of each phase."""
+def report_statistics(named: Mapping[str, float], model: str, before: Values, after: Values) -> None:
+    """Reports Triton's counts for a model between two moments: requests, and mean seconds of each phase."""
     count = after["success"]["count"] - before["success"]["count"]
     means = {
         f"{phase}_seconds": (after[phase]["ns"] - before[phase]["ns"]) / 1e9 / max(count, 1)
         for phase in ("success", *PHASES)
     }
-    say("triton", model=model, **named, count=count, failed=after["fail"]["count"] - before["fail"]["count"], **means)
-
-
-def memory(root: int) -> list[Values]:
-    """The peak and the present resident memory of the server's processes, from Linux's count of each."""
-    found = []
-    for pid in descendants(root):
-        try:
-            words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            status = dict(line.split(":", 1) for line in (PROC / str(pid) / "status").read_text().splitlines())
-        except OSError:  # it ended while we looked
-            continue
-        program = Path(words[0]).name
-        model = Path(words[1]).parents[1].name if program.endswith("_stub") else None
-        kilobytes = {name: int(status[name].split()[0]) for name in ("VmHWM", "VmRSS") if name in status}
-        if program == "tritonserver" or model:
-            peak, now = (kilobytes.get(name, 0) * 1024 for name in ("VmHWM", "VmRSS"))
-            found.append({"process": model or program, "pid": pid, "peak_bytes": peak, "resident_bytes": now})
-    return found
-
-
-def descendants(root: int) -> list[int]:
-    """A process and all that descend from it."""
-    children: dict[int, list[int]] = {}
-    for stat in PROC.glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended while we looked
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found, waiting = [], [root]
-    while waiting:
-        found.append(waiting.pop())
-        waiting.extend(children.get(found[-1], ()))
-    return found
+    failed = after["fail"]["count"] - before["fail"]["count"]
+    report("triton", model=model, **named, count=count, failed=failed, **means)
 
 
 if __name__ == "__main__":

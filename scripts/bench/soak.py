@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Sends many small requests from several clients over both protocols, and follows the memory of every process.
+"""Sends many small requests from several clients over both protocols, and reports every process's memory.
 
-    soak.py [--checkpoint DIR] [--requests 1000] [--clients 8] [--round 100]
+    scripts/bench/soak.py [--checkpoint DIR] [--requests 1000] [--clients 8] [--round 50]
 
-Each request is first made alone; later answers must equal it. Prints a JSON object for each round: how many answers
-came so far, how many of them were wrong, and the resident bytes of every process between rounds, when nothing is in
-flight. The code is 1 when an answer was wrong or missing.
+Each of 16 requests is first sent alone; later responses must equal that one. Prints a JSON line for each round: the
+number of responses so far, how many of them were wrong, and the resident bytes of every process between rounds, when
+nothing is in flight. The exit code is 1 if a response was wrong or missing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import local
@@ -28,12 +27,15 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc
 import tritonclient.http
+from ceilings import report_ceilings_of
+from measure import new_parser, parse, report
+from servers import processes, resident_bytes, shared_memory_bytes, tiny_checkpoint
 
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 
 Values = dict[str, Any]
 
-ANSWER_SECONDS = 300
+RESPONSE_SECONDS = 300
 DATATYPES = {"guidance_scale": ("FP32", np.float32), "seed": ("INT64", np.int64)}
 SIZES = [(32, 32), (32, 64), (64, 32), (64, 64), (33, 65), (96, 64), (64, 96), (50, 50)]
 PROMPTS = ["a fox", "a sign that says 'open'", "雪", "two words \"a\" and 'b', at night"]
@@ -57,9 +59,9 @@ class Round:
 
     Attributes:
         answered: requests so far.
-        wrong: answers so far that were errors, or not the picture that was made alone.
+        wrong: responses so far that were errors, or not the image of the request sent alone.
         seconds: since the first round began.
-        resident_bytes: by process: tritonserver, and each model's.
+        resident_bytes: by process: tritonserver, and that of each model.
         shared_memory_bytes: of the server's regions in /dev/shm.
     """
 
@@ -70,42 +72,15 @@ class Round:
     shared_memory_bytes: int
 
 
-def processes(server: TritonServer) -> dict[str, int]:
-    """Returns the process ids of tritonserver and of each model's instances, by name."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended while we looked
-            arguments = (folder / "cmdline").read_text().split("\0")
-            if not any(server.shm_prefix in argument for argument in arguments):
-                continue
-            if arguments[0].endswith("/tritonserver"):
-                found["tritonserver"] = int(folder.name)
-            elif arguments[0].endswith("/triton_python_backend_stub"):
-                model = Path(arguments[1]).parents[1].name
-                found[model if model not in found else f"{model} {folder.name}"] = int(folder.name)
-    return dict(sorted(found.items()))
-
-
-def resident_bytes(pid: int) -> int:
-    """Returns what a process holds in memory, parts shared with others included."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024
-
-
-def shared_memory_bytes(server: TritonServer) -> int:
-    """Returns what a server's regions in /dev/shm hold."""
-    return sum(region.stat().st_blocks * 512 for region in Path("/dev/shm").glob(f"{server.shm_prefix}*"))
-
-
 class Client:
-    """One connection over each protocol; not for two threads."""
+    """One connection over each protocol; not thread-safe."""
 
     def __init__(self, server: TritonServer) -> None:
         self._grpc = tritonclient.grpc.InferenceServerClient(server.grpc_url)
-        self._http = tritonclient.http.InferenceServerClient(server.http_url, network_timeout=ANSWER_SECONDS)
+        self._http = tritonclient.http.InferenceServerClient(server.http_url, network_timeout=RESPONSE_SECONDS)
 
     def digest(self, values: Values, protocol: Any) -> str:
-        """Asks for a picture and returns what identifies it."""
+        """Sends a request and returns a hash of the response."""
         client = self._grpc if protocol is tritonclient.grpc else self._http
         inputs = []
         for name, value in values.items():
@@ -116,26 +91,26 @@ class Client:
                 array = np.array([value], dtype=numpy_type)
             inputs.append(protocol.InferInput(name, [1], datatype))
             inputs[-1].set_data_from_numpy(array)
-        answer = client.infer("glm_image", inputs)
-        pixels, files = answer.as_numpy("images"), answer.as_numpy("images_base64")
-        told = json.loads(answer.as_numpy("metadata")[0])
-        content = repr((pixels.shape, told["seeds"], told["width"], told["height"])).encode()
+        response = client.infer("glm_image", inputs)
+        pixels, files = response.as_numpy("images"), response.as_numpy("images_base64")
+        metadata = json.loads(response.as_numpy("metadata")[0])
+        content = repr((pixels.shape, metadata["seeds"], metadata["width"], metadata["height"])).encode()
         return hashlib.sha256(content + pixels.tobytes() + b"".join(files.tolist())).hexdigest()
 
 
-def soak(server: TritonServer, requests: int, clients: int, size_of_round: int) -> Iterator[Round]:
-    """Sends ``REQUESTS`` over and over from ``clients`` threads; yields after each round of ``size_of_round``."""
+def soak(server: TritonServer, requests: int, clients: int, round_size: int) -> Iterator[Round]:
+    """Sends ``REQUESTS`` over and over from ``clients`` threads; yields after each round of ``round_size``."""
     alone = [Client(server).digest(values, tritonclient.grpc) for values in REQUESTS]
-    own = local()
+    thread = local()
 
-    def is_right(index: int) -> bool:
-        if not hasattr(own, "client"):
-            own.client = Client(server)
-        # Shifted by one every time through the requests, so that each one goes both ways.
+    def is_correct(index: int) -> bool:
+        if not hasattr(thread, "client"):
+            thread.client = Client(server)
+        # Shifted by one in every pass over the requests, so that each is sent over both protocols.
         protocol = (tritonclient.grpc, tritonclient.http)[(index + index // len(REQUESTS)) % 2]
-        which = index % len(REQUESTS)
+        request = index % len(REQUESTS)
         try:
-            return bool(own.client.digest(REQUESTS[which], protocol) == alone[which])
+            return bool(thread.client.digest(REQUESTS[request], protocol) == alone[request])
         except Exception as error:
             print(f"request {index}: {error}", file=sys.stderr, flush=True)
             return False
@@ -143,33 +118,37 @@ def soak(server: TritonServer, requests: int, clients: int, size_of_round: int) 
     pids = processes(server)
     began, wrong = time.monotonic(), 0
     with ThreadPoolExecutor(clients) as pool:
-        for first in range(0, requests, size_of_round):
-            answered = min(first + size_of_round, requests)
-            wrong += sum(not right for right in pool.map(is_right, range(first, answered)))
+        for first in range(0, requests, round_size):
+            answered = min(first + round_size, requests)
+            wrong += sum(not correct for correct in pool.map(is_correct, range(first, answered)))
             memory = {name: resident_bytes(pid) for name, pid in pids.items()}
             yield Round(answered, wrong, round(time.monotonic() - began, 3), memory, shared_memory_bytes(server))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Sends many small requests and follows the memory of every process.")
-    parser.add_argument("--checkpoint", type=Path, help="default: a tiny one of random weights")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--round", type=int, default=100, help="requests between two looks at the memory")
-    flags = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = parse_arguments(arguments)
     with tempfile.TemporaryDirectory() as folder:
+        report_ceilings_of("auto", brief=flags.brief)
         checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))
-        with TritonServer(checkpoint) as server:
-            for done in soak(server, flags.requests, flags.clients, flags.round):
-                print(json.dumps(asdict(done)), flush=True)
+        with TritonServer(ServerSettings(checkpoint)) as server:
+            return measure(server, flags)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = new_parser("soak.py", __doc__)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: a tiny one of random weights")
+    parser.add_argument("--requests", type=int, default=1000, help="in all (%(default)s)")
+    parser.add_argument("--clients", type=int, default=8, help="threads that send them (%(default)s)")
+    parser.add_argument("--round", type=int, default=50, help="requests between two reports (%(default)s)")
+    return parse(parser, arguments, {"requests": 16, "round": 8})
+
+
+def measure(server: TritonServer, flags: argparse.Namespace) -> int:
+    """Reports each round; returns the exit code."""
+    report("soak", requests=flags.requests, clients=flags.clients, different=len(REQUESTS))
+    for done in soak(server, flags.requests, flags.clients, flags.round):
+        report("round", **asdict(done))
     return 1 if done.wrong or done.answered != flags.requests else 0
-
-
-def tiny_checkpoint(folder: Path) -> Path:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from make_tiny_checkpoint import make_tiny_checkpoint  # noqa: PLC0415
-
-    return make_tiny_checkpoint(folder / "tiny")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Measures a steady stream of requests through both stages, against what its parts take alone.
+#!/usr/bin/env python3
+r"""Measures a steady stream of requests through both stages, against its parts alone. Prints JSON lines.
 
-    stream.py --checkpoint FULL --parameter glm_ar.load_format=dummy --parameter glm_dit.load_format=dummy \
-        --parameter glm_ar.admission=gathered --size 1024x1024 --steps 50 [--mps]
+    scripts/bench/stream.py --checkpoint FULL --size 1024x1024 --steps 50 [--mps] \
+        --parameter glm_ar.load_format=dummy --parameter glm_dit.load_format=dummy --parameter glm_ar.admission=gathered
 
-One request after the other tells what each stage takes alone. Then a fixed number of requests is kept in flight, and
-the answers after the first few are counted until enough have come; the rest is given up. While the second stage paints,
-the first decodes for several pictures at once, so that both on one card can give at most one picture in DiT + VAE +
-AR / 8 seconds; that is the bound. Prints JSON lines; the code is 1 when a request failed.
+Single requests give the seconds of each stage alone. Then a fixed number of requests is kept in flight, and the
+responses after the first few are counted; the rest is abandoned. While the DiT denoises, the AR decodes up to eight
+sequences together, so both on one device give at most one image in DiT + VAE + AR / 8 seconds: the bound. The exit code
+is 1 if a request failed.
 """
 
 from __future__ import annotations
@@ -14,78 +15,70 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from deploy import add_flags
-from load import Answered, Level, has_failed, own_load, steady_load, steady_rate
-from measure import say
-from served import PROMPT, served
+from load import Level, Response, has_failed, own_load, steady_load, steady_rate
+from measure import parse, report, size_name
+from served import request_values, served, server_parser
 
 AR_TOGETHER = 8
-"""Sequences that the first stage decodes in the time of one: its ``max_num_seqs``."""
+"""Sequences that the AR decodes in about the time of one: its ``max_num_seqs``."""
 
-AR, DIT, VAE = ("prefill", "decode"), ("condition", "denoise"), ("vae",)
+PARTS = {"ar_seconds": ("prefill", "decode"), "dit_seconds": ("condition", "denoise"), "vae_seconds": ("vae",)}
+BRIEF = {"sizes": "64x64", "steps": 2, "concurrency": 3, "requests": 4, "warm_ups": 1, "alone": 1}
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="stream.py", description="Measures a steady stream of requests.")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: a tiny one of random weights")
-    parser.add_argument("--model-repository", type=Path, metavar="DIR", help="as serve has it")
-    parser.add_argument("--size", default="256x256", metavar="WxH", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="(%(default)s)")
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = server_parser("stream.py", __doc__, "256x256", steps=20)
     parser.add_argument("--concurrency", type=int, default=12, help="requests in flight (%(default)s)")
-    parser.add_argument("--warm-ups", type=int, default=2, help="answers that are not counted (%(default)s)")
-    parser.add_argument("--requests", type=int, default=16, help="answers that are (%(default)s)")
+    parser.add_argument("--warm-ups", type=int, default=2, help="responses that are not counted (%(default)s)")
+    parser.add_argument("--requests", type=int, default=16, help="responses that are counted (%(default)s)")
     parser.add_argument("--alone", type=int, default=2, help="requests sent one after the other (%(default)s)")
-    add_flags(parser)
-    flags = parser.parse_args(arguments)
-    flags.url = None
-    return flags
+    return parse(parser, arguments, BRIEF)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_arguments(arguments)
-    width, height = (int(side) for side in flags.size.split("x"))
-    request: dict[str, Any] = {"prompt": PROMPT, "width": width, "height": height, "num_inference_steps": flags.steps}
-    request["output_format"] = "png"
+    request = request_values(flags.sizes[0], flags.steps)
     started = time.monotonic()
     with served(flags) as server:
-        say("start to ready", seconds=time.monotonic() - started, mps=flags.mps)
-        alone = own_load(server.grpc_url, "grpc", [{**request, "seed": 1}], Level("concurrency", 1, flags.alone + 1))
+        report("start to ready", seconds=time.monotonic() - started, mps=flags.mps)
+        level = Level("concurrency", 1, flags.alone + 1)
+        alone = own_load(server.grpc_url, "grpc", [{**request, "seed": 1}], level)
         if has_failed(alone):
             return 1
-        say("alone", size=flags.size, steps=flags.steps, mps=flags.mps, **stages(alone[1:]), requests=flags.alone)
-        answers = steady_load(
+        named = {"size": size_name(flags.sizes[0]), "steps": flags.steps, "mps": flags.mps}
+        report("alone", **named, **stage_seconds(alone[1:]), requests=flags.alone)
+        responses = steady_load(
             f"grpc://{server.grpc_url}",
             lambda client, seed: client.generate(**request, seed=seed),
             flags.concurrency,
             flags.warm_ups + flags.requests,
         )
-        if has_failed(answers):
+        if has_failed(responses):
             return 1
-        say_stream(flags, stages(alone[1:]), answers[flags.warm_ups :])
+        report_stream(flags, named, stage_seconds(alone[1:]), responses[flags.warm_ups :])
     return 0
 
 
-def stages(answers: list[Answered]) -> dict[str, float]:
-    """The mean seconds of the parts that the bound is made of."""
-    told = [one.metadata["seconds"] for one in answers]
-    parts = {"ar_seconds": AR, "dit_seconds": DIT, "vae_seconds": VAE}
-    return {name: sum(one[stage] for one in told for stage in part) / len(told) for name, part in parts.items()}
+def stage_seconds(responses: Sequence[Response]) -> dict[str, float]:
+    """Returns the mean seconds of the parts of the bound."""
+    seconds = [response.metadata["seconds"] for response in responses]
+    return {name: sum(row[stage] for row in seconds for stage in part) / len(seconds) for name, part in PARTS.items()}
 
 
-def say_stream(flags: argparse.Namespace, alone: dict[str, float], answers: list[Answered]) -> None:
-    """Says what came of it: pictures a second between the first answer and the last, against the bound."""
-    named: dict[str, Any] = {"size": flags.size, "steps": flags.steps, "mps": flags.mps}
-    say("in the stream", **named, **stages(answers), requests=len(answers))
-    rate = steady_rate(answers)
+def report_stream(
+    flags: argparse.Namespace, named: Mapping[str, object], alone: Mapping[str, float], responses: Sequence[Response]
+) -> None:
+    """Reports the seconds of the stages within the stream, and its images a second against the bound."""
+    report("in the stream", **named, **stage_seconds(responses), requests=len(responses))
+    rate = steady_rate(responses)
     bound = 1 / (alone["dit_seconds"] + alone["vae_seconds"] + alone["ar_seconds"] / AR_TOGETHER)
-    say(
+    report(
         "steady stream",
         **named,
         concurrency=flags.concurrency,
-        requests=len(answers),
+        requests=len(responses),
         pictures_per_second=rate,
         seconds_per_picture=1 / rate,
         bound_per_second=bound,

@@ -1,11 +1,12 @@
-r"""Measures ``glm_image_stream`` on a server of its own: how soon there is something to see, and what that costs.
+#!/usr/bin/env python3
+r"""Measures ``glm_image_stream``: when the first intermediate image comes, and what events cost. Prints JSON lines.
 
-    streaming.py --checkpoint FULL --parameter glm_ar.load_format=dummy --parameter glm_dit.load_format=dummy \
-        --size 1024x1024 --steps 50
+    scripts/bench/streaming.py --checkpoint FULL --size 1024x1024 --steps 50 \
+        --parameter glm_ar.load_format=dummy --parameter glm_dit.load_format=dummy
 
-Prints JSON lines, each as soon as it is known: how soon the device is free after a stream is closed; the seconds of a
-request over the plain ensemble, streamed with progress alone, and streamed with a preview and sketches, taken in turns,
-and when the first picture came; and of requests in flight together what previews cost the rate and the 99th percentile.
+How soon a slot or the device is free after a stream is closed; the seconds of a request over the plain ensemble,
+streamed with progress alone, and streamed with a preview and estimates, in turns; and, of requests in flight together,
+what intermediate images cost the throughput and the 99th percentile.
 """
 
 from __future__ import annotations
@@ -15,76 +16,97 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy import add_flags
-from measure import say
-from served import PROMPT, percentile, served
+from measure import parse, report, size_name
+from served import percentile, request_values, served, server_parser
 
 from glm_image_client import GlmImageClient
 
-WAYS: dict[str, dict[str, int]] = {
-    "progress": {"preview_steps": 0, "preview_every": 0},
-    "pictures": {"preview_steps": 6, "preview_every": 10},
-}
-LEAVE_AT = ("decode", "denoise")
+PREVIEW_STEPS = 6
+ESTIMATES = 5
+"""Of an image."""
+
+CLOSE_IN = ("decode", "denoise")
 FEW_STEPS = 4
+BRIEF = {"sizes": "64x64", "steps": 10, "leave": 1, "repeats": 1, "concurrency": 2, "requests": 2}
 
 
-class WatchedProcess(NamedTuple):
-    """Seconds of a request until its end, until its first picture, and its events."""
+class Streamed(NamedTuple):
+    """Seconds of a request until its end and until its first intermediate image, and its number of events."""
 
     whole: float
     first_picture: float | None
     events: int
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="streaming.py", description="Measures glm_image_stream.")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: a tiny one of random weights")
-    parser.add_argument("--model-repository", type=Path, metavar="DIR", help="as serve has it")
-    parser.add_argument("--size", default="1024x1024", metavar="WxH", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="(%(default)s)")
-    parser.add_argument("--leave", type=int, default=3, help="streams closed at each stage (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="requests of each kind alone, in turns (%(default)s)")
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = server_parser("streaming.py", __doc__, "1024x1024", steps=50)
+    parser.add_argument("--leave", type=int, default=3, help="streams closed in each stage (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="single requests of each kind, in turns (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=8, help="requests in flight together (%(default)s)")
-    parser.add_argument("--requests", type=int, default=16, help="of them in all, for a rate; 0 = none (%(default)s)")
+    parser.add_argument("--requests", type=int, default=16, help="sent together in all; 0 = none (%(default)s)")
     parser.add_argument(
         "--within",
         type=float,
         default=math.inf,
         metavar="SECONDS",
-        help="by when those alone are to end",
+        help="since the start, after which no single request is sent",
     )
-    add_flags(parser)
-    flags = parser.parse_args(arguments)
-    flags.url = None
-    return flags
+    return parse(parser, arguments, BRIEF)
 
 
-def watch(client: GlmImageClient, values: dict[str, Any]) -> WatchedProcess:
-    began, first, events = time.perf_counter(), None, 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = parse_arguments(arguments)
+    started = time.monotonic()
+    values = request_values(flags.sizes[0], flags.steps)
+    del values["output_format"]
+    report("request", size=size_name(flags.sizes[0]), steps=flags.steps)
+    with served(flags) as server, GlmImageClient(f"grpc://{server.grpc_url}") as client:
+        report("start to ready", seconds=time.monotonic() - started)
+        steps = min(FEW_STEPS, flags.steps)
+        first = {**values, **options_of(steps)["pictures"], "num_inference_steps": steps}
+        stream(client, first)  # loads what is used first
+        measure_closing(client, values, flags.leave)
+        measure_alone(client, values, flags.repeats, started + flags.within)
+        if flags.requests:
+            measure_together(client, values, flags.concurrency, flags.requests)
+    return 0
+
+
+def stream(client: GlmImageClient, values: Mapping[str, Any]) -> Streamed:
+    """Streams a request to its end."""
+    started, first, events = time.perf_counter(), None, 0
     for event in client.stream(**values):
         events += 1
         if first is None and event.files:
-            first = time.perf_counter() - began
-    return WatchedProcess(time.perf_counter() - began, first, events)
+            first = time.perf_counter() - started
+    return Streamed(time.perf_counter() - started, first, events)
 
 
-def plain(client: GlmImageClient, values: dict[str, Any]) -> WatchedProcess:
-    began = time.perf_counter()
+def options_of(steps: int) -> dict[str, dict[str, int]]:
+    """Returns the options of each kind of stream."""
+    return {
+        "progress": {"preview_steps": 0, "preview_every": 0},
+        "pictures": {"preview_steps": PREVIEW_STEPS, "preview_every": max(1, steps // ESTIMATES)},
+    }
+
+
+def generate(client: GlmImageClient, values: Mapping[str, Any]) -> Streamed:
+    """Sends a request to the plain ensemble."""
+    started = time.perf_counter()
     client.generate(**values)
-    return WatchedProcess(time.perf_counter() - began, None, 0)
+    return Streamed(time.perf_counter() - started, None, 0)
 
 
-def measure_alone(client: GlmImageClient, values: dict[str, Any], repeats: int, until: float) -> None:
-    kinds: dict[str, Callable[[int], WatchedProcess]] = {"plain": lambda seed: plain(client, {**values, "seed": seed})}
-    for name, options in WAYS.items():
-        kinds[name] = lambda seed, options=options: watch(client, {**values, **options, "seed": seed})  # type: ignore[misc]
-    taken: dict[str, list[WatchedProcess]] = {name: [] for name in kinds}
+def measure_alone(client: GlmImageClient, values: Mapping[str, Any], repeats: int, until: float) -> None:
+    """Single requests of each kind, in turns; reports each, then the medians."""
+    kinds: dict[str, Callable[[int], Streamed]] = {"plain": lambda seed: generate(client, {**values, "seed": seed})}
+    for name, options in options_of(values["num_inference_steps"]).items():
+        kinds[name] = lambda seed, options=options: stream(client, {**values, **options, "seed": seed})  # type: ignore[misc]
+    taken: dict[str, list[Streamed]] = {name: [] for name in kinds}
     longest = 0.0
     for turn in range(repeats * len(kinds)):
         name = list(kinds)[turn % len(kinds)]
@@ -92,76 +114,64 @@ def measure_alone(client: GlmImageClient, values: dict[str, Any], repeats: int, 
             break
         taken[name].append(kinds[name](turn))
         longest = max(longest, taken[name][-1].whole)
-        say("answered alone", way=name, **taken[name][-1]._asdict())
-    say_alone({name: all_of for name, all_of in taken.items() if all_of})
+        report("answered alone", way=name, **taken[name][-1]._asdict())
+    report_alone({name: streams for name, streams in taken.items() if streams})
 
 
-def say_alone(taken: dict[str, list[WatchedProcess]]) -> None:
-    for name, all_of in taken.items():
-        base = statistics.median(one.whole for one in taken["plain"])
-        whole = statistics.median(one.whole for one in all_of)
-        first = [one.first_picture for one in all_of if one.first_picture is not None]
-        told: dict[str, Any] = {"seconds": whole, "least": min(one.whole for one in all_of)}
-        told |= {"cost": whole / base - 1, "events": all_of[0].events} if name != "plain" else {}
-        told |= {"first_picture_seconds": statistics.median(first), "worst": max(first)} if first else {}
-        say(f"alone, {name}", **told, requests=len(all_of))
+def report_alone(taken: Mapping[str, Sequence[Streamed]]) -> None:
+    for name, streams in taken.items():
+        base = statistics.median(streamed.whole for streamed in taken["plain"])
+        whole = statistics.median(streamed.whole for streamed in streams)
+        first = [streamed.first_picture for streamed in streams if streamed.first_picture is not None]
+        figures: dict[str, Any] = {"seconds": whole, "least": min(streamed.whole for streamed in streams)}
+        figures |= {"cost": whole / base - 1, "events": streams[0].events} if name != "plain" else {}
+        figures |= {"first_picture_seconds": statistics.median(first), "worst": max(first)} if first else {}
+        report(f"alone, {name}", **figures, requests=len(streams))
 
 
-def measure_together(client: GlmImageClient, values: dict[str, Any], concurrency: int, requests: int) -> None:
+def measure_together(client: GlmImageClient, values: Mapping[str, Any], concurrency: int, requests: int) -> None:
+    """Requests in flight together, with progress alone and with intermediate images."""
     base: tuple[float, float] | None = None
-    for name, options in WAYS.items():
-        began = time.perf_counter()
+    for name, options in options_of(values["num_inference_steps"]).items():
+        started = time.perf_counter()
 
-        def watched(
-            seed: int, options: dict[str, int] = options, way: str = name, since: float = began
-        ) -> WatchedProcess:
-            one = watch(client, {**values, **options, "seed": seed})
-            say("answered", way=way, since_start=time.perf_counter() - since, **one._asdict())
-            return one
+        def send(seed: int, options: dict[str, int] = options, way: str = name, started: float = started) -> Streamed:
+            streamed = stream(client, {**values, **options, "seed": seed})
+            report("answered", way=way, since_start=time.perf_counter() - started, **streamed._asdict())
+            return streamed
 
         with ThreadPoolExecutor(concurrency) as pool:
-            taken = list(pool.map(watched, range(requests)))
-        rate = requests / (time.perf_counter() - began)
-        p99 = percentile(sorted(one.whole for one in taken), 99)
+            taken = list(pool.map(send, range(requests)))
+        rate = requests / (time.perf_counter() - started)
+        p99 = percentile(sorted(streamed.whole for streamed in taken), 99)
         base = base or (rate, p99)
-        first = sorted(one.first_picture for one in taken if one.first_picture is not None)
-        told: dict[str, Any] = {"requests_per_second": rate, "p99_seconds": p99, "requests": requests}
+        first = sorted(streamed.first_picture for streamed in taken if streamed.first_picture is not None)
+        figures: dict[str, Any] = {"requests_per_second": rate, "p99_seconds": p99, "requests": requests}
         if first:
-            told |= {"throughput_loss": 1 - rate / base[0], "p99_loss": p99 / base[1] - 1, "with_pictures": len(first)}
-            told |= {"first_picture_seconds": statistics.median(first), "worst": first[-1]}
-        say(f"{concurrency} together, {name}", **told)
+            figures |= {
+                "throughput_loss": 1 - rate / base[0],
+                "p99_loss": p99 / base[1] - 1,
+                "with_pictures": len(first),
+            }
+            figures |= {"first_picture_seconds": statistics.median(first), "worst": first[-1]}
+        report(f"{concurrency} together, {name}", **figures)
 
 
-def measure_leaving(client: GlmImageClient, values: dict[str, Any], repeats: int) -> None:
-    for stage in LEAVE_AT:
+def measure_closing(client: GlmImageClient, values: Mapping[str, Any], repeats: int) -> None:
+    """Closes streams in each stage, and waits until the request has ended."""
+    for stage in CLOSE_IN:
         waits = []
         for turn in range(repeats):
-            request_id = f"left-{stage}-{turn}"
-            events = client.stream(**values, **WAYS["progress"], request_id=request_id)
+            request_id = f"closed-{stage}-{turn}"
+            events = client.stream(**values, **options_of(1)["progress"], request_id=request_id)
             next(event for event in events if event.stage == stage and event.done > 0)
-            began = time.perf_counter()
+            started = time.perf_counter()
             events.close()
             while client.status(request_id)["state"] in {"running", "queued"}:
                 pass
-            waits.append(time.perf_counter() - began)
+            waits.append(time.perf_counter() - started)
         if waits:
-            say(f"closed to free in {stage}", median_seconds=statistics.median(waits), worst_seconds=max(waits))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    flags = parse_arguments(arguments)
-    started = time.monotonic()
-    width, height = (int(side) for side in flags.size.split("x"))
-    values = {"prompt": PROMPT, "width": width, "height": height, "num_inference_steps": flags.steps}
-    say("request", size=flags.size, steps=flags.steps)
-    with served(flags) as server, GlmImageClient(f"grpc://{server.grpc_url}") as client:
-        say("start to ready", seconds=time.monotonic() - started)
-        watch(client, {**values, **WAYS["pictures"], "num_inference_steps": FEW_STEPS})  # what is loaded at first use
-        measure_leaving(client, values, flags.leave)
-        measure_alone(client, values, flags.repeats, started + flags.within)
-        if flags.requests:
-            measure_together(client, values, flags.concurrency, flags.requests)
-    return 0
+            report(f"closed to free in {stage}", median_seconds=statistics.median(waits), worst_seconds=max(waits))
 
 
 if __name__ == "__main__":
