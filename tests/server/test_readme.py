@@ -54,3 +54,10 @@ def test_every_page_is_reachable() -> None:
             (page.parent / target).resolve() for target in targets if target.endswith(".md") and "://" not in target
         ]
     assert set(REPOSITORY_ROOT.glob("docs/*.md")) <= reached
+
+
+def test_figures_of_this_project_are_those_of_the_performance_page() -> None:
+    page = (REPOSITORY_ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\*\*([\d.]+)\*\*", README.split("## Performance")[1].split("\n## ")[0])
+    assert len(figures) == 10
+    assert [figure for figure in figures if f" {figure} " not in page] == []
