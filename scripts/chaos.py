@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Breaks a server over and over while clients ask it for everything, and checks what each of them gets.
+"""Breaks a server repeatedly while clients send requests of every kind, and checks the outcome of each.
 
     chaos.py [--checkpoint DIR] [--seconds 60] [--clients 4] [--seed 0]
 
-Good, bad, late and cancelled requests come over gRPC and HTTP from several clients, while model processes are killed
-(SIGKILL) and stopped (SIGSTOP) in turn. Every request must end: with its picture, byte for byte the one made in peace,
-with an error, or with a closed connection; with an error that is none of its own only while the server is broken. The
-server must be unready within 2 seconds of a kill and 10 of a stop, ready at all other times, and come back by itself.
-At the end the pictures are made once more, and memory, /dev/shm and processes must be as they were at the beginning.
+Several clients send good, bad, late and cancelled requests over gRPC and HTTP while model processes are alternately
+killed (SIGKILL) and stopped (SIGSTOP). Every request must end: with its image, equal byte for byte to the image of the
+undisturbed server, with an error, or with a closed connection. An error that the request itself did not cause is
+allowed only while the server is broken. The server must be unready within 2 seconds of a kill and 10 seconds of a stop,
+ready at all other times, and recover by itself. At the end the images are generated once more, and memory, /dev/shm and
+processes must be as they were at the beginning.
 
-Prints the counts as a JSON object; faults go to standard error. The code is 1 when there was any.
+Prints the counts as a JSON object, and faults to standard error. The exit code is 1 if there was a fault.
 """
 
 from __future__ import annotations
@@ -32,31 +33,31 @@ from pathlib import Path
 from typing import Any
 
 from bench.servers import processes, resident_bytes, tiny_checkpoint
-from chaos_requests import ENDINGS, GOOD, KINDS, Asked, Server, ask_any, fault_of
-from glm_image.supervisor import TritonServer
+from chaos_requests import GOOD, KINDS, OUTCOMES, RequestRecord, Server, fault_of, send_any
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.restarts import RestartPolicy, keep_running
 from glm_image.supervisor.watchdog import SHARED_MEMORY, children_of
 
 UNREADY_SECONDS = {signal.SIGKILL: 2.0, signal.SIGSTOP: 10.0}
-BACK_SECONDS = 120.0
-PEACE_SECONDS = (2.0, 6.0)
-"""Between the server's return and the next blow."""
-LOOK_SECONDS = 0.1
+RECOVERY_SECONDS = 120.0
+CALM_SECONDS = (2.0, 6.0)
+"""Between the server's recovery and the next failure."""
+POLL_SECONDS = 0.1
 GROWTH = 1.2
 GROWTH_BYTES = 64 * 1024 * 1024
-"""A process may end larger than it began by that factor and that much: allocators keep what they had."""
+"""A process may grow by this factor plus these bytes: allocators keep memory."""
 POLICY = RestartPolicy(max_restarts=1_000_000, first_seconds=0.2, longest_seconds=0.2)
 
 
 @dataclass
 class State:
-    """What a server holds on to.
+    """The resources that a server and this process hold.
 
     Attributes:
         resident: bytes of each process, by its name.
-        shared_memory: bytes in /dev/shm, of every server that this process started.
-        descriptors: open files of this process.
-        children: this process's.
+        shared_memory: bytes in /dev/shm of all servers that this process has started.
+        descriptors: the number of this process's open files.
+        children: the number of this process's children.
     """
 
     resident: dict[str, int]
@@ -66,71 +67,76 @@ class State:
 
 
 @dataclass
-class Blow:
-    """A signal to a model's process, and the seconds until the server was unready and until it was ready again."""
+class Failure:
+    """A signal sent to a model's process, and the seconds until the server was unready and ready again."""
 
     signal: str
     model: str
     unready_seconds: float
-    back_seconds: float
+    recovery_seconds: float
 
 
 @dataclass
 class Report:
-    """What happened."""
+    """The results of a run."""
 
-    blows: list[Blow] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    asked: list[Asked] = field(default_factory=list)
-    looks: int = 0
+    requests: list[RequestRecord] = field(default_factory=list)
+    polls: int = 0
 
     def counts(self) -> dict[str, Any]:
-        """Returns the numbers, for people and programs."""
-        endings = Counter((one.kind, one.ending.kind) for one in self.asked)
+        """Returns the results as plain numbers."""
+        outcomes = Counter((request.kind, request.outcome.kind) for request in self.requests)
         return {
-            "requests": len(self.asked),
-            "endings": {kind: {end: endings[kind, end] for end in ENDINGS if endings[kind, end]} for kind in KINDS},
-            "protocols": dict(Counter(one.protocol for one in self.asked)),
-            "blows": dict(Counter(f"{blow.signal} {blow.model}" for blow in self.blows)),
+            "requests": len(self.requests),
+            "outcomes": {kind: {end: outcomes[kind, end] for end in OUTCOMES if outcomes[kind, end]} for kind in KINDS},
+            "protocols": dict(Counter(request.protocol for request in self.requests)),
+            "failures": dict(Counter(f"{failure.signal} {failure.model}" for failure in self.failures)),
             "slowest_unready_seconds": {number.name: round(self._unready(number), 3) for number in UNREADY_SECONDS},
-            "slowest_back_seconds": round(max((blow.back_seconds for blow in self.blows), default=0), 3),
-            "looks_at_health": self.looks,
+            "slowest_recovery_seconds": round(
+                max((failure.recovery_seconds for failure in self.failures), default=0), 3
+            ),
+            "health_polls": self.polls,
             "faults": len(self.faults),
         }
 
+    def _slowest_recovery(self) -> float:
+        return max((failure.recovery_seconds for failure in self.failures), default=0.0)
+
     def _unready(self, number: signal.Signals) -> float:
-        return max((blow.unready_seconds for blow in self.blows if blow.signal == number.name), default=0.0)
+        return max((failure.unready_seconds for failure in self.failures if failure.signal == number.name), default=0.0)
 
 
 class Chaos:
-    """A server that is kept running, its clients, and who breaks it."""
+    """A supervised server, its clients, and the failures."""
 
     def __init__(self, checkpoint: Path, seed: int) -> None:
-        self._server = TritonServer(checkpoint, drain_seconds=30)
-        self._dice = random.Random(seed)
+        self._server = TritonServer(ServerSettings(checkpoint, drain_seconds=30))
+        self._random = random.Random(seed)
         self._ready = threading.Semaphore(0)
-        self._broken: list[list[float]] = []  # from a blow until the server is back
+        self._broken: list[list[float]] = []  # from a failure until the recovery
         self._prefixes: set[str] = set()
         self._lines: list[str] = []
-        self._thread = threading.Thread(target=self._keep, name="server")
+        self._thread = threading.Thread(target=self._supervise, name="server")
         self.report = Report()
 
-    def _keep(self) -> None:
+    def _supervise(self) -> None:
         keep_running(self._server, POLICY, self._ready.release, self._lines.append)
 
     def run(self, seconds: float, clients: int) -> Report:
-        """Starts the server, breaks it for ``seconds``, and ends it."""
+        """Starts the server, breaks it for ``seconds``, and stops it."""
         self._thread.start()
         try:
             self._wait_ready()
             self._address = Server(self._server.http_url, self._server.grpc_url)
-            expected = self._peace()
-            self._peace()  # by now every buffer has its size
+            expected = self._generate_all()
+            self._generate_all()  # now every buffer has its final size
             before = self._state()
-            self._trouble(seconds, clients, expected)
-            if self._peace() != expected:
-                self._fault("the pictures after the trouble are others than before")
-            self._peace()
+            self._break_repeatedly(seconds, clients, expected)
+            if self._generate_all() != expected:
+                self._fault("the images after the failures differ from those before")
+            self._generate_all()
             self._compare(before, self._state())
         finally:
             self._server.request_stop()
@@ -138,24 +144,26 @@ class Chaos:
         self._check_gone()
         return self.report
 
-    def _fault(self, words: str) -> None:
-        self.report.faults.append(words)
-        print(words, file=sys.stderr, flush=True)
+    def _fault(self, message: str) -> None:
+        self.report.faults.append(message)
+        print(message, file=sys.stderr, flush=True)
 
     def _wait_ready(self) -> None:
-        if not self._ready.acquire(timeout=BACK_SECONDS):
-            raise RuntimeError(f"the server is not ready after {BACK_SECONDS:g} s: {self._server.log_tail}")
+        if not self._ready.acquire(timeout=RECOVERY_SECONDS):
+            raise RuntimeError(f"the server is not ready after {RECOVERY_SECONDS:g} s: {self._server.log_tail}")
         self._prefixes.add(self._server.shm_prefix)
 
-    def _peace(self) -> dict[str, tuple[bytes, ...]]:
-        """Asks for every good picture, one after the other over both protocols; they must be the same."""
-        made = {}
+    def _generate_all(self) -> dict[str, tuple[bytes, ...]]:
+        """Generates every good request's image sequentially over both protocols, which must agree."""
+        images = {}
         for values in GOOD:
-            answers = [self._address.ask(protocol, values) for protocol in ("grpc", "http")]
-            if answers[0] != answers[1] or answers[0].kind != "picture":
-                self._fault(f"in peace, {dict(values)}: {answers[0].kind} and {answers[1].kind} {answers[1].words}")
-            made[values["prompt"]] = answers[0].files
-        return made
+            outcomes = [self._address.send(protocol, values) for protocol in ("grpc", "http")]
+            if outcomes[0] != outcomes[1] or outcomes[0].kind != "image":
+                self._fault(
+                    f"undisturbed, {dict(values)}: {outcomes[0].kind} and {outcomes[1].kind} {outcomes[1].message}"
+                )
+            images[values["prompt"]] = outcomes[0].files
+        return images
 
     def _state(self) -> State:
         return State(
@@ -168,39 +176,43 @@ class Chaos:
     def _regions(self) -> list[Path]:
         return [region for prefix in self._prefixes for region in SHARED_MEMORY.glob(f"{prefix}*")]
 
-    def _trouble(self, seconds: float, clients: int, expected: dict[str, tuple[bytes, ...]]) -> None:
-        over = threading.Event()
+    def _break_repeatedly(self, seconds: float, clients: int, expected: dict[str, tuple[bytes, ...]]) -> None:
+        failures, finished = self.report.failures, threading.Event()
         with ThreadPoolExecutor(clients) as pool:
-            futures = [pool.submit(self._client, random.Random(self._dice.random()), over) for _ in range(clients)]
+            futures = [
+                pool.submit(self._client, random.Random(self._random.random()), finished) for _ in range(clients)
+            ]
             try:
                 end = time.monotonic() + seconds
-                # Each kind of blow comes, however short the time, and none that would end after it.
-                while time.monotonic() + self._longest() < end or len(self.report.blows) < len(UNREADY_SECONDS):
-                    self._watch_peace(self._dice.uniform(*PEACE_SECONDS))
-                    self._strike(list(UNREADY_SECONDS)[len(self.report.blows) % 2])
+                # Every kind of failure occurs, however short the run, and none that would end after it.
+                while time.monotonic() + self._longest_cycle() < end or len(self.report.failures) < len(
+                    UNREADY_SECONDS
+                ):
+                    self._watch_health(self._random.uniform(*CALM_SECONDS))
+                    self._inject(list(UNREADY_SECONDS)[len(failures) % 2])
             finally:
-                over.set()
+                finished.set()
             for future in futures:
-                self.report.asked += future.result()
-        for asked in self.report.asked:
-            was_broken = any(asked.began <= back and asked.ended >= blow for blow, back in self._broken)
-            if words := fault_of(asked, expected, was_broken):
-                self._fault(words)
+                self.report.requests += future.result()
+        for request in self.report.requests:
+            was_broken = any(request.began <= end and request.ended >= start for start, end in self._broken)
+            if fault := fault_of(request, expected, was_broken):
+                self._fault(fault)
 
-    def _longest(self) -> float:
-        """How long the next blow and the peace before it may take, by those that came."""
-        return PEACE_SECONDS[1] + max((blow.back_seconds for blow in self.report.blows), default=0.0)
+    def _longest_cycle(self) -> float:
+        """Returns the longest that the next failure and the calm before it may take, judging by the earlier ones."""
+        return CALM_SECONDS[1] + max((failure.recovery_seconds for failure in self.report.failures), default=0.0)
 
-    def _client(self, dice: random.Random, over: threading.Event) -> list[Asked]:
-        asked = []
-        while not over.is_set():
-            asked.append(ask_any(self._address, dice))
-            if asked[-1].ending.kind == "closed":
-                over.wait(0.2)  # as a client does before it comes again
-        return asked
+    def _client(self, rng: random.Random, finished: threading.Event) -> list[RequestRecord]:
+        requests = []
+        while not finished.is_set():
+            requests.append(send_any(self._address, rng))
+            if requests[-1].outcome.kind == "closed":
+                finished.wait(0.2)  # as a client does before it retries
+        return requests
 
     def _is_ready(self) -> bool:
-        self.report.looks += 1
+        self.report.polls += 1
         with contextlib.closing(http.client.HTTPConnection(self._address.http_url, timeout=1)) as connection:
             try:
                 connection.request("GET", "/v2/health/ready")
@@ -208,34 +220,34 @@ class Chaos:
             except OSError:
                 return False
 
-    def _watch_peace(self, seconds: float) -> None:
+    def _watch_health(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if not self._is_ready():
-                self._fault("the server is not ready, and nobody has broken it")
+                self._fault("the server is unready without a failure")
                 return
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
-    def _strike(self, number: signal.Signals) -> None:
-        found = {name: pid for name, pid in processes(self._server).items() if name != "tritonserver"}
-        model = self._dice.choice(sorted(found))
+    def _inject(self, number: signal.Signals) -> None:
+        stubs = {name: pid for name, pid in processes(self._server).items() if name != "tritonserver"}
+        model = self._random.choice(sorted(stubs))
         began = time.monotonic()
-        self._broken.append([began, began + BACK_SECONDS])
-        os.kill(found[model], number)
-        allowed = UNREADY_SECONDS[number]
-        while self._is_ready() and time.monotonic() - began <= allowed:
-            time.sleep(LOOK_SECONDS)
+        self._broken.append([began, began + RECOVERY_SECONDS])
+        os.kill(stubs[model], number)
+        limit = UNREADY_SECONDS[number]
+        while self._is_ready() and time.monotonic() - began <= limit:
+            time.sleep(POLL_SECONDS)
         unready = time.monotonic() - began
-        if unready > allowed:
+        if unready > limit:
             self._fault(f"the server was ready {unready:.1f} s after {number.name} to {model}")
         self._wait_ready()
         self._broken[-1][1] = time.monotonic()
-        self.report.blows.append(Blow(number.name, model, unready, time.monotonic() - began))
+        self.report.failures.append(Failure(number.name, model, unready, time.monotonic() - began))
 
     def _compare(self, before: State, after: State) -> None:
-        for name, grown in after.resident.items():
-            if grown > before.resident.get(name, 0) * GROWTH + GROWTH_BYTES:
-                self._fault(f"{name} holds {grown} bytes, and held {before.resident.get(name, 0)}")
+        for name, size in after.resident.items():
+            if size > before.resident.get(name, 0) * GROWTH + GROWTH_BYTES:
+                self._fault(f"{name} holds {size} bytes, and held {before.resident.get(name, 0)}")
         if set(before.resident) != set(after.resident):
             self._fault(f"the processes are {sorted(after.resident)}, and were {sorted(before.resident)}")
         if after.shared_memory > before.shared_memory * GROWTH:
@@ -253,11 +265,11 @@ class Chaos:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Breaks a server over and over and checks what its clients get.")
+    parser = argparse.ArgumentParser(description="Breaks a server repeatedly and checks the outcome of every request.")
     parser.add_argument("--checkpoint", type=Path, help="default: a tiny one of random weights")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of trouble (default: %(default)g)")
-    parser.add_argument("--clients", type=int, default=4, help="requests at once (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of the failures (default: %(default)g)")
+    parser.add_argument("--clients", type=int, default=4, help="concurrent requests (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))

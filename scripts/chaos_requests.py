@@ -1,7 +1,4 @@
-"""The requests of ``chaos.py``: every kind over both protocols, and what each may be answered.
-
-Each request ends in exactly one of ``ENDINGS``, or it has not been answered in time, which is always wrong.
-"""
+"""The requests of ``chaos.py``: every kind over both protocols, and the outcomes that each may have."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from glm_image_client import GlmImageClient, GlmImageClientError, RequestTimeout, UnreachableError
 
-ANSWER_SECONDS = 60.0
-"""After that long without an answer or an end of its connection a request counts as met by silence."""
+REPLY_SECONDS = 60.0
+"""A request without a reply or an end of its connection after this time is ``unanswered``, which is always a fault."""
 
-ENDINGS = ("picture", "refused", "late", "cancelled", "failed", "closed", "silence")
+OUTCOMES = ("image", "refused", "late", "cancelled", "failed", "closed", "unanswered")
 TYPES = {"guidance_scale": ("FP32", np.float32), "seed": ("INT64", np.int64)}
 HTTP_STATUS = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 503: "UNAVAILABLE"}
 
@@ -63,24 +60,24 @@ BAD: tuple[Values, ...] = (
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How a request ended: one of ``ENDINGS``, the files of a picture or the words of an error."""
+class Outcome:
+    """How a request ended: one of ``OUTCOMES``, and the files of its images or the message of its error."""
 
     kind: str
     files: tuple[bytes, ...] = ()
-    words: str = ""
+    message: str = ""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request and what became of it; times by the monotonic clock."""
+class RequestRecord:
+    """A request and its outcome; times on the monotonic clock."""
 
     kind: str
     protocol: str
     values: Values
     began: float
     ended: float
-    ending: Ending
+    outcome: Outcome
 
 
 class Server:
@@ -89,12 +86,12 @@ class Server:
     def __init__(self, http_url: str, grpc_url: str) -> None:
         self.http_url, self.grpc_url = http_url, grpc_url
 
-    def ask(self, protocol: str, values: Values, *, timeout_us: int = 0, leave_after: float | None = None) -> Ending:
-        """Asks for a picture over ``grpc`` or ``http``, and goes away after ``leave_after`` seconds."""
-        ask = self._ask_grpc if protocol == "grpc" else self._ask_http
-        return ask(values, timeout_us, leave_after)
+    def send(self, protocol: str, values: Values, *, timeout_us: int = 0, leave_after: float | None = None) -> Outcome:
+        """Sends a request over ``grpc`` or ``http``, and abandons it after ``leave_after`` seconds."""
+        send = self._send_grpc if protocol == "grpc" else self._send_http
+        return send(values, timeout_us, leave_after)
 
-    def _ask_grpc(self, values: Values, timeout_us: int, leave_after: float | None) -> Ending:
+    def _send_grpc(self, values: Values, timeout_us: int, leave_after: float | None) -> Outcome:
         request = service_pb2.ModelInferRequest(model_name="glm_image")
         for name, value in values.items():
             data_type, array = _array(name, value)
@@ -102,32 +99,32 @@ class Server:
             request.raw_input_contents.append(array)
         if timeout_us:
             request.parameters["timeout"].int64_param = timeout_us
-        answers: list[Any] = []
+        replies: list[Any] = []
         done = threading.Event()
 
-        def answered(call: Any) -> None:
-            answers.append(call)
+        def on_reply(call: Any) -> None:
+            replies.append(call)
             done.set()
 
-        # Its own connection: one that other channels share waits before it tries a server that is back.
+        # A connection of its own: a shared one waits before it reconnects to a restarted server.
         with grpc.insecure_channel(self.grpc_url, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer.future(request)
-            call.add_done_callback(answered)
+            call.add_done_callback(on_reply)
             if leave_after is not None and not done.wait(leave_after):
                 call.cancel()
-            if not done.wait(ANSWER_SECONDS):
-                return Ending("silence")
+            if not done.wait(REPLY_SECONDS):
+                return Outcome("unanswered")
             error = None if call.cancelled() else call.exception()
-        assert len(answers) == 1
+        assert len(replies) == 1
         if call.cancelled():
-            return Ending("cancelled")
+            return Outcome("cancelled")
         if error is not None:
             return _failure(error.code().name, error.details())
-        answer = call.result()
-        index = [output.name for output in answer.outputs].index("images_base64")
-        return Ending("picture", tuple(_strings(answer.raw_output_contents[index])))
+        reply = call.result()
+        index = [output.name for output in reply.outputs].index("images_base64")
+        return Outcome("image", tuple(_strings(reply.raw_output_contents[index])))
 
-    def _ask_http(self, values: Values, timeout_us: int, leave_after: float | None) -> Ending:
+    def _send_http(self, values: Values, timeout_us: int, leave_after: float | None) -> Outcome:
         inputs = [
             {"name": name, "datatype": _type(name, value)[0], "shape": [1], "data": [value]}
             for name, value in values.items()
@@ -135,48 +132,48 @@ class Server:
         body: dict[str, Any] = {"inputs": inputs, "outputs": [{"name": "images_base64"}]}
         if timeout_us:
             body["parameters"] = {"timeout": timeout_us}
-        patience = ANSWER_SECONDS if leave_after is None else leave_after
-        with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=patience)) as connection:
+        timeout = REPLY_SECONDS if leave_after is None else leave_after
+        with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=timeout)) as connection:
             try:
                 connection.request("POST", "/v2/models/glm_image/infer", json.dumps(body))
                 response = connection.getresponse()
-                told = json.loads(response.read())
+                reply = json.loads(response.read())
             except TimeoutError:
-                return Ending("silence" if leave_after is None else "cancelled")
+                return Outcome("unanswered" if leave_after is None else "cancelled")
             except (OSError, http.client.HTTPException) as error:
-                return Ending("closed", words=repr(error))
+                return Outcome("closed", message=repr(error))
         if response.status != http.client.OK:
-            return _failure(HTTP_STATUS.get(response.status, str(response.status)), told.get("error", ""))
-        return Ending("picture", tuple(text.encode() for text in told["outputs"][0]["data"]))
+            return _failure(HTTP_STATUS.get(response.status, str(response.status)), reply.get("error", ""))
+        return Outcome("image", tuple(text.encode() for text in reply["outputs"][0]["data"]))
 
-    def stream(self, protocol: str, values: Values, *, leave_after: float | None = None) -> Ending:
-        """Follows a request over ``glm_image_stream`` to its picture, or for ``leave_after`` seconds."""
+    def stream(self, protocol: str, values: Values, *, leave_after: float | None = None) -> Outcome:
+        """Streams a request through ``glm_image_stream`` until its image, or for ``leave_after`` seconds."""
         url = f"{protocol}://{self.grpc_url if protocol == 'grpc' else self.http_url}"
         began = time.monotonic()
         try:
-            with GlmImageClient(url, timeout=ANSWER_SECONDS) as client:
+            with GlmImageClient(url, timeout=REPLY_SECONDS) as client:
                 for event in client.stream(**values):
                     if event.result is not None:
-                        return Ending("picture", tuple(base64.b64encode(file) for file in event.result.encoded))
+                        return Outcome("image", tuple(base64.b64encode(file) for file in event.result.encoded))
                     if leave_after is not None and time.monotonic() - began > leave_after:
-                        return Ending("cancelled")
+                        return Outcome("cancelled")
         except RequestTimeout as error:
-            return Ending("silence", words=str(error))
+            return Outcome("unanswered", message=str(error))
         except UnreachableError as error:
-            return Ending("closed", words=str(error))
+            return Outcome("closed", message=str(error))
         except GlmImageClientError as error:
-            return Ending("failed", words=str(error))
-        raise AssertionError("a stream ends with a picture or an error")
+            return Outcome("failed", message=str(error))
+        raise AssertionError("the stream ended without an image or an error")
 
 
-def _failure(status: str, words: str | None) -> Ending:
-    words = f"{status}: {words}"
-    if "deadline" in words or "timeout" in words.lower():
-        return Ending("late", words=words)
+def _failure(status: str, message: str | None) -> Outcome:
+    text = f"{status}: {message}"
+    if "deadline" in text or "timeout" in text.lower():
+        return Outcome("late", message=text)
     if status == "INVALID_ARGUMENT":
-        return Ending("refused", words=words)
-    is_cut = status == "UNAVAILABLE" and any(sign in words for sign in ("ocket", "onnect", "Stream removed", "GOAWAY"))
-    return Ending("closed" if is_cut else "failed", words=words)
+        return Outcome("refused", message=text)
+    is_cut = status == "UNAVAILABLE" and any(sign in text for sign in ("ocket", "onnect", "Stream removed", "GOAWAY"))
+    return Outcome("closed" if is_cut else "failed", message=text)
 
 
 def _type(name: str, value: Any) -> tuple[str, Any]:
@@ -199,80 +196,80 @@ def _strings(raw: bytes) -> Iterator[bytes]:
         begin = end
 
 
-def _good(server: Server, protocol: str, dice: random.Random) -> tuple[Values, Ending]:
-    values = dice.choice(GOOD)
-    return values, server.ask(protocol, values)
+def _good(server: Server, protocol: str, rng: random.Random) -> tuple[Values, Outcome]:
+    values = rng.choice(GOOD)
+    return values, server.send(protocol, values)
 
 
-def _bad(server: Server, protocol: str, dice: random.Random) -> tuple[Values, Ending]:
-    values = dice.choice(BAD)
-    return values, server.ask(protocol, values)
+def _bad(server: Server, protocol: str, rng: random.Random) -> tuple[Values, Outcome]:
+    values = rng.choice(BAD)
+    return values, server.send(protocol, values)
 
 
-def _late(server: Server, protocol: str, dice: random.Random) -> tuple[Values, Ending]:
-    values = dice.choice(GOOD)
-    return values, server.ask(protocol, values, timeout_us=int(10 ** dice.uniform(2, 6)))
+def _late(server: Server, protocol: str, rng: random.Random) -> tuple[Values, Outcome]:
+    values = rng.choice(GOOD)
+    return values, server.send(protocol, values, timeout_us=int(10 ** rng.uniform(2, 6)))
 
 
-def _cancelled(server: Server, protocol: str, dice: random.Random) -> tuple[Values, Ending]:
-    values = dice.choice(GOOD)
-    return values, server.ask(protocol, values, leave_after=dice.uniform(0.01, 0.5))
+def _cancelled(server: Server, protocol: str, rng: random.Random) -> tuple[Values, Outcome]:
+    values = rng.choice(GOOD)
+    return values, server.send(protocol, values, leave_after=rng.uniform(0.01, 0.5))
 
 
-def _streamed(server: Server, protocol: str, dice: random.Random) -> tuple[Values, Ending]:
-    values = dice.choice(GOOD)
+def _streamed(server: Server, protocol: str, rng: random.Random) -> tuple[Values, Outcome]:
+    values = rng.choice(GOOD)
     return values, server.stream(protocol, {**values, "preview_steps": 1, "preview_every": 1})
 
 
-def _left(server: Server, protocol: str, dice: random.Random) -> tuple[Values, Ending]:
-    values = dice.choice(GOOD)
-    return values, server.stream(protocol, values, leave_after=dice.uniform(0.01, 0.5))
+def _left(server: Server, protocol: str, rng: random.Random) -> tuple[Values, Outcome]:
+    values = rng.choice(GOOD)
+    return values, server.stream(protocol, values, leave_after=rng.uniform(0.01, 0.5))
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of request: how it is made, how often, and how it may end while nothing is broken."""
+    """A kind of request: how to send it, how often, and its allowed outcomes while the server works."""
 
-    make: Callable[[Server, str, random.Random], tuple[Values, Ending]]
+    send: Callable[[Server, str, random.Random], tuple[Values, Outcome]]
     weight: int
-    may_end: frozenset[str]
+    allowed: frozenset[str]
 
 
 KINDS: dict[str, Kind] = {
-    "good": Kind(_good, 6, frozenset({"picture"})),
+    "good": Kind(_good, 6, frozenset({"image"})),
     "bad": Kind(_bad, 2, frozenset({"refused"})),
-    "late": Kind(_late, 1, frozenset({"picture", "late"})),
-    "cancelled": Kind(_cancelled, 1, frozenset({"picture", "cancelled"})),
-    "streamed": Kind(_streamed, 2, frozenset({"picture"})),
-    "left": Kind(_left, 1, frozenset({"picture", "cancelled"})),
+    "late": Kind(_late, 1, frozenset({"image", "late"})),
+    "cancelled": Kind(_cancelled, 1, frozenset({"image", "cancelled"})),
+    "streamed": Kind(_streamed, 2, frozenset({"image"})),
+    "left": Kind(_left, 1, frozenset({"image", "cancelled"})),
 }
 
 
-def ask_any(server: Server, dice: random.Random) -> Asked:
+def send_any(server: Server, rng: random.Random) -> RequestRecord:
     """Sends a request of a random kind over a random protocol."""
-    (kind,) = dice.choices(list(KINDS), [one.weight for one in KINDS.values()])
-    protocol = dice.choice(("grpc", "http"))
+    (kind,) = rng.choices(list(KINDS), [kind.weight for kind in KINDS.values()])
+    protocol = rng.choice(("grpc", "http"))
     began = time.monotonic()
-    values, ending = KINDS[kind].make(server, protocol, dice)
-    return Asked(kind, protocol, values, began, time.monotonic(), ending)
+    values, outcome = KINDS[kind].send(server, protocol, rng)
+    return RequestRecord(kind, protocol, values, began, time.monotonic(), outcome)
 
 
-def fault_of(asked: Asked, expected: Mapping[str, tuple[bytes, ...]], was_broken: bool) -> str | None:
-    """Judges how a request ended.
+def fault_of(request: RequestRecord, expected: Mapping[str, tuple[bytes, ...]], was_broken: bool) -> str | None:
+    """Checks the outcome of a request.
 
     Args:
-        asked: the request.
-        expected: the files of each picture, by its prompt.
-        was_broken: whether the server was broken or starting at some time between the question and the answer.
+        request: the request.
+        expected: the files of each request's images, by its prompt.
+        was_broken: whether the server was broken or starting at some time during the request.
 
     Returns:
         What is wrong, or None.
     """
-    ending = asked.ending
-    told = f"{asked.kind} over {asked.protocol} {dict(asked.values)}: {ending.kind} {ending.words}"
-    if ending.kind == "silence":
-        return f"no answer: {told}"
-    if ending.kind == "picture" and ending.files != expected.get(asked.values["prompt"]):
-        return f"another picture: {told}"
-    may_end = KINDS[asked.kind].may_end | ({"failed", "closed"} if was_broken else set())
-    return None if ending.kind in may_end else f"not to be: {told}"
+    outcome = request.outcome
+    description = f"{request.kind} over {request.protocol} {dict(request.values)}: {outcome.kind} {outcome.message}"
+    if outcome.kind == "unanswered":
+        return f"no reply: {description}"
+    if outcome.kind == "image" and outcome.files != expected.get(request.values["prompt"]):
+        return f"another image: {description}"
+    allowed = KINDS[request.kind].allowed | ({"failed", "closed"} if was_broken else set())
+    return None if outcome.kind in allowed else f"unexpected outcome: {description}"

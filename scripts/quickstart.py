@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from glm_image.errors import GlmImageError
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import BadArgumentError, GenerationResult, GlmImageClient, GlmImageClientError, RefusedError
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,7 @@ def keep(server: TritonServer) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.checkpoint or tiny_checkpoint()
-    server = TritonServer(checkpoint)
+    server = TritonServer(ServerSettings(checkpoint))
     try:
         with progress("Starting Triton and loading the models"):
             server.start()

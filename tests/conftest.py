@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from glm_image.ar.settings import ArSettings
 from glm_image.pipeline import LocalPipeline, LocalSettings
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from helpers import MakeCheckpoint
 from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint
 from parity.reference import load_reference
@@ -80,7 +80,7 @@ def same_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def triton(tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
     """The server of all tests that need no other."""
-    with TritonServer(tiny_checkpoint, drain_seconds=DRAIN_SECONDS) as server:
+    with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=DRAIN_SECONDS)) as server:
         yield server
         assert server.returncode is None, server.log_tail
 

@@ -27,7 +27,8 @@ from glm_image.ar.commands import Release, Step
 from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.scheduler_thread import SchedulerThread
 from glm_image.ar.sequence import Request
-from glm_image.ipc import EventListener, IpcServer
+from glm_image.ipc.client import EventListener
+from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.limits import Limits

@@ -36,7 +36,7 @@ from served import DRAIN_SECONDS, checkpoint_of, server_parser
 
 from glm_image.dit.metrics import STEP_SECONDS
 from glm_image.request.geometry import Size, generated_size, target_grid
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import GlmImageClient, PriorTokens
 
 TOKEN_VALUES = 64
@@ -94,7 +94,7 @@ def served(checkpoint: Path | None, flags: argparse.Namespace, **devices: list[s
     started = time.monotonic()
     with (
         repository_with(flags.model_repository, [*parameters, *flags.parameter], models) as repository,
-        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
+        TritonServer(ServerSettings(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS)) as server,
     ):
         report("start to ready", seconds=time.monotonic() - started, **devices)
         yield Urls(server.grpc_url, server.metrics_url)

@@ -36,7 +36,7 @@ from servers import PROC, descendants
 from capacity_planner.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
 from capacity_planner.times import tokens_of
 from glm_image.ar.admission import ADMISSIONS
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import AsyncGlmImageClient
 
 HOST = "host"
@@ -104,7 +104,7 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
     with (
         checkpoint_of(flags) as checkpoint,
         deployed(flags) as repository,
-        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
+        TritonServer(ServerSettings(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS)) as server,
     ):
         yield Served(server.http_url, server.grpc_url, os.getpid())
 

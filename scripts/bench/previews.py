@@ -29,8 +29,9 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.dit.commands import Decode, Estimate, Prepare, Step
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
-from glm_image.ipc import EventListener, IpcServer
+from glm_image.ipc.client import EventListener
 from glm_image.ipc.protocol import Event
+from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.lifecycle.preview_rpc import EstimatePublisher
 from glm_image.lifecycle.registry import RequestRegistry, RequestState

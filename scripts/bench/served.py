@@ -34,7 +34,7 @@ from measure import PROMPT, add_size, new_parser, parse, report, size_name
 from servers import memory, tiny_checkpoint
 
 from glm_image.request.geometry import Size
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 
 MODELS = ("glm_image", "glm_ar", "glm_dit")
 DIFFERENT_SEEDS = 16
@@ -138,7 +138,7 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
     with (
         checkpoint_of(flags) as checkpoint,
         deployed(flags) as repository,
-        TritonServer(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS) as server,
+        TritonServer(ServerSettings(checkpoint, model_repository=repository, drain_seconds=DRAIN_SECONDS)) as server,
     ):
         if flags.mps:
             clients = mps_clients()

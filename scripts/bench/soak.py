@@ -31,7 +31,7 @@ from ceilings import report_ceilings_of
 from measure import new_parser, parse, report
 from servers import processes, resident_bytes, shared_memory_bytes, tiny_checkpoint
 
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 
 Values = dict[str, Any]
 
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         report_ceilings_of("auto", brief=flags.brief)
         checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))
-        with TritonServer(checkpoint) as server:
+        with TritonServer(ServerSettings(checkpoint)) as server:
             return measure(server, flags)
 
 

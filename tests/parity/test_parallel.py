@@ -218,7 +218,7 @@ from pathlib import Path
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.ar.engine import ArEngine
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint import Checkpoint
+from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.parallel.rank_group import WorkerConfig
 engine = ArEngine(Checkpoint.open(Path(sys.argv[1])), open_device("cpu"), ArSettings(), workers=WorkerConfig(("cpu",)))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from glm_image.ipc.run_directory import VARIABLE
+from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.pipeline import LocalPipeline
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.settings import default_model_repository
 
 
@@ -22,8 +22,8 @@ def bare_triton(
     repository = tmp_path_factory.mktemp("bare") / "models"
     shutil.copytree(default_model_repository(), repository, ignore=shutil.ignore_patterns("__pycache__"))
     for model in repository.glob("*/1/model.py"):
-        model.write_text(f"import os\n\ndel os.environ[{VARIABLE!r}]\n{model.read_text()}")
-    with TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=1) as server:
+        model.write_text(f"import os\n\ndel os.environ[{RUN_DIRECTORY_VARIABLE!r}]\n{model.read_text()}")
+    with TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=1)) as server:
         yield server
         assert server.returncode is None, server.log_tail
 

@@ -1,4 +1,4 @@
-"""``python -m glm_image.supervisor`` as a process over small models, what it started, and requests that are held."""
+"""``python -m glm_image.supervisor`` as a process over small models, its descendants, and requests held in a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ END_TIMEOUT_SECONDS = 60
 CONFIG = """
 backend: "python"
 max_batch_size: 0
-input [{ name: "order" data_type: TYPE_STRING dims: [1] }]
-output [{ name: "answer" data_type: TYPE_STRING dims: [1] }]
+input [{ name: "command" data_type: TYPE_STRING dims: [1] }]
+output [{ name: "reply" data_type: TYPE_STRING dims: [1] }]
 instance_group [{ count: 1 kind: KIND_CPU }]
 """
 
@@ -34,16 +34,16 @@ def write_model(repository: Path, name: str, source: str) -> None:
     (repository / name / "1" / "model.py").write_text(source)
 
 
-def ask(http_url: str, do: str, **arguments: object) -> object:
-    order = json.dumps({"do": do, "with": arguments})
-    body = {"inputs": [{"name": "order", "shape": [1], "datatype": "BYTES", "data": [order]}]}
+def call(http_url: str, do: str, **arguments: object) -> object:
+    command = json.dumps({"do": do, "with": arguments})
+    body = {"inputs": [{"name": "command", "shape": [1], "datatype": "BYTES", "data": [command]}]}
     request = urllib.request.Request(f"http://{http_url}/v2/models/worker/infer", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=END_TIMEOUT_SECONDS) as response:
         return json.loads(json.load(response)["outputs"][0]["data"][0])
 
 
 class Served:
-    """``python -m glm_image.supervisor`` as a process, and what it started."""
+    """``python -m glm_image.supervisor`` as a process, and its descendants."""
 
     def __init__(self, checkpoint: Path, repository: Path, *flags: str) -> None:
         ports = [flag for kind in ("http", "grpc", "metrics") for flag in (f"--{kind}-port", "0")]
@@ -66,9 +66,9 @@ class Served:
         assert self.ready_line.startswith("ready: http://127.0.0.1:"), self.log.read_text()
         self.http_url = self.ready_line.split()[1].removeprefix("http://")
         self.family = descendants(self.process.pid)
-        # Supervisor, then guard, tritonserver and stub.
+        # Supervisor, then watchdog, tritonserver and stub.
         assert len(self.family) == 3
-        self.guard, self.triton, self.stub = self.family
+        self.watchdog, self.triton, self.stub = self.family
         self.regions = regions_of(self.triton)
         assert self.regions
         self.run_directory = Path(f"/proc/{self.triton}/cwd").readlink().parents[1]
@@ -86,7 +86,7 @@ class Served:
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Whatever a test does, its supervisor ends with it, and the rest with the supervisor."""
+    """Kills the supervisor at the end of the test, which ends its descendants."""
     try:
         yield
     finally:
@@ -95,15 +95,15 @@ def ended(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below ``pid``, parents before children."""
+    """Returns all descendants of ``pid``, parents before children."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, its_parent in parents.items() if its_parent == parent]
-    return found[1:]
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+    return family[1:]
 
 
 def regions_of(pid: int) -> list[Path]:
@@ -117,28 +117,28 @@ def wait_gone(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        assert select.select([descriptor], [], [], END_TIMEOUT_SECONDS)[0], f"process {pid} lingers"
+        assert select.select([descriptor], [], [], END_TIMEOUT_SECONDS)[0], f"process {pid} is still there"
     finally:
         os.close(descriptor)
 
 
 class HeldRequest:
-    """A request that is inside the model until ``release``."""
+    """A request that the model holds until ``release``."""
 
     def __init__(self, http_url: str, folder: Path) -> None:
         self._entered, self._go = folder / "entered", folder / "go"
         os.mkfifo(self._entered)
         os.mkfifo(self._go)
-        self.answer: object = None
-        self._thread = threading.Thread(target=self._ask, args=(http_url,))
+        self.reply: object = None
+        self._thread = threading.Thread(target=self._call, args=(http_url,))
         self._thread.start()
         assert self._entered.read_text() == "entered"
 
-    def _ask(self, http_url: str) -> None:
+    def _call(self, http_url: str) -> None:
         try:
-            self.answer = ask(http_url, "hold", entered=str(self._entered), go=str(self._go))
+            self.reply = call(http_url, "hold", entered=str(self._entered), go=str(self._go))
         except OSError as error:
-            self.answer = error
+            self.reply = error
 
     def release(self) -> object:
         self._go.write_text("done")
@@ -146,15 +146,15 @@ class HeldRequest:
 
     def wait(self) -> object:
         self._thread.join(END_TIMEOUT_SECONDS)
-        return self.answer
+        return self.reply
 
 
-def wait_for_log(served: Served, words: str) -> None:
-    """Follows the supervisor's log until it says ``words``, or the supervisor has ended without them."""
+def wait_for_log(served: Served, text: str) -> None:
+    """Follows the supervisor's log until a line contains ``text``; fails if the supervisor ends first."""
     command = ["tail", "-n", "+1", f"--pid={served.process.pid}", "-F", str(served.log)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tail:
         assert tail.stdout is not None
         try:
-            assert any(words in line for line in tail.stdout)
+            assert any(text in line for line in tail.stdout)
         finally:
             tail.kill()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from server.kserve import Outputs, Values, grpc_infer, metadata
 from server.test_metrics import Page, page_when
 from server.test_placement import copy_repository, set_parameter
@@ -26,7 +26,7 @@ def gathering(tiny_checkpoint: Path, same_threads: None, tmp_path: Path) -> Iter
     repository = copy_repository(tmp_path / "models", "glm_image", "glm_ar", "glm_dit", "glm_control")
     set_parameter(repository, "glm_ar", "admission", "gathered")
     log = io.StringIO()
-    with TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=5, log=log) as server:
+    with TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=5), log=log) as server:
         yield server
     assert "has not reported in the expected time" not in log.getvalue()
 

@@ -12,7 +12,7 @@ from glm_image.dit.cache import CacheSettings
 from glm_image.dit.settings import DitSettings
 from glm_image.pipeline import LocalPipeline, LocalSettings
 from glm_image.request.parameters import GenerationParameters
-from glm_image.supervisor import ServerStartError, TritonServer
+from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from server.kserve import KServeError, Values, at_once, grpc_infer, metadata
 from server.test_metrics import Page, page_when
 from server.test_placement import copy_repository, edit, set_parameter
@@ -46,7 +46,7 @@ def test_pictures_of_several_sizes_at_once(tiny_checkpoint: Path, same_threads: 
     settings = CacheSettings(residual_diff_threshold=1.0, enable_taylorseer=True)
     with (
         LocalPipeline(tiny_checkpoint, "cpu", LocalSettings(dit=DitSettings(cache=settings))) as local,
-        TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=5) as server,
+        TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=5)) as server,
     ):
         expected = [local.generate(GenerationParameters(**asked)) for asked in REQUESTS]
         prior = grpc_infer(server, {**ASKED, "height": 512, "width": 512, "seed": 5}, "glm_ar")
@@ -68,4 +68,4 @@ def test_too_many_blocks_stop_the_load(tiny_checkpoint: Path, tmp_path: Path) ->
     set_parameter(repository, "glm_dit", "cache", "cache_dit")
     set_parameter(repository, "glm_dit", "cache_Fn_compute_blocks", "2")
     with pytest.raises(ServerStartError, match=r"glm_dit failed to load: cache_Fn_compute_blocks .* allowed: fewer"):
-        TritonServer(tiny_checkpoint, model_repository=repository).__enter__()
+        TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository)).__enter__()

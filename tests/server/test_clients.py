@@ -27,7 +27,7 @@ from tritonclient.utils import InferenceServerException, shared_memory
 
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.parameters import GenerationParameters
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
 from server.kserve import decoded, infer_inputs
 from server.regions import registered_region
@@ -134,7 +134,7 @@ class TestSharedMemory:
 
     @pytest.fixture(scope="class")
     def opened(self, tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
-        with TritonServer(tiny_checkpoint, drain_seconds=5, open_apis=["shared-memory"]) as server:
+        with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=5, open_apis=("shared-memory",))) as server:
             yield server
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from bench.soak import processes
 from glm_image.errors import ConfigurationError
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.api_access import CLOSABLE_APIS
 from server.kserve import Values, grpc_infer, http_binary_infer, infer_inputs
 from server.regions import registered_region
@@ -152,7 +152,7 @@ def test_it_listens_on_loopback_alone(triton: TritonServer) -> None:
 @pytest.mark.full
 def test_an_open_door_is_open_and_the_others_are_closed(tiny_checkpoint: Path, same_threads: None) -> None:
     """System shared memory for the pixels, as local clients like it."""
-    with TritonServer(tiny_checkpoint, open_apis=["shared-memory"], drain_seconds=5) as server:
+    with TritonServer(ServerSettings(tiny_checkpoint, open_apis=("shared-memory",), drain_seconds=5)) as server:
         for door in CLOSABLE_APIS:
             status = ask(server, *HTTP[door][0])[0]
             assert status == (200 if door == "shared-memory" else 403), door
@@ -171,12 +171,12 @@ def test_an_open_door_is_open_and_the_others_are_closed(tiny_checkpoint: Path, s
 @pytest.mark.parametrize("name", ["inference", "health", "", "shared_memory"])
 def test_only_these_doors_can_be_opened(tiny_checkpoint: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"--open-apis has .*; allowed: model-repository, shared-memory"):
-        TritonServer(tiny_checkpoint, open_apis=[name])
+        TritonServer(ServerSettings(tiny_checkpoint, open_apis=(name,)))
 
 
 def test_an_address_for_others_is_warned_of(tiny_checkpoint: Path) -> None:
-    assert TritonServer(tiny_checkpoint).exposure is None
-    assert TritonServer(tiny_checkpoint, host="localhost").exposure is None
-    exposed = TritonServer(tiny_checkpoint, host="0.0.0.0")
+    assert TritonServer(ServerSettings(tiny_checkpoint)).exposure is None
+    assert TritonServer(ServerSettings(tiny_checkpoint, host="localhost")).exposure is None
+    exposed = TritonServer(ServerSettings(tiny_checkpoint, host="0.0.0.0"))
     assert exposed.exposure is not None
     assert "0.0.0.0 is not a loopback address" in exposed.exposure

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
 
 from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.config.schema import OUTPUTS, REQUEST_INPUTS, STAGE_TENSORS, STREAM_INPUTS
+from glm_image.errors import DeadlineExceededError
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.request.declaration import parameters
 from glm_image.request.tensors import TensorSpec
 from glm_image.supervisor import ServerSettings, TritonServer
@@ -124,6 +127,17 @@ def test_the_quoted_error_is_the_server_s(triton: TritonServer) -> None:
         generate(triton, {"prompt": "x", "height": 0})
     assert "`height is 0; allowed: 32 to 2048`" in API
     assert refused.value.status == "400"
+
+
+def test_the_quoted_deadline_error_is_that_of_a_request() -> None:
+    context = RequestContext("fox-1", deadline_ns=time.monotonic_ns() + 5 * NANOSECONDS)
+    with pytest.raises(DeadlineExceededError) as refused:
+        context.check(needed_seconds=8.16)
+    assert _without_seconds(f"`{refused.value}`") in _without_seconds(TEXTS["docs/requests.md"])
+
+
+def _without_seconds(text: str) -> str:
+    return re.sub(r"\d+\.\d{3} s", "N s", text)
 
 
 @pytest.mark.parametrize("name", ["configuration.md", "cached_denoising.md"])

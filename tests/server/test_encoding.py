@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from server.kserve import Values, files, grpc_infer
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -66,7 +66,7 @@ def test_the_next_request_is_denoised_while_one_is_encoded(tiny_checkpoint: Path
         os.mkfifo(tmp_path / name)
     encoding, denoised = Told(tmp_path / "encoding"), Told(tmp_path / "denoised")
     with (
-        TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=5) as server,
+        TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=5)) as server,
         ThreadPoolExecutor(2) as clients,
     ):
         first = clients.submit(grpc_infer, server, {**PRIOR, "output_format": "png"}, "glm_dit")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm_image.supervisor import ServerStartError, TritonServer
+from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from glm_image_client import GlmImageClient
 from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
 from server.test_profiles import images_by_instance
@@ -64,7 +64,7 @@ def two_instances(
     unusable.mkdir()
     (unusable / "model_index.json").write_text("{}")
     log = io.StringIO()
-    with TritonServer(unusable, model_repository=repository, drain_seconds=5, log=log) as server:
+    with TritonServer(ServerSettings(unusable, model_repository=repository, drain_seconds=5), log=log) as server:
         LOGS[server] = log
         yield server
 
@@ -166,7 +166,7 @@ def test_a_wrong_parameter_ends_the_start_with_the_models_words(
     repository = copy_repository(tmp_path, model)
     set_parameter(repository, model, parameter, value)
     with pytest.raises(ServerStartError, match=re.escape(sentence)) as refused:
-        TritonServer(tiny_checkpoint, model_repository=repository).__enter__()
+        TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository)).__enter__()
     assert str(refused.value).startswith(f"{model} failed to load: {parameter.removesuffix('s')}")
 
 
@@ -174,7 +174,7 @@ def test_an_unknown_parameter_is_named(tiny_checkpoint: Path, tmp_path: Path) ->
     repository = copy_repository(tmp_path, "glm_dit")
     edit(repository, "glm_dit", 'key: "devices"', 'key: "device"')
     with pytest.raises(ServerStartError, match="glm_dit failed to load: parameter 'device' is not known; allowed: "):
-        TritonServer(tiny_checkpoint, model_repository=repository).__enter__()
+        TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository)).__enter__()
 
 
 def test_an_instance_takes_the_entry_of_its_index(two_instances: TritonServer) -> None:
@@ -192,4 +192,4 @@ def test_what_a_checkpoint_lacks_is_named(tiny_checkpoint: Path, tmp_path: Path)
     config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 9}))
     repository = copy_repository(tmp_path / "models", "glm_dit")
     with pytest.raises(ServerStartError, match=r"glm_dit failed to load: .*vae.*shape"):
-        TritonServer(checkpoint, model_repository=repository).__enter__()
+        TritonServer(ServerSettings(checkpoint, model_repository=repository)).__enter__()

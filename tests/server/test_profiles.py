@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glm_image.config.profiles import PROFILES
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from server.kserve import at_once, grpc_infer
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -37,7 +37,9 @@ def images_by_instance(server: TritonServer) -> dict[int, int]:
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.full) for name in MANY)])
 def test_profile_is_served(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    server = TritonServer(tiny_checkpoint, model_repository=on_cpu_cards(tmp_path), profile=name, drain_seconds=5)
+    server = TritonServer(
+        ServerSettings(tiny_checkpoint, model_repository=on_cpu_cards(tmp_path), profile=name, drain_seconds=5)
+    )
     instances = len(PROFILES[name].dit.entries)
     asked = {"prompt": "a fox", "height": 64, "width": 64, "num_inference_steps": 30 if instances > 1 else 1}
     with server:

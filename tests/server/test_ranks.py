@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.restarts import RestartPolicy, keep_running
 from glm_image_client import GlmImageClient
 from server.kserve import KServeError, Values, at_once, grpc_infer
@@ -91,7 +91,7 @@ def test_a_rank_that_is_lost_under_a_request(
     alone = grpc_infer(triton, ASKED)["images"].astype(int)
     log, ready = io.StringIO(), threading.Semaphore(0)
     repository = _repository(tmp_path, HANG_SECONDS)
-    server = TritonServer(tiny_checkpoint, model_repository=repository, drain_seconds=5, log=log)
+    server = TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=5), log=log)
     with _kept(server, ready):
         seen = set(_workers().values())
         for stage, doing in (("glm_ar", "decode"), ("glm_dit", "denoise")):
@@ -124,7 +124,9 @@ def test_pictures_of_stages_over_two_devices(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone = grpc_infer(triton, ASKED)["images"].astype(int)
-    with TritonServer(tiny_checkpoint, model_repository=_repository(tmp_path), drain_seconds=5) as server:
+    with TritonServer(
+        ServerSettings(tiny_checkpoint, model_repository=_repository(tmp_path), drain_seconds=5)
+    ) as server:
         workers = _workers()
         assert set(workers) == {"glm_ar", "glm_dit"}
         # At once, so that commands for several requests reach the ranks between each other.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from glm_image.request.stages import STAGE_ORDER
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import GlmImageClient
 from server.kserve import KServeError, Values, at_once, decoded, grpc_infer, metadata
 from server.streaming import Response, grpc_stream, http_stream, texts
@@ -160,7 +160,7 @@ def test_streams_beside_each_other_are_not_mixed(triton: TritonServer) -> None:
 
 def test_a_drained_server_finishes_its_streams(tiny_checkpoint: Path, same_threads: None) -> None:
     """And ends by itself, with nothing of them left."""
-    with TritonServer(tiny_checkpoint, drain_seconds=30) as server:
+    with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=30)) as server:
         with GlmImageClient(f"grpc://{server.grpc_url}") as client:
             asked = {**SMALL, "num_inference_steps": 30}
             over_sse, by_client = http_stream(server, asked), client.stream(**asked)

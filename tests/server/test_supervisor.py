@@ -1,4 +1,4 @@
-"""The supervisor over a real Triton with a small Python model: starts, refusals, every kind of end."""
+"""The supervisor over a real Triton with a small Python model: starts, refusals, ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from glm_image.supervisor import ServerStartError, TritonServer
+from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from glm_image.supervisor.settings import free_ports
 from glm_image.supervisor.watchdog import SHARED_MEMORY
 from server.served import (
@@ -20,7 +20,7 @@ from server.served import (
     REPOSITORY_ROOT,
     HeldRequest,
     Served,
-    ask,
+    call,
     descendants,
     ended,
     wait_for_log,
@@ -41,14 +41,14 @@ class TritonPythonModel:
         self.profile = json.loads(args["model_config"]).get("parameters", {}).get("profile", {}).get("string_value")
 
     def execute(self, requests):
-        return [pb_utils.InferenceResponse([self.answer(request)]) for request in requests]
+        return [pb_utils.InferenceResponse([self.reply(request)]) for request in requests]
 
-    def answer(self, request):
-        order = json.loads(pb_utils.get_input_tensor_by_name(request, "order").as_numpy()[0])
-        answer = getattr(self, order["do"])(**order.get("with", {}))
-        return pb_utils.Tensor("answer", np.array([json.dumps(answer).encode()], dtype=object))
+    def reply(self, request):
+        command = json.loads(pb_utils.get_input_tensor_by_name(request, "command").as_numpy()[0])
+        reply = getattr(self, command["do"])(**command.get("with", {}))
+        return pb_utils.Tensor("reply", np.array([json.dumps(reply).encode()], dtype=object))
 
-    def tell(self):
+    def describe(self):
         return {
             "package": str(Path(glm_image.__file__).resolve().parent),
             "checkpoint": os.environ["GLM_IMAGE_CHECKPOINT"],
@@ -72,14 +72,14 @@ class TritonPythonModel:
         raise CheckpointError('vae/config.json has no "latents_mean"')
 """
 
-# Says that it loads, and then loads until it is killed.
+# Logs that it is loading, and then loads until it is killed.
 HANGING_MODEL = """
 import os, signal
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        print("loading without end", flush=True)
+        print("loading forever", flush=True)
         signal.pause()
 """
 
@@ -108,9 +108,9 @@ def served(checkpoint: Path, repository: Path) -> Iterator[Served]:
         yield served
 
 
-def test_models_get_the_package_the_checkpoint_and_the_profile(checkpoint: Path, repository: Path) -> None:
-    with TritonServer(checkpoint, model_repository=repository, profile="special") as server:
-        assert ask(server.http_url, "tell") == {
+def test_models_receive_package_checkpoint_and_profile(checkpoint: Path, repository: Path) -> None:
+    with TritonServer(ServerSettings(checkpoint, model_repository=repository, profile="special")) as server:
+        assert call(server.http_url, "describe") == {
             "package": str(REPOSITORY_ROOT / "python_backends" / "glm_image"),
             "checkpoint": str(checkpoint),
             "profile": "special",
@@ -126,16 +126,16 @@ def test_models_get_the_package_the_checkpoint_and_the_profile(checkpoint: Path,
     assert not list(SHARED_MEMORY.glob(f"{prefix}*"))
 
 
-def test_servers_stand_side_by_side_and_stop_alone(checkpoint: Path, repository: Path, served: Served) -> None:
-    with TritonServer(checkpoint, model_repository=repository) as other:
+def test_servers_run_side_by_side_and_stop_independently(checkpoint: Path, repository: Path, served: Served) -> None:
+    with TritonServer(ServerSettings(checkpoint, model_repository=repository)) as other:
         assert other.http_url != served.http_url
         assert served.stop(signal.SIGTERM) == 0
         served.assert_gone()
-        assert isinstance(ask(other.http_url, "tell"), dict)
+        assert isinstance(call(other.http_url, "describe"), dict)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_lets_the_request_in_flight_end(served: Served, number: signal.Signals, tmp_path: Path) -> None:
+def test_stop_waits_for_the_request_in_flight(served: Served, number: signal.Signals, tmp_path: Path) -> None:
     held = HeldRequest(served.http_url, tmp_path)
     served.process.send_signal(number)
     assert held.release() == "done"
@@ -143,7 +143,7 @@ def test_a_stop_lets_the_request_in_flight_end(served: Served, number: signal.Si
     served.assert_gone()
 
 
-def test_a_second_signal_kills(served: Served, tmp_path: Path) -> None:
+def test_second_signal_kills(served: Served, tmp_path: Path) -> None:
     held = HeldRequest(served.http_url, tmp_path)
     served.process.send_signal(signal.SIGTERM)
     wait_for_log(served, "Signal (15) received")
@@ -152,7 +152,7 @@ def test_a_second_signal_kills(served: Served, tmp_path: Path) -> None:
     assert isinstance(held.wait(), OSError)
 
 
-def test_a_request_that_outlasts_the_drain_is_cut(checkpoint: Path, repository: Path, tmp_path: Path) -> None:
+def test_request_longer_than_the_drain_is_cut_off(checkpoint: Path, repository: Path, tmp_path: Path) -> None:
     served = Served(checkpoint, repository, "--drain-seconds", "1")
     with ended(served.process):
         served.wait_ready()
@@ -163,52 +163,52 @@ def test_a_request_that_outlasts_the_drain_is_cut(checkpoint: Path, repository: 
 
 
 def test_nothing_outlives_a_killed_supervisor(served: Served) -> None:
-    orphan = ask(served.http_url, "spawn")
+    orphan = call(served.http_url, "spawn")
     assert isinstance(orphan, int)
     assert served.stop(signal.SIGKILL) == -signal.SIGKILL
     served.assert_gone()
     wait_gone(orphan)
 
 
-def test_nothing_outlives_a_killed_guard(checkpoint: Path, repository: Path) -> None:
+def test_nothing_outlives_a_killed_watchdog(checkpoint: Path, repository: Path) -> None:
     served = Served(checkpoint, repository, "--max-restarts", "0")
     with ended(served.process):
         served.wait_ready()
-        os.kill(served.guard, signal.SIGKILL)
+        os.kill(served.watchdog, signal.SIGKILL)
         assert served.process.wait(END_TIMEOUT_SECONDS) == 3
         served.assert_gone()
 
 
-def test_a_process_that_a_model_left_ends_with_the_server(served: Served) -> None:
-    orphan = ask(served.http_url, "spawn")
+def test_process_started_by_a_model_ends_with_the_server(served: Served) -> None:
+    orphan = call(served.http_url, "spawn")
     assert isinstance(orphan, int)
     assert served.stop(signal.SIGTERM) == 0
     wait_gone(orphan)
 
 
-def test_a_failing_model_is_told_in_its_own_words(checkpoint: Path, repository: Path) -> None:
+def test_failing_model_is_reported_with_its_own_error(checkpoint: Path, repository: Path) -> None:
     write_model(repository, "broken", FAILING_MODEL)
     served = Served(checkpoint, repository)
     with ended(served.process):
         assert served.process.wait(END_TIMEOUT_SECONDS) == 1
-        told = served.log.read_text().splitlines()[-1]
-        assert told == 'error: broken failed to load: vae/config.json has no "latents_mean"'
+        last_line = served.log.read_text().splitlines()[-1]
+        assert last_line == 'error: broken failed to load: vae/config.json has no "latents_mean"'
         with pytest.raises(ServerStartError, match="broken failed to load: vae"):
-            TritonServer(checkpoint, model_repository=repository).__enter__()
+            TritonServer(ServerSettings(checkpoint, model_repository=repository)).__enter__()
 
 
-def test_a_model_without_code_is_told_of(checkpoint: Path, repository: Path) -> None:
+def test_model_without_code_is_reported(checkpoint: Path, repository: Path) -> None:
     write_model(repository, "empty", "")
     (repository / "empty" / "1" / "model.py").unlink()
     with pytest.raises(ServerStartError, match=r"Python model file not found in '.*/empty/1/model\.py'"):
-        TritonServer(checkpoint, model_repository=repository).__enter__()
+        TritonServer(ServerSettings(checkpoint, model_repository=repository)).__enter__()
 
 
-def test_a_stop_while_loading(checkpoint: Path, repository: Path) -> None:
+def test_stop_while_loading(checkpoint: Path, repository: Path) -> None:
     write_model(repository, "slow", HANGING_MODEL)
     served = Served(checkpoint, repository)
     with ended(served.process):
-        wait_for_log(served, "loading without end")
+        wait_for_log(served, "loading forever")
         family = descendants(served.process.pid)
         assert len(family) == 4
         assert served.stop(signal.SIGTERM) == 0
@@ -217,31 +217,29 @@ def test_a_stop_while_loading(checkpoint: Path, repository: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--profile", "tpu"], "error: --profile is tpu; allowed: special"),
         (["--http-port", "{busy}"], "error: --http-port is {busy}, on which 127.0.0.1 already listens"),
         (["--checkpoint", "/nowhere"], "error: --checkpoint is /nowhere, which is not a folder"),
     ],
 )
-def test_refusals_before_a_start(checkpoint: Path, repository: Path, flags: list[str], told: str) -> None:
+def test_invalid_flags_are_refused(checkpoint: Path, repository: Path, flags: list[str], message: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         busy = str(listener.getsockname()[1])
         served = Served(checkpoint, repository, *(flag.format(busy=busy) for flag in flags))
         with ended(served.process):
             assert served.process.wait(END_TIMEOUT_SECONDS) == 2
     (line,) = served.log.read_text().splitlines()
-    assert line.startswith(told.format(busy=busy))
+    assert line.startswith(message.format(busy=busy))
 
 
-def test_another_port_is_taken_when_a_chosen_one_is_lost(
-    checkpoint: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_port_is_replaced_by_another(checkpoint: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         lost = listener.getsockname()[1]
-        choices = iter([[*free_ports("127.0.0.1", 2), lost], free_ports("127.0.0.1", 3)])  # the last one is for HTTP
-        monkeypatch.setattr("glm_image.supervisor.settings.free_ports", lambda *_: next(choices))
-        with TritonServer(checkpoint, model_repository=repository) as server:
+        port_choices = iter([[*free_ports("127.0.0.1", 2), lost], free_ports("127.0.0.1", 3)])  # the last is HTTP's
+        monkeypatch.setattr("glm_image.supervisor.settings.free_ports", lambda *_: next(port_choices))
+        with TritonServer(ServerSettings(checkpoint, model_repository=repository)) as server:
             assert server.http_url != f"127.0.0.1:{lost}"
-            assert isinstance(ask(server.http_url, "tell"), dict)
-    assert next(choices, None) is None
+            assert isinstance(call(server.http_url, "describe"), dict)
+    assert next(port_choices, None) is None

@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from glm_image.request.stages import Stage
-from glm_image.supervisor import TritonServer
+from glm_image.supervisor import ServerSettings, TritonServer
 from helpers import serving
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -66,7 +66,7 @@ def collector() -> Iterator[Collector]:
 @pytest.mark.full
 def test_the_stages_lie_below_their_models(tiny_checkpoint: Path, same_threads: None, collector: Collector) -> None:
     endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-    with TritonServer(tiny_checkpoint, drain_seconds=5, otlp_traces_endpoint=endpoint) as server:
+    with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=5, otlp_traces_endpoint=endpoint)) as server:
         body = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "output_format": "png"}
         request = urllib.request.Request(
             f"http://{server.http_url}/v2/models/glm_image/generate",

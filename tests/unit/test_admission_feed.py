@@ -17,8 +17,8 @@ from glm_image.ar.scheduler import Run
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
-from glm_image.ipc import IpcServer
 from glm_image.ipc.protocol import Event
+from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.lifecycle.downstream import DitLoadFeed, DitLoadReporter
 from glm_image.request.limits import Limits

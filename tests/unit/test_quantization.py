@@ -81,7 +81,7 @@ def test_a_row_is_rounded_to_half_a_step_whatever_the_others_are() -> None:
 def test_fp8_is_refused_where_there_are_no_such_products(
     checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigurationError, match="quantization is 'fp8', but a CPU has no fast products of fp8"):
+    with pytest.raises(ConfigurationError, match="quantization is 'fp8', but a CPU has no fast fp8 products"):
         open_engine(checkpoint_folder, "fp8")
     cuda, npu = CudaDevice(torch.device("cuda:0")), object.__new__(NpuDevice)
     for capability, refused in (((8, 0), True), ((8, 9), False), ((9, 0), False)):

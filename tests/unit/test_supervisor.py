@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from glm_image.config.models import DRAINED
 from glm_image.errors import CheckpointError, ConfigurationError
 from glm_image.supervisor import watchdog
 from glm_image.supervisor.api_access import CLOSABLE_APIS, closing_flags, is_loopback
@@ -22,7 +21,6 @@ from glm_image.supervisor.settings import ServerSettings, default_model_reposito
 from glm_image.supervisor.triton_log import (
     SERVICES,
     StartFailure,
-    drained_model,
     start_failure,
     started_service,
     syntax_error,
@@ -39,7 +37,7 @@ def settings(tmp_path: Path) -> ServerSettings:
         (tmp_path / "models" / model / "configs").mkdir(parents=True)
         for config in ["config", *(f"configs/{profile}" for profile in profiles)]:
             (tmp_path / "models" / model / f"{config}.pbtxt").write_text("")
-    return ServerSettings(checkpoint, tmp_path / "models", http_port=0, grpc_port=0, metrics_port=0)
+    return ServerSettings(checkpoint, model_repository=tmp_path / "models")
 
 
 @pytest.fixture
@@ -119,7 +117,7 @@ class TestSettings:
             "grpc_port": 8001,
             "metrics_port": 8002,
             "drain_seconds": 60,
-            "open_apis": None,
+            "open_apis": (),
             "max_request_bytes": 192 * 1024 * 1024,
             "max_restarts": 5,
             "request_log": None,
@@ -208,19 +206,14 @@ class TestLog:
         assert failure.message == "Socket '127.0.0.1:18001' already in use"
 
     @pytest.mark.parametrize(
-        ("line", "drained", "unloaded"),
+        ("line", "unloaded"),
         [
-            (f"2026-11-22 08:51:42,993 glm_image_stream_0_0 {DRAINED}\n", "glm_image_stream", None),
-            (f"2026-11-22 08:51:42,993 glm_image_stream_0_0 a prompt: {DRAINED}\n", None, None),
-            (
-                "I1122 08:51:44.0 9 model_lifecycle.cc:624] \"successfully unloaded 'glm_ar' version 1\"\n",
-                None,
-                "glm_ar",
-            ),
+            ("I1122 08:51:44.0 9 model_lifecycle.cc:624] \"successfully unloaded 'glm_ar' version 1\"\n", "glm_ar"),
+            ("2026-11-22 08:51:42,993 glm_ar_0_0 a prompt: \"successfully unloaded 'glm_ar' version 1\" \\n", None),
         ],
     )
-    def test_what_a_stop_waits_for(self, line: str, drained: str | None, unloaded: str | None) -> None:
-        assert (drained_model(line), unloaded_model(line)) == (drained, unloaded)
+    def test_unloaded_model_is_read_from_the_end_of_a_line(self, line: str, unloaded: str | None) -> None:
+        assert unloaded_model(line) == unloaded
 
     def test_an_ordinary_line(self) -> None:
         assert start_failure("I1122 02:06:43.2 4474 model_lifecycle.cc:839] \"successfully loaded 'good'\"\n") is None

@@ -1,4 +1,4 @@
-"""The guard's reading of processes, and the page that a process shares with it."""
+"""The watchdog's view of processes, the heartbeat file that a process shares with it, and its timers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from glm_image.supervisor.watchdog import LOOK_SECONDS, PAGE, SILENT_LOOKS, Stat, WatchedProcess, children_of, read_page
+from glm_image.supervisor.watchdog import (
+    CHECK_SECONDS,
+    HEARTBEAT,
+    MAX_MISSED_CHECKS,
+    HeartbeatRecord,
+    Stat,
+    Timers,
+    WatchedProcess,
+    children_of,
+    drained_models,
+)
 from glm_image.telemetry.heartbeat import BEAT_SECONDS, Heartbeat
 
 PAUSED = [sys.executable, "-c", "import signal; signal.pause()"]
@@ -28,127 +38,162 @@ def paused() -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.fixture
-def pulse(tmp_path: Path) -> Iterator[Heartbeat]:
-    pulse = Heartbeat("worker_0", 0.01, tmp_path)
-    yield pulse
-    pulse.close()
+def heartbeat(tmp_path: Path) -> Iterator[Heartbeat]:
+    heartbeat = Heartbeat("worker_0", 0.01, tmp_path)
+    yield heartbeat
+    heartbeat.close()
 
 
-def ended(watched: WatchedProcess) -> bool:
-    return bool(select.select([watched.ended], [], [], TIMEOUT)[0])
+def ended(process: WatchedProcess) -> bool:
+    return bool(select.select([process.ended], [], [], TIMEOUT)[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_end_by_a_signal(paused: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    watched = WatchedProcess(paused.pid, "worker_0", None)
+def test_end_by_a_signal_is_described(paused: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    process = WatchedProcess(paused.pid, "worker_0", None)
     assert paused.pid in children_of(os.getpid())
-    assert watched.fault() is None
+    assert process.check() is None
     os.kill(paused.pid, number)
-    assert ended(watched)
-    assert watched.end() == (f"worker_0 (process {paused.pid}) was killed by {number.name}", True)
-    assert watched.fault() is None  # which is not for this to tell
+    assert ended(process)
+    assert process.end() == (f"worker_0 (process {paused.pid}) was killed by {number.name}", True)
+    assert process.check() is None  # reported through ``ended``
     paused.wait()
-    assert watched.end() == (f"worker_0 (process {paused.pid}) ended", False)
+    assert process.end() == (f"worker_0 (process {paused.pid}) ended", False)
     assert Stat.read(paused.pid) is None
 
 
-def test_the_end_with_a_code() -> None:
-    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as process:
-        watched = WatchedProcess(process.pid, "worker_0", None)
-        assert ended(watched)
-        assert watched.end() == (f"worker_0 (process {process.pid}) ended with exit code 7", False)
+def test_end_with_an_exit_code_is_described() -> None:
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as child:
+        process = WatchedProcess(child.pid, "worker_0", None)
+        assert ended(process)
+        assert process.end() == (f"worker_0 (process {child.pid}) ended with exit code 7", False)
 
 
-def test_a_stopped_process_is_given_up_after_some_looks(paused: subprocess.Popen[bytes]) -> None:
-    watched = WatchedProcess(paused.pid, "worker_0", None)
+def test_stopped_process_is_a_fault_after_some_checks(paused: subprocess.Popen[bytes]) -> None:
+    process = WatchedProcess(paused.pid, "worker_0", None)
     os.kill(paused.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, paused.pid, os.WSTOPPED | os.WNOWAIT)
-    looks = [watched.fault() for _ in range(SILENT_LOOKS)]
-    assert looks[:-1] == [None] * (SILENT_LOOKS - 1)
-    assert looks[-1] == f"worker_0 (process {paused.pid}) has been stopped for seconds"
+    faults = [process.check() for _ in range(MAX_MISSED_CHECKS)]
+    assert faults[:-1] == [None] * (MAX_MISSED_CHECKS - 1)
+    assert faults[-1] == f"worker_0 (process {paused.pid}) has been stopped for seconds"
 
 
-def test_one_that_goes_on_in_time_is_not(paused: subprocess.Popen[bytes]) -> None:
-    watched = WatchedProcess(paused.pid, "worker_0", None)
+def test_process_that_continues_in_time_is_no_fault(paused: subprocess.Popen[bytes]) -> None:
+    process = WatchedProcess(paused.pid, "worker_0", None)
     for _ in range(3):
         os.kill(paused.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, paused.pid, os.WSTOPPED | os.WNOWAIT)
-        assert [watched.fault() for _ in range(SILENT_LOOKS - 1)] == [None] * (SILENT_LOOKS - 1)
+        assert [process.check() for _ in range(MAX_MISSED_CHECKS - 1)] == [None] * (MAX_MISSED_CHECKS - 1)
         os.kill(paused.pid, signal.SIGCONT)
         os.waitid(os.P_PID, paused.pid, os.WCONTINUED | os.WNOWAIT)
-        assert watched.fault() is None
+        assert process.check() is None
 
 
-def test_a_page_without_beats_is_a_hang(pulse: Heartbeat, tmp_path: Path) -> None:
-    page = tmp_path / "worker_0.page"
-    assert read_page(page)[0] == 0  # not to be looked at before the start
-    pulse.start(is_alive=lambda: False)
-    watched = WatchedProcess(os.getpid(), "worker_0", page)
-    assert watched.fault() is None
-    told = [watched.fault() for _ in range(SILENT_LOOKS)]
-    assert told[-1] is not None
-    assert "hangs: it has shown no sign of life" in told[-1]
+def test_heartbeat_without_beats_is_a_hang(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    path = tmp_path / "worker_0.heartbeat"
+    assert HeartbeatRecord.read(path).pid == 0  # not watched before the start
+    heartbeat.start(is_alive=lambda: False)
+    process = WatchedProcess(os.getpid(), "worker_0", path)
+    assert process.check() is None
+    faults = [process.check() for _ in range(MAX_MISSED_CHECKS)]
+    assert faults[-1] is not None
+    assert "hangs: it has shown no sign of life" in faults[-1]
 
 
-def test_beats_come_faster_than_looks(pulse: Heartbeat, tmp_path: Path) -> None:
-    assert 2 * BEAT_SECONDS <= LOOK_SECONDS
-    asked = threading.Semaphore(0)
-    pulse.start(is_alive=lambda: asked.release() is None)
+def test_beats_are_more_frequent_than_checks(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    assert 2 * BEAT_SECONDS <= CHECK_SECONDS
+    called = threading.Semaphore(0)
+    heartbeat.start(is_alive=lambda: called.release() is None)
     for _ in range(2):
-        assert asked.acquire(timeout=TIMEOUT)
-    pid, beats, busy_since, may_last = read_page(tmp_path / "worker_0.page")
-    assert (pid, busy_since, may_last) == (os.getpid(), 0, 10_000_000)
-    assert beats >= 1
+        assert called.acquire(timeout=TIMEOUT)
+    record = HeartbeatRecord.read(tmp_path / "worker_0.heartbeat")
+    assert (record.pid, record.busy_since, record.hang_ns) == (os.getpid(), 0, 10_000_000)
+    assert record.beats >= 1
 
 
-def test_a_command_that_lasts_too_long_is_a_hang(pulse: Heartbeat, tmp_path: Path) -> None:
-    pulse.start()
-    watched = WatchedProcess(os.getpid(), "worker_0", tmp_path / "worker_0.page")
-    over = threading.Event()
-    told: list[str | None] = []
+def test_command_longer_than_hang_seconds_is_a_hang(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    heartbeat.start()
+    process = WatchedProcess(os.getpid(), "worker_0", tmp_path / "worker_0.heartbeat")
+    never = threading.Event()
+    faults: list[str | None] = []
 
     def command(_: None) -> None:
-        assert not over.wait(0.02)  # longer than it may
-        told.append(watched.fault())
+        assert not never.wait(0.02)  # longer than allowed
+        faults.append(process.check())
 
-    pulse.watched(command)(None)
-    assert told[0] is not None
-    assert "more than hang_seconds (0.01)" in told[0]
-    assert read_page(tmp_path / "worker_0.page")[2] == 0
-
-
-def test_the_oldest_of_several_commands_counts(pulse: Heartbeat, tmp_path: Path) -> None:
-    page = tmp_path / "worker_0.page"
-    with pulse.busy():
-        first = read_page(page)[2]
-        with pulse.busy():
-            assert read_page(page)[2] == first > 0
-    assert read_page(page)[2] == 0
+    heartbeat.watched(command)(None)
+    assert faults[0] is not None
+    assert "more than hang_seconds (0.01)" in faults[0]
+    assert HeartbeatRecord.read(tmp_path / "worker_0.heartbeat").busy_since == 0
 
 
-def test_an_order_to_drain_arrives(pulse: Heartbeat, tmp_path: Path) -> None:
+def test_oldest_of_several_commands_counts(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    path = tmp_path / "worker_0.heartbeat"
+    with heartbeat.busy():
+        first = HeartbeatRecord.read(path).busy_since
+        with heartbeat.busy():
+            assert HeartbeatRecord.read(path).busy_since == first > 0
+    assert HeartbeatRecord.read(path).busy_since == 0
+
+
+def test_drain_command_runs_its_callback(heartbeat: Heartbeat, tmp_path: Path) -> None:
     drained = threading.Event()
-    pulse.start(commands={"drain": drained.set})
-    (tmp_path / "worker_0.orders").write_text("drain\n")
+    heartbeat.start(commands={"drain": drained.set})
+    (tmp_path / "worker_0.commands").write_text("drain\n")
     assert drained.wait(TIMEOUT)
 
 
-def test_a_closed_pulse_is_not_looked_at(tmp_path: Path) -> None:
-    pulse = Heartbeat("worker_0", 0.0, tmp_path)
-    pulse.start()
-    pulse.close()
-    assert read_page(tmp_path / "worker_0.page")[0] == 0
+def test_model_is_drained_when_all_its_instances_are(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    other = Heartbeat("worker_1", 0.0, tmp_path)
+    assert drained_models(tmp_path) == set()
+    heartbeat.mark_drained()
+    assert drained_models(tmp_path) == set()
+    other.mark_drained()
+    assert drained_models(tmp_path) == {"worker"}
+    other.close()
 
 
-def test_a_page_that_is_just_being_made(tmp_path: Path) -> None:
-    (tmp_path / "x.page").write_bytes(b"\0" * (PAGE.size - 1))
-    assert read_page(tmp_path / "x.page") == (0, 0, 0, 0)
+def test_closed_heartbeat_is_not_watched(tmp_path: Path) -> None:
+    heartbeat = Heartbeat("worker_0", 0.0, tmp_path)
+    heartbeat.start()
+    heartbeat.close()
+    assert HeartbeatRecord.read(tmp_path / "worker_0.heartbeat").pid == 0
 
 
-def test_without_a_server_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_heartbeat_file_reads_as_zeros(tmp_path: Path) -> None:
+    (tmp_path / "x.heartbeat").write_bytes(b"\1" * (HEARTBEAT.size - 1))
+    assert HeartbeatRecord.read(tmp_path / "x.heartbeat") == (0, 0, 0, 0, 0)
+
+
+def test_heartbeat_without_a_server_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLM_IMAGE_RUN_DIRECTORY", raising=False)
-    pulse = Heartbeat("worker_0", 1.0)
-    pulse.start()
-    with pulse.busy():
+    heartbeat = Heartbeat("worker_0", 1.0)
+    heartbeat.start()
+    with heartbeat.busy():
         pass
-    pulse.close()
+    heartbeat.close()
+
+
+def test_timers_run_what_is_due_and_keep_the_rest() -> None:
+    timers, runs = Timers(), []
+
+    def first() -> None:
+        runs.append("first")
+        timers.start(first, 3600)
+
+    def second() -> None:
+        runs.append("second")
+
+    timers.start(first, 0)
+    timers.start(second, 3600)
+    assert timers.seconds_left() == 0
+    timers.run_due()
+    assert runs == ["first"]
+    assert timers.is_running(first)
+    timers.start_at_most(second, 7200)
+    assert 3500 < timers.seconds_left() <= 3600
+    timers.start_at_most(second, 0)
+    timers.cancel(first)
+    timers.run_due()
+    assert runs == ["first", "second"]
+    assert not timers.is_running(second)

@@ -7,8 +7,5 @@ from typing import Final
 ENTRY_MODELS: Final = ("glm_image", "glm_image_stream")
 """The models that clients send whole requests to; a draining server unloads them first."""
 
-DRAINED: Final = "has no requests and takes no more"
-"""Log line of the only instance of such a model when its last request has ended."""
-
 STAGES: Final = ("glm_control", "glm_dit", "glm_ar")
 """The models that a draining server unloads, in this order, when no request is left; ``glm_ar`` unloads them all."""

@@ -1,4 +1,4 @@
-"""CUDA GPUs and Ascend NPUs: one code over ``torch.cuda`` and ``torch.npu``, which mirror each other."""
+"""CUDA GPUs and Ascend NPUs, over ``torch.cuda`` and ``torch.npu``, which have the same interface."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from glm_image.devices.base import Device, DeviceEvent, Memory, error_chain
 from glm_image.devices.quantization import QuantizedRows
 from glm_image.request.geometry import Size
 
-WARM_UP_STEPS = 2  # libraries make their handles and choose their kernels outside the capture
-
-
+WARM_UP_STEPS = 2  # libraries create handles and choose kernels, which must happen outside the capture
 FP8_CAPABILITY = (8, 9)
 
 
@@ -32,7 +30,7 @@ class _Event:
 
 
 class _Replay:
-    """A captured step. The graph knows only addresses, so whatever the step holds must live as long as it does."""
+    """A captured step. The graph holds addresses only, so it keeps the step, and with it the tensors, alive."""
 
     def __init__(self, graph: Any, launch: Callable[[Any], None], step: Callable[[], None]) -> None:
         self._graph, self._launch, self._step = graph, launch, step
@@ -42,7 +40,7 @@ class _Replay:
 
 
 class AcceleratorDevice(Device):
-    """A device with its own memory and a queue of work."""
+    """A device with its own memory and streams."""
 
     warmup_sizes = (Size(1024, 1024),)
 
@@ -51,22 +49,21 @@ class AcceleratorDevice(Device):
         self._runtime: Any = runtime
 
     def set_current(self) -> None:
-        """Makes this the calling thread's current device."""
         self._runtime.set_device(self.torch_device)
 
     def memory(self) -> Memory:
-        """Returns the card's memory; free is what nobody uses, and what this process holds but has no tensors in."""
+        """Returns the device's memory; memory that this process has reserved without tensors in it counts as free."""
         free, total = self._runtime.mem_get_info(self.torch_device)
-        held = self._runtime.memory_reserved(self.torch_device) - self._runtime.memory_allocated(self.torch_device)
-        return Memory(free + held, total)
+        reserved = self._runtime.memory_reserved(self.torch_device) - self._runtime.memory_allocated(self.torch_device)
+        return Memory(free + reserved, total)
 
     def peak_memory(self) -> int:
-        """Returns the most that tensors have taken."""
+        """Returns the peak memory of tensors."""
         peak: int = self._runtime.max_memory_allocated(self.torch_device)
         return peak
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """See ``Device``; torch_npu raises its own RuntimeError where it does not know torch's class."""
+        """See ``Device``; torch_npu may raise a RuntimeError of its own in place of torch's class."""
         return any(
             isinstance(cause, torch.OutOfMemoryError)
             or (isinstance(cause, RuntimeError) and "out of memory" in str(cause).lower())
@@ -74,24 +71,22 @@ class AcceleratorDevice(Device):
         )
 
     def release_unused(self) -> None:
-        """Empties the allocator's cache."""
         self._runtime.empty_cache()
 
     def record_event(self) -> DeviceEvent:
-        """Records an event on the calling thread's stream."""
         event = self._runtime.Event()
         event.record()
         return _Event(event)
 
     def graph_pool(self) -> object:
-        """Returns a handle; the memory goes with the last step captured in it."""
+        """Returns a handle; the memory is freed with the last step captured in it."""
         handle: object = self._runtime.graph_pool_handle()
         return handle
 
     def capture(
         self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
     ) -> Callable[[], None]:
-        """Captures ``step`` in a graph, after running it on a side stream unless it is warm."""
+        """Captures ``step`` in a graph; unless it is warm, runs it on a side stream first."""
         self.set_current()
         if not warm:
             side = self._runtime.Stream()
@@ -111,9 +106,9 @@ class AcceleratorDevice(Device):
 
     @abstractmethod
     def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
-        """Returns a context whose work goes into a graph.
+        """Returns a context that captures work into a graph.
 
-        Only the calling thread is held to the rules of a capture: another may be decoding or loading meanwhile.
+        The restrictions of a capture apply to the calling thread only: others may decode or load meanwhile.
         """
 
     def _launch(self, graph: Any) -> None:
@@ -125,7 +120,7 @@ class AcceleratorDevice(Device):
 
 
 class NpuDevice(AcceleratorDevice):
-    """An Ascend NPU through torch_npu; written to its published interface, never run on one."""
+    """An Ascend NPU through torch_npu; written against its published interface, never run on an NPU."""
 
     attention_backend = "_native_npu"
 
@@ -144,34 +139,32 @@ class NpuDevice(AcceleratorDevice):
         return context
 
     def _launch(self, graph: Any) -> None:
-        # Operators with arguments on the host wait for an update in every replay. A step keeps its lengths on the
-        # device, so there is nothing to change, but one that torch chooses for it must not wait forever.
+        # Operators with host arguments wait for an update in every replay. A step keeps its lengths on the device, so
+        # there is nothing to update, but an operator that torch has chosen must not wait forever.
         graph.update(cpu_update_input=[{}])
         graph.replay()
 
     def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Widens the weights on their way into the matrix unit; see ``Device.int8_product``."""
-        if hidden.dtype == torch.float32:  # which the operator does not take
+        """Casts the weights as they enter the matrix unit; see ``Device.int8_product``."""
+        if hidden.dtype == torch.float32:  # not supported by the operator
             return super().int8_product(hidden, weight, scale)
-        # A view of the weights [k, n], in rows of k as they are stored: the layout the operator is fastest with.
+        # A transposed view [k, n] of the stored weights, the layout with which the operator is fastest.
         product: Tensor = torch.ops.npu.npu_weight_quant_batchmatmul(
             hidden.flatten(0, -2), weight.t(), antiquant_scale=scale.to(hidden.dtype)
         )
         return product.view(*hidden.shape[:-1], -1)
 
     def unsupported_quantization_reason(self, quantization: str) -> str | None:
-        """There is int8 alone."""
-        return "the products of fp8 are CUDA's" if quantization == "fp8" else None
+        return "fp8 products need CUDA" if quantization == "fp8" else None
 
     def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> QuantizedRows:
-        """Rounds to int8 in one pass."""
         import torch_npu  # noqa: PLC0415
 
         values, scales = torch_npu.npu_dynamic_quant(matrix)
         return QuantizedRows(values, scales.unsqueeze(1))
 
     def scaled_product(self, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        """Multiplies, scales and adds in one operator."""
+        """Multiplies, scales and adds the bias in one operator."""
         import torch_npu  # noqa: PLC0415
 
         product: Tensor = torch_npu.npu_quant_matmul(
@@ -202,14 +195,14 @@ class CudaDevice(AcceleratorDevice):
         return context
 
     def unsupported_quantization_reason(self, quantization: str) -> str | None:
-        """Products of fp8 came with compute capability 8.9 (Ada, Hopper)."""
+        """Requires compute capability 8.9 (Ada, Hopper) for fp8."""
         capability = self._runtime.get_device_capability(self.torch_device)
         if quantization == "fp8" and capability < FP8_CAPABILITY:
             return f"{self} has compute capability {capability[0]}.{capability[1]}, and fp8 needs 8.9 or above"
         return None
 
     def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``Device.attention_with_lse``; by cuDNN, the fastest at the lengths of pictures."""
+        """See ``Device.attention_with_lse``; uses cuDNN, the fastest at the lengths of images."""
         heads_first = (tensor.transpose(1, 2) for tensor in (query, keys, values))
         attended, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)
         return attended.transpose(1, 2), lse.view(lse.shape[:3]).float()

@@ -1,4 +1,4 @@
-"""Attention of one new token a slot over a static cache, in the two ways devices want it."""
+"""Attention of one new token per slot over a static KV cache, in two implementations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def masked_decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """Reads the whole cache under a mask: no host reads, so it can be captured. Shapes as ``Device.decode_attention``.
+    """Reads the whole cache under a mask, without host reads: capturable. Shapes as ``Device.decode_attention``.
 
-    The heads that share a KV head are laid out as its queries, so the cache is read once and never repeated.
+    The heads that share a KV head become its queries, so the cache is read once and not expanded.
     """
     slots, heads, head_dim = query.shape
     grouped = query.view(slots, keys.shape[1], -1, head_dim)
@@ -20,9 +20,9 @@ def masked_decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths
 
 
 def ragged_decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """Reads only what each slot has, slot by slot, with ``lengths`` on the host. Shapes as in the other way.
+    """Reads each slot's valid positions, slot by slot, with ``lengths`` on the host. Shapes as above.
 
-    Each slot's call is the one the reference makes for a batch of one, bit for bit.
+    Each slot's call equals the reference implementation's for a batch of one, bit for bit.
     """
     rows = [
         F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""The interface every kind of device has."""
+"""The interface that every kind of device implements, in the terms of ``torch.cuda``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from glm_image.request.geometry import Size
 
 
 class DeviceEvent(Protocol):
-    """A point in a device's queue of work."""
+    """A point in a device's stream."""
 
     def synchronize(self) -> None:
-        """Blocks the host until the device has passed the point."""
+        """Blocks the host until the device has reached the point."""
 
 
 def error_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Gives an error and what it was raised in dealing with: a capture that runs out of memory ends with another."""
+    """Yields an error and its causes: a graph capture that runs out of memory ends with another error."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -37,19 +37,19 @@ class Memory(NamedTuple):
 
 
 class Device(ABC):
-    """One device and what the engines ask of it.
+    """One device.
 
     Attributes:
-        torch_device: where tensors are placed.
-        default_dtype: what ``dtype: auto`` stands for.
-        runs_triton: whether the kernels of ``glm_image.kernels`` run here.
-        attention_backend: diffusers' name of the attention to use here; None where torch's own choice is right.
-        lse_attention_backend: diffusers' name of what ``attention_with_lse`` is; "" where there is none.
-        warmup_sizes: pictures painted and sources read at load, because libraries load and choose kernels at first use.
-        hang_seconds: what one command of an engine never takes here; a first one may compile kernels.
-        is_host: whether the host's own cores compute. There it is one thread that should: OpenMP keeps threads for each
-            that ever has, and once they are more than the cores they no longer wait for work awake, which makes
-            steps over small matrices take twice as long.
+        torch_device: the device of tensors.
+        default_dtype: the dtype of ``dtype: auto``.
+        runs_triton: whether the kernels of ``glm_image.kernels`` run on it.
+        attention_backend: diffusers' name of the attention to use; None for torch's default.
+        lse_attention_backend: diffusers' name of the backend of ``attention_with_lse``; "" if there is none.
+        warmup_sizes: sizes of the images denoised and read at load, as libraries load and choose kernels at first use.
+        hang_seconds: the longest time for one command of an engine; the first may compile kernels.
+        is_host: whether the host's cores compute. If so, run all compute on one thread: OpenMP keeps a thread pool per
+            calling thread, and once the pools exceed the cores, workers stop spinning and small steps take twice as
+            long.
     """
 
     default_dtype = torch.bfloat16
@@ -68,7 +68,7 @@ class Device(ABC):
         return self._display_name
 
     def generator(self, seed: int) -> torch.Generator:
-        """Returns a generator on this device, seeded with any signed or unsigned 64-bit integer."""
+        """Returns a generator on this device; ``seed`` is any signed or unsigned 64-bit integer."""
         return torch.Generator(self.torch_device).manual_seed(seed)
 
     @abstractmethod
@@ -77,43 +77,43 @@ class Device(ABC):
 
     @abstractmethod
     def memory(self) -> Memory:
-        """Returns the free and total memory."""
+        """Returns the free and the total memory."""
 
     @abstractmethod
     def peak_memory(self) -> int:
-        """Returns the most memory in bytes that this process has held here."""
+        """Returns this process's peak memory in bytes."""
 
     @abstractmethod
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Tells whether an allocation here failed, be it while another error was dealt with."""
+        """Whether ``error``, or a cause of it, is a failed allocation on this device."""
 
     @abstractmethod
     def release_unused(self) -> None:
-        """Gives memory back that this process holds and has no tensors in."""
+        """Frees memory that this process has reserved and holds no tensors in."""
 
     @abstractmethod
     def record_event(self) -> DeviceEvent:
-        """Marks the end of the work enqueued so far by this thread."""
+        """Records an event after the work that this thread has enqueued so far."""
 
     def graph_pool(self) -> object | None:
-        """Returns memory for several captured steps; None where a step needs none of its own."""
+        """Returns a memory pool for several captured steps; None where captures need none."""
         return None
 
     @abstractmethod
     def capture(
         self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
     ) -> Callable[[], None]:
-        """Returns a callable that does what ``step`` does, with as few launches as the device can.
+        """Returns a callable equivalent to ``step``, with as few launches as possible.
 
         Args:
-            step: reads and writes only tensors that stay where they are, and never waits for the device.
-            warm: whether ``step`` has run before; otherwise it may be run here, more than once.
-            pool: from ``graph_pool``: what is captured with the same one works in the same memory, so it never runs at
-                the same time and hands nothing on but in tensors made before; None = memory of its own.
+            step: reads and writes only tensors at fixed addresses, and never waits for the device.
+            warm: whether ``step`` has run before; if not, it may be run here more than once.
+            pool: from ``graph_pool``. Steps captured with one pool share memory: they must not run concurrently, and
+                may pass data on only in tensors allocated before. None = a pool of its own.
         """
 
     def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Attends, and tells what partial results are merged by.
+        """Attention that also returns the log-sum-exp, by which partial results are merged.
 
         Args:
             query: [batch, tokens, heads, head_dim].
@@ -121,18 +121,16 @@ class Device(ABC):
             values: as ``keys``.
 
         Returns:
-            As ``query``, and the logarithm of the sum of the exponentiated scores, fp32 [batch, heads, tokens].
+            The output, shaped like ``query``, and the log-sum-exp of the scores, fp32 [batch, heads, tokens].
 
         Raises:
-            ConfigurationError: the device cannot.
+            ConfigurationError: the device has no such attention.
         """
-        raise ConfigurationError(f"{self} has no attention that tells its sums; allowed for parallel: all but ring")
+        raise ConfigurationError(f"{self} has no attention with log-sum-exp; allowed for parallel: all but ring")
 
     @abstractmethod
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        """Attends from one new token a slot to the slot's cache.
-
-        What a slot gets depends on nothing in the others.
+        """Attention of one new token per slot over the slot's KV cache; independent between slots.
 
         Args:
             query: [slots, heads, head_dim].
@@ -145,7 +143,7 @@ class Device(ABC):
         """
 
     def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Multiplies activations by ``weight * scale[:, None]``.
+        """Computes ``hidden @ (weight * scale[:, None]).T``.
 
         Args:
             hidden: [..., k].
@@ -159,12 +157,12 @@ class Device(ABC):
 
     @abstractmethod
     def unsupported_quantization_reason(self, quantization: str) -> str | None:
-        """Returns why this device can't multiply ``int8`` or ``fp8`` matrices; None when it can."""
+        """Returns why this device cannot multiply ``int8`` or ``fp8`` matrices; None if it can."""
 
     def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> QuantizedRows:
-        """See ``quantized.quantize_rows``."""
+        """See ``quantization.quantize_rows``."""
         return quantization.quantize_rows(matrix, dtype)
 
     def scaled_product(self, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        """See ``quantized.scaled_product``."""
+        """See ``quantization.scaled_product``."""
         return quantization.scaled_product(rows, weight, bias, dtype)

@@ -1,4 +1,4 @@
-"""The CPU: the exact one, where everything is fp32 and runs at once."""
+"""The CPU: the exact device, synchronous and with fp32 by default."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from glm_image.devices.base import Device, DeviceEvent, Memory, error_chain
 KIBIBYTE = 1024
 
 
-class _Passed:
+class _CompletedEvent:
     def synchronize(self) -> None:
-        """Work on a CPU is done when the call returns."""
+        """Does nothing: calls are synchronous."""
 
 
 class CpuDevice(Device):
@@ -29,10 +29,10 @@ class CpuDevice(Device):
     is_host = True
 
     def set_current(self) -> None:
-        """Nothing to choose."""
+        """Does nothing."""
 
     def memory(self) -> Memory:
-        """Returns the host's memory; what only caches files counts as free."""
+        """Returns the host's memory; the page cache counts as free."""
         lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         sizes = {name: int(size) * KIBIBYTE for name, size, *_ in lines}
         return Memory(sizes["MemAvailable:"], sizes["MemTotal:"])
@@ -42,23 +42,22 @@ class CpuDevice(Device):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """See ``Device``; torch has no class of its own for this on the CPU."""
+        """See ``Device``; torch has no error class for this on the CPU."""
         return any(
             isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and "DefaultCPUAllocator" in str(cause))
             for cause in error_chain(error)
         )
 
     def release_unused(self) -> None:
-        """Nothing is held: what is freed goes back."""
+        """Does nothing: there is no caching allocator."""
 
     def record_event(self) -> DeviceEvent:
-        """Returns a mark already passed."""
-        return _Passed()
+        return _CompletedEvent()
 
     def capture(
         self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
     ) -> Callable[[], None]:
-        """Returns ``step`` itself: there are no launches to save."""
+        """Returns ``step`` itself: a CPU has no launches to save."""
         return step
 
     def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,5 +71,4 @@ class CpuDevice(Device):
         return ragged_decode_attention(query, keys, values, lengths)
 
     def unsupported_quantization_reason(self, quantization: str) -> str | None:
-        """There is int8 alone."""
-        return "a CPU has no fast products of fp8" if quantization == "fp8" else None
+        return "a CPU has no fast fp8 products" if quantization == "fp8" else None

@@ -1,4 +1,4 @@
-"""The accelerators of this machine, found without a framework, which would fix what its process sees."""
+"""Finds this machine's accelerators without importing torch, which would fix what the process sees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 VISIBLE_VARIABLES: Final = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
-"""What tells each runtime which cards a process sees; read once, when the framework is imported or first used."""
+"""The variables that select the devices a process sees; read once, when torch is imported or first used."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Accelerators:
     """Accelerators of one kind.
 
     Attributes:
-        kind: ``npu`` or ``cuda``; ``cpu`` where there are none.
-        ids: what the runtime's variable calls each; ``npu:1`` is the second of them.
+        kind: ``npu`` or ``cuda``; ``cpu`` if there are none.
+        ids: their ids in the runtime's variable; ``npu:1`` is the second of them.
     """
 
     kind: str
@@ -35,25 +35,25 @@ class Accelerators:
         return f"{self.kind}:0{last}"
 
     def has(self, device: str) -> bool:
-        """Tells whether a device such as ``npu:1`` is one of them; every host has ``cpu``, numbered or not."""
+        """Whether ``device``, such as ``npu:1``, is one of them; ``cpu`` and ``cpu:N`` always are."""
         kind, _, index = device.partition(":")
         return kind == "cpu" or (kind == self.kind and int(index) < len(self.ids))
 
 
 def find_accelerators(environment: Mapping[str, str] = os.environ) -> Accelerators:
-    """Returns the cards that a process with this environment may use."""
+    """Returns the accelerators that are visible to a process with this environment."""
     for kind, count in (("npu", _count_npus), ("cuda", _count_gpus)):
-        found = tuple(map(str, range(count())))
-        ids = _listed(environment.get(VISIBLE_VARIABLES[kind]), found)
-        if found and ids:
+        present = tuple(map(str, range(count())))
+        ids = _visible_ids(environment.get(VISIBLE_VARIABLES[kind]), present)
+        if present and ids:
             return Accelerators(kind, ids)
     return Accelerators("cpu")
 
 
-def _listed(value: str | None, found: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns what a variable lists, up to the first that is none, as CUDA reads it; all cards where it is not set."""
+def _visible_ids(value: str | None, present: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the ids in a variable up to the first invalid one, as CUDA does; all if the variable is not set."""
     if value is None:
-        return found
+        return present
     names = (name.strip() for name in value.split(","))
     return tuple(takewhile(lambda name: name and not name.startswith("-"), names))
 
@@ -69,7 +69,7 @@ def _count_gpus() -> int:
         return 0
     count = ctypes.c_uint(0)
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")  # as torch counts them; it needs no context on a card
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")  # as torch counts them; needs no context on a device
     except OSError:
         return 0
     if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):

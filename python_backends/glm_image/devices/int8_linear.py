@@ -1,4 +1,4 @@
-"""Linear layers with int8 weights: half the bytes to read a token, at a rounding error a row."""
+"""Linear layers with int8 weights, which halve the bytes that a decode step reads."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights are int8 with one scale a row; activations keep their dtype.
+    """A linear layer with int8 weights and one scale per row; activations keep their dtype.
 
     Args:
-        linear: what it is made of.
-        product: the device's.
+        linear: the layer to quantize.
+        product: the device's ``int8_product``.
 
     Attributes:
         weight: int8 [n, k].
-        scale: fp32 [n]; ``weight * scale[:, None]`` is the layer's matrix.
+        scale: fp32 [n]; the layer's matrix is ``weight * scale[:, None]``.
         bias: [n] in the activations' dtype, or None.
     """
 
@@ -33,13 +33,13 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear, product: Int8Product) -> None:
         super().__init__()
         self._product = product
-        rounded, scales = quantize_rows(linear.weight, torch.int8)
-        self.weight = nn.Parameter(rounded, requires_grad=False)
+        values, scales = quantize_rows(linear.weight, torch.int8)
+        self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scales.squeeze(1), requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Multiplies ``hidden`` [..., k]; where there are kernels for it, a decode step does not come this way."""
+        """Applies the layer to ``hidden`` [..., k]; fused decode steps use kernels in place of this."""
         product = self._product(hidden, self.weight, self.scale)
         return product if self.bias is None else product + self.bias
 
@@ -48,7 +48,7 @@ AnyLinear = nn.Linear | Int8Linear
 
 
 def quantize_linears(module: nn.Module, product: Int8Product) -> None:
-    """Replaces a module's own linear layers by their int8 twins; the old weights are freed one by one."""
+    """Replaces a module's direct linear layers by int8 ones; frees the original weights one by one."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):
             setattr(module, name, Int8Linear(child, product))

@@ -1,4 +1,4 @@
-"""Devices opened by the names that a configuration has for them."""
+"""Opens devices by name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from glm_image.errors import ConfigurationError
 
 
 def instance_device(devices: str, instance: int) -> str:
-    """Returns the device of one instance, for a process that sees all devices; see ``glm_image.devices.placement``."""
-    cards = find_accelerators()
-    entries = assign_devices(devices, max(instance + 1, devices.count(";") + 1), cards)
+    """Returns the first device of an instance, in a process that sees all; see ``glm_image.devices.placement``."""
+    entries = assign_devices(devices, max(instance + 1, devices.count(";") + 1), find_accelerators())
     return entries[instance][0]
 
 
-def accelerators() -> tuple[str, int]:
-    """Returns the kind of accelerator of this machine and how many there are; ("cpu", 0) without."""
+def count_accelerators() -> tuple[str, int]:
+    """Returns the kind and number of accelerators that torch finds; ("cpu", 0) if none."""
     if importlib.util.find_spec("torch_npu") is not None:
         import torch_npu  # noqa: F401, PLC0415
 
@@ -37,8 +36,8 @@ def open_device(name: str, display_name: str | None = None) -> Device:
     """Opens a device by name: ``cpu``, ``cpu:1``, ``cuda:0``, ``npu:1``.
 
     Args:
-        name: what this process calls it.
-        display_name: what operators call it, where the process does not see all cards.
+        name: its name in this process.
+        display_name: its name in messages, where the process does not see all devices.
 
     Raises:
         ConfigurationError: the machine has no such device.
@@ -47,14 +46,14 @@ def open_device(name: str, display_name: str | None = None) -> Device:
         raise ConfigurationError(f"device is {name!r}; allowed: cpu, cpu:N, npu:N, cuda:N")
     if name.startswith("cpu"):
         return CpuDevice(torch.device("cpu"), display_name or name)
-    kind, count = accelerators()
-    wanted_kind, index = name.split(":")
-    if wanted_kind != kind or int(index) >= count:
+    kind, count = count_accelerators()
+    named_kind, index = name.split(":")
+    if named_kind != kind or int(index) >= count:
         found = f"{kind}:0 to {kind}:{count - 1}" if count else "cpu only"
         raise ConfigurationError(f"device is {name!r}; found on this machine: {found}")
     return (NpuDevice if kind == "npu" else CudaDevice)(torch.device(name), display_name)
 
 
 def named_dtype(name: str) -> torch.dtype | None:
-    """Returns the dtype a configuration names; None for ``auto``, the device's default."""
+    """Returns the dtype of the parameter ``dtype``; None for ``auto``, the device's default."""
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]

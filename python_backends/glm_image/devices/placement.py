@@ -1,4 +1,4 @@
-"""From the ``devices`` parameter to the devices of one instance, and the environment of its process; no framework."""
+"""Assigns devices to instances, by the parameter ``devices``, and hides the others from a process; without torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Entry = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an instance runs.
+    """The devices of one instance.
 
     Attributes:
-        devices: as the configuration has them, e.g. ``npu:2``.
-        local_names: what they are called in a process with ``environment``, e.g. ``npu:0``.
-        environment: variables to set before the framework is imported.
+        devices: their names in the configuration, e.g. ``npu:2``.
+        local_names: their names in a process with ``environment``, e.g. ``npu:0``.
+        environment: variables to set before torch is imported.
     """
 
     devices: Entry
@@ -38,10 +38,10 @@ class Placement:
 
 
 def parse_devices(devices: str) -> tuple[Entry, ...]:
-    """Reads the parameter: ``npu:0,npu:1;npu:2`` is an instance on two devices and one on a third.
+    """Parses ``devices``: ``npu:0,npu:1;npu:2`` is one instance on two devices and one on a third.
 
     Raises:
-        ConfigurationError: names what is no device.
+        ConfigurationError: an entry names no device, or one twice.
     """
     entries = tuple(tuple(device.strip() for device in entry.split(",")) for entry in devices.split(";"))
     for entry in entries:
@@ -54,92 +54,94 @@ def parse_devices(devices: str) -> tuple[Entry, ...]:
 
 
 def assign_devices(
-    devices: str, instances: int, cards: Accelerators, *, reserve_first: bool = False
+    devices: str, instances: int, accelerators: Accelerators, *, reserve_first: bool = False
 ) -> tuple[Entry, ...]:
     """Returns the devices of every instance of a model.
 
     Args:
-        devices: the parameter. ``auto`` takes the cards in turn, or the CPU where there are none; ``cpu`` alone serves
-            for all instances.
-        instances: how many ``instance_group`` counts.
-        cards: what this machine has.
-        reserve_first: for ``auto``, whether the first card is left to the other stage where there are several.
+        devices: the parameter. ``auto`` assigns the accelerators round-robin, or the CPU if there are none; a single
+            ``cpu`` is shared by all instances.
+        instances: the number of instances.
+        accelerators: of this machine.
+        reserve_first: whether ``auto`` leaves the first of several accelerators to the other stage.
 
     Raises:
-        ConfigurationError: an entry is no device of this machine, or there is not one for each instance.
+        ConfigurationError: an entry is not on this machine, or the number of entries is not ``instances``.
     """
     if devices.strip() == "auto":
-        first = int(reserve_first and len(cards.ids) > 1)
-        own = range(first, len(cards.ids))
-        chosen = [f"{cards.kind}:{own[instance % len(own)]}" if own else "cpu" for instance in range(instances)]
+        first = int(reserve_first and len(accelerators.ids) > 1)
+        usable = range(first, len(accelerators.ids))
+        chosen = (
+            f"{accelerators.kind}:{usable[index % len(usable)]}" if usable else "cpu" for index in range(instances)
+        )
         return tuple((device,) for device in chosen)
-    found = f"found on this machine: {cards}"
+    present = f"found on this machine: {accelerators}"
     entries = parse_devices(devices)
     for entry in entries:
         text = ",".join(entry)
-        if not all(map(cards.has, entry)):
-            raise ConfigurationError(f"devices has the entry {shown(text)!r}; {found}")
+        if not all(map(accelerators.has, entry)):
+            raise ConfigurationError(f"devices has the entry {shown(text)!r}; {present}")
         if len({device.partition(":")[0] for device in entry}) > 1:
             raise ConfigurationError(
-                f"devices has the entry {shown(text)!r}; allowed: devices of one kind in an entry; {found}"
+                f"devices has the entry {shown(text)!r}; allowed: devices of one kind in an entry; {present}"
             )
     if entries == (("cpu",),):
         return entries * instances
     if len(entries) != instances:
         raise ConfigurationError(
             f"devices is {shown(devices)!r}: {len(entries)} for {instances} instances; "
-            f"allowed: as many entries as instance_group counts; {found}"
+            f"allowed: as many entries as instance_group counts; {present}"
         )
     return entries
 
 
-def check_memory_shares(entries: tuple[Entry, ...], memory_utilization: float, cards: Accelerators) -> None:
-    """Refuses instances of a model that would take more than all the memory of a card together.
+def check_memory_shares(entries: tuple[Entry, ...], memory_utilization: float, accelerators: Accelerators) -> None:
+    """Checks that the instances of a model use at most the whole memory of each accelerator.
 
     Raises:
-        ConfigurationError: names the entry.
+        ConfigurationError: they would use more.
     """
-    taken = Counter(device for entry in entries for device in entry if not device.startswith("cpu"))
-    for device, count in taken.items():
+    instances = Counter(device for entry in entries for device in entry if not device.startswith("cpu"))
+    for device, count in instances.items():
         if count * memory_utilization > 1:
             raise ConfigurationError(
                 f"devices has {device!r} for {count} instances, whose memory_utilization of {memory_utilization:g} "
                 f"each comes to {count * memory_utilization:g} of its memory; allowed: at most 1 in all; "
-                f"found on this machine: {cards}"
+                f"found on this machine: {accelerators}"
             )
 
 
 def place_instance(
-    entries: tuple[Entry, ...], instance: int, cards: Accelerators, environment: Mapping[str, str] = os.environ
+    entries: tuple[Entry, ...], instance: int, accelerators: Accelerators, environment: Mapping[str, str] = os.environ
 ) -> Placement:
-    """Returns where one instance runs, and how its process is to see no other card.
+    """Returns the placement of one instance, whose process then sees no other accelerator.
 
     Args:
         entries: of all instances, from ``assign_devices``.
-        instance: which one.
-        cards: what this machine has.
-        environment: what holds so far; a variable that is set there is narrowed, or left alone.
+        instance: the index of the instance.
+        accelerators: of this machine.
+        environment: the process's; its visible devices are narrowed, other variables that are set are kept.
     """
     devices = entries[instance]
     kind = devices[0].partition(":")[0]
     if kind == "cpu":
-        return Placement(devices, devices, _cpu_environment(entries, devices, cards, environment))
-    # The Ascend runtime wants its list in ascending order; devices are then numbered by their place in it.
+        return Placement(devices, devices, _cpu_environment(entries, devices, accelerators, environment))
+    # The Ascend runtime requires ascending order; devices are numbered by their position.
     indices = sorted(int(device.partition(":")[2]) for device in devices)
     local_names = tuple(f"{kind}:{indices.index(int(device.partition(':')[2]))}" for device in devices)
-    variables = {VISIBLE_VARIABLES[kind]: ",".join(cards.ids[index] for index in indices)}
+    variables = {VISIBLE_VARIABLES[kind]: ",".join(accelerators.ids[index] for index in indices)}
     if kind == "cuda" and VISIBLE_VARIABLES[kind] not in environment:
         variables["CUDA_DEVICE_ORDER"] = environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi order
     return Placement(devices, local_names, variables)
 
 
 def _cpu_environment(
-    entries: tuple[Entry, ...], devices: Entry, cards: Accelerators, environment: Mapping[str, str]
+    entries: tuple[Entry, ...], devices: Entry, accelerators: Accelerators, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    variables = {VISIBLE_VARIABLES["cuda"]: ""} if cards.kind == "cuda" else {}
+    variables = {VISIBLE_VARIABLES["cuda"]: ""} if accelerators.kind == "cuda" else {}
     if devices == ("cpu",) or THREADS_VARIABLE in environment:
         return variables
-    shares = len({device for entry in entries for device in entry if device.startswith("cpu:")})
+    processes = len({device for entry in entries for device in entry if device.startswith("cpu:")})
     cores = len(os.sched_getaffinity(0))
-    # Every device of an entry has a process of its own, which inherits this.
-    return {**variables, THREADS_VARIABLE: str(max(1, cores // shares))}
+    # Every device of an entry has a process of its own, which inherits the variable.
+    return {**variables, THREADS_VARIABLE: str(max(1, cores // processes))}

@@ -1,4 +1,4 @@
-"""Matrix products of 8-bit rows: what both factors are, and the product in torch's own operators."""
+"""8-bit quantization by row, and matrix products of quantized factors in torch's operators."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-"""By the name that a configuration gives."""
+"""By the values of the parameter ``quantization``."""
 
 MAX_VALUES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""What the greatest value of a row becomes."""
+"""The quantized value of a row's largest magnitude."""
 
 MIN_ABS_MAX = 1e-12
-"""Stands for the greatest value of a row of zeros."""
+"""The smallest row maximum that a scale is computed from; avoids a zero scale."""
 
 ALIGNMENT = 16
-"""What the sides of a matrix of weights are multiples of; the products of fp8 demand it, those of int8 half of it."""
+"""Weight matrices need sides that are multiples of this: required by fp8 products; int8 products require 8."""
 
 MIN_INT8_ROWS = 17
-"""The least height of a product of int8 on CUDA."""
+"""The minimum number of rows of an int8 product on CUDA."""
 
 MIN_FP8_ROWS = 32
-"""The least height that products of fp8 are given on CUDA: for fewer rows cuBLAS lacks some of the shapes."""
+"""The minimum number of rows of an fp8 product on CUDA: cuBLAS does not support some shapes with fewer."""
 
 
 class QuantizedRows(NamedTuple):
-    """A matrix in 8 bits, ``values * scales``.
+    """A matrix quantized by row: ``values * scales``.
 
     Attributes:
         values: int8 or float8_e4m3fn [rows, k].
@@ -40,7 +40,7 @@ class QuantizedRows(NamedTuple):
 
 
 def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> QuantizedRows:
-    """Rounds a matrix [rows, k] to 8 bits, its greatest value to the greatest there is, row by row."""
+    """Quantizes a matrix [rows, k]; each row's largest magnitude becomes the dtype's largest value."""
     full = matrix.float()
     scales = full.abs().amax(dim=1, keepdim=True).clamp_min(MIN_ABS_MAX) / MAX_VALUES[dtype]
     scaled = full / scales
@@ -52,9 +52,9 @@ def scaled_product(rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dty
 
     Args:
         rows: [rows, k].
-        weight: [n, k], of the same 8 bits.
+        weight: [n, k], of the same dtype.
         bias: [n].
-        dtype: of the result; for fp8 on CUDA bf16 alone.
+        dtype: of the result; fp8 on CUDA supports bf16 only.
 
     Returns:
         [rows, n].
@@ -63,8 +63,8 @@ def scaled_product(rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dty
         sums = int8_sums(rows.values, weight.values)
         return (sums * rows.scales * weight.scales.T + bias.float()).to(dtype)
     count = len(rows.values)
-    lacking = max(0, MIN_FP8_ROWS - count) if rows.values.is_cuda else 0
-    values, scales = (F.pad(part, (0, 0, 0, lacking)) if lacking else part for part in rows)
+    padding = max(0, MIN_FP8_ROWS - count) if rows.values.is_cuda else 0
+    values, scales = (F.pad(part, (0, 0, 0, padding)) if padding else part for part in rows)
     product = torch._scaled_mm(
         values,
         weight.values.T,
@@ -78,7 +78,7 @@ def scaled_product(rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dty
 
 
 def int8_sums(values: Tensor, weight: Tensor) -> Tensor:
-    """Computes ``values @ weight.T`` of int8 [rows, k] and [n, k] in int32, however few the rows are."""
+    """Computes ``values @ weight.T`` of int8 [rows, k] and [n, k] in int32, for any number of rows."""
     rows = values.shape[0]
     if rows < MIN_INT8_ROWS:
         values = torch.cat([values, values.new_zeros(MIN_INT8_ROWS - rows, values.shape[1])])

@@ -1,4 +1,4 @@
-"""The other end of the bus: asks every instance, listens to a request's progress."""
+"""The client side: calls instances, and receives the events of one request."""
 
 from __future__ import annotations
 
@@ -10,69 +10,70 @@ from typing import Any, NamedTuple
 
 import zmq
 
-from glm_image.ipc.protocol import EVENTS, Event, Message, address, is_open, key_of, nodes, packed, unpacked
+from glm_image.ipc.protocol import EVENTS, Event, Message, address, decode, encode, instance_sockets, is_open, key_of
 
 MILLISECONDS = 1000
 
 
 class Replies(NamedTuple):
-    """What the nodes answered, by their names, and those that did not in time or are gone."""
+    """The replies by instance, and the instances that have ended or did not reply in time."""
 
-    answers: dict[str, Message]
-    silent: list[str]
+    replies: dict[str, Message]
+    unresponsive: list[str]
 
 
-def call_all(directory: Path, question: Message, timeout: float, prefix: str = "") -> Replies:
-    """Asks every node whose name begins with ``prefix``; may be called from any thread.
+def call_all(directory: Path, request: Message, timeout: float, prefix: str = "") -> Replies:
+    """Calls every instance whose name begins with ``prefix``; may be called from any thread.
 
     Args:
-        directory: the private folder of sockets.
-        question: its field ``action`` names what is wanted.
-        timeout: seconds to wait for all the answers together.
-        prefix: a model's name; "" = every node.
+        directory: the folder of sockets.
+        request: its field ``action`` selects the handler.
+        timeout: seconds to wait for all replies together.
+        prefix: a model's name; "" = every instance.
     """
-    found = {name: path for name, path in nodes(directory).items() if name.startswith(prefix)}
-    return _ask(found, question, timeout)
+    sockets = {name: path for name, path in instance_sockets(directory).items() if name.startswith(prefix)}
+    return _call(sockets, request, timeout)
 
 
-def call_one(directory: Path, name: str, question: Message, timeout: float) -> Message | None:
-    """Asks the node of that name; None = it has not answered in time. May be called from any thread."""
-    found = {own: path for own, path in nodes(directory).items() if own == name}
-    return _ask(found, question, timeout).answers.get(name)
+def call_one(directory: Path, name: str, request: Message, timeout: float) -> Message | None:
+    """Calls the instance of that name; None = no reply in time. May be called from any thread."""
+    sockets = {instance: path for instance, path in instance_sockets(directory).items() if instance == name}
+    return _call(sockets, request, timeout).replies.get(name)
 
 
-def _ask(found: Mapping[str, Path], question: Message, timeout: float) -> Replies:
+def _call(sockets: Mapping[str, Path], request: Message, timeout: float) -> Replies:
     context: zmq.Context[Any] = zmq.Context.instance()
     poller = zmq.Poller()
-    waiting: dict[Any, str] = {}
+    pending: dict[Any, str] = {}
     try:
-        for name, path in found.items():
+        for name, path in sockets.items():
             if is_open(path):
                 socket = context.socket(zmq.DEALER)
                 socket.setsockopt(zmq.LINGER, 0)
-                waiting[socket] = name
+                pending[socket] = name
                 socket.connect(address(path))
-                socket.send_multipart(packed(question), zmq.NOBLOCK)
+                socket.send_multipart(encode(request), zmq.NOBLOCK)
                 poller.register(socket, zmq.POLLIN)
-        return _collect(poller, dict(waiting), list(found), time.monotonic() + timeout)
+        replies = _collect(poller, dict(pending), time.monotonic() + timeout)
     finally:
-        for socket in waiting:
+        for socket in pending:
             socket.close()
+    return Replies(replies, [name for name in sockets if name not in replies])
 
 
-def _collect(poller: Any, waiting: dict[Any, str], asked: list[str], until: float) -> Replies:
-    answers: dict[str, Message] = {}
-    while waiting and (left := until - time.monotonic()) > 0:
-        for socket, _ in poller.poll(left * MILLISECONDS):
-            answers[waiting.pop(socket)] = unpacked(socket.recv_multipart())
+def _collect(poller: Any, pending: dict[Any, str], deadline: float) -> dict[str, Message]:
+    replies: dict[str, Message] = {}
+    while pending and (seconds := deadline - time.monotonic()) > 0:
+        for socket, _ in poller.poll(seconds * MILLISECONDS):
+            replies[pending.pop(socket)] = decode(socket.recv_multipart())
             poller.unregister(socket)
-    return Replies(answers, [name for name in asked if name not in answers])
+    return replies
 
 
 class EventListener:
-    """Hears what every node publishes of one request; for one thread, a context manager.
+    """Receives the events that all instances publish about one request; for one thread, a context manager.
 
-    Events begin with where the request is, if it is anywhere. They may be lost where they are not taken.
+    The first event is the request's present state, if an instance has it. Events that are not read in time are lost.
     """
 
     def __init__(self, directory: Path, request_id: str) -> None:
@@ -80,7 +81,7 @@ class EventListener:
         self._socket: Any = context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SUBSCRIBE, key_of(request_id))
-        for path in nodes(directory).values():
+        for path in instance_sockets(directory).values():
             self._socket.connect(address(path.with_suffix(EVENTS)))
 
     def __enter__(self) -> EventListener:
@@ -92,11 +93,11 @@ class EventListener:
         self.close()
 
     def events(self, timeout: float) -> Iterator[Event]:
-        """Gives what has come; waits up to ``timeout`` seconds for the first event, then ends when there is no more."""
+        """Waits up to ``timeout`` seconds for an event, and yields all events that have arrived."""
         if self._socket.poll(timeout * MILLISECONDS):
             while self._socket.poll(0):
-                yield dict(unpacked(self._socket.recv_multipart()[1:]).fields)
+                yield dict(decode(self._socket.recv_multipart()[1:]).fields)
 
     def close(self) -> None:
-        """Stops listening."""
+        """Closes the socket."""
         self._socket.close()

@@ -1,4 +1,4 @@
-"""One who hears what nodes publish under a topic, for as long as the process lives."""
+"""Receives the events that instances publish under one topic, for the life of a process."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from typing import Any
 
 import zmq
 
-from glm_image.ipc.protocol import EVENTS, Event, address, nodes, unpacked
+from glm_image.ipc.protocol import EVENTS, Event, address, decode, instance_sockets
 
 logger = logging.getLogger(__name__)
 
 
-class Follower:
-    """Hears from a thread of its own. A node that is replaced by one of its name is heard again.
+class Subscriber:
+    """Calls a function with each event, in a thread of its own; reconnects when an instance is replaced.
 
     Args:
-        directory: the private folder of sockets.
-        prefix: how the nodes' names begin.
-        topic: what they publish under.
-        heard: called with each event, in the follower's thread.
+        directory: the folder of sockets.
+        prefix: the beginning of the instances' names.
+        topic: the key under which they publish.
+        on_event: called with each event.
     """
 
-    def __init__(self, directory: Path, prefix: str, topic: bytes, heard: Callable[[Event], None]) -> None:
-        self._directory, self._prefix, self._heard = directory, prefix, heard
-        self._known: set[str] = set()
+    def __init__(self, directory: Path, prefix: str, topic: bytes, on_event: Callable[[Event], None]) -> None:
+        self._directory, self._prefix, self._on_event = directory, prefix, on_event
+        self._connected: set[str] = set()
         self._closing = False
         self._context = zmq.Context()
         self._socket: Any = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.SUBSCRIBE, topic)
         self._wake_up = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="subscriber", daemon=True)
         self._thread.start()
 
-    def look(self) -> None:
-        """Looks for nodes that have come since; returns at once."""
+    def discover(self) -> None:
+        """Connects to instances that have started since; does not block."""
         os.eventfd_write(self._wake_up, 1)
 
     def close(self) -> None:
-        """Hears no more."""
+        """Ends the thread."""
         self._closing = True
-        self.look()
+        self.discover()
         self._thread.join()
         os.close(self._wake_up)
 
-    def _follow(self) -> None:
+    def _run(self) -> None:
         poller = zmq.Poller()
         for source in (self._socket, self._wake_up):
             poller.register(source, zmq.POLLIN)
@@ -58,17 +58,17 @@ class Follower:
                 os.eventfd_read(self._wake_up)
                 self._connect()
             if self._socket in ready:
-                self._hear(self._socket.recv_multipart()[1:])
+                self._handle(self._socket.recv_multipart()[1:])
         self._context.destroy(linger=0)
 
     def _connect(self) -> None:
-        for name, path in nodes(self._directory).items():
-            if name.startswith(self._prefix) and name not in self._known:
-                self._known.add(name)
+        for name, path in instance_sockets(self._directory).items():
+            if name.startswith(self._prefix) and name not in self._connected:
+                self._connected.add(name)
                 self._socket.connect(address(path.with_suffix(EVENTS)))
 
-    def _hear(self, frames: list[bytes]) -> None:
+    def _handle(self, frames: list[bytes]) -> None:
         try:
-            self._heard(dict(unpacked(frames).fields))
+            self._on_event(dict(decode(frames).fields))
         except Exception:
-            logger.exception("an event of the bus cannot be taken")
+            logger.exception("an event cannot be handled")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from glm_image import ipc
 from glm_image.errors import InvalidInputError
-from glm_image.ipc import Handler, IpcServer, Message, Replies, call_all
-from glm_image.ipc.protocol import Event, Publish, publish_nothing
-from glm_image.ipc.run_directory import VARIABLE
+from glm_image.ipc.client import Replies, call_all
+from glm_image.ipc.protocol import Event, Message, Publish, publish_nothing, socket_directory
+from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.stages import AR_STAGES, QUEUES, Stage
 
@@ -56,11 +56,11 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
     result["requests"] = [
         {name: value for name, value in request.items() if name not in INTERNAL_FIELDS} for request in requests
     ]
-    return {**result, "silent": replies.silent} if replies.silent else result
+    return {**result, "silent": replies.unresponsive} if replies.unresponsive else result
 
 
 def _events(replies: Replies) -> Iterable[Event]:
-    for reply in replies.answers.values():
+    for reply in replies.replies.values():
         yield from reply.fields.get("requests", ())
 
 
@@ -122,9 +122,9 @@ class ControlServer:
             self._server.close()
 
     def _open(self, name: str, handlers: Mapping[str, Handler]) -> IpcServer | None:
-        folder = ipc.folder()
+        folder = socket_directory()
         if folder is None:
-            logger.info("%s is not set: requests cannot be cancelled or watched by their id", VARIABLE)
+            logger.info("%s is not set: requests cannot be cancelled or watched by their id", RUN_DIRECTORY_VARIABLE)
             return None
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

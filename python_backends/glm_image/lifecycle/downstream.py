@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from glm_image import ipc
 from glm_image.ipc.protocol import KEY_BYTES, Event, Publish, publish_nothing
+from glm_image.ipc.subscriber import Subscriber
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.eta import DurationStats
 from glm_image.request.stages import Stage
@@ -173,10 +173,10 @@ class DitLoadFeed(RequestObserver):
 
     def __init__(self, folder: Path) -> None:
         self.load = DitLoad()
-        self._subscriber = ipc.Follower(folder, INSTANCES, TOPIC, self.load.update)
+        self._subscriber = Subscriber(folder, INSTANCES, TOPIC, self.load.update)
 
     def started(self, context: RequestContext) -> None:
-        self._subscriber.look()
+        self._subscriber.discover()
 
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         if error is None:

@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.ipc import Message, call_one, nodes
+from glm_image.ipc.client import call_one
+from glm_image.ipc.protocol import Message, instance_sockets
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
 from glm_image.lifecycle.registry import RequestRegistry
 from glm_image.request.geometry import Grid, painted_size
@@ -111,7 +112,7 @@ def request_preview(
         "seed": tokens.seed,
     }
     message = Message(fields, [tokens.token_ids.tobytes()])
-    instances = [name for name in nodes(directory) if name.startswith(DIT_MODEL)]
+    instances = [name for name in instance_sockets(directory) if name.startswith(DIT_MODEL)]
     for name in random.sample(instances, len(instances)):
         reply = call_one(directory, name, message, START_SECONDS)
         if reply is not None and "error" not in reply.fields:

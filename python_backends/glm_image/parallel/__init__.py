@@ -1,1 +1,1 @@
-"""One instance over several devices: process groups, worker processes, and commands sent to all of them."""
+"""Instances that span several devices: ranks, process groups, collectives."""

@@ -1,4 +1,4 @@
-"""How the ranks of a second stage share the work of a step."""
+"""How the ranks of a DiT instance split a denoising step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ALLOWED = "none, auto, or of cfg=2, tp=N, ring=N, ulysses=N those that multiply 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How many ways each kind of parallelism splits a step; together they make up the ranks of an instance.
+    """The degree of each kind of parallelism; their product is the number of ranks.
 
     Attributes:
-        cfg: 2 = the conditional and the unconditional branch on ranks of their own.
-        tp: ways to split heads and the MLP's width (Shoeybi et al., 2019).
-        ring: ways to split the tokens, keys and values going around (Liu et al., 2023).
-        ulysses: ways to split the tokens, heads exchanged for them at attention (Jacobs et al., 2023).
+        cfg: 2 = the conditional and the unconditional branch on different ranks.
+        tp: tensor parallelism: splits heads and the MLP's width (Shoeybi et al., 2019).
+        ring: ring attention: splits the tokens, keys and values circulate (Liu et al., 2023).
+        ulysses: splits the tokens, exchanged for heads at attention (Jacobs et al., 2023).
     """
 
     cfg: int = 1
@@ -30,29 +30,29 @@ class ParallelLayout:
 
     @property
     def size(self) -> int:
-        """How many ranks it takes."""
+        """The number of ranks."""
         return math.prod(getattr(self, member) for member in MEMBERS)
 
     @classmethod
     def parse(cls, text: str, devices: int) -> ParallelLayout:
-        """Reads the parameter ``parallel`` of an instance with ``devices`` devices.
+        """Parses the parameter ``parallel`` of an instance with ``devices`` devices.
 
         Raises:
-            ConfigurationError: it is not of the allowed form, or takes another number of devices.
+            ConfigurationError: the text has another form, or the layout another number of ranks.
         """
-        given = text.strip()
-        if given in {"none", "auto", ""}:
-            if given == "none" and devices > 1:
+        stripped = text.strip()
+        if stripped in {"none", "auto", ""}:
+            if stripped == "none" and devices > 1:
                 raise ConfigurationError(
                     f"parallel is 'none', but the instance has {devices} devices; allowed: {ALLOWED}"
                 )
             return cls.auto(devices)
         ways: dict[str, int] = {}
-        for part in given.split(","):
-            found = re.fullmatch(r"\s*(cfg|tp|ring|ulysses)\s*=\s*([1-9]\d?)\s*", part)
-            if found is None or found[1] in ways:
+        for part in stripped.split(","):
+            match = re.fullmatch(r"\s*(cfg|tp|ring|ulysses)\s*=\s*([1-9]\d?)\s*", part)
+            if match is None or match[1] in ways:
                 raise ConfigurationError(f"parallel is {text!r}; allowed: {ALLOWED}")
-            ways[found[1]] = int(found[2])
+            ways[match[1]] = int(match[2])
         layout = cls(**ways)
         if layout.cfg > 2 or layout.size != devices:  # noqa: PLR2004 - guidance has two branches
             raise ConfigurationError(
@@ -63,12 +63,12 @@ class ParallelLayout:
 
     @classmethod
     def auto(cls, devices: int) -> ParallelLayout:
-        """Splits the branches first, because that exchanges least, then the tokens."""
+        """Splits the branches first, which communicates least, then the tokens."""
         cfg = 2 if devices % 2 == 0 else 1
         return cls(cfg=cfg, ulysses=devices // cfg)
 
     def members(self, name: str) -> list[tuple[int, ...]]:
-        """Returns the groups of ranks of one kind; ulysses is innermost, cfg outermost."""
+        """Returns the groups of one kind of parallelism as ranks; ulysses is innermost, cfg outermost."""
         stride = math.prod(getattr(self, inner) for inner in MEMBERS[MEMBERS.index(name) + 1 :])
         ways = getattr(self, name)
         firsts = [rank for rank in range(self.size) if rank // stride % ways == 0]
@@ -76,10 +76,10 @@ class ParallelLayout:
 
 
 def check_heads(heads: int, tp: int, ulysses: int) -> None:
-    """Checks that a model's heads can be split.
+    """Checks that the transformer's heads can be split.
 
     Raises:
-        ConfigurationError: they can't.
+        ConfigurationError: their number is not divisible.
     """
     if heads % (tp * ulysses):
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Joins this process to the others of its instance."""
+"""Joins this process to the process groups of its instance."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-# What the collectives' libraries listen on; nothing of an instance is to be reached from outside.
+# The interface on which gloo, NCCL and HCCL listen; nothing of an instance may be reachable from outside.
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
 LOOPBACK = "lo"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The groups this process belongs to.
+    """The groups that this process belongs to, one per kind of parallelism.
 
     Attributes:
         world: all ranks of the instance.
-        cfg: those that differ in the branch of guidance only.
-        tp: those that differ in the heads and channels only.
-        ring: those that differ in the tokens only, whose keys and values go around.
-        ulysses: those that differ in the tokens only, which exchange heads for tokens.
+        cfg: the ranks that compute the other guidance branch for the same tokens and heads.
+        tp: the ranks that hold the other heads and MLP columns for the same tokens.
+        ring: the ranks whose keys and values circulate among them.
+        ulysses: the ranks that exchange heads for tokens at attention.
     """
 
     world: Group = ALONE
@@ -49,60 +49,60 @@ ONE_RANK = Ranks()
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of an instance meet.
+    """What a rank needs to join its instance.
 
     Attributes:
         port: of rank 0's store, on the loopback.
-        layout: who belongs to which group.
-        patience: seconds after which a collective that not all ranks have joined is an error.
+        layout: which ranks form which groups.
+        timeout_seconds: of a collective.
     """
 
     port: int
     layout: ParallelLayout
-    patience: float
+    timeout_seconds: float
 
 
 def bind_store() -> socket.socket:
-    """Returns a socket of rank 0's store on a free port of the loopback."""
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listening.bind((HOST, 0))
-    listening.listen()
-    return listening
+    """Returns a store_socket socket for rank 0's store, on a free port of the loopback."""
+    store_socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    store_socket.bind((HOST, 0))
+    store_socket.listen()
+    return store_socket
 
 
 def init_process_group(
-    rank: int, device: Device, rendezvous: Rendezvous, listening: socket.socket | None = None
+    rank: int, device: Device, rendezvous: Rendezvous, store_socket: socket.socket | None = None
 ) -> Ranks:
-    """Joins the instance's process group and makes its groups; all ranks must do so.
+    """Joins the instance's process group and creates its subgroups; collective over all ranks.
 
     Args:
         rank: this process's.
         device: where it computes.
-        rendezvous: where to meet.
-        listening: rank 0's socket, which its store takes over.
+        rendezvous: the store, the layout and the timeout.
+        store_socket: on rank 0 the socket from ``bind_store``, which the store takes over.
     """
     for variable in INTERFACES:
         os.environ.setdefault(variable, LOOPBACK)
-    layout, patience = rendezvous.layout, timedelta(seconds=rendezvous.patience)
+    layout, timeout = rendezvous.layout, timedelta(seconds=rendezvous.timeout_seconds)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         HOST,
         rendezvous.port,
         layout.size,
-        is_master=listening is not None,
-        timeout=patience,
+        is_master=store_socket is not None,
+        timeout=timeout,
         wait_for_workers=False,
-        master_listen_fd=None if listening is None else listening.detach(),
+        master_listen_fd=None if store_socket is None else store_socket.detach(),
     )
     place = device.torch_device
-    # torch names groups by a count, which an attempt that failed leaves behind: the ranks would wait for each other
-    # under different names, and for ever.
+    # torch names groups by a counter, which a failed attempt leaves incremented: without the reset the ranks would wait
+    # for each other under different names.
     dist.distributed_c10d._world.group_count = 0
     dist.init_process_group(
         BACKENDS[place.type],
         store=store,
         rank=rank,
         world_size=layout.size,
-        timeout=patience,
+        timeout=timeout,
         device_id=None if place.type == "cpu" else place,
     )
     groups = {name: _own_group(rank, layout.members(name)) for name in MEMBERS}
@@ -111,37 +111,37 @@ def init_process_group(
 
 
 def destroy() -> None:
-    """Leaves the instance's process group."""
+    """Destroys the instance's process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def abort(port: int) -> None:
-    """Ends what waits in this process for ranks that are gone, and leaves the instance's process group.
+    """Ends every wait of this process for ranks that have ended, and aborts the instance's process group.
 
     Args:
-        port: of the store. What waits for something in it fails once its connections are shut; no timeout does that
-            from another thread.
+        port: of the store. Shutting down its connections ends waits on the store, which no timeout set from another
+            thread does.
     """
     for connection in _connections(port):
-        with connection, suppress(OSError):  # it may have been shut meanwhile
+        with connection, suppress(OSError):  # it may be closed by now
             connection.shutdown(socket.SHUT_RDWR)
     if dist.is_initialized():
-        # Communicators of devices end their collectives only so. gloo's end by themselves with the other process.
+        # NCCL's and HCCL's collectives end only by an abort; gloo's end when the other process does.
         try:
             dist.distributed_c10d._abort_process_group()
         except (AttributeError, RuntimeError, ValueError) as error:
-            logger.warning("the process group cannot be aborted: %s", error)
+            logger.warning("cannot abort the process group: %s", error)
             destroy()
 
 
 def _connections(port: int) -> list[socket.socket]:
-    """Returns copies of this process's sockets that are connected to a port of the loopback."""
+    """Returns duplicates of this process's sockets that are connected to a port of the loopback."""
     found = []
     for entry in list(Path("/proc/self/fd").iterdir()):
         try:
             copy = os.dup(int(entry.name)) if entry.is_socket() else None
-        except OSError:  # closed since
+        except OSError:  # closed meanwhile
             continue
         if copy is None:
             continue
@@ -165,7 +165,7 @@ def _own_group(rank: int, members: list[tuple[int, ...]]) -> Group:
     for ranks in members:
         if len(ranks) == 1:
             continue
-        group = dist.new_group(list(ranks))  # by every rank, whether it belongs to it or not
+        group = dist.new_group(list(ranks))  # must be called by every rank, also by those outside the group
         if rank in ranks:
             own = Group(ranks, ranks.index(rank), group)
     return own

@@ -1,4 +1,4 @@
-"""A rank other than the first: a process that runs the commands its instance sends it."""
+"""A rank other than 0: a process that runs the commands that rank 0 sends it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 class RankExecutor(Protocol):
-    """What runs an engine's commands."""
+    """Runs an engine's commands on one rank."""
 
     def run(self, command: Any, /) -> Any:
         """Runs one command and returns its result."""
 
     def close(self) -> None:
-        """Ends what it has started."""
+        """Ends the work in progress and frees what it holds."""
 
 
 Load = Callable[..., RankExecutor]
@@ -39,14 +39,14 @@ Load = Callable[..., RankExecutor]
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker is to be.
+    """What a rank's process loads, and where.
 
     Attributes:
         rank: its rank.
-        device: its device, as its process names it.
-        display_name: the device, as messages name it.
-        rendezvous: where it meets the others.
-        load: makes the rank's executor; a function of a module, called with ``arguments``, the device and the ranks.
+        device: the device's name in its process.
+        display_name: the device's name in messages.
+        rendezvous: how it joins the others.
+        load: makes the rank's executor; a module-level function, called with ``arguments``, the device and the groups.
         arguments: of ``load``.
     """
 
@@ -57,46 +57,46 @@ class WorkerSpec:
     load: Load
     arguments: tuple[Any, ...]
 
-    def start(self, reached: Callable[[LoadStage], None], listening: socket.socket | None = None) -> RankExecutor:
-        """Joins the others and loads the executor.
+    def start(self, on_stage: Callable[[LoadStage], None], store_socket: socket.socket | None = None) -> RankExecutor:
+        """Joins the process group and loads the executor.
 
         Args:
-            reached: called at each stage.
-            listening: rank 0's socket.
+            on_stage: called after each stage.
+            store_socket: rank 0's, from ``bind_store``.
         """
         device = open_device(self.device, display_name=self.display_name)
         device.set_current()
-        reached(LoadStage.OPENED)
-        ranks = init_process_group(self.rank, device, self.rendezvous, listening)
-        reached(LoadStage.JOINED)
+        on_stage(LoadStage.OPENED)
+        ranks = init_process_group(self.rank, device, self.rendezvous, store_socket)
+        on_stage(LoadStage.JOINED)
         executor = self.load(*self.arguments, device, ranks)
-        reached(LoadStage.LOADED)
+        on_stage(LoadStage.LOADED)
         return executor
 
 
 def main() -> None:
     """Runs a worker on the connection whose file descriptor is the first argument.
 
-    On SIGUSR1 it writes where each of its threads is to its standard error.
+    SIGUSR1 writes the stack of every thread to standard error.
     """
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank says when it is over
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # rank 0 decides when the workers end
         signal.signal(ignored, signal.SIG_IGN)
     connection: Connection = Connection(int(sys.argv[1]))
-    work: WorkerSpec = connection.recv()
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {work.rank} on {work.display_name} %(message)s")
+    spec: WorkerSpec = connection.recv()
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {spec.rank} on {spec.display_name} %(message)s")
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, commands), name="commands", daemon=True).start()
     try:
-        executor = work.start(lambda stage: connection.send(Reached(stage)))
+        executor = spec.start(lambda stage: connection.send(Reached(stage)))
         number = 0
         while True:
             _run(executor, commands.get())
             number += 1
             connection.send(Done(number))
-    except Exception:  # whatever it is, the first rank must hear of it
-        logger.exception("ends")
-        _tell(connection, Failed(traceback.format_exc(limit=-1).strip().splitlines()[-1]))
+    except Exception:  # rank 0 needs the reason, whatever it is
+        logger.exception("this rank ends")
+        _send_failure(connection, Failed(traceback.format_exc(limit=-1).strip().splitlines()[-1]))
     finally:
         os._exit(1)  # a collective that others never join must not keep the process alive
 
@@ -104,14 +104,14 @@ def main() -> None:
 def _run(executor: RankExecutor, command: Any) -> None:
     try:
         executor.run(command)
-    except DeviceMemoryError:  # this rank's own, and others may be waiting for it in a collective
+    except DeviceMemoryError:  # this rank's alone; others may be waiting for it in a collective
         raise
-    except GlmImageError as error:  # refused, by every rank alike
+    except GlmImageError as error:  # raised by every rank alike
         logger.info("%s: %s", type(command).__name__, error)
 
 
 def _receive(connection: Connection, commands: queue.SimpleQueue[Any]) -> None:
-    # In a thread of its own, so that the first rank's end is seen while a collective waits for it.
+    # A thread, so that rank 0's end is seen while the main thread is in a collective.
     try:
         while True:
             commands.put(connection.recv())
@@ -119,11 +119,11 @@ def _receive(connection: Connection, commands: queue.SimpleQueue[Any]) -> None:
         os._exit(0)
 
 
-def _tell(connection: Connection, message: Failed) -> None:
+def _send_failure(connection: Connection, message: Failed) -> None:
     try:
         connection.send(message)
     except OSError:
-        logger.info("the first rank is gone")
+        logger.info("rank 0 has ended")
 
 
 if __name__ == "__main__":

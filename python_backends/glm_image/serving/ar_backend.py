@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from glm_image import ipc
 from glm_image.ar.admission import BatchAdmission
 from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
 from glm_image.config.instance import Instance
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
-from glm_image.ipc.run_directory import VARIABLE
+from glm_image.ipc.protocol import socket_directory
+from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.lifecycle.downstream import DitLoadFeed
 from glm_image.lifecycle.metadata import ar_metadata
 from glm_image.lifecycle.preview_rpc import PreviewPublisher
@@ -155,12 +155,12 @@ def _dit_load_feed(parameters: ArParameters) -> DitLoadFeed | None:
     """Returns the source of the DiT's load; None where ``admission`` does not need it, or it cannot be known."""
     if parameters.admission != "gathered":
         return None
-    folder = ipc.folder()
+    folder = socket_directory()
     if folder is None:
         logger.warning(
             "admission is gathered, but %s is not set, so the load of glm_dit is unknown: requests are admitted "
             "immediately",
-            VARIABLE,
+            RUN_DIRECTORY_VARIABLE,
         )
         return None
     return DitLoadFeed(folder)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from glm_image import ipc
 from glm_image.errors import InvalidInputError, UnavailableError
-from glm_image.ipc.run_directory import VARIABLE
+from glm_image.ipc.protocol import socket_directory
+from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.lifecycle.control import control
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
@@ -45,11 +45,11 @@ class ControlBackend:
 
     def _call(self, responder: Responder, request_id: str, action: str) -> None:
         with responder.errors_sent():
-            folder = ipc.folder()
+            folder = socket_directory()
             if folder is None:
                 raise UnavailableError(
-                    f"this Triton was started without {VARIABLE}, the folder in which glm_control finds the other "
-                    "models: start it with serve, or name a folder of mode 0700 there"
+                    f"this Triton was started without {RUN_DIRECTORY_VARIABLE}, the folder in which glm_control finds "
+                    "the other models: start it with serve, or name a folder of mode 0700 there"
                 )
             responder.send({"result": text_array(json.dumps(control(folder, request_id, action)))})
 

@@ -17,7 +17,8 @@ from glm_image.config.instance import Instance
 from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
-from glm_image.ipc import Handler, Message
+from glm_image.ipc.protocol import Message
+from glm_image.ipc.server import Handler
 from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import PREVIEW, EstimatePublisher, read_preview_request, reply_with_preview

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
-from glm_image.ipc import Handler
+from glm_image.ipc.server import Handler
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import ControlServer
 from glm_image.lifecycle.registry import RequestRegistry, RequestState

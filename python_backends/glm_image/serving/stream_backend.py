@@ -8,7 +8,6 @@ from collections.abc import Hashable, Mapping
 from typing import Any, Final
 
 from glm_image.config.instance import position
-from glm_image.config.models import DRAINED
 from glm_image.errors import QueueFullError, UnavailableError
 from glm_image.lifecycle.eta import KEPT_KINDS
 from glm_image.lifecycle.lru import LatestEntries
@@ -17,8 +16,6 @@ from glm_image.serving.exit import end_process
 from glm_image.serving.stream_events import EventSender
 from glm_image.serving.stream_session import StreamSession
 from glm_image.telemetry.heartbeat import Heartbeat
-
-logger = logging.getLogger(__name__)
 
 MAX_STREAMS: Final = 128
 """Concurrent streams, each of which has threads of its own; more than the default queue of ``glm_ar``."""
@@ -37,9 +34,9 @@ class StreamBackend:
         self._changed = threading.Condition()
         self._running = 0
         self._is_draining = False
-        index, siblings = position(args)
+        index, _ = position(args)
         self._heartbeat = Heartbeat(f"{args['model_name']}_{index}", hang_seconds=0)
-        self._heartbeat.start(commands={"drain": self._drain} if siblings == 1 else {})
+        self._heartbeat.start(commands={"drain": self._drain})
 
     def execute(self, requests: list[Any]) -> None:
         """Starts a stream for each request; its responses are sent by threads of its own."""
@@ -56,14 +53,14 @@ class StreamBackend:
         end_process()
 
     def _drain(self) -> None:
-        """Refuses the requests that Triton has accepted and not yet passed on, and logs when the last stream ended."""
+        """Refuses requests that Triton has yet to pass on, and reports when the last stream has ended."""
         with self._changed:
             self._is_draining = True
-            self._log_if_drained()
+            self._report_if_drained()
 
-    def _log_if_drained(self) -> None:
+    def _report_if_drained(self) -> None:
         if self._is_draining and self._running == 0:
-            logger.info(DRAINED)
+            self._heartbeat.mark_drained()
 
     def _start(self, stream: StreamSession) -> None:
         with self._changed:
@@ -81,4 +78,4 @@ class StreamBackend:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
-                self._log_if_drained()
+                self._report_if_drained()

@@ -18,7 +18,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from glm_image.ipc import EventListener
+from glm_image.ipc.client import EventListener
 from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.control import control

@@ -12,10 +12,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from glm_image import ipc
 from glm_image.config.schema import OUTPUTS, PAINTING_INPUTS, REQUEST_INPUTS, STAGE_TENSORS
 from glm_image.errors import CancelledError
-from glm_image.ipc.protocol import Event
+from glm_image.ipc.protocol import Event, socket_directory
 from glm_image.lifecycle.events import EventBuilder
 from glm_image.lifecycle.lru import LatestEntries
 from glm_image.lifecycle.stream_options import StreamOptions
@@ -98,7 +97,7 @@ class StreamSession:
         try:
             with self._sender.errors_sent():
                 with ProgressRelay(
-                    ipc.folder(), self._request_id, self._builder, self._sender, self._previews
+                    socket_directory(), self._request_id, self._builder, self._sender, self._previews
                 ) as relay:
                     outputs = self._generate(relay)
                 self._sender.send(self._builder.last(), outputs, is_last=True)

@@ -1,34 +1,37 @@
-"""A server that is started again when it breaks, on the same ports, until it breaks too often."""
+"""Restarts a server that breaks, on the same ports, until it breaks too often."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from glm_image.errors import ConfigurationError, GlmImageError
 from glm_image.supervisor.server import ServerStartError, TritonServer
+from glm_image.supervisor.settings import flag
 
 
 class CrashLoopError(GlmImageError):
-    """A server broke more often in a row than it is started again; the message has the last reason."""
+    """A server broke more often in a row than it may be restarted; the message holds the last reason."""
 
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """When to start a server again: after ``first_seconds``, then twice as long, up to ``longest_seconds``.
+    """Exponential backoff between restarts.
 
     Attributes:
-        max_restarts: how often in a row; 0 = never.
-        first_seconds: the pause before the first restart.
-        longest_seconds: no pause is longer.
-        steady_seconds: a server that was ready for so long broke for the first time.
+        max_restarts: in a row; 0 = never.
+        first_seconds: the pause before the first restart; each further pause is twice as long.
+        longest_seconds: the longest pause.
+        steady_seconds: time of readiness after which the count of restarts starts anew.
 
     Raises:
         ConfigurationError: ``max_restarts`` is negative.
     """
 
-    max_restarts: int = 5
+    max_restarts: int = field(
+        default=5, metadata=flag("restarts in a row of a server that breaks (default: %(default)s)", "N", int)
+    )
     first_seconds: float = 0.5
     longest_seconds: float = 30.0
     steady_seconds: float = 300.0
@@ -38,47 +41,47 @@ class RestartPolicy:
             raise ConfigurationError(f"--max-restarts is {self.max_restarts}; allowed: 0 or more")
 
     def pause(self, restart: int) -> float:
-        """Returns the seconds before the restart of that number in a row, from 0."""
+        """Returns the seconds before a restart; ``restart`` counts those in a row, from 0."""
         return min(self.longest_seconds, self.first_seconds * 2.0 ** min(restart, 64))
 
 
 def keep_running(
-    server: TritonServer, policy: RestartPolicy, on_ready: Callable[[], None], say: Callable[[str], None]
+    server: TritonServer, policy: RestartPolicy, on_ready: Callable[[], None], log: Callable[[str], None]
 ) -> None:
-    """Starts a server, and again whenever it ends unasked; returns when it was asked to end, and has.
+    """Runs a server and restarts it whenever it breaks; returns when a requested stop is complete.
 
     Args:
         server: not yet started.
-        policy: when to start it again.
+        policy: how often and after which pauses to restart it.
         on_ready: called each time it is ready.
-        say: takes a line about each restart.
+        log: called with a line about each restart.
 
     Raises:
-        ServerStartError: it could not be started the first time.
-        CrashLoopError: it ended too often.
+        ServerStartError: the first start failed.
+        CrashLoopError: the server broke too often.
     """
-    in_a_row, was_ready = 0, False
+    restarts, was_ready = 0, False
     while True:
         server.start()
         try:
             server.wait_ready()
-            began, was_ready = time.monotonic(), True
+            ready_since, was_ready = time.monotonic(), True
             on_ready()
             server.wait()
             reason = server.end_reason
-            if time.monotonic() - began >= policy.steady_seconds:
-                in_a_row = 0
+            if time.monotonic() - ready_since >= policy.steady_seconds:
+                restarts = 0
         except ServerStartError as error:
-            server.clear_away()
+            server.clean_up()
             if not was_ready and not server.stop_requested:
                 raise
             reason = str(error)
         if server.stop_requested:
             return
-        if in_a_row >= policy.max_restarts:
-            raise CrashLoopError(f"{reason}; restarts in a row before: {in_a_row}, as many as --max-restarts allows")
-        pause = policy.pause(in_a_row)
-        in_a_row += 1
-        say(f"restart {in_a_row} of {policy.max_restarts} in {pause:g} s: {reason}")
+        if restarts >= policy.max_restarts:
+            raise CrashLoopError(f"{reason}; restarts in a row before: {restarts}, as many as --max-restarts allows")
+        pause = policy.pause(restarts)
+        restarts += 1
+        log(f"restart {restarts} of {policy.max_restarts} in {pause:g} s: {reason}")
         if server.wait_for_stop(pause):
             return

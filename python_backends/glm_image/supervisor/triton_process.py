@@ -1,4 +1,4 @@
-"""One tritonserver process under its guard: its command line, its log, its end."""
+"""One tritonserver process under its watchdog: its command line, its log, its end."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from glm_image.ipc import run_directory
 from glm_image.supervisor import watchdog
 from glm_image.supervisor.api_access import closing_flags
 from glm_image.supervisor.installation import Installation
-from glm_image.supervisor.settings import ServerSettings, unloading_of
+from glm_image.supervisor.settings import ServerSettings, models_by_role
 from glm_image.supervisor.triton_log import (
     SERVICES,
     StartFailure,
-    drained_model,
     start_failure,
     started_service,
     syntax_error,
@@ -31,13 +30,21 @@ from glm_image.supervisor.triton_log import (
 
 LOG_TAIL_LINES = 200
 METRICS_INTERVAL_MS = 250
-FIRST_SIGNAL_CODE = 128
+SIGNAL_CODE_BASE = 128
+"""Exit codes above it mean the end by a signal."""
 
 
 class ServerProcess:
-    """Starts a tritonserver and follows its log; every port of ``settings`` is a real one.
+    """A running tritonserver.
 
-    ``restarts`` is how often the same server was started before.
+    Args:
+        installation: the Triton to run.
+        settings: of the server; its ports are not 0.
+        log: receives the server's log, or None.
+        restarts: how often the same server was started before.
+
+    Attributes:
+        shm_prefix: the prefix of the names of its shared memory regions.
     """
 
     def __init__(
@@ -52,18 +59,22 @@ class ServerProcess:
         self._started: set[str] = set()
         self._failure: StartFailure | None = None
         self._ended = False
-        self._last_words: str | None = None
-        self._entrances, self._stages = unloading_of(settings.model_repository)
+        self._exit_reason: str | None = None
+        self._entry_models, self._stages = models_by_role(settings.model_repository)
         self._drained: set[str] = set()
         self._unloaded: set[str] = set()
-        self._next_order: bytes | None = None
+        self._next_command: bytes | None = None
         try:
-            self._guard = self._launch(installation, settings, restarts)
+            self._watchdog = self._launch(installation, settings, restarts)
         except BaseException:
             watchdog.remove_leftovers(self.shm_prefix, self._run_directory)
             raise
-        self._reader = threading.Thread(target=self._follow_log, name="triton-log", daemon=True)
-        self._reader.start()
+        self._readers = [
+            threading.Thread(target=self._read_log, name="triton-log", daemon=True),
+            threading.Thread(target=self._read_reports, name="watchdog-reports", daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
 
     @property
     def log_tail(self) -> str:
@@ -73,71 +84,72 @@ class ServerProcess:
 
     @property
     def returncode(self) -> int | None:
-        """The server's exit code, 128 + n when signal n ended it, None while it runs."""
-        return self._guard.poll()
+        """The server's exit code; 128 + n after signal n, None while it runs."""
+        return self._watchdog.poll()
 
     @property
     def end_reason(self) -> str:
-        """Why a server that has ended did so by itself."""
+        """Why the server ended without being stopped."""
         with self._changed:
-            return self._last_words or f"tritonserver ended by itself, {_told(self._guard.wait())}"
+            return self._exit_reason or f"tritonserver ended by itself, {_describe_exit(self._watchdog.wait())}"
 
     def wait_started(self) -> StartFailure | None:
-        """Waits until every service listens (None) or the log says why that will not be."""
+        """Waits until every service listens (None), or until the start has failed."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._failure is not None or self._started >= SERVICES)
             if self._failure is None and self._ended:
-                if self._last_words is not None:
-                    return StartFailure(self._last_words)
+                if self._exit_reason is not None:
+                    return StartFailure(self._exit_reason)
                 lines = [line.strip() for line in self._tail if line.strip()]
-                return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'it said nothing'}")
+                return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}")
             return self._failure
 
     def request_watch(self) -> None:
-        """Lets the server be ended when one of its processes breaks: all of them are there now."""
-        self._order(b"watch\n")
+        """Has the server killed when one of its processes breaks; to be called when all of them exist."""
+        self._send(b"watch\n")
 
     def request_stop(self) -> None:
-        """Asks for the end after what is in flight; returns at once, safe in a signal handler.
+        """Requests a stop after the requests in flight; does not block, safe in a signal handler.
 
-        Once Triton is asked to end, a request that is between two steps of an ensemble is refused. So what takes
-        requests is unloaded first, which makes the server unready; when the last answer is out, the others are, all at
-        once; then Triton is asked. It would unload them, too, and look but once a second whether they are.
+        A stopping Triton refuses requests that are between two steps of an ensemble. So the entry models are unloaded
+        first, which makes the server unready; after their last response the stages are, concurrently; then Triton is
+        stopped. It would unload them itself, but checks only once a second whether they have ended.
         """
-        self._next_order = b"unload\n"
-        self._order(b"drain\n" if self._entrances else b"stop\n")
+        self._next_command = b"unload\n"
+        self._send(b"drain\n" if self._entry_models else b"stop\n")
 
     def request_kill(self) -> None:
-        """Asks for the end now; returns at once, safe in a signal handler."""
-        self._order(b"kill\n")
+        """Requests an immediate end; does not block, safe in a signal handler."""
+        self._send(b"kill\n")
 
     def wait(self) -> int:
         """Waits for the end and for the last line of the log; returns the exit code."""
-        code = self._guard.wait()
-        self._reader.join()
-        # The guard has done this, unless it was killed itself.
+        code = self._watchdog.wait()
+        for reader in self._readers:
+            reader.join()
+        # The watchdog has done this, unless it was killed itself.
         watchdog.remove_leftovers(self.shm_prefix, self._run_directory)
         return code
 
     def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
         backends = installation.lay_out_backends(self._run_directory)
         return subprocess.Popen(
-            [*self._guard_command(settings), "--", *self._server_command(installation, settings, backends)],
+            [*self._watchdog_command(settings), "--", *self._server_command(installation, settings, backends)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # A model's import path begins with the server's working directory, where this package lies.
+            # A model's import path begins with the server's working directory, which holds a link to this package.
             cwd=backends / "python",
             env={
                 **installation.environment(),
                 **settings.model_environment(),
-                run_directory.VARIABLE: str(self._run_directory),
+                run_directory.RUN_DIRECTORY_VARIABLE: str(self._run_directory),
                 "GLM_IMAGE_RESTARTS": str(restarts),
             },
-            start_new_session=True,  # a terminal's Ctrl-C is for this process alone, which then stops the server
+            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which then stops the server
         )
 
-    def _guard_command(self, settings: ServerSettings) -> list[str]:
+    def _watchdog_command(self, settings: ServerSettings) -> list[str]:
         return [
             *(sys.executable, "-I", "-S", str(Path(watchdog.__file__).resolve())),
             *("--shm-prefix", self.shm_prefix, "--run-directory", str(self._run_directory)),
@@ -153,35 +165,45 @@ class ServerProcess:
             *(f"--{service}-address={settings.host}" for service in ("http", "grpc", "metrics")),
             *(f"{flag}={port}" for flag, port in settings.ports().items()),
             "--allow-metrics=true",
-            # A server that ends waits for the thread that collects them, which sleeps for so long.
+            # A stopping server waits for the thread that collects metrics, which sleeps for this interval.
             f"--metrics-interval-ms={METRICS_INTERVAL_MS}",
             f"--exit-timeout-secs={settings.drain_seconds}",
-            # For the models' own processes, which unload what takes requests; the API is closed to everybody else.
+            # For the models' own processes, which unload the entry models; the API is closed to clients.
             "--model-control-mode=explicit",
             "--load-model=*",
             "--disable-auto-complete-config",
             *closing_flags(settings.open_apis),
             *settings.trace_flags(),
             *installation.input_limit_flags(settings.max_request_bytes),
-            # Triton would keep the buffers of its largest gRPC requests for later ones.
+            # Triton would keep the buffers of its largest gRPC requests.
             "--grpc-infer-allocation-pool-size=0",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *([f"--model-config-name={settings.profile}"] if settings.profile else []),
         ]
 
-    def _follow_log(self) -> None:
-        assert self._guard.stderr is not None
-        with self._guard.stderr as stream:
+    def _read_log(self) -> None:
+        assert self._watchdog.stderr is not None
+        with self._watchdog.stderr as stream:
             for line in stream:
-                # Triton writes the end of a line apart from it, and may end in between.
-                self._take_line(line.decode(errors="replace").removesuffix("\n") + "\n")
+                # Triton writes a line and its end separately, and may end in between.
+                self._handle_line(line.decode(errors="replace").removesuffix("\n") + "\n")
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
-    def _take_line(self, line: str) -> None:
+    def _read_reports(self) -> None:
+        assert self._watchdog.stdout is not None
+        with self._watchdog.stdout as stream:
+            for line in stream:
+                report, _, model = line.decode().strip().partition(" ")
+                if report == "drained":
+                    with self._changed:
+                        self._drained.add(model)
+                        self._continue_stop()
+
+    def _handle_line(self, line: str) -> None:
         if self._log is not None:
-            with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone; the server goes on
+            with contextlib.suppress(OSError, ValueError):  # its reader may have ended; the server goes on
                 self._log.write(line)
                 self._log.flush()
         with self._changed:
@@ -190,33 +212,32 @@ class ServerProcess:
                 self._started.add(service)
             self._syntax_error = syntax_error(line) or self._syntax_error
             self._failure = self._failure or start_failure(line, self._syntax_error)
-            if line.startswith(watchdog.LAST_WORDS) and self._last_words is None:
-                self._last_words = line.removeprefix(watchdog.LAST_WORDS).strip()
-            self._follow_stop(line)
+            if line.startswith(watchdog.EXIT_REASON_PREFIX) and self._exit_reason is None:
+                self._exit_reason = line.removeprefix(watchdog.EXIT_REASON_PREFIX).strip()
+            if model := unloaded_model(line):
+                self._unloaded.add(model)
+                self._continue_stop()
             self._changed.notify_all()
 
-    def _follow_stop(self, line: str) -> None:
-        if drained := drained_model(line):
-            self._drained.add(drained)
-        if unloaded := unloaded_model(line):
-            self._unloaded.add(unloaded)
-        if self._next_order == b"unload\n" and self._entrances <= self._drained | self._unloaded:
-            self._next_order = b"stop\n"
-            self._order(b"unload\n")
-        if self._next_order == b"stop\n" and self._entrances | self._stages <= self._unloaded:
-            self._next_order = None
-            self._order(b"stop\n")
+    def _continue_stop(self) -> None:
+        """Sends the next command of a stop once the models have reached the state that it requires."""
+        if self._next_command == b"unload\n" and self._entry_models <= self._drained | self._unloaded:
+            self._next_command = b"stop\n"
+            self._send(b"unload\n")
+        if self._next_command == b"stop\n" and self._entry_models | self._stages <= self._unloaded:
+            self._next_command = None
+            self._send(b"stop\n")
 
-    def _order(self, order: bytes) -> None:
-        assert self._guard.stdin is not None
-        # Not through the buffered file, which a signal handler may not enter twice.
-        with contextlib.suppress(BrokenPipeError):  # it has ended
-            os.write(self._guard.stdin.fileno(), order)
+    def _send(self, command: bytes) -> None:
+        assert self._watchdog.stdin is not None
+        # Not through the buffered file, which a signal handler must not enter twice.
+        with contextlib.suppress(BrokenPipeError):  # the watchdog has ended
+            os.write(self._watchdog.stdin.fileno(), command)
 
 
-def _told(code: int) -> str:
-    """An exit code in words: ``128 + n`` is the end by signal n, as ``-n`` is."""
-    number = -code if code < 0 else code - FIRST_SIGNAL_CODE
+def _describe_exit(code: int) -> str:
+    """Describes an exit code: both ``128 + n`` and ``-n`` mean the end by signal n."""
+    number = -code if code < 0 else code - SIGNAL_CODE_BASE
     if number in set(signal.Signals):
         return f"by {signal.Signals(number).name}"
     return f"with exit code {code}"

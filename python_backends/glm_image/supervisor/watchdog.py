@@ -1,13 +1,14 @@
-"""Runs one tritonserver and sees to it that nothing of it stays behind, however its owner ends.
+"""Runs one tritonserver and guarantees that nothing of it outlives its owner.
 
-A script of its own, standard library only. Its owner speaks through its standard input, an order a line: ``watch`` when
-all models are loaded, ``drain``, ``unload`` and ``stop`` for an orderly end, ``kill`` or the end of the input (the
-owner is gone) for an immediate one. It adopts what the server leaves running, so that model processes cannot linger
-either, and removes the server's shared memory and run directory last.
+A standalone script, standard library only. The owner writes commands to its standard input, one a line: ``watch`` when
+all models are loaded; ``drain``, ``unload`` and ``stop`` for an orderly end; ``kill``, or the end of the input (the
+owner has died), for an immediate one. It reports to its standard output: ``drained MODEL`` when a model has no requests
+and accepts no more. It is a child subreaper, so that model processes cannot outlive the server, and removes the
+server's shared memory and run directory last.
 
-From ``watch`` on it ends the server with the first of its processes that dies, is stopped or hangs. Triton 2.51 would
-go on, say that it is ready, and never answer what a dead process had accepted; a model that is loaded again in place
-leaves those requests open too. A closed connection is an answer.
+From ``watch`` on it kills the server when one of the server's processes dies, is stopped or hangs. Triton 2.51 would
+stay ready and never answer the requests that a dead process had accepted; reloading the model in place leaves them open
+too. A closed connection is an answer.
 """
 
 from __future__ import annotations
@@ -24,31 +25,93 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SHARED_MEMORY = Path("/dev/shm")
-# Triton 2.51 walks down nested JSON by recursion, some 300 bytes of stack a level: with the usual 8 MiB a request of
-# 50 kB ends the server, with this much one of 1.6 MB does. Memory that is not used is not taken.
+# Triton 2.51 parses nested JSON recursively, with some 300 bytes of stack a level: with the usual 8 MiB a request of
+# 50 kB crashes the server, with this stack one of 1.6 MB does. Untouched stack takes no memory.
 SERVER_STACK_BYTES = 256 * 1024 * 1024
-# What Triton takes to end after its drain, before it is killed.
-STOP_GRACE_SECONDS = 10
-# What unloading takes that no request keeps waiting: Triton looks for a second whether a model's process lives.
+STOP_GRACE_SECONDS = 10.0
+"""Time for Triton to end after the drain, before it is killed."""
 UNLOAD_SECONDS = 2.0
+"""Time to unload idle models: Triton checks once a second whether a model's process has ended."""
+DRAIN_CHECK_SECONDS = 0.05
+CHECK_SECONDS = 2.0
+MAX_MISSED_CHECKS = 4
+"""Checks in a row without a heartbeat, after which a process counts as hung: 6 to 8 seconds."""
 
 STUB = "triton_python_backend_stub"
-NAME_IN_STAT = STUB[:15]  # Linux cuts the names of processes
-PULSES = "pulses"
+STUB_NAME_IN_STAT = STUB[:15]  # Linux truncates the names of processes
+HEARTBEATS = "heartbeats"
 """The folder of the run directory that holds the heartbeat files; see ``glm_image.telemetry.heartbeat``."""
-PAGE = struct.Struct("=4q")
-"""A page: process id (0: closed), beats, since when it is busy and how long it may be (0: not, for ever), in ns."""
-LOOK_SECONDS = 2.0
-SILENT_LOOKS = 4
-"""Looks in a row without a sign of life, after which a process is given up: 6 to 8 seconds."""
 NANOSECONDS = 1_000_000_000
-LAST_WORDS = "the server is ended: "
-"""What the line begins with that gives the reason."""
+EXIT_REASON_PREFIX = "the server is ended: "
+"""Begins the line on standard error that gives the reason."""
+
+
+class HeartbeatRecord(NamedTuple):
+    """The content of a heartbeat file: 64-bit words in native byte order.
+
+    Attributes:
+        pid: the process; 0 = it is not watched.
+        beats: a counter that changes at every beat.
+        busy_since: start of the oldest command that runs, on the monotonic clock in ns; 0 = idle.
+        hang_ns: how long a command may run, in ns; 0 = no limit.
+        drained: 1 = the process has no requests and accepts no more.
+    """
+
+    pid: int = 0
+    beats: int = 0
+    busy_since: int = 0
+    hang_ns: int = 0
+    drained: int = 0
+
+    @classmethod
+    def read(cls, path: Path | None) -> HeartbeatRecord:
+        """Reads a file; all words are 0 where there is none, or it is incomplete."""
+        content = b"" if path is None else path.read_bytes()
+        return cls(*HEARTBEAT.unpack(content)) if len(content) == HEARTBEAT.size else cls()
+
+
+HEARTBEAT = struct.Struct(f"={len(HeartbeatRecord._fields)}q")
+
+
+class Timers:
+    """Callbacks with a deadline on the monotonic clock; each has at most one."""
+
+    def __init__(self) -> None:
+        self._deadlines: dict[Callable[[], None], float] = {}
+
+    def start(self, callback: Callable[[], None], seconds: float) -> None:
+        """Runs ``callback`` once after ``seconds``, in place of its earlier deadline."""
+        self._deadlines[callback] = time.monotonic() + seconds
+
+    def start_at_most(self, callback: Callable[[], None], seconds: float) -> None:
+        """Like ``start``, but keeps an earlier deadline."""
+        self._deadlines[callback] = min(self._deadlines.get(callback, float("inf")), time.monotonic() + seconds)
+
+    def cancel(self, callback: Callable[[], None]) -> None:
+        """Drops a callback's deadline, if it has one."""
+        self._deadlines.pop(callback, None)
+
+    def is_running(self, callback: Callable[[], None]) -> bool:
+        """Whether the callback has a deadline."""
+        return callback in self._deadlines
+
+    def seconds_left(self) -> float:
+        """Returns the seconds until the first deadline, at least 0."""
+        return max(0.0, min(self._deadlines.values()) - time.monotonic())
+
+    def run_due(self) -> None:
+        """Runs the callbacks whose deadline has passed."""
+        now = time.monotonic()
+        for callback in [callback for callback, deadline in self._deadlines.items() if now >= deadline]:
+            self.cancel(callback)
+            callback()
 
 
 def _prctl(option: int, value: int) -> None:
@@ -56,18 +119,18 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _prepare_server() -> None:
-    """Runs in the server's process before its program: it dies with this one, and its threads get large stacks."""
+    """Runs in the server's process before exec: the server dies with this process, and its threads get large stacks."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    # No limit is the usual 2 MiB for threads.
-    wanted = SERVER_STACK_BYTES if soft == resource.RLIM_INFINITY else max(soft, SERVER_STACK_BYTES)
+    # With an unlimited stack glibc gives threads 2 MiB.
+    stack = SERVER_STACK_BYTES if soft == resource.RLIM_INFINITY else max(soft, SERVER_STACK_BYTES)
     if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
+        stack = min(stack, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
 
 
 def remove_leftovers(shm_prefix: str, run_directory: Path) -> None:
-    """Removes a server's shared memory and its run directory; what is gone already is no error."""
+    """Removes a server's shared memory and its run directory, if they exist."""
     for region in SHARED_MEMORY.glob(f"{shm_prefix}*"):
         region.unlink(missing_ok=True)
     shutil.rmtree(run_directory, ignore_errors=True)
@@ -75,7 +138,7 @@ def remove_leftovers(shm_prefix: str, run_directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Stat:
-    """What /proc tells of a process: its name, state, parent, and, where it is known, its wait status."""
+    """Name, state, parent and wait status of a process, from /proc."""
 
     name: str
     state: str
@@ -84,7 +147,7 @@ class Stat:
 
     @classmethod
     def read(cls, pid: int) -> Stat | None:
-        """Reads it; None when there is no such process any more."""
+        """Reads a process's entry; None if there is no such process."""
         try:
             text = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
@@ -94,7 +157,7 @@ class Stat:
         return cls(before.partition("(")[2], fields[0], int(fields[1]), int(fields[49]))
 
     def ending(self) -> tuple[str, bool]:
-        """Says how a process that has ended did so, and whether by a signal."""
+        """Describes how an ended process ended, and returns whether a signal killed it."""
         code = os.waitstatus_to_exitcode(self.wait_status)
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}", True
@@ -102,13 +165,13 @@ class Stat:
 
 
 def children_of(parent: int) -> list[int]:
-    """The processes whose parent is ``parent``, adopted and ended ones included."""
+    """Returns the children of a process, including adopted ones and zombies."""
     pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if (stat := Stat.read(pid)) is not None and stat.parent == parent]
 
 
 def _kill_children() -> None:
-    """Kills every child and, as each one's children come to us when it dies, all descendants."""
+    """Kills all descendants: a dead child's own children become ours, as this process is a subreaper."""
     while True:
         for pid in children_of(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
@@ -122,59 +185,62 @@ def _kill_children() -> None:
 class WatchedProcess:
     """A process that must live as long as its server: the server itself, or one of its models'."""
 
-    def __init__(self, pid: int, name: str, page: Path | None) -> None:
+    def __init__(self, pid: int, name: str, heartbeat: Path | None) -> None:
         self.pid = pid
-        self._told = f"{name} (process {pid})"
-        self._page = page
-        self._beats = -1
-        self._silent_looks = 0
         self.ended = os.pidfd_open(pid)
+        self._label = f"{name} (process {pid})"
+        self._heartbeat = heartbeat
+        self._beats = -1
+        self._missed_checks = 0
 
     def end(self) -> tuple[str, bool]:
-        """Says how it ended, and whether by a signal, once ``ended`` is readable."""
+        """Once ``ended`` is readable, describes the end and returns whether a signal caused it."""
         stat = Stat.read(self.pid)
-        if stat is None or stat.state != "Z":  # its parent has already asked, or it was gone before
-            return f"{self._told} ended", False
-        words, by_signal = stat.ending()
-        return f"{self._told} {words}", by_signal
+        if stat is None or stat.state != "Z":  # its parent has already reaped it
+            return f"{self._label} ended", False
+        description, by_signal = stat.ending()
+        return f"{self._label} {description}", by_signal
 
-    def fault(self) -> str | None:
-        """Looks for signs of life; says what is wrong once they have been missing for too long."""
+    def check(self) -> str | None:
+        """Returns what is wrong with the process, or None."""
         stat = Stat.read(self.pid)
         if stat is None or stat.state == "Z":
-            return None  # ``ended`` tells
-        pid, beats, busy_since, may_last = read_page(self._page)
-        is_silent = stat.state in "Tt" or (pid == self.pid and beats == self._beats)
-        self._beats = beats
-        self._silent_looks = self._silent_looks + 1 if is_silent else 0
-        if self._silent_looks >= SILENT_LOOKS:
-            what = "has been stopped" if stat.state in "Tt" else "hangs: it has shown no sign of life"
-            return f"{self._told} {what} for seconds"
-        busy = time.monotonic_ns() - busy_since
-        if pid == self.pid and busy_since and 0 < may_last < busy:
-            allowed = f"more than hang_seconds ({may_last / NANOSECONDS:g})"
-            return f"{self._told} hangs: it has been in one command for {busy / NANOSECONDS:.1f} s, {allowed}"
+            return None  # reported through ``ended``
+        record = HeartbeatRecord.read(self._heartbeat)
+        is_stopped, has_heartbeat = stat.state in "Tt", record.pid == self.pid
+        is_silent = is_stopped or (has_heartbeat and record.beats == self._beats)
+        self._beats = record.beats
+        self._missed_checks = self._missed_checks + 1 if is_silent else 0
+        if self._missed_checks >= MAX_MISSED_CHECKS:
+            fault = "has been stopped" if is_stopped else "hangs: it has shown no sign of life"
+            return f"{self._label} {fault} for seconds"
+        busy = time.monotonic_ns() - record.busy_since
+        if has_heartbeat and record.busy_since and 0 < record.hang_ns < busy:
+            limit = f"more than hang_seconds ({record.hang_ns / NANOSECONDS:g})"
+            return f"{self._label} hangs: it has been in one command for {busy / NANOSECONDS:.1f} s, {limit}"
         return None
 
 
-def read_page(page: Path | None) -> tuple[int, int, int, int]:
-    """Returns what ``PAGE`` names; all 0 where there is no page, or it is just being made."""
-    content = b"" if page is None else page.read_bytes()
-    pid, beats, busy_since, may_last = PAGE.unpack(content if len(content) == PAGE.size else bytes(PAGE.size))
-    return pid, beats, busy_since, may_last
-
-
-def find_watched(server: int, pulses: Path) -> list[WatchedProcess]:
-    """Returns a server and its models' processes, those that have just died included."""
-    pages = {read_page(page)[0]: page for page in pulses.glob("*.page")}
-    stubs = [pid for pid in children_of(server) if (stat := Stat.read(pid)) and stat.name == NAME_IN_STAT]
-    found = []
+def find_processes(server: int, heartbeats: Path) -> list[WatchedProcess]:
+    """Returns a server and its models' processes, including those that have just died."""
+    files = {HeartbeatRecord.read(path).pid: path for path in heartbeats.glob("*.heartbeat")}
+    stubs = [pid for pid in children_of(server) if (stat := Stat.read(pid)) and stat.name == STUB_NAME_IN_STAT]
+    processes = []
     for pid in [server, *stubs]:
-        page = pages.get(pid)
-        name = "tritonserver" if pid == server else page.stem if page else _model_of(pid)
-        with contextlib.suppress(ProcessLookupError):  # it ended while we looked, and its parent knows
-            found.append(WatchedProcess(pid, name, page))
-    return found
+        path = files.get(pid)
+        name = "tritonserver" if pid == server else path.stem if path else _model_of(pid)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile; its parent notices
+            processes.append(WatchedProcess(pid, name, path))
+    return processes
+
+
+def drained_models(heartbeats: Path) -> set[str]:
+    """Returns the models all of whose instances have drained; a heartbeat file is named ``MODEL_INDEX``."""
+    drained: dict[str, bool] = {}
+    for path in heartbeats.glob("*.heartbeat"):
+        model, record = path.stem.rpartition("_")[0], HeartbeatRecord.read(path)
+        drained[model] = drained.get(model, True) and bool(record.drained)
+    return {model for model, is_drained in drained.items() if is_drained}
 
 
 def _model_of(stub: int) -> str:
@@ -186,20 +252,27 @@ def _model_of(stub: int) -> str:
 
 
 class Watchdog:
-    """One server's process, from its start to the last trace of it."""
+    """One server's process, from its start to the removal of its last leftovers."""
 
     def __init__(self, command: list[str], run_directory: Path, drain_seconds: float) -> None:
-        self._pulses = run_directory / PULSES
+        self._heartbeats = run_directory / HEARTBEATS
         self._drain_seconds = drain_seconds
         self._watched: dict[int, WatchedProcess] = {}
         self._dead_while_loading: set[int] = set()
-        self._next_look = time.monotonic() + LOOK_SECONDS
-        self._stop_at: float | None = None
-        self._kill_at: float | None = None
+        self._drained: set[str] = set()
         self._returncode: int | None = None
+        self._timers = Timers()
+        self._timers.start(self._check_processes, CHECK_SECONDS)
+        self._commands: dict[str, Callable[[], None]] = {
+            "watch": self._watch,
+            "drain": self._drain,
+            "unload": self._unload,
+            "stop": self._stop,
+            "kill": self._kill,
+        }
         self._signals = self._catch_signals()
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
-        # Safe here, and only here: this process has one thread. The server's standard output joins its log.
+        # preexec_fn is safe here because this process has one thread. The server's standard output joins its log.
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, preexec_fn=_prepare_server)  # noqa: PLW1509
 
     @staticmethod
@@ -212,112 +285,106 @@ class Watchdog:
         return readable
 
     def run(self) -> int:
-        """Waits for the end of the server, sooner if asked; returns its exit code, 128 + n when signal n ended it."""
+        """Runs until the server has ended; returns its exit code, 128 + n after signal n."""
         owner = [0]
         while self._returncode is None:
-            times = [at for at in (self._next_look, self._stop_at, self._kill_at) if at is not None]
-            remaining = max(0.0, min(times) - time.monotonic())
-            ready = select.select([*owner, self._signals, *self._watched], [], [], remaining)[0]
+            ready = select.select([*owner, self._signals, *self._watched], [], [], self._timers.seconds_left())[0]
             if self._signals in ready and {signal.SIGTERM, signal.SIGINT} & set(os.read(self._signals, 4096)):
                 self._stop()
             if 0 in ready:
-                orders = os.read(0, 4096)
-                owner = owner if orders else []
-                self._obey(orders.decode().split() if orders else ["kill"])
+                commands = os.read(0, 4096)
+                owner = owner if commands else []
+                for command in commands.decode().split() if commands else ["kill"]:
+                    self._commands[command]()
             for descriptor in ready:
                 if descriptor in self._watched:
-                    self._tell_end(self._watched.pop(descriptor))
+                    self._handle_end(self._watched.pop(descriptor))
             self._reap()
-            self._act_on_time()
+            self._timers.run_due()
         _kill_children()
         return self._returncode if self._returncode >= 0 else 128 - self._returncode
 
-    def _obey(self, orders: list[str]) -> None:
-        for order in orders:
-            if order == "kill":
-                self._signal(signal.SIGKILL)
-            elif order == "watch":
-                self._watch()
-            elif order == "drain":
-                self._drain()
-            elif order == "unload":
-                self._unload()
-            else:
-                self._stop()
-
     def _watch(self) -> None:
-        self._watched = {watched.ended: watched for watched in find_watched(self._server.pid, self._pulses)}
+        self._watched = {process.ended: process for process in find_processes(self._server.pid, self._heartbeats)}
 
-    def _act_on_time(self) -> None:
-        now = time.monotonic()
-        if now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            if self._watched:
-                faults = [watched.fault() for watched in self._watched.values()]
-            else:
-                faults = [self._fault_while_loading()]
-            for fault in filter(None, faults):
-                self._give_up(fault)
-        if self._stop_at is not None and now >= self._stop_at:
-            self._stop()
-        if self._kill_at is not None and now >= self._kill_at:
-            self._signal(signal.SIGKILL)
-            self._kill_at = None
+    def _check_processes(self) -> None:
+        self._timers.start(self._check_processes, CHECK_SECONDS)
+        checks = [process.check for process in self._watched.values()] or [self._check_loading]
+        for check in checks:
+            if fault := check():
+                self._end(fault)
 
-    def _fault_while_loading(self) -> str | None:
-        """Looks for a model's process that died, and that Triton, which may wait for it for ever, has not collected."""
+    def _check_loading(self) -> str | None:
+        """Finds a model's process that has died and that Triton, which may wait for it forever, has not reaped."""
         stats = {pid: Stat.read(pid) for pid in children_of(self._server.pid)}
         dead = {pid: stat for pid, stat in stats.items() if stat is not None and stat.state == "Z"}
-        again = sorted(dead.keys() & self._dead_while_loading)
+        still_dead = sorted(dead.keys() & self._dead_while_loading)
         self._dead_while_loading = set(dead)
-        return f"a model's process ({again[0]}) {dead[again[0]].ending()[0]} while it was loaded" if again else None
+        if not still_dead:
+            return None
+        pid = still_dead[0]
+        return f"a model's process ({pid}) {dead[pid].ending()[0]} while it was loaded"
 
-    def _tell_end(self, watched: WatchedProcess) -> None:
-        os.close(watched.ended)
-        words, by_signal = watched.end()
-        # The models' processes end before a stopping server does; _reap tells of the server's own end.
-        if watched.pid != self._server.pid and (by_signal or self._kill_at is None):
-            self._give_up(words)
+    def _handle_end(self, process: WatchedProcess) -> None:
+        os.close(process.ended)
+        description, by_signal = process.end()
+        # Models' processes end before a stopping server does; _reap handles the server's own end.
+        is_stopping = self._timers.is_running(self._kill)
+        if process.pid != self._server.pid and (by_signal or not is_stopping):
+            self._end(description)
 
-    def _give_up(self, reason: str) -> None:
-        print(f"{LAST_WORDS}{reason}", file=sys.stderr, flush=True)
-        self._signal(signal.SIGKILL)
+    def _end(self, reason: str) -> None:
+        print(f"{EXIT_REASON_PREFIX}{reason}", file=sys.stderr, flush=True)
+        self._kill()
 
     def _drain(self) -> None:
-        """Lets the models that take requests be unloaded; the owner sees when none is left, and orders ``unload``."""
-        self._ends_by(self._drain_seconds + STOP_GRACE_SECONDS)
-        self._stop_at = time.monotonic() + self._drain_seconds
-        self._pass_on(b"drain\n")
+        """Has the entry models finish their requests and be unloaded; the owner sends ``unload`` afterwards."""
+        self._limit_stop()
+        self._timers.start(self._stop, self._drain_seconds)
+        self._timers.start(self._check_drained, 0)
+        self._send_to_models(b"drain\n")
+
+    def _check_drained(self) -> None:
+        self._timers.start(self._check_drained, DRAIN_CHECK_SECONDS)
+        for model in sorted(drained_models(self._heartbeats) - self._drained):
+            self._drained.add(model)
+            with contextlib.suppress(OSError):  # the owner has died, and the end of the input follows
+                os.write(1, f"drained {model}\n".encode())
 
     def _unload(self) -> None:
-        """Lets the others be unloaded, all at once; the owner sees when they are, and orders ``stop``."""
-        if self._stop_at is not None:
-            self._stop_at = min(self._stop_at, time.monotonic() + UNLOAD_SECONDS)
-            self._pass_on(b"unload\n")
+        """Has the other models be unloaded concurrently; the owner sends ``stop`` afterwards."""
+        self._timers.cancel(self._check_drained)
+        if self._timers.is_running(self._stop):
+            self._timers.start_at_most(self._stop, UNLOAD_SECONDS)
+            self._send_to_models(b"unload\n")
 
-    def _pass_on(self, order: bytes) -> None:
-        for orders in self._pulses.glob("*.orders"):
-            with contextlib.suppress(OSError):  # nobody reads any more
-                descriptor = os.open(orders, os.O_WRONLY | os.O_NONBLOCK)
-                os.write(descriptor, order)
+    def _send_to_models(self, command: bytes) -> None:
+        for pipe in self._heartbeats.glob("*.commands"):
+            with contextlib.suppress(OSError):  # the process has ended
+                descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+                os.write(descriptor, command)
                 os.close(descriptor)
 
     def _stop(self) -> None:
-        self._ends_by(self._drain_seconds + STOP_GRACE_SECONDS)
-        self._stop_at = None
+        self._limit_stop()
+        for callback in (self._stop, self._check_drained):
+            self._timers.cancel(callback)
         self._signal(signal.SIGTERM)
 
-    def _ends_by(self, seconds: float) -> None:
-        if self._kill_at is None:
-            self._kill_at = time.monotonic() + seconds
+    def _limit_stop(self) -> None:
+        if not self._timers.is_running(self._kill):
+            self._timers.start(self._kill, self._drain_seconds + STOP_GRACE_SECONDS)
+
+    def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        # Not through Popen, which would collect the exit code before _reap does.
+        # Not Popen.send_signal, which would reap the server before _reap does.
         if self._returncode is None:
             os.kill(self._server.pid, number)
 
     def _reap(self) -> None:
-        """Collects the server's end, and that of adopted processes."""
+        """Reaps the server and adopted processes."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == self._server.pid:

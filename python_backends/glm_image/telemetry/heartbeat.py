@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_SECONDS: Final = 1.0
 
-_PID, _BEATS, _BUSY_SINCE, _HANG_NS = range(4)
+_PID, _BEATS, _BUSY_SINCE, _HANG_NS, _DRAINED = range(5)
 
 Commands = Mapping[str, Callable[[], None]]
 NO_COMMANDS: Final[Commands] = {}
@@ -51,17 +51,17 @@ class Heartbeat:
         self._lock = threading.Lock()
         server_folder = run_directory()
         if directory is None and server_folder is not None:
-            directory = server_folder / "pulses"
+            directory = server_folder / "heartbeats"
         self._directory, self._name = directory, name
         # Aligned 64-bit words, which another process never reads half written.
-        words = ctypes.c_int64 * 4
+        words = ctypes.c_int64 * 5
         self._words = words()
         self._end = os.eventfd(0)
         self._thread: threading.Thread | None = None
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        heartbeat_file = directory / f"{name}.page"
+        heartbeat_file = directory / f"{name}.heartbeat"
         heartbeat_file.write_bytes(bytes(self._words))
         with heartbeat_file.open("r+b") as file:
             self._words = words.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(words)))
@@ -77,7 +77,7 @@ class Heartbeat:
         """
         if self._directory is None:
             return
-        pipe = self._directory / f"{self._name}.orders"
+        pipe = self._directory / f"{self._name}.commands"
         os.mkfifo(pipe, 0o600)
         # For reading and writing: a pipe that always has a writer never reaches its end.
         descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
@@ -86,6 +86,10 @@ class Heartbeat:
             target=self._beat, args=(descriptor, is_alive, commands), name="heartbeat", daemon=True
         )
         self._thread.start()
+
+    def mark_drained(self) -> None:
+        """Reports to the watchdog that the instance has no requests and accepts no more."""
+        self._words[_DRAINED] = 1
 
     def close(self) -> None:
         """Stops the heartbeat; the watchdog ignores the process from now on."""

@@ -1,0 +1,95 @@
+"""The worker processes of an instance: ranks other than 0, each on a device of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from glm_image.parallel.messages import Done
+from glm_image.parallel.worker import WorkerSpec
+
+
+class Worker:
+    """A rank's process, the connection to it, and how many commands it has run.
+
+    Args:
+        spec: what the process loads and where.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        parent_end, child_end = socket.socketpair()
+        self._spec = spec
+        self.connection: Connection = Connection(parent_end.detach())
+        self._sent = self._done = 0
+        self._waiting_since = 0.0
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        with child_end:
+            self._process = subprocess.Popen(
+                [_interpreter(), "-m", "glm_image.parallel.worker", str(child_end.fileno())],
+                pass_fds=(child_end.fileno(),),
+                env={**os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+            )
+        self.connection.send(spec)
+
+    def __str__(self) -> str:
+        return f"rank {self._spec.rank} ({self._spec.display_name}, pid {self._process.pid})"
+
+    def send(self, command: Any) -> None:
+        """Sends a command; blocks while the worker does not read.
+
+        Raises:
+            OSError: the process has ended.
+        """
+        self.connection.send(command)
+
+    def mark_sent(self) -> None:
+        """Counts a command that is about to be sent."""
+        if self._sent == self._done:
+            self._waiting_since = time.monotonic()
+        self._sent += 1
+
+    def mark_done(self, message: Done) -> None:
+        """Counts the commands that the worker has run."""
+        self._done, self._waiting_since = message.number, time.monotonic()
+
+    def seconds_until_hung(self, hang_seconds: float) -> float:
+        """Returns the seconds left for the oldest unfinished command; ``hang_seconds`` while the worker is idle."""
+        if self._sent == self._done:
+            return hang_seconds
+        return self._waiting_since + hang_seconds - time.monotonic()
+
+    def kill(self) -> None:
+        """Sends SIGKILL, if the process has not ended."""
+        self._process.kill()
+
+    def wait(self) -> int:
+        """Waits for the process to end and returns its exit code, ``-N`` after signal N."""
+        return self._process.wait()
+
+
+def launch(specs: Sequence[WorkerSpec]) -> list[Worker]:
+    """Starts one process per spec; kills those already started if one cannot be."""
+    workers: list[Worker] = []
+    try:
+        workers.extend(Worker(spec) for spec in specs)
+    except BaseException:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        raise
+    return workers
+
+
+def _interpreter() -> str:
+    # A Triton stub embeds Python, and its sys.executable may be the stub itself.
+    if Path(sys.executable or "").name.startswith("python"):
+        return sys.executable
+    return str(Path(sys.prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
