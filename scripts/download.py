@@ -1,4 +1,4 @@
-"""Fetches a checkpoint from a hub into a folder: goes on where it was cut off, and checks every file at the end."""
+"""Downloads a checkpoint from a hub into a folder: resumes interrupted downloads, verifies every file at the end."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ EXIT_FAILED, EXIT_REFUSED = 1, 2
 
 
 class DownloadError(GlmImageError):
-    """Something went wrong on the way; the message says what to do."""
+    """A download failed; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository; ``sha256`` or, for small ones in git, ``git_id`` tells its content, as far as known."""
+    """A file of a repository, with its SHA-256 or, for small files kept in git, its git id, if the hub reports them."""
 
     path: str
     size: int
@@ -38,40 +38,40 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a hub has: the commit that is fetched, and its files."""
+    """The commit to download and its files."""
 
     revision: str
     files: list[RemoteFile]
 
 
 class HuggingFace:
-    """Fetches through huggingface_hub; HF_TOKEN, HF_ENDPOINT and HTTPS_PROXY hold as it documents them."""
+    """Downloads with huggingface_hub, which reads HF_TOKEN, HF_ENDPOINT and HTTPS_PROXY."""
 
     name = "Hugging Face"
     repository = "zai-org/GLM-Image"
     revision = "main"
 
     def list(self, repository: str, revision: str) -> Listing:
-        """Asks what there is; no file is fetched."""
+        """Lists the files of a revision."""
         from huggingface_hub import HfApi  # noqa: PLC0415 - an optional package
 
-        with self._told(repository, revision):
+        with self._translated_errors(repository, revision):
             info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         files = [
-            RemoteFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None, one.blob_id)
-            for one in info.siblings or ()
+            RemoteFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None, file.blob_id)
+            for file in info.siblings or ()
         ]
         return Listing(info.sha or revision, files)
 
     def fetch(self, repository: str, revision: str, paths: list[str], folder: Path) -> None:
-        """Fetches what the folder does not have yet."""
+        """Downloads the files that the folder does not have."""
         from huggingface_hub import snapshot_download  # noqa: PLC0415 - an optional package
 
-        with self._told(repository, revision):
+        with self._translated_errors(repository, revision):
             snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=paths)
 
     @contextmanager
-    def _told(self, repository: str, revision: str) -> Iterator[None]:
+    def _translated_errors(self, repository: str, revision: str) -> Iterator[None]:
         import httpx  # noqa: PLC0415 - comes with huggingface_hub
         from huggingface_hub import errors  # noqa: PLC0415
 
@@ -86,30 +86,32 @@ class HuggingFace:
 
 
 class ModelScope:
-    """Fetches through modelscope_hub; MODELSCOPE_API_TOKEN and MODELSCOPE_ENDPOINT hold as it documents them."""
+    """Downloads with modelscope_hub, which reads MODELSCOPE_API_TOKEN and MODELSCOPE_ENDPOINT."""
 
     name = "ModelScope"
     repository = "ZhipuAI/GLM-Image"
     revision = "master"
 
     def list(self, repository: str, revision: str) -> Listing:
-        """Asks what there is; no file is fetched."""
+        """Lists the files of a revision."""
         from modelscope_hub import HubApi  # noqa: PLC0415 - an optional package
 
-        with self._told(repository, revision):
-            found = HubApi().list_repo_files(repository, "model", revision=revision)
-        files = [RemoteFile(one.path, one.size or 0, one.sha256 or None) for one in found if not _is_folder(one)]
+        with self._translated_errors(repository, revision):
+            entries = HubApi().list_repo_files(repository, "model", revision=revision)
+        files = [
+            RemoteFile(entry.path, entry.size or 0, entry.sha256 or None) for entry in entries if not _is_folder(entry)
+        ]
         return Listing(revision, files)
 
     def fetch(self, repository: str, revision: str, paths: list[str], folder: Path) -> None:
-        """Fetches what the folder does not have yet."""
+        """Downloads the files that the folder does not have."""
         from modelscope_hub import HubApi  # noqa: PLC0415 - an optional package
 
-        with self._told(repository, revision):
+        with self._translated_errors(repository, revision):
             HubApi().download_repo(repository, "model", revision=revision, local_dir=folder, allow_patterns=paths)
 
     @contextmanager
-    def _told(self, repository: str, revision: str) -> Iterator[None]:
+    def _translated_errors(self, repository: str, revision: str) -> Iterator[None]:
         import requests  # noqa: PLC0415 - comes with modelscope_hub
         from modelscope_hub import AuthenticationError, HubError, NetworkError, NotFoundError  # noqa: PLC0415
 
@@ -138,31 +140,31 @@ def not_found(hub: str, repository: str, revision: str, token: str) -> DownloadE
 
 def unreachable(hub: str, error: BaseException) -> DownloadError:
     return DownloadError(
-        f"{hub} cannot be reached ({error}): this needs a network, perhaps a proxy (HTTPS_PROXY). What is here already "
-        "stays and is not fetched again; the other hub may answer (--from), or copy the folder from another machine"
+        f"{hub} cannot be reached ({error}): this needs a network, perhaps a proxy (HTTPS_PROXY). Downloaded files "
+        "are kept; try the other hub (--from), or copy the folder from another machine"
     )
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="download", description="Fetches the GLM-Image checkpoint, about 36 GB.")
+    parser = argparse.ArgumentParser(prog="download", description="Downloads the GLM-Image checkpoint, about 36 GB.")
     default = REPOSITORY_ROOT / "checkpoints" / "GLM-Image"
     parser.add_argument("folder", nargs="?", type=Path, default=default, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--from", dest="hub", choices=list(HUBS), default="huggingface", help="default: %(default)s")
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="default: the one of the model's authors")
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="default: that of the model's authors")
     parser.add_argument("--revision", metavar="NAME", help="a branch, a tag or a commit; default: the latest")
-    parser.add_argument("--card", type=float, metavar="GB", help="tell in the end what fits a card of this memory")
+    parser.add_argument("--card", type=float, metavar="GB", help="report which stages fit a card of this memory")
     return parser.parse_args(arguments)
 
 
-def wanted(files: list[RemoteFile]) -> list[RemoteFile]:
-    """Those of a repository's files that belong to the checkpoint.
+def checkpoint_files(files: list[RemoteFile]) -> list[RemoteFile]:
+    """Returns the files of a repository that belong to the checkpoint.
 
     Raises:
-        DownloadError: there is no ``model_index.json`` among them, or a path leaves the folder.
+        DownloadError: the repository has no ``model_index.json``, or the path of a file leaves the folder.
     """
     kept = [file for file in files if file.path in OTHER_FILES or file.path.split("/")[0] in COMPONENTS]
     if not any(file.path == "model_index.json" for file in kept):
-        raise DownloadError("the repository has no model_index.json: it is no checkpoint of this kind")
+        raise DownloadError("the repository has no model_index.json: it is not a checkpoint of this model")
     for file in kept:
         if ".." in PurePosixPath(file.path).parts:
             raise DownloadError(f"the repository has a file {file.path!r}, which would leave the folder")
@@ -170,10 +172,10 @@ def wanted(files: list[RemoteFile]) -> list[RemoteFile]:
 
 
 def check_space(folder: Path, files: list[RemoteFile]) -> None:
-    """Refuses to begin what the disk cannot hold; complete files that are here already take no more.
+    """Checks that the disk has room for the files that are not complete yet.
 
     Raises:
-        DownloadError: says how much is missing.
+        DownloadError: the free space is too small.
     """
     missing = sum(file.size for file in files if not _has_size(folder / file.path, file.size))
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
@@ -190,27 +192,27 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def check_files(folder: Path, files: list[RemoteFile]) -> None:
-    """Compares every file with what the hub says of it; a wrong one is removed, so that it is fetched again.
+    """Compares every file with the hub's size and hash; removes wrong files, so that they are downloaded again.
 
     Raises:
-        DownloadError: names the files that were missing or wrong.
+        DownloadError: files were missing or wrong.
     """
     wrong = []
     for number, file in enumerate(files, 1):
         say(f"checking {number} of {len(files)}: {file.path}")
         path = folder / file.path
-        if not _has_size(path, file.size) or not _content_agrees(path, file):
+        if not _has_size(path, file.size) or not _has_content(path, file):
             path.unlink(missing_ok=True)
             wrong.append(file.path)
     if wrong:
-        raise DownloadError(f"not what the hub has, and removed: {', '.join(wrong)}; start again to fetch them")
+        raise DownloadError(f"removed files that differ from the hub's: {', '.join(wrong)}; run again to download them")
 
 
-def _content_agrees(path: Path, file: RemoteFile) -> bool:
+def _has_content(path: Path, file: RemoteFile) -> bool:
     if file.sha256:
         return _digest(path, hashlib.sha256()) == file.sha256
     if file.git_id:
-        # What git calls a file: a SHA-1 over its length and its content.
+        # A git blob id: SHA-1 over its length and content.
         return _digest(path, hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)) == file.git_id
     return True
 
@@ -223,11 +225,11 @@ def _digest(path: Path, digest: hashlib._Hash) -> str:
 
 
 def download(flags: argparse.Namespace, report: Callable[[str], None] = print) -> None:
-    """Lists, checks the room, fetches, checks the files and tells what is there."""
+    """Lists and downloads the files, verifies them and reports on the checkpoint."""
     hub = HUBS[flags.hub]
     repository, revision = flags.repository or hub.repository, flags.revision or hub.revision
     listing = hub.list(repository, revision)
-    files = wanted(listing.files)
+    files = checkpoint_files(listing.files)
     say(f"{repository} at {listing.revision}: {len(files)} files, {sum(file.size for file in files) / 1e9:.2f} GB")
     check_space(flags.folder, files)
     flags.folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         download(flags)
     except KeyboardInterrupt:
-        say("stopped; start again to go on from here")
+        say("stopped; run again to resume")
         return EXIT_FAILED
     except ModuleNotFoundError as error:
         say(f"error: {error.name} is not installed: install this project with its extra 'download'")

@@ -2,7 +2,7 @@
 
 The folder loads unchanged with ``diffusers.GlmImagePipeline.from_pretrained``. The same configuration gives the same
 bytes on every machine: weights come from raw random bits by exact arithmetic, each tensor from a stream of its own
-name, and no file holds a time or the version of a library.
+name, and no file contains a time or a library version.
 
     make_tiny_checkpoint.py FOLDER [--seed N] [--dtype bfloat16] [--ar-layers N ...] [--max-shard-size 500KB]
     make_tiny_checkpoint.py FOLDER --preset full --weights none     # configs of the real sizes, no tensors
@@ -40,7 +40,14 @@ GLYPH_SCALE = 8.0
 
 @dataclass(frozen=True)
 class Part:
-    """A folder with weights: its config, how its files are named, and the module that tells its tensors' shapes."""
+    """A folder with weights.
+
+    Attributes:
+        folder: its name.
+        stem: stem of the names of its weight files.
+        config: makes its config.
+        module: builds the module that has its tensors.
+    """
 
     folder: str
     stem: str
@@ -69,8 +76,8 @@ def part_shapes(part: Part, c: TinyConfig) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in sorted(module.named_parameters())}
 
 
-# The first pattern found in "folder/name" sets the standard deviation of a tensor: of an embedding as it is, of another
-# weight times 1/sqrt(fan in). Chosen so that codes, latents and pixels vary and nothing saturates.
+# The first pattern that matches "folder/name" sets the standard deviation of a tensor: of an embedding itself, of other
+# weights times 1/sqrt(fan in). With these values codes, latents and pixels vary without saturating.
 EMBEDDINGS = (
     ("embed_tokens|prior_token_embedding|quantize.embedding", 1.0),
     ("position_embedding|relative_attention_bias", 0.5),
@@ -102,13 +109,13 @@ def tensor_values(folder: str, name: str, shape: tuple[int, ...], c: TinyConfig)
     if folder == "vision_language_encoder":
         _hold_constant_channel(name, values, c)
     elif folder == "transformer" and name.endswith("norm1.linear.bias"):
-        # The modulation's fourth chunk scales the glyph tokens, few beside the image's: make them heard.
+        # The modulation's fourth chunk scales the glyph tokens. They are few, so raise their influence.
         values.reshape(12, -1)[3] += GLYPH_SCALE
     return values
 
 
 def _hold_constant_channel(name: str, values: NDArray[np.float64], c: TinyConfig) -> None:
-    """Keep one channel of the residual stream constant, through which the head pushes down ids beyond the codes."""
+    """Keep one channel of the residual stream constant; the head uses it to lower logits of ids beyond the codes."""
     constant = 3.0
     if name.endswith("embed_tokens.weight"):
         values[:, CONSTANT_CHANNEL] = constant
@@ -137,12 +144,12 @@ def plan_shards(shapes: Shapes, element_bytes: int, max_bytes: int) -> list[Shap
 
 
 def random_weights(part: Part, c: TinyConfig) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
-    """What ``write_weights`` reads for a checkpoint of random weights."""
+    """Values for ``write_weights``: random weights."""
     return lambda name, shape: torch.from_numpy(tensor_values(part.folder, name, shape, c))
 
 
 def trained_weights(tensors: Mapping[str, torch.Tensor]) -> Callable[[str, tuple[int, ...]], torch.Tensor]:
-    """What ``write_weights`` reads for a checkpoint of the tensors of a model."""
+    """Values for ``write_weights``: the tensors of a model."""
     return lambda name, shape: tensors[name].reshape(shape)
 
 
@@ -151,7 +158,7 @@ def write_weights(
 ) -> None:
     """Write the safetensors files of ``part``, and their index when there are several.
 
-    ``values`` gives the tensor of a name and a shape.
+    ``values`` returns the tensor of a name and a shape.
     """
     dtype = getattr(torch, c.dtype)
     shapes = part_shapes(part, c)
@@ -198,7 +205,7 @@ def write_configs(folder: Path, c: TinyConfig, merges: Sequence[tuple[str, str]]
 def make_tiny_checkpoint(folder: Path, config: TinyConfig = PRESETS["tiny"], weights: bool = True) -> Path:
     """Write a checkpoint of random weights.
 
-    The folder appears under its name only when it is whole.
+    The folder appears under its name only when it is complete.
 
     Args:
         folder: Where to write; must not exist, or be empty.
@@ -209,7 +216,7 @@ def make_tiny_checkpoint(folder: Path, config: TinyConfig = PRESETS["tiny"], wei
         ``folder``.
 
     Raises:
-        FileExistsError: ``folder`` holds something.
+        FileExistsError: ``folder`` is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; name another one")
@@ -229,7 +236,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as 500KB or 5GB (powers of 1000) or 2MiB (powers of 1024)."""
     match = re.fullmatch(r"([1-9]\d*) ?([KMG]?I?B)?", text.strip().upper())
     if not match or match[2] == "IB":
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 500KB, 2MiB or 5GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; allowed: numbers such as 500KB, 2MiB or 5GB")
     return int(match[1]) * SHARD_UNITS[match[2] or "B"]
 
 
@@ -242,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Write a small random checkpoint with the layout of GLM-Image.")
     parser.add_argument("folder", type=Path, help="must not exist, or be empty")
-    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="what the other options start from")
+    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="values of options that are not given")
     parser.add_argument("--weights", choices=["random", "none"], default="random")
     special = {"max_shard_size": parse_size, "vae_widths": parse_widths, "ar_mrope_section": parse_widths}
     for field in fields(TinyConfig):

@@ -1,4 +1,4 @@
-"""From a prompt to a PNG on this machine: a checkpoint, a server over it, one request, and the server is gone again."""
+"""Generates one image on this machine: starts a server, sends one request, saves a PNG and stops the server."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ console = Console(stderr=True)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="quickstart", description="Paints one picture with a server of its own.")
-    parser.add_argument("prompt", metavar="PROMPT", help="what to paint; text in quotation marks is lettered")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the tiny one that comes with this")
+    parser = argparse.ArgumentParser(prog="quickstart", description="Generates one image with a temporary server.")
+    parser.add_argument("prompt", metavar="PROMPT", help="text in quotation marks is rendered in the image")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the built-in tiny checkpoint")
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="width and height in pixels")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    parser.add_argument("--seed", type=int, metavar="N", help="same seed, same picture")
+    parser.add_argument("--seed", type=int, metavar="N", help="same seed, same image")
     parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
     return parser.parse_args()
 
@@ -50,7 +50,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def tiny_checkpoint() -> Path:
-    """The built-in checkpoint; without it one of random weights, made anew when the scripts that make it changed."""
+    """Returns the built-in checkpoint, else a random one, which is written again if its scripts changed."""
     if (TRAINED_CHECKPOINT / "model_index.json").is_file():
         return TRAINED_CHECKPOINT
     sources = sorted(Path(__file__).parent.glob("*tiny_checkpoint*.py"))
@@ -71,17 +71,17 @@ def tiny_checkpoint() -> Path:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Shows on a terminal that, and for how long, something goes on; elsewhere writes one line about it."""
+def progress(activity: str) -> Iterator[None]:
+    """Shows a spinner with the elapsed time on a terminal, else prints one line."""
     if not console.is_terminal:
-        console.print(f"{what} ...")
+        console.print(f"{activity} ...")
         yield
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as shown:
-        task = shown.add_task(what, total=1)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(activity, total=1)
         yield
-        shown.update(task, completed=1)
+        bar.update(task, completed=1)
 
 
 def generate(server: TritonServer, arguments: argparse.Namespace) -> GenerationResult:
@@ -89,15 +89,15 @@ def generate(server: TritonServer, arguments: argparse.Namespace) -> GenerationR
     if arguments.checkpoint is None:
         size, steps = size or TINY_SIZE, steps or TINY_STEPS
     width, height = size or (None, None)
-    shown = " x ".join(map(str, size)) + " pixels" if size else "the default size"
-    with GlmImageClient(server.grpc_url) as client, progress(f"Painting {shown}"):
+    size_text = " x ".join(map(str, size)) + " pixels" if size else "the default size"
+    with GlmImageClient(server.grpc_url) as client, progress(f"Generating {size_text}"):
         return client.generate(
             arguments.prompt, width=width, height=height, num_inference_steps=steps, seed=arguments.seed
         )
 
 
-def told(result: GenerationResult, files: list[Path]) -> str:
-    """The files, their seeds and sizes, and the seconds of every stage."""
+def summary(result: GenerationResult, files: list[Path]) -> str:
+    """Returns the files with their sizes and seeds, and the seconds of every phase."""
     metadata = result.metadata
     lines = [
         f"{file.resolve()}  ({metadata.width} x {metadata.height}, seed {seed}, {metadata.steps} steps)"
@@ -107,13 +107,11 @@ def told(result: GenerationResult, files: list[Path]) -> str:
 
 
 def keep(server: TritonServer) -> None:
-    """Leaves the server running until Ctrl-C, or until it ends by itself."""
+    """Leaves the server running until Ctrl-C, or until it exits."""
     installed = Path(sys.executable).with_name("glm-image")
     command = installed if installed.exists() else "glm-image"
     print(f"ready: http://{server.http_url} grpc://{server.grpc_url}")
-    print(
-        f"another picture: {command} generate PROMPT --url {server.grpc_url}    (Ctrl-C stops the server)", flush=True
-    )
+    print(f"another image: {command} generate PROMPT --url {server.grpc_url}    (Ctrl-C stops the server)", flush=True)
     server.wait()
 
 
@@ -125,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
             server.start()
             server.wait_ready()
         result = generate(server, arguments)
-        print(told(result, result.save(OUTPUT)), flush=True)
+        print(summary(result, result.save(OUTPUT)), flush=True)
         if arguments.keep:
             keep(server)
     finally:
@@ -135,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    # Both as Ctrl-C, also in the background of a shell, which would have SIGINT ignored.
+    # Both act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     began = time.perf_counter()

@@ -24,7 +24,7 @@ ROTARY_SHARE = 0.5
 
 
 def uniform(seed: int, name: str, count: int) -> NDArray[np.float64]:
-    """``count`` values in (-1, 1), a function of seed and name; exact, so equal everywhere."""
+    """``count`` values in (-1, 1), a function of seed and name; computed exactly, so equal on every machine."""
     bits = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())])).random_raw(count)
     return ((bits >> np.uint64(40)).astype(np.float64) + 0.5) / 2**23 - 1
 
@@ -35,11 +35,10 @@ class TinyConfig:
 
     The vocabulary is laid out as codes, image start, image end, ``reserved_ids``, 256 bytes, ``unused_ids``, special
     tokens, ``trailing_ids``. ``reserved_logit`` is added to the head's logits of every id that is no code, which keeps
-    random weights from sampling them (0 lets them). ``max_shard_size`` is in bytes. Source images are
+    random weights from sampling them (0 allows it). ``max_shard_size`` is in bytes. Source images are
     enlarged until their shorter side is the root of ``source_min_pixels``, then reduced until the longer one is at
-    most that of ``source_max_pixels``. ``ar_mrope_section`` holds the frequencies that the axes T, H and W take in
-    turn; empty shares them out in the published model's proportions. The tokenizer's merges take the first of the
-    unused ids.
+    most the root of ``source_max_pixels``. ``ar_mrope_section`` holds the frequencies that the axes T, H and W take in
+    turn; empty splits them in the published model's proportions. The tokenizer's merges take the first unused ids.
     """
 
     seed: int = 0
@@ -138,7 +137,7 @@ FULL = TinyConfig(
     vision_heads=reference_sizes.VISION["num_heads"],
     vision_ffn=reference_sizes.VISION["intermediate_size"],
     vision_image_size=reference_sizes.VISION["image_size"],
-    vq_dim=reference_sizes.QUANTIZER_WIDTH,
+    vq_dim=reference_sizes.QUANTIZER["embed_dim"],
     dit_layers=reference_sizes.TRANSFORMER["num_layers"],
     dit_heads=reference_sizes.TRANSFORMER["num_attention_heads"],
     dit_head_dim=reference_sizes.TRANSFORMER["attention_head_dim"],

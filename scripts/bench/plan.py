@@ -33,8 +33,16 @@ from measure import parse, report
 from served import DRAIN_SECONDS, Served, checkpoint_of, default_requests, server_parser
 from servers import PROC, descendants
 
-from capacity_planner.simulation import Layout, Outcome, Work, percentile, poisson_arrivals, saturate, simulate
-from capacity_planner.times import tokens_of
+from capacity_planner.simulation import (
+    Deployment,
+    Outcome,
+    StageCosts,
+    percentile,
+    poisson_arrivals,
+    saturate,
+    simulate,
+)
+from capacity_planner.times import image_tokens
 from glm_image.ar.admission import ADMISSIONS
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import AsyncGlmImageClient
@@ -109,13 +117,15 @@ def served(flags: argparse.Namespace) -> Iterator[Served]:
         yield Served(server.http_url, server.grpc_url, os.getpid())
 
 
-def layout_of(flags: argparse.Namespace) -> Layout:
+def layout_of(flags: argparse.Namespace) -> Deployment:
     """Returns the layout to simulate: each device is one, and all CPU devices are the host."""
     ar, *dit = (HOST if name.startswith("cpu") else name for name in (flags.ar, *flags.dit.split(";")))
-    return Layout((ar,), tuple(dit), flags.slots, admission=flags.admission)
+    return Deployment((ar,), tuple(dit), flags.slots, admission=flags.admission)
 
 
-def measure_most(url: str, requests: list[Values], work: Work, flags: argparse.Namespace) -> tuple[Layout, float]:
+def measure_most(
+    url: str, requests: list[Values], work: StageCosts, flags: argparse.Namespace
+) -> tuple[Deployment, float]:
     """Keeps all instances busy; returns the layout, with the cores that the host then has, and the images a second."""
     layout = layout_of(flags)
     in_flight = layout.slots + 2 * len(layout.dit)  # as ``saturate`` has it
@@ -129,7 +139,7 @@ def measure_most(url: str, requests: list[Values], work: Work, flags: argparse.N
     return layout, most
 
 
-def fitted_cores(layout: Layout, work: Work, requests: int, most: float) -> float:
+def fitted_cores(layout: Deployment, work: StageCosts, requests: int, most: float) -> float:
     """Returns the cores with which the simulation gives ``most`` images a second; at most one for each instance."""
     low, high = 0.0, float(1 + len(layout.dit))
     for _ in range(HALVINGS):
@@ -141,13 +151,13 @@ def fitted_cores(layout: Layout, work: Work, requests: int, most: float) -> floa
     return high
 
 
-def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) -> Work:
+def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) -> StageCosts:
     """Measures single requests, and a decode step of several together; of the denoising, keeps every value."""
     warm_ups = 2 * len(flags.dit.split(";"))
     check(load.own_load(url, "grpc", requests, Level("concurrency", warm_ups, warm_ups)))
     alone = load.own_load(url, "grpc", requests, Level("concurrency", 1, flags.alone))
     check(alone)
-    tokens = tokens_of(flags.sizes[0])
+    tokens = image_tokens(flags.sizes[0])
     parts = {
         name: statistics.median(response.metadata["seconds"][name] for response in alone)
         for name in alone[0].metadata["seconds"]
@@ -163,11 +173,11 @@ def measure_work(url: str, requests: list[Values], flags: argparse.Namespace) ->
     prefill_of_others = parts["prefill"] * (flags.slots - 1) / 2
     full = max(step, (decode - prefill_of_others) / (tokens - 1))
     report("times", **parts, overhead=overhead, step_ms=step * 1e3, full_step_ms=full * 1e3)
-    return Work(
+    return StageCosts(
         tokens=tokens,
         prefill=parts["prefill"],
         step=lambda running: step + (full - step) * (running - 1) / max(1, flags.slots - 1),
-        paint=lambda source: source.choice(denoising),
+        denoise=lambda source: source.choice(denoising),
         finish=parts["vae"],
         encode=parts["encode"],
         overhead=max(0.0, overhead),
@@ -210,7 +220,7 @@ def compare(predicted: Outcome, responses: Sequence[Response]) -> None:
     first = [sum(response.metadata["seconds"][part] for part in AR_PARTS) for response in responses]
     queue = [response.metadata["seconds"]["dit_queue"] for response in responses]
     decoded = [end - begin for begin, end in zip(predicted.arrived, predicted.decoded, strict=True)]
-    waited = [end - begin for begin, end in zip(predicted.decoded, predicted.painting, strict=True)]
+    waited = [end - begin for begin, end in zip(predicted.decoded, predicted.denoise_started, strict=True)]
     rows: dict[str, tuple[float, float]] = {
         "p50_seconds": (percentile(predicted.latencies, 50), percentile(measured, 50)),
         "p99_seconds": (percentile(predicted.latencies, 99), percentile(measured, 99)),

@@ -1,1 +1,1 @@
-"""How much a layout serves, worked out before it is bought: pictures a second, latency, memory of each card."""
+"""Estimates throughput, latency and memory of every profile on a machine, without the machine."""

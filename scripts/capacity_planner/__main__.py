@@ -1,4 +1,4 @@
-"""``python -m capacity_planner``."""
+"""Runs the command line of ``scripts/plan``."""
 
 import sys
 

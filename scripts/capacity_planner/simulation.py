@@ -1,8 +1,8 @@
-"""Requests on their way through both stages, simulated: who waits for what, event by event.
+"""Discrete-event simulation of requests in both stages.
 
-The stages are those of this project: a first one that decodes up to so many sequences together, which join and leave
-between steps when its admission lets them, and second ones that each paint a picture at a time, the next going to
-whichever is free. Who is admitted is decided by the code that a server decides it with.
+The AR stage decodes several sequences together; sequences join and leave between steps, when its admission policy
+admits them. Each DiT instance denoises one image at a time and takes the next one of a common queue when it is free.
+Admission is decided by the server's own code.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from glm_image.lifecycle.eta import DurationStats
 Process = Generator[simpy.Event, Any, None]
 
 UNFINISHED_REQUESTS = 2
-"""Pictures that may wait for the VAE while a next one is denoised, as in ``serving.dit_backend``."""
+"""Images that may wait for the VAE while another is denoised, as in ``serving.dit_backend``."""
 
-NOTHING_LEFT = 1e-9
-"""Seconds of work that are the rounding of a float."""
+ROUNDING_SECONDS = 1e-9
+"""Remaining work that is only the rounding of a float."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a picture asks of the stages, all in seconds of a device that nobody else uses.
+class StageCosts:
+    """Cost of an image in each phase, in seconds of an idle device.
 
     Attributes:
-        tokens: image tokens that the first stage draws, those of the preview included.
-        prefill: reading the prompt, which holds up what is decoding.
-        step: a decode step of so many running sequences.
-        paint: conditions and denoising; drawn anew for each picture.
-        finish: the VAE's; others are painted meanwhile, on the same device.
-        encode: on the host, beside all that.
-        overhead: of the network and of Triton, in all.
+        tokens: image tokens sampled by the AR stage, preview included.
+        prefill: of the prompt; the running sequences wait for it.
+        step: of a decode step, by the number of running sequences.
+        denoise: conditioning and denoising; sampled anew for each image.
+        finish: of the VAE, on the same device as the denoising of the next image.
+        encode: of the image file, on the host.
+        overhead: of network and Triton.
     """
 
     tokens: int
     prefill: float
     step: Callable[[int], float]
-    paint: Callable[[random.Random], float]
+    denoise: Callable[[random.Random], float]
     finish: float = 0.0
     encode: float = 0.0
     overhead: float = 0.0
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which device each instance runs on; instances that name the same one share it.
+class Deployment:
+    """The device of each instance; instances that name the same device share it.
 
     Attributes:
-        ar: the device of each first stage.
-        dit: the device of each second stage.
-        slots: sequences that a first stage decodes together.
-        cores: pieces of work that a device does at full speed at once; more than those share it evenly.
-        admission: the first stages', of ``ar.admission.ADMISSIONS``.
+        ar: the device of each AR instance.
+        dit: the device of each DiT instance.
+        slots: sequences that an AR instance decodes together.
+        cores: tasks that a device runs at full speed; more tasks share it evenly.
+        admission: policy of the AR instances, one of ``ar.admission.ADMISSIONS``.
     """
 
     ar: tuple[str, ...]
@@ -73,99 +73,99 @@ class Layout:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the requests, in the order in which they came; seconds.
+    """Times of every request in seconds, in order of arrival.
 
     Attributes:
-        arrived: when each came.
-        decoded: when each had its tokens.
-        painting: when each began to be painted.
-        answered: when each was done.
+        arrived: arrival.
+        decoded: end of its decoding.
+        denoise_started: start of its denoising.
+        answered: its response.
     """
 
     arrived: list[float]
     decoded: list[float]
-    painting: list[float]
+    denoise_started: list[float]
     answered: list[float]
 
     @property
     def latencies(self) -> list[float]:
-        """Seconds from the arrival of each to its answer."""
+        """Seconds from arrival to response of each request."""
         return [end - begin for begin, end in zip(self.arrived, self.answered, strict=True)]
 
     @property
     def throughput(self) -> float:
-        """Pictures a second, from the first arrival to the last answer."""
+        """Images a second, from the first arrival to the last response."""
         return len(self.answered) / (max(self.answered) - min(self.arrived))
 
 
-class _Job:
-    """A piece of work under way."""
+class _Task:
+    """Work in progress on a device; ``left`` is in seconds of the device at full speed."""
 
     def __init__(self, left: float, done: simpy.Event) -> None:
         self.left, self.done = left, done
 
 
-class Device:
-    """Does ``cores`` jobs at full speed; more of them share it evenly (processor sharing)."""
+class SimulatedDevice:
+    """Runs ``cores`` tasks at full speed; more tasks share it evenly (processor sharing)."""
 
     def __init__(self, clock: simpy.Environment, cores: float) -> None:
         self._clock, self._cores = clock, cores
-        self._jobs: list[_Job] = []
-        self._since = clock.now
-        self._plan = 0
+        self._tasks: list[_Task] = []
+        self._updated_at = clock.now
+        self._schedule = 0
 
-    def work(self, seconds: float) -> _Job:
-        """Begins a job; its ``done`` happens when it has had ``seconds`` of the device."""
+    def work(self, seconds: float) -> _Task:
+        """Starts a task; its ``done`` is triggered when it has had ``seconds`` of the device."""
         self._advance()
-        job = _Job(seconds, self._clock.event())
-        self._jobs.append(job)
-        self._reckon()
-        return job
+        task = _Task(seconds, self._clock.event())
+        self._tasks.append(task)
+        self._reschedule()
+        return task
 
-    def left(self, job: _Job) -> float:
-        """Returns the seconds that a job still wants."""
+    def left(self, task: _Task) -> float:
+        """Returns the remaining seconds of a task."""
         self._advance()
-        return job.left
+        return task.left
 
-    def shorten(self, job: _Job, seconds: float) -> None:
-        """Lets a job want only ``seconds`` more."""
+    def shorten(self, task: _Task, seconds: float) -> None:
+        """Sets the remaining seconds of a task."""
         self._advance()
-        job.left = seconds
-        self._reckon()
+        task.left = seconds
+        self._reschedule()
 
     @property
     def _speed(self) -> float:
-        return min(1.0, self._cores / len(self._jobs)) if self._jobs else 1.0
+        return min(1.0, self._cores / len(self._tasks)) if self._tasks else 1.0
 
     def _advance(self) -> None:
-        worked = (self._clock.now - self._since) * self._speed
-        self._since = self._clock.now
-        for job in self._jobs:
-            job.left -= worked
+        worked = (self._clock.now - self._updated_at) * self._speed
+        self._updated_at = self._clock.now
+        for task in self._tasks:
+            task.left -= worked
 
-    def _reckon(self) -> None:
-        """Ends what is done, and comes back when the next job will be."""
-        for job in [job for job in self._jobs if job.left <= NOTHING_LEFT]:
-            self._jobs.remove(job)
-            job.done.succeed()
-        self._plan += 1
-        if self._jobs:
-            plan, soonest = self._plan, min(job.left for job in self._jobs)
-            self._clock.timeout(soonest / self._speed).callbacks.append(lambda _: self._due(plan))
+    def _reschedule(self) -> None:
+        """Ends finished tasks and sets a timer for the end of the next one."""
+        for task in [task for task in self._tasks if task.left <= ROUNDING_SECONDS]:
+            self._tasks.remove(task)
+            task.done.succeed()
+        self._schedule += 1
+        if self._tasks:
+            schedule, soonest = self._schedule, min(task.left for task in self._tasks)
+            self._clock.timeout(soonest / self._speed).callbacks.append(lambda _: self._on_timer(schedule))
 
-    def _due(self, plan: int) -> None:
-        if plan == self._plan:
+    def _on_timer(self, schedule: int) -> None:
+        if schedule == self._schedule:
             self._advance()
-            self._reckon()
+            self._reschedule()
 
 
-def _say_nothing(*_: object) -> None:
-    """That a simulated request's patience ran out is no news."""
+def _ignore(*_: object) -> None:
+    """The log function of the simulated admission."""
 
 
 @dataclass(eq=False)
-class _Sequence:
-    """A request in the first stage; ``left`` are the steps that it has still to take."""
+class _SimulatedSequence:
+    """A request in the AR stage; ``left`` counts its remaining decode steps."""
 
     index: int
     done: simpy.Event
@@ -174,29 +174,31 @@ class _Sequence:
     since: float = 0.0
 
 
-class _FirstStage:
-    """Continuous batching: sequences are admitted one after the other, then all take steps together."""
+class _ArInstance:
+    """Continuous batching: sequences are admitted one by one, then all take decode steps together."""
 
-    def __init__(self, clock: simpy.Environment, device: Device, layout: Layout, work: Work) -> None:
-        self._clock, self._device, self._slots, self._work = clock, device, layout.slots, work
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
-        self._pace = DurationStats()
+    def __init__(
+        self, clock: simpy.Environment, device: SimulatedDevice, deployment: Deployment, costs: StageCosts
+    ) -> None:
+        self._clock, self._device, self._slots, self._costs = clock, device, deployment.slots, costs
+        self._waiting: deque[_SimulatedSequence] = deque()
+        self._running: list[_SimulatedSequence] = []
+        self._durations = DurationStats()
         self._changed = clock.event()
-        self.backlog = DitLoad(lambda: float(clock.now))
+        self.dit_load = DitLoad(lambda: float(clock.now))
         self._admission: Admission = (
-            BatchAdmission(self.backlog, _say_nothing) if layout.admission == "gathered" else ImmediateAdmission()
+            BatchAdmission(self.dit_load, _ignore) if deployment.admission == "gathered" else ImmediateAdmission()
         )
-        self._admission.when_changed(self._look_again)
+        self._admission.when_changed(self._wake)
         clock.process(self._run())
 
     def decode(self, index: int) -> simpy.Event:
-        """Queues a request's sequence; the event is its end."""
-        self._waiting.append(_Sequence(index, self._clock.event()))
-        self._look_again()
+        """Queues a request's sequence; returns the event of its end."""
+        self._waiting.append(_SimulatedSequence(index, self._clock.event()))
+        self._wake()
         return self._waiting[-1].done
 
-    def _look_again(self) -> None:
+    def _wake(self) -> None:
         if not self._changed.triggered:
             self._changed.succeed()
 
@@ -206,22 +208,22 @@ class _FirstStage:
                 yield self._change(seconds)
             while len(self._running) < self._slots and not self._admission_wait():
                 admitted = self._waiting.popleft()
-                yield self._device.work(self._work.prefill).done
-                admitted.left, admitted.since = self._work.tokens - 1, self._clock.now  # the prompt gives the first
+                yield self._device.work(self._costs.prefill).done
+                admitted.left, admitted.since = self._costs.tokens - 1, self._clock.now  # prefill samples the first
                 self._running.append(admitted)
             yield from self._take_steps()
-            for done in [one for one in self._running if one.left == 0]:
-                self._running.remove(done)
-                self._pace.add((self._clock.now - done.since) / max(1, self._work.tokens - 1))
-                self.backlog.forwarded(done.index, 1)
-                done.done.succeed()
+            for sequence in [sequence for sequence in self._running if sequence.left == 0]:
+                self._running.remove(sequence)
+                self._durations.add((self._clock.now - sequence.since) / max(1, self._costs.tokens - 1))
+                self.dit_load.forwarded(sequence.index, 1)
+                sequence.done.succeed()
 
     def _admission_wait(self) -> float:
-        """As ``ar.scheduler`` asks: seconds that the first in line is to wait still; inf where nobody waits."""
+        """Returns the seconds before the first waiting sequence may be admitted, as ``ar.scheduler`` computes them."""
         if not self._waiting:
             return math.inf
-        first, now, running, length = self._waiting[0], self._clock.now, len(self._running), self._work.tokens
-        decode_seconds = length * self._pace.mean
+        first, now, running, length = self._waiting[0], self._clock.now, len(self._running), self._costs.tokens
+        decode_seconds = length * self._durations.mean
         if first.latest == math.inf:
             first.latest = now + self._admission.max_wait(running, decode_seconds)
         return self._admission.wait(
@@ -230,7 +232,7 @@ class _FirstStage:
                 waiting=len(self._waiting),
                 free=self._slots - running,
                 running=running,
-                extends=1 - max((one.left for one in self._running), default=0) / length,
+                extends=1 - max((sequence.left for sequence in self._running), default=0) / length,
                 has_begun=False,
                 latest=first.latest,
                 deadline=math.inf,
@@ -239,130 +241,130 @@ class _FirstStage:
         )
 
     def _change(self, seconds: float) -> simpy.Event:
-        """What happens when somebody comes, a painter says something, or the time is over."""
+        """Returns the event of an arrival, a report of a DiT instance, or the end of ``seconds``."""
         self._changed = self._clock.event()
         if seconds == math.inf:
             return self._changed
-        return self._changed | self._clock.timeout(max(seconds, NOTHING_LEFT))
+        return self._changed | self._clock.timeout(max(seconds, ROUNDING_SECONDS))
 
     def _take_steps(self) -> Process:
-        """Takes steps until the first sequence ends, or until someone is let into a free slot."""
-        count = min(one.left for one in self._running)
-        step = self._work.step(len(self._running))
-        job = self._device.work(count * step)
-        while len(self._running) < self._slots and not job.done.triggered:
-            yield job.done | self._change(self._admission_wait())
-            if not job.done.triggered and not self._admission_wait():
-                taken = count - self._device.left(job) / step
-                count = min(count, math.ceil(taken - NOTHING_LEFT))  # the step under way is the last before
-                self._device.shorten(job, (count - taken) * step)
+        """Takes steps until the first sequence ends, or until another one is admitted to a free slot."""
+        count = min(sequence.left for sequence in self._running)
+        step = self._costs.step(len(self._running))
+        task = self._device.work(count * step)
+        while len(self._running) < self._slots and not task.done.triggered:
+            yield task.done | self._change(self._admission_wait())
+            if not task.done.triggered and not self._admission_wait():
+                taken = count - self._device.left(task) / step
+                count = min(count, math.ceil(taken - ROUNDING_SECONDS))  # the step in progress is the last before
+                self._device.shorten(task, (count - taken) * step)
                 break
-        yield job.done
-        for one in self._running:
-            one.left -= count
+        yield task.done
+        for sequence in self._running:
+            sequence.left -= count
 
 
 @dataclass(eq=False)
-class _Painter:
-    """An instance of the second stage, which states what it has left to paint whenever that changes."""
+class _DitInstance:
+    """An instance of the DiT stage, which reports its remaining images whenever their number changes."""
 
     name: str
-    device: Device
+    device: SimulatedDevice
     unfinished: simpy.Resource
     finisher: simpy.Resource
     listeners: Sequence[DitLoad]
     left: dict[int, int] = field(default_factory=dict)
-    pace: DurationStats = field(default_factory=DurationStats)
+    durations: DurationStats = field(default_factory=DurationStats)
 
-    def tell(self) -> None:
-        """As ``backlog.DitLoadReporter`` does."""
-        for backlog in self.listeners:
+    def report(self) -> None:
+        """As ``lifecycle.downstream.DitLoadReporter`` does."""
+        for dit_load in self.listeners:
             requests = list(self.left.items())
-            backlog.update({"instance": self.name, "requests": requests, "seconds_per_image": self.pace.mean})
+            dit_load.update({"instance": self.name, "requests": requests, "seconds_per_image": self.durations.mean})
 
 
-class _Server:
-    """Both stages, and the way of a request through them."""
+class _SimulatedServer:
+    """Both stages, and the path of a request through them."""
 
-    def __init__(self, layout: Layout, work: Work, requests: int, seed: int) -> None:
+    def __init__(self, deployment: Deployment, costs: StageCosts, requests: int, seed: int) -> None:
         self.clock = simpy.Environment()
-        devices = {name: Device(self.clock, layout.cores) for name in (*layout.ar, *layout.dit)}
-        self._first = [_FirstStage(self.clock, devices[name], layout, work) for name in layout.ar]
-        backlogs = [first.backlog for first in self._first]
+        names = (*deployment.ar, *deployment.dit)
+        devices = {name: SimulatedDevice(self.clock, deployment.cores) for name in names}
+        self._ar = [_ArInstance(self.clock, devices[name], deployment, costs) for name in deployment.ar]
+        loads = [instance.dit_load for instance in self._ar]
         self._free = simpy.Store(self.clock)
-        for number, name in enumerate(layout.dit):
+        for number, name in enumerate(deployment.dit):
             unfinished, finisher = simpy.Resource(self.clock, UNFINISHED_REQUESTS), simpy.Resource(self.clock, 1)
-            self._free.items.append(_Painter(str(number), devices[name], unfinished, finisher, backlogs))
-        self._work = work
-        self._random = random.Random(
-            f"work {seed}"
-        )  # not the numbers that the arrivals of the same seed were drawn from
+            self._free.items.append(_DitInstance(str(number), devices[name], unfinished, finisher, loads))
+        self._costs = costs
+        # Independent of the random numbers of arrivals with the same seed.
+        self._random = random.Random(f"work {seed}")
         self.outcome = Outcome(*([math.nan] * requests for _ in range(4)))
 
-    def come(self, arrivals: Sequence[float]) -> Process:
-        """Sends the requests in."""
+    def arrive(self, arrivals: Sequence[float]) -> Process:
+        """Starts each request at its arrival."""
         for index, arrival in enumerate(arrivals):
             yield self.clock.timeout(arrival - self.clock.now)
-            self.clock.process(self._go_through(index))
+            self.clock.process(self._serve(index))
 
-    def keep_coming(self, waiting: Iterator[int]) -> Process:
-        """Sends a request in whenever the one before is answered."""
+    def repeat(self, waiting: Iterator[int]) -> Process:
+        """Starts a request whenever the previous one is answered (closed loop)."""
         for index in waiting:
-            yield self.clock.process(self._go_through(index))
+            yield self.clock.process(self._serve(index))
 
-    def _go_through(self, index: int) -> Process:
-        work, clock, outcome = self._work, self.clock, self.outcome
+    def _serve(self, index: int) -> Process:
+        costs, clock, outcome = self._costs, self.clock, self.outcome
         outcome.arrived[index] = clock.now
-        yield clock.timeout(work.overhead)
-        yield self._first[index % len(self._first)].decode(index)
+        yield clock.timeout(costs.overhead)
+        yield self._ar[index % len(self._ar)].decode(index)
         outcome.decoded[index] = clock.now
-        painter: _Painter = yield self._free.get()
-        outcome.painting[index] = clock.now
-        painter.left[index] = 1
-        painter.tell()
-        yield painter.device.work(work.paint(self._random)).done
-        painter.pace.add(clock.now - outcome.painting[index])
-        painter.left[index] = 0
-        painter.tell()
-        with painter.unfinished.request() as may_wait:
+        dit: _DitInstance = yield self._free.get()
+        outcome.denoise_started[index] = clock.now
+        dit.left[index] = 1
+        dit.report()
+        yield dit.device.work(costs.denoise(self._random)).done
+        dit.durations.add(clock.now - outcome.denoise_started[index])
+        dit.left[index] = 0
+        dit.report()
+        with dit.unfinished.request() as may_wait:
             yield may_wait
-            self._free.put(painter)
-            with painter.finisher.request() as turn:
+            self._free.put(dit)
+            with dit.finisher.request() as turn:
                 yield turn
-                yield painter.device.work(work.finish).done
-                yield clock.timeout(work.encode)
-        del painter.left[index]
-        painter.tell()
+                yield dit.device.work(costs.finish).done
+                yield clock.timeout(costs.encode)
+        del dit.left[index]
+        dit.report()
         outcome.answered[index] = clock.now
 
 
-def simulate(layout: Layout, work: Work, arrivals: Sequence[float], seed: int = 0) -> Outcome:
-    """Serves requests that come at given seconds.
+def simulate(deployment: Deployment, costs: StageCosts, arrivals: Sequence[float], seed: int = 0) -> Outcome:
+    """Simulates requests that arrive at given times (open loop).
 
     Args:
-        layout: the instances and their devices.
-        work: what each picture asks of them.
-        arrivals: ascending, at least one.
-        seed: of what ``work`` draws.
+        deployment: the instances and their devices.
+        costs: of each image.
+        arrivals: seconds, ascending, at least one.
+        seed: of the numbers that ``costs`` samples.
     """
-    server = _Server(layout, work, len(arrivals), seed)
-    server.clock.process(server.come(arrivals))
+    server = _SimulatedServer(deployment, costs, len(arrivals), seed)
+    server.clock.process(server.arrive(arrivals))
     server.clock.run()
     return server.outcome
 
 
-def saturate(layout: Layout, work: Work, requests: int, seed: int = 0) -> Outcome:
-    """Serves as many requests at once as there are slots, and two a painter: the most that the layout keeps up."""
-    server = _Server(layout, work, requests, seed)
+def saturate(deployment: Deployment, costs: StageCosts, requests: int, seed: int = 0) -> Outcome:
+    """Simulates a closed loop that keeps every instance busy: a request for each slot and two for each DiT instance."""
+    server = _SimulatedServer(deployment, costs, requests, seed)
     waiting = iter(range(requests))
-    for _ in range(layout.slots * len(layout.ar) + 2 * len(layout.dit)):
-        server.clock.process(server.keep_coming(waiting))
+    for _ in range(deployment.slots * len(deployment.ar) + 2 * len(deployment.dit)):
+        server.clock.process(server.repeat(waiting))
     server.clock.run()
     return server.outcome
 
 
 def poisson_arrivals(rate: float, requests: int, seed: int = 0) -> list[float]:
-    """Returns when requests come that know nothing of each other: ``rate`` a second on average."""
+    """Returns the times of independent arrivals, ``rate`` a second on average."""
     source, now, arrivals = random.Random(seed), 0.0, []
     for _ in range(requests):
         now += source.expovariate(rate)
@@ -371,6 +373,6 @@ def poisson_arrivals(rate: float, requests: int, seed: int = 0) -> list[float]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns the smallest value that at least ``percent`` of all do not exceed."""
+    """Returns the smallest value that at least ``percent`` of all values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]

@@ -1,4 +1,4 @@
-"""How long each part of a picture takes: as measured, and scaled to sizes that were not."""
+"""Durations of the phases of an image: measured ones, and scaled to other sizes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from capacity_planner.splits import Splits, undivided
+from capacity_planner.scaling import ParallelScaling, serial_share
 from glm_image.errors import ConfigurationError, shown
 from glm_image.parallel.layout import MEMBERS
 from glm_image.request import geometry
 from glm_image.request.geometry import Grid, Size
 
 DIT_WIDTH: Final = 4096
-"""Channels of the published transformer: what weighs its linear layers against its attention."""
+"""Channels of the published transformer, which set the ratio of its linear layers to its attention."""
 
 BENCH_STEPS = 50
-"""Steps of the pictures that ``scripts/bench/dit.py`` paints."""
+"""Denoising steps of the images of ``scripts/bench/dit.py``."""
 
 MEGAPIXEL: Final = 1024 * 1024
 
 OWN_SUM: Final = "memory of the peers"
-"""How ``scripts/bench/parallel.py`` names the exchange of a decode step that is no collective's."""
+"""The value of ``through`` in ``scripts/bench/parallel.py`` for an exchange without collectives."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class StageTimes:
     """Measured seconds.
 
     Attributes:
-        source: where they come from, in words.
-        step_one: a decode step with one sequence running.
-        step_full: the same with ``full`` running.
-        full: how many those are.
-        prefill: what an admission holds up those that run.
+        source: where they come from, for the report.
+        step_one: a decode step with one running sequence.
+        step_full: a decode step with ``full`` running sequences.
+        full: see ``step_full``.
+        prefill: of one admission, during which running sequences wait.
         denoise: size -> a denoising step with guidance.
-        condition: the conditions of a picture.
+        condition: conditioning of an image.
         vae: latents to pixels, of 1024 x 1024.
         encode: pixels to a file, of 1024 x 1024.
-        overhead: of a request, beside the stages.
-        int8_step: what a decode step with int8 weights takes of one with bf16.
-        splits: what steps take where several cards share them.
+        overhead: of a request, outside the stages.
+        int8_step: a decode step with int8 weights, relative to one with bf16.
+        scaling: steps that several cards share.
     """
 
     source: str
@@ -56,14 +56,14 @@ class StageTimes:
     encode: float = 0.0
     overhead: float = 0.0
     int8_step: float = 1.0
-    splits: Splits = Splits()  # noqa: RUF009 - it cannot be changed
+    scaling: ParallelScaling = ParallelScaling()  # noqa: RUF009 - immutable
 
     def step(self, running: int) -> float:
-        """Seconds of a decode step of ``running`` sequences: what one takes, and each further one more."""
+        """Returns the seconds of a decode step of ``running`` sequences, interpolated."""
         return self.step_one + (self.step_full - self.step_one) * (running - 1) / max(1, self.full - 1)
 
     def denoise_step(self, size: Size) -> float:
-        """Seconds of a denoising step: of the nearest measured size, scaled by the arithmetic of both."""
+        """Returns the seconds of a denoising step: those of the nearest measured size, scaled by operations."""
         nearest = min(
             self.denoise, key=lambda measured: abs(measured.height * measured.width - size.height * size.width)
         )
@@ -84,19 +84,19 @@ H100: Final = StageTimes(
     vae=0.19,
     overhead=0.05,
     int8_step=0.69,
-    splits=Splits(
-        decode=undivided(2, 1.66),
-        cfg=undivided(2, 1.91),
-        tp=undivided(2, 1.64),  # on two H200
-        ring=undivided(2, 1.58),
-        ulysses=undivided(2, 1.78),
+    scaling=ParallelScaling(
+        decode=serial_share(2, 1.66),
+        cfg=serial_share(2, 1.91),
+        tp=serial_share(2, 1.64),  # on two H200
+        ring=serial_share(2, 1.58),
+        ulysses=serial_share(2, 1.78),
     ),
 )
 """The defaults."""
 
 
-def tokens_of(size: Size) -> int:
-    """Returns the image tokens of a text-to-image picture, its preview's included."""
+def image_tokens(size: Size) -> int:
+    """Returns the image tokens of a text-to-image request, preview included."""
     return sum(grid.tokens for grid in geometry.output_grids(_grid(size), image_to_image=False))
 
 
@@ -105,7 +105,7 @@ def _grid(size: Size) -> Grid:
 
 
 def _flop(size: Size) -> float:
-    """Operations of a forward: linears and attention over four image tokens for each token of the grid."""
+    """Operations of a forward pass: linears and attention over four image tokens a grid token."""
     tokens = 4 * _grid(size).tokens
     return 24.0 * DIT_WIDTH**2 * tokens + 4.0 * tokens**2 * DIT_WIDTH
 
@@ -114,7 +114,7 @@ def read_size(text: str) -> Size:
     """Reads ``WIDTHxHEIGHT``.
 
     Raises:
-        ConfigurationError: it is none.
+        ConfigurationError: the text has another form.
     """
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) * int(height)):
@@ -123,14 +123,14 @@ def read_size(text: str) -> Size:
 
 
 def read_measured(paths: list[Path], base: StageTimes = H100) -> StageTimes:
-    """Replaces times by those that ``scripts/bench/ar.py``, ``dit.py``, ``served.py`` and ``parallel.py`` have printed.
+    """Replaces times by those in the output of ``scripts/bench/ar.py``, ``dit.py``, ``served.py`` and ``parallel.py``.
 
     Args:
-        paths: files of JSON lines; a later line counts more than an earlier one.
-        base: what holds for what no line tells.
+        paths: files of JSON lines; later lines override earlier ones.
+        base: the times that no line has.
 
     Raises:
-        ConfigurationError: a file cannot be read, or tells no time.
+        ConfigurationError: a file cannot be read, or no line has a time.
     """
     reader = _Reader(base)
     for path in paths:
@@ -139,28 +139,33 @@ def read_measured(paths: list[Path], base: StageTimes = H100) -> StageTimes:
                 reader.read(json.loads(line))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path}: no JSON lines of a benchmark: {shown(str(error))}") from error
-    if not reader.told:
+    if not reader.replaced:
         raise ConfigurationError(
-            f"{', '.join(map(str, paths))}: no line tells a time of a stage; "
-            "allowed: what scripts/bench/ar.py, dit.py, served.py or parallel.py print"
+            f"{', '.join(map(str, paths))}: no line has the time of a stage; "
+            "allowed: output of scripts/bench/ar.py, dit.py, served.py or parallel.py"
         )
-    rest = "" if reader.told >= {"step", "denoise", "splits"} else f"; the rest: {base.source}"
+    rest = "" if reader.replaced >= {"step", "denoise", "scaling"} else f"; the rest: {base.source}"
     return replace(reader.times, source=", ".join(map(str, paths)) + rest)
 
 
 class _Reader:
-    """Takes lines, one after the other."""
+    """Reads lines one by one.
+
+    Attributes:
+        times: the base, with the times read so far.
+        replaced: names of the groups of times read so far.
+    """
 
     def __init__(self, base: StageTimes) -> None:
-        self.times, self.told = base, set[str]()
+        self.times, self.replaced = base, set[str]()
         self._denoise: dict[Size, float] = {}
         self._request: Mapping[str, Any] = {}
         self._readers: dict[str, Callable[[Mapping[str, Any]], None]] = {
             "decode step": self._decode_step,
             "admission of a 64-token prompt": lambda line: self._set("prefill", prefill=line["lost_ms"] / 1e3),
-            f"picture, {BENCH_STEPS} steps, guidance 1.5": self._picture,
-            "denoising step": self._split_denoising_step,
-            "request": self._asked,
+            f"picture, {BENCH_STEPS} steps, guidance 1.5": self._image,
+            "denoising step": self._parallel_denoise_step,
+            "request": self._set_request,
             "stages": self._stages,
         }
 
@@ -169,13 +174,13 @@ class _Reader:
         if reader:
             reader(line)
 
-    def _set(self, told: str, **times: Any) -> None:
+    def _set(self, group: str, **times: Any) -> None:
         self.times = replace(self.times, **times)
-        self.told.add(told)
+        self.replaced.add(group)
 
     def _decode_step(self, line: Mapping[str, Any]) -> None:
         if "devices" in line:
-            self._split_decode_step(line)
+            self._parallel_decode_step(line)
             return
         if line["size"] != 1024:
             return
@@ -185,35 +190,35 @@ class _Reader:
         else:
             self._set("step", step_full=seconds, full=running)
 
-    def _split_decode_step(self, line: Mapping[str, Any]) -> None:
-        if line.get("through") == OWN_SUM:  # what is served where the cards can
-            self._set_split("decode", line)
+    def _parallel_decode_step(self, line: Mapping[str, Any]) -> None:
+        if line.get("through") == OWN_SUM:  # the exchange that a server uses if the cards support it
+            self._set_scaling("decode", line)
 
-    def _split_denoising_step(self, line: Mapping[str, Any]) -> None:
+    def _parallel_denoise_step(self, line: Mapping[str, Any]) -> None:
         member, _, _ = line["parallel"].partition("=")
         if line["size"] == "1024x1024" and "," not in line["parallel"] and member in MEMBERS:
-            self._set_split(member, line)
+            self._set_scaling(member, line)
 
-    def _set_split(self, name: str, line: Mapping[str, Any]) -> None:
-        share = undivided(line["devices"], line["speedup"])
-        self._set("splits", splits=replace(self.times.splits, **{name: share}))
+    def _set_scaling(self, name: str, line: Mapping[str, Any]) -> None:
+        share = serial_share(line["devices"], line["speedup"])
+        self._set("scaling", scaling=replace(self.times.scaling, **{name: share}))
 
-    def _picture(self, line: Mapping[str, Any]) -> None:
+    def _image(self, line: Mapping[str, Any]) -> None:
         size = read_size(line["size"])
         self._denoise[size] = line["denoise_seconds"] / BENCH_STEPS
         vae = line["vae_seconds"] * MEGAPIXEL / (size.height * size.width)
         self._set("denoise", denoise=dict(self._denoise), vae=vae, condition=line["condition_seconds"])
 
-    def _asked(self, line: Mapping[str, Any]) -> None:
+    def _set_request(self, line: Mapping[str, Any]) -> None:
         self._request = line
 
     def _stages(self, line: Mapping[str, Any]) -> None:
-        """Of a server: only requests that came one at a time tell what a stage takes by itself."""
+        """Reads a server's seconds; only with one request at a time are they those of a stage alone."""
         if line.get("concurrency") != 1 or not self._request:
             return
         size = read_size(self._request["size"])
         scale = MEGAPIXEL / (size.height * size.width)
-        step = line["decode"] / (tokens_of(size) - 1)
+        step = line["decode"] / (image_tokens(size) - 1)
         ratio = self.times.step_full / self.times.step_one
         self._set("step", step_one=step, step_full=step * ratio, prefill=line["prefill"])
         self._denoise[size] = line["denoise"] / self._request["steps"]

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The Python that the scripts run in. To be sourced; then: ensure_environment EXTRA... or use_active_environment.
+# Selects the Python of the scripts. Source it, then call use_active_environment or ensure_environment EXTRA...
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 environment="$repository/.venv"
@@ -14,7 +14,7 @@ in_triton_container() {
   [[ -x /opt/tritonserver/bin/tritonserver ]]
 }
 
-# Whether the environment that is active already, or a container's own Python, can serve: then nothing is installed.
+# Uses the active environment, or a container's Python, if it has all packages; installs nothing. Sets PYTHON.
 use_active_environment() {
   [[ ${VIRTUAL_ENV:-} != "$environment" ]] || return 1
   [[ -n ${VIRTUAL_ENV:-} ]] || in_triton_container || return 1
@@ -34,7 +34,7 @@ PYTHON
   export PYTHONPATH="$repository/python_backends:$repository/client${PYTHONPATH:+:$PYTHONPATH}"
 }
 
-# Makes .venv, or brings it up to date; sets PYTHON. Arguments: extras of pyproject.toml.
+# Makes or updates .venv and sets PYTHON. Arguments: extras of pyproject.toml.
 ensure_environment() {
   if [[ -x $environment/bin/python3 ]] && stamp_covers "$@"; then
     PYTHON="$environment/bin/python3"
@@ -47,7 +47,7 @@ ensure_environment() {
       'import sys; from glm_image.supervisor.requirements import main; sys.exit(main())' || exit 1
   fi
   PYTHON="$environment/bin/python3"
-  # One at a time: another script may be at it in this checkout.
+  # Another script may be installing into this checkout.
   exec 9<"$repository/scripts"
   if command -v flock >/dev/null; then flock 9; fi
   make_environment "$base"
@@ -55,7 +55,7 @@ ensure_environment() {
   exec 9<&-
 }
 
-# The first Python on PATH that every pinned package has a release for.
+# Prints the first Python on PATH for which every pinned package has a release.
 find_python() {
   local name candidates=(python3 python3.12 python3.11)
   if [[ -n ${GLM_IMAGE_PYTHON:-} ]]; then candidates=("$GLM_IMAGE_PYTHON"); fi
@@ -81,7 +81,7 @@ make_environment() {
 
 install() {
   local extras
-  # shellcheck disable=SC2046 # words
+  # shellcheck disable=SC2046 # one extra a word
   extras=$(printf '%s\n' "$@" $(stamped_extras) | sort -u | paste -sd, -)
   echo "Installing into $environment: $extras (some minutes the first time)" >&2
   rm -f "$stamp"
@@ -92,7 +92,7 @@ install() {
   printf '%s\n%s\n' "$(fingerprint)" "${extras//,/ }" >"$stamp"
 }
 
-# What the installed packages depend on, but for the extras.
+# Prints a hash of everything that determines the installed packages, except the extras.
 fingerprint() {
   { cat "$repository/pyproject.toml" "$repository/constraints.txt"; "$environment/bin/python3" --version; } | sha256sum | cut -d' ' -f1
 }
@@ -101,7 +101,7 @@ stamped_extras() {
   if [[ -f $stamp ]]; then sed -n 2p "$stamp"; fi
 }
 
-# Whether the last complete installation was of these very files and had all of these extras.
+# Succeeds if the last complete installation has the same fingerprint and all of these extras.
 stamp_covers() {
   [[ -f $stamp && $(head -n 1 "$stamp") == "$(fingerprint)" ]] || return 1
   local extra
@@ -110,7 +110,7 @@ stamp_covers() {
   done
 }
 
-# The extras with which a server runs: Triton itself from the package index, unless this is a Triton container.
+# Prints the extras of a server; outside of Triton containers, Triton itself comes from the package index.
 server_extras() {
   echo client server
   if ! in_triton_container; then echo triton; fi

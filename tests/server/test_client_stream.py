@@ -20,8 +20,8 @@ from glm_image_client import (
     StreamEvent,
 )
 
-ASKED: dict[str, Any] = {"prompt": "A fox", "height": 96, "width": 64, "num_inference_steps": 5, "seed": 11}
-SLOW: dict[str, Any] = {**ASKED, "height": 256, "width": 256, "num_inference_steps": 200}
+OPTIONS: dict[str, Any] = {"prompt": "A fox", "height": 96, "width": 64, "num_inference_steps": 5, "seed": 11}
+SLOW: dict[str, Any] = {**OPTIONS, "height": 256, "width": 256, "num_inference_steps": 200}
 COMMAND = "from glm_image_client.cli import main; main()"
 PROTOCOLS = ("grpc", "http")
 
@@ -43,20 +43,20 @@ def check(events: list[StreamEvent], expected: bytes, request_id: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["grpc", pytest.param("http", marks=pytest.mark.full)])
-def test_the_events_end_with_what_generate_gives(triton: TritonServer, protocol: str) -> None:
+def test_the_events_end_with_the_images_of_generate(triton: TritonServer, protocol: str) -> None:
     with client_of(triton, protocol) as client:
-        (expected,) = client.generate(**ASKED).encoded
-        check(list(client.stream(**ASKED, request_id="mine", preview_every=2)), expected, "mine")
+        (expected,) = client.generate(**OPTIONS).encoded
+        check(list(client.stream(**OPTIONS, request_id="mine", preview_every=2)), expected, "mine")
 
     async def collect() -> list[StreamEvent]:
         async with AsyncGlmImageClient(url(triton, protocol)) as client:
-            return [event async for event in client.stream(**ASKED, request_id="ours")]
+            return [event async for event in client.stream(**OPTIONS, request_id="ours")]
 
     check(asyncio.run(collect()), expected, "ours")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_who_leaves_the_iteration_cancels(triton: TritonServer, protocol: str) -> None:
+def test_leaving_the_iteration_cancels(triton: TritonServer, protocol: str) -> None:
     with client_of(triton, protocol) as client:
         for event in client.stream(**SLOW, request_id=f"left {protocol}"):
             if event.kind == "decode":
@@ -67,7 +67,7 @@ def test_who_leaves_the_iteration_cancels(triton: TritonServer, protocol: str) -
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_who_is_cancelled_leaves_the_iteration(triton: TritonServer, protocol: str) -> None:
+def test_cancelling_the_task_leaves_the_iteration(triton: TritonServer, protocol: str) -> None:
     async def leave(request_id: str) -> str:
         async with AsyncGlmImageClient(url(triton, protocol)) as client:
 
@@ -89,10 +89,10 @@ def test_who_is_cancelled_leaves_the_iteration(triton: TritonServer, protocol: s
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_what_is_wrong_is_told_as_by_generate(triton: TritonServer, protocol: str) -> None:
+def test_errors_are_those_of_generate(triton: TritonServer, protocol: str) -> None:
     with client_of(triton, protocol) as client:
         with pytest.raises(RefusedError, match="height is 1; allowed: 32 to 2048"):
-            list(client.stream(**{**ASKED, "height": 1}))
+            list(client.stream(**{**OPTIONS, "height": 1}))
         with pytest.raises(RequestTimeout):
             list(client.stream(**SLOW, timeout=0.3))
         events = client.stream(**SLOW, request_id=f"stopped {protocol}")
@@ -103,11 +103,11 @@ def test_what_is_wrong_is_told_as_by_generate(triton: TritonServer, protocol: st
             list(events)
 
 
-def test_the_command_writes_the_pictures_on_the_way(triton: TritonServer, tmp_path: Path) -> None:
+def test_the_command_writes_the_intermediate_images(triton: TritonServer, tmp_path: Path) -> None:
     previews = tmp_path / "previews"
     previews.mkdir()
-    asked = ["A fox", "--size", "256x256", "--steps", "25", "--seed", "5", "--preview-dir", str(previews)]
-    command = [sys.executable, "-c", COMMAND, "generate", *asked, "-o", str(tmp_path / "out.png")]
+    arguments = ["A fox", "--size", "256x256", "--steps", "25", "--seed", "5", "--preview-dir", str(previews)]
+    command = [sys.executable, "-c", COMMAND, "generate", *arguments, "-o", str(tmp_path / "out.png")]
     done = subprocess.run([*command, "--url", triton.grpc_url], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [file.name for file in sorted(previews.iterdir())] == ["00_denoise.png", "01_denoise.png"]

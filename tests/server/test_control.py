@@ -1,4 +1,4 @@
-"""Requests that are cancelled, asked about and timed out, wherever they are, on a real server."""
+"""Cancels, status calls and deadlines of requests in every stage, on a real server."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from glm_image_client import AsyncGlmImageClient, GlmImageClient, RequestCancell
 from server.kserve import KServeError, Outputs, Values, grpc_infer, grpc_start, metadata, post
 
 SMALL: Values = {"prompt": "A fox reading 'NEWS'", "height": 64, "width": 64, "num_inference_steps": 2, "seed": 3}
-LONG_TOKENS: Values = {**SMALL, "height": 2048, "width": 2048, "num_inference_steps": 1}
-LONG_PAINTING: Values = {**SMALL, "height": 512, "width": 512, "num_inference_steps": 200}
+LONG_DECODE: Values = {**SMALL, "height": 2048, "width": 2048, "num_inference_steps": 1}
+LONG_DENOISING: Values = {**SMALL, "height": 512, "width": 512, "num_inference_steps": 200}
 SLOTS = 8
 WAIT_SECONDS = 60
 
 
 class Requests:
-    """Requests in flight on a server, and its control."""
+    """Sends requests to a server and controls them."""
 
     def __init__(self, server: TritonServer, pool: ThreadPoolExecutor) -> None:
         self._server, self._pool = server, pool
@@ -45,16 +45,18 @@ class Requests:
         return self.client.cancel(request_id)
 
     def wait_until(self, request_id: str, is_there: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Asks until the latest request of an id is as expected."""
+        """Polls until the latest request of an id is as expected."""
         end = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < end:
-            told = self.status(request_id)
-            if told["requests"] and is_there(told["requests"][-1]):
-                return told
-        raise AssertionError(told)
+            reply = self.status(request_id)
+            if reply["requests"] and is_there(reply["requests"][-1]):
+                return reply
+        raise AssertionError(reply)
 
     def wait_for(self, request_id: str, stage: str) -> dict[str, Any]:
-        return self.wait_until(request_id, lambda told: told["stage"] == stage and told["state"] != "cancelled")
+        return self.wait_until(
+            request_id, lambda request: request["stage"] == stage and request["state"] != "cancelled"
+        )
 
 
 @pytest.fixture
@@ -71,31 +73,31 @@ def assert_cancelled(answer: Future[Outputs], request_id: str) -> None:
     assert ended.value.status == "CANCELLED"
 
 
-def same_pictures(one: Outputs, other: Outputs) -> None:
-    np.testing.assert_array_equal(one["images"], other["images"])
+def same_images(first: Outputs, second: Outputs) -> None:
+    np.testing.assert_array_equal(first["images"], second["images"])
 
 
-def test_a_request_is_cancelled_while_its_tokens_are_drawn(requests: Requests) -> None:
+def test_a_request_is_cancelled_while_it_decodes(requests: Requests) -> None:
     alone = requests.send(SMALL, "peaceful").result(WAIT_SECONDS)
-    unwanted = requests.send(LONG_TOKENS, "decoding")
-    told = requests.wait_until("decoding", lambda one: one["stage"] == "decode" and one["done"] > 20)
-    assert told["state"] == "running"
-    assert told["requests"][0]["total"] > 4000
-    beside = requests.send(SMALL, "beside")
+    unwanted = requests.send(LONG_DECODE, "decoding")
+    reply = requests.wait_until("decoding", lambda request: request["stage"] == "decode" and request["done"] > 20)
+    assert reply["state"] == "running"
+    assert reply["requests"][0]["total"] > 4000
+    other = requests.send(SMALL, "other")
     assert requests.cancel("decoding") == {
         "request_id": "decoding",
         "action": "cancel",
         "state": "cancelled",
         "cancelled": 1,
-        "requests": [{**told["requests"][0], "done": pytest.approx(0, abs=4096), "seconds": pytest.approx(0, abs=60)}],
+        "requests": [{**reply["requests"][0], "done": pytest.approx(0, abs=4096), "seconds": pytest.approx(0, abs=60)}],
     }
     assert_cancelled(unwanted, "decoding")
-    same_pictures(beside.result(WAIT_SECONDS), alone)
+    same_images(other.result(WAIT_SECONDS), alone)
     assert requests.status("decoding")["state"] == "cancelled"
 
 
-def test_a_request_that_waits_for_a_slot_is_cancelled_at_once(requests: Requests) -> None:
-    running = requests.send({**LONG_TOKENS, "num_images": SLOTS}, "slots")
+def test_a_request_that_waits_for_a_slot_is_cancelled_immediately(requests: Requests) -> None:
+    running = requests.send({**LONG_DECODE, "num_images": SLOTS}, "slots")
     requests.wait_for("slots", "decode")
     waiting = requests.send(SMALL, "waits")
     assert requests.wait_for("waits", "ar_queue")["state"] == "queued"
@@ -106,10 +108,10 @@ def test_a_request_that_waits_for_a_slot_is_cancelled_at_once(requests: Requests
     assert_cancelled(running, "slots")
 
 
-def test_a_request_is_cancelled_while_it_is_painted_and_while_it_waits_for_that(requests: Requests) -> None:
+def test_a_request_is_cancelled_while_it_is_denoised_and_while_it_waits_for_the_dit(requests: Requests) -> None:
     alone = requests.send(SMALL, "used twice").result(WAIT_SECONDS)
-    painted = requests.send(LONG_PAINTING, "painted")
-    sigma = requests.wait_for("painted", "denoise")["requests"][0]["sigma"]
+    denoised = requests.send(LONG_DENOISING, "denoised")
+    sigma = requests.wait_for("denoised", "denoise")["requests"][0]["sigma"]
     assert 0 < sigma < 1
     waiting = requests.send(SMALL, "used twice")
     assert requests.wait_for("used twice", "dit_queue")["state"] == "queued"
@@ -117,36 +119,36 @@ def test_a_request_is_cancelled_while_it_is_painted_and_while_it_waits_for_that(
     assert requests.status("used twice")["state"] == "cancelled"
     again = requests.send(SMALL, "used twice")  # came after the cancel
     requests.wait_for("used twice", "dit_queue")
-    assert requests.cancel("painted")["cancelled"] == 1
-    assert_cancelled(painted, "painted")
+    assert requests.cancel("denoised")["cancelled"] == 1
+    assert_cancelled(denoised, "denoised")
     assert_cancelled(waiting, "used twice")
-    same_pictures(again.result(WAIT_SECONDS), alone)
+    same_images(again.result(WAIT_SECONDS), alone)
 
 
 def test_all_requests_of_an_id_are_cancelled_and_no_other(requests: Requests) -> None:
-    shared = [requests.send({**LONG_TOKENS, "seed": seed}, "shared") for seed in range(2)]
-    shared.append(requests.send(LONG_PAINTING, "shared"))
+    shared = [requests.send({**LONG_DECODE, "seed": seed}, "shared") for seed in range(2)]
+    shared.append(requests.send(LONG_DENOISING, "shared"))
     other = requests.send(SMALL, "share")
     for _ in iter(lambda: len(requests.status("shared")["requests"]), len(shared)):
         pass
-    requests.wait_until("shared", lambda one: one["stage"] in {"decode", "denoise"})
-    told = requests.cancel("shared")
-    assert (told["state"], told["cancelled"], len(told["requests"])) == ("cancelled", 3, 3)
+    requests.wait_until("shared", lambda request: request["stage"] in {"decode", "denoise"})
+    reply = requests.cancel("shared")
+    assert (reply["state"], reply["cancelled"], len(reply["requests"])) == ("cancelled", 3, 3)
     for answer in shared:
         assert_cancelled(answer, "shared")
     assert other.result(WAIT_SECONDS)["images"].shape == (1, 64, 64, 3)
 
 
-def test_what_cannot_be_cancelled_is_told(requests: Requests) -> None:
+def test_cancel_reports_requests_that_it_cannot_cancel(requests: Requests) -> None:
     nothing = {"state": "unknown", "requests": []}
-    assert requests.status("nobody") == {"request_id": "nobody", "action": "status", **nothing}
-    assert requests.cancel("nobody") == {"request_id": "nobody", "action": "cancel", "cancelled": 0, **nothing}
+    assert requests.status("unused") == {"request_id": "unused", "action": "status", **nothing}
+    assert requests.cancel("unused") == {"request_id": "unused", "action": "cancel", "cancelled": 0, **nothing}
     requests.send(SMALL, "done").result(WAIT_SECONDS)
     assert (requests.status("done")["state"], requests.cancel("done")["state"]) == ("finished", "finished")
     with pytest.raises(KServeError, match="height is 0"):
         requests.send({**SMALL, "height": 0}, "refused").result(WAIT_SECONDS)
     assert requests.status("refused")["state"] == "failed"
-    unwanted = requests.send(LONG_TOKENS, "twice")
+    unwanted = requests.send(LONG_DECODE, "twice")
     requests.wait_for("twice", "decode")
     assert requests.cancel("twice")["state"] == "cancelled"
     assert_cancelled(unwanted, "twice")
@@ -160,7 +162,7 @@ def test_what_cannot_be_cancelled_is_told(requests: Requests) -> None:
         ({"request_id": "", "action": "cancel"}, "request_id is ; allowed: the id"),
     ],
 )
-def test_a_wrong_question_is_refused(triton: TritonServer, values: Values, sentence: str) -> None:
+def test_invalid_inputs_are_refused(triton: TritonServer, values: Values, sentence: str) -> None:
     with pytest.raises(KServeError, match=sentence) as refused:
         grpc_infer(triton, values, "glm_control")
     assert refused.value.status == "INVALID_ARGUMENT"
@@ -173,14 +175,14 @@ def test_a_request_without_an_id_gets_one(triton: TritonServer) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_client_that_no_longer_waits_cancels(triton: TritonServer, requests: Requests, protocol: Any) -> None:
+def test_a_client_that_stops_waiting_cancels(triton: TritonServer, requests: Requests, protocol: Any) -> None:
     url = triton.grpc_url if protocol == "grpc" else triton.http_url
-    asked = {name: value for name, value in LONG_TOKENS.items() if name != "seed"}
+    options = {name: value for name, value in LONG_DECODE.items() if name != "seed"}
     given_up, cancelled, late = (f"{protocol}-{what}" for what in ("given-up", "cancelled", "late"))
 
     async def give_up() -> None:
         async with AsyncGlmImageClient(url, protocol) as client:
-            task = asyncio.create_task(client.generate(**asked, request_id=given_up))
+            task = asyncio.create_task(client.generate(**options, request_id=given_up))
             await asyncio.to_thread(requests.wait_for, given_up, "decode")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -190,13 +192,13 @@ def test_a_client_that_no_longer_waits_cancels(triton: TritonServer, requests: R
     asyncio.run(give_up())
     with GlmImageClient(url, protocol) as client:
         with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(client.generate, **asked, request_id=cancelled)
+            answer = pool.submit(client.generate, **options, request_id=cancelled)
             requests.wait_for(cancelled, "decode")
             assert client.cancel(cancelled)["cancelled"] == 1
             with pytest.raises(RequestCancelled, match=f"^request {cancelled} was cancelled$"):
                 answer.result(WAIT_SECONDS)
         with pytest.raises(RequestTimeout):
-            client.generate(**asked, request_id=late, timeout=0.3)
+            client.generate(**options, request_id=late, timeout=0.3)
     assert requests.status(late)["state"] in {"cancelled", "failed"}
 
 
@@ -210,32 +212,32 @@ def test_the_command_cancels_when_it_is_interrupted(triton: TritonServer, reques
     requests.wait_for("interrupted", "decode")
     generating.send_signal(signal.SIGINT)
     assert generating.wait(WAIT_SECONDS) == 130
-    told = subprocess.run([*command, "status", "interrupted", *where], capture_output=True, text=True, check=True)
-    assert json.loads(told.stdout)["state"] == "cancelled"
-    unknown = subprocess.run([*command, "cancel", "nobody", *where], capture_output=True, text=True, check=False)
+    reply = subprocess.run([*command, "status", "interrupted", *where], capture_output=True, text=True, check=True)
+    assert json.loads(reply.stdout)["state"] == "cancelled"
+    unknown = subprocess.run([*command, "cancel", "unused", *where], capture_output=True, text=True, check=False)
     assert (unknown.returncode, json.loads(unknown.stdout)["state"]) == (2, "unknown")
 
 
 def test_a_direct_call_that_is_broken_off_is_cancelled(triton: TritonServer, requests: Requests) -> None:
-    """Triton knows of the callers of a model itself, not of those of an ensemble."""
+    """Triton knows the callers of a model itself, not those of an ensemble."""
     with tritonclient.grpc.InferenceServerClient(triton.grpc_url) as client:
-        call = grpc_start(client, LONG_TOKENS, "glm_ar", request_id="broken off")
+        call = grpc_start(client, LONG_DECODE, "glm_ar", request_id="broken off")
         requests.wait_for("broken off", "decode")
         call.cancel()
-        requests.wait_until("broken off", lambda told: told["state"] == "cancelled")
+        requests.wait_until("broken off", lambda request: request["state"] == "cancelled")
 
 
-def test_a_deadline_that_cannot_be_met_is_told_by_how_much(triton: TritonServer, requests: Requests) -> None:
-    tokens = {**LONG_PAINTING, "height": 256, "width": 256}
+def test_a_deadline_that_cannot_be_met_names_the_missing_time(triton: TritonServer, requests: Requests) -> None:
+    tokens = {**LONG_DENOISING, "height": 256, "width": 256}
     prior = grpc_infer(triton, tokens, "glm_ar")
     decode = json.loads(prior["ar_metadata"][0])["seconds"]["decode"]
-    painting = {"prompt": SMALL["prompt"], "num_inference_steps": 200} | {
+    dit_inputs = {"prompt": SMALL["prompt"], "num_inference_steps": 200} | {
         name: prior[name] for name in ("prior_token_ids", "prior_grid", "resolved_seed")
     }
-    denoise = metadata(grpc_infer(triton, painting, "glm_dit"))["seconds"]["denoise"]
-    for model, asked, seconds in (("glm_ar", tokens, decode), ("glm_dit", painting, denoise)):
+    denoise = metadata(grpc_infer(triton, dit_inputs, "glm_dit"))["seconds"]["denoise"]
+    for model, values, seconds in (("glm_ar", tokens, decode), ("glm_dit", dit_inputs, denoise)):
         sent = time.monotonic()
         with pytest.raises(KServeError, match=r"cannot meet its deadline: .* takes at least .* s too few") as late:
-            grpc_infer(triton, asked, model, timeout_seconds=seconds / 4)
+            grpc_infer(triton, values, model, timeout_seconds=seconds / 4)
         assert late.value.status == "UNAVAILABLE"
         assert time.monotonic() - sent < seconds / 2

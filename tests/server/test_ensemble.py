@@ -27,8 +27,8 @@ from server.kserve import (
     metadata,
 )
 
-STAGES_OF_PAINTING = {"dit_queue", "condition", "denoise", "vae", "encode"}
-STAGES = {"ar_queue", "prefill", "decode"} | STAGES_OF_PAINTING
+DIT_STAGES = {"dit_queue", "condition", "denoise", "vae", "encode"}
+STAGES = {"ar_queue", "prefill", "decode"} | DIT_STAGES
 
 SMALL: Values = {"prompt": "a fox", "height": 32, "width": 64, "num_inference_steps": 2, "seed": 5}
 
@@ -41,7 +41,7 @@ PARITY = [
 ]
 
 # Different in everything, the lengths of their sequences included.
-CROWD: list[dict[str, Any]] = [
+CONCURRENT: list[dict[str, Any]] = [
     {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 2},
     {"prompt": "a 'sign' at night, in the rain, far away", "height": 256, "width": 64, "num_inference_steps": 6},
     {"prompt": "雪", "height": 64, "width": 256, "num_inference_steps": 3, "guidance_scale": 0.0},
@@ -92,7 +92,7 @@ def test_an_omitted_seed_is_random_and_reported(triton: TritonServer) -> None:
     np.testing.assert_array_equal(again["images"], first["images"])
 
 
-def test_what_is_left_out_has_its_default(triton: TritonServer, pipeline: LocalPipeline) -> None:
+def test_missing_inputs_have_their_defaults(triton: TritonServer, pipeline: LocalPipeline) -> None:
     sampling = pipeline.ar.sampling
     spelt_out = {
         **SMALL,
@@ -111,12 +111,12 @@ def test_what_is_left_out_has_its_default(triton: TritonServer, pipeline: LocalP
     assert metadata(short)["steps"] == 50
 
 
-def test_metadata_tells_of_the_picture(triton: TritonServer, tiny_checkpoint: Path) -> None:
-    asked = {**SMALL, "height": 33, "width": 65, "num_images": 2, "output_format": "webp"}
-    told = metadata(grpc_infer(triton, asked))
-    seconds, tokens, model = told.pop("seconds"), told.pop("tokens"), told.pop("model")
-    assert isinstance(told.pop("version"), str)
-    assert told == {
+def test_metadata_describes_the_image(triton: TritonServer, tiny_checkpoint: Path) -> None:
+    values = {**SMALL, "height": 33, "width": 65, "num_images": 2, "output_format": "webp"}
+    found = metadata(grpc_infer(triton, values))
+    seconds, tokens, model = found.pop("seconds"), found.pop("tokens"), found.pop("model")
+    assert isinstance(found.pop("version"), str)
+    assert found == {
         "seeds": [5, 6],
         "width": 65,
         "height": 33,
@@ -142,7 +142,7 @@ def raw(triton: TritonServer) -> Outputs:
     return grpc_infer(triton, {**SMALL, "height": 33, "width": 65})
 
 
-def test_a_raw_picture_is_cropped_to_its_size(triton: TritonServer, raw: Outputs) -> None:
+def test_a_raw_image_is_cropped_to_its_size(triton: TritonServer, raw: Outputs) -> None:
     assert raw["images"].shape == (1, 33, 65, 3)
     assert raw["images_base64"].shape == (0,)
     whole = grpc_infer(triton, {**SMALL, "height": 64, "width": 96})["images"]
@@ -150,7 +150,7 @@ def test_a_raw_picture_is_cropped_to_its_size(triton: TritonServer, raw: Outputs
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
-def test_an_encoded_picture_is_a_file_of_its_size(triton: TritonServer, raw: Outputs, output_format: str) -> None:
+def test_an_encoded_image_is_a_file_of_its_size(triton: TritonServer, raw: Outputs, output_format: str) -> None:
     outputs = http_binary_infer(triton, {**SMALL, "height": 33, "width": 65, "output_format": output_format})
     assert outputs["images"].shape == (0, 0, 0, 3)
     (file,) = files(outputs)
@@ -162,7 +162,7 @@ def test_an_encoded_picture_is_a_file_of_its_size(triton: TritonServer, raw: Out
 
 
 @pytest.mark.parametrize("seed", [5, 2**63 - 4])
-def test_picture_i_is_that_of_seed_plus_i(triton: TritonServer, seed: int) -> None:
+def test_image_i_is_that_of_seed_plus_i(triton: TritonServer, seed: int) -> None:
     eight = grpc_infer(triton, {**SMALL, "seed": seed, "num_images": 8})
     seeds = metadata(eight)["seeds"]
     assert seeds == [(seed + index + 2**63) % 2**64 - 2**63 for index in range(8)]
@@ -172,40 +172,44 @@ def test_picture_i_is_that_of_seed_plus_i(triton: TritonServer, seed: int) -> No
         np.testing.assert_array_equal(alone["images"][0], eight["images"][index])
 
 
-def test_a_crowd_gets_the_pictures_of_each_alone(triton: TritonServer) -> None:
+def test_concurrent_requests_get_the_images_of_each_alone(triton: TritonServer) -> None:
     """Eight requests, different in everything, at the same moment over all protocols."""
     ways = list(WAYS)
     calls = [
         partial(WAYS[ways[index % len(ways)]], triton, {**request, "seed": 100 + index, "output_format": "png"})
-        for index, request in enumerate(CROWD)
+        for index, request in enumerate(CONCURRENT)
     ]
     alone = [call() for call in calls]
     crowd = at_once(calls)
     assert [files(outputs) for outputs in crowd.outputs] == [files(outputs) for outputs in alone]
-    # The seconds of one that has several pictures are those of all of them.
-    told = [
+    # The seconds of a request with several images are those of all of them.
+    reports = [
         (answered, metadata(outputs)["seconds"])
         for answered, outputs in zip(crowd.answered, crowd.outputs, strict=True)
         if len(metadata(outputs)["seeds"]) == 1
     ]
-    ends = [answered - sum(seconds[stage] for stage in STAGES_OF_PAINTING) for answered, seconds in told]
-    assert most_at_once([end - seconds["decode"] for end, (_, seconds) in zip(ends, told, strict=True)], ends) >= 3
+    ends = [answered - sum(seconds[stage] for stage in DIT_STAGES) for answered, seconds in reports]
+    assert (
+        most_concurrent([end - seconds["decode"] for end, (_, seconds) in zip(ends, reports, strict=True)], ends) >= 3
+    )
 
 
-def test_the_first_stage_decodes_requests_together(triton: TritonServer) -> None:
-    """As it tells itself, by the monotonic clock that it shares with this process."""
+def test_the_ar_decodes_requests_together(triton: TritonServer) -> None:
+    """By its own times, on the monotonic clock that it shares with this process."""
     calls = [
         partial(grpc_infer, triton, {"prompt": "a fox", "height": 128, "width": 128, "seed": seed}, "glm_ar")
         for seed in range(8)
     ]
-    told = [_ar_metadata(outputs) for outputs in at_once(calls).outputs]
-    ends = [one["finished_ns"] for one in told]
-    begins = [one["finished_ns"] - int(1e9 * one["seconds"]["decode"]) for one in told]
-    assert most_at_once(begins, ends) >= 4
-    assert max(one["seconds"]["ar_queue"] for one in told) < min(one["seconds"]["decode"] for one in told)
+    reports = [_ar_metadata(outputs) for outputs in at_once(calls).outputs]
+    ends = [report["finished_ns"] for report in reports]
+    begins = [report["finished_ns"] - int(1e9 * report["seconds"]["decode"]) for report in reports]
+    assert most_concurrent(begins, ends) >= 4
+    assert max(report["seconds"]["ar_queue"] for report in reports) < min(
+        report["seconds"]["decode"] for report in reports
+    )
 
 
-def most_at_once(begins: Sequence[float], ends: Sequence[float]) -> int:
+def most_concurrent(begins: Sequence[float], ends: Sequence[float]) -> int:
     """The most of some intervals that share a moment."""
     return max(sum(begin <= moment < end for begin, end in zip(begins, ends, strict=True)) for moment in begins)
 
@@ -214,7 +218,7 @@ def _ar_metadata(outputs: Outputs) -> dict[str, Any]:
     return metadata({"metadata": outputs["ar_metadata"]})
 
 
-def test_a_late_comer_changes_nothing_and_is_not_kept_waiting(triton: TritonServer) -> None:
+def test_a_later_request_changes_nothing_and_does_not_wait(triton: TritonServer) -> None:
     """Requests join while a long one decodes, which ends later than they do, and as it does alone."""
     long_one = {**SMALL, "height": 512, "width": 512, "num_inference_steps": 1}
     alone = grpc_infer(triton, long_one)

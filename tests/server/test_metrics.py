@@ -24,28 +24,28 @@ from glm_image.telemetry.metrics import REFUSALS, Kind, MetricSpec, OutcomeCount
 from server.kserve import KServeError, Values, at_once, grpc_infer, grpc_start, metadata
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-TOLD = re.compile(r"^# (?P<what>TYPE|HELP) (?P<name>\w+) (?P<text>.*)$")
+COMMENT = re.compile(r"^# (?P<what>TYPE|HELP) (?P<name>\w+) (?P<text>.*)$")
 SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
-MEASURES: dict[str, tuple[MetricSpec, ...]] = {"glm_ar": AR_METRICS, "glm_dit": DIT_METRICS}
-ENDS: dict[str, OutcomeCounters] = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
+METRICS: dict[str, tuple[MetricSpec, ...]] = {"glm_ar": AR_METRICS, "glm_dit": DIT_METRICS}
+OUTCOMES: dict[str, OutcomeCounters] = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
 RESTARTS = "glm_image_restarts_total"
 SETTLE_SECONDS = 30
 SLOTS = 8
 STEPS = 3
-ASKED: Values = {"prompt": "A fox reading 'NEWS'", "height": 64, "width": 64, "num_inference_steps": STEPS}
+REQUEST: Values = {"prompt": "A fox reading 'NEWS'", "height": 64, "width": 64, "num_inference_steps": STEPS}
 
 
 class Page:
-    """What the metrics port says at one moment."""
+    """The metrics at one moment."""
 
     def __init__(self, text: str) -> None:
         self.types: dict[str, str] = {}
         self.helps: dict[str, str] = {}
         self.samples: dict[str, list[tuple[dict[str, str], float]]] = {}
         for line in text.splitlines():
-            if told := TOLD.match(line):
-                (self.types if told["what"] == "TYPE" else self.helps)[told["name"]] = told["text"]
+            if comment := COMMENT.match(line):
+                (self.types if comment["what"] == "TYPE" else self.helps)[comment["name"]] = comment["text"]
             elif sample := SAMPLE.match(line):
                 labels = dict(LABELS.findall(sample["labels"]))
                 self.samples.setdefault(sample["name"], []).append((labels, float(sample["value"])))
@@ -93,54 +93,54 @@ def documented(mark: str) -> dict[str, list[str]]:
     return {row[0].strip("`"): row[1:] for row in rows}
 
 
-@pytest.mark.parametrize("model", MEASURES)
+@pytest.mark.parametrize("model", METRICS)
 def test_the_page_has_what_is_documented_and_nothing_else(fresh: Page, model: str) -> None:
     rows = documented(model)
-    assert rows == {m.name: [m.kind.value, rows[m.name][1], m.meaning] for m in MEASURES[model]}
-    assert all(value == 0 for measure in ENDS[model].measures for _, value in fresh.samples[measure.name])
+    assert rows == {m.name: [m.kind.value, rows[m.name][1], m.meaning] for m in METRICS[model]}
+    assert all(value == 0 for metric in OUTCOMES[model].measures for _, value in fresh.samples[metric.name])
     prefix = model.replace("glm_", "glm_image_")
     assert {name: kind for name, kind in fresh.types.items() if name.startswith(prefix)} == {
         name: cells[0] for name, cells in rows.items()
     }
-    for measure in MEASURES[model]:
-        assert fresh.helps[measure.name] == measure.meaning
-        suffix = "_count" if measure.kind is Kind.HISTOGRAM else ""
-        labels = {"model": model, "instance": "0"} | ({"reason": measure.reason} if measure.reason else {})
-        assert labels in [found for found, _ in fresh.samples[measure.name + suffix]]
-    assert sum(len(fresh.samples.get(measure.name, ())) for measure in ENDS[model].refusals) == len(REFUSALS) ** 2
+    for metric in METRICS[model]:
+        assert fresh.helps[metric.name] == metric.meaning
+        suffix = "_count" if metric.kind is Kind.HISTOGRAM else ""
+        labels = {"model": model, "instance": "0"} | ({"reason": metric.reason} if metric.reason else {})
+        assert labels in [found for found, _ in fresh.samples[metric.name + suffix]]
+    assert sum(len(fresh.samples.get(metric.name, ())) for metric in OUTCOMES[model].refusals) == len(REFUSALS) ** 2
 
 
 @pytest.mark.parametrize(
-    "measure", [*AR_METRICS, *DIT_METRICS], ids=lambda measure: "-".join(filter(None, (measure.name, measure.reason)))
+    "metric", [*AR_METRICS, *DIT_METRICS], ids=lambda metric: "-".join(filter(None, (metric.name, metric.reason)))
 )
-def test_a_name_ends_in_its_unit(measure: MetricSpec) -> None:
-    unit = {**documented("glm_ar"), **documented("glm_dit")}[measure.name][1]
-    assert measure.name.endswith(f"_{unit}" + "_total" * (measure.kind is Kind.COUNTER))
-    assert list(measure.bounds) == sorted(set(measure.bounds))
-    assert bool(measure.bounds) == (measure.kind is Kind.HISTOGRAM)
+def test_a_name_ends_in_its_unit(metric: MetricSpec) -> None:
+    unit = {**documented("glm_ar"), **documented("glm_dit")}[metric.name][1]
+    assert metric.name.endswith(f"_{unit}" + "_total" * (metric.kind is Kind.COUNTER))
+    assert list(metric.bounds) == sorted(set(metric.bounds))
+    assert bool(metric.bounds) == (metric.kind is Kind.HISTOGRAM)
 
 
-def test_restarts_are_told_of_both_models(fresh: Page) -> None:
+def test_restarts_are_reported_by_both_models(fresh: Page) -> None:
     assert documented("both") == {RESTARTS: ["counter", "restarts", fresh.helps[RESTARTS]]}
     assert fresh.types[RESTARTS] == "counter"
-    assert sorted(labels["model"] for labels, _ in fresh.samples[RESTARTS]) == list(MEASURES)
+    assert sorted(labels["model"] for labels, _ in fresh.samples[RESTARTS]) == list(METRICS)
     assert {value for _, value in fresh.samples[RESTARTS]} == {0}
 
 
-def test_tritons_own_that_the_document_names_are_there(fresh: Page) -> None:
+def test_triton_has_the_documented_metrics_of_its_own(fresh: Page) -> None:
     for name, cells in documented("Triton's").items():
         assert fresh.types[name] == cells[0]
         assert {"glm_ar", "glm_dit"} <= {labels["model"] for labels, _ in fresh.samples[name]}
 
 
 def test_histograms_have_their_bounds(fresh: Page) -> None:
-    for measure in (*AR_METRICS, *DIT_METRICS):
-        if measure.kind is Kind.HISTOGRAM:
-            bounds = [float(labels["le"]) for labels, _ in fresh.samples[f"{measure.name}_bucket"]]
-            assert bounds == [*measure.bounds, float("inf")]
+    for metric in (*AR_METRICS, *DIT_METRICS):
+        if metric.kind is Kind.HISTOGRAM:
+            bounds = [float(labels["le"]) for labels, _ in fresh.samples[f"{metric.name}_bucket"]]
+            assert bounds == [*metric.bounds, float("inf")]
 
 
-def test_memory_is_told_from_the_start(fresh: Page, tiny_checkpoint: Path) -> None:
+def test_memory_is_reported_from_the_start(fresh: Page, tiny_checkpoint: Path) -> None:
     config = ArConfig.read(Checkpoint.open(tiny_checkpoint))
     positions = ArSettings().max_sequence_tokens
     fp32 = 4
@@ -149,15 +149,15 @@ def test_memory_is_told_from_the_start(fresh: Page, tiny_checkpoint: Path) -> No
     assert fresh["dit_peak_memory_bytes"] > sum(file.stat().st_size for file in tiny_checkpoint.rglob("*.safetensors"))
 
 
-def test_the_counters_move_by_what_requests_took(watched: TritonServer, fresh: Page) -> None:
+def test_the_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page) -> None:
     started = time.monotonic()
     with pytest.raises(KServeError):
-        grpc_infer(watched, {**ASKED, "height": 0})
-    requests = [{**ASKED, "seed": 1}, {**ASKED, "seed": 2, "num_images": 3, "output_format": "png"}]
-    told = [
-        metadata(outputs) for outputs in at_once([partial(grpc_infer, watched, asked) for asked in requests]).outputs
+        grpc_infer(watched, {**REQUEST, "height": 0})
+    requests = [{**REQUEST, "seed": 1}, {**REQUEST, "seed": 2, "num_images": 3, "output_format": "png"}]
+    answers = [
+        metadata(outputs) for outputs in at_once([partial(grpc_infer, watched, values) for values in requests]).outputs
     ]
-    lengths = [answer["tokens"]["preview"] + answer["tokens"]["image"] for answer in told]
+    lengths = [answer["tokens"]["preview"] + answer["tokens"]["image"] for answer in answers]
     images, tokens = 4, lengths[0] + 3 * lengths[1]
 
     page = page_when(
@@ -182,7 +182,7 @@ def test_the_counters_move_by_what_requests_took(watched: TritonServer, fresh: P
         ("dit_vae", "vae"),
         ("dit_encode", "encode"),
     ):
-        seconds = sum(answer["seconds"][stage] for answer in told)
+        seconds = sum(answer["seconds"][stage] for answer in answers)
         assert page[f"{name}_seconds_sum"] == pytest.approx(seconds, rel=0.1, abs=0.05)
     assert 0 < page["ar_step_seconds_sum"] < time.monotonic() - started
     assert page["dit_peak_memory_bytes"] >= fresh["dit_peak_memory_bytes"]
@@ -193,11 +193,11 @@ def slots(page: Page) -> tuple[float, float, float]:
     return *page.load(), page["ar_slot_occupancy_ratio"]
 
 
-def test_the_load_is_told_while_it_lasts(watched: TritonServer) -> None:
+def test_the_load_is_reported_while_it_lasts(watched: TritonServer) -> None:
     """Requests that would take long, and are broken off when the page has been seen."""
-    asked: Values = {"prompt": "A fox", "height": 2048, "width": 2048, "num_images": SLOTS}
+    values: Values = {"prompt": "A fox", "height": 2048, "width": 2048, "num_images": SLOTS}
     with closing(tritonclient.grpc.InferenceServerClient(watched.grpc_url)) as client:
-        calls = [grpc_start(client, asked, "glm_ar") for _ in range(2)]
+        calls = [grpc_start(client, values, "glm_ar") for _ in range(2)]
         page = page_when(watched, lambda page: slots(page) == (SLOTS, SLOTS, 1))
         assert slots(page) == (SLOTS, SLOTS, 1)
         for call in calls:

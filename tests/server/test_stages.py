@@ -1,4 +1,4 @@
-"""The stages on their own: tokens that are kept, edited, and painted again."""
+"""The stages on their own: tokens that are kept, edited and rendered again."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from server.kserve import (
     metadata,
 )
 
-ASKED: Values = {"prompt": "A fox reading 'NEWS'", "height": 70, "width": 128, "seed": 21, "num_images": 2}
-PAINTING: Values = {"num_inference_steps": 3, "guidance_scale": 2.0}
+REQUEST: Values = {"prompt": "A fox reading 'NEWS'", "height": 70, "width": 128, "seed": 21, "num_images": 2}
+DIT_VALUES: Values = {"num_inference_steps": 3, "guidance_scale": 2.0}
 
 
 @pytest.fixture(scope="module")
 def prior(triton: TritonServer) -> Outputs:
-    """What the first stage makes of ``ASKED``."""
-    return grpc_infer(triton, ASKED, "glm_ar")
+    """The outputs of the AR for ``REQUEST``."""
+    return grpc_infer(triton, REQUEST, "glm_ar")
 
 
 def paint(triton: TritonServer, prior: Outputs, **changed: Any) -> Outputs:
-    return grpc_infer(triton, {"prompt": ASKED["prompt"], **prior, **PAINTING, **changed}, "glm_dit")
+    return grpc_infer(triton, {"prompt": REQUEST["prompt"], **prior, **DIT_VALUES, **changed}, "glm_dit")
 
 
-def test_the_first_stage_tells_all_that_the_second_needs(prior: Outputs, pipeline: LocalPipeline) -> None:
+def test_the_ar_returns_all_inputs_of_the_dit(prior: Outputs, pipeline: LocalPipeline) -> None:
     assert {name: (str(array.dtype), array.shape) for name, array in prior.items()} == {
         "prior_token_ids": ("int32", (2, 12)),
         "prior_grid": ("int32", (2,)),
@@ -55,35 +55,35 @@ def test_the_first_stage_tells_all_that_the_second_needs(prior: Outputs, pipelin
 
 @pytest.mark.parametrize("infer", [grpc_infer, http_binary_infer, http_json_infer])
 def test_one_stage_after_the_other_is_the_ensemble(triton: TritonServer, prior: Outputs, infer: Any) -> None:
-    whole = infer(triton, {**ASKED, **PAINTING})
-    tokens = infer(triton, ASKED, "glm_ar")
+    whole = infer(triton, {**REQUEST, **DIT_VALUES})
+    tokens = infer(triton, REQUEST, "glm_ar")
     for name in ("prior_token_ids", "prior_grid", "resolved_seed", "resolved_size"):
         np.testing.assert_array_equal(tokens[name], prior[name])
-    painted = infer(triton, {"prompt": ASKED["prompt"], **tokens, **PAINTING}, "glm_dit")
-    np.testing.assert_array_equal(painted["images"], whole["images"])
-    told = [metadata(outputs) for outputs in (painted, whole)]
-    for one in told:
-        del one["seconds"]
-    assert told[0] == told[1]
+    rendered = infer(triton, {"prompt": REQUEST["prompt"], **tokens, **DIT_VALUES}, "glm_dit")
+    np.testing.assert_array_equal(rendered["images"], whole["images"])
+    reports = [metadata(outputs) for outputs in (rendered, whole)]
+    for report in reports:
+        del report["seconds"]
+    assert reports[0] == reports[1]
 
 
 def test_tokens_and_their_grid_are_enough(triton: TritonServer, prior: Outputs) -> None:
     """The size is then that of the grid, the seed random and reported."""
-    values = {"prompt": ASKED["prompt"], "prior_grid": prior["prior_grid"], **PAINTING}
+    values = {"prompt": REQUEST["prompt"], "prior_grid": prior["prior_grid"], **DIT_VALUES}
     first_row = prior["prior_token_ids"][:1]
-    painted = grpc_infer(triton, {**values, "prior_token_ids": first_row}, "glm_dit")
-    told = metadata(painted)
-    assert painted["images"].shape == (1, 96, 128, 3)
-    assert told["tokens"]["image"] == 12
-    assert 0 <= told["seeds"][0] < 2**53
-    with_seed = {**values, "prior_token_ids": first_row, "resolved_seed": told["seeds"][0]}
-    np.testing.assert_array_equal(grpc_infer(triton, with_seed, "glm_dit")["images"], painted["images"])
+    rendered = grpc_infer(triton, {**values, "prior_token_ids": first_row}, "glm_dit")
+    found = metadata(rendered)
+    assert rendered["images"].shape == (1, 96, 128, 3)
+    assert found["tokens"]["image"] == 12
+    assert 0 <= found["seeds"][0] < 2**53
+    with_seed = {**values, "prior_token_ids": first_row, "resolved_seed": found["seeds"][0]}
+    np.testing.assert_array_equal(grpc_infer(triton, with_seed, "glm_dit")["images"], rendered["images"])
     of_the_ensemble = grpc_infer(triton, {**values, "prior_token_ids": first_row, "resolved_seed": 21}, "glm_dit")
     whole = paint(triton, prior)["images"][:1]
     np.testing.assert_array_equal(of_the_ensemble["images"][:, :70], whole)
 
 
-def test_edited_tokens_are_another_picture(triton: TritonServer, prior: Outputs) -> None:
+def test_edited_tokens_give_another_image(triton: TritonServer, prior: Outputs) -> None:
     edited = prior["prior_token_ids"].copy()
     edited[1] = edited[1, ::-1]
     before, after = paint(triton, prior)["images"], paint(triton, prior, prior_token_ids=edited)["images"]
@@ -95,8 +95,8 @@ def test_edited_tokens_are_another_picture(triton: TritonServer, prior: Outputs)
 def test_the_client_runs_the_stages(triton: TritonServer, prior: Outputs, protocol: Any) -> None:
     url = triton.grpc_url if protocol == "grpc" else triton.http_url
     with GlmImageClient(url, protocol) as client:
-        tokens = client.prior_tokens(**ASKED)
-        result = client.paint(ASKED["prompt"], tokens, **PAINTING)
+        tokens = client.prior_tokens(**REQUEST)
+        result = client.paint(REQUEST["prompt"], tokens, **DIT_VALUES)
     for picture, expected in zip(result.arrays, paint(triton, prior)["images"], strict=True):
         np.testing.assert_array_equal(picture, expected)
     assert result.seeds == (21, 22)
@@ -117,16 +117,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_the_second_stage_validates_what_it_is_given(triton: TritonServer, prior: Outputs, refusal: str) -> None:
+def test_the_dit_validates_its_inputs(triton: TritonServer, prior: Outputs, refusal: str) -> None:
     changed, sentence = REFUSALS[refusal]
     with pytest.raises(KServeError, match=sentence) as refused:
         paint(triton, prior, **changed)
     assert refused.value.status == "INVALID_ARGUMENT"
 
 
-def test_the_codebook_ends_where_the_checkpoint_says(
-    triton: TritonServer, prior: Outputs, pipeline: LocalPipeline
-) -> None:
+def test_the_codebook_has_the_checkpoints_size(triton: TritonServer, prior: Outputs, pipeline: LocalPipeline) -> None:
     size = pipeline.dit.codebook_size
     last = np.full((1, 12), size - 1)
     assert paint(triton, prior, prior_token_ids=last)["images"].shape == (1, 70, 128, 3)
@@ -135,9 +133,9 @@ def test_the_codebook_ends_where_the_checkpoint_says(
 
 
 def test_a_timeout_holds_for_the_ensemble_and_for_each_stage_alone(triton: TritonServer, prior: Outputs) -> None:
-    large = {**ASKED, "height": 1024, "width": 1024}
-    painting = {"prompt": ASKED["prompt"], **prior, "num_inference_steps": 200}
-    for model, asked in (("glm_image", large), ("glm_ar", large), ("glm_dit", painting)):
+    large = {**REQUEST, "height": 1024, "width": 1024}
+    dit_inputs = {"prompt": REQUEST["prompt"], **prior, "num_inference_steps": 200}
+    for model, values in (("glm_image", large), ("glm_ar", large), ("glm_dit", dit_inputs)):
         with pytest.raises(KServeError, match="its deadline") as late:
-            grpc_infer(triton, asked, model, timeout_seconds=0.05)
+            grpc_infer(triton, values, model, timeout_seconds=0.05)
         assert late.value.status == "UNAVAILABLE"

@@ -1,4 +1,4 @@
-"""Spans of a traced request, as a collector gets them."""
+"""Spans of a traced request, as a collector receives them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 60
 
 
 class Collector(http.server.ThreadingHTTPServer):
-    """Takes OTLP over HTTP: Triton sends JSON, the stages send protobuf."""
+    """Receives OTLP over HTTP: Triton sends JSON, the stages send protobuf."""
 
     def __init__(self) -> None:
         self.spans: queue.SimpleQueue[tuple[str, str, str, str]] = queue.SimpleQueue()
@@ -64,7 +64,9 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.mark.full
-def test_the_stages_lie_below_their_models(tiny_checkpoint: Path, same_threads: None, collector: Collector) -> None:
+def test_spans_of_stages_are_children_of_their_models_spans(
+    tiny_checkpoint: Path, same_threads: None, collector: Collector
+) -> None:
     endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
     with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=5, otlp_traces_endpoint=endpoint)) as server:
         body = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "output_format": "png"}

@@ -64,10 +64,10 @@ def test_sequences_are_admitted_while_the_dit_is_unknown(clock: Clock) -> None:
     dit_load = DitLoad(clock)
     for arrived_ns in range(5):
         dit_load.forwarded(arrived_ns, 1)
-    assert dit_load.pictures() is None
+    assert dit_load.images() is None
     assert BatchAdmission(dit_load).wait(queue(clock)) == 0
     dit_load.update(dit_report((0, 1), seconds=0.0))
-    assert dit_load.pictures() == 5
+    assert dit_load.images() == 5
     assert BatchAdmission(dit_load).wait(queue(clock)) == 0
 
 
@@ -105,36 +105,36 @@ def test_forwarded_images_are_denoised_or_lost(clock: Clock, dit_load: DitLoad) 
     dit_load.update(dit_report((9, 1)))
     for arrived_ns, images in ((1, 1), (2, 4)):  # of one batch
         dit_load.forwarded(arrived_ns, images)
-    assert dit_load.pictures() == 6
+    assert dit_load.images() == 6
     dit_load.update(dit_report((2, 4)))  # the later one came out first
-    assert dit_load.pictures() == 5
+    assert dit_load.images() == 5
     clock.now += 50
     dit_load.forwarded(3, 1)
     dit_load.update(dit_report((2, 1)))
-    assert dit_load.pictures() == 3
+    assert dit_load.images() == 3
     dit_load.update(dit_report((3, 1)))  # the first one was before it in the queue, so it is lost
-    assert dit_load.pictures() == 1
+    assert dit_load.images() == 1
 
 
 def test_forwarded_images_are_lost_while_the_dit_is_idle(clock: Clock, dit_load: DitLoad) -> None:
     changes = []
-    dit_load.when_changed(lambda: changes.append(dit_load.pictures()))
+    dit_load.when_changed(lambda: changes.append(dit_load.images()))
     clock.now += 50
     dit_load.forwarded(1, 5)  # for a caller that needs only the tokens
-    assert dit_load.pictures() == 5
+    assert dit_load.images() == 5
     policy = BatchAdmission(dit_load)
     assert policy.wait(queue(clock)) == pytest.approx(HANDOVER_SECONDS)
     clock.now += HANDOVER_SECONDS
     assert policy.wait(queue(clock)) == 0
-    assert dit_load.pictures() == 0
+    assert dit_load.images() == 0
     dit_load.update(dit_report((7, 2), instance="glm_dit_1"))  # called without the AR
     assert changes == [2]
-    assert dit_load.seconds_a_picture == DENOISE / 2
+    assert dit_load.seconds_per_image == DENOISE / 2
     dit_load.update(dit_report((8, 1)))
     clock.now += 50
     dit_load.forwarded(2, 1)
     clock.now += 50
-    assert dit_load.pictures() == 4
+    assert dit_load.images() == 4
     assert dit_load.next_loss() == math.inf
 
 

@@ -113,7 +113,7 @@ def test_waiting_requests_decode_together_when_the_dit_is_nearly_done(ar: ArStag
     ar.look()
     ar.wait_for_statement()
     waiting = [ar.engine.submit(RequestContext(), ar.request(seed)) for seed in range(3)]
-    assert ar.load.pictures() == 2
+    assert ar.load.images() == 2
     assert not any(future.done() for future in waiting)
     assert ar.steps == 3 * (TOKENS - 1)
     busy.add_seconds(Stage.DENOISE, 1000.0)
@@ -158,12 +158,12 @@ def test_a_waiting_request_can_be_cancelled_miss_its_deadline_and_end_with_the_e
 
 def test_an_instance_that_starts_later_or_again_is_received(ar: ArStage, tmp_path: Path) -> None:
     ar.look()
-    assert ar.load.pictures() is None
+    assert ar.load.images() is None
     for images in (5, 7):
         dit = DitInstance(tmp_path)
         dit.begin(images)
         ar.look()
-        while ar.load.pictures() != images - 1:
+        while ar.load.images() != images - 1:
             ar.wait_for_statement()
         dit.server.close()
 

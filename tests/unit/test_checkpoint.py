@@ -24,7 +24,7 @@ CPU = open_device("cpu")
 
 
 def load(folder: Path) -> None:
-    """Loads both stages, as far as the checkpoint lets them."""
+    """Loads both stages."""
     checkpoint = Checkpoint.open(folder)
     DitEngine(checkpoint, CPU, DitSettings())
     ArEngine(checkpoint, CPU, ArSettings(max_num_seqs=1, max_sequence_tokens=8)).close()
@@ -32,8 +32,8 @@ def load(folder: Path) -> None:
 
 @pytest.fixture
 def folder(checkpoint_folder: Path, tmp_path: Path) -> Path:
-    """A whole checkpoint, to be spoilt."""
-    return shutil.copytree(checkpoint_folder, tmp_path / "spoilt")
+    """A complete checkpoint for a test to damage."""
+    return shutil.copytree(checkpoint_folder, tmp_path / "damaged")
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def sharded(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
     return shutil.copytree(make_checkpoint(max_shard_size=200_000), tmp_path / "sharded")
 
 
-def refused(folder: Path, *named: str) -> str:
+def refused(folder: Path, *parts: str) -> str:
     with pytest.raises(CheckpointError) as error:
         load(folder)
     message = str(error.value)
     assert str(folder) in message
-    for name in named:
-        assert name in message
+    for part in parts:
+        assert part in message
     return message
 
 
@@ -68,12 +68,12 @@ DIT = "transformer/diffusion_pytorch_model.safetensors"
 QUERY = "model.language_model.layers.1.self_attn.q_proj.weight"
 
 
-def test_a_whole_one_loads(folder: Path, sharded: Path) -> None:
+def test_a_complete_checkpoint_loads(folder: Path, sharded: Path) -> None:
     load(folder)
     load(sharded)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "model_index.json", "no such file")
 
 
@@ -90,20 +90,20 @@ def test_a_missing_component_is_named(folder: Path, component: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", None, 3])
-def test_another_models_folder_is_refused(folder: Path, name: object) -> None:
+def test_the_folder_of_another_model_is_refused(folder: Path, name: object) -> None:
     change_json(folder / "model_index.json", lambda index: index.update(_class_name=name))
     refused(folder, "model_index.json", repr(name), "GlmImagePipeline")
 
 
-@pytest.mark.parametrize("named", [["diffusers", "FluxTransformer2DModel"], None, [], "text", 7, ["one"], {"a": 1}])
-def test_another_models_component_is_refused(folder: Path, named: object) -> None:
-    change_json(folder / "model_index.json", lambda index: index.update(transformer=named))
+@pytest.mark.parametrize("entry", [["diffusers", "FluxTransformer2DModel"], None, [], "text", 7, ["one"], {"a": 1}])
+def test_a_component_of_another_class_is_refused(folder: Path, entry: object) -> None:
+    change_json(folder / "model_index.json", lambda index: index.update(transformer=entry))
     refused(folder, "model_index.json", "transformer", "GlmImageTransformer2DModel")
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "vision_language_encoder/config.json", "vae/config.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\0" * 64, b"[" * 100_000, b"1e999"])
-def test_nonsense_for_json_is_refused(folder: Path, file: str, content: bytes) -> None:
+def test_malformed_json_is_refused(folder: Path, file: str, content: bytes) -> None:
     (folder / file).write_bytes(content)
     refused(folder, file)
 
@@ -111,7 +111,7 @@ def test_nonsense_for_json_is_refused(folder: Path, file: str, content: bytes) -
 @pytest.mark.parametrize(
     "weights", [AR, DIT, "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
 )
-def test_weights_that_are_missing_or_cut_are_named(folder: Path, weights: str) -> None:
+def test_missing_or_truncated_weights_are_named(folder: Path, weights: str) -> None:
     whole = (folder / weights).read_bytes()
     for kept in (4, 1000, len(whole) - 1):
         (folder / weights).write_bytes(whole[:kept])
@@ -134,13 +134,13 @@ def test_a_tensor_of_another_shape_is_named(folder: Path, weights: str, name: st
     refused(folder, weights, name, "shape")
 
 
-def test_a_shard_that_is_missing_is_named(sharded: Path) -> None:
+def test_a_missing_shard_is_named(sharded: Path) -> None:
     shards = sorted((sharded / "transformer").glob("*.safetensors"))
     shards[1].unlink()
     refused(sharded, shards[1].name)
 
 
-def test_an_index_that_names_what_no_shard_has_is_refused(sharded: Path) -> None:
+def test_an_index_that_disagrees_with_its_shards_is_refused(sharded: Path) -> None:
     index = sharded / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     shards = sorted({*json.loads(index.read_text())["weight_map"].values()})
     name = "proj_out.weight"
@@ -153,14 +153,14 @@ def test_an_index_that_names_what_no_shard_has_is_refused(sharded: Path) -> None
 
 
 @pytest.mark.parametrize("weight_map", [None, [], "text", {"proj_out.weight": 3}, {}])
-def test_nonsense_for_an_index_is_refused(sharded: Path, weight_map: object) -> None:
+def test_a_malformed_index_is_refused(sharded: Path, weight_map: object) -> None:
     index = sharded / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     change_json(index, lambda content: content.update(weight_map=weight_map))
     refused(sharded, "transformer")
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "part"),
     [
         (lambda config: config.pop("text_config"), "text_config"),
         (lambda config: config["text_config"].pop("num_hidden_layers"), "num_hidden_layers"),
@@ -172,14 +172,12 @@ def test_nonsense_for_an_index_is_refused(sharded: Path, weight_map: object) -> 
         (lambda config: config["text_config"].update(hidden_size="wide"), "config.json"),
     ],
 )
-def test_a_config_the_decoder_does_not_compute_is_refused(
-    folder: Path, change: Callable[[Any], object], named: str
-) -> None:
+def test_an_unsupported_decoder_config_is_refused(folder: Path, change: Callable[[Any], object], part: str) -> None:
     change_json(folder / "vision_language_encoder" / "config.json", change)
-    refused(folder, "vision_language_encoder", named)
+    refused(folder, "vision_language_encoder", part)
 
 
-def test_a_checkpoints_own_sampling_is_the_default(make_checkpoint: MakeCheckpoint, folder: Path) -> None:
+def test_sampling_defaults_are_those_of_the_checkpoint(make_checkpoint: MakeCheckpoint, folder: Path) -> None:
     own = ArConfig.read(Checkpoint.open(make_checkpoint(weights=False, temperature=0.5, top_p=0.25)))
     assert (own.sampling.temperature, own.sampling.top_p, own.sampling.top_k) == (0.5, 0.25, own.vision_vocab_size)
     (folder / "vision_language_encoder" / "generation_config.json").unlink()
@@ -189,9 +187,9 @@ def test_a_checkpoints_own_sampling_is_the_default(make_checkpoint: MakeCheckpoi
     assert config.end_ids == (config.codebook_size + 1,)
 
 
-def test_a_name_and_a_revision_to_report(folder: Path, tmp_path: Path) -> None:
+def test_name_and_revision(folder: Path, tmp_path: Path) -> None:
     revision = Checkpoint.open(folder).revision
-    assert Checkpoint.open(folder).name == "spoilt"
+    assert Checkpoint.open(folder).name == "damaged"
     assert len(revision) == 12
     assert Checkpoint.open(shutil.copytree(folder, tmp_path / "copy")).revision == revision
     known = {revision}
@@ -200,7 +198,7 @@ def test_a_name_and_a_revision_to_report(folder: Path, tmp_path: Path) -> None:
         largest = max(tensors, key=lambda name: tensors[name].numel())
         save_file(tensors | {largest: tensors[largest] + 1.0}, file)
         known.add(Checkpoint.open(folder).revision)
-    assert len(known) == 5, "weights of each part that were trained further"
+    assert len(known) == 5, "retrained weights of each part change the revision"
     change_json(folder / "vae" / "config.json", lambda config: config.update(scaling_factor=2.0))
     assert Checkpoint.open(folder).revision not in known
     hub = tmp_path / "models--an-owner--a-model" / "snapshots" / "0123abc"

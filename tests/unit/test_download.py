@@ -47,11 +47,11 @@ class Hub(ThreadingHTTPServer):
 def described(path: Path, folder: Path) -> dict[str, Any]:
     """A file as the hub lists it: large ones by SHA-256, small ones by their id in git."""
     content = path.read_bytes()
-    told = {"rfilename": str(path.relative_to(folder)), "size": len(content), "blobId": git_id(content)}
+    entry = {"rfilename": str(path.relative_to(folder)), "size": len(content), "blobId": git_id(content)}
     if path.suffix == ".safetensors":
         digest = hashlib.sha256(content).hexdigest()
-        told["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
-    return told
+        entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
+    return entry
 
 
 def git_id(content: bytes) -> str:
@@ -73,13 +73,13 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path.startswith(f"/api/models/{REPOSITORY}/tree/"):
             tree = [
-                {"type": "file", "path": one["rfilename"], "size": one["size"], "oid": one["blobId"]}
-                for one in self.hub.siblings()
+                {"type": "file", "path": file["rfilename"], "size": file["size"], "oid": file["blobId"]}
+                for file in self.hub.siblings()
             ]
             self._answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
         elif path.startswith(f"/api/models/{REPOSITORY}"):
-            told = {"id": REPOSITORY, "sha": COMMIT, "siblings": self.hub.siblings()}
-            self._answer(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
+            info = {"id": REPOSITORY, "sha": COMMIT, "siblings": self.hub.siblings()}
+            self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
         elif path.startswith("/api/"):
             self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         else:
@@ -92,16 +92,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not with_body:
             self._answer(200, content, headers, with_body=False)
             return
-        asked = self.headers.get("Range")
-        self.hub.fetched.append((name, asked))
-        first = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        if asked:
+        byte_range = self.headers.get("Range")
+        self.hub.fetched.append((name, byte_range))
+        first = int(byte_range.removeprefix("bytes=").rstrip("-")) if byte_range else 0
+        if byte_range:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         if name in self.hub.cut:
             self.hub.cut.remove(name)
             self._answer(200, content, headers, cut=len(content) // 2)
         else:
-            self._answer(206 if asked else 200, content[first:], headers)
+            self._answer(206 if byte_range else 200, content[first:], headers)
 
     def _answer(
         self, status: int, body: bytes, headers: dict[str, str], with_body: bool = True, cut: int | None = None
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def run(url: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_a_checkpoint_is_fetched_checked_and_told(hub: Hub, checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_downloaded_verified_and_reported(hub: Hub, checkpoint_folder: Path, tmp_path: Path) -> None:
     done = run(hub.url, tmp_path / "got", "--card", "24")
     assert done.returncode == 0, done.stderr
     for path in (path for path in checkpoint_folder.rglob("*") if path.is_file()):
@@ -157,16 +157,16 @@ def test_a_checkpoint_is_fetched_checked_and_told(hub: Hub, checkpoint_folder: P
     assert len(hub.fetched) == again
 
 
-def test_a_broken_connection_goes_on_where_it_was(hub: Hub, checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes(hub: Hub, checkpoint_folder: Path, tmp_path: Path) -> None:
     hub.folder = Path(shutil.copytree(checkpoint_folder, tmp_path / "remote"))
     # The library keeps what it has by blocks of ten megabytes.
     (hub.folder / "README.md").write_bytes(bytes(range(256)) * 100_000)
     hub.cut = {"README.md"}
     done = run(hub.url, tmp_path / "got")
-    if done.returncode:  # where the library gives up, the next start goes on
+    if done.returncode:  # if the library gives up, the next run resumes
         done = run(hub.url, tmp_path / "got")
     assert done.returncode == 0, done.stderr
-    first, second = [asked for name, asked in hub.fetched if name == "README.md"]
+    first, second = [byte_range for name, byte_range in hub.fetched if name == "README.md"]
     assert first is None
     assert second is not None
     assert int(second.removeprefix("bytes=").rstrip("-")) >= 10**7
@@ -179,20 +179,18 @@ def test_a_broken_connection_goes_on_where_it_was(hub: Hub, checkpoint_folder: P
         ("model.safetensors", {"lfs": {"sha256": "0" * 64, "size": 1, "pointerSize": 130}}),
     ],
 )
-def test_a_file_of_other_content_is_named_and_removed(
-    hub: Hub, tmp_path: Path, file: str, changed: dict[str, Any]
-) -> None:
+def test_a_file_with_other_content_is_removed(hub: Hub, tmp_path: Path, file: str, changed: dict[str, Any]) -> None:
     hub.changed = {file: changed}
     done = run(hub.url, tmp_path / "got")
     assert done.returncode == 1
-    assert "not what the hub has, and removed: " in done.stderr
+    assert "removed files that differ from the hub's: " in done.stderr
     assert not list((tmp_path / "got" / "text_encoder").glob(file))
     assert (tmp_path / "got" / "model_index.json").is_file()
     hub.changed = {}
     assert run(hub.url, tmp_path / "got").returncode == 0
 
 
-def test_a_full_disk_is_told_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_before_downloading(hub: Hub, tmp_path: Path) -> None:
     hub.changed = {"model.safetensors": {"size": 10**16}}
     done = run(hub.url, tmp_path / "got")
     assert done.returncode == 1
@@ -201,10 +199,10 @@ def test_a_full_disk_is_told_before_anything_is_fetched(hub: Hub, tmp_path: Path
     assert not (tmp_path / "got").exists()
 
 
-def test_an_unknown_repository_is_told(hub: Hub, tmp_path: Path) -> None:
-    done = run(hub.url, tmp_path / "got", "--repository", "nobody/nothing")
+def test_an_unknown_repository_is_reported(hub: Hub, tmp_path: Path) -> None:
+    done = run(hub.url, tmp_path / "got", "--repository", "unknown/repository")
     assert done.returncode == 1
-    assert "has no revision main of nobody/nothing for you" in done.stderr
+    assert "has no revision main of unknown/repository for you" in done.stderr
 
 
 def test_a_path_out_of_the_folder_is_refused(hub: Hub, tmp_path: Path) -> None:
@@ -216,18 +214,18 @@ def test_a_path_out_of_the_folder_is_refused(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "package"), [("huggingface", "huggingface_hub"), ("modelscope", "modelscope_hub")])
-def test_no_network_is_told_in_a_sentence(closed_port: int, tmp_path: Path, name: str, package: str) -> None:
+def test_a_missing_network_is_reported(closed_port: int, tmp_path: Path, name: str, package: str) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     done = run(f"http://127.0.0.1:{closed_port}", tmp_path / "got", "--from", name)
     assert (done.returncode, done.stdout) == (1, "")
-    told = done.stderr.splitlines()[-1]
-    assert "cannot be reached" in told
-    assert "this needs a network" in told
+    message = done.stderr.splitlines()[-1]
+    assert "cannot be reached" in message
+    assert "this needs a network" in message
     assert "Traceback" not in done.stderr
 
 
-def test_a_missing_package_is_told(tmp_path: Path) -> None:
+def test_a_missing_package_is_reported(tmp_path: Path) -> None:
     if importlib.util.find_spec("modelscope_hub") is not None:
         pytest.skip("modelscope_hub is installed")
     done = run("http://127.0.0.1:9", tmp_path / "got", "--from", "modelscope")

@@ -1,4 +1,4 @@
-"""What ``glm-image inspect`` tells, against modules that were really built and files that were really written."""
+"""``glm-image inspect`` against modules that are built and files that are written here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from glm_image.ar.config import ArConfig
+from glm_image.ar.memory import decoder_parameters
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.errors import CheckpointError
-from glm_image.sizing import parameter_counts
 from glm_image.sizing.inspect import Inspection, inspect, read_header
 from glm_image_client.cli import app
 from helpers import MakeCheckpoint
@@ -47,14 +48,15 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage(found: Inspection, name: str, dtype: str) -> Any:
-    return next(one for one in found.stages if (one.stage, one.dtype) == (name, dtype))
+    return next(memory for memory in found.stages if (memory.stage, memory.dtype) == (name, dtype))
 
 
 class TestPublishedSizes:
     def test_parameters(self, full: Path) -> None:
         found = {part.part: part.parameters for part in inspect(full).parts if part.parameters}
         assert found == PUBLISHED
-        assert parameter_counts.language_model(Checkpoint.open(full).config("vision_language_encoder")) == 8_847_155_200
+        decoder = ArConfig.read(Checkpoint.open(full))
+        assert decoder_parameters(decoder) == 8_847_155_200 + decoder.vision_vocab_size * decoder.hidden_size
 
     def test_memory(self, full: Path) -> None:
         found = inspect(full)
@@ -62,14 +64,18 @@ class TestPublishedSizes:
         in_gigabytes = {name: round(size / 1e9, 2) for name, size in (ar.weights | dit.weights).items()}
         assert in_gigabytes == {
             "language model": 17.69,
-            "vision and head": 2.53,
+            "vision and head": 2.6,
             "transformer": 13.85,
             "text_encoder": 0.44,
             "vae": 0.81,
         }
         assert found.slots == (8, 8192)
         assert ar.cache == 8 * 8192 * 40_960
-        assert stage(found, "glm_ar", "float32").total == 2 * ar.total
+        assert round(ar.working / 1e9, 2) == 1.67
+        assert round(dit.working / 1e9, 2) == 6.01
+        single = stage(found, "glm_ar", "float32")
+        assert (single.cache, single.weights["language model"]) == (2 * ar.cache, 2 * ar.weights["language model"])
+        assert stage(found, "glm_dit", "float32").total == 2 * dit.total
 
     @pytest.mark.parametrize(
         ("gigabytes", "fits"),
@@ -80,7 +86,7 @@ class TestPublishedSizes:
             (64, {"glm_ar": True, "glm_dit": True, "both": True}),
         ],
     )
-    def test_what_fits_a_card(self, full: Path, gigabytes: float, fits: dict[str, bool]) -> None:
+    def test_fits(self, full: Path, gigabytes: float, fits: dict[str, bool]) -> None:
         assert inspect(full).fits(gigabytes)["bfloat16"] == fits
 
     def test_token_ids(self, full: Path) -> None:
@@ -94,7 +100,7 @@ class TestPublishedSizes:
             "grid_eos": 167846,
         }
 
-    def test_files_that_only_an_index_names_are_missing(self, full: Path) -> None:
+    def test_files_named_only_by_an_index_are_missing(self, full: Path) -> None:
         found = inspect(full)
         assert [part.files for part in found.parts if part.part == "vae"] == [
             {f"diffusion_pytorch_model-0000{number}-of-00002.safetensors": None for number in (1, 2)}
@@ -112,7 +118,7 @@ class TestPublishedSizes:
         {"vae_widths": (8, 16, 24, 32), "vae_layers": 2},
     ],
 )
-def test_counts_by_config_are_those_of_the_modules(make_checkpoint: MakeCheckpoint, sizes: dict[str, Any]) -> None:
+def test_parameters_by_config_are_those_of_the_modules(make_checkpoint: MakeCheckpoint, sizes: dict[str, Any]) -> None:
     found = inspect(make_checkpoint(**sizes))
     assert found.faults == []
     config = TinyConfig(**sizes)
@@ -130,11 +136,11 @@ class TestFaults:
         assert inspect(copy).faults == [f"{file} has {whole - 7} bytes; by its header it has {whole}"]
 
     @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x04\0\0\0\0\0\0\0null"])
-    def test_what_is_no_safetensors_file(self, copy: Path, content: bytes) -> None:
+    def test_a_file_of_another_format(self, copy: Path, content: bytes) -> None:
         file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
         file.write_bytes(content)
         (fault,) = inspect(copy).faults
-        assert fault.startswith(f"{file} is no safetensors file: ")
+        assert fault.startswith(f"{file} is not a safetensors file: ")
         with pytest.raises(CheckpointError):
             read_header(file)
 
@@ -152,9 +158,17 @@ class TestFaults:
         assert found.faults == [f"{shard} is missing"]
         assert found.to_json()["complete"] is False
 
-    def test_a_config_without_an_entry(self, copy: Path) -> None:
+    def test_a_config_with_a_missing_entry(self, copy: Path) -> None:
         (copy / "vae" / "config.json").write_text("{}")
         with pytest.raises(CheckpointError, match="a config has no block_out_channels"):
+            inspect(copy)
+
+    def test_an_unsupported_value(self, copy: Path) -> None:
+        file = copy / "vision_language_encoder" / "config.json"
+        config = json.loads(file.read_text())
+        config["text_config"]["hidden_act"] = "relu"
+        file.write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"text_config\.hidden_act is 'relu'; allowed: 'silu'"):
             inspect(copy)
 
 
@@ -168,21 +182,21 @@ class TestCommand:
 
     def test_json(self, checkpoint_folder: Path) -> None:
         done = CliRunner().invoke(app, ["inspect", str(checkpoint_folder), "--json"])
-        told = json.loads(done.stdout)
-        assert told == inspect(checkpoint_folder).to_json()
-        assert told["complete"] is True
-        assert "card" not in told
+        report = json.loads(done.stdout)
+        assert report == inspect(checkpoint_folder).to_json()
+        assert report["complete"] is True
+        assert "card" not in report
 
     @pytest.mark.parametrize(
-        ("arguments", "told"),
+        ("arguments", "message"),
         [(["--card", "0"], "--card is 0.0; allowed: a number of GB above 0"), ([], "model_index.json: no such file")],
     )
-    def test_refusals(self, tmp_path: Path, arguments: list[str], told: str) -> None:
+    def test_refusals(self, tmp_path: Path, arguments: list[str], message: str) -> None:
         done = CliRunner().invoke(app, ["inspect", str(tmp_path), *arguments])
         assert (done.exit_code, done.stdout) == (2, "")
-        assert told in done.stderr
+        assert message in done.stderr
 
-    def test_it_needs_no_torch(self) -> None:
+    def test_inspect_imports_no_torch(self) -> None:
         code = (
             "import sys, glm_image.sizing.inspect; print({'torch', 'transformers', 'safetensors'} & set(sys.modules))"
         )

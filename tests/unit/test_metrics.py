@@ -1,4 +1,4 @@
-"""What engines record while they run: as much as was done, whoever asked and however it ended."""
+"""The metrics that engines record: the work that was done, however a request ended."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ SLOTS = 2
 
 
 class Records:
-    """Keeps what is recorded, in its order."""
+    """Keeps the recorded values in their order."""
 
     def __init__(self) -> None:
         self.values: list[tuple[MetricSpec, float, int]] = []
         self._lock = threading.Lock()
 
-    def __call__(self, measure: MetricSpec, value: float, times: int = 1, /) -> None:
+    def __call__(self, metric: MetricSpec, value: float, times: int = 1, /) -> None:
         with self._lock:
-            self.values.append((measure, value, times))
+            self.values.append((metric, value, times))
 
-    def of(self, measure: MetricSpec) -> list[float]:
-        return [value for found, value, _ in self.values if found is measure]
+    def of(self, metric: MetricSpec) -> list[float]:
+        return [value for found, value, _ in self.values if found is metric]
 
-    def times(self, measure: MetricSpec) -> int:
-        return sum(times for found, _, times in self.values if found is measure)
+    def times(self, metric: MetricSpec) -> int:
+        return sum(times for found, _, times in self.values if found is metric)
 
 
 @pytest.fixture
@@ -61,16 +61,16 @@ def engine(checkpoint_folder: Path, records: Records) -> Iterator[ArEngine]:
     opened.close()
 
 
-def asked(images: int) -> GenerationParameters:
+def parameters(images: int) -> GenerationParameters:
     return GenerationParameters(prompt="x", height=32, width=64, seed=1, num_images=images)
 
 
 def test_loading_counts_as_no_work(engine: ArEngine, records: Records) -> None:
-    assert [measure for measure, _, _ in records.values] == [ar.KV_CACHE_BYTES]
+    assert [metric for metric, _, _ in records.values] == [ar.KV_CACHE_BYTES]
 
 
 def test_sequences_are_counted_from_the_queue_to_the_end(engine: ArEngine, records: Records) -> None:
-    resolved = asked(3).resolve(Limits(), engine.sampling)
+    resolved = parameters(3).resolve(Limits(), engine.sampling)
     engine.submit(RequestContext(), resolved).result(WAIT_SECONDS)
     engine.close()
     length = sum(grid.tokens for grid in resolved.grids)
@@ -86,7 +86,7 @@ def test_sequences_are_counted_from_the_queue_to_the_end(engine: ArEngine, recor
     assert records.of(ar.OCCUPANCY) == [running / SLOTS for running, _ in loads]
 
 
-def test_a_cancelled_request_leaves_what_was_done(engine: ArEngine, records: Records) -> None:
+def test_a_cancelled_request_leaves_the_work_that_was_done(engine: ArEngine, records: Records) -> None:
     context = RequestContext()
 
     def cancel_half_way(progress: Progress) -> None:
@@ -94,7 +94,7 @@ def test_a_cancelled_request_leaves_what_was_done(engine: ArEngine, records: Rec
             context.cancel()
 
     context.add_observer(ProgressCallback(cancel_half_way))
-    resolved = asked(1).resolve(Limits(), engine.sampling)
+    resolved = parameters(1).resolve(Limits(), engine.sampling)
     with pytest.raises(CancelledError):
         engine.submit(context, resolved).result(WAIT_SECONDS)
     engine.close()
@@ -117,21 +117,21 @@ def paint_request(steps: int, output_format: str) -> PaintRequest:
 
 
 @pytest.fixture
-def painter(checkpoint_folder: Path, records: Records) -> DitEngine:
+def dit_engine(checkpoint_folder: Path, records: Records) -> DitEngine:
     settings = DitSettings(warmup_sizes=(Size(32, 32),))
     return DitEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), settings, records)
 
 
-def test_warming_up_counts_as_no_work(painter: DitEngine, records: Records) -> None:
-    assert [measure for measure, _, _ in records.values] == [dit.PEAK_MEMORY]
+def test_warming_up_counts_as_no_work(dit_engine: DitEngine, records: Records) -> None:
+    assert [metric for metric, _, _ in records.values] == [dit.PEAK_MEMORY]
 
 
 @pytest.mark.parametrize(("output_format", "encoded"), [("raw", 0), ("png", 2)])
-def test_pictures_are_counted(painter: DitEngine, records: Records, output_format: str, encoded: int) -> None:
+def test_images_are_counted(dit_engine: DitEngine, records: Records, output_format: str, encoded: int) -> None:
     context, request = RequestContext(), paint_request(3, output_format)
-    painter.paint(context, request, Limits()).result()
+    dit_engine.paint(context, request, Limits()).result()
     assert records.times(dit.STEP_SECONDS) == 6
-    assert sum(value * times for measure, value, times in records.values if measure is dit.STEP_SECONDS) == (
+    assert sum(value * times for metric, value, times in records.values if metric is dit.STEP_SECONDS) == (
         pytest.approx(context.seconds["denoise"], rel=0.1)
     )
     assert records.times(dit.VAE_SECONDS) == 2
@@ -141,10 +141,10 @@ def test_pictures_are_counted(painter: DitEngine, records: Records, output_forma
     assert records.of(dit.CACHED_STEPS) == []
 
 
-def test_a_cancelled_picture_leaves_the_steps_it_took(painter: DitEngine, records: Records) -> None:
+def test_a_cancelled_image_leaves_the_steps_it_took(dit_engine: DitEngine, records: Records) -> None:
     context = RequestContext()
     context.add_observer(ProgressCallback(lambda progress: context.cancel() if progress.done == 4 else None))
     with pytest.raises(CancelledError):
-        painter.paint(context, paint_request(3, "raw"), Limits())
+        dit_engine.paint(context, paint_request(3, "raw"), Limits())
     assert records.times(dit.STEP_SECONDS) == 4
     assert records.of(dit.IMAGES) == []

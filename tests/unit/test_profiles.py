@@ -6,28 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from capacity_planner import memory
-from glm_image.ar.config import ArConfig
-from glm_image.ar.vision import Vision
-from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.config import pbtxt
 from glm_image.config.parameters import PARAMETERS
 from glm_image.config.profiles import PROFILES, Profile, StageLayout
 from glm_image.devices.discovery import Accelerators
-from glm_image.devices.open import open_device
 from glm_image.devices.placement import assign_devices, check_memory_shares
-from glm_image.dit.loading import _empty_modules
-from glm_image.dit.settings import DitSettings
-from glm_image.parallel.process_group import ONE_RANK
 from glm_image.request.declaration import check_names, read, write
 from glm_image.request.geometry import Size
-from glm_image.sizing import parameter_counts, reference_sizes
-from make_tiny_checkpoint import make_tiny_checkpoint
-from tiny_checkpoint_configs import FULL
+from glm_image.sizing.profile_memory import device_bytes, profile_memory
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 NAMES = [
@@ -35,6 +24,10 @@ NAMES = [
     "cuda-1x80g", "cuda-2", "cuda-8", "cuda-8-latency",
 ]  # fmt: skip
 GB = 10**9
+SQUARE = Size(1024, 1024)
+ALLOCATOR_HEADROOM = 0.4 * GB
+CONTEXT_BYTES = 0.9 * GB
+"""Room for the device's context of one process."""
 
 
 def parsed(model: str, profile: str) -> Any:
@@ -100,16 +93,21 @@ def test_layouts_match_the_profile_names() -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cpu"])
 def test_profile_fits_the_memory_of_its_devices(name: str) -> None:
+    """Each instance fits its share, with room for the allocator; outside the shares is room for contexts."""
     profile = PROFILES[name]
-    assert all(share <= 0.95 for share in memory.shares(profile).values())
-    for declared, needed in (
-        (profile.ar, memory.first_stage_bytes(profile.ar, len(profile.ar.entries[0]))),
-        (profile.dit, memory.second_stage_bytes(profile.dit, Size(1024, 1024))),
-    ):
-        share = float(declared.parameters.get("memory_utilization", "0.9"))
-        assert needed <= share * profile.card_gigabytes * GB
-    # As they are, without int8, both stages would not fit the smallest card.
-    assert (sum(memory.card_bytes(profile, Size(1024, 1024)).values()) > 32 * GB) == (name != "npu-1x32g")
+    instances = profile_memory(profile, SQUARE)
+    for instance in instances:
+        assert instance.memory.total + ALLOCATOR_HEADROOM <= instance.share * profile.card_gigabytes * GB
+        assert instance.fits(profile.card_gigabytes)
+    for device in profile.devices:
+        shares = [instance.share for instance in instances if device in instance.devices]
+        assert sum(shares) <= 0.95
+        assert (1 - sum(shares)) * profile.card_gigabytes * GB >= len(shares) * CONTEXT_BYTES
+
+
+def test_only_int8_weights_fit_both_stages_on_the_smallest_card() -> None:
+    fit = {name for name in NAMES if sum(device_bytes(PROFILES[name], SQUARE).values()) <= 32 * GB}
+    assert fit == {"npu-1x32g"}
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
@@ -118,20 +116,6 @@ def test_stages_accept_the_parameters_of_the_profiles(name: str, model: str) -> 
     values = {key: value.string_value for key, value in parsed(model, name).parameters.items()}
     check_names(PARAMETERS[model], values)
     assert write(read(PARAMETERS[model], values)) == values
-
-
-def test_memory_constants_match_the_published_sizes(tmp_path: Path) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "full", FULL, weights=False)
-    checkpoint = Checkpoint.open(folder, "dummy")
-    assert ArConfig.read(checkpoint) == reference_sizes.DECODER
-    assert Vision.bytes_needed(checkpoint, torch.bfloat16) == memory.VISION_PARAMETERS * 2
-    assert parameter_counts.transformer(checkpoint.config("transformer")) == memory.TRANSFORMER_PARAMETERS
-    assert parameter_counts.vae(checkpoint.config("vae")) == memory.VAE_PARAMETERS
-    assert parameter_counts.text_encoder(checkpoint.config("text_encoder")) == memory.GLYPH_ENCODER_PARAMETERS
-    assert checkpoint.config("vae")["block_out_channels"][1] == memory.VAE_CHANNELS
-    modules = _empty_modules(checkpoint, DitSettings(), open_device("cpu"), torch.bfloat16, ONE_RANK)
-    linears = [part for part in modules["transformer"].modules() if isinstance(part, torch.nn.Linear)]
-    assert sum(linear.weight.numel() for linear in linears) == memory.TRANSFORMER_LINEAR_PARAMETERS
 
 
 def rows_of_the_table() -> dict[str, list[str]]:
@@ -144,10 +128,8 @@ def rows_of_the_table() -> dict[str, list[str]]:
 def test_table_of_profiles_has_their_memory() -> None:
     rows = rows_of_the_table()
     assert list(rows) == NAMES
-    for name, (_, card, ar, dit, served) in rows.items():
+    for name, (_, card, ar, dit) in rows.items():
         profile = PROFILES[name]
         assert card == (str(profile.card_gigabytes) if profile.card_gigabytes else "host")
-        first = memory.first_stage_bytes(profile.ar, len(profile.ar.entries[0]))
-        second = memory.second_stage_bytes(profile.dit, Size(1024, 1024))
-        assert [ar, dit] == [f"{size / GB:.1f}" for size in (first, second)]
-        assert served.startswith("yes"), name
+        memory = {instance.memory.stage: instance.memory.total for instance in profile_memory(profile, SQUARE)}
+        assert [ar, dit] == [f"{memory[stage] / GB:.1f}" for stage in ("glm_ar", "glm_dit")]

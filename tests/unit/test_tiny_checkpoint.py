@@ -56,8 +56,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    return float(np.abs(one.astype(int) - other.astype(int)).mean())
+def difference(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> float:
+    return float(np.abs(left.astype(int) - right.astype(int)).mean())
 
 
 def test_two_runs_write_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -93,10 +93,10 @@ def test_shards_and_dtype_change_files_but_not_the_model(folder: Path, tmp_path:
     assert all(torch.equal(whole[name], split[name]) for name in whole)
     half = tensors(make_tiny_checkpoint(tmp_path / "half", TinyConfig(dtype="bfloat16")))
     assert all(torch.equal(whole[name].to(torch.bfloat16), half[name]) for name in whole)
-    # Not their pictures: where a file's tensors lie in memory may round products otherwise.
-    one, other = (load_reference(f) for f in (folder, sharded))
+    # Not their images: the memory alignment of a file's tensors may change the rounding of products.
+    whole, split = (load_reference(f) for f in (folder, sharded))
     for part in PARTS:
-        loaded, again = (getattr(pipe, part.folder).state_dict() for pipe in (one, other))
+        loaded, again = (getattr(pipe, part.folder).state_dict() for pipe in (whole, split))
         assert loaded.keys() == again.keys()
         assert all(torch.equal(loaded[name], again[name]) for name in loaded)
 
@@ -108,9 +108,9 @@ def test_other_sizes_run_in_the_reference(config: TinyConfig, tmp_path: Path) ->
         tokens = reference_tokens(pipe, "a fox and 'ABC'", height, width, seed=5)
         assert tokens.shape == (height * width // 1024,)
         assert tokens.max() < config.codebook
-        picture = reference_image(pipe, "a fox and 'ABC'", height, width, seed=5, steps=2, guidance=1.5)
-        assert picture.shape == (height, width, 3)
-        assert picture.std() > 10
+        image = reference_image(pipe, "a fox and 'ABC'", height, width, seed=5, steps=2, guidance=1.5)
+        assert image.shape == (height, width, 3)
+        assert image.std() > 10
 
 
 def test_full_preset_has_the_sizes_and_ids_of_the_model(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_tokenizer_is_one_token_a_byte(folder: Path, text: str) -> None:
     assert tokenizer.decode(ids) == text
 
 
-def test_special_tokens_and_the_wrapping_of_images(folder: Path) -> None:
+def test_special_tokens_and_image_markers(folder: Path) -> None:
     c = TinyConfig()
     processor = load_reference(folder).processor
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (512, 640, 3), dtype=np.uint8))
@@ -175,19 +175,19 @@ def test_special_tokens_and_the_wrapping_of_images(folder: Path) -> None:
     assert ids[322:] == [*written[0], sop, *written[1], eop, c.codebook]
 
 
-def test_image_to_image_runs_and_sees_its_source(folder: Path) -> None:
+def test_image_to_image_depends_on_its_source(folder: Path) -> None:
     pipe = load_reference(folder)
-    pictures = []
+    images = []
     for seed in (0, 1):
         source = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
         image = Image.fromarray(source).resize((512, 512), Image.Resampling.BICUBIC)
         generator = torch.Generator().manual_seed(0)
         made = pipe(prompt="x", image=[image], height=64, width=64, num_inference_steps=2, generator=generator)
-        pictures.append(np.array(made.images[0]))
-    assert difference(*pictures) > 0.5
+        images.append(np.array(made.images[0]))
+    assert difference(*images) > 0.5
 
 
-def test_tokens_and_pictures_vary_and_nothing_saturates(folder: Path) -> None:
+def test_tokens_and_images_vary_without_saturating(folder: Path) -> None:
     pipe = load_reference(folder)
     fox, foxes, whale = "a red fox says 'NEWS'", "a red fox says 'NEWT'", "a blue whale"
     made = {(p, s): reference_generation(pipe, p, 256, 256, s) for p, s in ((fox, 0), (fox, 1), (whale, 0))}
@@ -197,9 +197,9 @@ def test_tokens_and_pictures_vary_and_nothing_saturates(folder: Path) -> None:
     assert len(set(made[fox, 0].tolist())) > 80
     assert max(ids.max() for ids in made.values()) < TinyConfig().codebook
     tokens = reference_tokens(pipe, fox, 128, 128, 0)
-    picture = reference_image(pipe, fox, 128, 128, 0, 8, 1.5, tokens)
-    assert picture.reshape(-1, 3).std(axis=0).min() > 20
-    assert np.isin(picture, (0, 255)).mean() < 0.05
+    image = reference_image(pipe, fox, 128, 128, 0, 8, 1.5, tokens)
+    assert image.reshape(-1, 3).std(axis=0).min() > 20
+    assert np.isin(image, (0, 255)).mean() < 0.05
     variants = {
         "glyphs": reference_image(pipe, foxes, 128, 128, 0, 8, 1.5, tokens),
         "noise": reference_image(pipe, fox, 128, 128, 1, 8, 1.5, tokens),
@@ -207,16 +207,16 @@ def test_tokens_and_pictures_vary_and_nothing_saturates(folder: Path) -> None:
         "guidance": reference_image(pipe, fox, 128, 128, 0, 8, 4.0, tokens),
         "steps": reference_image(pipe, fox, 128, 128, 0, 3, 1.5, tokens),
     }
-    assert {name: difference(picture, other) > 0.4 for name, other in variants.items()} == dict.fromkeys(variants, True)
+    assert {name: difference(image, other) > 0.4 for name, other in variants.items()} == dict.fromkeys(variants, True)
 
 
-def test_ids_beyond_the_codes_can_be_let_loose(folder: Path, tmp_path: Path) -> None:
+def test_ids_beyond_the_codes_can_be_allowed(folder: Path, tmp_path: Path) -> None:
     loose = TinyConfig(reserved_logit=0.0, codebook=16, reserved_ids=200)
     generated = reference_generation(load_reference(make_tiny_checkpoint(tmp_path / "loose", loose)), "x", 64, 64, 0)
     assert generated.max() >= loose.codebook
 
 
-def test_reference_calls_do_not_reach_each_other(folder: Path) -> None:
+def test_reference_calls_are_independent(folder: Path) -> None:
     fresh = GlmImagePipeline.from_pretrained(folder, dtype=torch.float32)
     fresh.set_progress_bar_config(disable=True)
     pipe = load_reference(folder)
@@ -224,19 +224,19 @@ def test_reference_calls_do_not_reach_each_other(folder: Path) -> None:
     alone = reference_image(fresh, "a 'fox'", 64, 96, 4, 2, 1.5)
     before = pipe.vision_language_encoder.generation_config.to_dict()
     state = torch.random.get_rng_state()
-    one, other = (reference_tokens(pipe, "b", 96, 96, seed, top_k=1, temperature=0.5, top_p=0.9) for seed in (0, 1))
-    assert np.array_equal(one, other)
+    greedy = [reference_tokens(pipe, "b", 96, 96, seed, top_k=1, temperature=0.5, top_p=0.9) for seed in (0, 1)]
+    assert np.array_equal(*greedy)
     assert pipe.vision_language_encoder.generation_config.to_dict() == before
     assert torch.equal(torch.random.get_rng_state(), state)
-    one, other = (reference_tokens(pipe, "b", 96, 96, seed) for seed in (0, 1))
-    assert not np.array_equal(one, other)
+    sampled = [reference_tokens(pipe, "b", 96, 96, seed) for seed in (0, 1)]
+    assert not np.array_equal(*sampled)
     assert np.array_equal(reference_image(pipe, "a 'fox'", 64, 96, 4, 2, 1.5), alone)
     tokens = reference_tokens(pipe, "a 'fox'", 64, 96, 4)
     assert np.array_equal(tokens, reference_generation(pipe, "a 'fox'", 64, 96, 4)[-7:-1])
     assert np.array_equal(reference_image(pipe, "a 'fox'", 64, 96, 4, 2, 1.5, tokens), alone)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(FileExistsError, match="not an empty folder"):
         make_tiny_checkpoint(tmp_path)

@@ -139,14 +139,14 @@ class BatchAdmission:
 
     def max_wait(self, running: int, decode_seconds: float) -> float:
         """Returns the expected time until all images before it are denoised, times ``PATIENCE``; 0 while unknown."""
-        return self._expected((self._dit_load.pictures() or 0) + running, decode_seconds)
+        return self._expected((self._dit_load.images() or 0) + running, decode_seconds)
 
     def when_changed(self, call: Callable[[], None]) -> None:
         self._dit_load.when_changed(call)
 
     def wait(self, queue: QueueSnapshot) -> float:
-        ahead = self._dit_load.pictures()
-        if ahead is None or not self._dit_load.seconds_a_picture or self._may_go(queue, ahead):
+        ahead = self._dit_load.images()
+        if ahead is None or not self._dit_load.seconds_per_image or self._may_go(queue, ahead):
             return 0.0
         if queue.latest <= queue.now:
             self._warn_once(ahead)
@@ -164,7 +164,7 @@ class BatchAdmission:
         )
 
     def _expected(self, images: int, decode_seconds: float) -> float:
-        seconds_per_image = self._dit_load.seconds_a_picture
+        seconds_per_image = self._dit_load.seconds_per_image
         return PATIENCE * (decode_seconds + images * seconds_per_image) if seconds_per_image else 0.0
 
     def _warn_once(self, ahead: int) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.errors import CheckpointError, ConfigurationError
-from glm_image.parallel.collectives import Group
 from glm_image.request.parameters import Sampling
+
+if TYPE_CHECKING:  # sizes are read without torch too
+    from glm_image.checkpoint.checkpoint import Checkpoint
 
 # The sampling of the model's authors, where a checkpoint has none.
 DEFAULT_TEMPERATURE = 0.9
 DEFAULT_TOP_P = 0.75
+
+NOISE_BLOCK = 64
+"""Steps of a slot whose sampling noise is in the device's memory: all of it would be 287 MB a request."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +71,37 @@ class ArConfig:
         config = checkpoint.config("vision_language_encoder")
         generation = checkpoint.optional_json("vision_language_encoder", "generation_config.json")
         try:
-            return cls._from_json(config, generation)
+            return cls.from_json(config, generation)
         except KeyError as error:
             raise CheckpointError(f"{path}: {error.args[0]} is missing") from error
         except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
-    def part(self, group: Group) -> ArConfig:
+    def part(self, ranks: int) -> ArConfig:
         """Returns the configuration of one rank's part: its heads and its share of the MLP's width.
 
         Args:
-            group: the ranks that share the decoder; with more ranks than kv_heads, several share a KV head.
+            ranks: number of ranks that share the decoder; with more ranks than kv_heads, several share a KV head.
 
         Raises:
             ConfigurationError: the decoder can't be divided among so many ranks.
         """
-        size, heads, kv_heads, width = group.size, self.heads, self.kv_heads, self.intermediate_size
-        if heads % size or width % size or (kv_heads % size and size % kv_heads):
+        heads, kv_heads, width = self.heads, self.kv_heads, self.intermediate_size
+        if heads % ranks or width % ranks or (kv_heads % ranks and ranks % kv_heads):
             raise ConfigurationError(
-                f"glm_ar has {size} devices; allowed: what divides {heads} heads and {width} channels of the MLP, and "
+                f"glm_ar has {ranks} devices; allowed: what divides {heads} heads and {width} channels of the MLP, and "
                 f"divides {kv_heads} key and value heads or is a multiple of them"
             )
-        return replace(self, heads=heads // size, kv_heads=max(1, kv_heads // size), intermediate_size=width // size)
+        return replace(self, heads=heads // ranks, kv_heads=max(1, kv_heads // ranks), intermediate_size=width // ranks)
 
     @classmethod
-    def _from_json(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ArConfig:
+    def from_json(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ArConfig:
+        """Reads the content of both files.
+
+        Raises:
+            KeyError: a value is missing.
+            ValueError: a value is not supported.
+        """
         text = config["text_config"]
         rope = text["rope_parameters"]
         _require("text_config.hidden_act", text.get("hidden_act", "silu"), "silu")

@@ -13,8 +13,8 @@ from transformers import GlmImageProcessor
 from glm_image.ar.admission import Admission
 from glm_image.ar.commands import ArCommand, Encode
 from glm_image.ar.config import ArConfig
-from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.loading import load_executor
+from glm_image.ar.memory import kv_cache_bytes
 from glm_image.ar.metrics import KV_CACHE_BYTES
 from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.scheduler_thread import SchedulerThread
@@ -86,7 +86,7 @@ class ArEngine:
         self.executor = _load(
             device, partial(start_ranks, load_executor, (checkpoint, settings), device, layout, workers)
         )
-        record(KV_CACHE_BYTES, KvCache.bytes_needed(self.config, slots, positions, dtype))
+        record(KV_CACHE_BYTES, kv_cache_bytes(self.config, slots, positions, dtype.itemsize))
         run = watched(self.executor.run)
         scheduler = Scheduler(run, slots, settings.max_queue, record, admission)
         self._scheduler = SchedulerThread(scheduler, partial(_run_all, run, self._warmup_commands(device.warmup_sizes)))

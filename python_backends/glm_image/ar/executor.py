@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glm_image.ar.commands import Admit, ArCommand, Discard, Encode, Peek, Release, Step
+from glm_image.ar.config import NOISE_BLOCK
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
-from glm_image.ar.sampler import NOISE_BLOCK, sample
+from glm_image.ar.sampler import sample
 from glm_image.ar.select_step import select_decode_step, select_prefill
 from glm_image.ar.state import DecodeState
 from glm_image.ar.vision import Vision

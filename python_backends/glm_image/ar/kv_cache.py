@@ -22,11 +22,6 @@ class KvCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._slots = torch.arange(slots, device=device)
 
-    @staticmethod
-    def bytes_needed(config: ArConfig, slots: int, positions: int, dtype: torch.dtype) -> int:
-        """Returns the memory of a cache."""
-        return 2 * config.layers * slots * config.kv_heads * positions * config.head_dim * dtype.itemsize
-
     def write_prompt(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
         """Writes a prompt's keys and values [kv_heads, tokens, head_dim] from position 0."""
         self.keys[layer, slot, :, : keys.shape[1]] = keys

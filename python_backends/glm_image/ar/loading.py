@@ -48,8 +48,9 @@ def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, 
 
 def _check_memory(checkpoint: Checkpoint, config: ArConfig, settings: ArSettings, device: Device, group: Group) -> None:
     dtype = named_dtype(settings.dtype) or device.default_dtype
-    shape = (config.part(group), settings.max_num_seqs, settings.max_sequence_tokens, dtype)
-    weights = weight_bytes(config, dtype, int8=settings.int8, group=group) + Vision.bytes_needed(checkpoint, dtype)
+    shape = (config.part(group.size), settings.max_num_seqs, settings.max_sequence_tokens, dtype.itemsize)
+    weights = weight_bytes(config, dtype.itemsize, int8=settings.int8, ranks=group.size)
+    weights += Vision.bytes_needed(checkpoint, dtype)
     check_budget(
         "glm_ar",
         fixed={"weights": weights},

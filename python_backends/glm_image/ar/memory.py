@@ -1,83 +1,108 @@
-"""What the first stage allocates at load and at its largest request, worked out without allocating it."""
+"""Memory of the first stage in bytes, computed from the decoder's sizes before anything is allocated.
+
+The budget check, ``glm-image inspect`` and the capacity planner use these formulas; none of them imports torch for it.
+``itemsize`` is the number of bytes of an element of the dtype that the stage computes in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
-from torch import Tensor, nn
-
-from glm_image.ar.config import ArConfig
-from glm_image.ar.model import Decoder
-from glm_image.ar.state import DecodeState
-from glm_image.parallel.collectives import ALONE, Group
+from glm_image.ar.config import NOISE_BLOCK, ArConfig
 
 FP32_BYTES = 4
+INT8_BYTES = 1
+INT64_BYTES = 8
+
 SAMPLER_COPIES = 12
-"""Scores as wide as the vocabulary that are alive in the plain sampler at once, counted as fp32."""
+"""Live fp32 tensors of [slots, vision_vocab_size] in the unfused sampler."""
 
 NORM_COPIES = 5
-"""fp32 copies of a norm's input that are alive in it at once, where it is not fused."""
+"""Live fp32 copies of a norm's input in the unfused norm."""
 
 DISTANCE_COPIES = 3
-"""fp32 tables of every patch's distance to every code that are alive in the quantizer at once."""
+"""Live fp32 tables [patches, codes] of distances in the quantizer."""
 
 
-def weight_bytes(config: ArConfig, dtype: torch.dtype, *, int8: bool = False, group: Group = ALONE) -> int:
-    """Returns the memory of the decoder's weights, or of a rank's part of them.
+def decoder_parameters(config: ArConfig, ranks: int = 1) -> int:
+    """Returns how many parameters the decoder has on each rank, head included; see ``weight_bytes``."""
+    part = config.part(ranks)
+    matrices = sum(inputs * outputs for inputs, outputs in _linears(part, ranks))
+    biases = part.layers * (part.heads + 2 * part.kv_heads) * part.head_dim * part.attention_bias
+    norms = (4 * part.layers + 1) * part.hidden_size
+    return matrices + biases + norms + part.vocab_size * part.hidden_size
+
+
+def weight_bytes(config: ArConfig, itemsize: int, *, int8: bool = False, ranks: int = 1) -> int:
+    """Returns the memory of the decoder's weights on each rank, head included.
 
     Args:
-        config: the whole decoder's numbers.
-        dtype: of the weights.
-        int8: whether those of the linear layers are int8, with scales.
-        group: the ranks that share it.
+        config: sizes of the whole decoder.
+        itemsize: of the weights.
+        int8: whether the linear layers have int8 weights with one fp32 scale an output channel.
+        ranks: devices that share the decoder; where shares differ, the largest is returned.
     """
-    with torch.device("meta"):
-        decoder = Decoder(config, group)
-    size = sum(weight.numel() for weight in decoder.parameters()) * dtype.itemsize
+    size = decoder_parameters(config, ranks) * itemsize
     if int8:
-        for linear in (module for module in decoder.modules() if isinstance(module, nn.Linear)):
-            size += linear.weight.numel() * (torch.int8.itemsize - dtype.itemsize) + linear.out_features * FP32_BYTES
+        for inputs, outputs in _linears(config.part(ranks), ranks):
+            size += _linear_bytes(inputs, outputs, itemsize, int8=True) - inputs * outputs * itemsize
     return size
 
 
-def state_bytes(config: ArConfig, slots: int, positions: int, dtype: torch.dtype) -> dict[str, int]:
-    """Returns the memory of what a decode step reads and writes, by what it is for."""
-    state = DecodeState.idle(config, slots, positions, torch.device("meta"), dtype)
-    cache = sum(tensor.nbytes for tensor in _tensors(state.cache))
-    tables = state.cos.nbytes + state.sin.nbytes
-    noise = state.noise.nbytes
-    every = sum(tensor.nbytes for tensor in _tensors(state))
+def head_bytes(config: ArConfig, itemsize: int, *, int8: bool = False, ranks: int = 1) -> int:
+    """Returns the part of ``weight_bytes`` that is the head's."""
+    return _linear_bytes(*_linears(config.part(ranks), ranks)[-1], itemsize, int8=int8)
+
+
+def _linear_bytes(inputs: int, outputs: int, itemsize: int, *, int8: bool) -> int:
+    return inputs * outputs * INT8_BYTES + outputs * FP32_BYTES if int8 else inputs * outputs * itemsize
+
+
+def _linears(part: ArConfig, ranks: int) -> list[tuple[int, int]]:
+    """Returns input and output channels of a rank's linear layers, the head last."""
+    hidden, inner = part.hidden_size, part.intermediate_size
+    queries, keys = part.heads * part.head_dim, part.kv_heads * part.head_dim
+    layer = [(hidden, queries + 2 * keys), (queries, hidden), (hidden, 2 * inner), (inner, hidden)]
+    return [*layer * part.layers, (hidden, -(-part.vision_vocab_size // ranks))]
+
+
+def kv_cache_bytes(config: ArConfig, slots: int, positions: int, itemsize: int) -> int:
+    """Returns the memory of the keys and values of every slot."""
+    return 2 * config.layers * slots * config.kv_heads * positions * config.head_dim * itemsize
+
+
+def state_bytes(config: ArConfig, slots: int, positions: int, itemsize: int) -> dict[str, int]:
+    """Returns the memory of the tensors of ``DecodeState``, by their purpose.
+
+    Args:
+        config: a rank's part of the decoder's sizes.
+        slots: rows of the fixed batch.
+        positions: tokens a slot.
+        itemsize: of cache and rotary tables.
+    """
+    vocabulary = config.vision_vocab_size
+    slot = 5 * INT64_BYTES  # four counters of ``DecodeState``, the cache's index of slots
+    sampler_row = 2 * FP32_BYTES + 2 * INT64_BYTES
     return {
-        f"{slots} x {positions} cached tokens": cache,
-        "rotary tables": tables,
-        "noise": noise,
-        "tokens and sampling": every - cache - tables - noise,
+        f"{slots} x {positions} cached tokens": kv_cache_bytes(config, slots, positions, itemsize),
+        "rotary tables": 2 * slots * positions * config.rotary_dim * itemsize,
+        "noise": slots * NOISE_BLOCK * vocabulary * FP32_BYTES,
+        "tokens and sampling": slots * (slot + sampler_row + positions * INT64_BYTES) + 2 * vocabulary,
     }
 
 
-def activation_bytes(config: ArConfig, slots: int, positions: int, dtype: torch.dtype, *, int8: bool = False) -> int:
-    """Returns the most that is alive at once of what is computed on the way.
+def activation_bytes(config: ArConfig, slots: int, positions: int, itemsize: int, *, int8: bool = False) -> int:
+    """Returns an upper bound of the activations that are alive together.
 
-    It is at its highest in the MLP of the longest prompt, or in the quantizer, where a prompt is all source image.
+    The peak is in the MLP of the longest prompt, or in the quantizer, where a prompt consists of source images.
     """
     hidden, inner, queries = config.hidden_size, config.intermediate_size, config.heads * config.head_dim
     keys = config.kv_heads * config.head_dim
-    attention = (queries + 2 * keys) + (queries + keys) + queries  # as they come, turned, and what was attended to
-    # Gate and up, then the activated gate and its product, or the norm of the outcome.
-    token = (2 * hidden + attention + 2 * inner) * dtype.itemsize
-    token += max(2 * inner * dtype.itemsize, NORM_COPIES * hidden * FP32_BYTES)
+    attention = (queries + 2 * keys) + (queries + keys) + queries  # projected, rotated, result of the attention
+    # Gate and up, then the activated gate and the product, or the norm of the result.
+    token = (2 * hidden + attention + 2 * inner) * itemsize
+    token += max(2 * inner * itemsize, NORM_COPIES * hidden * FP32_BYTES)
     prompt = positions * token
-    if int8:  # the widest matrix in the activations' dtype, and a product before its scale
-        prompt += (hidden + positions) * 2 * inner * dtype.itemsize
+    if int8:  # the widest matrix in the activations' dtype, and a product before it is scaled
+        prompt += (hidden + positions) * 2 * inner * itemsize
     quantizer = positions * config.codebook_size * FP32_BYTES * DISTANCE_COPIES
     sampler = slots * config.vision_vocab_size * FP32_BYTES * SAMPLER_COPIES
     return max(prompt, quantizer) + sampler
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif hasattr(value, "__dict__"):
-        for part in vars(value).values():
-            yield from _tensors(part)

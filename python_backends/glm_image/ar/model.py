@@ -102,7 +102,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ArConfig, group: Group = ALONE) -> None:
         super().__init__()
-        self.config = config.part(group)
+        self.config = config.part(group.size)
         self.group = group
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(self.config, group) for _ in range(config.layers))

@@ -13,9 +13,6 @@ from torch import Tensor
 from glm_image.ar.config import ArConfig
 from glm_image.request.parameters import Sampling
 
-NOISE_BLOCK = 64
-"""Steps for which noise is generated in advance."""
-
 
 @dataclass(frozen=True)
 class SamplerRows:

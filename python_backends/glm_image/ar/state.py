@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm_image.ar.config import ArConfig
+from glm_image.ar.config import NOISE_BLOCK, ArConfig
 from glm_image.ar.kv_cache import KvCache
-from glm_image.ar.sampler import NOISE_BLOCK, SamplerRows, allowed_ids
+from glm_image.ar.sampler import SamplerRows, allowed_ids
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from glm_image.ar.config import NOISE_BLOCK
 from glm_image.ar.model import Decoder
-from glm_image.ar.sampler import NOISE_BLOCK, sample
+from glm_image.ar.sampler import sample
 from glm_image.ar.state import DecodeState
 from glm_image.devices.base import Device
 

@@ -1,1 +1,1 @@
-"""A checkpoint folder on disk, and its tensors."""
+"""Checkpoint folders and their tensors."""

@@ -1,4 +1,4 @@
-"""A checkpoint folder: its parts, their configs, and their tensors straight to a device, each fault named."""
+"""A checkpoint folder: configs and tensors of its components. Tensors are read straight to a device."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from glm_image.request.geometry import PIXELS_PER_TOKEN, SourceRule
 
 DUMMY_STD = 0.02
 SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096
-"""Of a file of weights, for the revision: all of a checkpoint takes a minute to read."""
+"""Pieces of a weight file that are hashed for the revision: reading a whole checkpoint takes a minute."""
 
 
 class TensorSource(Protocol):
-    """Where a component's tensors come from."""
+    """Source of a component's tensors."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Returns the tensor ``name`` on the source's device and in its dtype.
+        """Returns the tensor ``name`` on the source's device, in the source's dtype.
 
         Raises:
-            CheckpointError: it is missing or has another shape.
+            CheckpointError: the tensor is missing or has another shape.
         """
 
     def has(self, name: str) -> bool:
-        """Tells whether there is a tensor ``name``."""
+        """Returns whether the source has a tensor ``name``."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Checkpoint:
     """A folder in the layout of ``GlmImagePipeline.save_pretrained``.
 
     Attributes:
-        folder: where it is.
-        load_format: ``auto`` reads the tensors; ``dummy`` draws random ones of the configured shapes.
+        folder: its path.
+        load_format: ``auto`` reads the tensors; ``dummy`` generates random ones of the configured shapes.
     """
 
     folder: Path
@@ -50,10 +50,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, load_format: str = "auto") -> Checkpoint:
-        """Opens a folder.
+        """Opens a folder and checks its layout.
 
         Raises:
-            CheckpointError: the folder or a part of it is missing, or belongs to another model.
+            CheckpointError: the folder or one of its files is missing, or it belongs to another model.
         """
         checkpoint = cls(folder, load_format)
         check_model_index(folder)
@@ -62,24 +62,24 @@ class Checkpoint:
         return checkpoint
 
     def path(self, component: str) -> Path:
-        """Returns a component's folder."""
+        """Returns the folder of a component."""
         return self.folder / component
 
     def config(self, component: str) -> dict[str, Any]:
-        """Returns a component's config."""
+        """Returns the config of a component."""
         return read_json(self.path(component) / COMPONENTS[component][1])
 
     def optional_json(self, component: str, file: str) -> dict[str, Any]:
-        """Returns a JSON file of a component, {} where it has none."""
+        """Returns the content of a JSON file of a component; {} if there is no such file."""
         path = self.path(component) / file
         return read_json(path) if path.is_file() else {}
 
     @cached_property
     def image_processor(self) -> Any:
-        """The processor of source images, in the kind that is the same on every machine.
+        """The image processor of source images: the Pillow variant, whose results are the same on every machine.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: its config cannot be read.
         """
         from transformers import GlmImageImageProcessorPil  # noqa: PLC0415 - seconds to import
 
@@ -90,10 +90,10 @@ class Checkpoint:
 
     @cached_property
     def source_rule(self) -> SourceRule:
-        """How source images are sized.
+        """The rule by which source images are resized.
 
         Raises:
-            CheckpointError: the image processor is not one of this model.
+            CheckpointError: the image processor is that of another model.
         """
         processor = self.image_processor
         patch = processor.patch_size * processor.merge_size
@@ -107,7 +107,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The name to report: that of the folder, or of the repository in a hub's cache."""
+        """The name in responses: that of the folder, or of the repository for a folder in a hub's cache."""
         folder = self.folder.resolve()
         if folder.parent.name == "snapshots":
             return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -115,7 +115,10 @@ class Checkpoint:
 
     @cached_property
     def revision(self) -> str:
-        """The revision to report: a hub's commit, else 12 hex digits over all files, of weights over some of each."""
+        """The revision in responses: the commit for a folder in a hub's cache, else 12 hex digits of a hash.
+
+        The hash covers all files; of weight files, ``SAMPLED_PIECES`` pieces.
+        """
         folder = self.folder.resolve()
         if folder.parent.name == "snapshots":
             return folder.name
@@ -127,7 +130,7 @@ class Checkpoint:
         return digest.hexdigest()[:12]
 
     def tensors(self, component: str, device: torch.device, dtype: torch.dtype) -> TensorSource:
-        """Opens a component's tensors.
+        """Returns the source of a component's tensors.
 
         Raises:
             CheckpointError: a weight file is missing or cannot be read.
@@ -143,13 +146,13 @@ class Checkpoint:
             if index.is_file():
                 return {name: folder / shard for name, shard in read_weight_map(index).items()}
             if (folder / file).is_file():
-                with _opened(folder / file) as tensors:
+                with _open(folder / file) as tensors:
                     return dict.fromkeys(tensors.keys(), folder / file)
-        raise CheckpointError(f"{folder}: no {' or '.join(WEIGHT_FILES)}, whole or with an index")
+        raise CheckpointError(f"{folder}: no {' or '.join(WEIGHT_FILES)}, and no index of one")
 
 
 def _sampled(path: Path) -> bytes:
-    """A file's size, and pieces from all over it: of weights trained further sizes are the same."""
+    """Returns a file's size and pieces spread over it: retrained weights have the same size but other content."""
     size = path.stat().st_size
     pieces = [str(size).encode()]
     with path.open("rb") as file:
@@ -159,7 +162,7 @@ def _sampled(path: Path) -> bytes:
     return b"\0".join(pieces)
 
 
-def _opened(path: Path, device: str = "cpu") -> Any:
+def _open(path: Path, device: str = "cpu") -> Any:
     try:
         return safe_open(path, framework="pt", device=device)
     except (OSError, SafetensorError) as error:
@@ -167,7 +170,7 @@ def _opened(path: Path, device: str = "cpu") -> Any:
 
 
 class FileTensors:
-    """Tensors read from safetensors files, one at a time, straight to the device."""
+    """Reads tensors from safetensors files, one at a time, straight to the device."""
 
     def __init__(self, folder: Path, weight_map: dict[str, Path], device: torch.device, dtype: torch.dtype) -> None:
         self._folder = folder
@@ -177,16 +180,14 @@ class FileTensors:
         self._files: dict[Path, Any] = {}
 
     def has(self, name: str) -> bool:
-        """Tells whether a file holds ``name``."""
         return name in self._weight_map
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Reads one tensor; see ``TensorSource.read``."""
         path = self._weight_map.get(name)
         if path is None:
             raise CheckpointError(f"{self._folder}: tensor {name} is missing")
         if path not in self._files:
-            self._files[path] = _opened(path, str(self._device))
+            self._files[path] = _open(path, str(self._device))
         try:
             found = tuple(self._files[path].get_slice(name).get_shape())
             if found != shape:
@@ -198,7 +199,7 @@ class FileTensors:
 
 
 class RandomTensors:
-    """Random tensors of any name and shape, the same at each load: for benchmarks."""
+    """Generates random tensors of any name and shape for benchmarks, the same ones at each load."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
@@ -206,11 +207,10 @@ class RandomTensors:
         self._generator = torch.Generator(device).manual_seed(0)
 
     def has(self, name: str) -> bool:
-        """Tells that every tensor is there."""
         return True
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Draws one tensor: around 1 for the scales of norms, else around 0 with a spread that keeps signals finite."""
+        """Generates a tensor: mean 1 for scales of norms, else mean 0; its deviation keeps activations finite."""
         tensor = torch.empty(shape, device=self._device, dtype=self._dtype)
         is_scale = len(shape) == 1 and name.endswith("weight")
         std = DUMMY_STD if len(shape) < 2 else min(DUMMY_STD, 1 / math.sqrt(math.prod(shape[1:])))  # noqa: PLR2004
@@ -218,22 +218,22 @@ class RandomTensors:
 
 
 @runtime_checkable
-class Filled(Protocol):
-    """A module that makes something else of its parameters."""
+class FillHook(Protocol):
+    """A module that transforms its parameters after loading."""
 
     def filled(self) -> None:
-        """Called when its parameters are there."""
+        """Is called by ``fill`` when the module has its parameters."""
 
 
 def fill(module: nn.Module, source: TensorSource, prefix: str = "") -> None:
-    """Gives a module built on the meta device its parameters and buffers, by their names.
+    """Loads the parameters and buffers of a module that was built on the meta device, and freezes the module.
 
-    A submodule that is ``Filled`` is told at once that it has its own.
+    A submodule that is a ``FillHook`` is called after its own parameters, before the next submodule's are read.
 
     Args:
-        module: frozen by this.
-        source: where the tensors come from.
-        prefix: what stands before the module's names in the source.
+        module: the module.
+        source: the source of the tensors.
+        prefix: prefix of the module's names in the source.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -249,7 +249,7 @@ def fill(module: nn.Module, source: TensorSource, prefix: str = "") -> None:
             setattr(owner, name, nn.Parameter(tensor, requires_grad=False))
         for name, buffer in list(owner.named_buffers(recurse=False)):
             owner.register_buffer(name, source.read(prefix + dotted + name, tuple(buffer.shape)))
-        if isinstance(owner, Filled):
+        if isinstance(owner, FillHook):
             owner.filled()
     if ties:
         module.tie_weights()  # type: ignore[operator]

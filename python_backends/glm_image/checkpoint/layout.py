@@ -1,4 +1,4 @@
-"""How a checkpoint folder is laid out: what has to be there, and JSON files read with each fault named. No torch."""
+"""Layout of a checkpoint folder: required files, and reading of its JSON files. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from glm_image.errors import CheckpointError
 
 PIPELINE_CLASS = "GlmImagePipeline"
 
-# Folder -> (its class as model_index.json names it, its config file). The processor and tokenizer have no tensors.
 COMPONENTS: dict[str, tuple[str, str]] = {
     "vision_language_encoder": ("GlmImageForConditionalGeneration", "config.json"),
     "processor": ("GlmImageProcessor", "tokenizer_config.json"),
@@ -20,51 +19,52 @@ COMPONENTS: dict[str, tuple[str, str]] = {
     "vae": ("AutoencoderKL", "config.json"),
     "scheduler": ("FlowMatchEulerDiscreteScheduler", "scheduler_config.json"),
 }
+"""Folder -> (class in ``model_index.json``, config file). Processor, tokenizer and scheduler have no tensors."""
 
-# The names transformers and diffusers give the single file of a component; "<name>.index.json" lists its shards.
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""Names of a component's single weight file in transformers and diffusers; "NAME.index.json" lists shards."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, cannot be read, or holds something else.
+        CheckpointError: the file is missing, cannot be read, or has other content.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint has it") from None
+        raise CheckpointError(f"{path}: no such file; a checkpoint needs it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; allowed: a JSON object")
+        raise CheckpointError(f"{path}: the content is a {type(content).__name__}; allowed: a JSON object")
     return content
 
 
 def check_model_index(folder: Path) -> None:
-    """Refuses a folder whose ``model_index.json`` is of another model.
+    """Checks that ``model_index.json`` is that of GLM-Image.
 
     Raises:
-        CheckpointError: names the entry and what is allowed.
+        CheckpointError: the file is missing or an entry has another value.
     """
     path = folder / "model_index.json"
     index = read_json(path)
     if index.get("_class_name") != PIPELINE_CLASS:
         raise CheckpointError(f"{path}: _class_name is {index.get('_class_name')!r}; allowed: {PIPELINE_CLASS}")
     for component, (class_name, _) in COMPONENTS.items():
-        named = index.get(component)  # [library, class]
-        if not isinstance(named, list) or named[1:] != [class_name]:
-            raise CheckpointError(f"{path}: {component} is {named!r}; allowed: {class_name}")
+        entry = index.get(component)  # [library, class]
+        if not isinstance(entry, list) or entry[1:] != [class_name]:
+            raise CheckpointError(f"{path}: {component} is {entry!r}; allowed: {class_name}")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Reads an index of shards: tensor name -> file name.
+    """Reads an index file: tensor name -> file name of its shard.
 
     Raises:
-        CheckpointError: it cannot be read, or names no file of its own folder for each tensor.
+        CheckpointError: the file cannot be read, or does not map tensor names to file names.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map names no shard for each tensor")
+        raise CheckpointError(f"{index}: weight_map does not map every tensor name to a file name")
     return weight_map

@@ -113,10 +113,10 @@ PROFILES: Final = {
         Profile("cpu", "both stages on the host's cores", 0, StageLayout("cpu"), StageLayout("cpu")),
         _one_card(
             "npu-1x32g",
-            "both stages on one card, with int8 weights and fewer sequences",
+            "both stages on one card, with int8 weights, fewer and shorter sequences",
             32,
-            {"memory_utilization": "0.49", "max_num_seqs": "4", **_INT8},
-            {"memory_utilization": "0.45", **_INT8},
+            {"memory_utilization": "0.45", "max_num_seqs": "4", "max_sequence_tokens": "4096", **_INT8},
+            {"memory_utilization": "0.49", **_INT8},
         ),
         _one_card("npu-1x64g", "both stages on one card", 64, *_shares("0.4", "0.5")),
         *_multi_card("npu"),

@@ -1,4 +1,4 @@
-"""Whether what a stage is about to allocate fits its share of a device; asked before anything is loaded."""
+"""Checks before loading that a stage fits its share of a device."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def check_budget(
     device: str,
     lower: str = "",
 ) -> None:
-    """Refuses a stage that does not fit.
+    """Checks that a stage fits its share of a device and the device's free memory.
 
     Args:
         stage: the model's name.
-        fixed: bytes that its weights take, by what they are of.
-        scaled: bytes that its parameters decide on, by what they are for.
+        fixed: bytes of its weights, by part.
+        scaled: bytes that depend on its parameters, by purpose.
         memory: of the device, before the stage is loaded.
         utilization: the share of the device that the stage may use.
-        device: its name.
+        device: name of the device.
         lower: the parameters on which ``scaled`` depends.
 
     Raises:
-        ConfigurationError: says what is needed, what is there, and what to lower.
+        ConfigurationError: the stage does not fit; the message lists needs, free memory and remedies.
     """
     share = int(memory.total * utilization)
     allowed = min(memory.free, share)
@@ -44,14 +44,14 @@ def check_budget(
     if share < memory.free and utilization < 1:
         remedies.append("raise memory_utilization")
     remedies.append("give the stage another device")
-    parts = ", ".join(f"{shown(size)} for {of}" for of, size in {**fixed, **scaled}.items())
+    parts = ", ".join(f"{format_bytes(size)} for {purpose}" for purpose, size in {**fixed, **scaled}.items())
     raise ConfigurationError(
-        f"{stage} needs {shown(needed)}: {parts}; "
-        f"{device} has {shown(memory.free)} free of {shown(memory.total)}, of which "
-        f"memory_utilization {utilization:g} allows {shown(allowed)}: {', or '.join(remedies)}"
+        f"{stage} needs {format_bytes(needed)}: {parts}; "
+        f"{device} has {format_bytes(memory.free)} free of {format_bytes(memory.total)}, of which "
+        f"memory_utilization {utilization:g} allows {format_bytes(allowed)}: {', or '.join(remedies)}"
     )
 
 
-def shown(size: int) -> str:
-    """Returns a size in bytes as people say it."""
+def format_bytes(size: int) -> str:
+    """Returns a number of bytes in MB or GB."""
     return f"{size / GIGABYTE:.1f} GB" if size >= GIGABYTE else f"{size / MEGABYTE:.1f} MB"

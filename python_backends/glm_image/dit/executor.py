@@ -28,6 +28,7 @@ from glm_image.dit.commands import (
     Step,
 )
 from glm_image.dit.conditioning import Conditioner
+from glm_image.dit.memory import source_bytes
 from glm_image.dit.model import DitModel
 from glm_image.dit.schedule import schedule
 from glm_image.dit.source_kv import SourceCache
@@ -162,7 +163,7 @@ class Executor:
         model, place, sources = self._model, self._device.torch_device, command.sources
         config, ranks = model.transformer.config, model.parallel.ranks
         tokens = [source.grid.tokens * IMAGE_TOKENS_PER_TOKEN for source in sources]
-        needed = SourceCache.bytes_needed(config, sum(tokens), model.dtype)
+        needed = source_bytes(config, sum(tokens), model.dtype.itemsize)
         free = ranks.world.all_reduce_min(self._device.memory().free, place)
         if needed > free:
             raise InvalidInputError.of(

@@ -14,20 +14,19 @@ from glm_image.devices.base import Device
 from glm_image.devices.budget import check_budget
 from glm_image.devices.open import named_dtype
 from glm_image.dit.conditioning import Conditioner
-from glm_image.dit.executor import IMAGE_TOKENS_PER_TOKEN, Executor, Follower
+from glm_image.dit.executor import Executor, Follower
+from glm_image.dit.memory import working_bytes
 from glm_image.dit.model import DitModel
 from glm_image.dit.parallel_context import ParallelContext
 from glm_image.dit.quantization import quantize_blocks, weight_bytes
 from glm_image.dit.select_blocks import select_attention, select_blocks
 from glm_image.dit.sequence_parallel import SequenceAttention, TokenSplit
 from glm_image.dit.settings import DitSettings
-from glm_image.dit.source_kv import SourceCache
 from glm_image.dit.tensor_parallel import ShardedTensors, shard
 from glm_image.dit.vae import Vae
 from glm_image.errors import ConfigurationError
 from glm_image.parallel.layout import check_heads
 from glm_image.parallel.process_group import Ranks
-from glm_image.request import geometry
 from glm_image.request.geometry import Size
 
 
@@ -100,10 +99,10 @@ def _check_memory(modules: Mapping[str, Any], settings: DitSettings, device: Dev
         utilization=settings.memory_utilization,
         device=str(device),
     )
+    largest = Size(settings.largest_side, settings.largest_side)
+    working = working_bytes(modules["transformer"].config, modules["vae"].config, largest, dtype.itemsize)
     left = int(memory.total * settings.memory_utilization) - sum(weights.values())
-    return settings.vae_tiling == "on" or (
-        settings.vae_tiling == "auto" and left < _bytes_at_work(modules, settings.largest_side, dtype)
-    )
+    return settings.vae_tiling == "on" or (settings.vae_tiling == "auto" and left < working)
 
 
 def _sequence_attention(transformer: Any, device: Device, ranks: Ranks) -> SequenceAttention | None:
@@ -114,12 +113,3 @@ def _sequence_attention(transformer: Any, device: Device, ranks: Ranks) -> Seque
     if ranks.ring.size > 1:
         backend = device.lse_attention_backend
     return SequenceAttention(split, attend, device.attention_with_lse, backend)
-
-
-def _bytes_at_work(modules: Mapping[str, Any], side: int, dtype: torch.dtype) -> int:
-    """Returns the memory of a step of a square image, while another is decoded without tiles."""
-    size = geometry.generated_size(Size(side, side))
-    tokens = geometry.target_grid(size).tokens * IMAGE_TOKENS_PER_TOKEN
-    branches = 2
-    step = SourceCache.bytes_at_work(modules["transformer"].config, tokens, dtype) * branches
-    return step + Vae.bytes_needed(modules["vae"].config, size, dtype)

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from glm_image.parallel.process_group import ONE_RANK, Ranks
 
-WORKING_TENSORS = 12
-"""Tensors as wide as the image tokens that a pass over sources holds: the MLP's four, queries, keys, values, ..."""
-
 KvHook = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Receives the keys and values, [1, tokens, heads, head_dim] each, that a block has computed; returns those that its
 attention reads."""
@@ -41,19 +38,6 @@ class SourceCache:
         shape = (config.num_layers, 1, shard, heads, config.attention_head_dim)
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty(shape, device=device, dtype=dtype)
-
-    @staticmethod
-    def bytes_needed(config: Any, tokens: int, dtype: torch.dtype) -> int:
-        """Returns the memory for the cache of ``tokens`` image tokens, and for the pass that fills it."""
-        width = config.num_attention_heads * config.attention_head_dim
-        kept = 2 * config.num_layers * tokens * width * dtype.itemsize
-        return int(kept + SourceCache.bytes_at_work(config, tokens, dtype))
-
-    @staticmethod
-    def bytes_at_work(config: Any, tokens: int, dtype: torch.dtype) -> int:
-        """Returns the memory that a pass of ``tokens`` image tokens through the blocks works in."""
-        width = config.num_attention_heads * config.attention_head_dim
-        return int(WORKING_TENSORS * tokens * width * dtype.itemsize)
 
     def recorders(self, start: int) -> list[KvHook]:
         """Returns for each block a hook that stores the keys and values of a source whose tokens begin at ``start``."""

@@ -11,10 +11,6 @@ from torch import Tensor
 
 from glm_image.devices.base import Device
 from glm_image.dit import latent_preview
-from glm_image.request.geometry import Size
-
-WORKING_TENSORS = 6
-"""Tensors as large as the decoder's largest one that it holds at the same time."""
 
 
 class Vae:
@@ -66,10 +62,3 @@ class Vae:
         encoded = self._autoencoder.encode((2.0 * levels - 1.0).to(self._mean.device, self._dtype))
         latents: Tensor = (encoded.latent_dist.mode() - self._mean) / self._std
         return latents
-
-    @staticmethod
-    def bytes_needed(config: Any, size: Size, dtype: torch.dtype) -> int:
-        """Returns the bytes that decoding an image without tiles takes."""
-        # The last block reads the output of the one before it at the full size.
-        widest = config.block_out_channels[min(1, len(config.block_out_channels) - 1)]
-        return WORKING_TENSORS * size.height * size.width * int(widest) * dtype.itemsize

@@ -1,6 +1,6 @@
 """The load of the DiT: the images that ``glm_ar`` forwarded and ``glm_dit`` has not denoised, as both stages know it.
 
-An ensemble does not tell its first step what becomes of the tokens. So each DiT instance publishes its requests and
+An ensemble gives its first step no feedback on the tokens. So each DiT instance publishes its requests and
 their remaining images whenever they change. A statement is complete: a subscriber that missed one, or comes later, is
 up to date after the next.
 """
@@ -131,7 +131,7 @@ class DitLoad:
             self._keep(lambda request: request.at >= passed)
         self._on_change()
 
-    def pictures(self) -> int | None:
+    def images(self) -> int | None:
         """Returns how many images are forwarded and not denoised; None until an instance has published its load."""
         with self._lock:
             if not self._instances:
@@ -147,7 +147,7 @@ class DitLoad:
             return min(map(self._lost_at, self._forwarded.values()), default=math.inf)
 
     @property
-    def seconds_a_picture(self) -> float:
+    def seconds_per_image(self) -> float:
         """The mean time that all instances together take per image; 0 while it is unknown."""
         with self._lock:
             rates = [1 / load.seconds_per_image for load in self._instances.values() if load.seconds_per_image > 0]

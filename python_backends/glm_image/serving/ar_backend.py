@@ -7,12 +7,13 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from glm_image.ar.admission import BatchAdmission
 from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
@@ -22,6 +23,7 @@ from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
 from glm_image.ipc.protocol import socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.downstream import DitLoadFeed
 from glm_image.lifecycle.metadata import ar_metadata
 from glm_image.lifecycle.preview_rpc import PreviewPublisher
@@ -29,7 +31,6 @@ from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import preview_of
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from glm_image.request.stages import Stage
-from glm_image.serving.request_reader import read_fields
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.telemetry.heartbeat import Heartbeat
@@ -92,13 +93,13 @@ class ArBackend(StageBackend):
         if self._dit_load is not None:
             self._dit_load.close()
 
-    def _handle(self, call: StageCall) -> None:
+    def _handle(self, call: StageCall, inputs: Inputs) -> None:
         """Submits a request to the engine; one with source images from a thread, so that others do not wait."""
         context = call.context
         if call.options.arrived_ns is not None:
             context.arrived_ns = call.options.arrived_ns
         context.start(Stage.AR_QUEUE)
-        parameters = read_request(call.inputs)
+        parameters = GenerationParameters(**inputs.fields(GenerationParameters))
         context.num_images = parameters.num_images
         context.attributes = _attributes(parameters)
         if parameters.images is None:
@@ -127,28 +128,20 @@ class ArBackend(StageBackend):
         preview = preview_of(resolved.grids)
         if call.options.previews and preview is not None:
             context.add_observer(PreviewPublisher(self._registry, preview, seed))
-        self._engine.submit(context, resolved).add_done_callback(partial(_respond, call, resolved))
+        call.responder.send_result(self._engine.submit(context, resolved), partial(_outputs, context, resolved))
 
 
-def _respond(call: StageCall, resolved: ResolvedRequest, done: Future[ArResult]) -> None:
-    with call.responder.errors_sent():
-        error = done.exception()
-        if error is not None:  # not raised: its traceback would refer to the request, which refers to the error
-            call.responder.fail(error)
-            return
-        result = done.result()
-        call.responder.send(
-            {
-                "prior_token_ids": result.prior_token_ids,
-                "prior_grid": np.array(resolved.target),
-                "source_token_ids": result.source_token_ids,
-                "source_grids": np.array(result.source_grids).reshape(-1, 2),
-                "resolved_seed": np.array([resolved.seeds[0]]),
-                "resolved_size": np.array(resolved.requested),
-                "deadline_ns": np.array([call.context.deadline_ns]),
-                "ar_metadata": text_array(json.dumps(ar_metadata(call.context, result.tokens))),
-            }
-        )
+def _outputs(context: RequestContext, resolved: ResolvedRequest, result: ArResult) -> dict[str, NDArray[Any]]:
+    return {
+        "prior_token_ids": result.prior_token_ids,
+        "prior_grid": np.array(resolved.target),
+        "source_token_ids": result.source_token_ids,
+        "source_grids": np.array(result.source_grids).reshape(-1, 2),
+        "resolved_seed": np.array([resolved.seeds[0]]),
+        "resolved_size": np.array(resolved.requested),
+        "deadline_ns": np.array([context.deadline_ns]),
+        "ar_metadata": text_array(json.dumps(ar_metadata(context, result.tokens))),
+    }
 
 
 def _dit_load_feed(parameters: ArParameters) -> DitLoadFeed | None:
@@ -171,11 +164,6 @@ def _unload(models: Sequence[str]) -> None:
     for model in models:
         with contextlib.suppress(pb_utils.TritonModelException):  # this server was started without it
             pb_utils.unload_model(model)
-
-
-def read_request(inputs: Inputs) -> GenerationParameters:
-    """Reads a client's request; not validated yet."""
-    return GenerationParameters(**read_fields(inputs, GenerationParameters))
 
 
 def _attributes(parameters: GenerationParameters) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
 from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler
+from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import PREVIEW, EstimatePublisher, read_preview_request, reply_with_preview
@@ -27,7 +28,6 @@ from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.request.parameters import PaintRequest, SharedParameters, consecutive_seeds, random_seed
 from glm_image.request.stages import AR_STAGES, Stage
 from glm_image.serving import bytes_tensors
-from glm_image.serving.request_reader import read_fields
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.telemetry.heartbeat import Heartbeat
@@ -86,30 +86,23 @@ class DitBackend(StageBackend):
     def _close_engine(self) -> None:
         self._engine.close()
 
-    def _handle(self, call: StageCall) -> None:
+    def _handle(self, call: StageCall, inputs: Inputs) -> None:
         """Denoises a request; its response follows when its images are decoded and encoded."""
-        request = read_request(call.inputs)
+        request = read_request(inputs)
         context = call.context
-        _adopt(call, request)
+        _adopt(call, inputs, request)
         context.start(Stage.CONDITION)
-        self._engine.paint(context, request, self._limits).add_done_callback(partial(self._respond, call, request))
+        call.responder.send_result(
+            self._engine.paint(context, request, self._limits), partial(self._outputs, context, request)
+        )
 
-    def _respond(self, call: StageCall, request: PaintRequest, done: Future[DitResult]) -> None:
-        with call.responder.errors_sent():
-            error = done.exception()
-            if error is not None:  # not raised: its traceback would refer to the request, which refers to the error
-                call.responder.fail(error)
-                return
-            result = done.result()
-            metadata = request_metadata(call.context, request, self._model, self._engine.attention_backend)
-            is_raw = request.output_format == "raw"
-            call.responder.send(
-                {
-                    "images": result.pixels if is_raw else np.zeros((0, 0, 0, 3)),
-                    "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),
-                    "metadata": text_array(json.dumps(metadata)),
-                }
-            )
+    def _outputs(self, context: RequestContext, request: PaintRequest, result: DitResult) -> dict[str, NDArray[Any]]:
+        metadata = request_metadata(context, request, self._model, self._engine.attention_backend)
+        return {
+            "images": result.pixels if request.output_format == "raw" else np.zeros((0, 0, 0, 3)),
+            "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),
+            "metadata": text_array(json.dumps(metadata)),
+        }
 
     def _preview(self, message: Message) -> Future[Message]:
         """Handles ``glm_image.lifecycle.preview_rpc.request_preview``, in the IPC server's thread."""
@@ -123,13 +116,13 @@ class DitBackend(StageBackend):
         return reply
 
 
-def _adopt(call: StageCall, request: PaintRequest) -> None:
+def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest) -> None:
     """Continues the request that ``glm_ar`` began: its id, arrival, deadline and stage times.
 
     The ensemble gives each stage the whole timeout of the request, so the deadline comes from the first stage.
     """
     context, metadata = call.context, request.ar_metadata
-    deadline_ns = call.inputs.integer("deadline_ns") or 0
+    deadline_ns = inputs.integer("deadline_ns") or 0
     if deadline_ns < 0:
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
     context.id = call.request_id or metadata.get("request_id", context.id)
@@ -166,7 +159,7 @@ def read_request(inputs: Inputs) -> PaintRequest:
         ar_metadata=read_ar_metadata(inputs.text("ar_metadata") or ""),
         source_grids=_source_grids(inputs),
         **inputs.given(source_token_ids=inputs.array("source_token_ids")),
-        **read_fields(inputs, SharedParameters),
+        **inputs.fields(SharedParameters),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from glm_image.serving.tensors import response
 logger = logging.getLogger(__name__)
 
 EXIT_CODE: Final = 1
+
+Result = TypeVar("Result")
 
 
 def _ignore(error: BaseException | None) -> None:
@@ -58,6 +61,19 @@ class Responder:
     def fail(self, error: BaseException) -> None:
         """Sends an error."""
         self._finish(pb_utils.InferenceResponse(error=triton_error(error, is_relayed=self._is_relayed)), error)
+
+    def send_result(self, future: Future[Result], outputs: Callable[[Result], Mapping[str, NDArray[Any]]]) -> None:
+        """Sends the outputs made of a future's result when it is resolved, or its error."""
+
+        def respond(done: Future[Result]) -> None:
+            with self.errors_sent():
+                error = done.exception()
+                if error is None:
+                    self.send(outputs(done.result()))
+                else:  # not raised: its traceback would refer to the request, which refers to the error
+                    self.fail(error)
+
+        future.add_done_callback(respond)
 
     @contextmanager
     def errors_sent(self) -> Iterator[None]:

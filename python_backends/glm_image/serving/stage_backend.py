@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -33,17 +32,15 @@ those of an ensemble."""
 
 @dataclass(frozen=True)
 class StageCall:
-    """A request of Triton.
+    """A request that is being served. It does not refer to Triton's request, whose memory is released before.
 
     Attributes:
-        inputs: its input tensors.
         request_id: the id that it was sent with; "" = none.
         context: the request in flight.
         responder: sends its response.
         options: what ``glm_image_stream`` asks for, if the request comes from there.
     """
 
-    inputs: Inputs
     request_id: str
     context: RequestContext
     responder: Responder
@@ -82,8 +79,10 @@ class StageBackend(ABC):
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            with self._track(request) as call:
-                self._handle(call)
+            call = self._track(request)
+            with call.responder.errors_sent():
+                self._tracing.observe(call.context, request)
+                self._handle(call, Inputs(request))
 
     def finalize(self) -> None:
         """Ends what runs, with a response to each request."""
@@ -96,9 +95,8 @@ class StageBackend(ABC):
         self._tracing.close()
         end_process()
 
-    @contextmanager
-    def _track(self, request: Any) -> Iterator[StageCall]:
-        """Makes the context of a request; an exception that ends the block becomes its response."""
+    def _track(self, request: Any) -> StageCall:
+        """Makes the context of a request, whose observers see how it ends from now on."""
         request_id = request.request_id()
         context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
         responder = Responder(request, context.finish)
@@ -106,10 +104,7 @@ class StageBackend(ABC):
         for observer in self._observers:
             context.add_observer(observer)
         self._pending.add(context, responder)
-        with responder.errors_sent():
-            self._tracing.observe(context, request)
-            options = StreamOptions.read(request.parameters())
-            yield StageCall(Inputs(request), request_id, context, responder, options)
+        return StageCall(request_id, context, responder, StreamOptions.read(request.parameters()))
 
     def _cancel_abandoned(self) -> None:
         while not self._closing.wait(ABANDONED_POLL_SECONDS):
@@ -120,7 +115,7 @@ class StageBackend(ABC):
         """Loads the engine; returns the heartbeat that watches its commands."""
 
     @abstractmethod
-    def _handle(self, call: StageCall) -> None:
+    def _handle(self, call: StageCall, inputs: Inputs) -> None:
         """Works on a request, or passes it to a thread that does. Exceptions become its response."""
 
     @abstractmethod

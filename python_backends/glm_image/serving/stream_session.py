@@ -21,7 +21,6 @@ from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, PreviewParameters
 from glm_image.request.tensors import TensorSpec, check_fields
-from glm_image.serving.request_reader import read_fields
 from glm_image.serving.stream_events import EventSender, PreviewFetcher, ProgressRelay, StageError
 from glm_image.serving.tensors import Inputs
 
@@ -79,7 +78,7 @@ class StreamSession:
         # Copied, as the request's memory is released before the session ends.
         given = inputs.given(**{spec.name: inputs.array(spec.name) for spec in REQUEST_INPUTS})
         self._inputs: Arrays = {name: array.copy() for name, array in given.items()}
-        previews = PreviewParameters(**read_fields(inputs, PreviewParameters))
+        previews = PreviewParameters(**inputs.fields(PreviewParameters))
         check_fields(previews, Limits())
         timeout_us: int = request.timeout() or _timeout_of(request.parameters())
         options = StreamOptions(sender.arrived_ns, previews.preview_steps > 0, previews.preview_every)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from glm_image.config.schema import CONTROL_OUTPUTS, STAGE_TENSORS, STREAM_OUTPUTS
 from glm_image.errors import MAX_SHOWN_CHARACTERS, InvalidInputError
+from glm_image.request.tensors import TensorSpec, request_fields
 
 NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING": np.object_}
 
@@ -54,6 +55,25 @@ class Inputs:
         """Returns a BYTES [k]; a missing input is None, an empty one ()."""
         array = self.array(name)
         return None if array is None else tuple(bytes(file) for file in array)
+
+    def fields(self, kind: type) -> dict[str, Any]:
+        """Returns the arguments of a dataclass of request fields, not yet validated.
+
+        Missing inputs are left to the dataclass's defaults. A missing ``prompt``, which has none, is "": its check
+        refuses it.
+
+        Raises:
+            InvalidInputError: a text is not UTF-8.
+        """
+        values = {field.attribute: self._value(field.spec) for field in request_fields(kind)}
+        if "prompt" in values:
+            values["prompt"] = values["prompt"] or ""
+        return self.given(**values)
+
+    def _value(self, spec: TensorSpec) -> int | float | str | tuple[bytes, ...] | None:
+        if spec.data_type == "STRING":
+            return self.text(spec.name) if spec.dims == (1,) else self.files(spec.name)
+        return self.real(spec.name) if spec.data_type == "FP32" else self.integer(spec.name)
 
     def given(self, **values: Any) -> dict[str, Any]:
         """Returns the values that are not None, so that defaults apply to the others."""

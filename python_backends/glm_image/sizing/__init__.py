@@ -1,1 +1,1 @@
-"""What fits which device: memory needs, composed of the formulas beside the engines."""
+"""Memory of the stages, composed of the engines' formulas, and the report on a checkpoint."""

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds and what serving it takes, from its configs and the headers of its files; no torch."""
+"""Contents of a checkpoint folder and the memory that serving it needs, from its configs and file headers; no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from glm_image.ar.config import ArConfig
+from glm_image.ar.memory import decoder_parameters
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.layout import (
     COMPONENTS,
@@ -21,20 +23,27 @@ from glm_image.checkpoint.layout import (
     read_weight_map,
 )
 from glm_image.errors import CheckpointError
+from glm_image.request.geometry import Size
 from glm_image.sizing import parameter_counts
+from glm_image.sizing.memory import DTYPE_BYTES, ModelSizes, StageMemory, ar_memory, dit_memory
 
 AR_PART = "vision_language_encoder"
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 LARGEST_HEADER = 100_000_000
 SMALLEST_IN_GB = 10_000_000
 
-# Bytes that painting 1024 x 1024 takes beside the weights: about five feature maps of the autoencoder's largest layer.
-WORKING_PIXELS = 1024 * 1024
-WORKING_MAPS = 5
+IMAGE_SIZE = Size(1024, 1024)
+"""Size of the images for which the working memory is given."""
+
+
+def _ar_parameters(config: Mapping[str, Any]) -> int:
+    decoder = decoder_parameters(ArConfig.from_json(config, {}))
+    vision = parameter_counts.vision_tower(config["vision_config"])
+    return decoder + vision + parameter_counts.quantizer(config["vq_config"])
+
 
 _COUNTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    AR_PART: lambda config: parameter_counts.language_model(config) + parameter_counts.vision_and_head(config),
+    AR_PART: _ar_parameters,
     "text_encoder": parameter_counts.text_encoder,
     "transformer": parameter_counts.transformer,
     "vae": parameter_counts.vae,
@@ -46,13 +55,13 @@ class PartReport:
     """A folder of the checkpoint.
 
     Attributes:
-        part: the folder's name.
-        class_name: what it is for.
-        parameters: by its config; 0 for a part without tensors.
-        stored_parameters: in the files that are there.
+        part: name of the folder.
+        class_name: the class that ``model_index.json`` names for it.
+        parameters: number by its config; 0 for a part without tensors.
+        stored_parameters: number in the files present.
         dtypes: dtype -> parameters stored in it.
-        files: weight file -> its bytes; None for one that an index names and that is not there.
-        size: bytes of all files that are there, small ones included.
+        files: weight file -> its bytes; None for a file that the index names and that is missing.
+        size: bytes of all files present, small ones included.
     """
 
     part: str
@@ -65,53 +74,29 @@ class PartReport:
 
 
 @dataclass(frozen=True)
-class StageReport:
-    """What a stage takes of a device's memory, in bytes.
-
-    Attributes:
-        stage: the model's name.
-        dtype: what it computes in.
-        weights: part -> bytes.
-        cache: keys and values of every slot, with the default parameters.
-        working: what painting takes beside, estimated for 1024 x 1024.
-    """
-
-    stage: str
-    dtype: str
-    weights: dict[str, int]
-    cache: int
-    working: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(self.weights.values()) + self.cache + self.working
-
-
-@dataclass(frozen=True)
 class Inspection:
-    """What there is to tell of a checkpoint.
+    """The report on a checkpoint.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
         parts: its folders.
-        stages: memory, for each stage and dtype.
+        stages: memory of each stage in each dtype, with the default parameters and images of ``IMAGE_SIZE``.
         slots: sequences of the cache, and tokens of each.
-        token_ids: what the tokens that structure a prompt are.
-        faults: what is missing or broken, one sentence each.
+        token_ids: ids of the tokens that structure a prompt.
+        faults: missing or broken files, one sentence each.
     """
 
     folder: str
     parts: list[PartReport]
-    stages: list[StageReport]
+    stages: list[StageMemory]
     slots: tuple[int, int]
     token_ids: dict[str, int]
     faults: list[str]
 
     def fits(self, gigabytes: float) -> dict[str, dict[str, bool]]:
-        """Tells for each dtype whether a card of so many GB (10^9 bytes) holds each stage, and both together.
+        """Returns for each dtype whether a card of so many GB (10^9 bytes) holds each stage, and both together.
 
-        As much of the card is used as a stage's default ``memory_utilization`` allows.
+        A stage may use the share of the card that ``memory_utilization`` allows by default.
         """
         usable = gigabytes * 1e9 * ArSettings().memory_utilization
         answers = {}
@@ -121,30 +106,31 @@ class Inspection:
         return answers
 
     def to_json(self, gigabytes: float | None = None) -> dict[str, Any]:
-        """Returns everything as plain values."""
-        told = asdict(self) | {"slots": list(self.slots), "complete": not self.faults}
-        for stage, shown in zip(self.stages, told["stages"], strict=True):
-            shown["total"] = stage.total
+        """Returns the report as plain values; see ``fits`` for ``gigabytes``."""
+        report = asdict(self) | {"slots": list(self.slots), "complete": not self.faults}
+        for stage, entry in zip(self.stages, report["stages"], strict=True):
+            entry["total"] = stage.total
         if gigabytes is not None:
-            told["card"] = {"gigabytes": gigabytes, "fits": self.fits(gigabytes)}
-        return told
+            report["card"] = {"gigabytes": gigabytes, "fits": self.fits(gigabytes)}
+        return report
 
     def to_text(self, gigabytes: float | None = None) -> str:
-        """Returns everything as lines to read; GB are 10^9 bytes."""
+        """Returns the report as lines of text; GB are 10^9 bytes."""
         lines = [f"{self.folder}: {PIPELINE_CLASS}, {_gigabytes(sum(part.size for part in self.parts))}"]
         lines += [_part_line(part) for part in self.parts]
         slots, tokens = self.slots
-        lines += ["", f"memory for weights, a cache of {slots} x {tokens} tokens, and painting 1024 x 1024 (estimated)"]
+        size = f"{IMAGE_SIZE.width} x {IMAGE_SIZE.height}"
+        lines += ["", f"memory for weights, a cache of {slots} x {tokens} tokens, and working on images of {size}"]
         for stage in self.stages:
             sizes = [*stage.weights.items(), ("cache", stage.cache), ("working", stage.working)]
-            told = " + ".join(f"{name} {_gigabytes(size)}" for name, size in sizes if size)
-            lines.append(f"  {stage.dtype:<9} {stage.stage:<8} {_gigabytes(stage.total):>9} = {told}")
+            terms = " + ".join(f"{name} {_gigabytes(size)}" for name, size in sizes if size)
+            lines.append(f"  {stage.dtype:<9} {stage.stage:<8} {_gigabytes(stage.total):>9} = {terms}")
         if gigabytes is not None:
             share = ArSettings().memory_utilization
             lines += ["", f"fits a card of {gigabytes:g} GB, of which memory_utilization allows {share}"]
             for dtype, answers in self.fits(gigabytes).items():
-                told = ", ".join(f"{name} {'yes' if fits else 'no'}" for name, fits in answers.items())
-                lines.append(f"  {dtype:<9} {told}")
+                verdicts = ", ".join(f"{name} {'yes' if fits else 'no'}" for name, fits in answers.items())
+                lines.append(f"  {dtype:<9} {verdicts}")
         lines += ["", "token ids: " + ", ".join(f"{name} {value}" for name, value in self.token_ids.items())]
         lines += [f"fault: {fault}" for fault in self.faults]
         return "\n".join(lines)
@@ -153,10 +139,11 @@ class Inspection:
 def inspect(folder: Path) -> Inspection:
     """Reads a checkpoint's configs and the headers of its weight files.
 
-    Missing or broken weights are faults of the report, so that a half finished download can be inspected.
+    Missing or broken weight files are reported as faults, so that an incomplete download can be inspected.
 
     Raises:
-        CheckpointError: the folder is no GLM-Image checkpoint, or a config is missing or lacks an entry.
+        CheckpointError: the folder is not a GLM-Image checkpoint, a config is missing, or a config has a missing or
+            unsupported entry.
     """
     check_model_index(folder)
     faults: list[str] = []
@@ -166,15 +153,15 @@ def inspect(folder: Path) -> Inspection:
         return Inspection(
             folder=str(folder),
             parts=parts,
-            stages=[stage for dtype in DTYPE_BYTES for stage in _stages(configs, dtype)],
+            stages=_stages(configs),
             slots=_slots(),
             token_ids=_token_ids(folder, configs[AR_PART]),
             faults=faults,
         )
     except KeyError as error:
         raise CheckpointError(f"{folder}: a config has no {error.args[0]}") from error
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder}: a config holds what it may not: {error}") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{folder}: a config has an unsupported value: {error}") from error
 
 
 def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str]) -> PartReport:
@@ -182,8 +169,8 @@ def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str])
     files: dict[str, int | None] = {}
     dtypes: Counter[str] = Counter()
     faults_before = len(faults)
-    named = _weight_files(folder / part, faults) if configured else {}
-    for file, tensors in named.items():
+    expected = _weight_files(folder / part, faults) if configured else {}
+    for file, tensors in expected.items():
         path = folder / part / file
         files[file] = path.stat().st_size if path.is_file() else None
         if files[file] is None:
@@ -205,7 +192,7 @@ def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str])
 
 
 def _weight_files(folder: Path, faults: list[str]) -> dict[str, set[str]]:
-    """Returns a part's weight files and the tensors that an index expects in each, {} where there are none at all."""
+    """Returns a part's weight files, each with the tensors that an index expects in it; {} without weight files."""
     for file in WEIGHT_FILES:
         index = folder / f"{file}.index.json"
         if index.is_file():
@@ -215,15 +202,15 @@ def _weight_files(folder: Path, faults: list[str]) -> dict[str, set[str]]:
             return dict(sorted(expected.items()))
         if (folder / file).is_file():
             return {file: set()}
-    faults.append(f"{folder} has no {' or '.join(WEIGHT_FILES)}, whole or with an index")
+    faults.append(f"{folder} has no {' or '.join(WEIGHT_FILES)}, and no index of one")
     return {}
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Reads which tensors a safetensors file holds, each with its dtype and shape.
+    """Reads the header of a safetensors file: tensor name -> (dtype, shape).
 
     Raises:
-        CheckpointError: the file is none, or ends before its last tensor.
+        CheckpointError: the file is not a safetensors file, or its length disagrees with its header.
     """
     size = path.stat().st_size
     try:
@@ -233,33 +220,24 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 raise ValueError("its header is longer than the file")
             header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = max((one["data_offsets"][1] for one in header.values()), default=0)
-        found = {
-            name: (DTYPE_NAMES.get(one["dtype"], one["dtype"]), tuple(one["shape"])) for name, one in header.items()
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = {
+            name: (DTYPE_NAMES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in header.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     if size != 8 + length + end:
         raise CheckpointError(f"{path} has {size} bytes; by its header it has {8 + length + end}")
-    return found
+    return tensors
 
 
-def _stages(configs: Mapping[str, Mapping[str, Any]], dtype: str) -> list[StageReport]:
-    each = DTYPE_BYTES[dtype]
-    counts = {part: count(configs[part]) for part, count in _COUNTS.items() if part != AR_PART}
-    ar = configs[AR_PART]
-    text = ar["text_config"]
-    head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    key_values = (text.get("num_key_value_heads") or text["num_attention_heads"]) * head
-    cache = 2 * text["num_hidden_layers"] * key_values * math.prod(_slots()) * each
-    ar_weights = {
-        "language model": parameter_counts.language_model(ar) * each,
-        "vision and head": parameter_counts.vision_and_head(ar) * each,
-    }
-    working = WORKING_MAPS * WORKING_PIXELS * configs["vae"]["block_out_channels"][1] * each
+def _stages(configs: Mapping[str, Mapping[str, Any]]) -> list[StageMemory]:
+    sizes = ModelSizes.of(configs)
     return [
-        StageReport("glm_ar", dtype, ar_weights, cache, 0),
-        StageReport("glm_dit", dtype, {part: count * each for part, count in counts.items()}, 0, working),
+        stage
+        for dtype in DTYPE_BYTES
+        for stage in (ar_memory(sizes, dtype, *_slots()), dit_memory(sizes, dtype, IMAGE_SIZE))
     ]
 
 
@@ -278,7 +256,8 @@ def _token_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
     processor = folder / "processor"
     special = read_json(processor / "tokenizer_config.json").get("extra_special_tokens") or {}
     if (processor / "tokenizer.json").is_file():
-        ids = {one["content"]: one["id"] for one in read_json(processor / "tokenizer.json").get("added_tokens", ())}
+        added = read_json(processor / "tokenizer.json").get("added_tokens", ())
+        ids = {token["content"]: token["id"] for token in added}
         found |= {
             name.removesuffix("_token"): ids.get(special.get(name)) for name in ("grid_bos_token", "grid_eos_token")
         }
@@ -289,9 +268,9 @@ def _part_line(part: PartReport) -> str:
     line = f"  {part.part:<24}{_gigabytes(part.size):>9}"
     if not part.parameters:
         return f"{line}  {part.class_name}"
-    there = sum(size is not None for size in part.files.values())
+    present = sum(size is not None for size in part.files.values())
     dtypes = ", ".join(part.dtypes) or "no tensors"
-    return f"{line}  {part.class_name}: {part.parameters:,} parameters, {there} of {len(part.files)} files, {dtypes}"
+    return f"{line}  {part.class_name}: {part.parameters:,} parameters, {present} of {len(part.files)} files, {dtypes}"
 
 
 def _gigabytes(size: float) -> str:

@@ -1,4 +1,7 @@
-"""How many parameters each part has by its config: plain arithmetic, so that nothing has to be loaded or be there."""
+"""Parameters of each part, computed from its config: neither modules nor files are needed.
+
+Those of the decoder are in ``ar.memory``.
+"""
 
 from __future__ import annotations
 
@@ -9,35 +12,28 @@ Config = Mapping[str, Any]
 
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> int:
-    """Parameters of a matrix and its bias; also of a convolution, its window counted into ``inputs``."""
+    """Parameters of a linear layer; of a convolution with ``inputs`` = input channels times window."""
     return inputs * outputs + outputs * bias
 
 
-def language_model(config: Config) -> int:
-    """Parameters of the decoder of ``vision_language_encoder``, embedding included, head not."""
-    text = config["text_config"]
-    width, heads = text["hidden_size"], text["num_attention_heads"]
-    head = text.get("head_dim") or width // heads
-    key_values = (text.get("num_key_value_heads") or heads) * head
-    bias = text.get("attention_bias", True)
-    attention = linear(width, heads * head, bias) + 2 * linear(width, key_values, bias) + heads * head * width
-    layer = attention + 3 * width * text["intermediate_size"] + 4 * width
-    return int(text["vocab_size"] * width + text["num_hidden_layers"] * layer + width)
-
-
-def vision_and_head(config: Config) -> int:
-    """Parameters of the rest of ``vision_language_encoder``: the vision tower, the quantizer and the decoder's head."""
-    vision, vq, text = config["vision_config"], config["vq_config"], config["text_config"]
-    width, inner, bias = vision["hidden_size"], vision["intermediate_size"], vision.get("attention_bias", True)
+def vision_tower(config: Config) -> int:
+    """Parameters of the vision tower, by ``vision_config``."""
+    width, inner, bias = config["hidden_size"], config["intermediate_size"], config.get("attention_bias", True)
     attention = linear(width, 3 * width, bias) + linear(width, width, bias)
     block = attention + linear(width, inner) + linear(inner, width) + 4 * width
-    positions = (vision["image_size"] // vision["patch_size"]) ** 2
-    patches = linear(vision.get("in_channels", 3) * vision["patch_size"] ** 2, width)
-    tower = vision["depth"] * block + positions * width + patches
-    latent = vq["latent_channels"]
-    quantizer = vq["num_embeddings"] * vq["embed_dim"] + linear(latent, vq["embed_dim"])
-    head = text["vision_vocab_size"] * text["hidden_size"]
-    return int(tower + quantizer + linear(vq["embed_dim"], latent) + head)
+    positions = (config["image_size"] // config["patch_size"]) ** 2
+    patches = linear(config.get("in_channels", 3) * config["patch_size"] ** 2, width)
+    return int(config["depth"] * block + positions * width + patches)
+
+
+def encoding_quantizer(config: Config) -> int:
+    """Parameters of the vector quantizer on the way from features to codes, by ``vq_config``."""
+    return int(config["num_embeddings"] * config["embed_dim"] + linear(config["latent_channels"], config["embed_dim"]))
+
+
+def quantizer(config: Config) -> int:
+    """Parameters of the whole vector quantizer; the server does not load its way back to features."""
+    return encoding_quantizer(config) + linear(config["embed_dim"], config["latent_channels"])
 
 
 def text_encoder(config: Config) -> int:
@@ -54,7 +50,7 @@ def transformer(config: Config) -> int:
     time = config["time_embed_dim"]
     patch = config["patch_size"] ** 2
     block = 4 * linear(width, width) + linear(width, 4 * width) + linear(4 * width, width) + linear(time, 12 * width)
-    projectors = linear(config["text_embed_dim"], width) + 3 * linear(width, width)  # glyphs and prior, two each
+    projectors = linear(config["text_embed_dim"], width) + 3 * linear(width, width)  # of glyphs and prior
     projectors += linear(config["in_channels"] * patch, width) + linear(width, config["out_channels"] * patch)
     times = 3 * linear(time, time) + linear(4 * config["condition_dim"], time)
     codes = config["prior_vq_quantizer_codebook_size"] * width
@@ -62,7 +58,7 @@ def transformer(config: Config) -> int:
 
 
 def vae(config: Config) -> int:
-    """Parameters of the autoencoder, encoder and decoder, without attention or convolutions around the latents."""
+    """Parameters of the autoencoder's encoder and decoder, without attention and quantization convolutions."""
     widths: list[int] = config["block_out_channels"]
     layers, latent = config["layers_per_block"], config["latent_channels"]
     middle = 2 * _resnet(widths[-1], widths[-1])

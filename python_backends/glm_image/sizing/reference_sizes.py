@@ -1,6 +1,6 @@
-"""The published model's sizes: memory is planned by them, and ``make_tiny_checkpoint.py --preset full`` writes them.
+"""Sizes of the published model, under the names of each part's ``config.json``.
 
-Under the names of each part's ``config.json``, and only what is not the same in every checkpoint.
+The capacity planner computes memory from them, ``make_tiny_checkpoint.py --preset full`` writes them into configs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DECODER: Final = ArConfig(
 )
 
 FIRST_SPECIAL_ID: Final = 167841
-"""The padding token's, the first of the special ones."""
+"""Id of the padding token, the first special token."""
 
 VISION: Final[Mapping[str, int]] = {
     "depth": 40,
@@ -39,9 +39,14 @@ VISION: Final[Mapping[str, int]] = {
     "num_heads": 16,
     "intermediate_size": 6144,
     "image_size": 2048,
+    "patch_size": 16,
+    "in_channels": 3,
 }
-QUANTIZER_WIDTH: Final = 2048
-"""``embed_dim`` of the vision tower's quantizer."""
+QUANTIZER: Final[Mapping[str, int]] = {
+    "num_embeddings": DECODER.codebook_size,
+    "embed_dim": 2048,
+    "latent_channels": VISION["hidden_size"],
+}
 
 TRANSFORMER: Final[Mapping[str, int]] = {
     "num_layers": 30,
