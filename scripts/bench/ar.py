@@ -268,7 +268,7 @@ def step_linears(config: ArConfig) -> list[tuple[str, int]]:
 
 def profile(executor: Any, config: ArConfig, device: Device, bytes_a_weight: int, size: Size) -> None:
     """Reports the kernels of one step with all slots running: microseconds, and the bandwidth of the linears."""
-    from torch.autograd import DeviceType  # noqa: PLC0415
+    from torch.autograd.profiler_util import DeviceType  # noqa: PLC0415
     from torch.profiler import ProfilerActivity  # noqa: PLC0415
     from torch.profiler import profile as record  # noqa: PLC0415
 

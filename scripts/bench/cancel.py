@@ -118,7 +118,7 @@ def measure_ar(engine: ArEngine, size: Size, repeats: int) -> None:
     parameters = GenerationParameters(PROMPT, height=size.height, width=size.width, seed=1)
     resolved = parameters.resolve(Limits(), engine.sampling)
     others = [engine.submit(RequestContext(), resolved) for _ in range(OTHER_SEQUENCES)]
-    waits, queued_waits = [], []
+    waits, queued_waits = list[float](), list[float]()
     for index in range(repeats):
         context, queued_context = RequestContext(), RequestContext()
         has_begun = reached(context, Stage.DECODE, CANCEL_AFTER_TOKENS)

@@ -87,7 +87,10 @@ def cuda_mps() -> Iterator[None]:
                 started = subprocess.run([MPS_CONTROL, "-d"], stdout=log, stderr=log, timeout=MPS_SECONDS, check=False)
             if started.returncode == 0:
                 send_to_mps(f"start_server -uid {os.getuid()}")
-            if not any(mps_servers() or time.sleep(1) for _ in range(MPS_SECONDS)):
+            deadline = time.monotonic() + MPS_SECONDS
+            while not mps_servers() and time.monotonic() < deadline:
+                time.sleep(1)
+            if not mps_servers():
                 raise SystemExit(f"--mps: no MPS server started; {_last_lines(Path(scratch))}")
             yield
         finally:

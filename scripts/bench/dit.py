@@ -36,6 +36,7 @@ from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.request.geometry import Grid, painted_size
+from glm_image.request.stages import Stage
 
 ALWAYS = CacheSettings(residual_diff_threshold=1e9)  # skips every step that it may: 35 of 50
 NEVER = CacheSettings(residual_diff_threshold=1e-9)  # compares in every step, and skips none
@@ -159,8 +160,8 @@ class Run:
             denoise_seconds=image.denoise_seconds,
             floor_seconds=floor,
             to_floor=image.denoise_seconds / floor,
-            vae_seconds=parts["vae"],
-            condition_seconds=parts["condition"],
+            vae_seconds=parts[Stage.VAE],
+            condition_seconds=parts[Stage.CONDITION],
             first_two_steps_of_the_size_seconds=first,
         )
         host, step = (statistics.median(times) for times in zip(*((s.host, s.whole) for s in of_step), strict=True))

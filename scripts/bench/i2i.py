@@ -232,7 +232,8 @@ class Run:
 
         def attend() -> object:
             with sdpa_kernel(ATTENTION, set_priority=True):
-                return F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (own[0], keys, values)))
+                query, *others = (part.transpose(1, 2) for part in (own[0], keys, values))
+                return F.scaled_dot_product_attention(query, others[0], others[1])
 
         with torch.inference_mode():
             return self.seconds(attend), self.seconds(join)

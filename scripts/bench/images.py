@@ -14,6 +14,7 @@ from glm_image.lifecycle.context import RequestContext
 from glm_image.request.geometry import Grid, Size, generated_size, painted_size, target_grid
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
+from glm_image.request.stages import Stage
 
 GUIDANCE = 1.5
 
@@ -35,7 +36,7 @@ class Image:
     @property
     def denoise_seconds(self) -> float:
         """The seconds of its steps, and of all that is done between them."""
-        return self.context.seconds["denoise"]
+        return self.context.seconds[Stage.DENOISE]
 
 
 def grid_of(size: Size) -> Grid:

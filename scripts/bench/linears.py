@@ -191,7 +191,7 @@ def measure_steps(checkpoint: Checkpoint, config: ArConfig, device: Device, chos
 
 def error_of(logits: Tensor, exact: Tensor) -> float:
     """Returns the norm of the difference over that of the exact logits."""
-    return ((logits - exact).norm() / exact.norm()).item()
+    return float((logits - exact).norm() / exact.norm())
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def perf_analyzer(program: str, url: str, protocol: str, requests: Sequence[Valu
         data, export = write_input_data(Path(scratch, "data.json"), requests), Path(scratch, "export.json")
         ended = subprocess.run(
             [
-                *(program, "-m", MODEL, "-i", protocol, "-u", url, "--input-data", data, *load),
-                *("--request-count", str(level.requests), "--profile-export-file", export),
+                *(program, "-m", MODEL, "-i", protocol, "-u", url, "--input-data", str(data), *load),
+                *("--request-count", str(level.requests), "--profile-export-file", str(export)),
             ],
             capture_output=True,
             text=True,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from glm_image.dit.settings import DitSettings
 from glm_image.parallel.rank_group import WorkerConfig
 from glm_image.request.geometry import Size, painted_size
 
+logger = logging.getLogger(__name__)
+
 WRITTEN_MEMORY = "memory of the peers"
 """The exchange of a decode step without collectives, by the name that the capacity planner reads."""
 
@@ -40,6 +43,7 @@ STEPS_BEFORE = 3
 """Steps of an image that are not timed: one of them is captured."""
 
 LOAD_SECONDS = 120.0
+COMMANDS_A_LOG_LINE = 4
 HOST_SIZE = "256x256"
 SIZE = "1024x1024,2048x2048"
 BRIEF = {"sizes": "64x64", "steps": 5, "parallel": "cfg=2", "repeats": 1}
@@ -65,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")  # the progress of each rank's start
     checkpoint, devices = Checkpoint.open(flags.checkpoint, flags.load_format), flags.device.split(",")
     report_ceilings(open_benchmark_device(devices[0]), brief=flags.brief)
+    if len(devices) > 1 and devices[0].startswith("cpu"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the other ranks, which share the cores
     report("devices", count=len(devices), names=devices)
     if "ar" in flags.stages.split(","):
         measure_decoder(checkpoint, devices, flags)
@@ -85,8 +91,11 @@ def decode_seconds(
         admit(executor, config, slot, size, seed=slot)
     total = sum(grid.tokens for grid in grids_of(size))
     # Waits now and then for the devices, as serving does.
-    for _ in range(total * 15 // 32 // STEPS_A_COMMAND):
+    commands = total * 15 // 32 // STEPS_A_COMMAND
+    for index in range(commands):
         executor.run(Step(STEPS_A_COMMAND))
+        if index % COMMANDS_A_LOG_LINE == 0:
+            logger.info("%d of %d decode steps before the timed ones", (index + 1) * STEPS_A_COMMAND, total * 15 // 32)
     work = lambda: executor.run(Step(STEPS_A_COMMAND))  # noqa: E731
     times = [seconds(work, synchronizer(device), repeats=1, warm_ups=0) for _ in range(flags.repeats)]
     if flags.profile:
@@ -120,6 +129,7 @@ def measure_dit(checkpoint: Checkpoint, devices: Sequence[str], flags: argparse.
     alone: dict[Size, float] = {}
     for parallel in ["none", *(flags.parallel.split(";") if len(devices) > 1 else ())]:
         used = devices[:1] if parallel == "none" else devices
+        logger.info("denoising on %d devices, parallel %s", len(used), parallel)
         for size, took in denoising_seconds(checkpoint, used, parallel, flags).items():
             alone.setdefault(size, took)
             figures: dict[str, Any] = {"ms": took * 1e3, "speedup": alone[size] / took}

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     render(engine, replace(request, num_inference_steps=min(flags.steps, WARM_UP_STEPS)))
     image = render(engine, request)
     parts = image.context.seconds
-    whole = parts["denoise"] + parts["condition"] + parts["vae"]
+    whole = parts[Stage.DENOISE] + parts[Stage.CONDITION] + parts[Stage.VAE]
     named = {"size": size_name(grid), "steps": flags.steps}
     report("an image", **named, denoise_seconds=image.denoise_seconds, whole_seconds=whole)
     measure_estimates(engine, clock, request, image.denoise_seconds)

@@ -108,22 +108,22 @@ def measure_error(exact: Any, rounded: Any, device: Device, quantization: str) -
     copy_weights(exact, rounded)
     with torch.inference_mode():
         sequences, time_embedding, rotary = block_inputs(exact, device)
-        wanted = eager_blocks(exact)(sequences, time_embedding, rotary)
+        unrounded = eager_blocks(exact)(sequences, time_embedding, rotary)
         reference = eager_blocks(rounded)(sequences, time_embedding, rotary)
         outputs = select_blocks(rounded, device)(sequences, time_embedding, rotary)
     report(
         "difference of the blocks in 8 bits",
         quantization=quantization,
-        to_exact=relative_error(outputs, wanted),
+        to_exact=relative_error(outputs, unrounded),
         to_reference=relative_error(outputs, reference),
-        reference_to_exact=relative_error(reference, wanted),
+        reference_to_exact=relative_error(reference, unrounded),
     )
     # The error of what the blocks add, not of their sum with what they read.
     images = [image for image, _ in sequences]
-    added, wanted_added = (
-        [output - image for output, image in zip(both, images, strict=True)] for both in (outputs, wanted)
+    added, exact_added = (
+        [output - image for output, image in zip(both, images, strict=True)] for both in (outputs, unrounded)
     )
-    report("difference of what the blocks add", quantization=quantization, to_exact=relative_error(added, wanted_added))
+    report("difference of what the blocks add", quantization=quantization, to_exact=relative_error(added, exact_added))
 
 
 def copy_weights(exact: Any, rounded: Any) -> None:

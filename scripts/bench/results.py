@@ -37,7 +37,7 @@ class Result:
     Attributes:
         benchmark: its name.
         label: which of several runs on one device: "" or such as ``int8``.
-        source: ``this run``, or where the figures were taken from.
+        source: ``this run``, or where the figures come from.
         date: ISO 8601, in UTC; "" where unknown.
         commit: the revision that was measured; "" where unknown.
         device: the device's name.

@@ -106,21 +106,21 @@ def measure_alone(client: GlmImageClient, values: Mapping[str, Any], repeats: in
     kinds: dict[str, Callable[[int], Streamed]] = {"plain": lambda seed: generate(client, {**values, "seed": seed})}
     for name, options in options_of(values["num_inference_steps"]).items():
         kinds[name] = lambda seed, options=options: stream(client, {**values, **options, "seed": seed})  # type: ignore[misc]
-    taken: dict[str, list[Streamed]] = {name: [] for name in kinds}
+    finished: dict[str, list[Streamed]] = {name: [] for name in kinds}
     longest = 0.0
     for turn in range(repeats * len(kinds)):
         name = list(kinds)[turn % len(kinds)]
         if time.monotonic() + longest > until:
             break
-        taken[name].append(kinds[name](turn))
-        longest = max(longest, taken[name][-1].whole)
-        report("answered alone", way=name, **taken[name][-1]._asdict())
-    report_alone({name: streams for name, streams in taken.items() if streams})
+        finished[name].append(kinds[name](turn))
+        longest = max(longest, finished[name][-1].whole)
+        report("answered alone", way=name, **finished[name][-1]._asdict())
+    report_alone({name: streams for name, streams in finished.items() if streams})
 
 
-def report_alone(taken: Mapping[str, Sequence[Streamed]]) -> None:
-    for name, streams in taken.items():
-        base = statistics.median(streamed.whole for streamed in taken["plain"])
+def report_alone(finished: Mapping[str, Sequence[Streamed]]) -> None:
+    for name, streams in finished.items():
+        base = statistics.median(streamed.whole for streamed in finished["plain"])
         whole = statistics.median(streamed.whole for streamed in streams)
         first = [streamed.first_picture for streamed in streams if streamed.first_picture is not None]
         figures: dict[str, Any] = {"seconds": whole, "least": min(streamed.whole for streamed in streams)}
@@ -141,11 +141,11 @@ def measure_together(client: GlmImageClient, values: Mapping[str, Any], concurre
             return streamed
 
         with ThreadPoolExecutor(concurrency) as pool:
-            taken = list(pool.map(send, range(requests)))
+            finished = list(pool.map(send, range(requests)))
         rate = requests / (time.perf_counter() - started)
-        p99 = percentile(sorted(streamed.whole for streamed in taken), 99)
+        p99 = percentile(sorted(streamed.whole for streamed in finished), 99)
         base = base or (rate, p99)
-        first = sorted(streamed.first_picture for streamed in taken if streamed.first_picture is not None)
+        first = sorted(streamed.first_picture for streamed in finished if streamed.first_picture is not None)
         figures: dict[str, Any] = {"requests_per_second": rate, "p99_seconds": p99, "requests": requests}
         if first:
             figures |= {

@@ -198,8 +198,8 @@ class CommandClock:
 
     def take(self) -> dict[str, list[CommandSeconds]]:
         """Returns the times since the last call."""
-        taken, self.times = self.times, defaultdict(list)
-        return taken
+        times, self.times = self.times, defaultdict(list)
+        return times
 
 
 def report_kernels(work: Callable[[], object], device: Device, most: int = KERNELS_REPORTED, **named: Any) -> None:

@@ -61,8 +61,8 @@ def test_ar_with_int8_weights(capsys: pytest.CaptureFixture[str], brief: list[ob
 
 
 def test_dit(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
-    options = ["--profile", "--reference", "--difference", "--cache", "--quantization", "none,int8"]
-    lines = run(capsys, "dit", *brief, *options)
+    options = ["--profile", "--reference", "--difference", "--cache"]
+    lines = run(capsys, "dit", *brief, *options) + run(capsys, "dit", *brief, "--quantization", "int8")
     check_ceiling(lines)
     pictures = all_of(lines, "picture, 12 steps, guidance 1.5", size="64x64")
     assert [line["quantization"] for line in pictures] == ["none", "int8"]
@@ -78,7 +78,7 @@ def test_dit(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
         assert (line["cached_steps"], line["identical_to_exact"]) == (0, True)
     assert only(lines, "diffusers eager")["forward_ms"] > 0
     assert only(lines, "difference of the blocks")["ours_to_fp32"] < 1e-5
-    assert {line["quantization"] for line in all_of(lines, "kernel")} == {"none", "int8"}
+    assert any("addmm" in line["name"] for line in all_of(lines, "kernel", quantization="none"))
 
 
 def test_quantized(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
@@ -170,11 +170,10 @@ def test_bus(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_parallel_on_one_device(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
-    lines = run(capsys, "parallel", *brief, "--device", "cpu", "--profile")
+    lines = run(capsys, "parallel", *brief, "--device", "cpu")
     check_ceiling(lines)
     assert only(lines, "decode step", devices=1)["running"] == 8
     assert only(lines, "denoising step", devices=1, parallel="none")["speedup"] == 1
-    all_of(lines, "kernel")
 
 
 @pytest.mark.full

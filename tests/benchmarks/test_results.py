@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from benchmarks.lines import check_ceiling
 FOLDER = RESULTS.parent
 REPOSITORY = FOLDER.parents[1]
 PROGRAMS = ("run", "compare", "plot", "render", "full_size")
+COMMAND = re.compile("measure [a-z]")
 PAGE = REPOSITORY / "docs" / "performance.md"
 
 
@@ -68,9 +71,9 @@ def test_run_saves_what_a_benchmark_printed(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_benchmark_that_fails_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    arguments = ["linears", "--device", "cpu", "--save", "--folder", str(tmp_path)]
-    assert program("run").main(arguments) == 2
+    monkeypatch.setenv("PERF_ANALYZER", str(tmp_path / "none"))
+    arguments = ["served", "--driver", "perf_analyzer", "--save", "--folder", str(tmp_path)]
+    assert program("run").main(arguments) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,6 +142,18 @@ def test_benchmarks_are_programs(name: str) -> None:
     path = FOLDER / name
     assert path.stat().st_mode & 0o111
     assert path.read_text().startswith("#!/usr/bin/env ")
+
+
+def test_full_size_runs_benchmarks_with_flags_that_they_have() -> None:
+    commands = [
+        shlex.split(line)[1:] for line in (FOLDER / "full_size").read_text().splitlines() if COMMAND.match(line)
+    ]
+    assert len(commands) > 5
+    for name, *arguments in commands:
+        if "--label" in arguments:
+            label = arguments.index("--label")
+            del arguments[label : label + 2]
+        importlib.import_module(name).parse_arguments([*arguments, "--checkpoint", "FULL"])
 
 
 def test_full_size_needs_a_folder() -> None:

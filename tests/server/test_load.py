@@ -1,12 +1,13 @@
-"""Many small requests from eight clients over both protocols: every answer right, no process larger for it."""
+"""Many small requests from eight clients over both protocols: all responses are correct, and no process grows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from servers import processes
+from soak import soak
 
-from bench.soak import processes, soak
 from glm_image.supervisor import TritonServer
 
 MEGABYTE = 1024 * 1024
@@ -21,22 +22,22 @@ MAY_GROW = {
     "glm_control": MEGABYTE,
     "glm_image_stream": MEGABYTE,
 }
-"""What allocators take and give back; ten kilobytes kept of each of a thousand requests would be more."""
+"""Fluctuation of the allocators; a leak of ten kilobytes a request would exceed it in a thousand requests."""
 
 
 @pytest.mark.parametrize(
-    ("requests", "size_of_round"), [(120, 20), pytest.param(1000, 100, marks=pytest.mark.full)], ids=str
+    ("requests", "round_size"), [(120, 20), pytest.param(1000, 100, marks=pytest.mark.full)], ids=str
 )
-def test_a_load_is_answered_and_leaves_nothing_behind(triton: TritonServer, requests: int, size_of_round: int) -> None:
+def test_load_gets_correct_responses_and_leaks_nothing(triton: TritonServer, requests: int, round_size: int) -> None:
     pids = processes(triton)
     regions = sorted(Path("/dev/shm").glob(f"{triton.shm_prefix}*"))
-    curve = list(soak(triton, requests, CLIENTS, size_of_round))
-    print(*curve, sep="\n")
-    assert (curve[-1].answered, curve[-1].wrong) == (requests, 0)
+    rounds = list(soak(triton, requests, CLIENTS, round_size))
+    print(*rounds, sep="\n")
+    assert (rounds[-1].answered, rounds[-1].wrong) == (requests, 0)
     assert processes(triton) == pids
     assert set(pids) == set(MAY_GROW)
-    warm = next(point for point in curve if point.answered >= WARM)
+    warm = next(point for point in rounds if point.answered >= WARM)
     for name, most in MAY_GROW.items():
-        assert curve[-1].resident_bytes[name] - warm.resident_bytes[name] < most
+        assert rounds[-1].resident_bytes[name] - warm.resident_bytes[name] < most
     assert sorted(Path("/dev/shm").glob(f"{triton.shm_prefix}*")) == regions
-    assert curve[-1].shared_memory_bytes == warm.shared_memory_bytes
+    assert rounds[-1].shared_memory_bytes == warm.shared_memory_bytes
