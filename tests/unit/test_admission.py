@@ -151,8 +151,8 @@ class StagesSeen(RequestObserver):
 @pytest.mark.parametrize("is_first", [True, False])
 def test_reporter_publishes_the_images_that_are_left(is_first: bool) -> None:
     published: list[Event] = []
-    reporter, seen = DitLoadReporter("glm_dit_3"), StagesSeen()
-    reporter.publish = lambda topic, event: published.append({**event(), "topic": topic})
+    reporter = DitLoadReporter("glm_dit_3", lambda topic, event: published.append({**event(), "topic": topic}))
+    seen = StagesSeen()
     observers = (reporter, seen) if is_first else (seen, reporter)
     first, second = (
         RequestContext(arrived_ns=5, num_images=2, observers=observers),

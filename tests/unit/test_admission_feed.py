@@ -38,9 +38,9 @@ class DitInstance:
     name: str = "glm_dit_0"
 
     def __post_init__(self) -> None:
-        self.reporter = DitLoadReporter(self.name)
-        self.server = IpcServer(self.folder, self.name, {}, lambda topic, is_there: self.reporter.publish_load())
-        self.reporter.publish = self.server.publish
+        self.server = IpcServer()
+        self.reporter = DitLoadReporter(self.name, self.server.publish)
+        self.server.start(self.folder, self.name, {}, lambda topic, is_there: self.reporter.publish_load())
 
     def begin(self, images: int) -> RequestContext:
         context = RequestContext(num_images=images, observers=(self.reporter,))

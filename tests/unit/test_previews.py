@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from glm_image.dit import latent_preview
-from glm_image.dit.commands import Drop, Estimate, Prepare, Step
+from glm_image.dit.commands import Drop, RenderLatentPreview, Prepare, Step
 from glm_image.dit.metrics import DROPPED_PREVIEWS, PREVIEWS
 from glm_image.dit.previews import MAX_WAITING, Previews
 from glm_image.dit.scheduler import Scheduler
@@ -115,20 +115,22 @@ def test_late_and_cancelled_previews_are_dropped(
     assert counts == {DROPPED_PREVIEWS.name: 1}
 
 
-def test_every_nth_step_but_the_last_publishes_an_estimate() -> None:
+def test_every_nth_step_but_the_last_publishes_a_latent_preview() -> None:
     executor, shown = Executor(), list[int]()
 
     def run(command: Any) -> Any:
-        result = executor.run(command) if not isinstance(command, Estimate) else np.zeros((1, 1, 3), np.uint8)
-        if isinstance(command, Estimate):
+        result = (
+            executor.run(command) if not isinstance(command, RenderLatentPreview) else np.zeros((1, 1, 3), np.uint8)
+        )
+        if isinstance(command, RenderLatentPreview):
             shown.append(sum(isinstance(earlier, Step) for earlier in executor.commands))
         return result
 
-    context = RequestContext(estimate_every=1)
+    context = RequestContext(latent_preview_every=1)
     Scheduler(run).denoise(context, request(1, 2))
     assert shown == [1, 2, STEPS + 1, STEPS + 2]
     steps = [command for command in executor.commands if isinstance(command, Step)]
-    assert [step.for_estimate for step in steps] == [True, True, False] * 2
+    assert [step.for_latent_preview for step in steps] == [True, True, False] * 2
 
 
 def test_latent_preview_inverts_a_linear_encoder() -> None:
@@ -144,20 +146,20 @@ def test_latent_preview_inverts_a_linear_encoder() -> None:
     np.testing.assert_array_equal(found(encode(picture.repeat(8, axis=0).repeat(8, axis=1))), picture)
 
 
-def test_estimate_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -> None:
-    """With x = clean + sigma * noise on both ends of a step, the estimate is the preview of the clean latents."""
+def test_latent_preview_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -> None:
+    """With x = clean + sigma * noise on both ends of a step, the latent preview is that of the clean latents."""
     executor = pipeline.dit.executor
     paint_request = request(3)
     tokens = paint_request.prior_token_ids[0] * 0
     levels = executor.run(Prepare(-7, "a", "", tokens, paint_request.grid, 4, 1.5, seed=0))
     assert isinstance(levels, np.ndarray)
     executor.run(Step(-7))
-    executor.run(Step(-7, for_estimate=True))
+    executor.run(Step(-7, for_latent_preview=True))
     image = executor._images[-7]
     clean, noise = torch.randn_like(image.latents), torch.randn_like(image.latents)
     image.previous = clean + float(levels[1]) * noise
     image.latents = clean + float(levels[2]) * noise
-    difference = executor.run(Estimate(-7)).astype(int) - executor._vae.preview(clean)  # type: ignore[union-attr]
+    difference = executor.run(RenderLatentPreview(-7)).astype(int) - executor._vae.preview(clean)  # type: ignore[union-attr]
     assert abs(difference).max() <= 1
     executor.run(Drop(-7))
 
@@ -168,7 +170,7 @@ def test_previews_between_steps_do_not_change_the_image(pipeline: LocalPipeline)
     run = pipeline.dit.executor.run
     alone, busy = Scheduler(run), Scheduler(run)
     expected = alone.decode(RequestContext(), alone.denoise(RequestContext(), paint_request))
-    context = RequestContext(estimate_every=1)
+    context = RequestContext(latent_preview_every=1)
     context.add_observer(ProgressCallback(lambda _: busy.previews.submit(RequestContext(), paint_request)))
     began = time.monotonic()
     pixels = busy.decode(context, busy.denoise(context, paint_request))

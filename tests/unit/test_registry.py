@@ -13,7 +13,7 @@ from glm_image.request.stages import Stage
 
 @pytest.fixture
 def registry() -> RequestRegistry:
-    return RequestRegistry(RequestState.FORWARDED)
+    return RequestRegistry(RequestState.FORWARDED, lambda key, event: None)
 
 
 def started(registry: RequestRegistry, request_id: str) -> RequestContext:

@@ -42,7 +42,6 @@ class Subscriber:
         os.eventfd_write(self._wake_up, 1)
 
     def close(self) -> None:
-        """Ends the thread."""
         self._closing = True
         self.discover()
         self._thread.join()
@@ -62,8 +61,8 @@ class Subscriber:
         self._context.destroy(linger=0)
 
     def _connect(self) -> None:
-        for name, path in instance_sockets(self._directory).items():
-            if name.startswith(self._prefix) and name not in self._connected:
+        for name, path in instance_sockets(self._directory, self._prefix).items():
+            if name not in self._connected:
                 self._connected.add(name)
                 self._socket.connect(address(path.with_suffix(EVENTS)))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from glm_image.ipc.protocol import KEY_BYTES, Event, Publish, publish_nothing
+from glm_image.ipc.protocol import KEY_BYTES, Event, Publish
 from glm_image.ipc.subscriber import Subscriber
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.eta import DurationStats
@@ -32,18 +32,10 @@ HANDOVER_SECONDS: Final = 1.0
 
 
 class DitLoadReporter(RequestObserver):
-    """Publishes the load of a DiT instance; observes its requests.
+    """Publishes the load of the DiT instance ``name`` whenever its requests change it."""
 
-    Args:
-        name: the name of the instance.
-
-    Attributes:
-        publish: publishes the statements; set by the owner of the IPC server.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.publish: Publish = publish_nothing
-        self._name = name
+    def __init__(self, name: str, publish: Publish) -> None:
+        self._name, self._publish = name, publish
         self._lock = threading.Lock()
         self._images_left: dict[RequestContext, int] = {}
         self._durations = DurationStats()
@@ -68,8 +60,7 @@ class DitLoadReporter(RequestObserver):
         self.publish_load()
 
     def publish_load(self) -> None:
-        """Publishes a statement."""
-        self.publish(TOPIC, self._statement)
+        self._publish(TOPIC, self._statement)
 
     def _statement(self) -> Event:
         with self._lock:
@@ -79,7 +70,7 @@ class DitLoadReporter(RequestObserver):
 
 @dataclass(frozen=True)
 class _InstanceLoad:
-    """The last statement of an instance: images left by the arrival of their requests, and since when it is idle."""
+    """The last statement of an instance: images left, by their requests' time of arrival, and since when it is idle."""
 
     requests: list[tuple[int, int]]
     seconds_per_image: float
@@ -98,9 +89,6 @@ class DitLoad:
     Forwarded tokens may never reach an instance: their request was cancelled, its caller disconnected, or the queue in
     between refused it. As that queue keeps the order, a request forwarded well before one that has come out of it is
     lost; and while an instance is idle, nothing waits in the queue.
-
-    Args:
-        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,7 +108,6 @@ class DitLoad:
             self._forwarded[arrived_ns] = _Forwarded(images, self._clock())
 
     def update(self, statement: Event) -> None:
-        """Takes an instance's statement."""
         requests = [(arrived_ns, left) for arrived_ns, left in statement["requests"]]
         idle_since = math.inf if requests else self._clock()
         with self._lock:
@@ -162,14 +149,7 @@ class DitLoad:
 
 
 class DitLoadFeed(RequestObserver):
-    """Keeps a ``DitLoad`` up to date: by the statements of the instances, and by the AR requests that it observes.
-
-    Args:
-        folder: the folder of IPC sockets.
-
-    Attributes:
-        load: the load.
-    """
+    """Keeps its ``load`` up to date: by the statements of DiT instances, and by the AR requests that it observes."""
 
     def __init__(self, folder: Path) -> None:
         self.load = DitLoad()

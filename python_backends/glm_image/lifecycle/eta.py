@@ -26,7 +26,6 @@ class DurationStats:
         self.mean = 0.0
 
     def add(self, seconds: float) -> None:
-        """Adds a measured duration."""
         self._durations.append(seconds)
         self.fastest = min(self._durations)
         self.mean = sum(self._durations) / len(self._durations)

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DECODING_THREADS: Final = 2
-"""Threads that decode source images."""
 
 
 class ArBackend(StageBackend):
@@ -83,9 +82,9 @@ class ArBackend(StageBackend):
         )
         return heartbeat
 
-    def _start(self, heartbeat: Heartbeat) -> None:
+    def _start_heartbeat(self) -> None:
         commands = {"drain": partial(_unload, ENTRY_MODELS), "unload": partial(_unload, STAGES)}
-        heartbeat.start(self._engine.is_alive, commands if self._instance.index == 0 else {})
+        self._heartbeat.start(self._engine.is_alive, commands if self._instance.index == 0 else {})
 
     def _close_engine(self) -> None:
         self._decoders.shutdown(wait=True)
@@ -94,7 +93,7 @@ class ArBackend(StageBackend):
             self._dit_load.close()
 
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
-        """Submits a request to the engine; one with source images from a thread, so that others do not wait."""
+        """Submits a request to the engine; one with source images from a thread, as it takes long to decode them."""
         context = call.context
         if call.options.arrived_ns is not None:
             context.arrived_ns = call.options.arrived_ns
@@ -167,7 +166,7 @@ def _unload(models: Sequence[str]) -> None:
 
 
 def _attributes(parameters: GenerationParameters) -> dict[str, Any]:
-    """Returns the request's parameters for the log."""
+    """Returns the parameters for the request log."""
     return {
         "width": parameters.width,
         "height": parameters.height,

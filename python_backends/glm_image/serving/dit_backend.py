@@ -22,7 +22,7 @@ from glm_image.ipc.server import Handler
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
-from glm_image.lifecycle.preview_rpc import PREVIEW, EstimatePublisher, read_preview_request, reply_with_preview
+from glm_image.lifecycle.preview_rpc import PREVIEW, LatentPreviewPublisher, read_preview_request, reply_with_preview
 from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.request.parameters import PaintRequest, SharedParameters, consecutive_seeds, random_seed
@@ -47,8 +47,8 @@ class DitBackend(StageBackend):
     outcome = RequestState.FINISHED
 
     def _load(self, instance: Instance[DitParameters]) -> Heartbeat:
-        self._load_reporter = DitLoadReporter(instance.name)
-        self._observers += [self._load_reporter, EstimatePublisher(self._registry)]
+        self._load_reporter = DitLoadReporter(instance.name, self._ipc.publish)
+        self._observers += [self._load_reporter, LatentPreviewPublisher(self._registry)]
 
         place = instance.take_place(reserve_first=True)
         parameters = instance.parameters
@@ -73,10 +73,6 @@ class DitBackend(StageBackend):
         )
         return heartbeat
 
-    def _start(self, heartbeat: Heartbeat) -> None:
-        self._load_reporter.publish = self._control.publish
-        heartbeat.start()
-
     def _handlers(self) -> Mapping[str, Handler]:
         return {PREVIEW: self._preview}
 
@@ -87,7 +83,7 @@ class DitBackend(StageBackend):
         self._engine.close()
 
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
-        """Denoises a request; its response follows when its images are decoded and encoded."""
+        """Denoises the images of a request; the response follows when they are decoded and encoded."""
         request = read_request(inputs)
         context = call.context
         _adopt(call, inputs, request)
@@ -130,7 +126,7 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest) -> None:
     context.deadline_ns = deadline_ns or context.deadline_ns
     seconds = metadata.get("seconds", {})
     context.seconds = {stage: seconds[stage] for stage in AR_STAGES if stage in seconds}
-    context.estimate_every = call.options.estimate_every
+    context.latent_preview_every = call.options.latent_preview_every
     context.num_images = len(request.seeds)
     context.attributes = {
         "width": request.requested.width,

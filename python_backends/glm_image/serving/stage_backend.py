@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
-from glm_image.ipc.server import Handler
+from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.context import RequestContext, RequestObserver
-from glm_image.lifecycle.control import ControlServer
+from glm_image.lifecycle.control import start_control_server
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.serving import bytes_tensors
@@ -63,7 +63,8 @@ class StageBackend(ABC):
         self._tracing = RequestTracing(instance.name)
         self._metrics = MetricsExporter(self.metrics, instance)
         self._pending = PendingResponses()
-        self._registry = RequestRegistry(self.outcome)
+        self._ipc = IpcServer()
+        self._registry = RequestRegistry(self.outcome, self._ipc.publish)
         self._observers: list[RequestObserver] = [
             self._registry,
             self._pending,
@@ -71,11 +72,11 @@ class StageBackend(ABC):
             OutcomeRecorder(self.counters, self._metrics.record),
         ]
         self._heartbeat = self._load(instance)
-        self._control = ControlServer(instance.name, self._registry, self._handlers(), self._topics())
+        start_control_server(self._ipc, instance.name, self._registry, self._handlers(), self._topics())
         self._closing = threading.Event()
         self._abandoned_thread = threading.Thread(target=self._cancel_abandoned, name="abandoned", daemon=True)
         self._abandoned_thread.start()
-        self._start(self._heartbeat)
+        self._start_heartbeat()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -90,21 +91,20 @@ class StageBackend(ABC):
         self._close_engine()
         self._closing.set()
         self._abandoned_thread.join()
-        self._control.close()
+        self._ipc.close()
         self._metrics.close()
         self._tracing.close()
         end_process()
 
     def _track(self, request: Any) -> StageCall:
-        """Makes the context of a request, whose observers see how it ends from now on."""
-        request_id = request.request_id()
+        request_id, options = request.request_id(), StreamOptions.read(request.parameters())
         context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
-        responder = Responder(request, context.finish)
+        responder = Responder(request, context.finish, is_relayed=options.arrived_ns is not None)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:
             context.add_observer(observer)
         self._pending.add(context, responder)
-        return StageCall(request_id, context, responder, StreamOptions.read(request.parameters()))
+        return StageCall(request_id, context, responder, options)
 
     def _cancel_abandoned(self) -> None:
         while not self._closing.wait(ABANDONED_POLL_SECONDS):
@@ -122,14 +122,13 @@ class StageBackend(ABC):
     def _close_engine(self) -> None:
         """Ends the engine and the threads that work for it."""
 
-    def _start(self, heartbeat: Heartbeat) -> None:
-        """Starts the heartbeat, when everything is loaded."""
-        heartbeat.start()
+    def _start_heartbeat(self) -> None:
+        self._heartbeat.start()
 
     def _handlers(self) -> Mapping[str, Handler]:
         """Returns handlers of further IPC actions."""
         return {}
 
     def _topics(self) -> Mapping[bytes, Callable[[], None]]:
-        """Returns further IPC topics; see ``ControlServer``."""
+        """Returns further IPC topics; see ``start_control_server``."""
         return {}

@@ -39,7 +39,6 @@ class StreamBackend:
         self._heartbeat.start(commands={"drain": self._drain})
 
     def execute(self, requests: list[Any]) -> None:
-        """Starts a stream for each request; its responses are sent by threads of its own."""
         for request in requests:
             sender = EventSender(request)
             with sender.errors_sent():
