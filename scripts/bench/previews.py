@@ -26,7 +26,7 @@ from measure import engine_parser, parse, report, size_name
 from timing import CommandClock, open_benchmark_device, report_ceilings
 
 from glm_image.checkpoint.checkpoint import Checkpoint
-from glm_image.dit.commands import Decode, RenderLatentPreview, Prepare, Step
+from glm_image.dit.commands import Decode, Prepare, RenderLatentPreview, Step
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.ipc.client import EventListener

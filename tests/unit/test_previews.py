@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from glm_image.dit import latent_preview
-from glm_image.dit.commands import Drop, RenderLatentPreview, Prepare, Step
+from glm_image.dit.commands import Drop, Prepare, RenderLatentPreview, Step
 from glm_image.dit.metrics import DROPPED_PREVIEWS, PREVIEWS
 from glm_image.dit.previews import MAX_WAITING, Previews
 from glm_image.dit.scheduler import Scheduler
@@ -119,10 +119,9 @@ def test_every_nth_step_but_the_last_publishes_a_latent_preview() -> None:
     executor, shown = Executor(), list[int]()
 
     def run(command: Any) -> Any:
-        result = (
-            executor.run(command) if not isinstance(command, RenderLatentPreview) else np.zeros((1, 1, 3), np.uint8)
-        )
-        if isinstance(command, RenderLatentPreview):
+        is_shown = isinstance(command, RenderLatentPreview)
+        result = np.zeros((1, 1, 3), np.uint8) if is_shown else executor.run(command)
+        if is_shown:
             shown.append(sum(isinstance(earlier, Step) for earlier in executor.commands))
         return result
 

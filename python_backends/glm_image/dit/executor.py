@@ -20,11 +20,11 @@ from glm_image.dit.commands import (
     Decode,
     DitCommand,
     Drop,
-    RenderLatentPreview,
     ForgetSources,
     ImageCommand,
     Prepare,
     ReadSources,
+    RenderLatentPreview,
     Step,
 )
 from glm_image.dit.conditioning import Conditioner

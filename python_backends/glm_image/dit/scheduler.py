@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.dit.commands import Decode, Drop, RenderLatentPreview, ForgetSources, Prepare, ReadSources, Step
+from glm_image.dit.commands import Decode, Drop, ForgetSources, Prepare, ReadSources, RenderLatentPreview, Step
 from glm_image.dit.metrics import CACHED_STEPS, STEP_SECONDS, VAE_SECONDS
 from glm_image.dit.previews import Previews
 from glm_image.lifecycle.context import RequestContext

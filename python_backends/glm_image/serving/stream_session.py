@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,13 @@ class StreamSession:
         """Calls both stages and sends the last response: their outputs, or an error."""
         # The executor starts its thread for the first preview, and is left when that has been sent.
         with ThreadPoolExecutor(1, thread_name_prefix="preview") as previewer, self._sender.errors_sent():
-            on_preview = partial[object](previewer.submit, self._send_preview)
-            with ProgressRelay(socket_directory(), self._request_id, self._builder, self._sender, on_preview) as relay:
+            with ProgressRelay(
+                socket_directory(),
+                self._request_id,
+                self._builder,
+                self._sender,
+                on_preview=lambda folder, event: previewer.submit(self._send_preview, folder, event),
+            ) as relay:
                 outputs = self._generate(relay)
             self._sender.send_last(self._builder.last(), outputs)
 
