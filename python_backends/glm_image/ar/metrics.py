@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from glm_image.telemetry.metrics import Kind, MetricSink, MetricSpec, OutcomeCounters
+from glm_image.telemetry.metrics import Kind, MetricSink, MetricSpec, outcome_counters
 
 RUNNING: Final = MetricSpec("glm_image_ar_running_sequences", Kind.GAUGE, "Sequences in a slot, one per image")
 WAITING: Final = MetricSpec("glm_image_ar_waiting_sequences", Kind.GAUGE, "Sequences waiting for a slot, one per image")
@@ -36,11 +36,11 @@ KV_CACHE_BYTES: Final = MetricSpec(
     "glm_image_ar_kv_cache_bytes", Kind.GAUGE, "Memory of the KV cache of all slots, allocated at load"
 )
 
-AR_OUTCOMES: Final = OutcomeCounters.of("glm_image_ar")
+AR_OUTCOMES: Final = outcome_counters("glm_image_ar")
 
 AR_METRICS: Final = (
     *(RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS, KV_CACHE_BYTES),
-    *AR_OUTCOMES.measures,
+    *AR_OUTCOMES.values(),
 )
 
 

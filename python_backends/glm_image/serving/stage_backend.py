@@ -21,7 +21,7 @@ from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.responder import PendingResponses, Responder
 from glm_image.serving.tensors import Inputs
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.metrics import MetricSpec, OutcomeCounters, OutcomeRecorder
+from glm_image.telemetry.metrics import MetricSpec, OutcomeRecorder
 from glm_image.telemetry.request_log import RequestLog
 from glm_image.telemetry.tracing import RequestTracing
 
@@ -52,7 +52,7 @@ class StageBackend(ABC):
 
     parameters: ClassVar[type[ArParameters] | type[DitParameters]]
     metrics: ClassVar[tuple[MetricSpec, ...]]
-    counters: ClassVar[OutcomeCounters]
+    counters: ClassVar[Mapping[str, MetricSpec]]
     outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
