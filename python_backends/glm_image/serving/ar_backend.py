@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from glm_image.ar.admission import BatchAdmission
 from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
-from glm_image.config.instance import Instance
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
@@ -33,10 +32,12 @@ from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from glm_image.request.stages import Stage
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
-from glm_image.telemetry.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from glm_image.ar.engine import ArResult
+    from glm_image.checkpoint.checkpoint import Checkpoint
+    from glm_image.devices.base import Device
+    from glm_image.parallel.rank_group import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,40 +48,26 @@ class ArBackend(StageBackend):
     """The Triton Python model of the AR stage."""
 
     parameters = ArParameters
+    reserves_first_device = False
     metrics = AR_METRICS
     counters = AR_OUTCOMES
     outcome = RequestState.FORWARDED
 
-    def _load(self, instance: Instance[ArParameters]) -> Heartbeat:
-        parameters = instance.parameters
+    def _load_engine(
+        self, parameters: ArParameters, checkpoint: Checkpoint, device: Device, workers: WorkerConfig
+    ) -> None:
+        from glm_image.ar.engine import ArEngine  # noqa: PLC0415
+
         self._dit_load = _dit_load_feed(parameters)
         if self._dit_load is not None:
             self._observers.append(self._dit_load)
         self._max_decoding = parameters.engine.max_queue
         self._decoding_slots = threading.Semaphore(self._max_decoding)
         self._decoders = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
-
-        place = instance.take_place(reserve_first=False)
-        folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
-        # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
-        from glm_image.ar.engine import ArEngine  # noqa: PLC0415
-        from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices.open import open_device  # noqa: PLC0415
-
-        device = open_device(place.local_names[0], display_name=place.devices[0])
-        logger.info("loading the decoder on %s", device)
-        checkpoint = Checkpoint.open(folder, parameters.load_format)
-        heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
+        admission = None if self._dit_load is None else BatchAdmission(self._dit_load.load)
         self._engine = ArEngine(
-            checkpoint,
-            device,
-            parameters.engine,
-            self._metrics.record,
-            watched=heartbeat.watched,
-            admission=None if self._dit_load is None else BatchAdmission(self._dit_load.load),
-            workers=instance.workers(place, device, self._pending.end_process),
+            checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched, admission
         )
-        return heartbeat
 
     def _start_heartbeat(self) -> None:
         commands = {"drain": partial(_unload, ENTRY_MODELS), "unload": partial(_unload, STAGES)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.config.instance import Instance
 from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
@@ -30,48 +28,34 @@ from glm_image.request.stages import AR_STAGES, Stage
 from glm_image.serving import bytes_tensors
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
-from glm_image.telemetry.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
+    from glm_image.checkpoint.checkpoint import Checkpoint
+    from glm_image.devices.base import Device
     from glm_image.dit.engine import DitResult
-
-logger = logging.getLogger(__name__)
+    from glm_image.parallel.rank_group import WorkerConfig
 
 
 class DitBackend(StageBackend):
     """The Triton Python model of the DiT stage."""
 
     parameters = DitParameters
+    reserves_first_device = True
     metrics = DIT_METRICS
     counters = DIT_OUTCOMES
     outcome = RequestState.FINISHED
 
-    def _load(self, instance: Instance[DitParameters]) -> Heartbeat:
-        self._load_reporter = DitLoadReporter(instance.name, self._ipc.publish)
-        self._observers += [self._load_reporter, LatentPreviewPublisher(self._registry)]
-
-        place = instance.take_place(reserve_first=True)
-        parameters = instance.parameters
-        folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
-        # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
-        from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices.open import open_device  # noqa: PLC0415
+    def _load_engine(
+        self, parameters: DitParameters, checkpoint: Checkpoint, device: Device, workers: WorkerConfig
+    ) -> None:
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
 
-        checkpoint = Checkpoint.open(folder, parameters.load_format)
+        self._load_reporter = DitLoadReporter(self._instance.name, self._ipc.publish)
+        self._observers += [self._load_reporter, LatentPreviewPublisher(self._registry)]
         self._model = {"name": checkpoint.name, "revision": checkpoint.revision}
-        device = open_device(place.local_names[0], display_name=place.devices[0])
-        logger.info("loading the transformer on %s", device)
-        heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
         self._engine = DitEngine(
-            checkpoint,
-            device,
-            parameters.engine,
-            self._metrics.record,
-            watched=heartbeat.watched,
-            workers=instance.workers(place, device, self._pending.end_process),
+            checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched
         )
-        return heartbeat
 
     def _handlers(self) -> Mapping[str, Handler]:
         return {PREVIEW: self._preview}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
@@ -24,6 +25,13 @@ from glm_image.telemetry.heartbeat import Heartbeat
 from glm_image.telemetry.metrics import MetricSpec, OutcomeRecorder
 from glm_image.telemetry.request_log import RequestLog
 from glm_image.telemetry.tracing import RequestTracing
+
+if TYPE_CHECKING:
+    from glm_image.checkpoint.checkpoint import Checkpoint
+    from glm_image.devices.base import Device
+    from glm_image.parallel.rank_group import WorkerConfig
+
+logger = logging.getLogger(__name__)
 
 ABANDONED_POLL_SECONDS: Final = 0.5
 """Between two questions to Triton whether callers have disconnected. It knows the callers of this model itself, not
@@ -51,6 +59,7 @@ class StageBackend(ABC):
     """A stage as a Triton Python model; a subclass loads the engine and passes it the requests."""
 
     parameters: ClassVar[type[ArParameters] | type[DitParameters]]
+    reserves_first_device: ClassVar[bool]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[Mapping[str, MetricSpec]]
     outcome: ClassVar[RequestState]
@@ -71,7 +80,7 @@ class StageBackend(ABC):
             RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
             OutcomeRecorder(self.counters, self._metrics.record),
         ]
-        self._heartbeat = self._load(instance)
+        self._load(instance)
         start_control_server(self._ipc, instance.name, self._registry, self._handlers(), self._topics())
         self._closing = threading.Event()
         self._abandoned_thread = threading.Thread(target=self._cancel_abandoned, name="abandoned", daemon=True)
@@ -96,6 +105,20 @@ class StageBackend(ABC):
         self._tracing.close()
         end_process()
 
+    def _load(self, instance: Instance[Any]) -> None:
+        place = instance.take_place(reserve_first=self.reserves_first_device)
+        folder = instance.parameters.checkpoint_folder  # before seconds of imports, to report a mistake early
+        # These import torch, which must not happen before the instance's device is chosen.
+        from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
+        from glm_image.devices.open import open_device  # noqa: PLC0415
+
+        device = open_device(place.local_names[0], display_name=place.devices[0])
+        logger.info("loading the engine on %s", device)
+        self._heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
+        checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
+        workers = instance.workers(place, device, self._pending.end_process)
+        self._load_engine(instance.parameters, checkpoint, device, workers)
+
     def _track(self, request: Any) -> StageCall:
         request_id, options = request.request_id(), StreamOptions.read(request.parameters())
         context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
@@ -111,8 +134,8 @@ class StageBackend(ABC):
             self._registry.cancel_abandoned()
 
     @abstractmethod
-    def _load(self, instance: Instance[Any]) -> Heartbeat:
-        """Loads the engine; returns the heartbeat that watches its commands."""
+    def _load_engine(self, parameters: Any, checkpoint: Checkpoint, device: Device, workers: WorkerConfig) -> None:
+        """Loads the engine; imports it here, as it imports torch."""
 
     @abstractmethod
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
