@@ -23,12 +23,9 @@ class Replies(NamedTuple):
 
 
 def call(sockets: Mapping[str, Path], request: Message, timeout: float) -> Replies:
-    """Calls instances and waits for their replies; may be called from any thread.
+    """Calls instances and waits ``timeout`` seconds at most for all replies together; callable from any thread.
 
-    Args:
-        sockets: see ``instance_sockets``.
-        request: its field ``action`` selects the handler.
-        timeout: seconds to wait for all replies together.
+    The field ``action`` of the request selects the handler.
     """
     context: zmq.Context[Any] = zmq.Context.instance()
     poller: Any = zmq.Poller()  # its stub allows only whole milliseconds

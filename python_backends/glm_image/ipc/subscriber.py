@@ -17,13 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class Subscriber:
-    """Calls a function with each event, in a thread of its own; reconnects when an instance is replaced.
+    """Calls ``on_event`` in a thread of its own with what the instances of a name prefix publish under a topic.
 
-    Args:
-        directory: the folder of sockets.
-        prefix: the beginning of the instances' names.
-        topic: the key under which they publish.
-        on_event: called with each event.
+    Reconnects when an instance is replaced.
     """
 
     def __init__(self, directory: Path, prefix: str, topic: bytes, on_event: Callable[[Event], None]) -> None:

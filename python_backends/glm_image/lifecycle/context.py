@@ -26,18 +26,13 @@ LATEST_DEADLINE_NS = 2**63 - 1
 
 @dataclass(frozen=True)
 class Timeouts:
-    """The time limits of requests, in microseconds; 0 = no limit.
-
-    Attributes:
-        default_us: the timeout of a request that sets none.
-        max_us: the longest timeout; longer ones, and requests without any, are cut to it.
-    """
+    """The timeout of requests that set none, and the longest one, in microseconds; 0 = no limit."""
 
     default_us: int = 0
     max_us: int = 0
 
     def of(self, requested_us: int) -> int:
-        """Returns the timeout of a request that sets ``requested_us`` (0 = none)."""
+        """Returns the timeout of a request that sets ``requested_us``; 0 = none."""
         timeout = requested_us if requested_us > 0 else self.default_us
         return min(timeout or self.max_us, self.max_us) if self.max_us else timeout
 
@@ -219,7 +214,6 @@ class RequestContext:
             )
 
     def report(self, stage: Stage, done: int, total: int, sigma: float | None = None) -> None:
-        """Sets the progress and publishes it."""
         progress = Progress(stage, done, total, sigma)
         self.progress = lambda: progress
         self.publish_progress()

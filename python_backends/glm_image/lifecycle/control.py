@@ -22,8 +22,6 @@ ACTIONS: Final = ("cancel", "status")
 REPLY_SECONDS: Final = 1.0
 """An instance replies from a thread of its own; one that has not by then is gone or hangs."""
 
-INTERNAL_FIELDS: Final = ("arrived_ns", "cancelled_now")
-
 
 def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
     """Performs one of ``ACTIONS`` on all requests of an id; ``directory`` is the folder of IPC sockets.
@@ -48,9 +46,8 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         cancelled = sum(request["cancelled_now"] for request in requests)
         before = "already_cancelled" if result["state"] == "cancelled" else result["state"]
         result |= {"state": "cancelled" if cancelled else before, "cancelled": cancelled}
-    result["requests"] = [
-        {name: value for name, value in request.items() if name not in INTERNAL_FIELDS} for request in requests
-    ]
+    internal = ("arrived_ns", "cancelled_now")
+    result["requests"] = [{name: request[name] for name in request if name not in internal} for request in requests]
     return {**result, "silent": replies.unresponsive} if replies.unresponsive else result
 
 
@@ -86,13 +83,8 @@ def start_control_server(
     """Starts an instance's server, for ``control`` and for the subscribers of requests.
 
     Without a run directory, or where its sockets cannot be made, it stays off: requests are served all the same.
-
-    Args:
-        server: the server.
-        name: the name of the instance.
-        registry: its requests.
-        handlers: handlers of further actions.
-        topics: further topics; each is published by calling its function when a subscriber comes.
+    ``handlers`` are those of further actions. The functions of ``topics`` publish further topics; they are called when
+    a subscriber comes.
     """
 
     def cancel(message: Message) -> Message:

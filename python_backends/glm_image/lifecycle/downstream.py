@@ -11,9 +11,8 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from glm_image.ipc.protocol import KEY_BYTES, Event, Publish
 from glm_image.ipc.subscriber import Subscriber
@@ -68,17 +67,15 @@ class DitLoadReporter(RequestObserver):
         return {"instance": self._name, "requests": requests, "seconds_per_image": self._durations.mean}
 
 
-@dataclass(frozen=True)
-class _InstanceLoad:
-    """The last statement of an instance: images left, by their requests' time of arrival, and since when it is idle."""
+class _InstanceLoad(NamedTuple):
+    """The last statement of an instance, and the time since which it is idle."""
 
-    requests: list[tuple[int, int]]
+    images: int
     seconds_per_image: float
     idle_since: float
 
 
-@dataclass(frozen=True)
-class _Forwarded:
+class _Forwarded(NamedTuple):
     images: int
     at: float
 
@@ -108,10 +105,10 @@ class DitLoad:
             self._forwarded[arrived_ns] = _Forwarded(images, self._clock())
 
     def update(self, statement: Event) -> None:
-        requests = [(arrived_ns, left) for arrived_ns, left in statement["requests"]]
-        idle_since = math.inf if requests else self._clock()
+        requests: list[tuple[int, int]] = statement["requests"]
+        images, idle_since = sum(left for _, left in requests), math.inf if requests else self._clock()
         with self._lock:
-            self._instances[statement["instance"]] = _InstanceLoad(requests, statement["seconds_per_image"], idle_since)
+            self._instances[statement["instance"]] = _InstanceLoad(images, statement["seconds_per_image"], idle_since)
             received = [self._forwarded.pop(arrived_ns, None) for arrived_ns, _ in requests]
             # Requests that were decoded together are forwarded together, and may come out in any order.
             passed = max((request.at for request in received if request), default=-math.inf) - HANDOVER_SECONDS
@@ -125,7 +122,7 @@ class DitLoad:
                 return None
             now = self._clock()
             self._keep(lambda request: self._lost_at(request) > now)
-            at_instances = sum(left for instance in self._instances.values() for _, left in instance.requests)
+            at_instances = sum(instance.images for instance in self._instances.values())
             return at_instances + sum(request.images for request in self._forwarded.values())
 
     def next_loss(self) -> float:

@@ -1,4 +1,4 @@
-"""How long work takes, measured on the latest work of its kind: what deadlines and queues are checked against."""
+"""Durations of the latest work of a kind, by which deadlines and waiting times are estimated."""
 
 from __future__ import annotations
 

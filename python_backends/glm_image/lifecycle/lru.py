@@ -30,7 +30,6 @@ class LatestEntries(Generic[Key, Value]):
         return None if entry is None else entry[1]
 
     def put(self, key: Key, value: Value) -> None:
-        """Sets an entry, which becomes the latest one."""
         now = time.monotonic()
         with self._lock:
             self._entries[key] = (now, value)

@@ -21,7 +21,6 @@ from glm_image.request.geometry import Grid, painted_size
 from glm_image.request.parameters import PaintRequest
 
 PREVIEW: Final = "preview"
-"""The action of the call."""
 DIT_MODEL: Final = "glm_dit"
 START_SECONDS: Final = 5.0
 """A preview that has not been started by then is of no more use."""
@@ -58,7 +57,7 @@ def request_preview(
         directory: the folder of IPC sockets.
         request_id: the id of the streamed request.
         preview: what ``PreviewPublisher`` published.
-        parameters: fields of ``PaintRequest``, for JSON.
+        parameters: further fields of ``PaintRequest``.
 
     Returns:
         uint8 [height, width, 3]; None if every instance is too busy.
@@ -74,8 +73,7 @@ def request_preview(
     for name in random.sample(list(sockets), len(sockets)):
         reply = call({name: sockets[name]}, Message(fields), START_SECONDS).replies.get(name)
         if reply is not None and "error" not in reply.fields:
-            pixels = np.frombuffer(reply.parts[0], dtype=np.uint8)
-            return pixels.reshape(reply.fields["height"], reply.fields["width"], 3)
+            return _pixels(reply.fields, reply.parts[0])
     return None
 
 
@@ -112,5 +110,8 @@ def pack_image(pixels: NDArray[np.uint8]) -> dict[str, Any]:
 
 def unpack_image(fields: Mapping[str, Any]) -> NDArray[np.uint8]:
     """Reads the output of ``pack_image``."""
-    pixels = np.frombuffer(base64.b64decode(fields["pixels"]), dtype=np.uint8)
-    return pixels.reshape(fields["height"], fields["width"], 3)
+    return _pixels(fields, base64.b64decode(fields["pixels"]))
+
+
+def _pixels(fields: Mapping[str, Any], data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, dtype=np.uint8).reshape(fields["height"], fields["width"], 3)

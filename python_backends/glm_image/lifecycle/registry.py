@@ -110,7 +110,7 @@ class RequestRegistry(RequestObserver):
         return unlink
 
     def status(self, request_id: str) -> list[Event]:
-        """Returns the description of each request of an id, ended ones included."""
+        """Returns the event that describes each request of an id, ended ones included."""
         key = key_of(request_id)
         with self._lock:
             return [describe(context) for context in self._requests.get(key, ())] + self._ended_of(key)

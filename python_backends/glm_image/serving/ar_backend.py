@@ -80,7 +80,7 @@ class ArBackend(StageBackend):
             self._dit_load.close()
 
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
-        """Submits a request to the engine; one with source images from a thread, as it takes long to decode them."""
+        """Submits a request to the engine; one with source images from a thread, as decoding them takes long."""
         context = call.context
         if call.options.arrived_ns is not None:
             context.arrived_ns = call.options.arrived_ns

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
 from glm_image.ipc.protocol import Message
-from glm_image.ipc.server import Handler
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
@@ -50,18 +48,14 @@ class DitBackend(StageBackend):
     ) -> None:
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
 
-        self._load_reporter = DitLoadReporter(self._instance.name, self._ipc.publish)
-        self._observers += [self._load_reporter, LatentPreviewPublisher(self._registry)]
+        load_reporter = DitLoadReporter(self._instance.name, self._ipc.publish)
+        self._observers += [load_reporter, LatentPreviewPublisher(self._registry)]
+        self._topics[TOPIC] = load_reporter.publish_load
+        self._handlers[PREVIEW] = self._preview
         self._model = {"name": checkpoint.name, "revision": checkpoint.revision}
         self._engine = DitEngine(
             checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched
         )
-
-    def _handlers(self) -> Mapping[str, Handler]:
-        return {PREVIEW: self._preview}
-
-    def _topics(self) -> Mapping[bytes, Callable[[], None]]:
-        return {TOPIC: self._load_reporter.publish_load}
 
     def _close_engine(self) -> None:
         self._engine.close()

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
@@ -19,8 +19,6 @@ from glm_image.serving.exit import end_process
 from glm_image.serving.tensors import response
 
 logger = logging.getLogger(__name__)
-
-EXIT_CODE: Final = 1
 
 Result = TypeVar("Result")
 
@@ -54,7 +52,7 @@ class Responder:
             return self._sender is not None and bool(self._sender.is_cancelled())
 
     def send(self, outputs: Mapping[str, NDArray[Any]]) -> None:
-        """Sends outputs; an error if they cannot be sent."""
+        """Sends outputs, or an error if they cannot be sent."""
         with self.errors_sent():
             self._finish(response(outputs), None)
 
@@ -114,4 +112,4 @@ class PendingResponses(RequestObserver):
                 responder.fail(error)
             logger.error("this instance ends: %s", error)
         finally:  # a process that went on would refuse all requests and never be restarted
-            end_process(EXIT_CODE)
+            end_process(1)

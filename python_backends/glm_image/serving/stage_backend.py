@@ -80,8 +80,10 @@ class StageBackend(ABC):
             RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
             OutcomeRecorder(self.counters, self._metrics.record),
         ]
+        self._handlers: dict[str, Handler] = {}
+        self._topics: dict[bytes, Callable[[], None]] = {}
         self._load(instance)
-        start_control_server(self._ipc, instance.name, self._registry, self._handlers(), self._topics())
+        start_control_server(self._ipc, instance.name, self._registry, self._handlers, self._topics)
         self._closing = threading.Event()
         self._abandoned_thread = threading.Thread(target=self._cancel_abandoned, name="abandoned", daemon=True)
         self._abandoned_thread.start()
@@ -135,7 +137,7 @@ class StageBackend(ABC):
 
     @abstractmethod
     def _load_engine(self, parameters: Any, checkpoint: Checkpoint, device: Device, workers: WorkerConfig) -> None:
-        """Loads the engine; imports it here, as it imports torch."""
+        """Loads the engine, which imports torch; may add observers, and handlers and topics of the IPC server."""
 
     @abstractmethod
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
@@ -147,11 +149,3 @@ class StageBackend(ABC):
 
     def _start_heartbeat(self) -> None:
         self._heartbeat.start()
-
-    def _handlers(self) -> Mapping[str, Handler]:
-        """Returns handlers of further IPC actions."""
-        return {}
-
-    def _topics(self) -> Mapping[bytes, Callable[[], None]]:
-        """Returns further IPC topics; see ``start_control_server``."""
-        return {}

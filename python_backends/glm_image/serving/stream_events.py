@@ -74,12 +74,8 @@ class EventSender(Responder):
 class ProgressRelay:
     """Turns the events that the stages publish into those of the stream, in a thread of its own, within a ``with``.
 
-    Args:
-        folder: the folder of IPC sockets; None = the stream gets only its first and last event.
-        request_id: the id of the request.
-        builder: builds the events.
-        sender: sends them.
-        on_preview: called with the folder and the event that has the tokens of the preview.
+    Without a folder of IPC sockets the stream gets only its first and last event. ``on_preview`` is called with the
+    folder and the event that has the tokens of the preview.
     """
 
     def __init__(

@@ -35,12 +35,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class StreamSession:
-    """A request of ``glm_image_stream``.
-
-    Args:
-        request: Triton's request.
-        sender: sends its responses.
-        dit_seconds: how long the DiT took for the latest request of each kind; the session updates it.
+    """A request of ``glm_image_stream``; updates ``dit_seconds``, the DiT's latest duration for each kind of request.
 
     Raises:
         InvalidInputError: an input that the stages do not take is not allowed.

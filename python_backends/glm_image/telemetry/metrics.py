@@ -24,8 +24,6 @@ class MetricSpec:
     """A metric, named by Prometheus' rules: the unit at the end, ``_total`` for counters.
 
     Attributes:
-        name: the name.
-        kind: how its values add up.
         meaning: the help text, one line.
         bounds: the bounds of a histogram, ascending.
         reason: the label that distinguishes metrics of one name; "" = no label.
@@ -54,11 +52,7 @@ REFUSALS: Final = ("invalid", "queue_full", "stopping", "memory")
 
 
 def outcome_counters(prefix: str) -> dict[str, MetricSpec]:
-    """Returns the counters of the requests of a stage that did not succeed, by the ``reason`` of their errors.
-
-    Args:
-        prefix: the beginning of the metrics' names.
-    """
+    """Returns the counters of a stage's requests that did not succeed, by the ``reason`` of their errors."""
 
     def counter(name: str, meaning: str, reason: str = "") -> MetricSpec:
         return MetricSpec(f"{prefix}_{name}_requests_total", Kind.COUNTER, meaning, reason=reason)

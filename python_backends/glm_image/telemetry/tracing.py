@@ -48,18 +48,12 @@ class RequestTracing:
             context.add_observer(_SpanMaker(self._tracer, carrier))
 
     def close(self) -> None:
-        """Sends the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 class _SpanMaker(RequestObserver):
-    """Makes a span of each part of a request's stages.
-
-    Args:
-        tracer: makes them.
-        carrier: the context of the parent span, as JSON.
-    """
+    """Makes a span of each part of a request's stages; ``carrier`` is the context of the parent span, as JSON."""
 
     def __init__(self, tracer: Any, carrier: str) -> None:
         from opentelemetry.propagate import extract  # noqa: PLC0415
