@@ -91,7 +91,15 @@ def test_stream_options_travel_as_a_request_parameter() -> None:
     assert StreamOptions.read('{"timeout": 5}') == StreamOptions()
 
 
-INVALID: list[Any] = ["", "[]", "{}", '{"follow": 5}', '{"follow": "5"}', '{"follow": "{"}', '{"follow": "[1]"}']
+INVALID: list[Any] = [
+    "",
+    "[]",
+    "{}",
+    '{"stream_options": 5}',
+    '{"stream_options": "5"}',
+    '{"stream_options": "{"}',
+    '{"stream_options": "[1]"}',
+]
 
 
 @pytest.mark.parametrize("parameters", INVALID)
@@ -102,7 +110,7 @@ def test_invalid_stream_options_are_ignored(parameters: str) -> None:
 @pytest.mark.parametrize("value", [-1, True, 1.5, "1", LATEST_DEADLINE_NS + 1])
 def test_invalid_numbers_in_stream_options_are_ignored(value: object) -> None:
     given = {"arrived_ns": value, "previews": 1, "latent_preview_every": value}
-    assert StreamOptions.read(json.dumps({"follow": json.dumps(given)})) == StreamOptions()
+    assert StreamOptions.read(json.dumps({"stream_options": json.dumps(given)})) == StreamOptions()
 
 
 @pytest.mark.parametrize(

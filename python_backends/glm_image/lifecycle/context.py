@@ -32,7 +32,6 @@ class Timeouts:
     max_us: int = 0
 
     def of(self, requested_us: int) -> int:
-        """Returns the timeout of a request that sets ``requested_us``; 0 = none."""
         timeout = requested_us if requested_us > 0 else self.default_us
         return min(timeout or self.max_us, self.max_us) if self.max_us else timeout
 
@@ -219,7 +218,6 @@ class RequestContext:
         self.publish_progress()
 
     def publish_progress(self) -> None:
-        """Passes the current progress to the observers, if one of them receives progress."""
         if self.is_watched:
             progress = self.progress()
             self._notify(lambda observer: observer.progressed(self, progress))
@@ -233,7 +231,6 @@ class RequestContext:
         self._notify(lambda observer: observer.preview_sampled(self, tokens))
 
     def publish_latent_preview(self, pixels: NDArray[np.uint8]) -> None:
-        """Passes a latent preview of the image being denoised to the observers, uint8 [height, width, 3]."""
         self._notify(lambda observer: observer.latent_preview_rendered(self, pixels))
 
     def add_seconds(self, stage: Stage, seconds: float) -> None:

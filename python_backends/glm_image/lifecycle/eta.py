@@ -38,7 +38,6 @@ class DurationStatsByKey:
         self._stats: LatestEntries[Hashable, DurationStats] = LatestEntries(KEPT_KINDS)
 
     def of(self, kind: Hashable) -> DurationStats:
-        """Returns the durations of a kind, empty ones for a new kind."""
         stats = self._stats.get(kind) or DurationStats()
         self._stats.put(kind, stats)
         return stats

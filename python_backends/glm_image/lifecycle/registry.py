@@ -127,7 +127,6 @@ class RequestRegistry(RequestObserver):
             self._publish(key, partial(describe, context))
 
     def unwatch(self, key: bytes) -> None:
-        """Stops publishing the progress of an id; its last subscriber has left."""
         with self._lock:
             self._watched.discard(key)
             for context in self._requests.get(key, ()):
@@ -138,7 +137,6 @@ class RequestRegistry(RequestObserver):
         self._publish(key_of(context.id), lambda: {**describe(context), **details()})
 
     def cancel_abandoned(self) -> None:
-        """Cancels the requests whose callers have disconnected."""
         with self._lock:
             contexts = [context for contexts in self._requests.values() for context in contexts]
         for context in contexts:

@@ -21,7 +21,7 @@ class StreamOptions:
     previews: bool = False
     latent_preview_every: int = 0
 
-    PARAMETER: ClassVar[str] = "follow"
+    PARAMETER: ClassVar[str] = "stream_options"
     """The request parameter that holds the options as JSON: Triton's parameters are strings, numbers and booleans."""
 
     def parameters(self) -> dict[str, str]:

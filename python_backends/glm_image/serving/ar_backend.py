@@ -87,7 +87,7 @@ class ArBackend(StageBackend):
         context.start(Stage.AR_QUEUE)
         parameters = GenerationParameters(**inputs.fields(GenerationParameters))
         context.num_images = parameters.num_images
-        context.attributes = _attributes(parameters)
+        context.attributes = _log_attributes(parameters)
         if parameters.images is None:
             self._submit(call, parameters)
         elif self._decoding_slots.acquire(blocking=False):
@@ -152,8 +152,7 @@ def _unload(models: Sequence[str]) -> None:
             pb_utils.unload_model(model)
 
 
-def _attributes(parameters: GenerationParameters) -> dict[str, Any]:
-    """Returns the parameters for the request log."""
+def _log_attributes(parameters: GenerationParameters) -> dict[str, Any]:
     return {
         "width": parameters.width,
         "height": parameters.height,

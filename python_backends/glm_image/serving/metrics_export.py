@@ -62,7 +62,6 @@ class MetricsExporter:
         self._metrics[metric] = self._families[metric.name].Metric(labels=labels, **buckets)
 
     def record(self, metric: MetricSpec, value: float, times: int = 1, /) -> None:
-        """Records a value; see ``glm_image.telemetry.metrics.MetricSink``."""
         self._values.put((metric, value, times))
 
     def close(self) -> None:

@@ -47,7 +47,6 @@ class Responder:
         self._lock = threading.RLock()
 
     def is_abandoned(self) -> bool:
-        """Asks Triton whether the caller has disconnected."""
         with self._lock:  # the sender must not be used after its last response
             return self._sender is not None and bool(self._sender.is_cancelled())
 

@@ -44,8 +44,6 @@ class StageCall:
 
     Attributes:
         request_id: the id that it was sent with; "" = none.
-        context: the request in flight.
-        responder: sends its response.
         options: what ``glm_image_stream`` asks for, if the request comes from there.
     """
 
@@ -65,7 +63,6 @@ class StageBackend(ABC):
     outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Loads the engine on this instance's devices."""
         bytes_tensors.install()
         self._instance = instance = Instance.read(args, self.parameters)
         self._limits, self._timeouts = instance.parameters.limits, instance.parameters.timeouts

@@ -61,7 +61,6 @@ class EventSender(Responder):
         self.send_event(event, {"images_base64": np.array([file], dtype=np.object_)})
 
     def send_last(self, event: Event, outputs: Mapping[str, NDArray[Any]]) -> None:
-        """Sends the last event with the outputs of the request."""
         with self._lock:
             self.send({**outputs, "event": self._timed(event)})
 

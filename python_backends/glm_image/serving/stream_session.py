@@ -83,7 +83,6 @@ class StreamSession:
         return outputs
 
     def _call(self, model: str, inputs: Arrays, outputs: Iterable[TensorSpec]) -> Arrays:
-        """Returns the outputs of a stage, called through Triton."""
         names = [spec.name for spec in outputs]
         answer = pb_utils.InferenceRequest(
             model_name=model,
