@@ -26,7 +26,7 @@ from measure import engine_parser, parse, report, size_name
 from timing import CommandClock, open_benchmark_device, report_ceilings
 
 from glm_image.checkpoint.checkpoint import Checkpoint
-from glm_image.dit.commands import Decode, Prepare, RenderLatentPreview, Step
+from glm_image.dit.commands import Decode, Estimate, Prepare, Step
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.ipc.client import EventListener
@@ -128,7 +128,7 @@ def measure_latent_previews(engine: DitEngine, clock: CommandClock, request: Pai
         denoise = render(engine, request, context).denoise_seconds
     times = clock.take()
     step = statistics.median(seconds.whole for seconds in times[Step.__name__])
-    previews, publishing = ([s.whole for s in times[name]] for name in (RenderLatentPreview.__name__, PUBLISHING))
+    previews, publishing = ([s.whole for s in times[name]] for name in (Estimate.__name__, PUBLISHING))
     preview, published = statistics.median(previews), statistics.median(publishing)
     report(
         "an estimate, on the engine's thread",

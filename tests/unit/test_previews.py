@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from glm_image.dit import latent_preview
-from glm_image.dit.commands import Drop, Prepare, RenderLatentPreview, Step
+from glm_image.dit.commands import Drop, Estimate, Prepare, Step
 from glm_image.dit.metrics import DROPPED_PREVIEWS, PREVIEWS
 from glm_image.dit.previews import MAX_WAITING, Previews
 from glm_image.dit.scheduler import Scheduler
@@ -119,7 +119,7 @@ def test_every_nth_step_but_the_last_publishes_a_latent_preview() -> None:
     executor, shown = Executor(), list[int]()
 
     def run(command: Any) -> Any:
-        is_shown = isinstance(command, RenderLatentPreview)
+        is_shown = isinstance(command, Estimate)
         result = np.zeros((1, 1, 3), np.uint8) if is_shown else executor.run(command)
         if is_shown:
             shown.append(sum(isinstance(earlier, Step) for earlier in executor.commands))
@@ -129,7 +129,7 @@ def test_every_nth_step_but_the_last_publishes_a_latent_preview() -> None:
     Scheduler(run).denoise(context, request(1, 2))
     assert shown == [1, 2, STEPS + 1, STEPS + 2]
     steps = [command for command in executor.commands if isinstance(command, Step)]
-    assert [step.for_latent_preview for step in steps] == [True, True, False] * 2
+    assert [step.for_estimate for step in steps] == [True, True, False] * 2
 
 
 def test_latent_preview_inverts_a_linear_encoder() -> None:
@@ -153,12 +153,12 @@ def test_latent_preview_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -
     levels = executor.run(Prepare(-7, "a", "", tokens, paint_request.grid, 4, 1.5, seed=0))
     assert isinstance(levels, np.ndarray)
     executor.run(Step(-7))
-    executor.run(Step(-7, for_latent_preview=True))
+    executor.run(Step(-7, for_estimate=True))
     image = executor._images[-7]
     clean, noise = torch.randn_like(image.latents), torch.randn_like(image.latents)
     image.previous = clean + float(levels[1]) * noise
     image.latents = clean + float(levels[2]) * noise
-    difference = executor.run(RenderLatentPreview(-7)).astype(int) - executor._vae.preview(clean)  # type: ignore[union-attr]
+    difference = executor.run(Estimate(-7)).astype(int) - executor._vae.preview(clean)  # type: ignore[union-attr]
     assert abs(difference).max() <= 1
     executor.run(Drop(-7))
 

@@ -72,17 +72,17 @@ class Step(ImageCommand[bool]):
     """Takes an image's next denoising step; returns whether the cache skipped it.
 
     Attributes:
-        for_latent_preview: whether ``RenderLatentPreview`` may follow.
+        for_estimate: whether ``Estimate`` may follow.
     """
 
-    for_latent_preview: bool = False
+    for_estimate: bool = False
 
     def describe(self) -> str:
         return "a denoising step"
 
 
 @dataclass(frozen=True)
-class RenderLatentPreview(ImageCommand[NDArray[np.uint8]]):
+class Estimate(ImageCommand[NDArray[np.uint8]]):
     """Renders a latent preview of the clean image that the latest step points to, uint8 [height / 8, width / 8, 3].
 
     The step went from latents x at noise level s to x' at s', along the velocity v = (x' - x) / (s' - s). At noise

@@ -20,11 +20,11 @@ from glm_image.dit.commands import (
     Decode,
     DitCommand,
     Drop,
+    Estimate,
     ForgetSources,
     ImageCommand,
     Prepare,
     ReadSources,
-    RenderLatentPreview,
     Step,
 )
 from glm_image.dit.conditioning import Conditioner
@@ -52,7 +52,7 @@ class _Image:
         sigmas: its noise levels, fp32 [steps + 1].
         step: takes a step; None when all are taken, so that captured steps are freed before the image is decoded.
         steps_taken: so far.
-        previous: the latents before the latest step, if that was ``for_latent_preview``.
+        previous: the latents before the latest step, if that was ``for_estimate``.
     """
 
     grid: Grid
@@ -126,9 +126,9 @@ class Executor:
             case Prepare():
                 return self._prepare(command)
             case Step():
-                return self._take_step(self._images[command.image], command.for_latent_preview)
-            case RenderLatentPreview():
-                return self._latent_preview(self._images[command.image])
+                return self._take_step(self._images[command.image], command.for_estimate)
+            case Estimate():
+                return self._estimate(self._images[command.image])
             case Decode():
                 return self._decode(command.image)
             case Drop():
@@ -217,10 +217,10 @@ class Executor:
         shape = (1, channels, grid.height * LATENTS_PER_TOKEN, grid.width * LATENTS_PER_TOKEN)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=self._model.dtype)
 
-    def _take_step(self, image: _Image, for_latent_preview: bool) -> bool:
+    def _take_step(self, image: _Image, for_estimate: bool) -> bool:
         if image.step is None:
             raise RuntimeError(f"all {image.steps_taken} steps of the image are taken")
-        image.previous = image.latents.clone() if for_latent_preview else None
+        image.previous = image.latents.clone() if for_estimate else None
         is_cached = image.step()
         image.steps_taken += 1
         # No step is enqueued ahead: enqueued work cannot be taken back, and a cancelled request frees the device within
@@ -230,9 +230,9 @@ class Executor:
             image.step = None
         return is_cached
 
-    def _latent_preview(self, image: _Image) -> NDArray[np.uint8]:
+    def _estimate(self, image: _Image) -> NDArray[np.uint8]:
         if image.previous is None:
-            raise RuntimeError("the latest step was not for_latent_preview")
+            raise RuntimeError("the latest step was not for_estimate")
         before, after = (float(sigma) for sigma in image.sigmas[image.steps_taken - 1 : image.steps_taken + 1])
         return self._vae.preview((before * image.latents - after * image.previous) / (before - after))
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.dit.commands import Decode, Drop, ForgetSources, Prepare, ReadSources, RenderLatentPreview, Step
+from glm_image.dit.commands import Decode, Drop, Estimate, ForgetSources, Prepare, ReadSources, Step
 from glm_image.dit.metrics import CACHED_STEPS, STEP_SECONDS, VAE_SECONDS
 from glm_image.dit.previews import Previews
 from glm_image.lifecycle.context import RequestContext
@@ -105,13 +105,12 @@ class Scheduler:
         self, context: RequestContext, request: PaintRequest, row: int, image: int, sigmas: list[float]
     ) -> None:
         steps, stats, cached = request.num_inference_steps, self._step_seconds.of(_key(request)), 0
+        every = context.latent_preview_every
         try:
             for taken in range(row * steps, (row + 1) * steps):
                 context.check(self._min_seconds(request, taken))
                 step = taken - row * steps + 1
-                is_shown = (
-                    context.latent_preview_every > 0 and step % context.latent_preview_every == 0 and step < steps
-                )
+                is_shown = every > 0 and step % every == 0 and step < steps
                 started = time.monotonic()
                 cached += self._run(Step(image, is_shown))
                 seconds = time.monotonic() - started
@@ -119,7 +118,7 @@ class Scheduler:
                 self._record(STEP_SECONDS, seconds)
                 context.report(Stage.DENOISE, taken + 1, len(request.seeds) * steps, sigmas[step])
                 if is_shown:
-                    context.publish_latent_preview(self._run(RenderLatentPreview(image)))
+                    context.publish_latent_preview(self._run(Estimate(image)))
                 self.previews.between_steps(seconds)
         finally:
             if cached:
