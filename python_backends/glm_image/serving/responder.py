@@ -44,7 +44,7 @@ class Responder:
     ) -> None:
         self._sender: Any = request.get_response_sender()
         self._on_end, self._is_relayed = on_end, is_relayed
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # which ``EventSender`` holds while it sends the last response
 
     def is_abandoned(self) -> bool:
         with self._lock:  # the sender must not be used after its last response
