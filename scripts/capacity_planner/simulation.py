@@ -17,8 +17,8 @@ from typing import Any
 import simpy
 
 from glm_image.ar.admission import Admission, BatchAdmission, ImmediateAdmission, QueueSnapshot
-from glm_image.lifecycle.downstream import DitLoad
-from glm_image.lifecycle.eta import DurationStats
+from glm_image.lifecycle.dit_load import DitLoad
+from glm_image.lifecycle.durations import DurationStats
 
 Process = Generator[simpy.Event, Any, None]
 

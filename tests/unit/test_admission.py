@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from glm_image.ar.admission import CHEAP, NEARLY_USED_UP, PATIENCE, BatchAdmission, ImmediateAdmission, QueueSnapshot
 from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.context import RequestContext, RequestObserver
-from glm_image.lifecycle.downstream import HANDOVER_SECONDS, TOPIC, DitLoad, DitLoadReporter
+from glm_image.lifecycle.dit_load import HANDOVER_SECONDS, TOPIC, DitLoad, DitLoadReporter
 from glm_image.request.stages import Stage
 
 SLOTS = 4

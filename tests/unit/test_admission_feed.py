@@ -20,7 +20,7 @@ from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableE
 from glm_image.ipc.protocol import Event
 from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
-from glm_image.lifecycle.downstream import DitLoadFeed, DitLoadReporter
+from glm_image.lifecycle.dit_load import DitLoadFeed, DitLoadReporter
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from glm_image.request.stages import Stage

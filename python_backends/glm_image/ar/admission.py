@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from glm_image.lifecycle.downstream import DitLoad
+from glm_image.lifecycle.dit_load import DitLoad
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from glm_image.ar.request_queue import RequestQueue
 from glm_image.ar.sequence import ArResult, Request, Running, report_progress
 from glm_image.errors import GlmImageError
 from glm_image.lifecycle.context import NANOSECONDS
-from glm_image.lifecycle.eta import DurationStats
+from glm_image.lifecycle.durations import DurationStats
 from glm_image.parallel.commands import R
 from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink

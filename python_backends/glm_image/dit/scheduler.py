@@ -16,7 +16,7 @@ from glm_image.dit.commands import Decode, Drop, Estimate, ForgetSources, Prepar
 from glm_image.dit.metrics import CACHED_STEPS, STEP_SECONDS, VAE_SECONDS
 from glm_image.dit.previews import Previews
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.eta import DurationStatsByKey
+from glm_image.lifecycle.durations import DurationStatsByKey
 from glm_image.parallel.commands import Command, R
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.source_images import SourcePicture

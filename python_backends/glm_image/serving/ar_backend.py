@@ -23,7 +23,7 @@ from glm_image.errors import QueueFullError
 from glm_image.ipc.protocol import socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.downstream import DitLoadFeed
+from glm_image.lifecycle.dit_load import DitLoadFeed
 from glm_image.lifecycle.metadata import ar_metadata
 from glm_image.lifecycle.preview_rpc import PreviewPublisher
 from glm_image.lifecycle.registry import RequestState

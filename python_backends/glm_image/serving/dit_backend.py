@@ -16,7 +16,7 @@ from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
 from glm_image.ipc.protocol import Message
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
+from glm_image.lifecycle.dit_load import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import PREVIEW, LatentPreviewPublisher, read_preview_request, reply_with_preview
 from glm_image.lifecycle.registry import RequestState

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from glm_image.ipc.protocol import KEY_BYTES, Event, Publish
 from glm_image.ipc.subscriber import Subscriber
 from glm_image.lifecycle.context import RequestContext, RequestObserver
-from glm_image.lifecycle.eta import DurationStats
+from glm_image.lifecycle.durations import DurationStats
 from glm_image.request.stages import Stage
 
 TOPIC: Final = b"dit_load".ljust(KEY_BYTES)
