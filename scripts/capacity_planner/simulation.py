@@ -277,7 +277,7 @@ class _DitInstance:
     durations: DurationStats = field(default_factory=DurationStats)
 
     def report(self) -> None:
-        """As ``lifecycle.downstream.DitLoadReporter`` does."""
+        """As ``lifecycle.dit_load.DitLoadReporter`` does."""
         for dit_load in self.listeners:
             requests = list(self.left.items())
             dit_load.update({"instance": self.name, "requests": requests, "seconds_per_image": self.durations.mean})
