@@ -43,8 +43,6 @@ class LocalSettings:
     """The settings of the pipeline.
 
     Attributes:
-        ar: of the AR.
-        dit: of the DiT.
         limits: what a request may ask for.
         load_format: ``auto``, or ``dummy`` for random weights.
     """
@@ -88,7 +86,6 @@ class LocalPipeline:
         self.close()
 
     def close(self) -> None:
-        """Closes both engines."""
         try:
             self.ar.close()
         finally:
@@ -99,7 +96,6 @@ class LocalPipeline:
         return parameters.resolve(self._limits, self.ar.sampling, self.ar.source_rule)
 
     def prior(self, request: ResolvedRequest, context: RequestContext | None = None) -> ArResult:
-        """Samples the prior tokens of a request."""
         return self.ar.submit(context or RequestContext(), request).result()
 
     def generate(self, parameters: GenerationParameters, context: RequestContext | None = None) -> GeneratedImages:

@@ -11,11 +11,7 @@ from glm_image.errors import QueueFullError, UnavailableError
 
 
 class RequestQueue:
-    """A bounded first-in, first-out queue of requests, each of which is taken image by image.
-
-    Args:
-        max_queue: requests that may wait.
-    """
+    """A bounded first-in, first-out queue of requests, each of which is taken image by image."""
 
     def __init__(self, max_queue: int) -> None:
         self._max_queue = max_queue
@@ -35,9 +31,7 @@ class RequestQueue:
     def add(self, request: Request, expected_wait: Callable[[tuple[Request, ...]], float]) -> None:
         """Appends a request.
 
-        Args:
-            request: the request.
-            expected_wait: estimates, for the error, the seconds that a request behind the given ones waits.
+        ``expected_wait`` estimates, for the error, the seconds that a request behind the given ones waits.
 
         Raises:
             QueueFullError: the queue is full.
@@ -69,7 +63,6 @@ class RequestQueue:
             return index
 
     def remove(self, request: Request) -> None:
-        """Removes a request, if it is there."""
         with self._lock:
             if request in self._requests:
                 self._requests.remove(request)

@@ -13,13 +13,9 @@ from glm_image.ar.config import ArConfig
 def rotary_tables(
     config: ArConfig, positions: NDArray[np.int64], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines, each [tokens, rotary_dim] in ``dtype``, computed in fp32.
+    """Returns cosines and sines, [tokens, rotary_dim] each in ``dtype``, computed in fp32.
 
-    Args:
-        config: the decoder's.
-        positions: int64 [3, tokens]: axes T, H, W.
-        device: of the tables.
-        dtype: of the tables.
+    ``positions`` is int64 [3, tokens]: axes T, H, W.
     """
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     frequencies = 1.0 / (config.rotary_theta**exponents)

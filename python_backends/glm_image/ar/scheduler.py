@@ -39,18 +39,7 @@ class Run(Protocol):
 
 
 class Scheduler:
-    """Decides which sequence gets a slot, and runs the commands that follow.
-
-    Args:
-        run: runs a command.
-        slots: sequences that decode together.
-        max_queue: requests that may wait for a slot.
-        record: takes the metrics of ``ar.metrics``.
-        admission: decides when a free slot is filled.
-
-    Attributes:
-        admission: as given.
-    """
+    """Decides which sequence gets a slot and when, and runs the commands that follow."""
 
     def __init__(
         self,
@@ -89,7 +78,6 @@ class Scheduler:
         return self._queue.is_closed
 
     def stop(self) -> None:
-        """Refuses requests from now on."""
         self._queue.close()
 
     def end_all(self, error: Exception) -> None:
@@ -120,17 +108,18 @@ class Scheduler:
         if first.admit_by == math.inf:
             first.admit_by = now + self.admission.max_wait(running, decode_seconds)
         deadlines = [request.context.deadline_ns / NANOSECONDS for request in waiting if request.context.deadline_ns]
+        steps_left = max((sequence.left for sequence in self._running.values()), default=0)
         return self.admission.wait(
-            QueueSnapshot.of(
+            QueueSnapshot(
                 now=now,
-                slots=self._slots,
-                steps_left=[sequence.left for sequence in self._running.values()],
                 waiting=sum(len(request.waiting) for request in waiting),
-                length=first.length,
-                decode_seconds=decode_seconds,
+                free=self._slots - running,
+                running=running,
+                extends=max(0.0, 1 - steps_left / first.length),
+                has_begun=first.has_begun,
                 latest=first.admit_by,
                 deadline=min(deadlines, default=math.inf),
-                has_begun=first.has_begun,
+                decode_seconds=decode_seconds,
             )
         )
 

@@ -28,7 +28,7 @@ def warmup_commands(
 
     Args:
         ids: tokens of a short prompt, repeated for longer ones.
-        sources: source images of usual sizes; without any, on a device that loads nothing lazily, only ``ids`` is read.
+        sources: source images of usual sizes; without any, on a device that loads nothing lazily, only ``ids`` runs.
         sampling: the checkpoint's default.
         longest: the most tokens a slot holds.
     """

@@ -24,13 +24,7 @@ CHECKPOINT_NAMES = {
 
 
 class CheckpointNames:
-    """A tensor source for ``Decoder`` that translates names to a checkpoint's and reads a rank's part.
-
-    Args:
-        source: the checkpoint's tensors.
-        config: of the whole decoder.
-        group: the ranks that share the decoder.
-    """
+    """A tensor source for ``Decoder`` that translates names to a checkpoint's and reads a rank's part."""
 
     def __init__(self, source: TensorSource, config: ArConfig, group: Group = ALONE) -> None:
         self._source = source
@@ -38,11 +32,10 @@ class CheckpointNames:
         self._group = group
 
     def has(self, name: str) -> bool:
-        """Every tensor of the decoder is in the checkpoint."""
-        return True
+        return True  # every tensor of the decoder is in the checkpoint
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Reads this rank's part of a parameter; q, k and v, which are one here, from three tensors."""
+        """Reads this rank's part of a parameter; the checkpoint has q, k and v as three tensors."""
         config, part = self._config, name.split(".", maxsplit=2)[-1] if name.startswith("layers.") else name
         if part == "head.weight":
             rows = self._group.shard_range(config.vision_vocab_size)

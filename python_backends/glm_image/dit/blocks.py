@@ -106,11 +106,7 @@ class EagerBlocks(Blocks):
 
 
 def eager_blocks(transformer: Any) -> Blocks:
-    """Returns the blocks of diffusers' ``GlmImageTransformer2DModel``, run one after the other as they are."""
-    return EagerBlocks(transformer.transformer_blocks, _dispatched(transformer))
-
-
-def _dispatched(transformer: Any) -> str:
-    """Returns the attention that diffusers' dispatch chooses for a transformer."""
+    """Returns diffusers' blocks as they are, with the attention that its dispatch chooses."""
     chosen = transformer.transformer_blocks[0].attn1.processor._attention_backend
-    return str((chosen or _AttentionBackendRegistry.get_active_backend()[0]).value)
+    backend = chosen or _AttentionBackendRegistry.get_active_backend()[0]
+    return EagerBlocks(transformer.transformer_blocks, str(backend.value))

@@ -13,10 +13,9 @@ from glm_image.request.source_images import SourcePicture
 
 
 class DitCommand(Command[R]):
-    """A command of the DiT."""
+    """A command of the DiT; an out-of-memory error calls it ``describe()``."""
 
     def describe(self) -> str:
-        """Returns what an out-of-memory message calls the command."""
         return "the release of memory"
 
 
@@ -32,7 +31,6 @@ class ReadSources(DitCommand[None]):
 
     @property
     def megapixels(self) -> float:
-        """The size of all sources together."""
         return sum(source.pixels.size for source in self.sources) / 3e6
 
 
@@ -71,8 +69,7 @@ class Prepare(ImageCommand[NDArray[np.float32]]):
 class Step(ImageCommand[bool]):
     """Takes an image's next denoising step; returns whether the cache skipped it.
 
-    Attributes:
-        for_estimate: whether ``Estimate`` may follow.
+    ``for_estimate`` says whether ``Estimate`` may follow.
     """
 
     for_estimate: bool = False

@@ -47,11 +47,9 @@ class _Image:
     """An image that is denoised.
 
     Attributes:
-        grid: its size.
         latents: fp32, updated in place.
         sigmas: its noise levels, fp32 [steps + 1].
         step: takes a step; None when all are taken, so that captured steps are freed before the image is decoded.
-        steps_taken: so far.
         previous: the latents before the latest step, if that was ``for_estimate``.
     """
 
@@ -66,15 +64,8 @@ class _Image:
 class Executor:
     """Denoises and decodes images, a command at a time; their latents stay on the device.
 
-    ``Decode`` may run in another thread than the other commands.
-
-    Args:
-        model: predicts velocities.
-        conditioner: prepares conditioning.
-        vae: decodes latents and encodes source images.
-        scheduler_config: the checkpoint's ``scheduler_config.json``.
-        device: where all of them are.
-        cache: see the attribute.
+    ``Decode`` may run in another thread than the other commands. ``scheduler_config`` is the checkpoint's
+    ``scheduler_config.json``.
 
     Attributes:
         cache: the residual cache of images prepared from now on; None = exact steps.
@@ -255,9 +246,7 @@ class Follower:
         self._executor = executor
 
     def run(self, command: Command[Any]) -> None:
-        """Runs one command."""
         self._executor.run(Drop(command.image) if isinstance(command, Decode) else command)
 
     def close(self) -> None:
-        """Closes the executor."""
         self._executor.close()

@@ -42,10 +42,7 @@ class _Pending:
 class Previews:
     """The queue of previews, and the thread that renders them while the device is idle.
 
-    Args:
-        render: renders one; called while the device is free for it.
-        device_is_free: held while the device is in use.
-        record: counts previews.
+    ``render`` is called while ``device_is_free``, which is held while the device is in use.
     """
 
     def __init__(self, render: Render, device_is_free: threading.Lock, record: MetricSink) -> None:

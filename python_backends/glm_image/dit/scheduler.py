@@ -27,20 +27,11 @@ from glm_image.telemetry.metrics import MetricSink, null_sink
 class Run(Protocol):
     """Runs a command on all ranks and returns its result."""
 
-    def __call__(self, command: Command[R], /) -> R:
-        """Runs ``command``."""
+    def __call__(self, command: Command[R], /) -> R: ...
 
 
 class Scheduler:
-    """Denoises one image at a time; between steps it checks the request's context and the previews that wait.
-
-    Args:
-        run: runs a command on all ranks.
-        record: receives the metrics of ``dit.metrics``.
-
-    Attributes:
-        previews: those that wait.
-    """
+    """Denoises one image at a time; between steps it checks the request's context and renders waiting previews."""
 
     def __init__(self, run: Run, record: MetricSink = null_sink) -> None:
         self._run = run
@@ -53,12 +44,9 @@ class Scheduler:
     def denoise(
         self, context: RequestContext, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()
     ) -> list[int]:
-        """Denoises all images of a request; returns their numbers for ``decode``.
+        """Denoises all images of a valid request; returns their numbers for ``decode``.
 
-        Args:
-            context: checked between steps.
-            request: a valid request.
-            sources: its source images, read once for all its images.
+        Its sources are read once for all its images.
 
         Raises:
             CancelledError: the request was cancelled.

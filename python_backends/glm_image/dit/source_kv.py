@@ -16,17 +16,9 @@ attention reads."""
 
 
 class SourceCache:
-    """Keys (after rotation) and values of all image tokens of a request's sources, one source after the other.
+    """This rank's keys (after rotation) and values of the image tokens of a request's sources, one after the other.
 
-    Args:
-        config: the transformer's.
-        tokens: image tokens of each source; each passes through the blocks once.
-        device: where they are kept.
-        dtype: the transformer's.
-        ranks: those that share the tokens and heads; this one keeps its shard.
-
-    Attributes:
-        tokens: as given.
+    ``tokens`` has the image tokens of each source; each passes through the blocks once.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class BranchSum(Protocol):
     partials: Tensor
 
     def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
-        """Adds the partial sums and ends the branch; see ``residual_norm``."""
+        """See ``residual_norm``."""
 
 
 class LocalSum:
@@ -73,10 +73,7 @@ class PeerSum:
     rank, which can be ahead by one sum at most, writes to the third.
 
     Args:
-        partials: fp32 [split_k, rows, width], the buffer of this rank.
         inboxes: addresses of the ranks' inboxes, int64 [ranks]; each fp32 [``INBOXES``, ranks, rows, width] and empty.
-        rank: this rank.
-        memory: keeps the inboxes allocated.
     """
 
     def __init__(self, partials: Tensor, inboxes: Tensor, rank: int, memory: object = None) -> None:
@@ -86,11 +83,7 @@ class PeerSum:
 
     @classmethod
     def between(cls, partials: Tensor, group: Group) -> PeerSum:
-        """Makes a sum over ranks, all of which must call this.
-
-        Args:
-            partials: fp32 [split_k, rows, width], the buffer of this rank.
-            group: the ranks.
+        """Returns a sum over the ranks of a group, all of which must call this.
 
         Raises:
             RuntimeError: their devices can't write each other's memory.
@@ -173,12 +166,7 @@ def _receive(pointers, inside):
 
 
 def branch_sum(partials: Tensor, group: Group) -> BranchSum:
-    """Returns the fastest sum over the ranks of a group.
-
-    Args:
-        partials: fp32 [split_k, rows, width], the buffer of one rank.
-        group: the ranks.
-    """
+    """Returns the fastest sum over the ranks of a group, of partial sums fp32 [split_k, rows, width]."""
     if group.size == 1:
         return LocalSum(partials)
     if group.uses_peer_memory:

@@ -124,13 +124,7 @@ def _combine_kernel(
 class DecodeAttention:
     """Attention of the layers of a decoder, one after the other, over the same slots.
 
-    Args:
-        slots: rows.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: a power of two.
-        rotary_dim: leading channels of a head that are rotated.
-        device: of the buffers.
+    ``head_dim`` is a power of two; the first ``rotary_dim`` channels of a head are rotated.
     """
 
     def __init__(

@@ -71,17 +71,9 @@ def _norm_silu_kernel(x_ptr, factors_ptr, out_ptr, pixels, channels, PIXELS: tl.
 
 
 def group_norm_silu(image: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """Computes ``silu(group_norm(image))``.
+    """Returns ``silu(group_norm(image))`` of bf16 [1, channels, height, width], channels last in memory.
 
-    Args:
-        image: bf16 [1, channels, height, width], channels last in memory.
-        weight: bf16 [channels].
-        bias: bf16 [channels].
-        groups: a divisor of channels.
-        eps: the norm's epsilon.
-
-    Returns:
-        As ``image``.
+    ``weight`` and ``bias`` are bf16 [channels]; ``groups`` divides channels.
     """
     _, channels, height, width = image.shape
     pixels, wide = height * width, triton.next_power_of_2(channels)

@@ -1,4 +1,4 @@
-"""QuantizedRows quantized to 8 bits, between two linear layers with int8 or fp8 products, in one pass over a row.
+"""Rows quantized to 8 bits, between two linear layers with int8 or fp8 products, in one pass over a row.
 
 The reference is ``devices.quantization``.
 """
@@ -58,21 +58,20 @@ def _rows_kernel(
     store_row(values.to(tl.bfloat16), out_ptr + place, scales_ptr + row, inside, LARGEST)
 
 
-def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedRows:
-    """Quantizes the output of a layer.
+def store_arguments(out: Tensor | QuantizedRows) -> tuple[Tensor, Tensor, float]:
+    """Returns the arguments of ``store_row``: where values go, where scales go, and the largest 8-bit value or 0."""
+    return (*out, MAX_VALUES[out.values.dtype]) if isinstance(out, QuantizedRows) else (out, out, 0.0)
 
-    Args:
-        product: bf16 [rows, width].
-        dtype: int8 or float8_e4m3fn.
-        gelu: whether GELU, in its tanh approximation, is applied first.
-    """
+
+def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False) -> QuantizedRows:
+    """Quantizes bf16 [rows, width] to int8 or float8_e4m3fn; with ``gelu``, its GELU in the tanh approximation."""
     out = empty_rows(product, dtype)
     _launch(product, None, out, gelu=gelu)
     return out
 
 
 def sums_in_8_bits(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> QuantizedRows:
-    """Quantizes the GELU of an int8 layer's result, given the sums of its product.
+    """Quantizes the GELU of an int8 layer's result.
 
     Args:
         sums: int32 [rows, n], ``rows.values @ weight.values.T``.
@@ -86,7 +85,7 @@ def sums_in_8_bits(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bia
 
 
 def sums_to_bf16(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> Tensor:
-    """Returns an int8 layer's result, bf16 [rows, n], given the sums of its product; see ``sums_in_8_bits``."""
+    """Returns an int8 layer's result, bf16 [rows, n]; see ``sums_in_8_bits``."""
     out = torch.empty_like(sums, dtype=torch.bfloat16)
     _launch(sums, (rows.scales, weight.scales, bias), out, gelu=False)
     return out
@@ -102,9 +101,7 @@ def _launch(
     product: Tensor, factors: tuple[Tensor, Tensor, Tensor] | None, out: Tensor | QuantizedRows, *, gelu: bool
 ) -> None:
     rows, width = product.shape
-    values, scales, largest = (
-        (*out, MAX_VALUES[out.values.dtype]) if isinstance(out, QuantizedRows) else (out, out, 0.0)
-    )
+    values, scales, largest = store_arguments(out)
     _rows_kernel[(rows,)](
         product, *(factors or (product, product, product)), values, scales, width,
         factors is not None, gelu, largest, triton.next_power_of_2(width),

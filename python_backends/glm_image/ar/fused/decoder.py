@@ -64,12 +64,9 @@ def supports(decoder: Decoder, slots: int) -> bool:
 
 
 class FusedDecoder:
-    """A decoder's step on the kernels; the reference is ``Decoder.decode``.
+    """A decoder's step on the kernels, bf16 or int8; the reference is ``Decoder.decode``.
 
-    Args:
-        decoder: holds the weights, bf16 or int8.
-        slots: rows of the batch, at most 16.
-        tiles: how the linears are divided; None = ``default_tiles``.
+    ``slots`` is at most 16; ``tiles`` divides the linears, None = ``default_tiles``.
     """
 
     def __init__(self, decoder: Decoder, slots: int, tiles: TileConfigs | None = None) -> None:
@@ -98,16 +95,13 @@ class FusedDecoder:
         )
 
     def decode(self, tokens: Tensor, lengths: Tensor, tables: tuple[Tensor, Tensor], cache: KvCache) -> Tensor:
-        """Adds one token to every slot.
+        """Adds one token to every slot; returns fp32 logits [slots, vision_vocab_size], overwritten by the next step.
 
         Args:
             tokens: int64 [slots].
             lengths: int64 [slots]: filled positions of the cache before this token.
             tables: cosines and sines of every position, [slots, positions, rotary_dim] each.
             cache: read and written.
-
-        Returns:
-            fp32 logits [slots, vision_vocab_size], overwritten by the next step.
         """
         decoder, tiles, eps = self._decoder, self._tiles, self._decoder.config.norm_eps
         layers = cast("list[DecoderLayer]", list(decoder.layers))

@@ -1,4 +1,4 @@
-"""Prefill with few launches: nine per layer, where plain torch has forty.
+"""Prefill with few launches: nine per layer, where PyTorch has forty.
 
 The launches of a short prompt take longer than its kernels, and delay the next token of the other slots. Matrix
 products and attention are those of torch's libraries, chosen by the prompt's own length, so the result depends on
@@ -21,11 +21,7 @@ from glm_image.kernels.silu_product import silu_product
 
 
 class FusedPrefill:
-    """Prefill on the kernels; the reference is ``Decoder.prefill``, which has the same arguments.
-
-    Args:
-        decoder: holds the weights, bf16 or int8; ``fused.decoder.supports`` must hold for it.
-    """
+    """Prefill on the kernels, where ``fused.decoder.supports`` holds; the reference is ``Decoder.prefill``."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
