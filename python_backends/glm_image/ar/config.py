@@ -84,12 +84,7 @@ class ArConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ArConfig:
-        """Reads the content of both files.
-
-        Raises:
-            KeyError: a value is missing.
-            ValueError: a value is not supported.
-        """
+        """Reads the content of both files; raises KeyError or ValueError where a value is missing or not supported."""
         text = config["text_config"]
         rope = text["rope_parameters"]
         _require("text_config.hidden_act", text.get("hidden_act", "silu"), "silu")

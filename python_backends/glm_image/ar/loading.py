@@ -18,12 +18,7 @@ from glm_image.parallel.process_group import Ranks
 
 
 def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, ranks: Ranks) -> Executor:
-    """Loads the decoder, which the ranks of ``ranks.tp`` share, and the whole vision tower on each of them.
-
-    Raises:
-        CheckpointError: a tensor is missing or has a wrong shape.
-        ConfigurationError: a setting is not allowed, or the device is too small.
-    """
+    """Loads the decoder, which the ranks of ``ranks.tp`` share, and the whole vision tower on each of them."""
     group = ranks.tp if settings.peer_memory else ranks.tp.without_peer_memory()
     config, dtype = ArConfig.read(checkpoint), named_dtype(settings.dtype) or device.default_dtype
     slots, positions = settings.max_num_seqs, settings.max_sequence_tokens

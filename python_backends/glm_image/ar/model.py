@@ -112,10 +112,6 @@ class Decoder(nn.Module):
             int8: the device's product of int8 weights; None = the weights keep their dtype. Each layer is quantized
                 before the next one is read.
             group: the ranks that share it.
-
-        Raises:
-            CheckpointError: a tensor is missing or has a wrong shape.
-            ConfigurationError: it can't be divided among so many ranks.
         """
         with torch.device("meta"):
             decoder = cls(config, group)

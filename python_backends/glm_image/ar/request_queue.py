@@ -29,13 +29,9 @@ class RequestQueue:
             self._closed = True
 
     def add(self, request: Request, expected_wait: Callable[[tuple[Request, ...]], float]) -> None:
-        """Appends a request.
+        """Appends a request; raises QueueFullError or, once closed, UnavailableError.
 
         ``expected_wait`` estimates, for the error, the seconds that a request behind the given ones waits.
-
-        Raises:
-            QueueFullError: the queue is full.
-            UnavailableError: the queue is closed.
         """
         with self._lock:
             if self._closed:

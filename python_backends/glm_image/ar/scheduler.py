@@ -60,13 +60,7 @@ class Scheduler:
         self._load = LoadGauges(record, slots, self._count_load)
 
     def submit(self, request: Request) -> Future[ArResult]:
-        """Queues a request.
-
-        Raises:
-            QueueFullError: the queue is full.
-            UnavailableError: the scheduler is stopping.
-            DeadlineExceededError: the request cannot be done before its deadline.
-        """
+        """Queues a request; see ``ArEngine.submit``."""
         request.context.check(self._needed_seconds(request))
         self._queue.add(request, self._expected_wait)
         self._load.update()

@@ -32,11 +32,6 @@ class Vision:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Vision:
-        """Loads both from ``vision_language_encoder``.
-
-        Raises:
-            CheckpointError: a config or a tensor is missing or has a wrong value or shape.
-        """
         tower, quantizer = _build(checkpoint)
         component = "vision_language_encoder"
         fill(tower, checkpoint.tensors(component, device, dtype), "model.visual.")

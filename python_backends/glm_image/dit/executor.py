@@ -95,10 +95,10 @@ class Executor:
         return self._model.blocks.attention_backend
 
     def run(self, command: Command[R]) -> R:
-        """Runs one command.
+        """Runs one command; an image whose command runs out of memory is dropped.
 
         Raises:
-            DeviceMemoryError: out of memory; the command's image is dropped.
+            DeviceMemoryError: an allocation failed.
             InvalidInputError: the sources need more memory than the device has.
         """
         self._device.set_current()

@@ -31,13 +31,7 @@ from glm_image.request.geometry import Size
 
 
 def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> Executor | Follower:
-    """Loads the transformer, whose weights the ranks of ``ranks.tp`` share, the glyph encoder and the VAE.
-
-    Raises:
-        CheckpointError: a tensor is missing or has a wrong shape.
-        ConfigurationError: the device is too small or can't multiply what ``quantization`` names, the cache does not
-            fit the transformer, or its heads can't be split so.
-    """
+    """Loads the transformer, whose weights the ranks of ``ranks.tp`` share, the glyph encoder and the VAE."""
     dtype = named_dtype(settings.dtype) or device.default_dtype
     modules = _empty_modules(checkpoint, settings, device, dtype, ranks)
     tiling = _check_memory(modules, settings, device, dtype)

@@ -44,15 +44,9 @@ class Scheduler:
     def denoise(
         self, context: RequestContext, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()
     ) -> list[int]:
-        """Denoises all images of a valid request; returns their numbers for ``decode``.
+        """Denoises all images of a valid request, whose sources are read once; returns their numbers for ``decode``.
 
-        Its sources are read once for all its images.
-
-        Raises:
-            CancelledError: the request was cancelled.
-            DeadlineExceededError: its time ran out, or is too short.
-            DeviceMemoryError: the device is out of memory.
-            InvalidInputError: the sources need more memory than the device has.
+        Raises what ``DitEngine.paint`` documents.
         """
         images: list[int] = []
         try:
@@ -130,13 +124,7 @@ class Scheduler:
         return left * self._step_seconds.of(_key(request)).fastest
 
     def decode(self, context: RequestContext, images: list[int]) -> NDArray[np.uint8]:
-        """Decodes denoised images to uint8 [images, height, width, 3]; they are dropped, also after an error.
-
-        Raises:
-            CancelledError: the request was cancelled.
-            DeadlineExceededError: its time ran out.
-            DeviceMemoryError: the device is out of memory.
-        """
+        """Decodes denoised images to uint8 [images, height, width, 3]; they are dropped, also after an error."""
         try:
             with context.timed(Stage.VAE):
                 return np.stack([self._decode_one(context, image) for image in images])

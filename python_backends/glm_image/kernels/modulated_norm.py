@@ -29,25 +29,25 @@ def _modulated_norm_kernel(
     HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
     stream = is_text_row(row, first_text, first_rows, second_text).to(tl.int32)
-    place = row.to(tl.int64) * width + at
-    values = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    offsets = row.to(tl.int64) * width + cols
+    values = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        gate = tl.load(gates_ptr + (GATE * 2 + stream) * width + at, mask=inside, other=0.0).to(tl.float32)
-        branch = tl.load(branch_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gates_ptr + (GATE * 2 + stream) * width + cols, mask=mask, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         # Rounded where diffusers' operators round.
         rounded = (values + (branch * gate).to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16)
-        tl.store(residual_ptr + place, rounded, mask=inside)
+        tl.store(residual_ptr + offsets, rounded, mask=mask)
         values = rounded.to(tl.float32)
     if HAS_NORM:
-        centred = tl.where(inside, values - tl.sum(values) / width, 0.0)
+        centred = tl.where(mask, values - tl.sum(values) / width, 0.0)
         normed = centred * tl.rsqrt(tl.sum(centred * centred) / width + eps)
-        scale = tl.load(table_ptr + (SCALE * 2 + stream) * width + at, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(table_ptr + (SHIFT * 2 + stream) * width + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(table_ptr + (SCALE * 2 + stream) * width + cols, mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(table_ptr + (SHIFT * 2 + stream) * width + cols, mask=mask, other=0.0).to(tl.float32)
         modulated = normed.to(tl.bfloat16).to(tl.float32) * (1.0 + scale) + shift
-        store_row(modulated.to(tl.bfloat16), out_ptr + place, scales_ptr + row, inside, LARGEST)
+        store_row(modulated.to(tl.bfloat16), out_ptr + offsets, scales_ptr + row, mask, LARGEST)
 
 
 class GatedBranch(NamedTuple):

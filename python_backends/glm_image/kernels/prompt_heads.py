@@ -18,22 +18,22 @@ def _rotate_and_store_kernel(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     dim = tl.arange(0, DIM)[None, :]
-    inside = (head < HEADS + 2 * KV_HEADS) & (dim < DIM)
-    rotary = (dim < ROTARY) & (head < HEADS + KV_HEADS) & inside
+    mask = (head < HEADS + 2 * KV_HEADS) & (dim < DIM)
+    rotary = (dim < ROTARY) & (head < HEADS + KV_HEADS) & mask
     # Channel d of the first half pairs with d + ROTARY / 2.
     partner = tl.where(dim < ROTARY // 2, dim + ROTARY // 2, dim - ROTARY // 2)
     row = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * DIM + head * DIM
-    own = tl.load(row + dim, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(row + dim, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(row + partner, mask=rotary, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + token * ROTARY + dim, mask=rotary, other=1.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * ROTARY + dim, mask=rotary, other=0.0).to(tl.float32)
     sin = tl.where(dim < ROTARY // 2, -sin, sin)
     rotated = (own * cos + other * sin).to(tl.bfloat16)
     kv_head = (head - HEADS) % KV_HEADS
-    place = (kv_head.to(tl.int64) * positions + token) * DIM + dim
-    tl.store(query_ptr + token * HEADS * DIM + head * DIM + dim, rotated, mask=inside & (head < HEADS))
-    tl.store(keys_ptr + place, rotated, mask=inside & (head >= HEADS) & (head < HEADS + KV_HEADS))
-    tl.store(values_ptr + place, rotated, mask=inside & (head >= HEADS + KV_HEADS))
+    offsets = (kv_head.to(tl.int64) * positions + token) * DIM + dim
+    tl.store(query_ptr + token * HEADS * DIM + head * DIM + dim, rotated, mask=mask & (head < HEADS))
+    tl.store(keys_ptr + offsets, rotated, mask=mask & (head >= HEADS) & (head < HEADS + KV_HEADS))
+    tl.store(values_ptr + offsets, rotated, mask=mask & (head >= HEADS + KV_HEADS))
 
 
 def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:

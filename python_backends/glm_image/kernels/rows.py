@@ -24,18 +24,18 @@ WIDE_ROW = 8192
 
 
 @triton.jit
-def store_row(values, places, scale_place, inside, LARGEST: tl.constexpr):
+def store_row(values, ptrs, scale_ptr, mask, LARGEST: tl.constexpr):
     """Stores a row of bf16 values as it is, or with its scale in an 8-bit type whose largest value is ``LARGEST``."""
     if LARGEST > 0:
         full = values.to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(full)), SMALLEST) / LARGEST
         scaled = full / scale
-        if places.dtype.element_ty == tl.int8:
+        if ptrs.dtype.element_ty == tl.int8:
             scaled = (scaled + ROUNDING) - ROUNDING
-        tl.store(places, scaled.to(places.dtype.element_ty), mask=inside)
-        tl.store(scale_place, scale)
+        tl.store(ptrs, scaled.to(ptrs.dtype.element_ty), mask=mask)
+        tl.store(scale_ptr, scale)
     else:
-        tl.store(places, values, mask=inside)
+        tl.store(ptrs, values, mask=mask)
 
 
 @triton.jit
@@ -44,18 +44,18 @@ def _rows_kernel(
     SUMS: tl.constexpr, GELU: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    place = row.to(tl.int64) * width + at
-    values = tl.load(product_ptr + place, mask=inside, other=0).to(tl.float32)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    offsets = row.to(tl.int64) * width + cols
+    values = tl.load(product_ptr + offsets, mask=mask, other=0).to(tl.float32)
     if SUMS:
-        scales = tl.load(column_scales_ptr + at, mask=inside, other=0.0)
-        bias = tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        scales = tl.load(column_scales_ptr + cols, mask=mask, other=0.0)
+        bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         values = values * tl.load(row_scales_ptr + row) * scales + bias
         values = values.to(tl.bfloat16).to(tl.float32)
     if GELU:
         values = values * tl.sigmoid((values + 0.044715 * values * values * values) * GELU_SLOPE)
-    store_row(values.to(tl.bfloat16), out_ptr + place, scales_ptr + row, inside, LARGEST)
+    store_row(values.to(tl.bfloat16), out_ptr + offsets, scales_ptr + row, mask, LARGEST)
 
 
 def store_arguments(out: Tensor | QuantizedRows) -> tuple[Tensor, Tensor, float]:

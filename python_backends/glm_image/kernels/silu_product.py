@@ -13,13 +13,13 @@ BLOCK = 1024
 @triton.jit
 def _silu_product_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < width
-    gate = tl.load(gate_up_ptr + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    gate = tl.load(gate_up_ptr + row * 2 * width + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * width + width + cols, mask=mask, other=0.0).to(tl.float32)
     # Rounded where torch's operators round.
     silu = (gate * tl.sigmoid(gate)).to(tl.bfloat16).to(tl.float32)
-    tl.store(out_ptr + row * width + at, (up * silu).to(tl.bfloat16), mask=inside)
+    tl.store(out_ptr + row * width + cols, (up * silu).to(tl.bfloat16), mask=mask)
 
 
 def silu_product(gate_up: Tensor) -> Tensor:
