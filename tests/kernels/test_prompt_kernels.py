@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from glm_image.ar.fused.prefill import FusedPrefill
 from glm_image.ar.kv_cache import KvCache
-from glm_image.ar.model import Decoder, rotate
+from glm_image.ar.model import Decoder
+from glm_image.ar.rotary import rotate
 from glm_image.checkpoint.checkpoint import RandomTensors
 from glm_image.devices.quantization import dequantized_product
 from glm_image.kernels.prompt_heads import rotate_and_store

@@ -1,4 +1,4 @@
-"""What the AR scheduler asks of its executor: plain data that can be sent to other ranks."""
+"""The commands of the AR's executor: plain data, which is sent to every rank."""
 
 from __future__ import annotations
 

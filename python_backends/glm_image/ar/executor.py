@@ -130,12 +130,12 @@ class Executor:
         self._refill_noise(slot, sequence)
         preview_tokens = command.tokens - command.grids[-1].tokens
         self._state.sampler.set(slot, command.sampling, preview_tokens, self._decoder.config.vision_vocab_size)
-        self._sample_first(slot, self._read_prompt(command))
+        self._sample_first(slot, self._prefill_slot(command))
         self._state.set(slot, length, sampled=1, active=True)
         sequence.sampled = 1
         self._device.record_event().synchronize()
 
-    def _read_prompt(self, command: Admit) -> Tensor:
+    def _prefill_slot(self, command: Admit) -> Tensor:
         """Fills a slot's rotary tables and its cache; returns the logits of its first token, [1, vision_vocab_size]."""
         slot, length, state = command.slot, len(command.prompt_ids), self._state
         prompt_positions = geometry.prompt_positions(length, command.sources)

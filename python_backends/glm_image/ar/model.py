@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.rotary import rotate
 from glm_image.ar.weights import CheckpointNames
 from glm_image.checkpoint.checkpoint import TensorSource, fill
 from glm_image.devices.int8_linear import AnyLinear, Int8Product, quantize_linears
@@ -37,16 +38,6 @@ class RmsNorm(nn.Module):
             return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         # The arithmetic of the reference, to the last bit.
         return self.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps))
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the leading channels of heads [..., head_dim] by their position (Su et al., 2021), halves paired.
-
-    ``cos`` and ``sin`` are [..., rotary_dim], broadcast over heads.
-    """
-    rotary, passthrough = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
-    first, second = rotary.chunk(2, dim=-1)
-    return torch.cat([rotary * cos + torch.cat([-second, first], dim=-1) * sin, passthrough], dim=-1)
 
 
 class DecoderLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""What the AR scheduler keeps of its requests. Touches no tensors."""
+"""Requests and sequences of the AR scheduler. Touches no tensors."""
 
 from __future__ import annotations
 

@@ -50,12 +50,7 @@ class ArSettings(DeviceSettings):
 
 
 def captured(mode: str, sizes: tuple[int, ...], max_num_seqs: int) -> bool:
-    """Returns whether the decode step is captured.
-
-    Args:
-        mode: one of ``GRAPH_MODES``. ``FULL`` means ``FULL_DECODE_ONLY``, which is logged.
-        sizes: batch sizes to capture; () = max_num_seqs.
-        max_num_seqs: sequences that decode together.
+    """Returns whether the decode step is captured; sizes () mean ``max_num_seqs``. ``FULL`` is logged.
 
     Raises:
         ConfigurationError: another mode, or a size other than ``max_num_seqs``.
@@ -69,5 +64,5 @@ def captured(mode: str, sizes: tuple[int, ...], max_num_seqs: int) -> bool:
             "and a request's tokens would depend on how many others run"
         )
     if mode == "FULL":
-        logger.info("graph_mode FULL runs as FULL_DECODE_ONLY: prompts differ in length, so prefill is eager")
+        logger.info("graph_mode FULL runs as FULL_DECODE_ONLY: prompts differ in length, so they are read eagerly")
     return mode != "NONE"

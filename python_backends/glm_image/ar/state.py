@@ -1,4 +1,4 @@
-"""What a decode step reads and writes: tensors at fixed addresses."""
+"""The state of a decode step: tensors at fixed addresses."""
 
 from __future__ import annotations
 

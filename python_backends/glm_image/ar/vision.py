@@ -1,4 +1,4 @@
-"""From source images to tokens: transformers' vision tower, and the nearest code of each patch."""
+"""Encodes source images to tokens: transformers' vision tower, and the nearest code of each patch."""
 
 from __future__ import annotations
 

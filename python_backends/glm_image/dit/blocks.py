@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -67,15 +68,6 @@ class Blocks(ABC):
         return [image for image, _ in self.run(range(len(self)), sequences, time, rotary, kv_hooks, shape)]
 
 
-class _KvHookCache:
-    """A hook in the form of a cache that diffusers' attention reads."""
-
-    mode = "read"
-
-    def __init__(self, kv_hook: KvHook) -> None:
-        self.get = kv_hook
-
-
 class EagerBlocks(Blocks):
     """diffusers' own modules, run one after the other."""
 
@@ -99,7 +91,8 @@ class EagerBlocks(Blocks):
         results: list[Tokens] = []
         for image, text in sequences:
             for index in which:
-                cache = _KvHookCache(kv_hooks[index]) if kv_hooks and not results else None
+                # The hook in the form of a cache that diffusers' attention reads.
+                cache = SimpleNamespace(mode="read", get=kv_hooks[index]) if kv_hooks and not results else None
                 image, text = self._blocks[index](image, text, time, rotary, kv_cache=cache, **options)  # noqa: PLW2901 - the sequence's state
             results.append((image, text))
         return results

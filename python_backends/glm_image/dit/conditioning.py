@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glm_image.dit.commands import Prepare
 from glm_image.dit.schedule import Schedule
 from glm_image.dit.source_kv import SourceCache
 from glm_image.request import geometry, prompts
@@ -79,33 +80,23 @@ class Conditioner:
         self._device: torch.device = transformer.proj_out.weight.device
         self._dtype: torch.dtype = transformer.proj_out.weight.dtype
 
-    def prepare(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        prior_token_ids: NDArray[np.int32],
-        grid: Grid,
-        guidance_scale: float,
-        schedule: Schedule,
-        sources: SourceCache | None = None,
-    ) -> Conditioning:
+    def prepare(self, command: Prepare, schedule: Schedule, sources: SourceCache | None = None) -> Conditioning:
         """Prepares one image; a guidance scale above 1 adds the unconditional branch.
 
-        The quoted strings of ``prompt`` and ``negative_prompt`` are the glyph conditions of the two branches.
-        ``prior_token_ids`` is int32 [grid.tokens].
+        The quoted strings of the prompts are the glyph conditions of the two branches.
         """
-        embedded = self._embedded(prior_token_ids, grid)
-        guided = guidance_scale > 1
-        branches = [self._branch(prompt, embedded)]
+        embedded = self._embedded(command.prior_token_ids, command.grid)
+        guided = command.guidance_scale > 1
+        branches = [self._branch(command.prompt, embedded)]
         if guided:
-            branches.append(self._branch(negative_prompt, torch.zeros_like(embedded)))
+            branches.append(self._branch(command.negative_prompt, torch.zeros_like(embedded)))
         return Conditioning(
             branches=branches,
             guided=guided,
             tokens=embedded.shape[1],
-            guidance_scale=guidance_scale,
-            times=self._times(geometry.painted_size(grid), schedule.timesteps),
-            rotary=self._rotary(grid),
+            guidance_scale=command.guidance_scale,
+            times=self._times(geometry.painted_size(command.grid), schedule.timesteps),
+            rotary=self._rotary(command.grid),
             sources=sources,
         )
 

@@ -176,15 +176,7 @@ class Executor:
         place, grid, steps = self._device.torch_device, command.grid, command.num_inference_steps
         timetable = schedule(self._scheduler_config, steps, grid.tokens * IMAGE_TOKENS_PER_TOKEN, place)
         sources = None if command.sources_of is None else self._sources[command.sources_of]
-        conditioning = self._conditioner.prepare(
-            command.prompt,
-            command.negative_prompt,
-            command.prior_token_ids,
-            grid,
-            command.guidance_scale,
-            timetable,
-            sources,
-        )
+        conditioning = self._conditioner.prepare(command, timetable, sources)
         state = ImageState(
             conditioning=self._model.parallel.shard_conditioning(conditioning),
             latents=self._noise(command.seed, grid).to(place, torch.float32),

@@ -23,11 +23,10 @@ TILE = 64
 @triton.jit
 def _projected(partials_ptr, bias_ptr, offs, rows, width, row, mask, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Adds the partial sums of a projection in order to its bias, and rounds as torch's operator does."""
-    sums = (
-        tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if HAS_BIAS
-        else tl.zeros_like(offs).to(tl.float32)
-    )
+    if HAS_BIAS:
+        sums = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        sums = tl.zeros_like(offs).to(tl.float32)
     for split in tl.static_range(SPLIT_K):
         sums += tl.load(partials_ptr + (split * rows + row) * width + offs, mask=mask, other=0.0)
     return sums.to(tl.bfloat16).to(tl.float32)
