@@ -6,14 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from glm_image.ar.engine import ArEngine, ArResult
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import instance_device, open_device
-from glm_image.dit.engine import DitEngine
+from glm_image.dit.engine import DitEngine, DitResult
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import ar_metadata, request_metadata
@@ -23,17 +20,9 @@ from glm_image.request.parameters import ArMetadata, GenerationParameters, Paint
 
 
 @dataclass(frozen=True)
-class GeneratedImages:
-    """The images of a request.
+class GeneratedImages(DitResult):
+    """The images of a request, and the server's ``metadata`` output."""
 
-    Attributes:
-        pixels: uint8 [n, height, width, 3].
-        encoded: the encoded files; empty for the output format ``raw``.
-        metadata: as the server's ``metadata`` output.
-    """
-
-    pixels: NDArray[np.uint8]
-    encoded: list[bytes]
     metadata: dict[str, Any]
 
 

@@ -17,16 +17,12 @@ class RequestQueue:
         self._max_queue = max_queue
         self._requests: deque[Request] = deque()
         self._lock = threading.Lock()
-        self._closed = False
-
-    @property
-    def is_closed(self) -> bool:
-        return self._closed
+        self.is_closed = False
 
     def close(self) -> None:
         """Refuses requests from now on; those that wait stay."""
         with self._lock:
-            self._closed = True
+            self.is_closed = True
 
     def add(self, request: Request, expected_wait: Callable[[tuple[Request, ...]], float]) -> None:
         """Appends a request; raises QueueFullError or, once closed, UnavailableError.
@@ -34,7 +30,7 @@ class RequestQueue:
         ``expected_wait`` estimates, for the error, the seconds that a request behind the given ones waits.
         """
         with self._lock:
-            if self._closed:
+            if self.is_closed:
                 raise UnavailableError("glm_ar is stopping; no new requests are taken")
             if len(self._requests) >= self._max_queue:
                 raise QueueFullError(

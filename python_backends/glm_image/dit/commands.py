@@ -12,22 +12,12 @@ from glm_image.request.geometry import Grid
 from glm_image.request.source_images import SourcePicture
 
 
-class DitCommand(Command[R]):
-    """A command of the DiT; an out-of-memory error calls it ``describe()``."""
-
-    def describe(self) -> str:
-        return "the release of memory"
-
-
 @dataclass(frozen=True)
-class ReadSources(DitCommand[None]):
+class ReadSources(Command[None]):
     """Computes the keys and values of a request's source images, which are kept until ``ForgetSources``."""
 
     request: int
     sources: tuple[SourcePicture, ...]
-
-    def describe(self) -> str:
-        return f"the reading of {self.megapixels:.1f} megapixels of source images"
 
     @property
     def megapixels(self) -> float:
@@ -35,14 +25,14 @@ class ReadSources(DitCommand[None]):
 
 
 @dataclass(frozen=True)
-class ForgetSources(DitCommand[None]):
+class ForgetSources(Command[None]):
     """Drops the keys and values of a request's source images."""
 
     request: int
 
 
 @dataclass(frozen=True)
-class ImageCommand(DitCommand[R]):
+class ImageCommand(Command[R]):
     """A command on one image, which has a number of the scheduler's choice."""
 
     image: int
@@ -61,9 +51,6 @@ class Prepare(ImageCommand[NDArray[np.float32]]):
     seed: int
     sources_of: int | None = None
 
-    def describe(self) -> str:
-        return "the conditioning"
-
 
 @dataclass(frozen=True)
 class Step(ImageCommand[bool]):
@@ -74,9 +61,6 @@ class Step(ImageCommand[bool]):
 
     for_estimate: bool = False
 
-    def describe(self) -> str:
-        return "a denoising step"
-
 
 @dataclass(frozen=True)
 class Estimate(ImageCommand[NDArray[np.uint8]]):
@@ -86,16 +70,10 @@ class Estimate(ImageCommand[NDArray[np.uint8]]):
     level 0 the same velocity leads to x' - s' v = (s x' - s' x) / (s - s').
     """
 
-    def describe(self) -> str:
-        return "a latent preview"
-
 
 @dataclass(frozen=True)
 class Decode(ImageCommand[NDArray[np.uint8]]):
     """Decodes an image's latents to uint8 [height, width, 3], and drops the image."""
-
-    def describe(self) -> str:
-        return "the VAE decode"
 
 
 @dataclass(frozen=True)

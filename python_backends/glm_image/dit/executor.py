@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from glm_image.dit.cache import CacheSettings
 from glm_image.dit.cached_step import CachedStep, cached_step
 from glm_image.dit.commands import (
     Decode,
-    DitCommand,
     Drop,
     Estimate,
     ForgetSources,
@@ -40,6 +39,14 @@ from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid
 
 LATENTS_PER_TOKEN = 4
 IMAGE_TOKENS_PER_TOKEN = 4
+
+OPERATIONS: Final = {
+    Prepare: "the conditioning",
+    Step: "a denoising step",
+    Estimate: "a latent preview",
+    Decode: "the VAE decode",
+}
+"""What an out-of-memory error calls a command."""
 
 
 @dataclass
@@ -134,7 +141,9 @@ class Executor:
 
     def _oom_report(self, command: Command[Any]) -> OomReport:
         in_use = f"{len(self._images)} images and the sources of {len(self._sources)} requests in memory"
-        operation = command.describe() if isinstance(command, DitCommand) else "a command"
+        operation = OPERATIONS.get(type(command), "the release of memory")
+        if isinstance(command, ReadSources):
+            operation = f"the reading of {command.megapixels:.1f} megapixels of source images"
         if not isinstance(command, ImageCommand):
             return OomReport(operation, in_use, "their number or size")
         image = self._images.get(command.image)

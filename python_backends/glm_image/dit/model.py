@@ -62,11 +62,7 @@ class DitModel:
     ) -> list[Tensor]:
         """Returns the velocity that every branch predicts, fp32 of the latents' ``shape``.
 
-        Args:
-            images: image tokens of this rank's branches after the blocks, [1, image tokens, width].
-            time: the step's embedding, [1, time width].
-            shape: of the latents.
-            guided: whether there are two branches.
+        ``images`` are the image tokens of this rank's branches after the blocks, [1, image tokens, width].
         """
         patch = self.transformer.config.patch_size
         tokens = shape[2] * shape[3] // patch**2

@@ -96,30 +96,27 @@ class SequenceAttention:
         outputs = []
         for index, (sequence, result) in enumerate(zip(sequences, results, strict=True)):
             query, key, value = pending[index].wait()[None].unbind(2)
-            attended = self._attend_to_all(query, key, value, sequence.text, None if index else kv_hook, shape)
+            hook = None if index else kv_hook
+            if self._ring.size > 1:
+                attended = self._ring_attention(query, key, value, sequence.text, hook, shape)
+            else:
+                attended = self._attend(query, *(hook(key, value) if hook else (key, value)))
             outputs.append(self._exchange_heads(attended[0], sequence.text, result))
         for output in outputs:
             output.write()
 
-    def _attend_to_all(
-        self, query: Tensor, key: Tensor, value: Tensor, text: int, kv_hook: KvHook | None, shape: SequenceShape
-    ) -> Tensor:
-        if self._ring.size == 1:
-            return self._attend(query, *(kv_hook(key, value) if kv_hook else (key, value)))
-        return self._ring_attention(query, key, value, text, kv_hook, shape)
-
-    def _exchange_tokens(self, sequence: Heads, shape: SequenceShape) -> PendingQkv:
+    def _exchange_tokens(self, sequence: Heads, shape: SequenceShape) -> PendingTensor:
         """From all heads of own tokens to own heads of the ring shard's tokens."""
         group = self._ulysses
         if group.size == 1:
-            return PendingQkv(sequence.normed())
+            return PendingTensor(sequence.normed())
         qkv, text = sequence.qkv, sequence.text
         rows = [len(shard) for shard in group.shard_ranges(len(self._ring.shard_range(shape.image_tokens)))]
         own, of_rank = rows[group.rank], (3, qkv.shape[2] // group.size, qkv.shape[3])
         gathered, sent = qkv.new_empty(text + sum(rows), *of_rank), qkv.new_empty(group.size, own, *of_rank)
         sequence.scatter_heads(group.rank, gathered[:text], sent)
         transfer = group.all_to_all_async(sent.flatten(0, 1), [own] * group.size, gathered[text:], rows)
-        return PendingQkv(gathered, transfer)
+        return PendingTensor(gathered, transfer)
 
     def _exchange_heads(self, attended: Tensor, text: int, result: Tensor) -> PendingOutput:
         """From own heads of the ring shard's tokens back to all heads of own tokens."""
@@ -156,16 +153,16 @@ class SequenceAttention:
             total = _merged(total, self._attend_with_lse(query, *received))
         return total[0].to(query.dtype)
 
-    def _send_recv(self, sent: Tensor, counts: Sequence[int], step: int) -> PendingQkv:
+    def _send_recv(self, sent: Tensor, counts: Sequence[int], step: int) -> PendingTensor:
         """Sends keys and values to the next rank of the ring, and receives those of the rank ``step`` places before."""
         ring = self._ring
         length = sum(len(ring.shard_ranges(count)[(ring.rank - step) % ring.size]) for count in counts)
         received = sent.new_empty(*sent.shape[:2], length, *sent.shape[3:])
-        return PendingQkv(received, ring.send_recv_async(sent, received))
+        return PendingTensor(received, ring.send_recv_async(sent, received))
 
 
-class PendingQkv:
-    """Queries, keys and values that other ranks may still be writing."""
+class PendingTensor:
+    """A tensor that other ranks may still be writing."""
 
     def __init__(self, tensor: Tensor, transfer: Transfer | None = None) -> None:
         self._tensor, self._transfer = tensor, transfer

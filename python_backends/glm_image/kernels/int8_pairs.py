@@ -49,12 +49,6 @@ class Int8Pairs:
         pairs = torch.stack([high, whole - STEP.value * high], dim=1).to(torch.int8)
         return cls(pairs, largest / LARGEST.value)
 
-    def dequantized(self) -> Tensor:
-        """Returns the values, fp32 [rows, width]."""
-        high, low = self.values.float().unbind(1)
-        values: Tensor = self.scale[:, None] * (STEP.value * high + low)
-        return values
-
 
 @triton.jit
 def store_row(out_ptr, scale_ptr, row, cols, mask, values, width, INT8_PAIR: tl.constexpr):

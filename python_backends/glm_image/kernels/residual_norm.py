@@ -77,15 +77,9 @@ def _residual_norm_kernel(
 def embed_norm(
     tokens: Tensor, table: Tensor, weight: Tensor, residual: Tensor, out: Tensor | Int8Pairs, eps: float
 ) -> None:
-    """Looks up the embeddings of tokens and normalises them.
+    """Writes the embeddings of ``tokens`` int64 [rows] to ``residual`` and their norm to ``out``.
 
-    Args:
-        tokens: int64 [rows].
-        table: bf16 [vocabulary, width].
-        weight: bf16 [width], of the first norm.
-        residual: bf16 [rows, width], written: the embeddings.
-        out: bf16 [rows, width] or int8 pairs, written: their norm.
-        eps: the norm's epsilon.
+    ``table`` is bf16 [vocabulary, width]; ``residual`` is bf16 and ``out`` bf16 or int8 pairs, [rows, width].
     """
     rows, width = residual.shape
     values, scale, int8_pair = store_arguments(out)

@@ -71,14 +71,7 @@ def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False)
 
 
 def sums_in_8_bits(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> QuantizedRows:
-    """Quantizes the GELU of an int8 layer's result.
-
-    Args:
-        sums: int32 [rows, n], ``rows.values @ weight.values.T``.
-        rows: [rows, k].
-        weight: [n, k].
-        bias: bf16 [n].
-    """
+    """Quantizes the GELU of an int8 layer's result, given its sums ``rows.values @ weight.values.T``, int32 [rows, n]."""
     out = empty_rows(sums, rows.values.dtype)
     _launch(sums, (rows.scales, weight.scales, bias), out, gelu=True)
     return out

@@ -177,12 +177,8 @@ def linear_partials(
 def gate_up(x: Tensor | Int8Pairs, weight: Tensor, scale: Tensor | None, out: Tensor, tiles: TileConfig) -> None:
     """Computes ``up * silu(gate)``, where gate and up are the halves of the product of ``x`` and a matrix.
 
-    Args:
-        x: bf16 [rows, k], at most ``ROWS`` rows; or int8 pairs, for int8 weights.
-        weight: bf16 or int8 [2 * n, k]: gate, then up.
-        scale: fp32 [2 * n], by which rows of int8 weights are multiplied; None for bf16 weights.
-        out: bf16 [rows, n].
-        tiles: how the matrix is divided, without split-K.
+    The arguments are those of ``linear_partials``, but ``weight`` is [2 * n, k]: gate, then up; ``out`` is bf16
+    [rows, n]; and ``tiles`` has no split-K.
     """
     rows, n = out.shape
     k = weight.shape[1]

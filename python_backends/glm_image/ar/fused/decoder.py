@@ -95,13 +95,9 @@ class FusedDecoder:
         )
 
     def decode(self, tokens: Tensor, lengths: Tensor, tables: tuple[Tensor, Tensor], cache: KvCache) -> Tensor:
-        """Adds one token to every slot; returns fp32 logits [slots, vision_vocab_size], overwritten by the next step.
+        """Adds one token to every slot as ``Decoder.decode`` does; the next step overwrites the logits.
 
-        Args:
-            tokens: int64 [slots].
-            lengths: int64 [slots]: filled positions of the cache before this token.
-            tables: cosines and sines of every position, [slots, positions, rotary_dim] each.
-            cache: read and written.
+        ``tables`` are cosines and sines of every position, [slots, positions, rotary_dim] each.
         """
         decoder, tiles, eps = self._decoder, self._tiles, self._decoder.config.norm_eps
         residual, normed, attended = self._residual, self._normed, self._attended

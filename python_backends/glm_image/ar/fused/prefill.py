@@ -14,9 +14,8 @@ from torch import Tensor
 from glm_image.ar.fused.decoder import layers_and_norms
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder, gathered_logits
-from glm_image.kernels.prompt_heads import rotate_and_store
+from glm_image.kernels.prefill import rotate_and_store, silu_product
 from glm_image.kernels.residual_norm import embed_norm, residual_norm
-from glm_image.kernels.silu_product import silu_product
 
 
 class FusedPrefill:
