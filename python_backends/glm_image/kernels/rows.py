@@ -71,7 +71,7 @@ def quantize_rowwise(product: Tensor, dtype: torch.dtype, *, gelu: bool = False)
 
 
 def sums_in_8_bits(sums: Tensor, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor) -> QuantizedRows:
-    """Quantizes the GELU of an int8 layer's result, given its sums ``rows.values @ weight.values.T``, int32 [rows, n]."""
+    """Quantizes the GELU of an int8 layer, given ``sums`` int32 [rows, n] of ``rows.values @ weight.values.T``."""
     out = empty_rows(sums, rows.values.dtype)
     _launch(sums, (rows.scales, weight.scales, bias), out, gelu=True)
     return out
