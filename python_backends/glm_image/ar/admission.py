@@ -1,4 +1,4 @@
-"""When a waiting sequence gets a free slot. Touches no tensors."""
+"""Admission of waiting sequences to free slots. Touches no tensors."""
 
 from __future__ import annotations
 

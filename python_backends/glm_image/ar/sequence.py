@@ -61,7 +61,7 @@ class Sources:
 
 @dataclass
 class Sampled:
-    """How many of a request's tokens are sampled; apart from the request, which its context outlives."""
+    """Number of a request's tokens sampled so far. The context, which outlives the request, refers to this alone."""
 
     done: int
     total: int

@@ -13,7 +13,7 @@ from glm_image.request.declaration import choice, whole, whole_numbers
 logger = logging.getLogger(__name__)
 
 GRAPH_MODES: Final = ("NONE", "FULL_DECODE_ONLY", "FULL")
-"""Which part of the AR is captured as a graph, by vLLM's names."""
+"""Parts of the AR that are captured as a graph, by vLLM's names."""
 
 WHY_NOT_PIECEWISE: Final = "the decode step has no part that must stay outside a graph, so it is captured whole"
 

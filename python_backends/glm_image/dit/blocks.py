@@ -47,7 +47,7 @@ class Blocks(ABC):
         Running blocks in parts gives the same bits as running all of them in one call.
 
         Args:
-            which: the blocks, without gaps.
+            which: the blocks, contiguous.
             sequences: the tokens of each.
             time: silu(time embedding), [1, time width].
             rotary: tables of the image tokens.

@@ -21,7 +21,7 @@ STEPS_WITH_A_MASK: Final = 8
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """When a step may reuse an earlier step's middle blocks; fields as in cache-dit's ``DBCacheConfig``."""
+    """Settings of the residual cache; fields as in cache-dit's ``DBCacheConfig``."""
 
     Fn_compute_blocks: int = whole(
         1,

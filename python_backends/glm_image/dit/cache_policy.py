@@ -1,4 +1,4 @@
-"""When a step may reuse the middle blocks' residuals of an earlier one, and how those are extrapolated.
+"""Policy of the residual cache: which steps reuse the middle blocks' residuals, and how those are extrapolated.
 
 Both follow cache-dit's DBCache and TaylorSeer, which the tests compare them with.
 """

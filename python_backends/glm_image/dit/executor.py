@@ -46,7 +46,7 @@ OPERATIONS: Final = {
     Estimate: "a latent preview",
     Decode: "the VAE decode",
 }
-"""What an out-of-memory error calls a command."""
+"""Names of the commands in an out-of-memory error."""
 
 
 @dataclass

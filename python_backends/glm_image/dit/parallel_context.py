@@ -1,4 +1,4 @@
-"""How the ranks of an instance share an image."""
+"""The shards of a rank in a denoising step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from glm_image.parallel.process_group import ONE_RANK, Ranks
 
 
 class ParallelContext:
-    """How the ranks of an instance share an image; of one rank, it changes nothing."""
+    """The branches and tokens of an image that a rank computes; of one rank, all of them."""
 
     def __init__(self, ranks: Ranks = ONE_RANK) -> None:
         self.ranks = ranks

@@ -1,7 +1,7 @@
 """Renders previews: small images in few steps, while no request is denoised or between two steps of one.
 
-Previews cannot delay requests for long. Their number is bounded, and so is their share of the device's time while
-requests are denoised. Previews beyond that are refused, not queued.
+Their number is bounded, and so is their share of the device's time while requests are denoised; previews beyond that
+are refused, not queued.
 """
 
 from __future__ import annotations

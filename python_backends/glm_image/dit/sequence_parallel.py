@@ -106,7 +106,7 @@ class SequenceAttention:
             output.write()
 
     def _exchange_tokens(self, sequence: Heads, shape: SequenceShape) -> PendingTensor:
-        """From all heads of own tokens to own heads of the ring shard's tokens."""
+        """Exchanges all heads of own tokens for own heads of the ring shard's tokens."""
         group = self._ulysses
         if group.size == 1:
             return PendingTensor(sequence.normed())
@@ -119,7 +119,7 @@ class SequenceAttention:
         return PendingTensor(gathered, transfer)
 
     def _exchange_heads(self, attended: Tensor, text: int, result: Tensor) -> PendingOutput:
-        """From own heads of the ring shard's tokens back to all heads of own tokens."""
+        """Exchanges own heads of the ring shard's tokens back for all heads of own tokens."""
         group = self._ulysses
         if group.size == 1:
             return PendingOutput([(attended[None], result)])
