@@ -45,13 +45,7 @@ AR_METRICS: Final = (
 
 
 class LoadGauges:
-    """Records how many sequences run and wait: whenever that changes, and in the order of the changes.
-
-    Args:
-        record: takes the metrics.
-        slots: sequences that decode together.
-        count: returns the number of running and of waiting sequences.
-    """
+    """Records how many sequences run and wait: whenever ``count`` changes, in the order of the changes."""
 
     def __init__(self, record: MetricSink, slots: int, count: Callable[[], tuple[int, int]]) -> None:
         self._record, self._slots, self._count = record, slots, count
