@@ -24,10 +24,18 @@ class RequestQueue:
         with self._lock:
             self.is_closed = True
 
-    def add(self, request: Request, expected_wait: Callable[[tuple[Request, ...]], float]) -> None:
-        """Appends a request; raises QueueFullError or, once closed, UnavailableError.
+    def add(
+        self, request: Request, needed_seconds: float, expected_wait: Callable[[tuple[Request, ...]], float]
+    ) -> None:
+        """Appends a request that takes at least ``needed_seconds``.
 
         ``expected_wait`` estimates, for the error, the seconds that a request behind the given ones waits.
+
+        Raises:
+            UnavailableError: the queue is closed.
+            QueueFullError: it holds as many requests as it may.
+            CancelledError: the request was cancelled.
+            DeadlineExceededError: its deadline comes before it can be done.
         """
         with self._lock:
             if self.is_closed:
@@ -37,6 +45,7 @@ class RequestQueue:
                     f"glm_ar has {len(self._requests)} requests waiting, as many as max_queue allows; "
                     f"one more would wait about {expected_wait(tuple(self._requests)):.0f} s; try again later"
                 )
+            request.context.check(needed_seconds)
             self._requests.append(request)
 
     def requests(self) -> tuple[Request, ...]:

@@ -61,8 +61,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> Future[ArResult]:
         """Queues a request; see ``ArEngine.submit``."""
-        request.context.check(self._needed_seconds(request))
-        self._queue.add(request, self._expected_wait)
+        self._queue.add(request, self._needed_seconds(request), self._expected_wait)
         self._load.update()
         request.context.on_cancel(partial(self._cancel_unbegun, request))
         return request.future

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -117,23 +118,23 @@ class DitEngine:
         sources = request.read_sources(limits, self.source_rule)
         numbers = self._scheduler.denoise(context, request, sources)
         self._unfinished.acquire()
-        result: Future[DitResult] = Future()
         if self._finisher is None:
-            self._finish(result, context, request, numbers)
+            result = self._decode_and_encode_here(context, request, numbers)
         else:
-            self._finisher.submit(self._finish, result, context, request, numbers)
+            result = self._finisher.submit(self._decode_and_encode, context, request, numbers)
+        result.add_done_callback(lambda _: self._unfinished.release())
         return result
 
-    def _finish(
-        self, result: Future[DitResult], context: RequestContext, request: PaintRequest, numbers: list[int]
-    ) -> None:
-        result.set_running_or_notify_cancel()  # makes ``cancel`` of the future fail
+    def _decode_and_encode_here(
+        self, context: RequestContext, request: PaintRequest, numbers: list[int]
+    ) -> Future[DitResult]:
+        result: Future[DitResult] = Future()
         try:
             result.set_result(self._decode_and_encode(context, request, numbers))
-        except Exception as error:  # the caller must get an answer, whatever it is
+        except Exception as error:  # raised in the future, as by the finisher thread
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and this frame keeps the error alive
             result.set_exception(error)
-        finally:
-            self._unfinished.release()
+        return result
 
     def _decode_and_encode(self, context: RequestContext, request: PaintRequest, numbers: list[int]) -> DitResult:
         decoded = self._scheduler.decode(context, numbers)

@@ -174,6 +174,7 @@ class RequestContext:
             if self._is_finished:
                 return
             self._is_finished = True
+            self._on_cancel = None  # it may refer to the request, which refers to this context
         self._notify(lambda observer: observer.finished(self, error))
 
     @property
@@ -183,12 +184,15 @@ class RequestContext:
     def cancel(self) -> None:
         """Cancels the request: a waiting one ends immediately, a running one at the engine's next ``check``."""
         self._cancelled.set()
-        if self._on_cancel is not None:
-            self._on_cancel()
+        callback = self._on_cancel
+        if callback is not None:
+            callback()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Sets the callback to run on cancellation, replacing any earlier one; runs it now if already cancelled."""
-        self._on_cancel = callback
+        with self._lock:
+            if not self._is_finished:
+                self._on_cancel = callback
         if self.cancelled:
             callback()
 

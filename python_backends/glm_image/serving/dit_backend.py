@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
 from glm_image.ipc.protocol import Message
-from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.lifecycle.dit_load import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import PREVIEW, LatentPreviewPublisher, read_preview_request, reply_with_preview
@@ -34,6 +36,28 @@ if TYPE_CHECKING:
     from glm_image.parallel.rank_group import WorkerConfig
 
 
+IDLE_NS: Final = NANOSECONDS // 2
+"""Longer than Triton takes to pass an instance the next waiting request, on a busy host too."""
+
+
+class BusyPeriod:
+    """Since when an instance has had requests without a pause: none of them can have waited in the queue for longer."""
+
+    def __init__(self) -> None:
+        self.since_ns = 0
+        self._ended_ns = 0
+
+    def begin(self) -> None:
+        """Records that a request has come out of the queue."""
+        now = time.monotonic_ns()
+        if now - self._ended_ns > IDLE_NS:
+            self.since_ns = now
+
+    def end(self) -> None:
+        """Records that the instance takes the next request."""
+        self._ended_ns = time.monotonic_ns()
+
+
 class DitBackend(StageBackend):
     """The Triton Python model of the DiT stage."""
 
@@ -42,6 +66,17 @@ class DitBackend(StageBackend):
     metrics = DIT_METRICS
     counters = DIT_OUTCOMES
     outcome = RequestState.FINISHED
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        self._busy = BusyPeriod()
+        super().initialize(args)
+
+    def execute(self, requests: list[Any]) -> None:
+        self._busy.begin()
+        try:
+            super().execute(requests)
+        finally:
+            self._busy.end()
 
     def _load_engine(
         self, parameters: DitParameters, checkpoint: Checkpoint, device: Device, workers: WorkerConfig
@@ -64,7 +99,7 @@ class DitBackend(StageBackend):
         """Denoises the images of a request; the response follows when they are decoded and encoded."""
         request = read_request(inputs)
         context = call.context
-        _adopt(call, inputs, request)
+        _adopt(call, inputs, request, self._busy.since_ns)
         context.start(Stage.CONDITION)
         call.responder.send_result(
             self._engine.paint(context, request, self._limits), partial(self._outputs, context, request)
@@ -90,8 +125,11 @@ class DitBackend(StageBackend):
         return reply
 
 
-def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest) -> None:
+def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest, busy_since_ns: int) -> None:
     """Continues the request that ``glm_ar`` began: its id, arrival, deadline and stage times.
+
+    A request that a client sends directly states no arrival. It counts as arrived at ``busy_since_ns``, so that a
+    cancel sent while it waited in Triton's queue applies to it.
 
     The ensemble gives each stage the whole timeout of the request, so the deadline comes from the first stage.
     """
@@ -100,7 +138,7 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest) -> None:
     if deadline_ns < 0:
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
     context.id = call.request_id or metadata.get("request_id", context.id)
-    context.arrived_ns = metadata.get("arrived_ns", context.arrived_ns)
+    context.arrived_ns = metadata.get("arrived_ns", busy_since_ns)
     context.deadline_ns = deadline_ns or context.deadline_ns
     seconds = metadata.get("seconds", {})
     context.seconds = {stage: seconds[stage] for stage in AR_STAGES if stage in seconds}

@@ -88,7 +88,11 @@ class StageBackend(ABC):
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            call = self._track(request)
+            try:
+                call = self._track(request)
+            except Exception as error:  # the other requests go on
+                Responder(request).fail(error)
+                continue
             with call.responder.errors_sent():
                 self._tracing.observe(call.context, request)
                 self._handle(call, Inputs(request))
