@@ -7,7 +7,7 @@ import binascii
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -71,11 +71,8 @@ class Metadata:
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in raw.items() if name in known
         }
-        return cls(
-            **values,
-            extra={name: value for name, value in raw.items() if name not in known},
-            raw=dict(raw),
-        )
+        extra = {name: value for name, value in raw.items() if name not in known}
+        return cls(**values, extra=extra, raw=dict(raw))
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Metadata:
@@ -108,21 +105,16 @@ class GenerationResult:
         Raises:
             ServerFailure: an output is missing or malformed.
         """
-        try:
-            metadata = Metadata.from_json(outputs["metadata"][0])
-            encoded = [base64.b64decode(file, validate=True) for file in outputs["images_base64"].ravel()]
-            return cls(metadata, encoded, None if encoded else outputs["images"])
-        except KeyError as error:
-            raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
-        except binascii.Error as error:
-            raise ServerFailure("images_base64 of the server's response is not base64") from error
+        metadata = Metadata.from_json(_output(outputs, "metadata")[0])
+        encoded = image_files(outputs)
+        return cls(metadata, encoded, None if encoded else _output(outputs, "images"))
 
     @cached_property
     def images(self) -> list[Image.Image]:
         """The images as PIL images, RGB; decoded on first use."""
         if self.pixels is not None:
             return [Image.fromarray(image) for image in self.pixels]
-        return [Image.open(io.BytesIO(file)).convert("RGB") for file in self.encoded]
+        return decoded_images(self.encoded)
 
     @cached_property
     def arrays(self) -> list[NDArray[np.uint8]]:
@@ -196,10 +188,7 @@ class PriorTokens:
         Raises:
             ServerFailure: an output is missing or malformed.
         """
-        try:
-            values: dict[str, Any] = {item.name: outputs[item.name] for item in fields(cls)}
-        except KeyError as error:
-            raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
+        values: dict[str, Any] = {item.name: _output(outputs, item.name) for item in fields(cls)}
         values["ar_metadata"] = json_object(values["ar_metadata"][0], "ar_metadata")
         return cls(**values)
 
@@ -231,6 +220,29 @@ class PriorTokens:
         except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             raise BadArgumentError(f"tokens {str(path)!r} was not written by PriorTokens.save") from error
         return cls(**values)
+
+
+def image_files(outputs: Mapping[str, NDArray[Any]]) -> list[bytes]:
+    """Returns the files in the output ``images_base64``.
+
+    Raises:
+        ServerFailure: the output is missing or malformed.
+    """
+    try:
+        return [base64.b64decode(file, validate=True) for file in _output(outputs, "images_base64").ravel()]
+    except binascii.Error as error:
+        raise ServerFailure("images_base64 of the server's response is not base64") from error
+
+
+def decoded_images(files: Sequence[bytes]) -> list[Image.Image]:
+    """Returns image files as PIL images, RGB."""
+    return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+
+
+def _output(outputs: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    if name not in outputs:
+        raise ServerFailure(f"the server's answer has no output {name!r}")
+    return outputs[name]
 
 
 def json_object(text: bytes | str, name: str) -> dict[str, Any]:

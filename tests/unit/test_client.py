@@ -30,10 +30,18 @@ from glm_image_client import (
     RequestTimeout,
     ServerFailure,
 )
-from glm_image_client.calls import generate, paint, prior_inputs, prior_tokens, stream
+from glm_image_client.calls import (
+    generate,
+    paint,
+    prior_inputs,
+    prior_tokens,
+    request_tensors,
+    source_bytes,
+    stream,
+)
 from glm_image_client.core import run
 from glm_image_client.errors import answered, sentence
-from glm_image_client.grpc_transport import connection_fault
+from glm_image_client.grpc_transport import connection_fault, with_integer_shapes
 from glm_image_client.options import (
     OPTIONS,
     PROMPT,
@@ -44,8 +52,7 @@ from glm_image_client.options import (
     StreamOptions,
 )
 from glm_image_client.result import file_names
-from glm_image_client.tensors import request_tensors, source_bytes
-from glm_image_client.transport import Endpoint, microseconds, with_integer_shapes
+from glm_image_client.transport import Endpoint, microseconds
 
 METADATA = {
     "version": "0.1.0",
