@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """A source image for the vision tower.
-
-    Attributes:
-        pixels: uint8 [16 * grid.height, 16 * grid.width, 3].
-        grid: its tokens.
-    """
+    """A source image for the vision tower: ``pixels`` is uint8 [16 * grid.height, 16 * grid.width, 3]."""
 
     pixels: NDArray[np.uint8]
     grid: Grid
@@ -37,7 +32,6 @@ class SourcePicture:
     Attributes:
         pixels: uint8 [32 * grid.height, 32 * grid.width, 3].
         token_ids: int32 [grid.tokens].
-        grid: its tokens.
     """
 
     pixels: NDArray[np.uint8]
@@ -89,14 +83,7 @@ def for_ar(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[So
 def for_dit(
     files: Sequence[bytes], token_ids: NDArray[np.int32], grids: Sequence[Grid], limits: Limits, rule: SourceRule
 ) -> tuple[SourcePicture, ...]:
-    """Returns source images as the DiT stage needs them.
-
-    Args:
-        files: the images.
-        token_ids: int32 [tokens of all grids].
-        grids: one for each image.
-        limits: the largest request.
-        rule: how images are sized.
+    """Returns source images as the DiT stage needs them; ``token_ids`` is int32 [tokens of all grids].
 
     Raises:
         InvalidInputError: as ``decode_sources``, or an image's grid differs from ``grids``.

@@ -12,7 +12,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from glm_image.config.schema import OUTPUTS, PAINTING_INPUTS, REQUEST_INPUTS, STAGE_TENSORS
+from glm_image.config.schema import OUTPUTS, REQUEST_INPUTS, SHARED_INPUTS, STAGE_TENSORS
 from glm_image.errors import CancelledError
 from glm_image.ipc.protocol import Event, socket_directory
 from glm_image.lifecycle.events import EventBuilder
@@ -107,7 +107,7 @@ class StreamSession:
         prior = self._stages.call("glm_ar", self._inputs, STAGE_TENSORS)
         if relay.has_cancelled:
             raise CancelledError(f"request {self._request_id} was cancelled")
-        dit_inputs = {spec.name: self._inputs[spec.name] for spec in PAINTING_INPUTS if spec.name in self._inputs}
+        dit_inputs = {spec.name: self._inputs[spec.name] for spec in SHARED_INPUTS if spec.name in self._inputs}
         started = time.monotonic()
         outputs = self._stages.call("glm_dit", {**dit_inputs, **prior}, OUTPUTS)
         self._dit_seconds.put(self._kind, time.monotonic() - started)
