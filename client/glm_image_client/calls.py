@@ -1,4 +1,7 @@
-"""The requests that a client can send, independent of protocol and of asyncio: values in, tensors out."""
+"""The requests that a client can send, independent of protocol and of asyncio: values in, tensors out.
+
+A value that cannot be sent raises ``BadArgumentError``.
+"""
 
 from __future__ import annotations
 
@@ -116,9 +119,6 @@ def request_tensors(values: Mapping[str, object], images: Sequence[SourceImage] 
     """Returns the inputs of a request: each value as a tensor [1], the source images as ``image`` BYTES [k].
 
     A value of None is not sent, so that the server's default applies.
-
-    Raises:
-        BadArgumentError: a value does not fit its input's type, or an image cannot be read.
     """
     tensors = [_value_tensor(name, value) for name, value in values.items() if value is not None]
     if images:
@@ -127,11 +127,7 @@ def request_tensors(values: Mapping[str, object], images: Sequence[SourceImage] 
 
 
 def source_bytes(image: SourceImage) -> bytes:
-    """Returns the bytes to send for one source image; only a PIL image is encoded (PNG, upright).
-
-    Raises:
-        BadArgumentError: the file cannot be read, or the value is no image.
-    """
+    """Returns the bytes to send for one source image; only a PIL image is encoded (PNG, upright)."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, Image.Image):
@@ -148,11 +144,7 @@ def source_bytes(image: SourceImage) -> bytes:
 
 
 def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
-    """Returns the inputs of ``glm_dit`` that come from ``glm_ar``; a seed replaces that of ``prior``.
-
-    Raises:
-        BadArgumentError: an array holds other values than integers, or the seed is not a 64-bit integer.
-    """
+    """Returns the inputs of ``glm_dit`` that come from ``glm_ar``; a seed replaces that of ``prior``."""
     kept = {name: value for name, value in prior.ar_metadata.items() if name not in AR_REQUEST_FIELDS}
     return [
         _integer_tensor("prior_token_ids", "INT32", prior.prior_token_ids),

@@ -39,10 +39,7 @@ def run(awaitable: Awaitable[T]) -> T:
 class ClientCore:
     """Sends calls, retries them, and cancels those that are abandoned. Waiting blocks the calling thread.
 
-    Args:
-        endpoint: where the server listens.
-        timeout: seconds to wait for an answer where a call does not say; None = no limit.
-        retries: when a request is sent again.
+    The arguments are those of ``GlmImageClient``.
     """
 
     asynchronous: ClassVar = False
@@ -62,15 +59,9 @@ class ClientCore:
         return await self._transport.model_metadata(model, self._timeout)
 
     async def answer(self, prepare: Callable[P, Call[T]], *args: P.args, **options: P.kwargs) -> T:
-        """Sends a call and returns its result.
+        """Sends the call that ``prepare`` returns, and returns its result.
 
-        Args:
-            prepare: makes the call; reads and encodes source images, which may take a while.
-            args: arguments of ``prepare``.
-            options: arguments of ``prepare``.
-
-        Raises:
-            GlmImageClientError: as ``GlmImageClient.generate``.
+        ``prepare`` reads and encodes source images, which may take a while.
         """
         call = await self._in_thread(prepare, *args, **options)
         try:

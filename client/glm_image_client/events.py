@@ -52,11 +52,6 @@ class StreamEvent:
 
     @classmethod
     def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> StreamEvent:
-        """Reads the output tensors of one response.
-
-        Raises:
-            ServerFailure: an output is missing or malformed.
-        """
         try:
             event = json_object(outputs["event"][0], "event")
             result = GenerationResult.from_outputs(outputs) if event["event"] == "image" else None

@@ -45,6 +45,7 @@ LONGEST_EVENT = 128 * 1024 * 1024
 """Bytes of an event, which is one line with all images of a request."""
 
 TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # two classes before Python 3.11
+STREAM_PATH = "/v2/models/{}/generate_stream"
 DATA = b"data:"
 MAY_SUCCEED_LATER = re.compile(r"deadline|try again later|is stopping|maximum queue size|memory")
 
@@ -53,13 +54,10 @@ _NOT_KSERVE = "an exception occurred in the client while decoding the response"
 
 
 class HttpBase(Transport):
-    """The calls of a transport that opens a connection for each of them.
-
-    Attributes:
-        faults: what the HTTP library raises for a timeout or a broken connection.
-    """
+    """The calls of a transport that opens a connection for each of them."""
 
     faults: ClassVar[tuple[type[Exception], ...]]
+    """What the HTTP library raises for a timeout or a broken connection."""
 
     @abstractmethod
     async def _within(self, call: Callable[[Any], Any], timeout: float | None) -> Any:
@@ -131,7 +129,7 @@ class HttpTransport(HttpBase):
         connect = HTTPSConnection if self._tls else HTTPConnection
         async with self._translated_errors(timeout):
             with closing(connect(host, timeout=timeout)) as connection:
-                connection.request("POST", f"{slash}{base}{stream_path(model)}", body)
+                connection.request("POST", f"{slash}{base}{STREAM_PATH.format(model)}", body)
                 answer = connection.getresponse()
                 if answer.status != HTTPStatus.OK:
                     raise stream_failure(answer.status, answer.read())
@@ -165,7 +163,7 @@ class AsyncHttpTransport(HttpBase):
         self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
     ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
         body = stream_body(inputs, request_id, timeout)
-        url = f"{'https' if self._tls else 'http'}://{self._address}{stream_path(model)}"
+        url = f"{'https' if self._tls else 'http'}://{self._address}{STREAM_PATH.format(model)}"
         limit = aiohttp.ClientTimeout(total=timeout)
         async with (
             self._translated_errors(timeout),
@@ -202,17 +200,8 @@ def client_error(error: InferenceServerException, address: str) -> GlmImageClien
     return answered(status, message)
 
 
-def stream_path(model: str) -> str:
-    """Returns the path of a model's ``generate_stream``."""
-    return f"/v2/models/{model}/generate_stream"
-
-
 def stream_body(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> bytes:
-    """Returns the JSON of a request.
-
-    Raises:
-        BadArgumentError: ``output_format`` is raw, which Triton would send as text.
-    """
+    """Returns the JSON of a request; refuses raw images, which Triton would send as text."""
     values: dict[str, Any] = {"id": request_id}
     for name, datatype, data in inputs:
         items = data.ravel().tolist()
@@ -227,12 +216,7 @@ def stream_body(inputs: Sequence[Tensor], request_id: str, timeout: float | None
 
 
 def stream_outputs(line: bytes) -> dict[str, NDArray[Any]] | None:
-    """Returns the outputs in a line of a stream; None for a line without an event.
-
-    Raises:
-        RefusedError: the event is a refusal.
-        ServerFailure: the event is another error, or is not JSON.
-    """
+    """Returns the outputs in a line of a stream, or raises its error; None for a line without an event."""
     if not line.startswith(DATA):
         return None
     try:

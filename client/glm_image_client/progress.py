@@ -57,16 +57,10 @@ def shows_images(preview_dir: Path | None) -> bool:
 
 
 def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | None) -> GenerationResult:
-    """Follows a stream to its end and returns the images.
+    """Follows ``stream()`` to its end and returns the images.
 
-    Args:
-        events: the events of ``stream()``.
-        has_bar: whether standard error gets a progress bar, and intermediate images if its terminal can show them.
-        preview_dir: folder for intermediate images, named ``NN_KIND.png``.
-
-    Raises:
-        BadArgumentError: an image cannot be written.
-        GlmImageClientError: as ``GlmImageClient.generate``.
+    With ``has_bar`` standard error gets a progress bar, and intermediate images if its terminal can show them.
+    ``preview_dir`` gets intermediate images, named ``NN_KIND.png``.
     """
     protocol = image_protocol(os.environ) if has_bar else None
     written = 0

@@ -1,4 +1,4 @@
-"""The results of requests, as Python objects."""
+"""The results of requests, as Python objects; a malformed answer raises ``ServerFailure``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,6 @@ class Metadata:
 
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any]) -> Metadata:
-        """Reads the metadata's JSON object."""
         known = {item.name for item in fields(cls)} - {"extra", "raw"}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in raw.items() if name in known
@@ -76,11 +75,6 @@ class Metadata:
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Metadata:
-        """Reads the metadata's text.
-
-        Raises:
-            ServerFailure: it is not a JSON object.
-        """
         return cls.from_mapping(json_object(text, "metadata"))
 
 
@@ -100,11 +94,6 @@ class GenerationResult:
 
     @classmethod
     def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> GenerationResult:
-        """Reads the output tensors ``images``, ``images_base64`` and ``metadata``.
-
-        Raises:
-            ServerFailure: an output is missing or malformed.
-        """
         metadata = Metadata.from_json(_output(outputs, "metadata")[0])
         encoded = image_files(outputs)
         return cls(metadata, encoded, None if encoded else _output(outputs, "images"))
@@ -183,11 +172,6 @@ class PriorTokens:
 
     @classmethod
     def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> PriorTokens:
-        """Reads the output tensors of ``glm_ar``.
-
-        Raises:
-            ServerFailure: an output is missing or malformed.
-        """
         values: dict[str, Any] = {item.name: _output(outputs, item.name) for item in fields(cls)}
         values["ar_metadata"] = json_object(values["ar_metadata"][0], "ar_metadata")
         return cls(**values)
@@ -223,11 +207,7 @@ class PriorTokens:
 
 
 def image_files(outputs: Mapping[str, NDArray[Any]]) -> list[bytes]:
-    """Returns the files in the output ``images_base64``.
-
-    Raises:
-        ServerFailure: the output is missing or malformed.
-    """
+    """Returns the files in the output ``images_base64``."""
     try:
         return [base64.b64decode(file, validate=True) for file in _output(outputs, "images_base64").ravel()]
     except binascii.Error as error:
@@ -246,11 +226,7 @@ def _output(outputs: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
 
 
 def json_object(text: bytes | str, name: str) -> dict[str, Any]:
-    """Returns the JSON object in an output's text.
-
-    Raises:
-        ServerFailure: it is not a JSON object.
-    """
+    """Returns the JSON object in an output's text."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -261,11 +237,7 @@ def json_object(text: bytes | str, name: str) -> dict[str, Any]:
 
 
 def format_of(path: str | Path) -> str:
-    """Returns the image format of a file's suffix: ``png``, ``jpeg`` or ``webp``.
-
-    Raises:
-        BadArgumentError: the suffix is another one.
-    """
+    """Returns the image format of a file's suffix: ``png``, ``jpeg`` or ``webp``."""
     suffix = Path(path).suffix
     if suffix.lower() not in SUFFIX_FORMATS:
         raise BadArgumentError(f"output {str(path)!r} ends in {suffix!r}; allowed: {', '.join(SUFFIX_FORMATS)}")

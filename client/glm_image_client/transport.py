@@ -46,12 +46,7 @@ class Endpoint(NamedTuple):
     def parse(cls, url: str | None, protocol: str = "grpc") -> Endpoint:
         """Reads ``HOST[:PORT]`` or ``SCHEME://HOST[:PORT][/PATH]``; a scheme decides the protocol.
 
-        Args:
-            url: None = this machine and the protocol's default port.
-            protocol: ``grpc`` or ``http``, used if the URL has no scheme.
-
-        Raises:
-            BadArgumentError: the URL or the protocol is not allowed.
+        None = this machine and the protocol's default port.
         """
         if protocol not in DEFAULT_PORTS:
             raise BadArgumentError(f"protocol is {protocol!r}; allowed: grpc, http")
@@ -87,11 +82,7 @@ class Transport(ABC):
     ) -> dict[str, NDArray[Any]]:
         """Sends one request and returns every output by its name.
 
-        Args:
-            model: the model's name.
-            inputs: the tensors to send, as binary data.
-            request_id: the id of the request; "" = an id that the server makes.
-            timeout: seconds to wait, also sent to the server.
+        ``request_id`` "" = an id that the server makes. ``timeout`` is in seconds and also sent to the server.
 
         Raises:
             RefusedError: the server refuses the request.
@@ -117,8 +108,7 @@ class Transport(ABC):
         """Returns KServe's model metadata: name, versions, platform, inputs, outputs. Raises as ``infer`` does."""
 
     @abstractmethod
-    async def close(self) -> None:
-        """Closes every connection."""
+    async def close(self) -> None: ...
 
 
 def connect(endpoint: Endpoint, *, asynchronous: bool) -> Transport:
@@ -142,11 +132,7 @@ def infer_arguments(triton: Any, inputs: Sequence[Tensor], request_id: str, time
 
 
 def microseconds(timeout: float | None) -> int | None:
-    """Returns seconds as KServe's ``timeout`` parameter; None stays None.
-
-    Raises:
-        BadArgumentError: the timeout is not a positive number.
-    """
+    """Returns seconds as KServe's ``timeout`` parameter; None stays None."""
     if timeout is None:
         return None
     if not (math.isfinite(timeout) and timeout > 0):

@@ -16,11 +16,11 @@ from glm_image.ar.memory import decoder_parameters
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.layout import (
     COMPONENTS,
+    NO_WEIGHTS,
     PIPELINE_CLASS,
-    WEIGHT_FILES,
     check_model_index,
     read_json,
-    read_weight_map,
+    weight_files,
 )
 from glm_image.errors import CheckpointError
 from glm_image.request.geometry import Size
@@ -55,8 +55,6 @@ class PartReport:
     """A folder of the checkpoint.
 
     Attributes:
-        part: name of the folder.
-        class_name: the class that ``model_index.json`` names for it.
         parameters: number by its config; 0 for a part without tensors.
         stored_parameters: number in the files present.
         dtypes: dtype -> parameters stored in it.
@@ -78,8 +76,6 @@ class Inspection:
     """The report on a checkpoint.
 
     Attributes:
-        folder: its path.
-        parts: its folders.
         stages: memory of each stage in each dtype, with the default parameters and images of ``IMAGE_SIZE``.
         slots: sequences of the cache, and tokens of each.
         token_ids: ids of the tokens that structure a prompt.
@@ -169,8 +165,10 @@ def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str])
     files: dict[str, int | None] = {}
     dtypes: Counter[str] = Counter()
     faults_before = len(faults)
-    expected = _weight_files(folder / part, faults) if configured else {}
-    for file, tensors in expected.items():
+    expected = weight_files(folder / part) if configured else {}
+    if expected is None:
+        faults.append(f"{folder / part} has {NO_WEIGHTS}")
+    for file, tensors in (expected or {}).items():
         path = folder / part / file
         files[file] = path.stat().st_size if path.is_file() else None
         if files[file] is None:
@@ -189,21 +187,6 @@ def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str])
         faults.append(f"{folder / part} holds {stored:,} parameters; by its config it has {configured:,}")
     size = sum(path.stat().st_size for path in (folder / part).rglob("*") if path.is_file())
     return PartReport(part, COMPONENTS[part][0], configured, stored, dict(dtypes), files, size)
-
-
-def _weight_files(folder: Path, faults: list[str]) -> dict[str, set[str]]:
-    """Returns a part's weight files, each with the tensors that an index expects in it; {} without weight files."""
-    for file in WEIGHT_FILES:
-        index = folder / f"{file}.index.json"
-        if index.is_file():
-            expected: dict[str, set[str]] = {}
-            for tensor, shard in read_weight_map(index).items():
-                expected.setdefault(shard, set()).add(tensor)
-            return dict(sorted(expected.items()))
-        if (folder / file).is_file():
-            return {file: set()}
-    faults.append(f"{folder} has no {' or '.join(WEIGHT_FILES)}, and no index of one")
-    return {}
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
