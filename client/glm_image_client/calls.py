@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, SupportsFloat, SupportsIndex, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from glm_image_client.errors import BadArgumentError
@@ -31,7 +30,7 @@ from glm_image_client.options import (
     StreamOptions,
 )
 from glm_image_client.result import GenerationResult, PriorTokens, json_object
-from glm_image_client.transport import Tensor, object_array
+from glm_image_client.transport import Outputs, Request, Tensor, object_array
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,21 +48,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Call(Generic[T]):
-    """A request that is ready to be sent.
+class Call(Request, Generic[T]):
+    """A request that is ready to be sent; one without an id need not be cancelled.
 
     Attributes:
-        model: the model's name.
-        tensors: its inputs.
         read: makes the result of the model's outputs.
-        request_id: the id to cancel it by; None = it need not be cancelled.
         timeout: seconds; None = the client's own.
     """
 
-    model: str
-    tensors: Sequence[Tensor]
-    read: Callable[[Mapping[str, NDArray[Any]]], T]
-    request_id: str | None
+    read: Callable[[Outputs], T]
     timeout: float | None
 
 
@@ -97,12 +90,12 @@ def control(action: str, request_id: str, timeout: float | None) -> Call[dict[st
         Tensor(name, "BYTES", object_array([value.encode()]))
         for name, value in (("request_id", request_id), ("action", action))
     ]
-    return Call("glm_control", tensors, lambda outputs: json_object(outputs["result"][0], "result"), None, timeout)
+    return Call("glm_control", tensors, "", lambda outputs: json_object(outputs["result"][0], "result"), timeout)
 
 
 def _call(
     model: str,
-    read: Callable[[Mapping[str, NDArray[Any]]], T],
+    read: Callable[[Outputs], T],
     prompt: str,
     kind: type,
     options: Mapping[str, Any],
@@ -112,7 +105,7 @@ def _call(
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}; allowed: {', '.join(kind.__annotations__)}")
     values = {name: value for name, value in options.items() if name not in {"images", "request_id", "timeout"}}
     sent = [*request_tensors({"prompt": prompt, **values}, options.get("images")), *tensors]
-    return Call(model, sent, read, options.get("request_id") or uuid.uuid4().hex, options.get("timeout"))
+    return Call(model, sent, options.get("request_id") or uuid.uuid4().hex, read, options.get("timeout"))
 
 
 def request_tensors(values: Mapping[str, object], images: Sequence[SourceImage] | None = None) -> list[Tensor]:

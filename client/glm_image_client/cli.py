@@ -115,8 +115,7 @@ def generate(
     with _exit_codes():
         width, height = _parse_size(size)
         output_format = format_of(output)
-        _check_folder(output)
-        _check_offline(offline, checkpoint, device)
+        _check_flags(output, offline, checkpoint, device)
         images = [source_bytes(path) for path in image or ()]
         options |= {"width": width, "height": height}
         began = time.perf_counter()
@@ -208,13 +207,10 @@ def _parse_size(size: str | None) -> tuple[int | None, int | None]:
     return int(found[1]), int(found[2])
 
 
-def _check_folder(output: str) -> None:
+def _check_flags(output: str, offline: bool, checkpoint: Path | None, device: str | None) -> None:
     # Before the request, so that no images are lost.
     if not Path(output).parent.is_dir():
         raise BadArgumentError(f"--output is {output!r}; allowed: a file in a folder that exists")
-
-
-def _check_offline(offline: bool, checkpoint: Path | None, device: str | None) -> None:
     if offline and checkpoint is None:
         raise BadArgumentError("--offline needs --checkpoint DIR")
     if not offline and (checkpoint, device) != (None, None):

@@ -68,7 +68,7 @@ class ClientCore:
             return await self._attempts(call)
         except (asyncio.CancelledError, KeyboardInterrupt, RequestTimeout):
             # Triton does not propagate a disconnect to a running step of an ensemble.
-            if call.request_id is not None:
+            if call.request_id:
                 cancel = calls.control("cancel", call.request_id, GIVE_UP_SECONDS)
                 with suppress(GlmImageClientError):
                     await self._shielded(self._attempts(cancel))
@@ -81,9 +81,7 @@ class ClientCore:
         call = await self._in_thread(prepare, *args, **options)
         timeout = self._timeout if call.timeout is None else call.timeout
         event = None
-        async with aclosing(
-            self._transport.stream(call.model, call.tensors, request_id=call.request_id or "", timeout=timeout)
-        ) as responses:
+        async with aclosing(self._transport.stream(call, timeout)) as responses:
             async for outputs in responses:
                 event = call.read(outputs)
                 yield event
@@ -94,9 +92,7 @@ class ClientCore:
         attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)
         while True:
             try:
-                outputs = await self._transport.infer(
-                    call.model, call.tensors, request_id=call.request_id or "", timeout=attempts.timeout
-                )
+                outputs = await self._transport.infer(call, attempts.timeout)
             except GlmImageClientError as error:
                 await self._sleep(attempts.pause_after(error))
             else:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
-from numpy.typing import NDArray
 from PIL import Image
 
 from glm_image_client.errors import ServerFailure
 from glm_image_client.result import GenerationResult, decoded_images, image_files, json_object
+from glm_image_client.transport import Outputs
 
 RENAMED: Final = {"tokens": "decode"}
 """Kinds and stages by the names that servers of version 0.1.0 send; accepted for one more version."""
@@ -51,7 +50,7 @@ class StreamEvent:
         return decoded_images(self.files)
 
     @classmethod
-    def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> StreamEvent:
+    def from_outputs(cls, outputs: Outputs) -> StreamEvent:
         try:
             event = json_object(outputs["event"][0], "event")
             result = GenerationResult.from_outputs(outputs) if event["event"] == "image" else None

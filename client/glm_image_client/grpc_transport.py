@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import closing, suppress
 from functools import cached_property
 from inspect import isawaitable
@@ -12,12 +12,11 @@ from typing import Any, TypeVar, cast
 
 import grpc
 import tritonclient.grpc as triton
-from numpy.typing import NDArray
 from tritonclient.grpc import aio
 from tritonclient.utils import InferenceServerException
 
 from glm_image_client.errors import GlmImageClientError, answered, status_name, timed_out, unreachable
-from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Tensor, Transport, infer_arguments
+from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Outputs, Request, Transport, infer_arguments
 
 T = TypeVar("T")
 
@@ -33,12 +32,10 @@ class GrpcBase(Transport):
 
     _client: Any
 
-    async def infer(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
-    ) -> dict[str, NDArray[Any]]:
-        arguments = infer_arguments(triton, inputs, request_id, timeout)
+    async def infer(self, request: Request, timeout: float | None) -> Outputs:
+        arguments = infer_arguments(triton, request, timeout)
         return outputs_of(
-            await self._answer(lambda: self._client.infer(model, **arguments, client_timeout=timeout), timeout)
+            await self._answer(lambda: self._client.infer(request.model, **arguments, client_timeout=timeout), timeout)
         )
 
     async def ready(self, timeout: float | None) -> bool:
@@ -78,11 +75,9 @@ class GrpcTransport(GrpcBase):
         super().__init__(endpoint)
         self._client = self._connected()
 
-    async def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
-    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
+    async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
         responses: queue.SimpleQueue[tuple[Any, InferenceServerException | None]] = queue.SimpleQueue()
-        arguments = infer_arguments(triton, inputs, request_id, timeout)
+        arguments = infer_arguments(triton, request, timeout)
         with closing(self._connected()) as client:  # tritonclient has one stream for each connection
             client.start_stream(
                 lambda result, error: responses.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
@@ -90,7 +85,7 @@ class GrpcTransport(GrpcBase):
             is_last = False
             try:
                 with suppress(InferenceServerException):  # the callback reports a failed connection
-                    client.async_stream_infer(model, **arguments, enable_empty_final_response=True)
+                    client.async_stream_infer(request.model, **arguments, enable_empty_final_response=True)
                 while not is_last:
                     result, error = responses.get()
                     if error is not None:
@@ -118,13 +113,11 @@ class AsyncGrpcTransport(GrpcBase):
         # A channel belongs to the loop that runs when it is made.
         return aio.InferenceServerClient(self._address, ssl=self._tls)
 
-    async def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
-    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
-        arguments = infer_arguments(triton, inputs, request_id, timeout)
+    async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
+        arguments = infer_arguments(triton, request, timeout)
 
         async def requests() -> AsyncGenerator[dict[str, Any], None]:
-            yield {"model_name": model, **arguments, "enable_empty_final_response": True}
+            yield {"model_name": request.model, **arguments, "enable_empty_final_response": True}
 
         responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=WITH_STATUS)
         is_last = False
@@ -158,7 +151,7 @@ def is_final(result: Any) -> bool:
     return bool(result.get_response().parameters["triton_final_response"].bool_param)
 
 
-def outputs_of(result: Any) -> dict[str, NDArray[Any]]:
+def outputs_of(result: Any) -> Outputs:
     """Returns every output of an ``InferResult`` by its name."""
     return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
 

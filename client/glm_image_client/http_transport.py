@@ -8,7 +8,7 @@ import json
 import os
 import re
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -17,7 +17,6 @@ from typing import Any, ClassVar, TypeVar
 import aiohttp
 import numpy as np
 import tritonclient.http as triton
-from numpy.typing import NDArray
 from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException
 
@@ -31,7 +30,8 @@ from glm_image_client.errors import (
 )
 from glm_image_client.transport import (
     LIVENESS_SECONDS,
-    Tensor,
+    Outputs,
+    Request,
     Transport,
     infer_arguments,
     microseconds,
@@ -67,12 +67,10 @@ class HttpBase(Transport):
     def _reason(self, error: Exception) -> str:
         """Returns the reason of a broken connection, for people."""
 
-    async def infer(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
-    ) -> dict[str, NDArray[Any]]:
-        arguments = infer_arguments(triton, inputs, request_id, timeout)
+    async def infer(self, request: Request, timeout: float | None) -> Outputs:
+        arguments = infer_arguments(triton, request, timeout)
         async with self._translated_errors(timeout):
-            result = await self._within(lambda client: client.infer(model, **arguments), timeout)
+            result = await self._within(lambda client: client.infer(request.model, **arguments), timeout)
             outputs = {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
         return outputs  # noqa: RET504 - mypy takes a context manager for one that may suppress errors
 
@@ -121,15 +119,13 @@ class HttpTransport(HttpBase):
 
     faults = (*TIMEOUTS, OSError, HTTPException)
 
-    async def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
-    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
-        body = stream_body(inputs, request_id, timeout)
+    async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
+        body = stream_body(request, timeout)
         host, slash, base = self._address.partition("/")
         connect = HTTPSConnection if self._tls else HTTPConnection
         async with self._translated_errors(timeout):
             with closing(connect(host, timeout=timeout)) as connection:
-                connection.request("POST", f"{slash}{base}{STREAM_PATH.format(model)}", body)
+                connection.request("POST", f"{slash}{base}{STREAM_PATH.format(request.model)}", body)
                 answer = connection.getresponse()
                 if answer.status != HTTPStatus.OK:
                     raise stream_failure(answer.status, answer.read())
@@ -159,11 +155,9 @@ class AsyncHttpTransport(HttpBase):
 
     faults = (*TIMEOUTS, OSError, aiohttp.ClientError)
 
-    async def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
-    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
-        body = stream_body(inputs, request_id, timeout)
-        url = f"{'https' if self._tls else 'http'}://{self._address}{STREAM_PATH.format(model)}"
+    async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
+        body = stream_body(request, timeout)
+        url = f"{'https' if self._tls else 'http'}://{self._address}{STREAM_PATH.format(request.model)}"
         limit = aiohttp.ClientTimeout(total=timeout)
         async with (
             self._translated_errors(timeout),
@@ -200,10 +194,10 @@ def client_error(error: InferenceServerException, address: str) -> GlmImageClien
     return answered(status, message)
 
 
-def stream_body(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> bytes:
+def stream_body(request: Request, timeout: float | None) -> bytes:
     """Returns the JSON of a request; refuses raw images, which Triton would send as text."""
-    values: dict[str, Any] = {"id": request_id}
-    for name, datatype, data in inputs:
+    values: dict[str, Any] = {"id": request.request_id}
+    for name, datatype, data in request.tensors:
         items = data.ravel().tolist()
         if datatype == "BYTES":
             items = [base64.b64encode(item).decode() if name == "image" else item.decode() for item in items]
@@ -215,7 +209,7 @@ def stream_body(inputs: Sequence[Tensor], request_id: str, timeout: float | None
     return json.dumps(values).encode()
 
 
-def stream_outputs(line: bytes) -> dict[str, NDArray[Any]] | None:
+def stream_outputs(line: bytes) -> Outputs | None:
     """Returns the outputs in a line of a stream, or raises its error; None for a line without an event."""
     if not line.startswith(DATA):
         return None

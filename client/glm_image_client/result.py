@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glm_image_client.errors import BadArgumentError, ServerFailure
+from glm_image_client.transport import Outputs
 
 SUFFIX_FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -93,7 +94,7 @@ class GenerationResult:
     pixels: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     @classmethod
-    def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> GenerationResult:
+    def from_outputs(cls, outputs: Outputs) -> GenerationResult:
         metadata = Metadata.from_json(_output(outputs, "metadata")[0])
         encoded = image_files(outputs)
         return cls(metadata, encoded, None if encoded else _output(outputs, "images"))
@@ -171,7 +172,7 @@ class PriorTokens:
     ar_metadata: Mapping[str, Any]
 
     @classmethod
-    def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> PriorTokens:
+    def from_outputs(cls, outputs: Outputs) -> PriorTokens:
         values: dict[str, Any] = {item.name: _output(outputs, item.name) for item in fields(cls)}
         values["ar_metadata"] = json_object(values["ar_metadata"][0], "ar_metadata")
         return cls(**values)
@@ -206,7 +207,7 @@ class PriorTokens:
         return cls(**values)
 
 
-def image_files(outputs: Mapping[str, NDArray[Any]]) -> list[bytes]:
+def image_files(outputs: Outputs) -> list[bytes]:
     """Returns the files in the output ``images_base64``."""
     try:
         return [base64.b64decode(file, validate=True) for file in _output(outputs, "images_base64").ravel()]
@@ -219,7 +220,7 @@ def decoded_images(files: Sequence[bytes]) -> list[Image.Image]:
     return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
 
 
-def _output(outputs: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
+def _output(outputs: Outputs, name: str) -> NDArray[Any]:
     if name not in outputs:
         raise ServerFailure(f"the server's answer has no output {name!r}")
     return outputs[name]

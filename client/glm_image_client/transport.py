@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -33,6 +34,19 @@ class Tensor(NamedTuple):
     name: str
     datatype: str
     data: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to a model; ``request_id`` "" = an id that the server makes."""
+
+    model: str
+    tensors: Sequence[Tensor]
+    request_id: str
+
+
+Outputs = dict[str, NDArray[Any]]
+"""The outputs of a response by their names."""
 
 
 class Endpoint(NamedTuple):
@@ -77,12 +91,8 @@ class Transport(ABC):
         self._tls = endpoint.tls
 
     @abstractmethod
-    async def infer(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
-    ) -> dict[str, NDArray[Any]]:
-        """Sends one request and returns every output by its name.
-
-        ``request_id`` "" = an id that the server makes. ``timeout`` is in seconds and also sent to the server.
+    async def infer(self, request: Request, timeout: float | None) -> Outputs:
+        """Sends one request and returns its outputs; ``timeout`` is in seconds and also sent to the server.
 
         Raises:
             RefusedError: the server refuses the request.
@@ -91,13 +101,8 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None
-    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
-        """Sends one request and yields the outputs of each response; closing the generator cancels the request.
-
-        Arguments and errors are those of ``infer``.
-        """
+    def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
+        """As ``infer``, but yields the outputs of each response; closing the generator cancels the request."""
 
     @abstractmethod
     async def ready(self, timeout: float | None) -> bool:
@@ -123,12 +128,13 @@ def connect(endpoint: Endpoint, *, asynchronous: bool) -> Transport:
     return AsyncGrpcTransport(endpoint) if asynchronous else GrpcTransport(endpoint)
 
 
-def infer_arguments(triton: Any, inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
+def infer_arguments(triton: Any, request: Request, timeout: float | None) -> dict[str, Any]:
     """Returns the arguments of ``infer`` of ``triton``, a half of tritonclient, except the model's name."""
-    tensors = [
-        triton.InferInput(name, list(data.shape), datatype).set_data_from_numpy(data) for name, datatype, data in inputs
+    inputs = [
+        triton.InferInput(name, list(data.shape), datatype).set_data_from_numpy(data)
+        for name, datatype, data in request.tensors
     ]
-    return {"inputs": tensors, "request_id": request_id, "timeout": microseconds(timeout)}
+    return {"inputs": inputs, "request_id": request.request_id, "timeout": microseconds(timeout)}
 
 
 def microseconds(timeout: float | None) -> int | None:

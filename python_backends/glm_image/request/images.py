@@ -101,8 +101,7 @@ def decode_source(
 
 def scale(image: Image.Image, size: Size, resample: int = Image.Resampling.LANCZOS) -> NDArray[np.uint8]:
     """Scales an RGB image to uint8 [height, width, 3]."""
-    scaled: NDArray[np.uint8] = np.array(image.resize((size.width, size.height), Image.Resampling(resample)))
-    return scaled
+    return np.array(image.resize((size.width, size.height), Image.Resampling(resample)), np.uint8)
 
 
 def crop(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
@@ -129,10 +128,8 @@ def _described(data: bytes) -> str:
     if not data:
         return "empty"
     start = data[:64].lstrip()
-    for magic, kind in OTHER_FILES:
-        if start.lower().startswith(magic.lower()):
-            return kind
-    return f"{len(data)} bytes that begin with {data[:16]!r}"
+    unknown = f"{len(data)} bytes that begin with {data[:16]!r}"
+    return next((kind for magic, kind in OTHER_FILES if start.lower().startswith(magic.lower())), unknown)
 
 
 def _file_bytes(data: bytes, name: str, max_bytes: int) -> bytes:

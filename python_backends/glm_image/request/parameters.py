@@ -38,11 +38,6 @@ class Sampling:
     top_k: int
 
 
-PROMPT_ALLOWED: Final = (
-    "1 to {prompt_characters} characters of UTF-8, not only white space, without NUL; at most {quoted_strings} quoted "
-    "strings and {glyph_tokens} glyph tokens in all. Text that spells a special token is treated as text."
-)
-
 SIDE: Final = Range("min_side", "max_side")
 
 
@@ -53,7 +48,11 @@ class SharedParameters:
     prompt: str = field(
         metadata=tensor_metadata(
             "STRING",
-            CheckedElsewhere(PROMPT_ALLOWED),
+            CheckedElsewhere(
+                "1 to {prompt_characters} characters of UTF-8, not only white space, without NUL; at most "
+                "{quoted_strings} quoted strings and {glyph_tokens} glyph tokens in all. Text that spells a special "
+                "token is treated as text."
+            ),
             "Text to render; text in '…', \"…\", “…” or 「…」 is rendered as lettering in the image.",
             shown="",
         )
@@ -204,10 +203,8 @@ class ResolvedRequest:
     """A validated request with every default filled in.
 
     Attributes:
-        parameters: the request's fields.
         requested: size of the images in pixels.
         grids: the grids the AR generates, in order; the last one is the image's.
-        sampling: how tokens are sampled.
         seeds: one for each image, signed 64-bit.
         sources: source images as the vision tower reads them.
     """

@@ -102,7 +102,6 @@ class Inspection:
         return answers
 
     def to_json(self, gigabytes: float | None = None) -> dict[str, Any]:
-        """Returns the report as plain values; see ``fits`` for ``gigabytes``."""
         report = asdict(self) | {"slots": list(self.slots), "complete": not self.faults}
         for stage, entry in zip(self.stages, report["stages"], strict=True):
             entry["total"] = stage.total
@@ -135,25 +134,22 @@ class Inspection:
 def inspect(folder: Path) -> Inspection:
     """Reads a checkpoint's configs and the headers of its weight files.
 
-    Missing or broken weight files are reported as faults, so that an incomplete download can be inspected.
-
-    Raises:
-        CheckpointError: the folder is not a GLM-Image checkpoint, a config is missing, or a config has a missing or
-            unsupported entry.
+    Missing or broken weight files are reported as faults, so that an incomplete download can be inspected; everything
+    else that is wrong raises ``CheckpointError``.
     """
     check_model_index(folder)
     faults: list[str] = []
     configs = {part: read_json(folder / part / file) for part, (_, file) in COMPONENTS.items()}
+    slots = ArSettings().max_num_seqs, ArSettings().max_sequence_tokens
     try:
         parts = [_part(folder, part, configs[part], faults) for part in COMPONENTS]
-        return Inspection(
-            folder=str(folder),
-            parts=parts,
-            stages=_stages(configs),
-            slots=_slots(),
-            token_ids=_token_ids(folder, configs[AR_PART]),
-            faults=faults,
-        )
+        sizes = ModelSizes.of(configs)
+        stages = [
+            stage
+            for dtype in DTYPE_BYTES
+            for stage in (ar_memory(sizes, dtype, *slots), dit_memory(sizes, dtype, IMAGE_SIZE))
+        ]
+        return Inspection(str(folder), parts, stages, slots, _token_ids(folder, configs[AR_PART]), faults)
     except KeyError as error:
         raise CheckpointError(f"{folder}: a config has no {error.args[0]}") from error
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -190,11 +186,7 @@ def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str])
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Reads the header of a safetensors file: tensor name -> (dtype, shape).
-
-    Raises:
-        CheckpointError: the file is not a safetensors file, or its length disagrees with its header.
-    """
+    """Reads the header of a safetensors file: tensor name -> (dtype, shape)."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -213,19 +205,6 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if size != 8 + length + end:
         raise CheckpointError(f"{path} has {size} bytes; by its header it has {8 + length + end}")
     return tensors
-
-
-def _stages(configs: Mapping[str, Mapping[str, Any]]) -> list[StageMemory]:
-    sizes = ModelSizes.of(configs)
-    return [
-        stage
-        for dtype in DTYPE_BYTES
-        for stage in (ar_memory(sizes, dtype, *_slots()), dit_memory(sizes, dtype, IMAGE_SIZE))
-    ]
-
-
-def _slots() -> tuple[int, int]:
-    return ArSettings().max_num_seqs, ArSettings().max_sequence_tokens
 
 
 def _token_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
