@@ -18,7 +18,7 @@ from glm_image.ipc.client import call_one
 from glm_image.ipc.protocol import Message, instance_sockets
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
 from glm_image.lifecycle.registry import RequestRegistry
-from glm_image.request.geometry import Grid, painted_size
+from glm_image.request.geometry import Grid, rendered_size
 from glm_image.request.parameters import PaintRequest
 
 PREVIEW: Final = "preview"
@@ -130,7 +130,7 @@ def read_preview_request(message: Message) -> tuple[RequestContext, PaintRequest
         negative_prompt=fields["negative_prompt"],
         prior_token_ids=np.frombuffer(message.parts[0], dtype=np.int32).reshape(1, -1),
         grid=grid,
-        requested=painted_size(grid),
+        requested=rendered_size(grid),
         seeds=(fields["seed"],),
         num_inference_steps=fields["steps"],
         guidance_scale=fields["guidance_scale"],

@@ -79,7 +79,7 @@ def target_grid(generated: Size) -> Grid:
     return Grid(generated.height // PIXELS_PER_TOKEN, generated.width // PIXELS_PER_TOKEN)
 
 
-def painted_size(grid: Grid) -> Size:
+def rendered_size(grid: Grid) -> Size:
     """Returns the size in pixels of the image that a grid of tokens covers."""
     return Size(grid.height * PIXELS_PER_TOKEN, grid.width * PIXELS_PER_TOKEN)
 

@@ -168,7 +168,7 @@ class GenerationParameters(SharedParameters):
         )
 
     def _requested(self, sources: tuple[Source, ...], limits: Limits) -> Size:
-        height, width = geometry.painted_size(sources[0].grid) if sources else (DEFAULT_SIDE, DEFAULT_SIDE)
+        height, width = geometry.rendered_size(sources[0].grid) if sources else (DEFAULT_SIDE, DEFAULT_SIDE)
         requested = Size(height if self.height is None else self.height, width if self.width is None else self.width)
         check_fields(replace(self, height=requested.height, width=requested.width), limits)
         return requested
@@ -264,7 +264,7 @@ class PaintRequest(SharedParameters):
     @property
     def generated(self) -> Size:
         """The size in pixels before cropping."""
-        return geometry.painted_size(self.grid)
+        return geometry.rendered_size(self.grid)
 
     def check(self, limits: Limits, codebook_size: int) -> None:
         """Validates everything except the contents of the source images; see ``read_sources``."""

@@ -96,6 +96,6 @@ def for_dit(
                 f"source_grids[{index}]", tuple(grids[index]), f"{tuple(grid)}, as {source_name(index, len(files))}"
             )
         image_tokens = token_ids[start : start + grid.tokens]
-        sources.append(SourcePicture(images.scale(image, geometry.painted_size(grid)), image_tokens, grid))
+        sources.append(SourcePicture(images.scale(image, geometry.rendered_size(grid)), image_tokens, grid))
         start += grid.tokens
     return tuple(sources)
