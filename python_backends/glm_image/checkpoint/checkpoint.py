@@ -1,4 +1,7 @@
-"""A checkpoint folder: configs and tensors of its components. Tensors are read straight to a device."""
+"""A checkpoint folder: configs and tensors of its components. Tensors are read straight to a device.
+
+A file that is missing, broken or of another model raises ``CheckpointError``.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +46,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, load_format: str = "auto") -> Checkpoint:
-        """Opens a folder and checks its layout.
-
-        Raises:
-            CheckpointError: the folder or one of its files is missing, or it belongs to another model.
-        """
+        """Opens a folder and checks its layout."""
         checkpoint = cls(folder, load_format)
         check_model_index(folder)
         for component in COMPONENTS:
@@ -206,9 +205,6 @@ def fill(module: nn.Module, source: TensorSource, prefix: str = "") -> None:
 
     ``prefix`` begins the module's names in the source. A submodule that is a ``FillHook`` is called after its own
     parameters, before the next submodule's are read.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape.
     """
     ties = getattr(module, "_tied_weights_keys", None) or {}
     for path, owner in module.named_modules():

@@ -1,4 +1,7 @@
-"""Layout of a checkpoint folder: required files, and reading of its JSON files. No torch."""
+"""Layout of a checkpoint folder: required files, and reading of its JSON files. No torch.
+
+A file that is missing or has other content raises ``CheckpointError``.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,7 @@ NO_WEIGHTS = f"no {' or '.join(WEIGHT_FILES)}, and no index of one"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, cannot be read, or has other content.
-    """
+    """Reads a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -60,9 +59,6 @@ def weight_files(folder: Path) -> dict[str, set[str]] | None:
     """Returns a component's weight files; None if it has none.
 
     A file that an index lists has the names of its tensors; a single file has an empty set.
-
-    Raises:
-        CheckpointError: an index cannot be read, or does not map tensor names to file names.
     """
     for file in WEIGHT_FILES:
         index = folder / f"{file}.index.json"

@@ -53,11 +53,7 @@ class StageParameters:
 
     @property
     def checkpoint_folder(self) -> Path:
-        """The checkpoint's folder, with environment variables filled in.
-
-        Raises:
-            ConfigurationError: a variable is not set.
-        """
+        """The checkpoint's folder, with environment variables filled in."""
         for name in VARIABLE.findall(self.checkpoint):
             if not os.environ.get(name):
                 given = f"checkpoint is {self.checkpoint!r}"

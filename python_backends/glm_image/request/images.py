@@ -74,12 +74,7 @@ def decode_source(
     """Decodes a source image: upright, its first frame, over white, in mode RGB.
 
     Size and aspect ratio are checked before any pixel is decoded, so that a file's declared size costs no memory.
-
-    Args:
-        data: a PNG, JPEG or WebP file, or its base64, perhaps as a ``data:`` URL. Nothing is ever fetched.
-        name: its name in error messages.
-        max_bytes: the largest file.
-        max_pixels: the largest declared size.
+    ``data`` is a PNG, JPEG or WebP file, or its base64, perhaps as a ``data:`` URL; nothing is ever fetched.
     """
     file = _file_bytes(bytes(data), name, max_bytes)
     kind = _kind(file)

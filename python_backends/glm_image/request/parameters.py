@@ -1,4 +1,7 @@
-"""Requests of both stages: declared fields, validation, and the resolved request of the AR stage."""
+"""Requests of both stages: declared fields, validation, and the resolved request of the AR stage.
+
+A refused request raises ``InvalidInputError``, which names the input, its value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -142,16 +145,7 @@ class GenerationParameters(SharedParameters):
     )
 
     def resolve(self, limits: Limits, defaults: Sampling, rule: SourceRule = PUBLISHED_RULE) -> ResolvedRequest:
-        """Validates the request and computes sizes, grids and seeds.
-
-        Args:
-            limits: the largest request.
-            defaults: the checkpoint's own sampling.
-            rule: how the checkpoint sizes source images.
-
-        Raises:
-            InvalidInputError: names the input, its value and what is allowed.
-        """
+        """Validates the request and computes sizes, grids and seeds; ``defaults`` and ``rule`` are the checkpoint's."""
         self.check_shared(limits)
         sampling = self._sampling(defaults, limits)
         # Last: decoding images takes longer than all other checks.

@@ -51,11 +51,7 @@ def check_count(count: int, limits: Limits) -> None:
 
 
 def decode_sources(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> Iterator[tuple[Image.Image, Grid]]:
-    """Decodes source images, one at a time, and yields each with its grid.
-
-    Raises:
-        InvalidInputError: an image is not allowed, or the images are too many or too large together.
-    """
+    """Decodes source images, one at a time, and yields each with its grid; refuses too many or too large ones."""
     check_count(len(files), limits)
     pixels = 0
     for index, file in enumerate(files):
@@ -73,7 +69,7 @@ def decode_sources(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> 
 
 
 def for_ar(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[Source, ...]:
-    """Returns source images as the AR stage needs them; errors as ``decode_sources``."""
+    """Returns source images as the AR stage needs them."""
     return tuple(
         Source(images.scale(image, Size(*(side * rule.patch for side in grid)), rule.resample), grid)
         for image, grid in decode_sources(files, limits, rule)
@@ -83,10 +79,9 @@ def for_ar(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[So
 def for_dit(
     files: Sequence[bytes], token_ids: NDArray[np.int32], grids: Sequence[Grid], limits: Limits, rule: SourceRule
 ) -> tuple[SourcePicture, ...]:
-    """Returns source images as the DiT stage needs them; ``token_ids`` is int32 [tokens of all grids].
+    """Returns source images as the DiT stage needs them; refuses an image whose grid differs from ``grids``.
 
-    Raises:
-        InvalidInputError: as ``decode_sources``, or an image's grid differs from ``grids``.
+    ``token_ids`` is int32 [tokens of all grids].
     """
     sources = []
     start = 0

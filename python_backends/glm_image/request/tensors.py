@@ -95,14 +95,7 @@ Allowed = Range | Choice | CheckedElsewhere
 
 @dataclass(frozen=True)
 class RequestField:
-    """A field of a request.
-
-    Attributes:
-        attribute: the dataclass field.
-        spec: the tensor.
-        allowed: the values that are allowed.
-        default: the default as the documentation gives it.
-    """
+    """A field of a request: the name of the dataclass field, its tensor, and its default in the documentation."""
 
     attribute: str
     spec: TensorSpec
@@ -122,7 +115,7 @@ def tensor_metadata(
     """Returns the metadata of a request field.
 
     Args:
-        data_type: Triton's name of it, without ``TYPE_``.
+        data_type: as in ``TensorSpec``.
         allowed: the values that are allowed.
         help_text: Markdown for the documentation.
         shown: the default as the documentation gives it; None = the field's default.
@@ -147,11 +140,7 @@ def request_fields(kind: type) -> Iterator[RequestField]:
 
 
 def check_fields(request: Any, limits: Limits) -> None:
-    """Checks every request field of a dataclass instance that is not None.
-
-    Raises:
-        InvalidInputError: names the input, its value and what is allowed.
-    """
+    """Checks every request field of a dataclass instance that is not None."""
     for declared in request_fields(type(request)):
         value = getattr(request, declared.attribute)
         if value is not None and not declared.allowed.holds(value, limits):

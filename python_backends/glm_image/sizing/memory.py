@@ -36,12 +36,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, configs: Mapping[str, Config]) -> ModelSizes:
-        """Reads the sizes from the configs of a checkpoint's parts.
-
-        Raises:
-            KeyError: an entry of a config is missing.
-            ValueError: an entry of ``vision_language_encoder`` is not supported.
-        """
+        """Reads the sizes from the configs of a checkpoint's parts; KeyError or ValueError for a broken one."""
         encoder = configs["vision_language_encoder"]
         return cls(
             decoder=ArConfig.from_json(encoder, {}),
