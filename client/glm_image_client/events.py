@@ -56,14 +56,10 @@ class StreamEvent:
             result = GenerationResult.from_outputs(outputs) if event["event"] == "image" else None
             return cls(
                 kind=RENAMED.get(event["event"], event["event"]),
-                request_id=event["request_id"],
                 stage=RENAMED.get(event["stage"], event["stage"]),
-                done=event["done"],
-                total=event["total"],
-                seconds=event["seconds"],
-                eta=event["eta"],
                 files=[] if result else image_files(outputs),
                 result=result,
+                **{name: event[name] for name in ("request_id", "done", "total", "seconds", "eta")},
             )
         except (KeyError, IndexError) as error:
             raise ServerFailure(f"the server's response has no {error.args[0]!r}") from error

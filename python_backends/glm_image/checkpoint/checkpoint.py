@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -114,9 +114,6 @@ class Checkpoint:
     def tensors(self, component: str, device: torch.device, dtype: torch.dtype) -> TensorSource:
         if self.load_format == "dummy":
             return RandomTensors(device, dtype)
-        return FileTensors(self.path(component), self._weight_map(component), device, dtype)
-
-    def _weight_map(self, component: str) -> dict[str, Path]:
         folder = self.path(component)
         files = weight_files(folder)
         if files is None:
@@ -124,7 +121,7 @@ class Checkpoint:
         paths: dict[str, Path] = {}
         for file, names in files.items():
             paths |= dict.fromkeys(names or _open(folder / file).keys(), folder / file)
-        return paths
+        return FileTensors(folder, paths, device, dtype)
 
 
 def _sampled(path: Path) -> bytes:
@@ -145,25 +142,25 @@ def _open(path: Path, device: str = "cpu") -> Any:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
+@dataclass(frozen=True)
 class FileTensors:
     """Reads tensors from safetensors files, one at a time, straight to the device."""
 
-    def __init__(self, folder: Path, weight_map: dict[str, Path], device: torch.device, dtype: torch.dtype) -> None:
-        self._folder = folder
-        self._weight_map = weight_map
-        self._device = device
-        self._dtype = dtype
-        self._files: dict[Path, Any] = {}
+    folder: Path
+    paths: dict[str, Path]
+    device: torch.device
+    dtype: torch.dtype
+    _files: dict[Path, Any] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
-        return name in self._weight_map
+        return name in self.paths
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        path = self._weight_map.get(name)
+        path = self.paths.get(name)
         if path is None:
-            raise CheckpointError(f"{self._folder}: tensor {name} is missing")
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         if path not in self._files:
-            self._files[path] = _open(path, str(self._device))
+            self._files[path] = _open(path, str(self.device))
         try:
             found = tuple(self._files[path].get_slice(name).get_shape())
             if found != shape:
@@ -171,7 +168,7 @@ class FileTensors:
             tensor: Tensor = self._files[path].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
-        return tensor.to(self._dtype)
+        return tensor.to(self.dtype)
 
 
 class RandomTensors:

@@ -27,15 +27,10 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class SourcePicture:
-    """A source image for the transformer.
-
-    Attributes:
-        pixels: uint8 [32 * grid.height, 32 * grid.width, 3].
-        token_ids: int32 [grid.tokens].
-    """
+    """A source image for the transformer: ``pixels`` is uint8 [32 * grid.height, 32 * grid.width, 3]."""
 
     pixels: NDArray[np.uint8]
-    token_ids: NDArray[np.int32]
+    token_ids: NDArray[np.int32]  # [grid.tokens]
     grid: Grid
 
 
@@ -79,10 +74,7 @@ def for_ar(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[So
 def for_dit(
     files: Sequence[bytes], token_ids: NDArray[np.int32], grids: Sequence[Grid], limits: Limits, rule: SourceRule
 ) -> tuple[SourcePicture, ...]:
-    """Returns source images as the DiT stage needs them; refuses an image whose grid differs from ``grids``.
-
-    ``token_ids`` is int32 [tokens of all grids].
-    """
+    """Returns source images as the DiT stage needs them; refuses an image whose grid differs from ``grids``."""
     sources = []
     start = 0
     for index, (image, grid) in enumerate(decode_sources(files, limits, rule)):
