@@ -155,17 +155,17 @@ def _stream(
 def cancel(request_id: RequestId, url: Url = None, protocol: Protocol = ProtocolChoice.grpc) -> None:
     """Cancels the requests of an id; exits with 2 if the server does not know it."""
     with _exit_codes(), GlmImageClient(url, protocol.value) as client:
-        _print_known(client.cancel(request_id))
+        _print_answer(client.cancel(request_id))
 
 
 @app.command()
 def status(request_id: RequestId, url: Url = None, protocol: Protocol = ProtocolChoice.grpc) -> None:
     """Prints the state of the requests of an id; exits with 2 if the server does not know it."""
     with _exit_codes(), GlmImageClient(url, protocol.value) as client:
-        _print_known(client.status(request_id))
+        _print_answer(client.status(request_id))
 
 
-def _print_known(answer: dict[str, Any]) -> None:
+def _print_answer(answer: dict[str, Any]) -> None:
     print(json.dumps(answer))
     if answer["state"] == "unknown":
         raise typer.Exit(EXIT_REFUSED)
