@@ -151,15 +151,17 @@ class Run:
         clock.take()
         image = render(engine, dit_request(grid, steps, engine.codebook_size))
         of_step, parts = clock.take()["Step"], image.context.seconds
-        floor = steps * 2 * forward_flop(self.checkpoint.config("transformer"), grid.tokens * 4 + 4) / self.rate
+        floors = {}
+        if quantization == "none":  # the measured rate is that of the model's dtype
+            floor = steps * 2 * forward_flop(self.checkpoint.config("transformer"), grid.tokens * 4 + 4) / self.rate
+            floors = {"floor_seconds": floor, "to_floor": image.denoise_seconds / floor}
         report(
             f"picture, {steps} steps, guidance {GUIDANCE}",
             **named,
             attention=engine.attention_backend,
             seconds=image.seconds,
             denoise_seconds=image.denoise_seconds,
-            floor_seconds=floor,
-            to_floor=image.denoise_seconds / floor,
+            **floors,
             vae_seconds=parts[Stage.VAE],
             condition_seconds=parts[Stage.CONDITION],
             first_two_steps_of_the_size_seconds=first,

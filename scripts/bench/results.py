@@ -43,7 +43,7 @@ class Result:
         device: the device's name.
         host: the CPU's model and its number of cores.
         versions: of Python and the packages that compute.
-        arguments: of the benchmark.
+        arguments: of the benchmark, with the last name of an absolute path in its place.
         measures: the lines that it printed.
     """
 
@@ -123,7 +123,7 @@ def execute(benchmark: str, label: str, arguments: Sequence[str], commit: str = 
         device=host()["cpu"] if about.get("device", "cpu") == "cpu" else about["device"],
         host=host(),
         versions=about.get("versions", {}),
-        arguments=list(arguments),
+        arguments=[Path(argument).name if argument.startswith("/") else argument for argument in arguments],
         measures=[line for line in lines if line is not about],
     )
     return result, process.returncode
