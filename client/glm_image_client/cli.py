@@ -39,7 +39,9 @@ _SIZE: Final = re.compile(r"(\d{1,6})x(\d{1,6})", re.IGNORECASE | re.ASCII)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
 
-class ProtocolChoice(str, Enum):  # noqa: D101
+class ProtocolChoice(str, Enum):
+    """``ProtocolName`` as typer reads it."""
+
     grpc = "grpc"
     http = "http"
 

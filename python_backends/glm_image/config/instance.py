@@ -49,9 +49,6 @@ class Instance(Generic[P]):
 
         Call it before anything imports torch, which looks for devices only once. With ``reserve_first``, ``auto``
         leaves the first of several devices to the other stage.
-
-        Raises:
-            ConfigurationError: ``devices`` does not fit the instances or this machine.
         """
         cards, devices = find_accelerators(), self.parameters.devices
         entries = assign_devices(devices, self.siblings, cards, reserve_first=reserve_first)

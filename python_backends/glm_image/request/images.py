@@ -16,6 +16,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from glm_image.errors import InvalidInputError, shown
 from glm_image.request import geometry
 from glm_image.request.geometry import Size
+from glm_image.request.limits import DEFAULT_LIMITS, Limits
 
 # Lossless but fast for PNG (level 1 is 4 times faster than 6 at a tenth more bytes); near-lossless for the others.
 ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,21 +69,19 @@ UPRIGHT: Final = {
 EXIF_ORIENTATION: Final = 0x0112
 
 
-def decode_source(
-    data: bytes, name: str = "image", *, max_bytes: int = 1 << 25, max_pixels: int = 50_000_000
-) -> Image.Image:
+def decode_source(data: bytes, name: str = "image", limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     """Decodes a source image: upright, its first frame, over white, in mode RGB.
 
     Size and aspect ratio are checked before any pixel is decoded, so that a file's declared size costs no memory.
     ``data`` is a PNG, JPEG or WebP file, or its base64, perhaps as a ``data:`` URL; nothing is ever fetched.
     """
-    file = _file_bytes(bytes(data), name, max_bytes)
+    file = _file_bytes(bytes(data), name, limits.source_bytes)
     kind = _kind(file)
     if kind is None:
         raise InvalidInputError.of(name, _described(file), ALLOWED_FILES)
     _check_parts(file, kind, name)
     try:
-        image = _opened(file, kind, name, max_pixels)
+        image = _opened(file, kind, name, limits.source_decoded_pixels)
         image.load()
         return _over_white(_upright(image))
     except (InvalidInputError, MemoryError):

@@ -37,6 +37,8 @@ class Limits:
     )
 
 
+DEFAULT_LIMITS: Final = Limits()
+
 LIMIT_PREFIX: Final = "limit_"
 """Begins the names of the limits' configuration parameters."""
 

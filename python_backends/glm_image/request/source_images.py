@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,7 @@ from PIL import Image
 from glm_image.errors import InvalidInputError
 from glm_image.request import geometry, images
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size, SourceRule
-
-if TYPE_CHECKING:
-    from glm_image.request.limits import Limits
+from glm_image.request.limits import Limits
 
 
 class Source(NamedTuple):
@@ -51,7 +49,7 @@ def decode_sources(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> 
     pixels = 0
     for index, file in enumerate(files):
         name = source_name(index, len(files))
-        image = images.decode_source(file, name, max_bytes=limits.source_bytes, max_pixels=limits.source_decoded_pixels)
+        image = images.decode_source(file, name, limits)
         grid = geometry.source_grid(Size(image.height, image.width), rule, name)
         pixels += grid.tokens * PIXELS_PER_TOKEN**2
         if pixels > limits.max_source_pixels:

@@ -116,7 +116,7 @@ def tensor_metadata(
 
     Args:
         data_type: as in ``TensorSpec``.
-        allowed: the values that are allowed.
+        allowed: a ``Range`` or ``Choice`` that is checked, or a text.
         help_text: Markdown for the documentation.
         shown: the default as the documentation gives it; None = the field's default.
         name: the tensor's name; None = the field's.
