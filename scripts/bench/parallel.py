@@ -32,7 +32,7 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.parallel.rank_group import WorkerConfig
-from glm_image.request.geometry import Size, painted_size
+from glm_image.request.geometry import Size, rendered_size
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def denoising_seconds(
     device = open_benchmark_device(devices[0])
     clock = CommandClock(device)
     grids = {size: grid_of(size) for size in flags.sizes}
-    settings = DitSettings(parallel=parallel, warmup_sizes=tuple(painted_size(grid) for grid in grids.values()))
+    settings = DitSettings(parallel=parallel, warmup_sizes=tuple(rendered_size(grid) for grid in grids.values()))
     engine = DitEngine(checkpoint, device, settings, workers=workers_on(devices[1:]), watched=clock.wrap)
     found = {}
     for size, grid in grids.items():

@@ -35,7 +35,7 @@ from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.lifecycle.preview_rpc import LatentPreviewPublisher
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
-from glm_image.request.geometry import painted_size, preview_grid
+from glm_image.request.geometry import preview_grid, rendered_size
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.stages import Stage
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = open_benchmark_device(flags.device)
     report_ceilings(device, brief=flags.brief)
     clock, grid = CommandClock(device), grid_of(flags.sizes[0])
-    settings = DitSettings(warmup_sizes=(painted_size(grid),))
+    settings = DitSettings(warmup_sizes=(rendered_size(grid),))
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     engine = DitEngine(checkpoint, device, settings, watched=clock.wrap)
     request = dit_request(grid, flags.steps, engine.codebook_size)

@@ -115,7 +115,8 @@ def check(made: GeneratedImages, asked: dict[str, Any]) -> None:
     output_format = asked.get("output_format", "raw")
     assert len(made.encoded) == (0 if output_format == "raw" else count)
     for file, pixels in zip(made.encoded, made.pixels, strict=False):
-        decoded = np.asarray(decode_source(file, "image", max_bytes=1 << 20, max_pixels=1 << 20))
+        limits = Limits(source_bytes=1 << 20, source_decoded_pixels=1 << 20)
+        decoded = np.asarray(decode_source(file, "image", limits))
         assert decoded.shape == pixels.shape
         assert output_format != "png" or np.array_equal(decoded, pixels)
 

@@ -95,7 +95,7 @@ class Conditioner:
             guided=guided,
             tokens=embedded.shape[1],
             guidance_scale=command.guidance_scale,
-            times=self._times(geometry.painted_size(command.grid), schedule.timesteps),
+            times=self._times(geometry.rendered_size(command.grid), schedule.timesteps),
             rotary=self._rotary(command.grid),
             sources=sources,
         )
@@ -108,7 +108,7 @@ class Conditioner:
         return SourceConditioning(
             latents=latents,
             prior=self._transformer.prior_projector(self._embedded(token_ids, grid)),
-            time=self._times(geometry.painted_size(grid), torch.zeros(1, device=self._device)),
+            time=self._times(geometry.rendered_size(grid), torch.zeros(1, device=self._device)),
             rotary=self._rotary(grid),
         )
 

@@ -93,7 +93,7 @@ class DitEngine:
 
     def _warm_up(self, grid: Grid) -> None:
         tokens = np.zeros((1, grid.tokens), dtype=np.int32)
-        size = geometry.painted_size(grid)
+        size = geometry.rendered_size(grid)
         request = PaintRequest("", tokens, grid, size, seeds=(0,), num_inference_steps=2)
         scheduler = Scheduler(self.executor.run)  # records no metrics
         scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request))

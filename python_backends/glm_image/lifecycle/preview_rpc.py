@@ -17,7 +17,7 @@ from glm_image.ipc.client import call
 from glm_image.ipc.protocol import Event, Message, instance_sockets
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
 from glm_image.lifecycle.registry import RequestRegistry
-from glm_image.request.geometry import Grid, painted_size
+from glm_image.request.geometry import Grid, rendered_size
 from glm_image.request.parameters import PaintRequest
 
 PREVIEW: Final = "preview"
@@ -85,7 +85,7 @@ def read_preview_request(message: Message) -> tuple[RequestContext, PaintRequest
     request = PaintRequest(
         prior_token_ids=np.array([preview["tokens"]], dtype=np.int32),
         grid=grid,
-        requested=painted_size(grid),
+        requested=rendered_size(grid),
         seeds=(preview["seed"],),
         **fields["parameters"],
     )
