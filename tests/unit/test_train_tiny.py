@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -27,7 +29,7 @@ from train_tiny.codes import DECODED_SIDE, Codes, clustered, named_loss, reconst
 from train_tiny.data import MAIN_SIZE, Samples, glyph_rows, halved, sample, small_pictures
 from train_tiny.painter import Editor, Painter, by_cell, noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
-from train_tiny.vocabulary import processor_of, train_merges
+from train_tiny.vocabulary import merges_of, processor_of, train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Background, Scene, Sign, Thing, sample_scene
 from train_tiny.world.table import COLOUR_INDEX, Table
@@ -376,27 +378,54 @@ def test_words_in_quotes_are_not_merged() -> None:
     assert not any(set("BAN") & set(left + right) for left, right in merges)
 
 
-@pytest.fixture
-def run_so_far(tmp_path: Path) -> Path:
-    """A run whose first two stages are done, with weights as they begin."""
+@pytest.fixture(scope="module")
+def initial_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose first two stages are done, with initial weights, and with the merges of a few texts."""
+    folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(6)
     ar = models.build_ar().model
     parts = {"vae": {"vae": models.build_vae()}, "vision": {"tower": ar.visual, "quantizer": ar.vqmodel}}
     latents = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
     for name, modules in parts.items():
         weights = nn.ModuleDict(modules).state_dict()
-        loop.save(tmp_path / f"{name}.pt", {"weights": weights, "done": True, "results": latents})
-    return tmp_path
+        loop.save(folder / f"{name}.pt", {"weights": weights, "done": True, "results": latents})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_tiny.vocabulary.TEXTS", 600)
+        merges_of(folder)
+    return folder
 
 
 @pytest.fixture
-def few_texts_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_so_far(initial_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to which a test adds stages."""
+    return Path(shutil.copytree(initial_run, tmp_path / "run", copy_function=os.link))
+
+
+@pytest.fixture
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     for sizes in ("codes.SPREAD_SIZES", "painter.SPREAD_SIZES", "writer.OTHER_SIZES"):
         monkeypatch.setattr(f"train_tiny.{sizes}", (Size(128, 128),))
-    monkeypatch.setattr("train_tiny.vocabulary.TEXTS", 600)
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
+@pytest.fixture(scope="module")
+def pictures() -> Samples:
+    return sample(60, 0)
+
+
+@pytest.fixture(scope="module")
+def edits() -> Samples:
+    return sample(60, 0, edits=True)
+
+
+@pytest.fixture(scope="module")
+def writer(initial_run: Path, pictures: Samples) -> Writer:
+    """A writer of pictures before its first step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_tiny.writer.OTHER_SIZES", (Size(128, 128),))
+        return Writer([pictures], initial_run, torch.device("cpu"), 2, 0)
+
+
+@pytest.mark.usefixtures("few_sizes")
 def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes(
     run_so_far: Path,
 ) -> None:
@@ -427,15 +456,15 @@ def likeness(rows: Tensor) -> Tensor:
     return directions @ directions.T
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes(run_so_far: Path) -> None:
+@pytest.mark.usefixtures("few_sizes")
+def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes(
+    run_so_far: Path, writer: Writer, pictures: Samples, edits: Samples
+) -> None:
     device = torch.device("cpu")
     with pytest.raises(SystemExit, match="the stage writer is not done"):
         Reviser([], run_so_far, device, 2, 0)
-    samples = [sample(60, 0), sample(60, 0, edits=True)]
-    writer = Writer(samples[:1], run_so_far, device, 2, 0)
     loop.Training(writer, run_so_far / "writer.pt").finish(1.0)
-    reviser = Reviser(samples, run_so_far, device, 2, 0)
+    reviser = Reviser([pictures, edits], run_so_far, device, 2, 0)
     learned = writer.module.state_dict()
     assert all(torch.equal(value, learned[name]) for name, value in reviser.module.state_dict().items())
     # Codes of both grids, and how many of them are the large one's: of pictures and of edits.
@@ -452,12 +481,9 @@ def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes
         assert reviser.losses(index)["loss"].isfinite()
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_pictures_of_a_thing_inside_another_weigh_more(run_so_far: Path) -> None:
-    samples = sample(60, 0)
-    writer = Writer([samples], run_so_far, torch.device("cpu"), 2, 0)
+def test_pictures_of_a_thing_inside_another_weigh_more(writer: Writer, pictures: Samples) -> None:
     weights = torch.cat([group.weights.amax(1) for group in (*writer._groups, *writer._kept)])
-    assert 0 < (weights == HOLDING_WEIGHT).sum() == samples.scenes.inside.sum() < 60
+    assert 0 < (weights == HOLDING_WEIGHT).sum() == pictures.scenes.inside.sum() < 60
     assert all(
         ((group.weights == 0) | (group.weights == group.weights.amax(1)[:, None])).all() for group in writer._groups
     )
@@ -473,7 +499,7 @@ def by_prompt(groups: list[Group], prompts: list[str], tokenizer: Any) -> dict[s
     return found
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
+@pytest.mark.usefixtures("few_sizes")
 def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_so_far: Path) -> None:
     samples = sample(120, 0, edits=True)
     writer = Writer([samples], run_so_far, torch.device("cpu"), 2, 0)
@@ -499,9 +525,9 @@ def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_s
     assert torch.equal(ids[1:65], models.Tokens(run_so_far).encode(small)[0].int())
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_the_loss_of_a_batch_is_that_of_its_sequences_one_by_one(run_so_far: Path) -> None:
-    writer = Writer([sample(60, 0, edits=True)], run_so_far, torch.device("cpu"), 2, 0)
+@pytest.mark.usefixtures("few_sizes")
+def test_the_loss_of_a_batch_is_that_of_its_sequences_one_by_one(run_so_far: Path, edits: Samples) -> None:
+    writer = Writer([edits], run_so_far, torch.device("cpu"), 2, 0)
     group = max(writer._groups, key=lambda group: int((group.weights == 0).sum()) * len(set(group.lengths.tolist())))
     assert len(set(group.lengths.tolist())) > 1
     logits = [own_logits(writer, *row) for row in zip(group.ids, group.positions, group.lengths, strict=True)]
@@ -529,9 +555,7 @@ def own_logits(writer: Writer, ids: Tensor, positions: Tensor, length: Tensor) -
     return logits
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_the_writer_begins_with_codes_that_are_alike(run_so_far: Path) -> None:
-    writer = Writer([sample(60, 0)], run_so_far, torch.device("cpu"), 2, 0)
+def test_the_writer_begins_with_codes_that_are_alike(run_so_far: Path, writer: Writer) -> None:
     codebook = likeness(models.Tokens(run_so_far).quantizer.quantize.embedding.weight)
     decoder = writer.module["decoder"]
     for rows in (decoder.embed_tokens.weight, writer.module["head"].weight):
@@ -541,7 +565,7 @@ def test_the_writer_begins_with_codes_that_are_alike(run_so_far: Path) -> None:
     assert taken == {id(m.weight) for m in decoder.layers.modules() if isinstance(m, nn.Linear)}
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
+@pytest.mark.usefixtures("few_sizes")
 def test_every_second_picture_of_the_codes_is_a_preview(run_so_far: Path) -> None:
     samples = sample(24, 0)
     codes = Codes([samples], torch.device("cpu"), 4, 0)
