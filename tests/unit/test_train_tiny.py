@@ -61,7 +61,7 @@ def transformer() -> Any:
 
 
 @pytest.mark.parametrize("size", [(256, 256), (160, 224)])
-def test_pictures_are_halved_as_the_image_processor_does(size: tuple[int, int]) -> None:
+def test_images_are_halved_as_by_the_image_processor(size: tuple[int, int]) -> None:
     pictures = draw(sample(4, seed=5).scenes, *size)
     wanted = F.interpolate(pictures.float(), scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 255).round()
     off = (halved(pictures).float() - wanted).abs()
@@ -78,7 +78,7 @@ def reference_velocity(model: Any, latents: Tensor, glyphs: Tensor, prior: Tenso
     return found
 
 
-def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> None:
+def test_a_batch_of_edits_equals_the_transformers_forward(transformer: Any) -> None:
     count, height, width = 2, 16, 24
     latents, sources = torch.randn(2, count, 16, height, width)
     glyphs = torch.randn(count, 3, models.CONFIG.glyph_d_model)
@@ -97,7 +97,7 @@ def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> N
         assert torch.allclose(batched[one], alone, atol=1e-4)
 
 
-def test_a_batch_of_words_is_the_glyph_encoders_own_forward() -> None:
+def test_a_batch_of_strings_equals_the_glyph_encoders_forward() -> None:
     torch.manual_seed(2)
     encoder = models.build_glyph_encoder().requires_grad_(False)
     ids = torch.randint(3, 259, (3, 9))
@@ -107,7 +107,7 @@ def test_a_batch_of_words_is_the_glyph_encoders_own_forward() -> None:
     assert own.std() > 0.1
 
 
-def test_a_batch_through_the_vision_tower_is_the_towers_own_forward() -> None:
+def test_a_batch_equals_the_vision_towers_forward() -> None:
     torch.manual_seed(1)
     model = models.build_ar().model.requires_grad_(False)
     pictures = torch.randint(256, (2, 3, 48, 80), dtype=torch.uint8)
@@ -123,7 +123,7 @@ def test_a_batch_through_the_vision_tower_is_the_towers_own_forward() -> None:
 
 
 @pytest.mark.parametrize("edit", [False, True])
-def test_the_writers_sequences_are_what_the_engine_decodes(edit: bool) -> None:
+def test_the_writers_sequences_equal_those_of_the_engine(edit: bool) -> None:
     lengths, longest, groups = [29, 32, 27], 36, []
     targets = [Grid(2, 3), Grid(2, 3), Grid(5, 4)]
     sources = {target: [PlacedGrid(1, target)] if edit else [] for target in targets}
@@ -156,7 +156,7 @@ def test_the_writers_sequences_are_what_the_engine_decodes(edit: bool) -> None:
         assert positions[:, :end].tolist() == np.concatenate([prompt, decoded], axis=1).tolist()
 
 
-def test_a_batch_of_sequences_is_the_decoders_own_forward() -> None:
+def test_a_batch_of_sequences_equals_the_decoders_forward() -> None:
     torch.manual_seed(4)
     decoder = models.build_ar().model.language_model.requires_grad_(False)
     ids, positions = torch.randint(models.CONFIG.codebook, (2, 21)), torch.randint(9, (3, 2, 21))
@@ -166,7 +166,7 @@ def test_a_batch_of_sequences_is_the_decoders_own_forward() -> None:
 
 
 @pytest.mark.parametrize("edits", [False, True])
-def test_edits_of_a_scene_are_trained_on_or_measured_by_together(edits: bool) -> None:
+def test_edits_of_a_scene_are_all_for_training_or_all_for_evaluation(edits: bool) -> None:
     samples = sample(900, 1, edits=edits)
     chosen = measured_by(samples)
     parts = [samples.rows(np.flatnonzero(some)) for some in (~chosen, chosen)]
@@ -233,7 +233,7 @@ def test_codes_that_are_alike_start_alike(run_so_far: Path) -> None:
     assert float(rows[0].detach().norm()) == pytest.approx(before.norm(dim=-1).mean().item(), rel=0.05)
 
 
-def test_an_error_of_a_drawn_cell_counts_as_the_cell_does() -> None:
+def test_reconstruction_errors_are_weighted_by_cell() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     labels = cell_labels(Table.of([Scene((star, ring), "inside")]), Size(256, 256))
     weights = cell_weights(labels).view(8, 8)
@@ -260,7 +260,7 @@ def test_glyph_rows_are_the_prompts(prompt: str) -> None:
     assert [list(row) for row in glyph_rows(prompt)] == prompts.glyph_token_ids(prompt, ByT5Tokenizer())
 
 
-def test_cells_are_named_by_what_they_show() -> None:
+def test_cells_are_labelled_by_their_contents() -> None:
     scene = Scene((Thing("star", "red", "large"),), sign=Sign("HI"))
     labels = cell_labels(Table.of([scene]), Size(256, 256))
     shapes, letters = labels.shape.view(8, 8), labels.letter.view(8, 8)
@@ -272,7 +272,7 @@ def test_cells_are_named_by_what_they_show() -> None:
 
 
 @pytest.mark.parametrize(("size", "cell"), [((256, 256), 32), ((512, 288), 32), ((256, 256), 16), ((176, 352), 16)])
-def test_cells_that_show_a_letter_are_where_it_is_drawn(size: tuple[int, int], cell: int) -> None:
+def test_cells_labelled_with_a_letter_are_where_it_is_rendered(size: tuple[int, int], cell: int) -> None:
     blank = Scene((), background=Background("plain", ("light pink",)))
     scenes = [replace(blank, sign=Sign("WORD", place)) for place in SIGN_PLACES]
     labels = cell_labels(Table.of(scenes), Size(*size), cell).letter.unflatten(1, (size[0] // cell, size[1] // cell))
@@ -285,14 +285,14 @@ def test_cells_that_show_a_letter_are_where_it_is_drawn(size: tuple[int, int], c
         assert [LETTERS[letter - 1] for letter in letters.amax(0).unique_consecutive().tolist() if letter] == [*"WORD"]
 
 
-def test_cells_of_half_the_pixels_show_the_same_in_a_picture_of_half_the_size() -> None:
+def test_labels_of_a_half_size_image_with_half_size_cells_are_the_same() -> None:
     scenes = [scene for scene in map(sample_scene, map(Random, range(40))) if scene.sign is None]
     half, whole = (cell_labels(Table.of(scenes), Size(16 * cell, 12 * cell), cell) for cell in (16, 32))
     assert half.shape.any()
     assert all(torch.allclose(one.float(), other.float()) for one, other in zip(half, whole, strict=True))
 
 
-def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
+def test_cells_of_an_object_inside_another_are_labelled() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     inside, apart = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
     labels = cell_labels(Table.of([inside, apart]), Size(256, 256))
@@ -312,7 +312,7 @@ def test_of_an_edit_the_cells_where_things_begin_count_more() -> None:
     assert one[2].tolist() == [1, 1, 8, 8, 8, 8, 1, 1]
 
 
-def test_the_painters_cells_count_by_what_they_show() -> None:
+def test_the_painters_cells_are_weighted_by_their_contents() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     scenes = [Scene((star, ring), "inside"), Scene((), sign=Sign("HI")), Scene((star,))]
     labels = cell_labels(Table.of(scenes), Size(256, 384))
@@ -350,7 +350,7 @@ def test_a_cells_weight_is_its_part_of_the_loss() -> None:
     assert torch.allclose(named_loss(logits, label, weight), (each.sum() + 8 * each[0, 3]) / 32)
 
 
-def test_the_vaes_pictures_are_whole_ones_parts_of_large_ones_and_four_small_ones() -> None:
+def test_the_vaes_images_are_whole_crops_of_large_ones_and_four_small_ones() -> None:
     scenes = sample(48, 0).scenes
     pictures = sheets(scenes, torch.device("cpu"))
     assert pictures.shape == (24 + 8 + 8 + 2, 3, 256, 256)
@@ -372,7 +372,7 @@ def test_codes_start_where_features_are() -> None:
     assert (centres @ places.T).amax(1).min() > 0.98
 
 
-def test_words_in_quotes_are_not_merged() -> None:
+def test_quoted_words_are_not_merged() -> None:
     merges = train_merges(["a red ring says 'BANANA'", "one red ring with 'BANANA'"] * 30)
     assert ("r", "e") in merges or ("e", "d") in merges
     assert not any(set("BAN") & set(left + right) for left, right in merges)
@@ -426,7 +426,7 @@ def writer(initial_run: Path, pictures: Samples) -> Writer:
 
 
 @pytest.mark.usefixtures("few_sizes")
-def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes(
+def test_the_editor_starts_from_the_painters_weights_with_edits_and_other_sizes(
     run_so_far: Path,
 ) -> None:
     device = torch.device("cpu")
@@ -457,7 +457,7 @@ def likeness(rows: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("few_sizes")
-def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes(
+def test_the_reviser_starts_from_the_writers_weights_with_edits_and_other_sizes(
     run_so_far: Path, writer: Writer, pictures: Samples, edits: Samples
 ) -> None:
     device = torch.device("cpu")
@@ -481,7 +481,7 @@ def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes
         assert reviser.losses(index)["loss"].isfinite()
 
 
-def test_pictures_of_a_thing_inside_another_weigh_more(writer: Writer, pictures: Samples) -> None:
+def test_images_of_an_object_inside_another_weigh_more(writer: Writer, pictures: Samples) -> None:
     weights = torch.cat([group.weights.amax(1) for group in (*writer._groups, *writer._kept)])
     assert 0 < (weights == HOLDING_WEIGHT).sum() == pictures.scenes.inside.sum() < 60
     assert all(
@@ -500,7 +500,7 @@ def by_prompt(groups: list[Group], prompts: list[str], tokenizer: Any) -> dict[s
 
 
 @pytest.mark.usefixtures("few_sizes")
-def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_so_far: Path) -> None:
+def test_evaluation_samples_are_not_trained_on_and_sources_are_weighted(run_so_far: Path) -> None:
     samples = sample(120, 0, edits=True)
     writer = Writer([samples], run_so_far, torch.device("cpu"), 2, 0)
     kept, tokenizer = measured_by(samples), writer._processor.tokenizer
@@ -526,7 +526,7 @@ def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_s
 
 
 @pytest.mark.usefixtures("few_sizes")
-def test_the_loss_of_a_batch_is_that_of_its_sequences_one_by_one(run_so_far: Path, edits: Samples) -> None:
+def test_the_loss_of_a_batch_equals_that_of_its_sequences(run_so_far: Path, edits: Samples) -> None:
     writer = Writer([edits], run_so_far, torch.device("cpu"), 2, 0)
     group = max(writer._groups, key=lambda group: int((group.weights == 0).sum()) * len(set(group.lengths.tolist())))
     assert len(set(group.lengths.tolist())) > 1
@@ -566,7 +566,7 @@ def test_the_writer_begins_with_codes_that_are_alike(run_so_far: Path, writer: W
 
 
 @pytest.mark.usefixtures("few_sizes")
-def test_every_second_picture_of_the_codes_is_a_preview(run_so_far: Path) -> None:
+def test_every_second_image_of_the_codes_is_a_preview(run_so_far: Path) -> None:
     samples = sample(24, 0)
     codes = Codes([samples], torch.device("cpu"), 4, 0)
     assert [pictures.shape[2:] for pictures in codes._pictures] == [(128, 128), (256, 256), (64, 64), (256, 256)]
