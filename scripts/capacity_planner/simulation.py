@@ -17,8 +17,8 @@ from typing import Any
 import simpy
 
 from glm_image.ar.admission import Admission, BatchAdmission, ImmediateAdmission, QueueSnapshot
-from glm_image.lifecycle.downstream import DitLoad
-from glm_image.lifecycle.eta import DurationStats
+from glm_image.lifecycle.dit_load import DitLoad
+from glm_image.lifecycle.durations import DurationStats
 
 Process = Generator[simpy.Event, Any, None]
 
@@ -277,7 +277,7 @@ class _DitInstance:
     durations: DurationStats = field(default_factory=DurationStats)
 
     def report(self) -> None:
-        """As ``lifecycle.downstream.DitLoadReporter`` does."""
+        """As ``lifecycle.dit_load.DitLoadReporter`` does."""
         for dit_load in self.listeners:
             requests = list(self.left.items())
             dit_load.update({"instance": self.name, "requests": requests, "seconds_per_image": self.durations.mean})

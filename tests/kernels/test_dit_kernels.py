@@ -17,10 +17,12 @@ from glm_image.checkpoint.checkpoint import fill
 from glm_image.dit.blocks import Rotary, Tokens, eager_blocks
 from glm_image.dit.fused import blocks
 from glm_image.dit.fused.blocks import ATTENTION, FusedBlocks
-from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape, TokenSplit
+from glm_image.dit.parallel_context import ParallelContext
+from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape
 from glm_image.dit.tensor_parallel import ShardedTensors, shard
 from glm_image.kernels.head_norm_rotary import head_norm_rotary, scatter_heads
 from glm_image.parallel.collectives import ALONE, Group, Transfer
+from glm_image.parallel.process_group import Ranks
 from kernels.blocks import GRID, HEADS, LargeTensors, arguments, change_error, empty_transformer
 
 TEXT_TOKENS = ((6, 1), (1, 1), (3,), (0,))
@@ -152,10 +154,11 @@ def test_blocks_over_ranks_match_one_rank(device: torch.device, ranks: int, text
 
     @torch.inference_mode()
     def run(rank: int) -> list[Tensor]:
-        split = TokenSplit(ALONE, ThreadGroup(rank, ranks, meeting) if ranks > 1 else ALONE)
-        shared = SequenceAttention(split, blocks.attention, _no_lse, backend)
-        shards = [(split.shard(image, dim=1), text) for image, text in sequences]
-        tables = split.shard(rotary[0]), split.shard(rotary[1])
+        ulysses = ThreadGroup(rank, ranks, meeting) if ranks > 1 else ALONE
+        parallel = ParallelContext(Ranks(ulysses=ulysses))
+        shared = SequenceAttention(ALONE, ulysses, blocks.attention, _no_lse, backend)
+        shards = [(parallel.shard(image, dim=1), text) for image, text in sequences]
+        tables = parallel.shard_rotary(rotary)
         shape = SequenceShape(TOKENS) if ranks > 1 else None
         with meeting.turn:
             return FusedBlocks(build(device), shared)(shards, time, tables, None, shape)

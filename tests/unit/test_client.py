@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from glm_image.config.schema import PAINTING_INPUTS, REQUEST_INPUTS, STAGE_INPUTS, STREAM_INPUTS
+from glm_image.config.schema import REQUEST_INPUTS, SHARED_INPUTS, STAGE_INPUTS, STREAM_INPUTS
 from glm_image.request.limits import OUTPUT_FORMATS
 from glm_image.request.parameters import GenerationParameters, PreviewParameters
 from glm_image.request.tensors import request_fields
@@ -197,7 +197,7 @@ class TestOptions:
         assert ar <= {spec.name for spec in REQUEST_INPUTS}
         prior = PriorTokens(*[np.zeros((1, 1), np.int32)] * 7, {})
         dit = {tensor.name for tensor in paint("x", prior, **_every(PaintOptions)).tensors}
-        assert dit <= {spec.name for spec in (*PAINTING_INPUTS, *STAGE_INPUTS)}
+        assert dit <= {spec.name for spec in (*SHARED_INPUTS, *STAGE_INPUTS)}
         assert {"num_inference_steps", "guidance_scale", "negative_prompt", "image", "output_format"} <= dit
         streamed = {tensor.name for tensor in stream("x", **_every(StreamOptions)).tensors}
         assert streamed == {spec.name for spec in STREAM_INPUTS}

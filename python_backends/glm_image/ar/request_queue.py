@@ -11,40 +11,26 @@ from glm_image.errors import QueueFullError, UnavailableError
 
 
 class RequestQueue:
-    """A bounded first-in, first-out queue of requests, each of which is taken image by image.
-
-    Args:
-        max_queue: requests that may wait.
-    """
+    """A bounded first-in, first-out queue of requests, each of which is taken image by image."""
 
     def __init__(self, max_queue: int) -> None:
         self._max_queue = max_queue
         self._requests: deque[Request] = deque()
         self._lock = threading.Lock()
-        self._closed = False
-
-    @property
-    def is_closed(self) -> bool:
-        return self._closed
+        self.is_closed = False
 
     def close(self) -> None:
         """Refuses requests from now on; those that wait stay."""
         with self._lock:
-            self._closed = True
+            self.is_closed = True
 
     def add(self, request: Request, expected_wait: Callable[[tuple[Request, ...]], float]) -> None:
-        """Appends a request.
+        """Appends a request; raises QueueFullError or, once closed, UnavailableError.
 
-        Args:
-            request: the request.
-            expected_wait: estimates, for the error, the seconds that a request behind the given ones waits.
-
-        Raises:
-            QueueFullError: the queue is full.
-            UnavailableError: the queue is closed.
+        ``expected_wait`` estimates, for the error, the seconds that a request behind the given ones waits.
         """
         with self._lock:
-            if self._closed:
+            if self.is_closed:
                 raise UnavailableError("glm_ar is stopping; no new requests are taken")
             if len(self._requests) >= self._max_queue:
                 raise QueueFullError(
@@ -69,7 +55,6 @@ class RequestQueue:
             return index
 
     def remove(self, request: Request) -> None:
-        """Removes a request, if it is there."""
         with self._lock:
             if request in self._requests:
                 self._requests.remove(request)

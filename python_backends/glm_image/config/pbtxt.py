@@ -54,7 +54,7 @@ def _python_model(name: str, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
 
 
 def _dit() -> Any:
-    inputs = (*schema.PAINTING_INPUTS, *schema.STAGE_INPUTS)
+    inputs = (*schema.SHARED_INPUTS, *schema.STAGE_INPUTS)
     config = _stage("glm_dit", inputs, schema.OUTPUTS, DitParameters())
     config.dynamic_batching.default_queue_policy.max_queue_size = MAX_DIT_QUEUE
     return config
@@ -71,7 +71,7 @@ def _ensemble() -> Any:
     _add_tensors(config, schema.REQUEST_INPUTS, schema.OUTPUTS)
     steps = (
         ("glm_ar", schema.REQUEST_INPUTS, schema.STAGE_TENSORS),
-        ("glm_dit", (*schema.PAINTING_INPUTS, *schema.STAGE_INPUTS), schema.OUTPUTS),
+        ("glm_dit", (*schema.SHARED_INPUTS, *schema.STAGE_INPUTS), schema.OUTPUTS),
     )
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)

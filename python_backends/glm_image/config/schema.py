@@ -13,7 +13,7 @@ from glm_image.request.tensors import TensorSpec, request_fields
 REQUEST_INPUTS: Final = tuple(declared.spec for declared in request_fields(GenerationParameters))
 """The inputs of ``glm_image`` and ``glm_ar``, which validates all of them."""
 
-PAINTING_INPUTS: Final = tuple(declared.spec for declared in request_fields(SharedParameters))
+SHARED_INPUTS: Final = tuple(declared.spec for declared in request_fields(SharedParameters))
 """The inputs of ``glm_image`` that ``glm_dit`` takes as well."""
 
 STREAM_INPUTS: Final = (*REQUEST_INPUTS, *(declared.spec for declared in request_fields(PreviewParameters)))

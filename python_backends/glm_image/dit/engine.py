@@ -50,9 +50,7 @@ class DitEngine:
     """The transformer, the glyph encoder and the VAE on one device, or on several that share each step.
 
     Args:
-        checkpoint: the weights and configs.
-        device: the device of rank 0.
-        settings: how the engine runs.
+        device: of rank 0.
         record: receives the metrics of ``dit.metrics``.
         workers: the devices of the other ranks.
         watched: wraps the function that runs commands, so that a watchdog can time them.
@@ -60,7 +58,6 @@ class DitEngine:
     Attributes:
         codebook_size: prior token ids are below it.
         source_rule: how source images are sized.
-        executor: runs commands on all ranks.
         attention_backend: the attention of the transformer's blocks, by its name in diffusers' attention dispatch.
 
     Raises:
@@ -101,18 +98,11 @@ class DitEngine:
         scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request))
 
     def paint(self, context: RequestContext, request: PaintRequest, limits: Limits) -> Future[DitResult]:
-        """Renders the images of a request.
+        """Renders the images of a request, which it validates first.
 
         Blocks until all of them are denoised and the device is free for the next request. Decoding, cropping and
-        encoding go on in the engine's finisher thread; on a host they are done when this returns.
-
-        Args:
-            context: checked between steps; receives progress and stage seconds.
-            request: what to render; validated here.
-            limits: what a request may ask for.
-
-        Returns:
-            The images, or the error that occurred while they were decoded or encoded.
+        encoding go on in the engine's finisher thread; on a host they are done when this returns. The future
+        resolves to the images, or to the error that occurred while they were decoded or encoded.
 
         Raises:
             InvalidInputError: an input is not allowed, or the sources need more memory than the device has.
