@@ -78,7 +78,7 @@ def run_through(context: RequestContext) -> None:
 
 
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
-def test_each_observer_sees_everything_in_any_order_and_beside_a_faulty_one(
+def test_each_observer_sees_every_event_in_any_order_and_despite_a_faulty_one(
     order: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = Recorder(), Recorder()

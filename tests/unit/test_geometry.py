@@ -63,9 +63,9 @@ def test_sides_are_rounded_up_to_multiples_of_32(requested: int, made: int) -> N
 @given(height=st.integers(32, 2048), width=st.integers(32, 2048))
 def test_generated_size_covers_the_requested_size(height: int, width: int) -> None:
     made = geometry.generated_size(Size(height, width))
-    for side, asked in zip(made, (height, width), strict=True):
+    for side, wanted in zip(made, (height, width), strict=True):
         assert side % 32 == 0
-        assert 0 <= side - asked < 32
+        assert 0 <= side - wanted < 32
 
 
 def test_preview_grid_has_at_least_one_token_a_side() -> None:
