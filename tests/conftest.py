@@ -23,8 +23,11 @@ from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint
 from parity.reference import load_reference
 
 DRAIN_SECONDS = 5
-OF_SERVERS = {"server", "bad_input"}
-"""Folders."""
+GROUPED_FOLDERS = {"server", "bad_input", "parity"}
+"""Folders whose modules have expensive fixtures of their own."""
+
+SHARED_SERVERS = {"triton", "bare_triton", "two_instances"}
+"""Fixtures."""
 
 # A shell that starts this in the background has it ignore interrupts, and all programs that it starts would.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -38,10 +41,16 @@ settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves tests of servers to one process: they share a server, and tell what it holds and how soon it answers."""
+    """Groups tests for ``--dist loadgroup``.
+
+    One process runs all tests of the shared servers: each server starts once, and tests that measure its memory and its
+    response times have it to themselves. Modules that start their own servers may run in any process.
+    """
     for item in items:
-        if item.path.parent.name in OF_SERVERS:
+        if SHARED_SERVERS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("servers"))
+        elif item.path.parent.name in GROUPED_FOLDERS:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}.{item.path.stem}"))
 
 
 @pytest.fixture(scope="session")
