@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -16,21 +16,17 @@ from queue import Queue
 from threading import Barrier
 from typing import Any
 
-import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.grpc.aio
 import tritonclient.http
 import tritonclient.http.aio
-from numpy.typing import NDArray
-from tritonclient.utils import InferenceServerException, shared_memory
 
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.parameters import GenerationParameters
-from glm_image.supervisor import ServerSettings, TritonServer
+from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
-from server.kserve import decoded, infer_inputs
-from server.regions import registered_region
+from server.kserve import infer_inputs
 
 REQUEST: dict[str, Any] = {
     "prompt": "A fox reading “NEWS” 雪",
@@ -127,40 +123,6 @@ class TestTritonclient:
         with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
             answers = at_once(lambda: client.infer("glm_image", infer_inputs(tritonclient.grpc, REQUEST)))
         assert [file_of(answer) for answer in answers] == [png] * THREADS
-
-
-class TestSharedMemory:
-    """For clients on the server's own machine; closed unless the operator opens it."""
-
-    @pytest.fixture(scope="class")
-    def opened(self, tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
-        with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=5, open_apis=("shared-memory",))) as server:
-            yield server
-
-    @pytest.mark.parametrize("protocol", PROTOCOLS)
-    def test_pixels_come_through_system_shared_memory(self, opened: TritonServer, png: bytes, protocol: str) -> None:
-        half = tritonclient.grpc if protocol == "grpc" else tritonclient.http
-        with (
-            closing(half.InferenceServerClient(address(opened, protocol))) as client,
-            registered_region(client, PIXEL_BYTES) as (name, handle),
-        ):
-            output = half.InferRequestedOutput("images")
-            output.set_shared_memory(name, PIXEL_BYTES)
-            inputs = infer_inputs(half, {**REQUEST, "output_format": "raw"})
-            client.infer("glm_image", inputs, outputs=[output])
-            shared: NDArray[Any] = shared_memory.get_contents_as_numpy(handle, np.uint8, [64, 96, 3])
-            np.testing.assert_array_equal(shared, decoded(png))
-
-    def test_a_region_that_is_too_small_is_refused(self, opened: TritonServer) -> None:
-        with (
-            closing(tritonclient.grpc.InferenceServerClient(opened.grpc_url)) as client,
-            registered_region(client, PIXEL_BYTES) as (name, _),
-        ):
-            output = tritonclient.grpc.InferRequestedOutput("images")
-            output.set_shared_memory(name, 64)
-            inputs = infer_inputs(tritonclient.grpc, {**REQUEST, "output_format": "raw"})
-            with pytest.raises(InferenceServerException, match="shared memory size"):
-                client.infer("glm_image", inputs, outputs=[output])
 
 
 class TestOurClient:

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
+from glm_image_client.cli import app
 from parity.reference import load_reference, reference_image
 from pictures import encoded, picture
 from server.documents import REPOSITORY_ROOT
@@ -168,23 +170,36 @@ def test_the_client_sends_paths_bytes_and_pictures(
         np.testing.assert_array_equal(painted.arrays[0], edited["images"][0])
 
 
+def run_command(arguments: list[str], in_process: bool) -> str:
+    """Runs ``glm-image`` and returns its output."""
+    if in_process:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+    command = [sys.executable, "-c", "from glm_image_client.cli import main; main()", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("offline", [False, True])
 def test_the_command_line_sends_images(
     triton: TritonServer, tiny_checkpoint: Path, edited: Outputs, offline: bool, tmp_path: Path
 ) -> None:
-    """The second source is a JPEG for real: a picture of its own, so the output is compared with that of a request."""
+    """The second source is really a JPEG, another image, so the output is compared with that of a request.
+
+    Offline, the command runs in this process, which has torch imported; ``cli_offline.sh`` runs it as a program.
+    """
     (tmp_path / "a.png").write_bytes(encoded(SOURCE))
     (tmp_path / "b.jpg").write_bytes(encoded(OTHER, "jpeg"))
     where = ["--offline", "--checkpoint", str(tiny_checkpoint), "--device", "cpu"]
-    command = [
-        sys.executable, "-c", "from glm_image_client.cli import main; main()", "generate", ASKED["prompt"],
+    arguments = [
+        "generate", ASKED["prompt"],
         "--size", "96x64", "--steps", "2", "--guidance", "2", "--seed", "7", "--json", "-o", str(tmp_path / "out.png"),
         "--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.jpg"),
         *(where if offline else ["--url", triton.grpc_url]),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["metadata"]["tokens"]["source"] == 576
+    assert json.loads(run_command(arguments, offline))["metadata"]["tokens"]["source"] == 576
     expected = grpc_infer(triton, {**ASKED, "image": [encoded(SOURCE), encoded(OTHER, "jpeg")]})["images"][0]
     with Image.open(tmp_path / "out.png") as written:
         np.testing.assert_array_equal(np.asarray(written), expected)
