@@ -34,7 +34,7 @@ def chaos(checkpoint: Path, seconds: int, **flags: float) -> dict[str, Any]:
     return counts
 
 
-def test_every_request_to_a_breaking_server_ends(tiny_checkpoint: Path, same_threads: None) -> None:
+def test_every_request_ends_over_a_few_failures(tiny_checkpoint: Path, same_threads: None) -> None:
     counts = chaos(tiny_checkpoint, SHORT_SECONDS, seed=1, clients=3, failures=SHORT_FAILURES, calm=SHORT_CALM_SECONDS)
     signals = Counter[str]()
     for failure, count in counts["failures"].items():
