@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from glm_image_client.async_client import AsyncGlmImageClient
-from glm_image_client.client import GlmImageClient
+from glm_image_client.client import AsyncGlmImageClient, GlmImageClient
 from glm_image_client.errors import (
     BadArgumentError,
     BusyError,

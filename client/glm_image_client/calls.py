@@ -1,56 +1,62 @@
-"""The requests that a client can send, independent of protocol and of asyncio."""
+"""The requests that a client can send, independent of protocol and of asyncio: values in, tensors out.
+
+A value that cannot be sent raises ``BadArgumentError``.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import operator
+import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Generic, SupportsFloat, SupportsIndex, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from glm_image_client.errors import BadArgumentError
 from glm_image_client.events import StreamEvent
-from glm_image_client.options import GenerateOptions, PaintOptions, PriorOptions, StreamOptions
+from glm_image_client.options import (
+    OPTIONS,
+    PROMPT,
+    GenerateOptions,
+    PaintOptions,
+    PriorOptions,
+    SourceImage,
+    StreamOptions,
+)
 from glm_image_client.result import GenerationResult, PriorTokens, json_object
-from glm_image_client.tensors import request_tensors
-from glm_image_client.transport import Tensor, object_array
+from glm_image_client.transport import Outputs, Request, Tensor, object_array
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 ENSEMBLE: Final = "glm_image"
-AR_STAGE: Final = "glm_ar"
-DIT_STAGE: Final = "glm_dit"
-CONTROL: Final = "glm_control"
-STREAM: Final = "glm_image_stream"
-
 CONTROL_SECONDS: Final = 5.0
 
 AR_REQUEST_FIELDS: Final = ("request_id", "arrived_ns", "finished_ns")
 """Entries of ``ar_metadata`` about the request that made the tokens; they do not hold for a later ``paint``."""
 
+_INTEGERS: Final[Mapping[str, type[np.signedinteger[Any]]]] = {"INT32": np.int32, "INT64": np.int64}
+_PNG_MODES: Final = {"1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"}
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Call(Generic[T]):
-    """A request that is ready to be sent.
+class Call(Request, Generic[T]):
+    """A request that is ready to be sent; one without an id need not be cancelled.
 
     Attributes:
-        model: the model's name.
-        tensors: its inputs.
         read: makes the result of the model's outputs.
-        request_id: the id to cancel it by; None = it need not be cancelled.
         timeout: seconds; None = the client's own.
     """
 
-    model: str
-    tensors: Sequence[Tensor]
-    read: Callable[[Mapping[str, NDArray[Any]]], T]
-    request_id: str | None
+    read: Callable[[Outputs], T]
     timeout: float | None
 
 
@@ -61,12 +67,13 @@ def generate(prompt: str, **options: Unpack[GenerateOptions]) -> Call[Generation
 
 def stream(prompt: str, **options: Unpack[StreamOptions]) -> Call[StreamEvent]:
     """Returns the call of ``GlmImageClient.stream``."""
-    return _call(STREAM, StreamEvent.from_outputs, prompt, StreamOptions, {"output_format": "png", **options})
+    sent = {"output_format": "png", **options}
+    return _call("glm_image_stream", StreamEvent.from_outputs, prompt, StreamOptions, sent)
 
 
 def prior_tokens(prompt: str, **options: Unpack[PriorOptions]) -> Call[PriorTokens]:
     """Returns the call of ``GlmImageClient.prior_tokens``."""
-    return _call(AR_STAGE, PriorTokens.from_outputs, prompt, PriorOptions, options)
+    return _call("glm_ar", PriorTokens.from_outputs, prompt, PriorOptions, options)
 
 
 def paint(prompt: str, prior: PriorTokens, **options: Unpack[PaintOptions]) -> Call[GenerationResult]:
@@ -74,22 +81,21 @@ def paint(prompt: str, prior: PriorTokens, **options: Unpack[PaintOptions]) -> C
     # glm_dit has no input `seed`: the seed is one of the tensors that come with the tokens.
     sent = {"output_format": "png", **options, "seed": None}
     tensors = prior_inputs(prior, options.get("seed"))
-    return _call(DIT_STAGE, GenerationResult.from_outputs, prompt, PaintOptions, sent, tensors)
+    return _call("glm_dit", GenerationResult.from_outputs, prompt, PaintOptions, sent, tensors)
 
 
-def cancel(request_id: str, *, timeout: float | None = CONTROL_SECONDS) -> Call[dict[str, Any]]:
-    """Returns the call of ``GlmImageClient.cancel``."""
-    return _control(request_id, "cancel", timeout)
-
-
-def status(request_id: str, *, timeout: float | None = CONTROL_SECONDS) -> Call[dict[str, Any]]:
-    """Returns the call of ``GlmImageClient.status``."""
-    return _control(request_id, "status", timeout)
+def control(action: str, request_id: str, timeout: float | None) -> Call[dict[str, Any]]:
+    """Returns the call of ``GlmImageClient.cancel`` or ``status``, which ``action`` names."""
+    tensors = [
+        Tensor(name, "BYTES", object_array([value.encode()]))
+        for name, value in (("request_id", request_id), ("action", action))
+    ]
+    return Call("glm_control", tensors, "", lambda outputs: json_object(outputs["result"][0], "result"), timeout)
 
 
 def _call(
     model: str,
-    read: Callable[[Mapping[str, NDArray[Any]]], T],
+    read: Callable[[Outputs], T],
     prompt: str,
     kind: type,
     options: Mapping[str, Any],
@@ -99,44 +105,74 @@ def _call(
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}; allowed: {', '.join(kind.__annotations__)}")
     values = {name: value for name, value in options.items() if name not in {"images", "request_id", "timeout"}}
     sent = [*request_tensors({"prompt": prompt, **values}, options.get("images")), *tensors]
-    return Call(model, sent, read, options.get("request_id") or uuid.uuid4().hex, options.get("timeout"))
+    return Call(model, sent, options.get("request_id") or uuid.uuid4().hex, read, options.get("timeout"))
 
 
-def _control(request_id: str, action: str, timeout: float | None) -> Call[dict[str, Any]]:
-    tensors = [
-        Tensor(name, "BYTES", object_array([value.encode()]))
-        for name, value in (("request_id", request_id), ("action", action))
-    ]
-    return Call(CONTROL, tensors, lambda outputs: json_object(outputs["result"][0], "result"), None, timeout)
+def request_tensors(values: Mapping[str, object], images: Sequence[SourceImage] | None = None) -> list[Tensor]:
+    """Returns the inputs of a request: each value as a tensor [1], the source images as ``image`` BYTES [k].
+
+    A value of None is not sent, so that the server's default applies.
+    """
+    tensors = [_value_tensor(name, value) for name, value in values.items() if value is not None]
+    if images:
+        tensors.append(Tensor("image", "BYTES", object_array([source_bytes(image) for image in images])))
+    return tensors
+
+
+def source_bytes(image: SourceImage) -> bytes:
+    """Returns the bytes to send for one source image; only a PIL image is encoded (PNG, upright)."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        upright = ImageOps.exif_transpose(image)
+        buffer = io.BytesIO()
+        (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(buffer, "png", compress_level=1)
+        return buffer.getvalue()
+    if not isinstance(image, (str, os.PathLike)):
+        raise BadArgumentError(f"image is of type {type(image).__name__}; allowed: a path, bytes or a PIL image")
+    try:
+        return Path(image).read_bytes()
+    except OSError as error:
+        raise BadArgumentError(f"image {os.fspath(image)!r} cannot be read: {error.strerror}") from error
 
 
 def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
-    """Returns the inputs of ``glm_dit`` that come from ``glm_ar``.
-
-    Args:
-        prior: the outputs of ``glm_ar``.
-        seed: replaces the seed of ``prior``; None = keep it.
-
-    Raises:
-        BadArgumentError: an array holds other values than integers, or the seed is not a 64-bit integer.
-    """
+    """Returns the inputs of ``glm_dit`` that come from ``glm_ar``; a seed replaces that of ``prior``."""
     kept = {name: value for name, value in prior.ar_metadata.items() if name not in AR_REQUEST_FIELDS}
     return [
-        _integers("prior_token_ids", "INT32", prior.prior_token_ids),
-        _integers("prior_grid", "INT32", prior.prior_grid),
-        _integers("resolved_size", "INT32", prior.resolved_size),
-        _integers("resolved_seed", "INT64", prior.resolved_seed if seed is None else [seed]),
+        _integer_tensor("prior_token_ids", "INT32", prior.prior_token_ids),
+        _integer_tensor("prior_grid", "INT32", prior.prior_grid),
+        _integer_tensor("resolved_size", "INT32", prior.resolved_size),
+        _integer_tensor("resolved_seed", "INT64", prior.resolved_seed if seed is None else [seed]),
         Tensor("ar_metadata", "BYTES", object_array([json.dumps(kept).encode()])),
-        _integers("source_token_ids", "INT32", prior.source_token_ids),
-        _integers("source_grids", "INT32", prior.source_grids),
+        _integer_tensor("source_token_ids", "INT32", prior.source_token_ids),
+        _integer_tensor("source_grids", "INT32", prior.source_grids),
     ]
 
 
-def _integers(name: str, datatype: str, values: object) -> Tensor:
-    dtype = np.int32 if datatype == "INT32" else np.int64
+def _value_tensor(name: str, value: object) -> Tensor:
+    datatype = (PROMPT if name == "prompt" else OPTIONS[name].input).datatype
+    try:
+        if datatype == "BYTES":
+            return Tensor(name, datatype, object_array([cast("str", value).encode("utf-8")]))
+        if datatype == "FP32":
+            return Tensor(name, datatype, np.array([float(cast("SupportsFloat", value))], dtype=np.float32))
+        # operator.index refuses 512.5, which numpy would truncate to 512.
+        number = operator.index(cast("SupportsIndex", value))
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        kind = {"BYTES": "text that UTF-8 can hold", "FP32": "a number"}.get(datatype, "an integer")
+        raise BadArgumentError(f"{name} is {value!r}; allowed: {kind}") from error
+    dtype = _INTEGERS[datatype]
+    limits = np.iinfo(dtype)
+    if not limits.min <= number <= limits.max:
+        raise BadArgumentError(f"{name} is {number}; allowed: a signed {limits.bits}-bit integer")
+    return Tensor(name, datatype, np.array([number], dtype=dtype))
+
+
+def _integer_tensor(name: str, datatype: str, values: object) -> Tensor:
     try:
         given = np.asarray(values)
-        array = given.astype(dtype, casting="same_kind")
+        array = given.astype(_INTEGERS[datatype], casting="same_kind")
     except (TypeError, OverflowError) as error:
         raise BadArgumentError(f"{name} is not an array of integers") from error
     if not np.array_equal(array, given):

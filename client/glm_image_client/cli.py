@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from glm_image_client.calls import source_bytes
 from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
 from glm_image_client.offline import generate_offline, inspect_checkpoint
 from glm_image_client.options import OPTIONS, PROMPT
+from glm_image_client.progress import progress_bar, shows_images, watch
 from glm_image_client.result import GenerationResult, format_of
-from glm_image_client.tensors import source_bytes
 
 EXIT_REFUSED: Final = 2
 EXIT_UNREACHABLE: Final = 3
@@ -41,7 +40,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 class ProtocolChoice(str, Enum):
-    """The protocol of the connection."""
+    """``ProtocolName`` as typer reads it."""
 
     grpc = "grpc"
     http = "http"
@@ -49,12 +48,9 @@ class ProtocolChoice(str, Enum):
 
 Url = Annotated[
     str | None,
-    typer.Option(
-        envvar="GLM_IMAGE_URL",
-        metavar="HOST:PORT",
-        help="Server; default 127.0.0.1:8001, over HTTP :8000.",
-    ),
+    typer.Option(envvar="GLM_IMAGE_URL", metavar="HOST:PORT", help="Server; default 127.0.0.1:8001, over HTTP :8000."),
 ]
+RequestId = Annotated[str, typer.Argument(metavar="ID", help="Id of the requests.")]
 Protocol = Annotated[ProtocolChoice, typer.Option(help="Protocol, if the URL has no scheme.")]
 
 
@@ -121,14 +117,13 @@ def generate(
     with _exit_codes():
         width, height = _parse_size(size)
         output_format = format_of(output)
-        _check_folder(output)
-        _check_offline(offline, checkpoint, device)
+        _check_flags(output, offline, checkpoint, device)
         images = [source_bytes(path) for path in image or ()]
         options |= {"width": width, "height": height}
         began = time.perf_counter()
         has_bar = not as_json and sys.stderr.isatty()
         if checkpoint is not None:
-            with _progress(shown=has_bar):
+            with progress_bar("generating", shown=has_bar):
                 result = generate_offline(checkpoint, device or "auto", {"prompt": prompt, **options}, images)
         else:
             options |= {"images": images, "output_format": output_format, "request_id": request_id}
@@ -136,18 +131,21 @@ def generate(
                 if has_bar or preview_dir is not None if streamed is None else streamed:
                     result = _stream(client, prompt, options, has_bar, preview_dir)
                 else:
-                    with _progress(shown=has_bar):
+                    with progress_bar("generating", shown=has_bar):
                         result = client.generate(prompt, **options)
         waited = time.perf_counter() - began
-        files = _save(result, output)
-        print(_as_json(result, files) if as_json else _as_text(result, files, waited))
+        try:
+            files = result.save(output)
+        except OSError as error:
+            raise BadArgumentError(f"--output {output!r} cannot be written: {error.strerror}") from error
+        names = [str(file) for file in files]
+        report = {"files": names, "seeds": result.seeds, "metadata": result.metadata.raw}
+        print(json.dumps(report) if as_json else "\n".join([*names, _summary(result, waited)]))
 
 
 def _stream(
     client: GlmImageClient, prompt: str, options: dict[str, Any], has_bar: bool, preview_dir: Path | None
 ) -> GenerationResult:
-    from glm_image_client.watching import shows_images, watch  # noqa: PLC0415 - only for a stream
-
     if preview_dir is not None and not preview_dir.is_dir():
         raise BadArgumentError(f"--preview-dir is {str(preview_dir)!r}; allowed: a folder that exists")
     options["preview_steps"] = None if shows_images(preview_dir) else 0
@@ -156,32 +154,23 @@ def _stream(
 
 
 @app.command()
-def cancel(
-    request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the requests.")],
-    url: Url = None,
-    protocol: Protocol = ProtocolChoice.grpc,
-) -> None:
+def cancel(request_id: RequestId, url: Url = None, protocol: Protocol = ProtocolChoice.grpc) -> None:
     """Cancels the requests of an id; exits with 2 if the server does not know it."""
-    _control("cancel", request_id, url, protocol)
+    with _exit_codes(), GlmImageClient(url, protocol.value) as client:
+        _print_answer(client.cancel(request_id))
 
 
 @app.command()
-def status(
-    request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the requests.")],
-    url: Url = None,
-    protocol: Protocol = ProtocolChoice.grpc,
-) -> None:
+def status(request_id: RequestId, url: Url = None, protocol: Protocol = ProtocolChoice.grpc) -> None:
     """Prints the state of the requests of an id; exits with 2 if the server does not know it."""
-    _control("status", request_id, url, protocol)
+    with _exit_codes(), GlmImageClient(url, protocol.value) as client:
+        _print_answer(client.status(request_id))
 
 
-def _control(action: str, request_id: str, url: str | None, protocol: ProtocolChoice) -> None:
-    with _exit_codes():
-        with GlmImageClient(url, protocol.value) as client:
-            answer = client.cancel(request_id) if action == "cancel" else client.status(request_id)
-        print(json.dumps(answer))
-        if answer["state"] == "unknown":
-            raise typer.Exit(EXIT_REFUSED)
+def _print_answer(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer))
+    if answer["state"] == "unknown":
+        raise typer.Exit(EXIT_REFUSED)
 
 
 @app.command()
@@ -211,17 +200,6 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_SERVER) from error
 
 
-@contextmanager
-def _progress(*, shown: bool) -> Iterator[None]:
-    if not shown:
-        yield
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        progress.add_task("generating", total=None)
-        yield
-
-
 def _parse_size(size: str | None) -> tuple[int | None, int | None]:
     if size is None:
         return None, None
@@ -231,39 +209,19 @@ def _parse_size(size: str | None) -> tuple[int | None, int | None]:
     return int(found[1]), int(found[2])
 
 
-def _check_folder(output: str) -> None:
+def _check_flags(output: str, offline: bool, checkpoint: Path | None, device: str | None) -> None:
     # Before the request, so that no images are lost.
     if not Path(output).parent.is_dir():
         raise BadArgumentError(f"--output is {output!r}; allowed: a file in a folder that exists")
-
-
-def _check_offline(offline: bool, checkpoint: Path | None, device: str | None) -> None:
     if offline and checkpoint is None:
         raise BadArgumentError("--offline needs --checkpoint DIR")
     if not offline and (checkpoint, device) != (None, None):
         raise BadArgumentError("--checkpoint and --device need --offline; a server has its own")
 
 
-def _save(result: GenerationResult, output: str) -> list[Path]:
-    try:
-        return result.save(output)
-    except OSError as error:
-        raise BadArgumentError(f"--output {output!r} cannot be written: {error.strerror}") from error
-
-
-def _as_json(result: GenerationResult, files: list[Path]) -> str:
-    shown = {"files": [str(file) for file in files], "seeds": result.seeds, "metadata": result.metadata.raw}
-    return json.dumps(shown)
-
-
-def _as_text(result: GenerationResult, files: list[Path], waited: float) -> str:
+def _summary(result: GenerationResult, waited: float) -> str:
     metadata = result.metadata
     stages = "".join(f"{name} {seconds:.2f}, " for name, seconds in metadata.seconds.items())
     seeds = ", ".join(map(str, metadata.seeds))
-    return "\n".join(
-        [
-            *map(str, files),
-            f"{metadata.width}x{metadata.height}, {metadata.steps} steps, seed {seeds}",
-            f"seconds: {stages}total {waited:.2f}",
-        ]
-    )
+    size = f"{metadata.width}x{metadata.height}"
+    return f"{size}, {metadata.steps} steps, seed {seeds}\nseconds: {stages}total {waited:.2f}"

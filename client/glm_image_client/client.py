@@ -1,15 +1,12 @@
-"""The blocking client."""
+"""The two clients: the blocking one and the one for asyncio."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from functools import partial
-from types import TracebackType
+from collections.abc import AsyncGenerator, Generator
 from typing import TYPE_CHECKING, Any
 
 from glm_image_client import calls
-from glm_image_client.connections import connect
-from glm_image_client.core import BlockingRuntime, ClientCore, run
+from glm_image_client.core import AsyncClientCore, ClientCore, run
 from glm_image_client.events import StreamEvent
 from glm_image_client.result import GenerationResult, PriorTokens
 from glm_image_client.retries import NO_RETRIES, Retries
@@ -24,12 +21,13 @@ if TYPE_CHECKING:
 class GlmImageClient:
     """Talks to a GLM-Image server; a context manager, safe to use from several threads.
 
-    A call that is interrupted or times out cancels its request on the server.
+    A call that is interrupted or times out cancels its request on the server. Every call raises the errors of
+    ``generate``.
 
     Args:
         url: ``HOST[:PORT]``, or ``SCHEME://HOST[:PORT]`` with grpc, grpcs, http or https, which decides the protocol;
             None = 127.0.0.1:8001 (gRPC) or 127.0.0.1:8000 (HTTP).
-        protocol: ``grpc`` or ``http``.
+        protocol: of a URL without a scheme.
         timeout: seconds to wait for an answer where a call does not say; None = no limit.
         retries: when a request is sent again; by default never.
 
@@ -46,14 +44,12 @@ class GlmImageClient:
         retries: Retries = NO_RETRIES,
     ) -> None:
         self.endpoint = Endpoint.parse(url, protocol)
-        self._core = ClientCore(self.endpoint, connect, BlockingRuntime(), timeout, retries)
+        self._core = ClientCore(self.endpoint, timeout, retries)
 
     def __enter__(self) -> GlmImageClient:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -65,11 +61,7 @@ class GlmImageClient:
         return run(self._core.ready())
 
     def model_metadata(self, model: str = calls.ENSEMBLE) -> dict[str, Any]:
-        """Returns KServe's metadata of a model: name, versions, platform, inputs and outputs.
-
-        Raises:
-            GlmImageClientError: as ``generate``.
-        """
+        """Returns KServe's metadata of a model: name, versions, platform, inputs and outputs."""
         return run(self._core.model_metadata(model))
 
     def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> GenerationResult:
@@ -88,19 +80,18 @@ class GlmImageClient:
             RequestCancelled: the request was cancelled.
             ServerFailure: the server failed.
         """
-        return run(self._core.answer(partial(calls.generate, prompt, **options)))
+        return run(self._core.answer(calls.generate, prompt, **options))
 
     def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Generator[StreamEvent, None, None]:
         """Generates images as ``generate`` does, and yields a ``StreamEvent`` for each step of the progress.
 
-        Leaving the iteration cancels the request. Errors are those of ``generate``, raised by the iteration; a stream
-        is never retried.
+        Leaving the iteration cancels the request. Errors are raised by the iteration; a stream is never retried.
 
         Args:
             prompt: as in ``generate``.
             options: see ``StreamOptions``; over HTTP ``output_format`` may not be ``raw``.
         """
-        events = self._core.events(partial(calls.stream, prompt, **options))
+        events = self._core.events(calls.stream, prompt, **options)
         try:
             while True:
                 try:
@@ -117,11 +108,8 @@ class GlmImageClient:
         Args:
             prompt: as in ``generate``.
             options: see ``PriorOptions``.
-
-        Raises:
-            GlmImageClientError: as ``generate``.
         """
-        return run(self._core.answer(partial(calls.prior_tokens, prompt, **options)))
+        return run(self._core.answer(calls.prior_tokens, prompt, **options))
 
     def paint(self, prompt: str, prior: PriorTokens, **options: Unpack[PaintOptions]) -> GenerationResult:
         """Runs the DiT stage alone on tokens that were kept, perhaps edited.
@@ -131,38 +119,82 @@ class GlmImageClient:
             prior: the tokens; one image for each row of ``prior_token_ids``.
             options: see ``PaintOptions``; ``seed`` is that of the noise, by default the seed of ``prior``, and
                 ``images`` are the source images that ``prior`` was made with.
-
-        Raises:
-            GlmImageClientError: as ``generate``.
         """
-        return run(self._core.answer(partial(calls.paint, prompt, prior, **options)))
+        return run(self._core.answer(calls.paint, prompt, prior, **options))
 
     def cancel(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
-        """Cancels every running or queued request of an id.
+        """Cancels every running or queued request of an id; ``timeout`` is in seconds.
 
         Returns the server's answer: ``state`` is ``cancelled``, ``already_cancelled``, ``finished``, ``failed`` or
         ``unknown``, ``cancelled`` the number of requests that this call cancelled, ``requests`` where each of them was.
-
-        Args:
-            request_id: the id of the requests.
-            timeout: seconds.
-
-        Raises:
-            GlmImageClientError: as ``generate``.
         """
-        return run(self._core.answer(partial(calls.cancel, request_id, timeout=timeout)))
+        return run(self._core.answer(calls.control, "cancel", request_id, timeout))
 
     def status(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
-        """Returns the state of the requests of an id.
+        """Returns the state of the requests of an id; ``timeout`` is in seconds.
 
         In the server's answer ``state`` is ``queued``, ``running``, ``cancelled``, ``finished``, ``failed`` or
         ``unknown``, ``requests`` has the stage and the progress of each.
-
-        Args:
-            request_id: the id of the requests.
-            timeout: seconds.
-
-        Raises:
-            GlmImageClientError: as ``generate``.
         """
-        return run(self._core.answer(partial(calls.status, request_id, timeout=timeout)))
+        return run(self._core.answer(calls.control, "status", request_id, timeout))
+
+
+class AsyncGlmImageClient:
+    """Talks to a GLM-Image server from one asyncio loop; an asynchronous context manager.
+
+    Many requests may be in flight concurrently. A call that is cancelled or times out cancels its request on the
+    server. Methods, arguments and errors are those of ``GlmImageClient``.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        protocol: ProtocolName = "grpc",
+        *,
+        timeout: float | None = None,
+        retries: Retries = NO_RETRIES,
+    ) -> None:
+        self.endpoint = Endpoint.parse(url, protocol)
+        self._core = AsyncClientCore(self.endpoint, timeout, retries)
+
+    async def __aenter__(self) -> AsyncGlmImageClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """See ``GlmImageClient.close``."""
+        await self._core.close()
+
+    async def server_ready(self) -> bool:
+        """See ``GlmImageClient.server_ready``."""
+        return await self._core.ready()
+
+    async def model_metadata(self, model: str = calls.ENSEMBLE) -> dict[str, Any]:
+        """See ``GlmImageClient.model_metadata``."""
+        return await self._core.model_metadata(model)
+
+    async def generate(self, prompt: str, **options: Unpack[GenerateOptions]) -> GenerationResult:
+        """See ``GlmImageClient.generate``."""
+        return await self._core.answer(calls.generate, prompt, **options)
+
+    def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> AsyncGenerator[StreamEvent, None]:
+        """See ``GlmImageClient.stream``; returns an asynchronous iterator."""
+        return self._core.events(calls.stream, prompt, **options)
+
+    async def prior_tokens(self, prompt: str, **options: Unpack[PriorOptions]) -> PriorTokens:
+        """See ``GlmImageClient.prior_tokens``."""
+        return await self._core.answer(calls.prior_tokens, prompt, **options)
+
+    async def paint(self, prompt: str, prior: PriorTokens, **options: Unpack[PaintOptions]) -> GenerationResult:
+        """See ``GlmImageClient.paint``."""
+        return await self._core.answer(calls.paint, prompt, prior, **options)
+
+    async def cancel(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
+        """See ``GlmImageClient.cancel``."""
+        return await self._core.answer(calls.control, "cancel", request_id, timeout)
+
+    async def status(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
+        """See ``GlmImageClient.status``."""
+        return await self._core.answer(calls.control, "status", request_id, timeout)

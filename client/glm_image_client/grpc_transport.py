@@ -1,28 +1,22 @@
-"""Transports over gRPC: what both have in common, and the blocking one."""
+"""The transports over gRPC: what both have in common, the blocking one, and the one for asyncio."""
 
 from __future__ import annotations
 
 import queue
 import re
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import closing, suppress
-from typing import Any, TypeVar
+from functools import cached_property
+from inspect import isawaitable
+from typing import Any, TypeVar, cast
 
+import grpc
 import tritonclient.grpc as triton
-from numpy.typing import NDArray
+from tritonclient.grpc import aio
 from tritonclient.utils import InferenceServerException
 
-from glm_image_client.core import finished
 from glm_image_client.errors import GlmImageClientError, answered, status_name, timed_out, unreachable
-from glm_image_client.transport import (
-    LIVENESS_SECONDS,
-    Endpoint,
-    Tensor,
-    microseconds,
-    to_infer_inputs,
-    with_integer_shapes,
-)
+from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Outputs, Request, Transport, infer_arguments
 
 T = TypeVar("T")
 
@@ -33,32 +27,21 @@ WITH_STATUS = {"triton_grpc_error": "true"}
 """Headers with which Triton sends the status of an error in a stream, not only its message."""
 
 
-class GrpcBase(ABC):
-    """The calls over one channel, whose client either blocks or returns awaitables."""
+class GrpcBase(Transport):
+    """The calls over one channel. The methods of ``_client``, a client of tritonclient, block or return awaitables."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._address = endpoint.address
-        self._tls = endpoint.tls
+    _client: Any
 
-    @property
-    @abstractmethod
-    def _client(self) -> Any:
-        """An ``InferenceServerClient``."""
-
-    async def infer(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """See ``Transport``."""
-        arguments = infer_arguments(inputs, request_id, timeout)
-        return outputs_of(await self._answer(lambda: self._client.infer(model, **arguments), timeout))
+    async def infer(self, request: Request, timeout: float | None) -> Outputs:
+        arguments = infer_arguments(triton, request, timeout)
+        return outputs_of(
+            await self._answer(lambda: self._client.infer(request.model, **arguments, client_timeout=timeout), timeout)
+        )
 
     async def ready(self, timeout: float | None) -> bool:
-        """See ``Transport``."""
         return await self._succeeds(lambda: self._client.is_server_ready(client_timeout=timeout))
 
     async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
-        """See ``Transport``."""
-
         def call() -> Any:
             return self._client.get_model_metadata(model, as_json=True, client_timeout=timeout)
 
@@ -66,7 +49,7 @@ class GrpcBase(ABC):
 
     async def _answer(self, call: Callable[[], T | Awaitable[T]], timeout: float | None) -> T:
         try:
-            return await finished(call())
+            return await _finished(call())
         except InferenceServerException as error:
             raise await self._error(error, timeout) from error
 
@@ -80,7 +63,7 @@ class GrpcBase(ABC):
 
     async def _succeeds(self, call: Callable[[], Any]) -> bool:
         try:
-            return bool(await finished(call()))
+            return bool(await _finished(call()))
         except InferenceServerException:
             return False
 
@@ -90,25 +73,19 @@ class GrpcTransport(GrpcBase):
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint)
-        self._channel = self._connected()
+        self._client = self._connected()
 
-    @property
-    def _client(self) -> Any:
-        return self._channel
-
-    async def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
-    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
-        """See ``Transport``; uses a connection of its own, because tritonclient has one stream for each connection."""
+    async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
         responses: queue.SimpleQueue[tuple[Any, InferenceServerException | None]] = queue.SimpleQueue()
-        with closing(self._connected()) as client:
+        arguments = infer_arguments(triton, request, timeout)
+        with closing(self._connected()) as client:  # tritonclient has one stream for each connection
             client.start_stream(
                 lambda result, error: responses.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
             )
             is_last = False
             try:
                 with suppress(InferenceServerException):  # the callback reports a failed connection
-                    client.async_stream_infer(model, **stream_arguments(inputs, request_id, timeout))
+                    client.async_stream_infer(request.model, **arguments, enable_empty_final_response=True)
                 while not is_last:
                     result, error = responses.get()
                     if error is not None:
@@ -122,28 +99,51 @@ class GrpcTransport(GrpcBase):
                 client.stop_stream(cancel_requests=not is_last)
 
     async def close(self) -> None:
-        """See ``Transport``."""
-        self._channel.close()
+        self._client.close()
 
     def _connected(self) -> Any:
         return triton.InferenceServerClient(self._address, ssl=self._tls)
 
 
-def infer_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
-    """Returns the arguments of tritonclient's ``infer`` except the model's name."""
-    return {
-        "inputs": to_infer_inputs(triton, inputs),
-        "request_id": request_id,
-        "timeout": microseconds(timeout),
-        "client_timeout": timeout,
-    }
+class AsyncGrpcTransport(GrpcBase):
+    """One channel to a server, for one loop."""
+
+    @cached_property
+    def _client(self) -> Any:
+        # A channel belongs to the loop that runs when it is made.
+        return aio.InferenceServerClient(self._address, ssl=self._tls)
+
+    async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
+        arguments = infer_arguments(triton, request, timeout)
+
+        async def requests() -> AsyncGenerator[dict[str, Any], None]:
+            yield {"model_name": request.model, **arguments, "enable_empty_final_response": True}
+
+        responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=WITH_STATUS)
+        is_last = False
+        try:
+            while not is_last:
+                result, error = await self._answer(lambda: anext(responses), timeout)
+                if error is not None:
+                    raise client_error(error, self._address, timeout, live=True) from error
+                is_last = is_final(result)
+                if outputs := outputs_of(result):
+                    yield outputs
+        finally:
+            if not is_last:
+                responses.cancel()
+            else:  # see ``GrpcTransport.stream``
+                with suppress(grpc.RpcError):
+                    async for _ in responses:
+                        pass
+
+    async def close(self) -> None:
+        if "_client" in vars(self):
+            await self._client.close()
 
 
-def stream_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
-    """Returns the arguments of a request in a stream of tritonclient except the model's name."""
-    arguments = infer_arguments(inputs, request_id, timeout)
-    del arguments["client_timeout"]
-    return {**arguments, "enable_empty_final_response": True}
+async def _finished(value: T | Awaitable[T]) -> T:
+    return await value if isawaitable(value) else value
 
 
 def is_final(result: Any) -> bool:
@@ -151,9 +151,16 @@ def is_final(result: Any) -> bool:
     return bool(result.get_response().parameters["triton_final_response"].bool_param)
 
 
-def outputs_of(result: Any) -> dict[str, NDArray[Any]]:
+def outputs_of(result: Any) -> Outputs:
     """Returns every output of an ``InferResult`` by its name."""
     return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+
+
+def with_integer_shapes(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns model metadata with shapes as integers: protobuf's JSON writes 64-bit integers as strings."""
+    for tensor in cast("list[dict[str, Any]]", [*metadata.get("inputs", ()), *metadata.get("outputs", ())]):
+        tensor["shape"] = [int(side) for side in tensor.get("shape", ())]
+    return metadata
 
 
 def client_error(

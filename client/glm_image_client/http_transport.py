@@ -1,87 +1,92 @@
-"""Transports over HTTP: what both have in common, and the blocking one."""
+"""The transports over HTTP; streams are the Server-Sent Events of Triton's ``generate_stream``."""
 
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+import base64
+import json
+import os
+import re
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
-from http.client import OK, HTTPConnection, HTTPException, HTTPSConnection
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, ClassVar, TypeVar
 
+import aiohttp
+import numpy as np
 import tritonclient.http as triton
-from numpy.typing import NDArray
+from tritonclient.http import aio
 from tritonclient.utils import InferenceServerException
 
-from glm_image_client import server_sent
-from glm_image_client.core import finished
-from glm_image_client.errors import GlmImageClientError, ServerFailure, answered, timed_out, unreachable
+from glm_image_client.errors import (
+    BadArgumentError,
+    GlmImageClientError,
+    ServerFailure,
+    answered,
+    timed_out,
+    unreachable,
+)
 from glm_image_client.transport import (
-    CONNECT_SECONDS,
     LIVENESS_SECONDS,
-    Endpoint,
-    Tensor,
+    Outputs,
+    Request,
+    Transport,
+    infer_arguments,
     microseconds,
-    to_infer_inputs,
-    with_integer_shapes,
+    object_array,
 )
 
 T = TypeVar("T")
 
+CONNECT_SECONDS = 10.0
+LONGEST_EVENT = 128 * 1024 * 1024
+"""Bytes of an event, which is one line with all images of a request."""
+
 TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # two classes before Python 3.11
+STREAM_PATH = "/v2/models/{}/generate_stream"
+DATA = b"data:"
+MAY_SUCCEED_LATER = re.compile(r"deadline|try again later|is stopping|maximum queue size|memory")
 
 # tritonclient's message for an error without the JSON that KServe asks for.
 _NOT_KSERVE = "an exception occurred in the client while decoding the response"
 
 
-class HttpBase(ABC):
-    """The calls of a transport that opens a connection for each of them.
-
-    Attributes:
-        faults: what the HTTP library raises for a timeout or a broken connection.
-    """
+class HttpBase(Transport):
+    """The calls of a transport that opens a connection for each of them."""
 
     faults: ClassVar[tuple[type[Exception], ...]]
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._address = endpoint.address
-        self._tls = endpoint.tls
+    """What the HTTP library raises for a timeout or a broken connection."""
 
     @abstractmethod
     async def _within(self, call: Callable[[Any], Any], timeout: float | None) -> Any:
-        """Returns ``call`` of an ``InferenceServerClient``, awaited if it is a coroutine."""
+        """Returns the result of ``call`` of an ``InferenceServerClient``."""
 
     @abstractmethod
     def _reason(self, error: Exception) -> str:
         """Returns the reason of a broken connection, for people."""
 
-    async def infer(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """See ``Transport``."""
-        arguments = infer_arguments(inputs, request_id, timeout)
-        return await self._answer(lambda client: client.infer(model, **arguments), outputs_of, timeout)
+    async def infer(self, request: Request, timeout: float | None) -> Outputs:
+        arguments = infer_arguments(triton, request, timeout)
+        async with self._translated_errors(timeout):
+            result = await self._within(lambda client: client.infer(request.model, **arguments), timeout)
+            outputs = {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
+        return outputs  # noqa: RET504 - mypy takes a context manager for one that may suppress errors
 
     async def ready(self, timeout: float | None) -> bool:
-        """See ``Transport``."""
         try:
             return bool(await self._within(lambda client: client.is_server_ready(), timeout))
-        except InferenceServerException:
-            return False
-        except self.faults:
+        except (InferenceServerException, *self.faults):
             return False
 
     async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
-        """See ``Transport``."""
-        return await self._answer(lambda client: client.get_model_metadata(model), with_integer_shapes, timeout)
-
-    async def close(self) -> None:  # noqa: B027 - no connection outlives its call
-        """See ``Transport``."""
-
-    async def _answer(self, call: Callable[[Any], Any], read: Callable[[Any], T], timeout: float | None) -> T:
         async with self._translated_errors(timeout):
-            result = read(await self._within(call, timeout))
-        return result  # noqa: RET504 - mypy takes a context manager for one that may suppress errors
+            metadata: dict[str, Any] = await self._within(lambda client: client.get_model_metadata(model), timeout)
+        return metadata
+
+    async def close(self) -> None:
+        """Does nothing: no connection outlives its call."""
 
     @asynccontextmanager
     async def _translated_errors(self, timeout: float | None) -> AsyncIterator[None]:
@@ -103,7 +108,7 @@ class HttpBase(ABC):
         try:
             await self._within(lambda client: client.is_server_live(), LIVENESS_SECONDS)
         except InferenceServerException:
-            return timed_out(timeout)
+            pass
         except self.faults:
             return unreachable(self._address, "the connection timed out")
         return timed_out(timeout)
@@ -114,21 +119,18 @@ class HttpTransport(HttpBase):
 
     faults = (*TIMEOUTS, OSError, HTTPException)
 
-    async def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
-    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
-        """See ``Transport``; over Server-Sent Events."""
-        body = server_sent.body_of(inputs, request_id, timeout)
-        host, _, base = self._address.partition("/")
+    async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
+        body = stream_body(request, timeout)
+        host, slash, base = self._address.partition("/")
         connect = HTTPSConnection if self._tls else HTTPConnection
         async with self._translated_errors(timeout):
             with closing(connect(host, timeout=timeout)) as connection:
-                connection.request("POST", f"{'/' * bool(base)}{base}{server_sent.path_of(model)}", body)
+                connection.request("POST", f"{slash}{base}{STREAM_PATH.format(request.model)}", body)
                 answer = connection.getresponse()
-                if answer.status != OK:
-                    raise server_sent.failure_of(answer.status, answer.read())
+                if answer.status != HTTPStatus.OK:
+                    raise stream_failure(answer.status, answer.read())
                 while line := answer.readline():
-                    if (outputs := server_sent.outputs_of_line(line)) is not None:
+                    if (outputs := stream_outputs(line)) is not None:
                         yield outputs
 
     async def _within(self, call: Callable[[Any], Any], timeout: float | None) -> Any:
@@ -139,7 +141,7 @@ class HttpTransport(HttpBase):
             ssl=self._tls,
         )
         with closing(client):
-            return await finished(call(client))
+            return call(client)
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, OSError):
@@ -148,19 +150,40 @@ class HttpTransport(HttpBase):
         return "the connection was closed" if closed else "the server at this address does not speak HTTP"
 
 
-def infer_arguments(inputs: Sequence[Tensor], request_id: str, timeout: float | None) -> dict[str, Any]:
-    """Returns the arguments of tritonclient's ``infer`` except the model's name."""
-    return {
-        "inputs": to_infer_inputs(triton, inputs, binary_data=True),
-        "request_id": request_id,
-        "timeout": microseconds(timeout),
-    }
+class AsyncHttpTransport(HttpBase):
+    """A stopping server waits for connections that are kept open and closes them at the end, so none is kept."""
 
+    faults = (*TIMEOUTS, OSError, aiohttp.ClientError)
 
-def outputs_of(result: Any) -> dict[str, NDArray[Any]]:
-    """Returns every output of an ``InferResult`` by its name."""
-    names = [output["name"] for output in result.get_response()["outputs"]]
-    return {name: result.as_numpy(name) for name in names}
+    async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
+        body = stream_body(request, timeout)
+        url = f"{'https' if self._tls else 'http'}://{self._address}{STREAM_PATH.format(request.model)}"
+        limit = aiohttp.ClientTimeout(total=timeout)
+        async with (
+            self._translated_errors(timeout),
+            aiohttp.ClientSession(timeout=limit, read_bufsize=LONGEST_EVENT) as session,
+            session.post(url, data=body) as answer,
+        ):
+            if answer.status != HTTPStatus.OK:
+                raise stream_failure(answer.status, await answer.read())
+            async for line in answer.content:
+                if (outputs := stream_outputs(line)) is not None:
+                    yield outputs
+
+    async def _within(self, call: Callable[[Any], Any], timeout: float | None) -> Any:
+        # tritonclient's own timeout is fixed for all calls of a client, so the time is limited here.
+        async with aio.InferenceServerClient(self._address, conn_timeout=None, ssl=self._tls) as client:
+            return await asyncio.wait_for(call(client), timeout)
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, aiohttp.ClientConnectorError):
+            # asyncio's message contains the address; the number gives the bare reason.
+            return os.strerror(error.os_error.errno) if error.os_error.errno else str(error.os_error)
+        if isinstance(error, aiohttp.ServerDisconnectedError):
+            return "the connection was closed"
+        if isinstance(error, aiohttp.ClientResponseError):
+            return "the server at this address does not speak HTTP"
+        return str(error)
 
 
 def client_error(error: InferenceServerException, address: str) -> GlmImageClientError:
@@ -169,3 +192,45 @@ def client_error(error: InferenceServerException, address: str) -> GlmImageClien
     if message.startswith(_NOT_KSERVE):
         return ServerFailure(f"{address} answered HTTP {status}, not in KServe's protocol", status)
     return answered(status, message)
+
+
+def stream_body(request: Request, timeout: float | None) -> bytes:
+    """Returns the JSON of a request; refuses raw images, which Triton would send as text."""
+    values: dict[str, Any] = {"id": request.request_id}
+    for name, datatype, data in request.tensors:
+        items = data.ravel().tolist()
+        if datatype == "BYTES":
+            items = [base64.b64encode(item).decode() if name == "image" else item.decode() for item in items]
+        values[name] = items[0] if len(items) == 1 else items
+    if values.get("output_format") == "raw":
+        raise BadArgumentError("output_format is raw; allowed in a stream over HTTP: png, jpeg, webp")
+    if (limit := microseconds(timeout)) is not None:
+        values["timeout"] = limit
+    return json.dumps(values).encode()
+
+
+def stream_outputs(line: bytes) -> Outputs | None:
+    """Returns the outputs in a line of a stream, or raises its error; None for a line without an event."""
+    if not line.startswith(DATA):
+        return None
+    try:
+        event = json.loads(line.removeprefix(DATA))
+    except ValueError as error:
+        raise ServerFailure("the server's event is not JSON") from error
+    if "error" in event:
+        raise answered(None, event["error"])
+    outputs = {}
+    for name in ("event", "images_base64", "metadata"):  # without shapes, and one element is not a list
+        texts = event.get(name, [])
+        outputs[name] = object_array([text.encode() for text in ([texts] if isinstance(texts, str) else texts)])
+    return {**outputs, "images": np.zeros((0, 0, 0, 3), dtype=np.uint8)}
+
+
+def stream_failure(status: int, body: bytes) -> GlmImageClientError:
+    """Returns the error for an answer without a stream."""
+    try:
+        message = json.loads(body.removeprefix(DATA))["error"]
+    except (ValueError, KeyError, TypeError):
+        message = ""
+    # Triton answers 400 for every error code.
+    return answered("UNAVAILABLE" if MAY_SUCCEED_LATER.search(message) else str(status), message)

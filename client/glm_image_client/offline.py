@@ -9,35 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from glm_image_client.calls import source_bytes
 from glm_image_client.errors import BadArgumentError, RefusedError, ServerFailure
 from glm_image_client.options import SourceImage
 from glm_image_client.result import GenerationResult, Metadata
-from glm_image_client.tensors import source_bytes
 
 
 def generate_offline(
     checkpoint: Path, device: str, values: Mapping[str, Any], images: Sequence[SourceImage] = ()
 ) -> GenerationResult:
-    """Loads a checkpoint, generates once and frees it.
-
-    Args:
-        checkpoint: a folder with ``model_index.json``.
-        device: ``auto``, ``cpu``, ``cuda:0``, ``npu:0``, ...
-        values: fields of ``glm_image.request.parameters.GenerationParameters``; None = its default.
-        images: source images.
-
-    Raises:
-        BadArgumentError: the engines are not installed, or an image cannot be read.
-        RefusedError: the request is refused.
-        ServerFailure: the engines failed.
-    """
-    # The client is installed without the engines; only this path imports them.
-    try:
-        pipeline, request, errors = (
-            import_module(f"glm_image.{part}") for part in ("pipeline", "request.parameters", "errors")
-        )
-    except ModuleNotFoundError as error:
-        raise BadArgumentError(f"--offline needs the engines, and {error.name!r} is not installed") from error
+    """Loads a checkpoint, generates once and frees it; a value of None has its default."""
+    pipeline, request, errors = _server_modules("--offline", "pipeline", "request.parameters", "errors")
     given = {name: value for name, value in values.items() if value is not None}
     if images:
         given["images"] = tuple(source_bytes(image) for image in images)
@@ -52,16 +34,17 @@ def generate_offline(
 
 
 def inspect_checkpoint(folder: Path) -> Any:
-    """Returns a ``glm_image.sizing.inspect.Inspection``.
-
-    Raises:
-        BadArgumentError: the server's package is not installed, or the folder is not a checkpoint.
-    """
-    try:
-        inspection, errors = (import_module(f"glm_image.{part}") for part in ("sizing.inspect", "errors"))
-    except ModuleNotFoundError as error:
-        raise BadArgumentError(f"inspect needs the server's package, and {error.name!r} is not installed") from error
+    """Returns a ``glm_image.sizing.inspect.Inspection``."""
+    inspection, errors = _server_modules("inspect", "sizing.inspect", "errors")
     try:
         return inspection.inspect(folder)
     except errors.CheckpointError as error:
         raise BadArgumentError(str(error)) from error
+
+
+def _server_modules(command: str, *names: str) -> list[Any]:
+    # The client is installed without the server; only these paths import it.
+    try:
+        return [import_module(f"glm_image.{name}") for name in names]
+    except ModuleNotFoundError as error:
+        raise BadArgumentError(f"{command} needs the server's package, and {error.name!r} is not installed") from error

@@ -1,4 +1,4 @@
-"""The results of requests, as Python objects."""
+"""The results of requests, as Python objects; a malformed answer raises ``ServerFailure``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import binascii
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glm_image_client.errors import BadArgumentError, ServerFailure
+from glm_image_client.transport import Outputs
 
 SUFFIX_FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -66,24 +67,15 @@ class Metadata:
 
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any]) -> Metadata:
-        """Reads the metadata's JSON object."""
         known = {item.name for item in fields(cls)} - {"extra", "raw"}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in raw.items() if name in known
         }
-        return cls(
-            **values,
-            extra={name: value for name, value in raw.items() if name not in known},
-            raw=dict(raw),
-        )
+        extra = {name: value for name, value in raw.items() if name not in known}
+        return cls(**values, extra=extra, raw=dict(raw))
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Metadata:
-        """Reads the metadata's text.
-
-        Raises:
-            ServerFailure: it is not a JSON object.
-        """
         return cls.from_mapping(json_object(text, "metadata"))
 
 
@@ -102,27 +94,17 @@ class GenerationResult:
     pixels: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     @classmethod
-    def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> GenerationResult:
-        """Reads the output tensors ``images``, ``images_base64`` and ``metadata``.
-
-        Raises:
-            ServerFailure: an output is missing or malformed.
-        """
-        try:
-            metadata = Metadata.from_json(outputs["metadata"][0])
-            encoded = [base64.b64decode(file, validate=True) for file in outputs["images_base64"].ravel()]
-            return cls(metadata, encoded, None if encoded else outputs["images"])
-        except KeyError as error:
-            raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
-        except binascii.Error as error:
-            raise ServerFailure("images_base64 of the server's response is not base64") from error
+    def from_outputs(cls, outputs: Outputs) -> GenerationResult:
+        metadata = Metadata.from_json(_output(outputs, "metadata")[0])
+        encoded = image_files(outputs)
+        return cls(metadata, encoded, None if encoded else _output(outputs, "images"))
 
     @cached_property
     def images(self) -> list[Image.Image]:
         """The images as PIL images, RGB; decoded on first use."""
         if self.pixels is not None:
             return [Image.fromarray(image) for image in self.pixels]
-        return [Image.open(io.BytesIO(file)).convert("RGB") for file in self.encoded]
+        return decoded_images(self.encoded)
 
     @cached_property
     def arrays(self) -> list[NDArray[np.uint8]]:
@@ -190,16 +172,8 @@ class PriorTokens:
     ar_metadata: Mapping[str, Any]
 
     @classmethod
-    def from_outputs(cls, outputs: Mapping[str, NDArray[Any]]) -> PriorTokens:
-        """Reads the output tensors of ``glm_ar``.
-
-        Raises:
-            ServerFailure: an output is missing or malformed.
-        """
-        try:
-            values: dict[str, Any] = {item.name: outputs[item.name] for item in fields(cls)}
-        except KeyError as error:
-            raise ServerFailure(f"the server's answer has no output {error.args[0]!r}") from error
+    def from_outputs(cls, outputs: Outputs) -> PriorTokens:
+        values: dict[str, Any] = {item.name: _output(outputs, item.name) for item in fields(cls)}
         values["ar_metadata"] = json_object(values["ar_metadata"][0], "ar_metadata")
         return cls(**values)
 
@@ -233,12 +207,27 @@ class PriorTokens:
         return cls(**values)
 
 
-def json_object(text: bytes | str, name: str) -> dict[str, Any]:
-    """Returns the JSON object in an output's text.
+def image_files(outputs: Outputs) -> list[bytes]:
+    """Returns the files in the output ``images_base64``."""
+    try:
+        return [base64.b64decode(file, validate=True) for file in _output(outputs, "images_base64").ravel()]
+    except binascii.Error as error:
+        raise ServerFailure("images_base64 of the server's response is not base64") from error
 
-    Raises:
-        ServerFailure: it is not a JSON object.
-    """
+
+def decoded_images(files: Sequence[bytes]) -> list[Image.Image]:
+    """Returns image files as PIL images, RGB."""
+    return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+
+
+def _output(outputs: Outputs, name: str) -> NDArray[Any]:
+    if name not in outputs:
+        raise ServerFailure(f"the server's answer has no output {name!r}")
+    return outputs[name]
+
+
+def json_object(text: bytes | str, name: str) -> dict[str, Any]:
+    """Returns the JSON object in an output's text."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -249,11 +238,7 @@ def json_object(text: bytes | str, name: str) -> dict[str, Any]:
 
 
 def format_of(path: str | Path) -> str:
-    """Returns the image format of a file's suffix: ``png``, ``jpeg`` or ``webp``.
-
-    Raises:
-        BadArgumentError: the suffix is another one.
-    """
+    """Returns the image format of a file's suffix: ``png``, ``jpeg`` or ``webp``."""
     suffix = Path(path).suffix
     if suffix.lower() not in SUFFIX_FORMATS:
         raise BadArgumentError(f"output {str(path)!r} ends in {suffix!r}; allowed: {', '.join(SUFFIX_FORMATS)}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -23,7 +25,6 @@ PROTOCOLS: dict[str, tuple[ProtocolName, bool]] = {
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORTS: dict[ProtocolName, int] = {"grpc": 8001, "http": 8000}
 TLS_PORT = 443
-CONNECT_SECONDS = 10.0
 LIVENESS_SECONDS = 2.0
 
 
@@ -33,6 +34,19 @@ class Tensor(NamedTuple):
     name: str
     datatype: str
     data: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to a model; ``request_id`` "" = an id that the server makes."""
+
+    model: str
+    tensors: Sequence[Tensor]
+    request_id: str
+
+
+Outputs = dict[str, NDArray[Any]]
+"""The outputs of a response by their names."""
 
 
 class Endpoint(NamedTuple):
@@ -46,12 +60,7 @@ class Endpoint(NamedTuple):
     def parse(cls, url: str | None, protocol: str = "grpc") -> Endpoint:
         """Reads ``HOST[:PORT]`` or ``SCHEME://HOST[:PORT][/PATH]``; a scheme decides the protocol.
 
-        Args:
-            url: None = this machine and the protocol's default port.
-            protocol: ``grpc`` or ``http``, used if the URL has no scheme.
-
-        Raises:
-            BadArgumentError: the URL or the protocol is not allowed.
+        None = this machine and the protocol's default port.
         """
         if protocol not in DEFAULT_PORTS:
             raise BadArgumentError(f"protocol is {protocol!r}; allowed: grpc, http")
@@ -74,19 +83,16 @@ class Endpoint(NamedTuple):
         return cls(name, f"{host}:{port}{path}", tls)
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """Sends tensors to a server. The methods of a blocking transport never suspend; see ``glm_image_client.core``."""
 
-    async def infer(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str = "", timeout: float | None = None
-    ) -> dict[str, NDArray[Any]]:
-        """Sends one request and returns every output by its name.
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._address = endpoint.address
+        self._tls = endpoint.tls
 
-        Args:
-            model: the model's name.
-            inputs: the tensors to send, as binary data.
-            request_id: the id of the request; "" = an id that the server makes.
-            timeout: seconds to wait, also sent to the server.
+    @abstractmethod
+    async def infer(self, request: Request, timeout: float | None) -> Outputs:
+        """Sends one request and returns its outputs; ``timeout`` is in seconds and also sent to the server.
 
         Raises:
             RefusedError: the server refuses the request.
@@ -94,50 +100,50 @@ class Transport(Protocol):
             ServerFailure: the server answered anything else, or not in KServe's protocol.
         """
 
-    def stream(
-        self, model: str, inputs: Sequence[Tensor], *, request_id: str, timeout: float | None = None
-    ) -> AsyncGenerator[dict[str, NDArray[Any]], None]:
-        """Sends one request and yields the outputs of each response; closing the generator cancels the request.
+    @abstractmethod
+    def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
+        """As ``infer``, but yields the outputs of each response; closing the generator cancels the request."""
 
-        Arguments and errors are those of ``infer``.
-        """
-
+    @abstractmethod
     async def ready(self, timeout: float | None) -> bool:
         """Returns whether a server answers and all its models are ready; False if no server answers."""
 
+    @abstractmethod
     async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
         """Returns KServe's model metadata: name, versions, platform, inputs, outputs. Raises as ``infer`` does."""
 
-    async def close(self) -> None:
-        """Closes every connection."""
+    @abstractmethod
+    async def close(self) -> None: ...
 
 
-def to_infer_inputs(triton: Any, inputs: Sequence[Tensor], **options: bool) -> list[Any]:
-    """Returns tensors as ``InferInput`` objects of ``triton``, a module of tritonclient."""
-    infer_inputs = [triton.InferInput(name, list(data.shape), datatype) for name, datatype, data in inputs]
-    for infer_input, (_, _, data) in zip(infer_inputs, inputs, strict=True):
-        infer_input.set_data_from_numpy(data, **options)
-    return infer_inputs
+def connect(endpoint: Endpoint, *, asynchronous: bool) -> Transport:
+    """Returns a transport for asyncio or a blocking one; it connects with the first call."""
+    # The two halves of tritonclient are optional and slow to import.
+    if endpoint.protocol == "http":
+        from glm_image_client.http_transport import AsyncHttpTransport, HttpTransport  # noqa: PLC0415
+
+        return AsyncHttpTransport(endpoint) if asynchronous else HttpTransport(endpoint)
+    from glm_image_client.grpc_transport import AsyncGrpcTransport, GrpcTransport  # noqa: PLC0415
+
+    return AsyncGrpcTransport(endpoint) if asynchronous else GrpcTransport(endpoint)
+
+
+def infer_arguments(triton: Any, request: Request, timeout: float | None) -> dict[str, Any]:
+    """Returns the arguments of ``infer`` of ``triton``, a half of tritonclient, except the model's name."""
+    inputs = [
+        triton.InferInput(name, list(data.shape), datatype).set_data_from_numpy(data)
+        for name, datatype, data in request.tensors
+    ]
+    return {"inputs": inputs, "request_id": request.request_id, "timeout": microseconds(timeout)}
 
 
 def microseconds(timeout: float | None) -> int | None:
-    """Returns seconds as KServe's ``timeout`` parameter; None stays None.
-
-    Raises:
-        BadArgumentError: the timeout is not a positive number.
-    """
+    """Returns seconds as KServe's ``timeout`` parameter; None stays None."""
     if timeout is None:
         return None
     if not (math.isfinite(timeout) and timeout > 0):
         raise BadArgumentError(f"timeout is {timeout}; allowed: seconds above 0")
     return max(1, round(timeout * 1e6))
-
-
-def with_integer_shapes(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns model metadata with shapes as integers: protobuf's JSON writes 64-bit integers as strings."""
-    for tensor in cast("list[dict[str, Any]]", [*metadata.get("inputs", ()), *metadata.get("outputs", ())]):
-        tensor["shape"] = [int(side) for side in tensor.get("shape", ())]
-    return metadata
 
 
 def object_array(values: Sequence[bytes]) -> NDArray[np.object_]:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from glm_image.ar.engine import ArEngine, ArResult
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import instance_device, open_device
-from glm_image.dit.engine import DitEngine
+from glm_image.dit.engine import DitEngine, DitResult
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import ar_metadata, request_metadata
@@ -24,17 +20,9 @@ from glm_image.request.parameters import ArMetadata, GenerationParameters, Paint
 
 
 @dataclass(frozen=True)
-class GeneratedImages:
-    """The images of a request.
+class GeneratedImages(DitResult):
+    """The images of a request, and the server's ``metadata`` output."""
 
-    Attributes:
-        pixels: uint8 [n, height, width, 3].
-        encoded: the encoded files; empty for the output format ``raw``.
-        metadata: as the server's ``metadata`` output.
-    """
-
-    pixels: NDArray[np.uint8]
-    encoded: list[bytes]
     metadata: dict[str, Any]
 
 
@@ -43,8 +31,6 @@ class LocalSettings:
     """The settings of the pipeline.
 
     Attributes:
-        ar: of the AR.
-        dit: of the DiT.
         limits: what a request may ask for.
         load_format: ``auto``, or ``dummy`` for random weights.
     """
@@ -82,13 +68,10 @@ class LocalPipeline:
     def __enter__(self) -> LocalPipeline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Closes both engines."""
         try:
             self.ar.close()
         finally:
@@ -99,7 +82,6 @@ class LocalPipeline:
         return parameters.resolve(self._limits, self.ar.sampling, self.ar.source_rule)
 
     def prior(self, request: ResolvedRequest, context: RequestContext | None = None) -> ArResult:
-        """Samples the prior tokens of a request."""
         return self.ar.submit(context or RequestContext(), request).result()
 
     def generate(self, parameters: GenerationParameters, context: RequestContext | None = None) -> GeneratedImages:

@@ -90,15 +90,15 @@ def registered(contexts: Sequence[RequestContext], subscribers: int | None) -> I
         yield
         return
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        registry, subscribed = RequestRegistry(RequestState.FORWARDED), threading.Semaphore(0)
+        server, subscribed = IpcServer(), threading.Semaphore(0)
+        registry = RequestRegistry(RequestState.FORWARDED, server.publish)
 
         def on_subscription(topic: bytes, begins: bool) -> None:
             (registry.watch if begins else registry.unwatch)(topic)
             subscribed.release()
 
-        server = IpcServer(Path(folder), "glm_ar_0", {}, on_subscription)
+        server.start(Path(folder), "glm_ar_0", {}, on_subscription)
         stack.callback(server.close)
-        registry.publish = server.publish
         for context in contexts:
             context.add_observer(registry)
             context.start(Stage.AR_QUEUE)

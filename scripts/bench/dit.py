@@ -35,7 +35,7 @@ from glm_image.dit.cache import CacheSettings
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
-from glm_image.request.geometry import Grid, painted_size
+from glm_image.request.geometry import Grid, rendered_size
 from glm_image.request.stages import Stage
 
 ALWAYS = CacheSettings(residual_diff_threshold=1e9)  # skips every step that it may: 35 of 50
@@ -119,7 +119,7 @@ class Run:
     ) -> DitEngine:
         """Opens an engine that has rendered every size once."""
         settings = DitSettings(
-            warmup_sizes=tuple(map(painted_size, self.grids)),
+            warmup_sizes=tuple(map(rendered_size, self.grids)),
             quantization=quantization,
             vae_tiling=self.flags.vae_tiling,
             cache=cache,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from glm_image.dit.engine import DitEngine
 from glm_image.lifecycle.context import RequestContext
-from glm_image.request.geometry import Grid, Size, generated_size, painted_size, target_grid
+from glm_image.request.geometry import Grid, Size, generated_size, rendered_size, target_grid
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.stages import Stage
@@ -48,7 +48,7 @@ def dit_request(grid: Grid, steps: int, codebook_size: int, guidance: float = GU
     """Returns a request of one image with random tokens."""
     tokens = np.random.default_rng(0).integers(0, codebook_size, (1, grid.tokens), dtype=np.int32)
     return PaintRequest(
-        PROMPT, tokens, grid, painted_size(grid), (1,), num_inference_steps=steps, guidance_scale=guidance
+        PROMPT, tokens, grid, rendered_size(grid), (1,), num_inference_steps=steps, guidance_scale=guidance
     )
 
 

@@ -24,6 +24,7 @@ from images import GUIDANCE, dit_request, grid_of, render
 from measure import engine_parser, parse, report, size_name
 from timing import CommandClock, open_benchmark_device, release, report_ceilings, report_kernels, seconds, synchronizer
 
+from capacity_planner.times import PEER_MEMORY
 from glm_image.ar.commands import Release, Step
 from glm_image.ar.config import ArConfig
 from glm_image.ar.engine import ArEngine
@@ -32,12 +33,9 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.parallel.rank_group import WorkerConfig
-from glm_image.request.geometry import Size, painted_size
+from glm_image.request.geometry import Size, rendered_size
 
 logger = logging.getLogger(__name__)
-
-WRITTEN_MEMORY = "memory of the peers"
-"""The exchange of a decode step without collectives, by the name that the capacity planner reads."""
 
 STEPS_BEFORE = 3
 """Steps of an image that are not timed: one of them is captured."""
@@ -118,7 +116,7 @@ def measure_decoder(checkpoint: Checkpoint, devices: Sequence[str], flags: argpa
     named = {"size": size_name(flags.sizes[0]), "running": SLOTS}
     report("decode step", devices=1, **named, ms=alone * 1e3)
     # The ranks of a CPU have no memory of each other's.
-    exchanges = {"collectives": False} if devices[0].startswith("cpu") else {WRITTEN_MEMORY: True, "collectives": False}
+    exchanges = {"collectives": False} if devices[0].startswith("cpu") else {PEER_MEMORY: True, "collectives": False}
     for through, peer_memory in exchanges.items() if len(devices) > 1 else ():
         took = decode_seconds(checkpoint, devices, ArSettings(peer_memory=peer_memory), flags)
         report("decode step", devices=len(devices), **named, through=through, ms=took * 1e3, speedup=alone / took)
@@ -143,7 +141,7 @@ def denoising_seconds(
     device = open_benchmark_device(devices[0])
     clock = CommandClock(device)
     grids = {size: grid_of(size) for size in flags.sizes}
-    settings = DitSettings(parallel=parallel, warmup_sizes=tuple(painted_size(grid) for grid in grids.values()))
+    settings = DitSettings(parallel=parallel, warmup_sizes=tuple(rendered_size(grid) for grid in grids.values()))
     engine = DitEngine(checkpoint, device, settings, workers=workers_on(devices[1:]), watched=clock.wrap)
     found = {}
     for size, grid in grids.items():

@@ -3,7 +3,7 @@
 
     scripts/bench/previews.py --checkpoint FULL --size 1024x1024 --steps 50
 
-An estimate: its time on the engine's thread, against a step, with a subscriber that receives all of them over
+A latent preview: its time on the engine's thread, against a step, with a subscriber that receives all of them over
 IPC, as ``glm_image_stream`` does. A preview image: its seconds by stage, against the image's; and an image with a
 preview denoised between its steps, against one without.
 """
@@ -30,12 +30,12 @@ from glm_image.dit.commands import Decode, Estimate, Prepare, Step
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.ipc.client import EventListener
-from glm_image.ipc.protocol import Event
+from glm_image.ipc.protocol import Event, Publish
 from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
-from glm_image.lifecycle.preview_rpc import EstimatePublisher
+from glm_image.lifecycle.preview_rpc import LatentPreviewPublisher
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
-from glm_image.request.geometry import painted_size, preview_grid
+from glm_image.request.geometry import preview_grid, rendered_size
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.stages import Stage
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = open_benchmark_device(flags.device)
     report_ceilings(device, brief=flags.brief)
     clock, grid = CommandClock(device), grid_of(flags.sizes[0])
-    settings = DitSettings(warmup_sizes=(painted_size(grid),))
+    settings = DitSettings(warmup_sizes=(rendered_size(grid),))
     checkpoint = Checkpoint.open(flags.checkpoint, flags.load_format)
     engine = DitEngine(checkpoint, device, settings, watched=clock.wrap)
     request = dit_request(grid, flags.steps, engine.codebook_size)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = parts[Stage.DENOISE] + parts[Stage.CONDITION] + parts[Stage.VAE]
     named = {"size": size_name(grid), "steps": flags.steps}
     report("an image", **named, denoise_seconds=image.denoise_seconds, whole_seconds=whole)
-    measure_estimates(engine, clock, request, image.denoise_seconds)
+    measure_latent_previews(engine, clock, request, image.denoise_seconds)
     measure_preview(engine, clock, preview, whole)
     measure_interleaved(engine, request, preview, image.denoise_seconds)
     engine.close()
@@ -75,10 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class TimedRegistry(RequestRegistry):
-    """A registry that times how long publishing an estimate takes the engine's thread."""
+    """A registry that times how long publishing a latent preview takes the engine's thread."""
 
-    def __init__(self, clock: CommandClock) -> None:
-        super().__init__(RequestState.FINISHED)
+    def __init__(self, publish: Publish, clock: CommandClock) -> None:
+        super().__init__(RequestState.FINISHED, publish)
         self._clock = clock
 
     def publish_details(self, context: RequestContext, details: Callable[[], Event]) -> None:
@@ -88,24 +88,26 @@ class TimedRegistry(RequestRegistry):
 
 @contextmanager
 def subscribed(context: RequestContext, clock: CommandClock, received: list[object]) -> Iterator[None]:
-    """The request in the registry of an instance, with a subscriber that receives its estimates."""
+    """The request in the registry of an instance, with a subscriber that receives its latent previews."""
     with tempfile.TemporaryDirectory() as folder:
-        registry, is_subscribed, ended = TimedRegistry(clock), threading.Event(), threading.Event()
+        server, is_subscribed, ended = IpcServer(), threading.Event(), threading.Event()
+        registry = TimedRegistry(server.publish, clock)
 
         def on_subscription(topic: bytes, begins: bool) -> None:
             (registry.watch if begins else registry.unwatch)(topic)
             is_subscribed.set()
 
-        server = IpcServer(Path(folder), "glm_dit_0", {}, on_subscription)
-        registry.publish = server.publish
+        server.start(Path(folder), "glm_dit_0", {}, on_subscription)
         context.add_observer(registry)
-        context.add_observer(EstimatePublisher(registry))
+        context.add_observer(LatentPreviewPublisher(registry))
         context.start(Stage.CONDITION)
 
         def receive() -> None:
             with EventListener(Path(folder), context.id) as listener:
                 while not ended.is_set():
-                    received.extend(event["estimate"] for event in listener.events(0.05) if "estimate" in event)
+                    received.extend(
+                        event["latent_preview"] for event in listener.events(0.05) if "latent_preview" in event
+                    )
 
         thread = threading.Thread(target=receive)
         thread.start()
@@ -118,9 +120,9 @@ def subscribed(context: RequestContext, clock: CommandClock, received: list[obje
             server.close()
 
 
-def measure_estimates(engine: DitEngine, clock: CommandClock, request: PaintRequest, plain: float) -> None:
-    """An image with an estimate after every step but the last."""
-    context, received = RequestContext(estimate_every=1), list[object]()
+def measure_latent_previews(engine: DitEngine, clock: CommandClock, request: PaintRequest, plain: float) -> None:
+    """An image with a latent preview after every step but the last."""
+    context, received = RequestContext(latent_preview_every=1), list[object]()
     clock.take()
     with subscribed(context, clock, received):
         denoise = render(engine, request, context).denoise_seconds

@@ -5,8 +5,8 @@ r"""Measures ``glm_image_stream``: when the first intermediate image comes, and 
         --parameter glm_ar.load_format=dummy --parameter glm_dit.load_format=dummy
 
 How soon a slot or the device is free after a stream is closed; the seconds of a request over the plain ensemble,
-streamed with progress alone, and streamed with a preview and estimates, in turns; and, of requests in flight together,
-what intermediate images cost the throughput and the 99th percentile.
+streamed with progress alone, and streamed with a preview and latent previews, in turns; and, of requests in flight
+together, what intermediate images cost the throughput and the 99th percentile.
 """
 
 from __future__ import annotations

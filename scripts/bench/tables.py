@@ -190,7 +190,7 @@ TABLES: Final = {
         BOTH,
         (
             Row(
-                "an estimate, against the step",
+                "a latent preview, against the step",
                 "previews",
                 "{percent_of_step:.1f} %",
                 "an estimate, on the engine's thread",

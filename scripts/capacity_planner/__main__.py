@@ -1,4 +1,4 @@
-"""Runs the command line of ``scripts/plan``."""
+"""``python -m capacity_planner``: see ``cli``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line of ``scripts/plan``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ NOT_MEASURED = "no NPU has been measured: these are the times of another card"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the flags; an unknown one ends the process with code 2."""
     parser = argparse.ArgumentParser(prog="plan", description="Estimates every profile on a machine, recommends one.")
     parser.add_argument("--devices", type=int, required=True, metavar="N", help="cards of the machine")
     parser.add_argument("--memory", type=float, required=True, metavar="GB", help="of each card, in 10^9 bytes")
@@ -32,7 +31,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints every profile for the machine, the recommended one and its latencies; returns the exit code."""
     flags = parse_arguments(arguments)
     if importlib.util.find_spec("simpy") is None:
         print("error: the package simpy is not installed; install this project with its extra 'plan'", file=sys.stderr)
@@ -47,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan(flags: argparse.Namespace) -> dict[str, Any]:
-    """Returns the report as plain values.
-
-    Raises:
-        ConfigurationError: a flag's value is not allowed.
-    """
+    """Returns the report as plain values; raises ConfigurationError for a flag's value."""
     # These import torch and simpy, for which a refused flag should not wait.
     from capacity_planner import planner, times  # noqa: PLC0415
     from glm_image.errors import ConfigurationError  # noqa: PLC0415
@@ -73,15 +67,7 @@ def plan(flags: argparse.Namespace) -> dict[str, Any]:
         "times": measured.source,
         "note": NOT_MEASURED if flags.kind == "npu" and not flags.measured else "",
         "profiles": [
-            {
-                "profile": estimate.profile.name,
-                "cards": len(estimate.profile.devices),
-                "gigabytes_a_card": estimate.gigabytes,
-                "images_per_second": estimate.images_per_second,
-                "seconds": estimate.seconds,
-                "first_stage_feeds": estimate.feeds,
-                "refusal": estimate.refusal,
-            }
+            {**vars(estimate), "profile": estimate.profile.name, "cards": len(estimate.profile.devices)}
             for estimate in found
         ],
         "recommended": best.profile.name if best else "",

@@ -22,12 +22,12 @@ LOADS: Final = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 SATURATING_REQUESTS: Final = 400
 
 WARM_UP_SHARE: Final = 0.1
-"""Share of the simulated requests that is left out, because they arrive at an empty server."""
+"""Share of the simulated requests whose latency does not count, because they find an empty server."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Cards of one kind, each with so many GB (10^9 bytes)."""
+    """``devices`` cards of one kind, with ``gigabytes`` (10^9 bytes) each."""
 
     kind: str
     devices: int
@@ -47,24 +47,22 @@ class ProfileEstimate:
     """A profile on a machine.
 
     Attributes:
-        profile: the profile.
-        gigabytes: memory of its fullest card.
+        gigabytes_a_card: memory of its fullest card.
         refusal: why it does not run on the machine; "" if it does.
-        images_per_second: the highest throughput; 0 if refused.
+        images_per_second: the highest throughput.
         seconds: latency of a single request.
-        feeds: DiT instances that one AR instance keeps busy.
+        first_stage_feeds: DiT instances that one AR instance keeps busy.
     """
 
     profile: Profile
-    gigabytes: float
+    gigabytes_a_card: float
     refusal: str = ""
     images_per_second: float = 0.0
     seconds: float = 0.0
-    feeds: float = 0.0
+    first_stage_feeds: float = 0.0
 
 
 def stage_costs(profile: Profile, workload: Workload, times: StageTimes) -> StageCosts:
-    """Returns the cost of an image in the stages of a profile."""
     relative = times.int8_step if profile.ar.parameters.get("quantization") == "int8" else 1.0
     relative *= times.scaling.decode_step(len(profile.ar.entries[0]))
     denoise = denoise_seconds(profile, workload, times)
@@ -87,7 +85,7 @@ def denoise_seconds(profile: Profile, workload: Workload, times: StageTimes) -> 
 
 
 def deployment_of(profile: Profile) -> Deployment:
-    """Returns the instances of a profile; an instance over several cards is one device here."""
+    """Returns the instances of a profile; an instance over several cards counts as one device."""
     parameters = read(ArParameters, profile.ar.values())
     return Deployment(
         ar=tuple(map(",".join, profile.ar.entries)),
@@ -98,7 +96,6 @@ def deployment_of(profile: Profile) -> Deployment:
 
 
 def estimates(machine: Machine, workload: Workload, times: StageTimes) -> Iterator[ProfileEstimate]:
-    """Estimates every profile for a kind of card."""
     for profile in PROFILES.values():
         if profile.name.startswith(f"{machine.kind}-"):
             yield _estimate(profile, machine, workload, times)
@@ -156,7 +153,6 @@ class Latency:
 def latencies(
     estimate: ProfileEstimate, workload: Workload, times: StageTimes, requests: int, seed: int
 ) -> Iterator[Latency]:
-    """Simulates a profile at several loads."""
     deployment, costs = deployment_of(estimate.profile), stage_costs(estimate.profile, workload, times)
     for load in LOADS:
         rate = load * estimate.images_per_second

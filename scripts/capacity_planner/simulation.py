@@ -12,13 +12,14 @@ import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import simpy
 
 from glm_image.ar.admission import Admission, BatchAdmission, ImmediateAdmission, QueueSnapshot
-from glm_image.lifecycle.downstream import DitLoad
-from glm_image.lifecycle.eta import DurationStats
+from glm_image.lifecycle.dit_load import DitLoad
+from glm_image.lifecycle.durations import DurationStats
 
 Process = Generator[simpy.Event, Any, None]
 
@@ -34,13 +35,13 @@ class StageCosts:
     """Cost of an image in each phase, in seconds of an idle device.
 
     Attributes:
-        tokens: image tokens sampled by the AR stage, preview included.
+        tokens: image tokens, preview included.
         prefill: of the prompt; the running sequences wait for it.
-        step: of a decode step, by the number of running sequences.
+        step: a decode step, by the number of running sequences.
         denoise: conditioning and denoising; sampled anew for each image.
-        finish: of the VAE, on the same device as the denoising of the next image.
-        encode: of the image file, on the host.
-        overhead: of network and Triton.
+        finish: the VAE, on the same device as the denoising of the next image.
+        encode: the image file, on the host.
+        overhead: network and Triton.
     """
 
     tokens: int
@@ -54,11 +55,9 @@ class StageCosts:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The device of each instance; instances that name the same device share it.
+    """The devices of the AR and DiT instances; instances that name the same device share it.
 
     Attributes:
-        ar: the device of each AR instance.
-        dit: the device of each DiT instance.
         slots: sequences that an AR instance decodes together.
         cores: tasks that a device runs at full speed; more tasks share it evenly.
         admission: policy of the AR instances, one of ``ar.admission.ADMISSIONS``.
@@ -73,14 +72,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Times of every request in seconds, in order of arrival.
-
-    Attributes:
-        arrived: arrival.
-        decoded: end of its decoding.
-        denoise_started: start of its denoising.
-        answered: its response.
-    """
+    """Times of every request in seconds, in order of arrival."""
 
     arrived: list[float]
     decoded: list[float]
@@ -89,7 +81,6 @@ class Outcome:
 
     @property
     def latencies(self) -> list[float]:
-        """Seconds from arrival to response of each request."""
         return [end - begin for begin, end in zip(self.arrived, self.answered, strict=True)]
 
     @property
@@ -123,12 +114,10 @@ class SimulatedDevice:
         return task
 
     def left(self, task: _Task) -> float:
-        """Returns the remaining seconds of a task."""
         self._advance()
         return task.left
 
     def shorten(self, task: _Task, seconds: float) -> None:
-        """Sets the remaining seconds of a task."""
         self._advance()
         task.left = seconds
         self._reschedule()
@@ -159,10 +148,6 @@ class SimulatedDevice:
             self._reschedule()
 
 
-def _ignore(*_: object) -> None:
-    """The log function of the simulated admission."""
-
-
 @dataclass(eq=False)
 class _SimulatedSequence:
     """A request in the AR stage; ``left`` counts its remaining decode steps."""
@@ -186,14 +171,14 @@ class _ArInstance:
         self._durations = DurationStats()
         self._changed = clock.event()
         self.dit_load = DitLoad(lambda: float(clock.now))
-        self._admission: Admission = (
-            BatchAdmission(self.dit_load, _ignore) if deployment.admission == "gathered" else ImmediateAdmission()
-        )
+        self._admission: Admission = ImmediateAdmission()
+        if deployment.admission == "gathered":
+            self._admission = BatchAdmission(self.dit_load, warn=lambda *_: None)
         self._admission.when_changed(self._wake)
         clock.process(self._run())
 
     def decode(self, index: int) -> simpy.Event:
-        """Queues a request's sequence; returns the event of its end."""
+        """Queues the sequence of a request and returns the event of its end."""
         self._waiting.append(_SimulatedSequence(index, self._clock.event()))
         self._wake()
         return self._waiting[-1].done
@@ -222,21 +207,21 @@ class _ArInstance:
         """Returns the seconds before the first waiting sequence may be admitted, as ``ar.scheduler`` computes them."""
         if not self._waiting:
             return math.inf
-        first, now, running, length = self._waiting[0], self._clock.now, len(self._running), self._costs.tokens
-        decode_seconds = length * self._durations.mean
+        first, now = self._waiting[0], self._clock.now
+        decode_seconds = self._costs.tokens * self._durations.mean
         if first.latest == math.inf:
-            first.latest = now + self._admission.max_wait(running, decode_seconds)
+            first.latest = now + self._admission.max_wait(len(self._running), decode_seconds)
         return self._admission.wait(
-            QueueSnapshot(
+            QueueSnapshot.of(
                 now=now,
+                slots=self._slots,
+                steps_left=[sequence.left for sequence in self._running],
                 waiting=len(self._waiting),
-                free=self._slots - running,
-                running=running,
-                extends=1 - max((sequence.left for sequence in self._running), default=0) / length,
-                has_begun=False,
+                length=self._costs.tokens,
+                decode_seconds=decode_seconds,
                 latest=first.latest,
                 deadline=math.inf,
-                decode_seconds=decode_seconds,
+                has_begun=False,
             )
         )
 
@@ -248,7 +233,7 @@ class _ArInstance:
         return self._changed | self._clock.timeout(max(seconds, ROUNDING_SECONDS))
 
     def _take_steps(self) -> Process:
-        """Takes steps until the first sequence ends, or until another one is admitted to a free slot."""
+        """Takes steps until the first sequence ends or another one is admitted to a free slot."""
         count = min(sequence.left for sequence in self._running)
         step = self._costs.step(len(self._running))
         task = self._device.work(count * step)
@@ -277,14 +262,14 @@ class _DitInstance:
     durations: DurationStats = field(default_factory=DurationStats)
 
     def report(self) -> None:
-        """As ``lifecycle.downstream.DitLoadReporter`` does."""
+        """Reports as ``lifecycle.dit_load.DitLoadReporter`` does."""
+        requests, mean = list(self.left.items()), self.durations.mean
         for dit_load in self.listeners:
-            requests = list(self.left.items())
-            dit_load.update({"instance": self.name, "requests": requests, "seconds_per_image": self.durations.mean})
+            dit_load.update({"instance": self.name, "requests": requests, "seconds_per_image": mean})
 
 
 class _SimulatedServer:
-    """Both stages, and the path of a request through them."""
+    """Both stages and the path of a request through them."""
 
     def __init__(self, deployment: Deployment, costs: StageCosts, requests: int, seed: int) -> None:
         self.clock = simpy.Environment()
@@ -302,7 +287,6 @@ class _SimulatedServer:
         self.outcome = Outcome(*([math.nan] * requests for _ in range(4)))
 
     def arrive(self, arrivals: Sequence[float]) -> Process:
-        """Starts each request at its arrival."""
         for index, arrival in enumerate(arrivals):
             yield self.clock.timeout(arrival - self.clock.now)
             self.clock.process(self._serve(index))
@@ -339,14 +323,7 @@ class _SimulatedServer:
 
 
 def simulate(deployment: Deployment, costs: StageCosts, arrivals: Sequence[float], seed: int = 0) -> Outcome:
-    """Simulates requests that arrive at given times (open loop).
-
-    Args:
-        deployment: the instances and their devices.
-        costs: of each image.
-        arrivals: seconds, ascending, at least one.
-        seed: of the numbers that ``costs`` samples.
-    """
+    """Simulates requests that arrive at given times, ascending (open loop); ``seed`` is that of sampled costs."""
     server = _SimulatedServer(deployment, costs, len(arrivals), seed)
     server.clock.process(server.arrive(arrivals))
     server.clock.run()
@@ -365,11 +342,8 @@ def saturate(deployment: Deployment, costs: StageCosts, requests: int, seed: int
 
 def poisson_arrivals(rate: float, requests: int, seed: int = 0) -> list[float]:
     """Returns the times of independent arrivals, ``rate`` a second on average."""
-    source, now, arrivals = random.Random(seed), 0.0, []
-    for _ in range(requests):
-        now += source.expovariate(rate)
-        arrivals.append(now)
-    return arrivals
+    source = random.Random(seed)
+    return list(accumulate(source.expovariate(rate) for _ in range(requests)))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from capacity_planner.scaling import ParallelScaling, serial_share
 from glm_image.errors import ConfigurationError, shown
-from glm_image.parallel.layout import MEMBERS
+from glm_image.parallel.layout import MEMBERS, ParallelLayout
 from glm_image.request import geometry
 from glm_image.request.geometry import Grid, Size
 
@@ -22,8 +22,40 @@ BENCH_STEPS = 50
 
 MEGAPIXEL: Final = 1024 * 1024
 
-OWN_SUM: Final = "memory of the peers"
-"""The value of ``through`` in ``scripts/bench/parallel.py`` for an exchange without collectives."""
+PEER_MEMORY: Final = "memory of the peers"
+"""The exchange of a decode step without collectives, as ``scripts/bench/parallel.py`` names it."""
+
+
+@dataclass(frozen=True)
+class ParallelScaling:
+    """The serial shares of steps over several cards, from measured speedups (Amdahl, 1967).
+
+    ``decode`` is that of a decode step, tensor parallel; the others are those of a denoising step, by the kind of
+    parallelism (``ParallelLayout``).
+    """
+
+    decode: float = 0.0
+    cfg: float = 0.0
+    tp: float = 0.0
+    ring: float = 0.0
+    ulysses: float = 0.0
+
+    def decode_step(self, cards: int) -> float:
+        """Returns the duration of a decode step over some cards, relative to one card."""
+        return _relative_duration(self.decode, cards)
+
+    def denoise_step(self, layout: ParallelLayout) -> float:
+        """Returns the relative duration of a denoising step; kinds of parallelism multiply."""
+        return math.prod(_relative_duration(getattr(self, kind), getattr(layout, kind)) for kind in MEMBERS)
+
+
+def serial_share(cards: int, speedup: float) -> float:
+    """Returns the serial share of a step that two or more cards speed up by ``speedup``."""
+    return (cards / speedup - 1) / (cards - 1)
+
+
+def _relative_duration(serial: float, cards: int) -> float:
+    return serial + (1 - serial) / cards
 
 
 @dataclass(frozen=True)
@@ -31,18 +63,15 @@ class StageTimes:
     """Measured seconds.
 
     Attributes:
-        source: where they come from, for the report.
+        source: their origin, for the report.
         step_one: a decode step with one running sequence.
         step_full: a decode step with ``full`` running sequences.
-        full: see ``step_full``.
         prefill: of one admission, during which running sequences wait.
-        denoise: size -> a denoising step with guidance.
-        condition: conditioning of an image.
+        denoise: a denoising step with guidance, by size.
         vae: latents to pixels, of 1024 x 1024.
         encode: pixels to a file, of 1024 x 1024.
         overhead: of a request, outside the stages.
         int8_step: a decode step with int8 weights, relative to one with bf16.
-        scaling: steps that several cards share.
     """
 
     source: str
@@ -56,7 +85,7 @@ class StageTimes:
     encode: float = 0.0
     overhead: float = 0.0
     int8_step: float = 1.0
-    scaling: ParallelScaling = ParallelScaling()  # noqa: RUF009 - immutable
+    scaling: ParallelScaling = ParallelScaling()
 
     def step(self, running: int) -> float:
         """Returns the seconds of a decode step of ``running`` sequences, interpolated."""
@@ -64,14 +93,12 @@ class StageTimes:
 
     def denoise_step(self, size: Size) -> float:
         """Returns the seconds of a denoising step: those of the nearest measured size, scaled by operations."""
-        nearest = min(
-            self.denoise, key=lambda measured: abs(measured.height * measured.width - size.height * size.width)
-        )
+        nearest = min(self.denoise, key=lambda measured: abs(_pixels(measured) - _pixels(size)))
         return self.denoise[nearest] * _flop(size) / _flop(nearest)
 
     def pixels(self, seconds: float, size: Size) -> float:
         """Scales seconds of 1024 x 1024 to another size."""
-        return seconds * size.height * size.width / MEGAPIXEL
+        return seconds * _pixels(size) / MEGAPIXEL
 
 
 H100: Final = StageTimes(
@@ -92,12 +119,15 @@ H100: Final = StageTimes(
         ulysses=serial_share(2, 1.78),
     ),
 )
-"""The defaults."""
 
 
 def image_tokens(size: Size) -> int:
     """Returns the image tokens of a text-to-image request, preview included."""
     return sum(grid.tokens for grid in geometry.output_grids(_grid(size), image_to_image=False))
+
+
+def _pixels(size: Size) -> int:
+    return size.height * size.width
 
 
 def _grid(size: Size) -> Grid:
@@ -111,11 +141,7 @@ def _flop(size: Size) -> float:
 
 
 def read_size(text: str) -> Size:
-    """Reads ``WIDTHxHEIGHT``.
-
-    Raises:
-        ConfigurationError: the text has another form.
-    """
+    """Parses ``WIDTHxHEIGHT``; raises ConfigurationError for another form."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) * int(height)):
         raise ConfigurationError(f"size is {shown(text)}; allowed: WIDTHxHEIGHT, such as 1024x1024")
@@ -123,11 +149,7 @@ def read_size(text: str) -> Size:
 
 
 def read_measured(paths: list[Path], base: StageTimes = H100) -> StageTimes:
-    """Replaces times by those in the output of ``scripts/bench/ar.py``, ``dit.py``, ``served.py`` and ``parallel.py``.
-
-    Args:
-        paths: files of JSON lines; later lines override earlier ones.
-        base: the times that no line has.
+    """Returns ``base`` with the times that benchmarks have printed as JSON lines; later lines override earlier ones.
 
     Raises:
         ConfigurationError: a file cannot be read, or no line has a time.
@@ -149,75 +171,57 @@ def read_measured(paths: list[Path], base: StageTimes = H100) -> StageTimes:
 
 
 class _Reader:
-    """Reads lines one by one.
-
-    Attributes:
-        times: the base, with the times read so far.
-        replaced: names of the groups of times read so far.
-    """
+    """Replaces ``times``, line by line; ``replaced`` names the groups of times that were read."""
 
     def __init__(self, base: StageTimes) -> None:
         self.times, self.replaced = base, set[str]()
         self._denoise: dict[Size, float] = {}
         self._request: Mapping[str, Any] = {}
-        self._readers: dict[str, Callable[[Mapping[str, Any]], None]] = {
-            "decode step": self._decode_step,
-            "admission of a 64-token prompt": lambda line: self._set("prefill", prefill=line["lost_ms"] / 1e3),
-            f"picture, {BENCH_STEPS} steps, guidance 1.5": self._image,
-            "denoising step": self._parallel_denoise_step,
-            "request": self._set_request,
-            "stages": self._stages,
-        }
 
     def read(self, line: Mapping[str, Any]) -> None:
-        reader = self._readers.get(line.get("measure", ""))
-        if reader:
-            reader(line)
+        match line.get("measure"):
+            case "decode step" if "devices" in line:
+                if line.get("through") == PEER_MEMORY:  # the exchange that a server uses if the cards support it
+                    self._set_scaling("decode", line)
+            case "decode step" if line["size"] == 1024:
+                self._set_decode_step(line["running"], line["ms"] / 1e3)
+            case "admission of a 64-token prompt":
+                self._set("prefill", prefill=line["lost_ms"] / 1e3)
+            case "picture, 50 steps, guidance 1.5":
+                self._set_image(line)
+            case "denoising step":
+                member, _, _ = line["parallel"].partition("=")
+                if line["size"] == "1024x1024" and "," not in line["parallel"] and member in MEMBERS:
+                    self._set_scaling(member, line)
+            case "request":
+                self._request = line
+            # Only with one request at a time are a server's seconds those of a stage alone.
+            case "stages" if line.get("concurrency") == 1 and self._request:
+                self._set_stages(line)
 
     def _set(self, group: str, **times: Any) -> None:
         self.times = replace(self.times, **times)
         self.replaced.add(group)
 
-    def _decode_step(self, line: Mapping[str, Any]) -> None:
-        if "devices" in line:
-            self._parallel_decode_step(line)
-            return
-        if line["size"] != 1024:
-            return
-        seconds, running = line["ms"] / 1e3, line["running"]
+    def _set_decode_step(self, running: int, seconds: float) -> None:
         if running == 1:
             self._set("step", step_one=seconds, step_full=max(seconds, self.times.step_full))
         else:
             self._set("step", step_full=seconds, full=running)
 
-    def _parallel_decode_step(self, line: Mapping[str, Any]) -> None:
-        if line.get("through") == OWN_SUM:  # the exchange that a server uses if the cards support it
-            self._set_scaling("decode", line)
-
-    def _parallel_denoise_step(self, line: Mapping[str, Any]) -> None:
-        member, _, _ = line["parallel"].partition("=")
-        if line["size"] == "1024x1024" and "," not in line["parallel"] and member in MEMBERS:
-            self._set_scaling(member, line)
-
     def _set_scaling(self, name: str, line: Mapping[str, Any]) -> None:
         share = serial_share(line["devices"], line["speedup"])
         self._set("scaling", scaling=replace(self.times.scaling, **{name: share}))
 
-    def _image(self, line: Mapping[str, Any]) -> None:
+    def _set_image(self, line: Mapping[str, Any]) -> None:
         size = read_size(line["size"])
         self._denoise[size] = line["denoise_seconds"] / BENCH_STEPS
-        vae = line["vae_seconds"] * MEGAPIXEL / (size.height * size.width)
+        vae = line["vae_seconds"] * MEGAPIXEL / _pixels(size)
         self._set("denoise", denoise=dict(self._denoise), vae=vae, condition=line["condition_seconds"])
 
-    def _set_request(self, line: Mapping[str, Any]) -> None:
-        self._request = line
-
-    def _stages(self, line: Mapping[str, Any]) -> None:
-        """Reads a server's seconds; only with one request at a time are they those of a stage alone."""
-        if line.get("concurrency") != 1 or not self._request:
-            return
+    def _set_stages(self, line: Mapping[str, Any]) -> None:
         size = read_size(self._request["size"])
-        scale = MEGAPIXEL / (size.height * size.width)
+        scale = MEGAPIXEL / _pixels(size)
         step = line["decode"] / (image_tokens(size) - 1)
         ratio = self.times.step_full / self.times.step_one
         self._set("step", step_one=step, step_full=step * ratio, prefill=line["prefill"])

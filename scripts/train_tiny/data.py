@@ -146,7 +146,7 @@ def halving(side: int, device: torch.device) -> Tensor:
 
 def render_size(grid: Grid, *, preview: bool) -> Size:
     """Returns the size at which images of a grid are rendered; a preview's is half of another's."""
-    size = geometry.painted_size(grid)
+    size = geometry.rendered_size(grid)
     return Size(size.height // 2, size.width // 2) if preview else size
 
 

@@ -121,7 +121,8 @@ def check(result: GeneratedImages, requested: dict[str, Any]) -> None:
     output_format = requested.get("output_format", "raw")
     assert len(result.encoded) == (0 if output_format == "raw" else count)
     for file, pixels in zip(result.encoded, result.pixels, strict=False):
-        decoded = np.asarray(decode_source(file, "image", max_bytes=1 << 20, max_pixels=1 << 20))
+        limits = Limits(source_bytes=1 << 20, source_decoded_pixels=1 << 20)
+        decoded = np.asarray(decode_source(file, "image", limits))
         assert decoded.shape == pixels.shape
         assert output_format != "png" or np.array_equal(decoded, pixels)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from threading import Barrier, Lock
 from typing import Any
 
@@ -13,13 +14,15 @@ from diffusers import GlmImageTransformer2DModel
 from torch import Tensor
 
 from glm_image.checkpoint.checkpoint import fill
-from glm_image.dit.blocks import eager_blocks
+from glm_image.dit.blocks import Rotary, Tokens, eager_blocks
 from glm_image.dit.fused import blocks
 from glm_image.dit.fused.blocks import ATTENTION, FusedBlocks
-from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape, TokenSplit
+from glm_image.dit.parallel_context import ParallelContext
+from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape
 from glm_image.dit.tensor_parallel import ShardedTensors, shard
 from glm_image.kernels.head_norm_rotary import head_norm_rotary, scatter_heads
 from glm_image.parallel.collectives import ALONE, Group, Transfer
+from glm_image.parallel.process_group import Ranks
 from kernels.blocks import GRID, HEADS, LargeTensors, arguments, change_error, empty_transformer
 
 TEXT_TOKENS = ((6, 1), (1, 1), (3,), (0,))
@@ -125,26 +128,38 @@ def test_scattered_heads_equal_heads_in_place(device: torch.device, heads: int, 
         assert torch.equal(got[1], want[1])
 
 
+TOKENS = GRID[0] * GRID[1] - 1
+"""Three ranks do not divide it."""
+
+
+def odd_arguments(device: torch.device, text_tokens: tuple[int, ...]) -> tuple[list[Tokens], Tensor, Rotary]:
+    sequences, time, rotary = arguments(empty_transformer(), device, text_tokens)
+    return [(image[:, :TOKENS], text) for image, text in sequences], time, (rotary[0][:TOKENS], rotary[1][:TOKENS])
+
+
+@lru_cache
+def one_rank(device: torch.device, text_tokens: tuple[int, ...]) -> list[Tensor]:
+    """Returns the result of one rank, which does not depend on the number of the others."""
+    with torch.inference_mode():
+        return FusedBlocks(build(device))(*odd_arguments(device, text_tokens))
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("text_tokens", [(2, 1), (0,)])
 def test_blocks_over_ranks_match_one_rank(device: torch.device, ranks: int, text_tokens: tuple[int, ...]) -> None:
-    transformer = build(device)
-    sequences, time, rotary = arguments(transformer, device, text_tokens)
-    backend = blocks.attention_backend(transformer)
-    tokens = GRID[0] * GRID[1] - 1  # which 3 does not divide
-    sequences = [(image[:, :tokens], text) for image, text in sequences]
-    rotary = rotary[0][:tokens], rotary[1][:tokens]
-    with torch.inference_mode():
-        want = FusedBlocks(build(device))(sequences, time, rotary)
+    sequences, time, rotary = odd_arguments(device, text_tokens)
+    backend = blocks.attention_backend(build(device))
+    want = one_rank(device, text_tokens)
     meeting = Meeting(ranks)
 
     @torch.inference_mode()
     def run(rank: int) -> list[Tensor]:
-        split = TokenSplit(ALONE, ThreadGroup(rank, ranks, meeting) if ranks > 1 else ALONE)
-        shared = SequenceAttention(split, blocks.attention, _no_lse, backend)
-        shards = [(split.shard(image, dim=1), text) for image, text in sequences]
-        tables = split.shard(rotary[0]), split.shard(rotary[1])
-        shape = SequenceShape(tokens) if ranks > 1 else None
+        ulysses = ThreadGroup(rank, ranks, meeting) if ranks > 1 else ALONE
+        parallel = ParallelContext(Ranks(ulysses=ulysses))
+        shared = SequenceAttention(ALONE, ulysses, blocks.attention, _no_lse, backend)
+        shards = [(parallel.shard(image, dim=1), text) for image, text in sequences]
+        tables = parallel.shard_rotary(rotary)
+        shape = SequenceShape(TOKENS) if ranks > 1 else None
         with meeting.turn:
             return FusedBlocks(build(device), shared)(shards, time, tables, None, shape)
 

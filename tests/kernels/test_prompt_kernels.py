@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from glm_image.ar.fused.prefill import FusedPrefill
 from glm_image.ar.kv_cache import KvCache
-from glm_image.ar.model import Decoder, rotate
+from glm_image.ar.model import Decoder
+from glm_image.ar.rotary import rotate
 from glm_image.checkpoint.checkpoint import RandomTensors
 from glm_image.devices.quantization import dequantized_product
-from glm_image.kernels.prompt_heads import rotate_and_store
-from glm_image.kernels.silu_product import silu_product
+from glm_image.kernels.prefill import rotate_and_store, silu_product
 from kernels.sizes import BF16_ERROR, CONFIG, relative_error
 
 POSITIONS = 48

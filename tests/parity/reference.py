@@ -20,7 +20,7 @@ def load_reference(folder: Path) -> GlmImagePipeline:
     return _load(Path(folder).resolve())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _load(folder: Path) -> GlmImagePipeline:
     pipe = GlmImagePipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

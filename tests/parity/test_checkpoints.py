@@ -44,10 +44,10 @@ def test_another_checkpoint_gives_the_references_tokens_and_pixels(
     reference = load_reference(folder)
     with LocalPipeline(folder, "cpu", SMALL) as pipeline:
         for prompt, height, width, seed in (("a fox and 'ABC'", 64, 96, 5), ("'一' \"2\" it's", 160, 32, -9)):
-            asked = GenerationParameters(
+            values = GenerationParameters(
                 prompt=prompt, height=height, width=width, seed=seed, num_inference_steps=3, guidance_scale=2.5
             )
-            resolved = pipeline.resolve(asked)
+            resolved = pipeline.resolve(values)
             prior = pipeline.prior(resolved)
             theirs = reference_tokens(reference, prompt, height, width, seed)
             assert prior.prior_token_ids[0].tolist() == theirs.tolist()
@@ -56,7 +56,7 @@ def test_another_checkpoint_gives_the_references_tokens_and_pixels(
             assert np.abs(picture.astype(int) - their_picture).max() == 0
 
 
-def test_the_checkpoint_in_shards_is_one(make_checkpoint: MakeCheckpoint) -> None:
+def test_the_sharded_checkpoint_has_several_bf16_shards(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint(**asdict(OTHERS["bf16 in shards with an index"]))
     for component in ("vision_language_encoder", "transformer", "vae"):
         (index,) = (folder / component).glob("*.index.json")
@@ -69,11 +69,11 @@ def test_the_checkpoint_in_shards_is_one(make_checkpoint: MakeCheckpoint) -> Non
 def test_random_weights_need_no_files(make_checkpoint: MakeCheckpoint) -> None:
     folder: Path = make_checkpoint(weights=False)
     assert not list(folder.rglob("*.safetensors*"))
-    asked = GenerationParameters(prompt="a 'fox'", height=64, width=64, seed=1, num_inference_steps=2)
+    values = GenerationParameters(prompt="a 'fox'", height=64, width=64, seed=1, num_inference_steps=2)
     made = []
     for _ in range(2):
         with LocalPipeline(folder, "cpu", LocalSettings(ar=SMALL.ar, load_format="dummy")) as pipeline:
-            made.append(pipeline.generate(asked).pixels)
-            assert pipeline.prior(pipeline.resolve(asked)).prior_token_ids.max() < pipeline.dit.codebook_size
+            made.append(pipeline.generate(values).pixels)
+            assert pipeline.prior(pipeline.resolve(values)).prior_token_ids.max() < pipeline.dit.codebook_size
     assert np.array_equal(*made)
     assert made[0].std() > 1

@@ -27,15 +27,16 @@ from glm_image.ar.engine import ArEngine, ArResult
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
+from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.errors import ConfigurationError, UnavailableError
 from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.parallel.rank_group import WorkerConfig, start_ranks
 from glm_image.parallel.worker import Load
-from glm_image.pipeline import LocalPipeline, LocalSettings
+from glm_image.pipeline import LocalPipeline, paint_request
 from glm_image.request.limits import Limits
-from glm_image.request.parameters import GenerationParameters
+from glm_image.request.parameters import GenerationParameters, PaintRequest
 from glm_image.supervisor.watchdog import children_of
 from pictures import encoded, picture
 
@@ -78,24 +79,42 @@ MANY = [
 ]
 
 
-def _paint(checkpoint: Path, parallel: str, ranks: int) -> dict[str, NDArray[np.int64]]:
-    settings = LocalSettings(dit=DitSettings(parallel=parallel))
-    with LocalPipeline(checkpoint, ",".join(["cpu"] * ranks), settings) as pipeline:
-        assert pipeline.dit.attention_backend == ("_native_flash" if "ring" in parallel else "native")
-        return {name: pipeline.generate(request).pixels.astype(np.int64) for name, request in REQUESTS.items()}
+def _paint(
+    checkpoint: Path, parallel: str, ranks: int, requests: dict[str, PaintRequest]
+) -> dict[str, NDArray[np.int64]]:
+    settings, workers = DitSettings(parallel=parallel), WorkerConfig(("cpu",) * (ranks - 1))
+    engine = DitEngine(Checkpoint.open(checkpoint), open_device("cpu"), settings, workers=workers)
+    try:
+        assert engine.attention_backend == ("_native_flash" if "ring" in parallel else "native")
+        return {
+            name: engine.paint(RequestContext(), request, Limits()).result(WAIT_SECONDS).pixels.astype(np.int64)
+            for name, request in requests.items()
+        }
+    finally:
+        engine.close()
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint_folder: Path) -> dict[str, NDArray[np.int64]]:
-    return _paint(checkpoint_folder, "auto", 1)
+def paint_requests(pipeline: LocalPipeline) -> dict[str, PaintRequest]:
+    """What the AR, which is on one device in any layout, hands to the DiT."""
+    resolved = {name: pipeline.resolve(request) for name, request in REQUESTS.items()}
+    return {name: paint_request(request, pipeline.prior(request), {}) for name, request in resolved.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint_folder: Path, paint_requests: dict[str, PaintRequest]) -> dict[str, NDArray[np.int64]]:
+    return _paint(checkpoint_folder, "auto", 1, paint_requests)
 
 
 @pytest.mark.parametrize("parallel", [*FEW, *(pytest.param(layout, marks=pytest.mark.full) for layout in MANY)])
 def test_images_equal_those_of_one_device(
-    checkpoint_folder: Path, alone: dict[str, NDArray[np.int64]], parallel: str
+    checkpoint_folder: Path,
+    paint_requests: dict[str, PaintRequest],
+    alone: dict[str, NDArray[np.int64]],
+    parallel: str,
 ) -> None:
     ranks = math.prod(int(ways) for ways in re.findall(r"\d", parallel))
-    together = _paint(checkpoint_folder, parallel, ranks)
+    together = _paint(checkpoint_folder, parallel, ranks, paint_requests)
     differences = {name: int(np.abs(together[name] - alone[name]).max()) for name in alone}
     assert max(differences.values()) <= 1, differences
 
@@ -244,4 +263,4 @@ def test_killing_rank_0_leaves_no_orphans(checkpoint_folder: Path) -> None:
 
 def test_layout_of_another_size_is_refused_before_any_start(checkpoint_folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="takes 4 devices, and the instance has 2"):
-        _paint(checkpoint_folder, "cfg=2,ulysses=2", 2)
+        _paint(checkpoint_folder, "cfg=2,ulysses=2", 2, {})

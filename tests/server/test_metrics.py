@@ -20,7 +20,7 @@ from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.supervisor import TritonServer
-from glm_image.telemetry.metrics import REFUSALS, Kind, MetricSpec, OutcomeCounters
+from glm_image.telemetry.metrics import REFUSALS, Kind, MetricSpec
 from server.kserve import KServeError, Values, at_once, grpc_infer, grpc_start, metadata
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ COMMENT = re.compile(r"^# (?P<what>TYPE|HELP) (?P<name>\w+) (?P<text>.*)$")
 SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
 METRICS: dict[str, tuple[MetricSpec, ...]] = {"glm_ar": AR_METRICS, "glm_dit": DIT_METRICS}
-OUTCOMES: dict[str, OutcomeCounters] = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
+OUTCOMES = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
 RESTARTS = "glm_image_restarts_total"
 SETTLE_SECONDS = 30
 SLOTS = 8
@@ -97,7 +97,7 @@ def documented(mark: str) -> dict[str, list[str]]:
 def test_metrics_page_lists_exactly_the_documented_metrics(fresh: Page, model: str) -> None:
     rows = documented(model)
     assert rows == {m.name: [m.kind.value, rows[m.name][1], m.meaning] for m in METRICS[model]}
-    assert all(value == 0 for metric in OUTCOMES[model].measures for _, value in fresh.samples[metric.name])
+    assert all(value == 0 for metric in OUTCOMES[model].values() for _, value in fresh.samples[metric.name])
     prefix = model.replace("glm_", "glm_image_")
     assert {name: kind for name, kind in fresh.types.items() if name.startswith(prefix)} == {
         name: cells[0] for name, cells in rows.items()
@@ -107,7 +107,8 @@ def test_metrics_page_lists_exactly_the_documented_metrics(fresh: Page, model: s
         suffix = "_count" if metric.kind is Kind.HISTOGRAM else ""
         labels = {"model": model, "instance": "0"} | ({"reason": metric.reason} if metric.reason else {})
         assert labels in [found for found, _ in fresh.samples[metric.name + suffix]]
-    assert sum(len(fresh.samples.get(metric.name, ())) for metric in OUTCOMES[model].refusals) == len(REFUSALS) ** 2
+    refusals = [OUTCOMES[model][reason] for reason in REFUSALS]
+    assert sum(len(fresh.samples.get(metric.name, ())) for metric in refusals) == len(REFUSALS) ** 2
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,11 @@ REQUEST: Values = {
     "output_format": "png",
 }
 
-PAINTING_INPUTS = ("prompt", "image", "num_inference_steps", "guidance_scale", "negative_prompt", "output_format")
+SHARED_INPUTS = ("prompt", "image", "num_inference_steps", "guidance_scale", "negative_prompt", "output_format")
 MODELS: dict[str, tuple[Tensors, Tensors]] = {
     "glm_image": (REQUEST_INPUTS, OUTPUTS),
     "glm_ar": (REQUEST_INPUTS, STAGE_TENSORS),
-    "glm_dit": ({name: REQUEST_INPUTS[name] for name in PAINTING_INPUTS} | STAGE_TENSORS, OUTPUTS),
+    "glm_dit": ({name: REQUEST_INPUTS[name] for name in SHARED_INPUTS} | STAGE_TENSORS, OUTPUTS),
     "glm_control": (CONTROL_INPUTS, {"result": ("BYTES", [1])}),
 }
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from glm_image.ar.admission import CHEAP, NEARLY_USED_UP, PATIENCE, BatchAdmission, ImmediateAdmission, QueueSnapshot
 from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.context import RequestContext, RequestObserver
-from glm_image.lifecycle.downstream import HANDOVER_SECONDS, TOPIC, DitLoad, DitLoadReporter
+from glm_image.lifecycle.dit_load import HANDOVER_SECONDS, TOPIC, DitLoad, DitLoadReporter
 from glm_image.request.stages import Stage
 
 SLOTS = 4
@@ -151,8 +151,8 @@ class StagesSeen(RequestObserver):
 @pytest.mark.parametrize("is_first", [True, False])
 def test_reporter_publishes_the_images_that_are_left(is_first: bool) -> None:
     published: list[Event] = []
-    reporter, seen = DitLoadReporter("glm_dit_3"), StagesSeen()
-    reporter.publish = lambda topic, event: published.append({**event(), "topic": topic})
+    reporter = DitLoadReporter("glm_dit_3", lambda topic, event: published.append({**event(), "topic": topic}))
+    seen = StagesSeen()
     observers = (reporter, seen) if is_first else (seen, reporter)
     first, second = (
         RequestContext(arrived_ns=5, num_images=2, observers=observers),

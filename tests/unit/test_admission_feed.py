@@ -20,7 +20,7 @@ from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableE
 from glm_image.ipc.protocol import Event
 from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
-from glm_image.lifecycle.downstream import DitLoadFeed, DitLoadReporter
+from glm_image.lifecycle.dit_load import DitLoadFeed, DitLoadReporter
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from glm_image.request.stages import Stage
@@ -38,9 +38,9 @@ class DitInstance:
     name: str = "glm_dit_0"
 
     def __post_init__(self) -> None:
-        self.reporter = DitLoadReporter(self.name)
-        self.server = IpcServer(self.folder, self.name, {}, lambda topic, is_there: self.reporter.publish_load())
-        self.reporter.publish = self.server.publish
+        self.server = IpcServer()
+        self.reporter = DitLoadReporter(self.name, self.server.publish)
+        self.server.start(self.folder, self.name, {}, lambda topic, is_there: self.reporter.publish_load())
 
     def begin(self, images: int) -> RequestContext:
         context = RequestContext(num_images=images, observers=(self.reporter,))

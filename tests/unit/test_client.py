@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from glm_image.config.schema import PAINTING_INPUTS, REQUEST_INPUTS, STAGE_INPUTS, STREAM_INPUTS
+from glm_image.config.schema import DIT_INPUTS, REQUEST_INPUTS, STREAM_INPUTS
 from glm_image.request.limits import OUTPUT_FORMATS
 from glm_image.request.parameters import GenerationParameters, PreviewParameters
 from glm_image.request.tensors import request_fields
@@ -30,10 +30,18 @@ from glm_image_client import (
     RequestTimeout,
     ServerFailure,
 )
-from glm_image_client.calls import generate, paint, prior_inputs, prior_tokens, stream
+from glm_image_client.calls import (
+    generate,
+    paint,
+    prior_inputs,
+    prior_tokens,
+    request_tensors,
+    source_bytes,
+    stream,
+)
 from glm_image_client.core import run
 from glm_image_client.errors import answered, sentence
-from glm_image_client.grpc_transport import connection_fault
+from glm_image_client.grpc_transport import connection_fault, with_integer_shapes
 from glm_image_client.options import (
     OPTIONS,
     PROMPT,
@@ -44,8 +52,7 @@ from glm_image_client.options import (
     StreamOptions,
 )
 from glm_image_client.result import file_names
-from glm_image_client.tensors import request_tensors, source_bytes
-from glm_image_client.transport import Endpoint, microseconds, with_integer_shapes
+from glm_image_client.transport import Endpoint, microseconds
 
 METADATA = {
     "version": "0.1.0",
@@ -197,7 +204,7 @@ class TestOptions:
         assert ar <= {spec.name for spec in REQUEST_INPUTS}
         prior = PriorTokens(*[np.zeros((1, 1), np.int32)] * 7, {})
         dit = {tensor.name for tensor in paint("x", prior, **_every(PaintOptions)).tensors}
-        assert dit <= {spec.name for spec in (*PAINTING_INPUTS, *STAGE_INPUTS)}
+        assert dit <= {spec.name for spec in DIT_INPUTS}
         assert {"num_inference_steps", "guidance_scale", "negative_prompt", "image", "output_format"} <= dit
         streamed = {tensor.name for tensor in stream("x", **_every(StreamOptions)).tensors}
         assert streamed == {spec.name for spec in STREAM_INPUTS}

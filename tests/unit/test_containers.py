@@ -65,7 +65,7 @@ def seconds(duration: str) -> int:
 
 
 class TestDockerfile:
-    def test_what_is_copied_is_there_and_not_ignored(self) -> None:
+    def test_copied_files_exist_and_are_not_ignored(self) -> None:
         kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
         assert len(copied()) >= 8
         for source in copied():
@@ -189,7 +189,7 @@ class TestConstraints:
         text = (ROOT / "constraints.txt").read_text()
         assert script.container_constraints(text, {}) == text
 
-    def test_it_looks_for_what_is_installed(self, script: Any) -> None:
+    def test_it_looks_for_the_installed_packages(self, script: Any) -> None:
         assert {"numpy", "torch"} <= set(script.installed_by_the_vendor())
 
 
@@ -200,7 +200,10 @@ def test_every_pin_resolves(target: str, architecture: str, tmp_path: Path) -> N
     """What the image's pip is asked for, for its Python and its C library, from wheels alone."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = ["client", "server", "tracing", *(["npu"] if target == "ascend" else [])]
-    asked = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    requirements = [
+        *project["dependencies"],
+        *(line for extra in extras for line in project["optional-dependencies"][extra]),
+    ]
     platforms = [f"--platform=manylinux_2_{minor}_{architecture}" for minor in range(39, 4, -1)]
     report = tmp_path / "report.json"
     options = [
@@ -210,7 +213,7 @@ def test_every_pin_resolves(target: str, architecture: str, tmp_path: Path) -> N
         *("-c", str(ROOT / "constraints.txt")),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, *asked],
+        [sys.executable, "-m", "pip", "install", *options, *requirements],
         capture_output=True,
         text=True,
         timeout=RESOLVE_SECONDS,

@@ -31,8 +31,8 @@ class Recorder(RequestObserver):
     def preview_sampled(self, context: RequestContext, tokens: Any) -> None:
         self.calls.append(("preview", tokens.tolist()))
 
-    def estimate_rendered(self, context: RequestContext, pixels: Any) -> None:
-        self.calls.append(("estimate", pixels.shape))
+    def latent_preview_rendered(self, context: RequestContext, pixels: Any) -> None:
+        self.calls.append(("latent_preview", pixels.shape))
 
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         self.calls.append(("finished", error))
@@ -44,7 +44,7 @@ class Faulty(RequestObserver):
     def _fail(self, *_: Any) -> None:
         raise RuntimeError("a faulty observer")
 
-    started = progressed = stage_finished = preview_sampled = estimate_rendered = finished = _fail
+    started = progressed = stage_finished = preview_sampled = latent_preview_rendered = finished = _fail
 
 
 class Canceller(RequestObserver):
@@ -61,7 +61,7 @@ EVERY_CALL = [
     Progress(Stage.DECODE, 3, 8),
     (Stage.DECODE, 1.5),
     ("preview", [1, 2]),
-    ("estimate", (2, 3, 3)),
+    ("latent_preview", (2, 3, 3)),
     ("finished", ERROR),
 ]
 
@@ -72,13 +72,13 @@ def run_through(context: RequestContext) -> None:
     context.add_seconds(Stage.DECODE, 1.5)
     for _ in range(2):
         context.publish_preview(np.array([1, 2], dtype=np.int32))
-    context.publish_estimate(np.zeros((2, 3, 3), dtype=np.uint8))
+    context.publish_latent_preview(np.zeros((2, 3, 3), dtype=np.uint8))
     context.finish(ERROR)
     context.finish(None)
 
 
 @pytest.mark.parametrize("order", itertools.permutations(range(3)))
-def test_each_observer_sees_everything_in_any_order_and_beside_a_faulty_one(
+def test_each_observer_sees_every_event_in_any_order_and_despite_a_faulty_one(
     order: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = Recorder(), Recorder()

@@ -332,8 +332,8 @@ def test_invalid_parameters_are_refused(on: str, name: str, values: list[str], a
 
 @pytest.mark.parametrize(("front", "back"), [(BLOCKS, 0), (1, BLOCKS - 1), (4, 3)])
 def test_transformer_of_too_few_blocks_is_refused(folder: Path, front: int, back: int) -> None:
-    told = f"are {front} and {back}; allowed: fewer in all than the transformer's {BLOCKS} blocks"
-    with pytest.raises(ConfigurationError, match=told):
+    message = f"are {front} and {back}; allowed: fewer in all than the transformer's {BLOCKS} blocks"
+    with pytest.raises(ConfigurationError, match=message):
         load(folder, CacheSettings(Fn_compute_blocks=front, Bn_compute_blocks=back))
 
 

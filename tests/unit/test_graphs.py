@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm_image.ar.engine import ArEngine
-from glm_image.ar.graphs import GRAPH_MODES, captured
-from glm_image.ar.settings import ArSettings
+from glm_image.ar.settings import GRAPH_MODES, ArSettings, captured
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
 from glm_image.errors import ConfigurationError

@@ -14,8 +14,8 @@ import pytest
 
 from glm_image.ar.sequence import Request, Running, report_progress
 from glm_image.errors import InvalidInputError
-from glm_image.ipc.client import EventListener, call_all
-from glm_image.ipc.protocol import Message, key_of
+from glm_image.ipc.client import EventListener, call
+from glm_image.ipc.protocol import Message, instance_sockets, key_of
 from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.control import REPLY_SECONDS, control
@@ -32,10 +32,11 @@ class Instance:
 
     def __init__(self, folder: Path, name: str, outcome: RequestState) -> None:
         self.first_stage = Stage.AR_QUEUE if outcome == RequestState.FORWARDED else Stage.CONDITION
-        self.registry = RequestRegistry(outcome)
+        self.server = IpcServer()
+        self.registry = RequestRegistry(outcome, self.server.publish)
         self.listened, self.left = threading.Event(), threading.Event()
         self.preview: Future[Message] = Future()
-        self.server = IpcServer(
+        self.server.start(
             folder,
             name,
             {
@@ -46,7 +47,6 @@ class Instance:
             },
             self._on_listener,
         )
-        self.registry.publish = self.server.publish
 
     def start(self, context: RequestContext) -> None:
         context.add_observer(self.registry)
@@ -183,7 +183,8 @@ def test_slow_listener_delays_neither_engine_nor_calls(stages: tuple[Instance, I
 def test_reply_may_come_later_and_carry_bytes(stages: tuple[Instance, Instance], tmp_path: Path) -> None:
     _, dit = stages
     threading.Timer(0.05, lambda: dit.preview.set_result(Message({"size": [1, 2]}, [b"\0pixels"]))).start()
-    (reply,) = call_all(tmp_path, Message({"action": "preview"}, [b"tokens"]), SECONDS, "glm_dit").replies.values()
+    sockets = instance_sockets(tmp_path, "glm_dit")
+    (reply,) = call(sockets, Message({"action": "preview"}, [b"tokens"]), SECONDS).replies.values()
     assert (reply.fields, reply.parts) == ({"size": [1, 2]}, [b"\0pixels"])
 
 
@@ -191,7 +192,7 @@ def test_reply_may_come_later_and_carry_bytes(stages: tuple[Instance, Instance],
 def test_handler_error_is_the_reply_and_the_server_goes_on(
     stages: tuple[Instance, Instance], tmp_path: Path, action: str
 ) -> None:
-    replies = call_all(tmp_path, Message({"action": action}), SECONDS).replies
+    replies = call(instance_sockets(tmp_path), Message({"action": action}), SECONDS).replies
     assert {name: bool(reply.fields["error"]) for name, reply in replies.items()} == {
         "glm_ar_0": True,
         "glm_dit_0": True,
@@ -202,7 +203,7 @@ def test_handler_error_is_the_reply_and_the_server_goes_on(
 def test_killed_instance_is_reported_and_can_be_replaced(stages: tuple[Instance, Instance], tmp_path: Path) -> None:
     program = (
         "import os, sys, pathlib; from glm_image.ipc.server import IpcServer; "
-        "IpcServer(pathlib.Path(sys.argv[1]), 'glm_dit_1', {}); os.kill(os.getpid(), 9)"
+        "IpcServer().start(pathlib.Path(sys.argv[1]), 'glm_dit_1', {}); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path], check=False)
     assert (tmp_path / "glm_dit_1.control").exists()
@@ -216,7 +217,7 @@ def test_killed_instance_is_reported_and_can_be_replaced(stages: tuple[Instance,
 
 def test_unusable_folder_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no socket at"):
-        IpcServer(tmp_path / ("x" * 120), "glm_ar_0", {})
+        IpcServer().start(tmp_path / ("x" * 120), "glm_ar_0", {})
 
 
 @pytest.mark.parametrize(("request_id", "action"), [("", "cancel"), ("mine", "stop")])

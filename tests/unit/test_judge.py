@@ -86,7 +86,7 @@ def test_of_many_drawings_at_least_98_of_100_are_judged_right(size: tuple[int, i
         ({"count", "word", "short_word"}, replace(PAIR, sign=None)),
     ],
 )
-def test_what_is_wrong_is_told_and_only_that(wrong: set[str], painted: Scene) -> None:
+def test_only_wrong_properties_are_reported(wrong: set[str], painted: Scene) -> None:
     verdict = judge(look(rendered(painted, SQUARE)), PAIR)
     assert {name for name, right in verdict.items() if not right} == wrong | {"all"}
 
@@ -99,7 +99,7 @@ def test_an_edit_is_seen_when_it_was_made_and_only_then(kind: str) -> None:
         assert not judge_edit(look(rendered(edit.before, SQUARE)), edit)["changed"]
 
 
-def test_an_edit_that_changes_more_than_was_asked_did_not_keep_the_rest() -> None:
+def test_an_edit_that_changes_more_than_requested_did_not_keep_the_rest() -> None:
     rng = Random(5)
     edit = sample_edit(rng, kind="recolour")
     elsewhere = replace(edit.after, background=Background("stripes", ("lavender", "light yellow")))
@@ -113,7 +113,7 @@ def test_questions_are_held_out_and_a_function_of_the_seed() -> None:
     assert {question.edit.kind for question in questions if question.edit} == set(KINDS)
 
 
-def test_questions_in_other_words_are_of_the_same_pictures() -> None:
+def test_paraphrased_questions_are_about_the_same_images() -> None:
     own, others = (
         questions_of(argparse.Namespace(n=20, edits=20, seed=2, other_words=other_words))
         for other_words in (False, True)

@@ -115,16 +115,17 @@ def test_late_and_cancelled_previews_are_dropped(
     assert counts == {DROPPED_PREVIEWS.name: 1}
 
 
-def test_every_nth_step_but_the_last_publishes_an_estimate() -> None:
+def test_every_nth_step_but_the_last_publishes_a_latent_preview() -> None:
     executor, shown = Executor(), list[int]()
 
     def run(command: Any) -> Any:
-        result = executor.run(command) if not isinstance(command, Estimate) else np.zeros((1, 1, 3), np.uint8)
-        if isinstance(command, Estimate):
+        is_shown = isinstance(command, Estimate)
+        result = np.zeros((1, 1, 3), np.uint8) if is_shown else executor.run(command)
+        if is_shown:
             shown.append(sum(isinstance(earlier, Step) for earlier in executor.commands))
         return result
 
-    context = RequestContext(estimate_every=1)
+    context = RequestContext(latent_preview_every=1)
     Scheduler(run).denoise(context, request(1, 2))
     assert shown == [1, 2, STEPS + 1, STEPS + 2]
     steps = [command for command in executor.commands if isinstance(command, Step)]
@@ -144,8 +145,8 @@ def test_latent_preview_inverts_a_linear_encoder() -> None:
     np.testing.assert_array_equal(found(encode(picture.repeat(8, axis=0).repeat(8, axis=1))), picture)
 
 
-def test_estimate_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -> None:
-    """With x = clean + sigma * noise on both ends of a step, the estimate is the preview of the clean latents."""
+def test_latent_preview_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -> None:
+    """With x = clean + sigma * noise on both ends of a step, the latent preview is that of the clean latents."""
     executor = pipeline.dit.executor
     paint_request = request(3)
     tokens = paint_request.prior_token_ids[0] * 0
@@ -168,7 +169,7 @@ def test_previews_between_steps_do_not_change_the_image(pipeline: LocalPipeline)
     run = pipeline.dit.executor.run
     alone, busy = Scheduler(run), Scheduler(run)
     expected = alone.decode(RequestContext(), alone.denoise(RequestContext(), paint_request))
-    context = RequestContext(estimate_every=1)
+    context = RequestContext(latent_preview_every=1)
     context.add_observer(ProgressCallback(lambda _: busy.previews.submit(RequestContext(), paint_request)))
     began = time.monotonic()
     pixels = busy.decode(context, busy.denoise(context, paint_request))

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.eta import DurationStats, DurationStatsByKey
+from glm_image.lifecycle.durations import DurationStats, DurationStatsByKey
 from glm_image.lifecycle.lru import LatestEntries
 from glm_image.lifecycle.registry import MAX_REMEMBERED, RequestRegistry, RequestState
 from glm_image.request.stages import Stage
@@ -13,7 +13,7 @@ from glm_image.request.stages import Stage
 
 @pytest.fixture
 def registry() -> RequestRegistry:
-    return RequestRegistry(RequestState.FORWARDED)
+    return RequestRegistry(RequestState.FORWARDED, lambda key, event: None)
 
 
 def started(registry: RequestRegistry, request_id: str) -> RequestContext:

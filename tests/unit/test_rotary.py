@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.model import rotate
-from glm_image.ar.rotary import rotary_tables
+from glm_image.ar.rotary import rotary_tables, rotate
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.request import geometry
 from glm_image.request.geometry import Grid

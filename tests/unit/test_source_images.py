@@ -234,7 +234,7 @@ def test_size_is_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(
         InvalidInputError, match=r"^image is a PNG file of 40 x 30 pixels; allowed: at most 1199 pixels$"
     ):
-        images.decode_source(file, max_pixels=1199)
+        images.decode_source(file, limits=Limits(source_decoded_pixels=1199))
     with pytest.raises(InvalidInputError, match="longer side at most 4 times"):
         images.decode_source(encoded_without_load(161, 40))
 

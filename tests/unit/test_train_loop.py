@@ -69,7 +69,7 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert [line["step"] for line in ends if line.get("event") == "end"] == [second.steps[-1] + 1]
 
 
-def test_a_stage_whose_losses_are_not_finite_ends_and_keeps_what_was_saved(
+def test_a_stage_with_non_finite_losses_ends_and_keeps_its_last_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
@@ -87,7 +87,7 @@ def test_a_stage_whose_losses_are_not_finite_ends_and_keeps_what_was_saved(
     assert all(value.isfinite().all() for value in saved["weights"].values())
 
 
-def test_what_is_not_finite_at_the_end_is_not_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_weights_at_the_end_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "STEPS_BETWEEN_LOGS", 10**9)
     broken = QueueSnapshot()
     monkeypatch.setattr(broken, "losses", lambda kind: {"loss": broken.module(torch.ones(1, 1)).sum() * float("nan")})
@@ -96,7 +96,7 @@ def test_what_is_not_finite_at_the_end_is_not_a_result(tmp_path: Path, monkeypat
     assert not (tmp_path / "line.pt").exists()
 
 
-def test_what_came_before_the_steps_is_among_a_stages_minutes(tmp_path: Path) -> None:
+def test_time_before_the_steps_counts_towards_a_stages_minutes(tmp_path: Path) -> None:
     stage = QueueSnapshot()
     loop.train(stage, tmp_path, minutes=1, began=time.monotonic() - 58)
     assert stage.steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -27,7 +29,7 @@ from train_tiny.codes import DECODED_SIDE, Codes, clustered, named_loss, reconst
 from train_tiny.data import MAIN_SIZE, Samples, glyph_rows, halved, sample, small_pictures
 from train_tiny.painter import Editor, Painter, by_cell, noise_levels
 from train_tiny.painter_blocks import glyph_bias, glyph_states, strings_apart
-from train_tiny.vocabulary import processor_of, train_merges
+from train_tiny.vocabulary import merges_of, processor_of, train_merges
 from train_tiny.world.draw import draw
 from train_tiny.world.scene import Background, Scene, Sign, Thing, sample_scene
 from train_tiny.world.table import COLOUR_INDEX, Table
@@ -59,7 +61,7 @@ def transformer() -> Any:
 
 
 @pytest.mark.parametrize("size", [(256, 256), (160, 224)])
-def test_pictures_are_halved_as_the_image_processor_does(size: tuple[int, int]) -> None:
+def test_images_are_halved_as_by_the_image_processor(size: tuple[int, int]) -> None:
     pictures = draw(sample(4, seed=5).scenes, *size)
     wanted = F.interpolate(pictures.float(), scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 255).round()
     off = (halved(pictures).float() - wanted).abs()
@@ -76,7 +78,7 @@ def reference_velocity(model: Any, latents: Tensor, glyphs: Tensor, prior: Tenso
     return found
 
 
-def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> None:
+def test_a_batch_of_edits_equals_the_transformers_forward(transformer: Any) -> None:
     count, height, width = 2, 16, 24
     latents, sources = torch.randn(2, count, 16, height, width)
     glyphs = torch.randn(count, 3, models.CONFIG.glyph_d_model)
@@ -95,7 +97,7 @@ def test_a_batch_of_edits_is_the_transformers_own_forward(transformer: Any) -> N
         assert torch.allclose(batched[one], alone, atol=1e-4)
 
 
-def test_a_batch_of_words_is_the_glyph_encoders_own_forward() -> None:
+def test_a_batch_of_strings_equals_the_glyph_encoders_forward() -> None:
     torch.manual_seed(2)
     encoder = models.build_glyph_encoder().requires_grad_(False)
     ids = torch.randint(3, 259, (3, 9))
@@ -105,7 +107,7 @@ def test_a_batch_of_words_is_the_glyph_encoders_own_forward() -> None:
     assert own.std() > 0.1
 
 
-def test_a_batch_through_the_vision_tower_is_the_towers_own_forward() -> None:
+def test_a_batch_equals_the_vision_towers_forward() -> None:
     torch.manual_seed(1)
     model = models.build_ar().model.requires_grad_(False)
     pictures = torch.randint(256, (2, 3, 48, 80), dtype=torch.uint8)
@@ -121,7 +123,7 @@ def test_a_batch_through_the_vision_tower_is_the_towers_own_forward() -> None:
 
 
 @pytest.mark.parametrize("edit", [False, True])
-def test_the_writers_sequences_are_what_the_engine_decodes(edit: bool) -> None:
+def test_the_writers_sequences_equal_those_of_the_engine(edit: bool) -> None:
     lengths, longest, groups = [29, 32, 27], 36, []
     targets = [Grid(2, 3), Grid(2, 3), Grid(5, 4)]
     sources = {target: [PlacedGrid(1, target)] if edit else [] for target in targets}
@@ -154,7 +156,7 @@ def test_the_writers_sequences_are_what_the_engine_decodes(edit: bool) -> None:
         assert positions[:, :end].tolist() == np.concatenate([prompt, decoded], axis=1).tolist()
 
 
-def test_a_batch_of_sequences_is_the_decoders_own_forward() -> None:
+def test_a_batch_of_sequences_equals_the_decoders_forward() -> None:
     torch.manual_seed(4)
     decoder = models.build_ar().model.language_model.requires_grad_(False)
     ids, positions = torch.randint(models.CONFIG.codebook, (2, 21)), torch.randint(9, (3, 2, 21))
@@ -164,7 +166,7 @@ def test_a_batch_of_sequences_is_the_decoders_own_forward() -> None:
 
 
 @pytest.mark.parametrize("edits", [False, True])
-def test_edits_of_a_scene_are_trained_on_or_measured_by_together(edits: bool) -> None:
+def test_edits_of_a_scene_are_all_for_training_or_all_for_evaluation(edits: bool) -> None:
     samples = sample(900, 1, edits=edits)
     chosen = measured_by(samples)
     parts = [samples.rows(np.flatnonzero(some)) for some in (~chosen, chosen)]
@@ -231,7 +233,7 @@ def test_codes_that_are_alike_start_alike(run_so_far: Path) -> None:
     assert float(rows[0].detach().norm()) == pytest.approx(before.norm(dim=-1).mean().item(), rel=0.05)
 
 
-def test_an_error_of_a_drawn_cell_counts_as_the_cell_does() -> None:
+def test_reconstruction_errors_are_weighted_by_cell() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     labels = cell_labels(Table.of([Scene((star, ring), "inside")]), Size(256, 256))
     weights = cell_weights(labels).view(8, 8)
@@ -258,7 +260,7 @@ def test_glyph_rows_are_the_prompts(prompt: str) -> None:
     assert [list(row) for row in glyph_rows(prompt)] == prompts.glyph_token_ids(prompt, ByT5Tokenizer())
 
 
-def test_cells_are_named_by_what_they_show() -> None:
+def test_cells_are_labelled_by_their_contents() -> None:
     scene = Scene((Thing("star", "red", "large"),), sign=Sign("HI"))
     labels = cell_labels(Table.of([scene]), Size(256, 256))
     shapes, letters = labels.shape.view(8, 8), labels.letter.view(8, 8)
@@ -270,7 +272,7 @@ def test_cells_are_named_by_what_they_show() -> None:
 
 
 @pytest.mark.parametrize(("size", "cell"), [((256, 256), 32), ((512, 288), 32), ((256, 256), 16), ((176, 352), 16)])
-def test_cells_that_show_a_letter_are_where_it_is_drawn(size: tuple[int, int], cell: int) -> None:
+def test_cells_labelled_with_a_letter_are_where_it_is_rendered(size: tuple[int, int], cell: int) -> None:
     blank = Scene((), background=Background("plain", ("light pink",)))
     scenes = [replace(blank, sign=Sign("WORD", place)) for place in SIGN_PLACES]
     labels = cell_labels(Table.of(scenes), Size(*size), cell).letter.unflatten(1, (size[0] // cell, size[1] // cell))
@@ -283,14 +285,14 @@ def test_cells_that_show_a_letter_are_where_it_is_drawn(size: tuple[int, int], c
         assert [LETTERS[letter - 1] for letter in letters.amax(0).unique_consecutive().tolist() if letter] == [*"WORD"]
 
 
-def test_cells_of_half_the_pixels_show_the_same_in_a_picture_of_half_the_size() -> None:
+def test_labels_of_a_half_size_image_with_half_size_cells_are_the_same() -> None:
     scenes = [scene for scene in map(sample_scene, map(Random, range(40))) if scene.sign is None]
     half, whole = (cell_labels(Table.of(scenes), Size(16 * cell, 12 * cell), cell) for cell in (16, 32))
     assert half.shape.any()
     assert all(torch.allclose(one.float(), other.float()) for one, other in zip(half, whole, strict=True))
 
 
-def test_cells_of_a_thing_inside_another_are_told_from_the_others() -> None:
+def test_cells_of_an_object_inside_another_are_labelled() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     inside, apart = Scene((star, ring), "inside"), Scene((replace(star, x=0.2), replace(ring, x=0.7)), "left of")
     labels = cell_labels(Table.of([inside, apart]), Size(256, 256))
@@ -310,7 +312,7 @@ def test_of_an_edit_the_cells_where_things_begin_count_more() -> None:
     assert one[2].tolist() == [1, 1, 8, 8, 8, 8, 1, 1]
 
 
-def test_the_painters_cells_count_by_what_they_show() -> None:
+def test_the_painters_cells_are_weighted_by_their_contents() -> None:
     ring, star = Thing("ring", "blue", "large"), Thing("star", "red", "small")
     scenes = [Scene((star, ring), "inside"), Scene((), sign=Sign("HI")), Scene((star,))]
     labels = cell_labels(Table.of(scenes), Size(256, 384))
@@ -348,7 +350,7 @@ def test_a_cells_weight_is_its_part_of_the_loss() -> None:
     assert torch.allclose(named_loss(logits, label, weight), (each.sum() + 8 * each[0, 3]) / 32)
 
 
-def test_the_vaes_pictures_are_whole_ones_parts_of_large_ones_and_four_small_ones() -> None:
+def test_the_vaes_images_are_whole_crops_of_large_ones_and_four_small_ones() -> None:
     scenes = sample(48, 0).scenes
     pictures = sheets(scenes, torch.device("cpu"))
     assert pictures.shape == (24 + 8 + 8 + 2, 3, 256, 256)
@@ -370,34 +372,61 @@ def test_codes_start_where_features_are() -> None:
     assert (centres @ places.T).amax(1).min() > 0.98
 
 
-def test_words_in_quotes_are_not_merged() -> None:
+def test_quoted_words_are_not_merged() -> None:
     merges = train_merges(["a red ring says 'BANANA'", "one red ring with 'BANANA'"] * 30)
     assert ("r", "e") in merges or ("e", "d") in merges
     assert not any(set("BAN") & set(left + right) for left, right in merges)
 
 
-@pytest.fixture
-def run_so_far(tmp_path: Path) -> Path:
-    """A run whose first two stages are done, with weights as they begin."""
+@pytest.fixture(scope="module")
+def initial_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose first two stages are done, with initial weights, and with the merges of a few texts."""
+    folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(6)
     ar = models.build_ar().model
     parts = {"vae": {"vae": models.build_vae()}, "vision": {"tower": ar.visual, "quantizer": ar.vqmodel}}
     latents = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
     for name, modules in parts.items():
         weights = nn.ModuleDict(modules).state_dict()
-        loop.save(tmp_path / f"{name}.pt", {"weights": weights, "done": True, "results": latents})
-    return tmp_path
+        loop.save(folder / f"{name}.pt", {"weights": weights, "done": True, "results": latents})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_tiny.vocabulary.TEXTS", 600)
+        merges_of(folder)
+    return folder
 
 
 @pytest.fixture
-def few_texts_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_so_far(initial_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to which a test adds stages."""
+    return Path(shutil.copytree(initial_run, tmp_path / "run", copy_function=os.link))
+
+
+@pytest.fixture
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     for sizes in ("codes.SPREAD_SIZES", "painter.SPREAD_SIZES", "writer.OTHER_SIZES"):
         monkeypatch.setattr(f"train_tiny.{sizes}", (Size(128, 128),))
-    monkeypatch.setattr("train_tiny.vocabulary.TEXTS", 600)
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_the_editor_goes_on_from_the_painters_weights_with_edits_and_other_sizes(
+@pytest.fixture(scope="module")
+def pictures() -> Samples:
+    return sample(60, 0)
+
+
+@pytest.fixture(scope="module")
+def edits() -> Samples:
+    return sample(60, 0, edits=True)
+
+
+@pytest.fixture(scope="module")
+def writer(initial_run: Path, pictures: Samples) -> Writer:
+    """A writer of pictures before its first step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_tiny.writer.OTHER_SIZES", (Size(128, 128),))
+        return Writer([pictures], initial_run, torch.device("cpu"), 2, 0)
+
+
+@pytest.mark.usefixtures("few_sizes")
+def test_the_editor_starts_from_the_painters_weights_with_edits_and_other_sizes(
     run_so_far: Path,
 ) -> None:
     device = torch.device("cpu")
@@ -427,15 +456,15 @@ def likeness(rows: Tensor) -> Tensor:
     return directions @ directions.T
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes(run_so_far: Path) -> None:
+@pytest.mark.usefixtures("few_sizes")
+def test_the_reviser_starts_from_the_writers_weights_with_edits_and_other_sizes(
+    run_so_far: Path, writer: Writer, pictures: Samples, edits: Samples
+) -> None:
     device = torch.device("cpu")
     with pytest.raises(SystemExit, match="the stage writer is not done"):
         Reviser([], run_so_far, device, 2, 0)
-    samples = [sample(60, 0), sample(60, 0, edits=True)]
-    writer = Writer(samples[:1], run_so_far, device, 2, 0)
     loop.Training(writer, run_so_far / "writer.pt").finish(1.0)
-    reviser = Reviser(samples, run_so_far, device, 2, 0)
+    reviser = Reviser([pictures, edits], run_so_far, device, 2, 0)
     learned = writer.module.state_dict()
     assert all(torch.equal(value, learned[name]) for name, value in reviser.module.state_dict().items())
     # Codes of both grids, and how many of them are the large one's: of pictures and of edits.
@@ -452,12 +481,9 @@ def test_the_reviser_goes_on_from_the_writers_weights_with_edits_and_other_sizes
         assert reviser.losses(index)["loss"].isfinite()
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_pictures_of_a_thing_inside_another_weigh_more(run_so_far: Path) -> None:
-    samples = sample(60, 0)
-    writer = Writer([samples], run_so_far, torch.device("cpu"), 2, 0)
+def test_images_of_an_object_inside_another_weigh_more(writer: Writer, pictures: Samples) -> None:
     weights = torch.cat([group.weights.amax(1) for group in (*writer._groups, *writer._kept)])
-    assert 0 < (weights == HOLDING_WEIGHT).sum() == samples.scenes.inside.sum() < 60
+    assert 0 < (weights == HOLDING_WEIGHT).sum() == pictures.scenes.inside.sum() < 60
     assert all(
         ((group.weights == 0) | (group.weights == group.weights.amax(1)[:, None])).all() for group in writer._groups
     )
@@ -473,8 +499,8 @@ def by_prompt(groups: list[Group], prompts: list[str], tokenizer: Any) -> dict[s
     return found
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_so_far: Path) -> None:
+@pytest.mark.usefixtures("few_sizes")
+def test_evaluation_samples_are_not_trained_on_and_sources_are_weighted(run_so_far: Path) -> None:
     samples = sample(120, 0, edits=True)
     writer = Writer([samples], run_so_far, torch.device("cpu"), 2, 0)
     kept, tokenizer = measured_by(samples), writer._processor.tokenizer
@@ -499,9 +525,9 @@ def test_samples_that_are_measured_by_are_not_trained_on_and_sources_weigh(run_s
     assert torch.equal(ids[1:65], models.Tokens(run_so_far).encode(small)[0].int())
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_the_loss_of_a_batch_is_that_of_its_sequences_one_by_one(run_so_far: Path) -> None:
-    writer = Writer([sample(60, 0, edits=True)], run_so_far, torch.device("cpu"), 2, 0)
+@pytest.mark.usefixtures("few_sizes")
+def test_the_loss_of_a_batch_equals_that_of_its_sequences(run_so_far: Path, edits: Samples) -> None:
+    writer = Writer([edits], run_so_far, torch.device("cpu"), 2, 0)
     group = max(writer._groups, key=lambda group: int((group.weights == 0).sum()) * len(set(group.lengths.tolist())))
     assert len(set(group.lengths.tolist())) > 1
     logits = [own_logits(writer, *row) for row in zip(group.ids, group.positions, group.lengths, strict=True)]
@@ -529,9 +555,7 @@ def own_logits(writer: Writer, ids: Tensor, positions: Tensor, length: Tensor) -
     return logits
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_the_writer_begins_with_codes_that_are_alike(run_so_far: Path) -> None:
-    writer = Writer([sample(60, 0)], run_so_far, torch.device("cpu"), 2, 0)
+def test_the_writer_begins_with_codes_that_are_alike(run_so_far: Path, writer: Writer) -> None:
     codebook = likeness(models.Tokens(run_so_far).quantizer.quantize.embedding.weight)
     decoder = writer.module["decoder"]
     for rows in (decoder.embed_tokens.weight, writer.module["head"].weight):
@@ -541,8 +565,8 @@ def test_the_writer_begins_with_codes_that_are_alike(run_so_far: Path) -> None:
     assert taken == {id(m.weight) for m in decoder.layers.modules() if isinstance(m, nn.Linear)}
 
 
-@pytest.mark.usefixtures("few_texts_and_sizes")
-def test_every_second_picture_of_the_codes_is_a_preview(run_so_far: Path) -> None:
+@pytest.mark.usefixtures("few_sizes")
+def test_every_second_image_of_the_codes_is_a_preview(run_so_far: Path) -> None:
     samples = sample(24, 0)
     codes = Codes([samples], torch.device("cpu"), 4, 0)
     assert [pictures.shape[2:] for pictures in codes._pictures] == [(128, 128), (256, 256), (64, 64), (256, 256)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,3 +111,27 @@ def test_error_while_encoding_reaches_the_caller_and_frees_the_finisher(
                 engine.paint(RequestContext(), request(SQUARE, "png"), Limits()).result(WAIT_SECONDS)
     assert engine.paint(RequestContext(), request(SQUARE, "png"), Limits()).result(WAIT_SECONDS).encoded
     assert not engine.executor._images
+
+
+def test_error_while_decoding_keeps_nothing_of_its_request(engine: DitEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    activations: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(_: torch.Tensor) -> None:
+        activation = torch.zeros(8)
+        activations.append(weakref.ref(activation))
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(engine.executor._vae, "decode", fail)
+    asked = request(SQUARE, "png")
+    requests = weakref.ref(asked)
+    gc.collect()
+    gc.disable()
+    try:
+        future = engine.paint(RequestContext(), asked, Limits())
+        assert isinstance(future.exception(WAIT_SECONDS), RuntimeError)
+        del future, asked
+        assert engine._finisher is not None
+        engine._finisher.submit(int).result(WAIT_SECONDS)  # its thread has left the call that failed
+        assert (activations[0](), requests()) == (None, None)
+    finally:
+        gc.enable()

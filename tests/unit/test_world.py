@@ -38,7 +38,7 @@ def test_scenes_are_a_function_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_what_is_held_out_stays_apart(held_out: bool) -> None:
+def test_held_out_scenes_stay_apart(held_out: bool) -> None:
     rng = Random(1)
     for scene in (sample_scene(rng, held_out) for _ in range(300)):
         assert combination_held_out(scene) == held_out
@@ -52,7 +52,7 @@ def test_no_scene_of_a_training_edit_is_held_out() -> None:
         assert not edit.after.held_out
 
 
-def test_each_thing_of_a_scene_can_go_and_only_the_words_tell_which() -> None:
+def test_removals_of_a_scene_remove_each_object_and_differ_only_in_the_instruction() -> None:
     rng = Random(4)
     for removals in (sample_removals(rng) for _ in range(100)):
         before = removals[0].before
@@ -123,7 +123,7 @@ def word_counts(text: str) -> Counter[str]:
     return Counter([*words, *(word for word in re.findall("[a-z]+", text) if word in english)])
 
 
-def test_other_words_say_the_same_things_and_the_same_letters() -> None:
+def test_paraphrases_keep_objects_and_letters() -> None:
     rng = Random(8)
     others = {text: in_other_words(text, rng) for text in texts(3000)}
     assert sum(text != other for text, other in others.items()) > 0.8 * len(others)
@@ -133,7 +133,7 @@ def test_other_words_say_the_same_things_and_the_same_letters() -> None:
         assert not re.search("  |centred of|edge of|(it|everything|:),|: with|(Put|Show) it with", other), other
 
 
-def test_every_way_to_say_a_thing_otherwise_is_reached() -> None:
+def test_every_paraphrase_of_every_rule_is_reached() -> None:
     rng, reached = Random(10), [set[str]() for _ in RULES]
     for text in texts(3000):
         for (pattern, ways), those in zip(RULES, reached, strict=True):
@@ -146,7 +146,7 @@ def test_every_way_to_say_a_thing_otherwise_is_reached() -> None:
         assert those == set(ways), pattern.pattern
 
 
-def test_half_of_what_is_learned_is_in_the_worlds_own_words() -> None:
+def test_half_of_the_captions_are_not_paraphrased() -> None:
     rng, own = Random(9), texts(500)
     kept = sum(paraphrased(text, rng) == text for text in own) / len(own)
     assert 0.5 < kept < 0.65
@@ -168,7 +168,7 @@ def test_things_do_not_touch_unless_one_is_inside_and_none_leaves_the_picture(he
         assert not edges.any()
 
 
-def test_a_picture_does_not_depend_on_what_is_drawn_beside_it() -> None:
+def test_an_image_does_not_depend_on_the_rest_of_its_batch() -> None:
     rng = Random(7)
     scenes = [sample_scene(rng) for _ in range(12)]
     together = draw(scenes, 128, 192)
@@ -179,7 +179,7 @@ def test_a_picture_does_not_depend_on_what_is_drawn_beside_it() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_thing_is_where_and_what_colour_it_is_said_to_be(shape: str) -> None:
+def test_an_object_has_its_position_size_and_colour(shape: str) -> None:
     picture = draw([Scene((Thing(shape, "blue", "large", 0.3, 0.6),))], 256, 256)[0].float()
     is_blue = (picture - torch.tensor(COLOURS["blue"])[:, None, None]).abs().amax(0) < 2
     rows, columns = is_blue.nonzero().T.float()

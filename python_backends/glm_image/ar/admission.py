@@ -1,13 +1,13 @@
-"""When a waiting sequence gets a free slot. Touches no tensors."""
+"""Admission of waiting sequences to free slots. Touches no tensors."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from glm_image.lifecycle.downstream import DitLoad
+from glm_image.lifecycle.dit_load import DitLoad
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ class QueueSnapshot:
     """The queue and the slots at one moment. Times are in seconds, of one clock.
 
     Attributes:
-        now: the moment.
         waiting: sequences without a slot, at least 1.
         free: slots without a sequence, at least 1.
         running: sequences in slots.
@@ -47,45 +46,6 @@ class QueueSnapshot:
     latest: float
     deadline: float
     decode_seconds: float
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        now: float,
-        slots: int,
-        steps_left: Collection[int],
-        waiting: int,
-        length: int,
-        decode_seconds: float,
-        latest: float,
-        deadline: float,
-        has_begun: bool,
-    ) -> QueueSnapshot:
-        """Makes a snapshot.
-
-        Args:
-            now: the moment.
-            slots: sequences that can decode together.
-            steps_left: the steps left to each running sequence.
-            waiting: sequences without a slot, at least 1.
-            length: tokens that the first waiting sequence samples.
-            decode_seconds: see the attribute, as are the rest.
-            latest: see the attribute.
-            deadline: see the attribute.
-            has_begun: see the attribute.
-        """
-        return cls(
-            now=now,
-            waiting=waiting,
-            free=slots - len(steps_left),
-            running=len(steps_left),
-            extends=max(0.0, 1 - max(steps_left, default=0) / length),
-            has_begun=has_begun,
-            latest=latest,
-            deadline=deadline,
-            decode_seconds=decode_seconds,
-        )
 
 
 class Admission(Protocol):
@@ -115,8 +75,7 @@ class ImmediateAdmission:
     def wait(self, queue: QueueSnapshot) -> float:
         return 0.0
 
-    def when_changed(self, call: Callable[[], None]) -> None:
-        """Ignores the callback: the policy never changes."""
+    def when_changed(self, call: Callable[[], None]) -> None: ...
 
 
 class BatchAdmission:
@@ -127,9 +86,7 @@ class BatchAdmission:
     are admitted when the DiT is nearly out of work, when they fill the batch, or when joining a running batch is cheap.
     Running sequences count as work of the DiT, as they soon will be.
 
-    Args:
-        dit_load: the work of the DiT.
-        warn: takes, once, that the DiT has not reported in the expected time; a message and its arguments.
+    ``warn`` takes, once, a message and its arguments: the DiT has not reported in the expected time.
     """
 
     def __init__(self, dit_load: DitLoad, warn: Callable[..., None] = logger.warning) -> None:

@@ -1,4 +1,4 @@
-"""What the AR scheduler asks of its executor: plain data that can be sent to other ranks."""
+"""The commands of the AR's executor: plain data, which is sent to every rank."""
 
 from __future__ import annotations
 
@@ -16,27 +16,20 @@ MEMORY_SETTINGS = "max_num_seqs or max_sequence_tokens"
 
 
 class ArCommand(Command[R_co]):
-    """A command of the AR executor, and what an out-of-memory error says of it."""
+    """A command of the AR executor; an out-of-memory error names its ``operation`` and the ``setting`` to lower."""
 
     @property
     def operation(self) -> str:
-        """What was being computed."""
         return "a decode step"
 
     @property
     def setting(self) -> str:
-        """What to lower."""
         return MEMORY_SETTINGS
 
 
 @dataclass(frozen=True)
 class Encode(ArCommand[NDArray[np.int32]]):
-    """Turn source images into their tokens, int32 [tokens of all grids].
-
-    Attributes:
-        patches: fp32 [tokens of all grids, channels of a patch].
-        grids: the grid of each image.
-    """
+    """Encode source images, fp32 [tokens of all grids, channels of a patch], to tokens int32 [tokens of all grids]."""
 
     patches: NDArray[np.float32]
     grids: tuple[Grid, ...]
@@ -56,10 +49,8 @@ class Admit(ArCommand[None]):
     """Prefill a prompt into an idle slot and sample its first token.
 
     Attributes:
-        slot: an idle slot.
         prompt_ids: the prompt, with the tokens of its source images.
         grids: the grids to generate: the preview's, if any, then the image's.
-        sampling: of every token.
         seed: of the slot's noise.
         sources: where the source images are in the prompt.
     """
@@ -73,7 +64,6 @@ class Admit(ArCommand[None]):
 
     @property
     def tokens(self) -> int:
-        """Tokens to sample."""
         return sum(grid.tokens for grid in self.grids)
 
     @property
@@ -94,7 +84,7 @@ class Step(ArCommand[None]):
 
 @dataclass(frozen=True)
 class Peek(ArCommand[NDArray[np.int32]]):
-    """Return the first ``count`` tokens of a slot, int32 [count], which must have been sampled; the slot goes on."""
+    """Return the first ``count`` tokens of a slot, int32 [count], which must have been sampled."""
 
     slot: int
     count: int

@@ -25,22 +25,11 @@ class ArConfig:
     """The decoder's sizes and token ids.
 
     Attributes:
-        layers: number of decoder layers.
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the MLP.
-        heads: query heads.
-        kv_heads: key and value heads; divides ``heads``.
-        head_dim: width of a head.
         rotary_dim: leading channels of a head that are rotated.
-        rotary_theta: base of the rotary frequencies.
         mrope_section: how many frequencies each run of an axis takes; run i belongs to axis i % 3.
-        norm_eps: epsilon of the RMS norms.
-        attention_bias: whether q, k and v have a bias.
-        vocab_size: rows of the embedding.
         vision_vocab_size: rows of the head: image tokens and end tokens.
         codebook_size: number of image content ids, which come first.
         end_ids: ids that end a sequence in the reference.
-        sampling: the checkpoint's default sampling.
     """
 
     layers: int
@@ -80,8 +69,7 @@ class ArConfig:
     def part(self, ranks: int) -> ArConfig:
         """Returns the configuration of one rank's part: its heads and its share of the MLP's width.
 
-        Args:
-            ranks: number of ranks that share the decoder; with more ranks than kv_heads, several share a KV head.
+        With more ranks than kv_heads, several share a KV head.
 
         Raises:
             ConfigurationError: the decoder can't be divided among so many ranks.
@@ -96,12 +84,7 @@ class ArConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], generation: Mapping[str, Any]) -> ArConfig:
-        """Reads the content of both files.
-
-        Raises:
-            KeyError: a value is missing.
-            ValueError: a value is not supported.
-        """
+        """Reads the content of both files; raises KeyError or ValueError where a value is missing or not supported."""
         text = config["text_config"]
         rope = text["rope_parameters"]
         _require("text_config.hidden_act", text.get("hidden_act", "silu"), "silu")

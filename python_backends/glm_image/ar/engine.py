@@ -46,16 +46,12 @@ class ArEngine:
     """The decoder and the vision tower with their slots and their queue, on one device or several.
 
     Args:
-        checkpoint: the models.
-        device: where they run.
-        settings: how they run.
         record: takes the metrics of ``ar.metrics``.
         workers: other devices that share the decoder with ``device``.
         watched: wraps the function that runs commands, to detect one that never returns.
         admission: decides when a free slot is filled; None = immediately.
 
     Attributes:
-        config: the decoder's configuration.
         source_rule: how source images are sized.
         executor: runs commands on the devices; the scheduler's until ``close_scheduler``.
 
@@ -143,7 +139,6 @@ class ArEngine:
         return warmup_commands(ids, sources, self.sampling, self._settings.max_sequence_tokens)
 
     def close(self) -> None:
-        """Ends all requests, and stops the engine's thread and its other ranks."""
         self.close_scheduler()
         self.executor.close()
 

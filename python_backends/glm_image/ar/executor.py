@@ -21,8 +21,8 @@ from glm_image.ar.config import NOISE_BLOCK
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.sampler import sample
-from glm_image.ar.select_step import select_decode_step, select_prefill
 from glm_image.ar.state import DecodeState
+from glm_image.ar.step import select_steps
 from glm_image.ar.vision import Vision
 from glm_image.devices.base import Device, DeviceEvent
 from glm_image.devices.oom import OomReport, run_or_oom
@@ -50,9 +50,6 @@ class Executor:
     result of a slot does not depend on the other slots.
 
     Args:
-        decoder: the model, on ``device``.
-        device: where to run.
-        slots: sequences that decode together.
         positions: prompt and image tokens a slot can hold.
         capture: whether the decode step is captured.
         vision: encodes source images; without it ``Encode`` is refused.
@@ -75,10 +72,9 @@ class Executor:
         self._state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
         self._sequences: dict[int, _Sequence] = {}
         self._enqueued: deque[DeviceEvent] = deque()
-        step = select_decode_step(decoder, self._state, device)
+        step, self._prefill = select_steps(decoder, self._state, device)
         with torch.inference_mode():
             self._decode_step: Callable[[], None] | None = device.capture(step) if capture else step
-        self._prefill = select_prefill(decoder, device)
 
     def run(self, command: ArCommand[R]) -> R:
         """Runs a command and returns its result.
@@ -134,12 +130,12 @@ class Executor:
         self._refill_noise(slot, sequence)
         preview_tokens = command.tokens - command.grids[-1].tokens
         self._state.sampler.set(slot, command.sampling, preview_tokens, self._decoder.config.vision_vocab_size)
-        self._sample_first(slot, self._read_prompt(command))
+        self._sample_first(slot, self._prefill_slot(command))
         self._state.set(slot, length, sampled=1, active=True)
         sequence.sampled = 1
         self._device.record_event().synchronize()
 
-    def _read_prompt(self, command: Admit) -> Tensor:
+    def _prefill_slot(self, command: Admit) -> Tensor:
         """Fills a slot's rotary tables and its cache; returns the logits of its first token, [1, vision_vocab_size]."""
         slot, length, state = command.slot, len(command.prompt_ids), self._state
         prompt_positions = geometry.prompt_positions(length, command.sources)
@@ -174,7 +170,7 @@ class Executor:
             self._enqueued.popleft().synchronize()
 
     def _make_idle(self, slot: int) -> int:
-        """Makes a slot idle; returns how many tokens were sampled in it."""
+        """Returns how many tokens were sampled in the slot."""
         self._state.set(slot, 0, sampled=0, active=False)
         return self._sequences.pop(slot).sampled if slot in self._sequences else 0
 

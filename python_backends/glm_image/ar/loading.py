@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from glm_image.ar.commands import MEMORY_SETTINGS
 from glm_image.ar.config import ArConfig
 from glm_image.ar.executor import Executor
-from glm_image.ar.graphs import captured
 from glm_image.ar.memory import activation_bytes, state_bytes, weight_bytes
 from glm_image.ar.model import Decoder
-from glm_image.ar.settings import ArSettings
+from glm_image.ar.settings import ArSettings, captured
 from glm_image.ar.vision import Vision
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
@@ -18,18 +18,7 @@ from glm_image.parallel.process_group import Ranks
 
 
 def load_executor(checkpoint: Checkpoint, settings: ArSettings, device: Device, ranks: Ranks) -> Executor:
-    """Loads the decoder and the vision tower.
-
-    Args:
-        checkpoint: the models.
-        settings: how they run.
-        device: where they run.
-        ranks: those of ``ranks.tp`` share the decoder; each has the whole vision tower.
-
-    Raises:
-        CheckpointError: a tensor is missing or has a wrong shape.
-        ConfigurationError: a setting is not allowed, or the device is too small.
-    """
+    """Loads the decoder, which the ranks of ``ranks.tp`` share, and the whole vision tower on each of them."""
     group = ranks.tp if settings.peer_memory else ranks.tp.without_peer_memory()
     config, dtype = ArConfig.read(checkpoint), named_dtype(settings.dtype) or device.default_dtype
     slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
@@ -58,5 +47,5 @@ def _check_memory(checkpoint: Checkpoint, config: ArConfig, settings: ArSettings
         memory=device.memory(),
         utilization=settings.memory_utilization,
         device=str(device),
-        lower="max_num_seqs or max_sequence_tokens",
+        lower=MEMORY_SETTINGS,
     )

@@ -23,7 +23,7 @@ DISTANCE_COPIES = 3
 
 
 def decoder_parameters(config: ArConfig, ranks: int = 1) -> int:
-    """Returns how many parameters the decoder has on each rank, head included; see ``weight_bytes``."""
+    """Returns how many parameters the decoder has on each rank, head included."""
     part = config.part(ranks)
     matrices = sum(inputs * outputs for inputs, outputs in _linears(part, ranks))
     biases = part.layers * (part.heads + 2 * part.kv_heads) * part.head_dim * part.attention_bias
@@ -32,13 +32,9 @@ def decoder_parameters(config: ArConfig, ranks: int = 1) -> int:
 
 
 def weight_bytes(config: ArConfig, itemsize: int, *, int8: bool = False, ranks: int = 1) -> int:
-    """Returns the memory of the decoder's weights on each rank, head included.
+    """Returns the memory of the decoder's weights on each rank, head included; of the largest where ranks differ.
 
-    Args:
-        config: sizes of the whole decoder.
-        itemsize: of the weights.
-        int8: whether the linear layers have int8 weights with one fp32 scale an output channel.
-        ranks: devices that share the decoder; where shares differ, the largest is returned.
+    With ``int8`` the linear layers have int8 weights and one fp32 scale an output channel.
     """
     size = decoder_parameters(config, ranks) * itemsize
     if int8:
@@ -65,19 +61,12 @@ def _linears(part: ArConfig, ranks: int) -> list[tuple[int, int]]:
 
 
 def kv_cache_bytes(config: ArConfig, slots: int, positions: int, itemsize: int) -> int:
-    """Returns the memory of the keys and values of every slot."""
+    """Returns the memory of all slots' keys and values."""
     return 2 * config.layers * slots * config.kv_heads * positions * config.head_dim * itemsize
 
 
 def state_bytes(config: ArConfig, slots: int, positions: int, itemsize: int) -> dict[str, int]:
-    """Returns the memory of the tensors of ``DecodeState``, by their purpose.
-
-    Args:
-        config: a rank's part of the decoder's sizes.
-        slots: rows of the fixed batch.
-        positions: tokens a slot.
-        itemsize: of cache and rotary tables.
-    """
+    """Returns the memory of the tensors of ``DecodeState`` by purpose, for a rank's part of the decoder's sizes."""
     vocabulary = config.vision_vocab_size
     slot = 5 * INT64_BYTES  # four counters of ``DecodeState``, the cache's index of slots
     sampler_row = 2 * FP32_BYTES + 2 * INT64_BYTES

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from glm_image.telemetry.metrics import Kind, MetricSink, MetricSpec, OutcomeCounters
+from glm_image.telemetry.metrics import Kind, MetricSink, MetricSpec, outcome_counters
 
 RUNNING: Final = MetricSpec("glm_image_ar_running_sequences", Kind.GAUGE, "Sequences in a slot, one per image")
 WAITING: Final = MetricSpec("glm_image_ar_waiting_sequences", Kind.GAUGE, "Sequences waiting for a slot, one per image")
@@ -36,22 +36,16 @@ KV_CACHE_BYTES: Final = MetricSpec(
     "glm_image_ar_kv_cache_bytes", Kind.GAUGE, "Memory of the KV cache of all slots, allocated at load"
 )
 
-AR_OUTCOMES: Final = OutcomeCounters.of("glm_image_ar")
+AR_OUTCOMES: Final = outcome_counters("glm_image_ar")
 
 AR_METRICS: Final = (
     *(RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS, KV_CACHE_BYTES),
-    *AR_OUTCOMES.measures,
+    *AR_OUTCOMES.values(),
 )
 
 
 class LoadGauges:
-    """Records how many sequences run and wait: whenever that changes, and in the order of the changes.
-
-    Args:
-        record: takes the metrics.
-        slots: sequences that decode together.
-        count: returns the number of running and of waiting sequences.
-    """
+    """Records how many sequences run and wait: whenever ``count`` changes, in the order of the changes."""
 
     def __init__(self, record: MetricSink, slots: int, count: Callable[[], tuple[int, int]]) -> None:
         self._record, self._slots, self._count = record, slots, count

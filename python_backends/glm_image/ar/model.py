@@ -1,7 +1,7 @@
 """The decoder: a Transformer with grouped heads, partial M-RoPE and four norms a layer.
 
-Two entry points: ``prefill`` reads one prompt, ``decode`` adds one token to every slot. The arithmetic is that of
-transformers' ``modeling_glm_image.py``; q, k and v are one matrix here.
+``prefill`` processes one prompt, ``decode`` adds one token to every slot. The arithmetic is that of transformers'
+``modeling_glm_image.py``; q, k and v are one matrix here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
 from glm_image.ar.kv_cache import KvCache
+from glm_image.ar.rotary import rotate
 from glm_image.ar.weights import CheckpointNames
 from glm_image.checkpoint.checkpoint import TensorSource, fill
 from glm_image.devices.int8_linear import AnyLinear, Int8Product, quantize_linears
@@ -39,26 +40,8 @@ class RmsNorm(nn.Module):
         return self.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps))
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the leading channels of each head by its position (Su et al., 2021), halves paired.
-
-    Args:
-        heads: [..., head_dim].
-        cos: [..., rotary_dim], broadcast over heads.
-        sin: as ``cos``.
-    """
-    rotary, passthrough = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
-    first, second = rotary.chunk(2, dim=-1)
-    return torch.cat([rotary * cos + torch.cat([-second, first], dim=-1) * sin, passthrough], dim=-1)
-
-
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each between two norms.
-
-    Args:
-        config: of the rank's part of the decoder.
-        group: the ranks that share the layer (Shoeybi et al., 2019).
-    """
+    """A rank's part of attention and MLP (Shoeybi et al., 2019), each between two norms."""
 
     def __init__(self, config: ArConfig, group: Group = ALONE) -> None:
         super().__init__()
@@ -91,13 +74,10 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and a head over the image vocabulary.
 
-    Args:
-        config: of the whole decoder.
-        group: the ranks that share it; each has some heads, channels and rows of the head.
+    The ranks of a group share it: each has some heads, channels and rows of the head.
 
     Attributes:
-        config: of this rank's part.
-        group: as given.
+        config: of this rank's part; the constructor takes that of the whole decoder.
     """
 
     def __init__(self, config: ArConfig, group: Group = ALONE) -> None:
@@ -123,10 +103,6 @@ class Decoder(nn.Module):
             int8: the device's product of int8 weights; None = the weights keep their dtype. Each layer is quantized
                 before the next one is read.
             group: the ranks that share it.
-
-        Raises:
-            CheckpointError: a tensor is missing or has a wrong shape.
-            ConfigurationError: it can't be divided among so many ranks.
         """
         with torch.device("meta"):
             decoder = cls(config, group)
@@ -143,12 +119,11 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and of the cache."""
         return self.embedding.weight.dtype
 
     @torch.inference_mode()
     def prefill(self, token_ids: Tensor, cos: Tensor, sin: Tensor, cache: KvCache, slot: int) -> Tensor:
-        """Reads a prompt into a slot's cache.
+        """Processes a prompt; returns the fp32 logits of the token after it, [1, vision_vocab_size].
 
         Args:
             token_ids: int64 [tokens].
@@ -156,9 +131,6 @@ class Decoder(nn.Module):
             sin: as ``cos``.
             cache: written from position 0.
             slot: where in the cache.
-
-        Returns:
-            fp32 logits of the token after the prompt, [1, vision_vocab_size].
         """
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -177,7 +149,7 @@ class Decoder(nn.Module):
         cache: KvCache,
         attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Adds one token to every slot; never waits for the device.
+        """Adds one token to every slot; returns fp32 logits [slots, vision_vocab_size]. Never waits for the device.
 
         Args:
             token_ids: int64 [slots].
@@ -186,9 +158,6 @@ class Decoder(nn.Module):
             sin: as ``cos``.
             cache: read and written.
             attention: the device's ``decode_attention``.
-
-        Returns:
-            fp32 logits [slots, vision_vocab_size].
         """
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -11,46 +11,41 @@ from glm_image.errors import QueueFullError, UnavailableError
 
 
 class RequestQueue:
-    """A bounded first-in, first-out queue of requests, each of which is taken image by image.
-
-    Args:
-        max_queue: requests that may wait.
-    """
+    """A bounded first-in, first-out queue of requests, each of which is taken image by image."""
 
     def __init__(self, max_queue: int) -> None:
         self._max_queue = max_queue
         self._requests: deque[Request] = deque()
         self._lock = threading.Lock()
-        self._closed = False
-
-    @property
-    def is_closed(self) -> bool:
-        return self._closed
+        self.is_closed = False
 
     def close(self) -> None:
         """Refuses requests from now on; those that wait stay."""
         with self._lock:
-            self._closed = True
+            self.is_closed = True
 
-    def add(self, request: Request, expected_wait: Callable[[tuple[Request, ...]], float]) -> None:
-        """Appends a request.
+    def add(
+        self, request: Request, needed_seconds: float, expected_wait: Callable[[tuple[Request, ...]], float]
+    ) -> None:
+        """Appends a request that takes at least ``needed_seconds``.
 
-        Args:
-            request: the request.
-            expected_wait: estimates, for the error, the seconds that a request behind the given ones waits.
+        ``expected_wait`` estimates, for the error, the seconds that a request behind the given ones waits.
 
         Raises:
-            QueueFullError: the queue is full.
             UnavailableError: the queue is closed.
+            QueueFullError: it holds as many requests as it may.
+            CancelledError: the request was cancelled.
+            DeadlineExceededError: its deadline comes before it can be done.
         """
         with self._lock:
-            if self._closed:
+            if self.is_closed:
                 raise UnavailableError("glm_ar is stopping; no new requests are taken")
             if len(self._requests) >= self._max_queue:
                 raise QueueFullError(
                     f"glm_ar has {len(self._requests)} requests waiting, as many as max_queue allows; "
                     f"one more would wait about {expected_wait(tuple(self._requests)):.0f} s; try again later"
                 )
+            request.context.check(needed_seconds)
             self._requests.append(request)
 
     def requests(self) -> tuple[Request, ...]:
@@ -69,7 +64,6 @@ class RequestQueue:
             return index
 
     def remove(self, request: Request) -> None:
-        """Removes a request, if it is there."""
         with self._lock:
             if request in self._requests:
                 self._requests.remove(request)

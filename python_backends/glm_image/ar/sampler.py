@@ -32,7 +32,6 @@ class SamplerRows:
 
     @classmethod
     def empty(cls, slots: int, device: torch.device) -> SamplerRows:
-        """Allocates rows for idle slots."""
         return cls(
             temperature=torch.ones(slots, 1, device=device),
             cut=torch.zeros(slots, 1, device=device),
@@ -48,7 +47,6 @@ class SamplerRows:
         self.preview_tokens[slot].fill_(preview_tokens)
 
     def row(self, slot: int) -> SamplerRows:
-        """Returns a view of one slot's row."""
         at = slice(slot, slot + 1)
         return SamplerRows(self.temperature[at], self.cut[at], self.kth[at], self.preview_tokens[at])
 
@@ -64,7 +62,7 @@ def allowed_ids(config: ArConfig, device: torch.device) -> Tensor:
 
 
 def sample(logits: Tensor, noise: Tensor, rows: SamplerRows, allowed: Tensor) -> Tensor:
-    """Samples one token per row.
+    """Samples one token per row, int64 [rows].
 
     Disallowed ids are excluded only at the end of the race, so that wherever the reference samples an allowed id, this
     samples the same one. Where top-k and top-p leave only disallowed ids, the best allowed id is taken.
@@ -74,9 +72,6 @@ def sample(logits: Tensor, noise: Tensor, rows: SamplerRows, allowed: Tensor) ->
         noise: fp32 [rows, vocabulary], exponentially distributed.
         rows: the rows' sampling parameters.
         allowed: bool [rows, vocabulary].
-
-    Returns:
-        int64 [rows].
     """
     scores = logits / rows.temperature
     ascending, order = scores.sort(dim=-1)

@@ -26,7 +26,7 @@ from glm_image.ar.request_queue import RequestQueue
 from glm_image.ar.sequence import ArResult, Request, Running, report_progress
 from glm_image.errors import GlmImageError
 from glm_image.lifecycle.context import NANOSECONDS
-from glm_image.lifecycle.eta import DurationStats
+from glm_image.lifecycle.durations import DurationStats
 from glm_image.parallel.commands import R
 from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
@@ -39,18 +39,7 @@ class Run(Protocol):
 
 
 class Scheduler:
-    """Decides which sequence gets a slot, and runs the commands that follow.
-
-    Args:
-        run: runs a command.
-        slots: sequences that decode together.
-        max_queue: requests that may wait for a slot.
-        record: takes the metrics of ``ar.metrics``.
-        admission: decides when a free slot is filled.
-
-    Attributes:
-        admission: as given.
-    """
+    """Decides which sequence gets a slot and when, and runs the commands that follow."""
 
     def __init__(
         self,
@@ -71,15 +60,8 @@ class Scheduler:
         self._load = LoadGauges(record, slots, self._count_load)
 
     def submit(self, request: Request) -> Future[ArResult]:
-        """Queues a request.
-
-        Raises:
-            QueueFullError: the queue is full.
-            UnavailableError: the scheduler is stopping.
-            DeadlineExceededError: the request cannot be done before its deadline.
-        """
-        request.context.check(self._needed_seconds(request))
-        self._queue.add(request, self._expected_wait)
+        """Queues a request; see ``ArEngine.submit``."""
+        self._queue.add(request, self._needed_seconds(request), self._expected_wait)
         self._load.update()
         request.context.on_cancel(partial(self._cancel_unbegun, request))
         return request.future
@@ -89,7 +71,6 @@ class Scheduler:
         return self._queue.is_closed
 
     def stop(self) -> None:
-        """Refuses requests from now on."""
         self._queue.close()
 
     def end_all(self, error: Exception) -> None:
@@ -120,17 +101,18 @@ class Scheduler:
         if first.admit_by == math.inf:
             first.admit_by = now + self.admission.max_wait(running, decode_seconds)
         deadlines = [request.context.deadline_ns / NANOSECONDS for request in waiting if request.context.deadline_ns]
+        steps_left = max((sequence.left for sequence in self._running.values()), default=0)
         return self.admission.wait(
-            QueueSnapshot.of(
+            QueueSnapshot(
                 now=now,
-                slots=self._slots,
-                steps_left=[sequence.left for sequence in self._running.values()],
                 waiting=sum(len(request.waiting) for request in waiting),
-                length=first.length,
-                decode_seconds=decode_seconds,
+                free=self._slots - running,
+                running=running,
+                extends=max(0.0, 1 - steps_left / first.length),
+                has_begun=first.has_begun,
                 latest=first.admit_by,
                 deadline=min(deadlines, default=math.inf),
-                has_begun=first.has_begun,
+                decode_seconds=decode_seconds,
             )
         )
 

@@ -15,12 +15,7 @@ from glm_image.errors import UnavailableError
 class SchedulerThread:
     """Steps a scheduler in a thread of its own, and sleeps while the scheduler has nothing to do.
 
-    Args:
-        scheduler: the scheduler, which no other thread steps.
-        prepare: called in the thread before the first request, and waited for.
-
-    Raises:
-        Exception: an error of ``prepare``.
+    ``prepare`` is called in the thread before the first request, and waited for; its error is raised.
     """
 
     def __init__(self, scheduler: Scheduler, prepare: Callable[[], None] = lambda: None) -> None:
@@ -33,7 +28,6 @@ class SchedulerThread:
         ready.result()
 
     def submit(self, request: Request) -> Future[ArResult]:
-        """Queues a request; see ``Scheduler.submit``."""
         future = self._scheduler.submit(request)
         self._wake()
         return future

@@ -1,4 +1,4 @@
-"""What the AR scheduler keeps of its requests. Touches no tensors."""
+"""Requests and sequences of the AR scheduler. Touches no tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class ArResult:
         prior_token_ids: int32 [images, tokens of the image's grid], before upsampling.
         tokens: number of tokens by kind: prompt, source, preview, image.
         source_token_ids: int32 [tokens of all source images].
-        source_grids: the grid of each source image.
     """
 
     prior_token_ids: NDArray[np.int32]
@@ -62,7 +61,7 @@ class Sources:
 
 @dataclass
 class Sampled:
-    """How many of a request's tokens are sampled; apart from the request, which its context outlives."""
+    """Number of a request's tokens sampled so far. The context, which outlives the request, refers to this alone."""
 
     done: int
     total: int
@@ -76,13 +75,8 @@ class Request:
     """A request from its arrival in the queue to its result.
 
     Attributes:
-        context: checked between steps.
         prompt_ids: the prompt; its source images' tokens are inserted once they are encoded.
-        resolved: the validated request.
-        submitted: ``time.monotonic()`` at its arrival.
-        sources: its source images, if any.
         source_token_ids: int32 [tokens of all source images]; empty before they are encoded.
-        future: its result, or the error that ended it.
         waiting: indices of the images that have had no slot yet.
         tokens: int32 [tokens of all grids] of each finished image, by index.
         admit_by: when the admission policy's wait ends, in the clock of the scheduler; inf before the request is first
@@ -108,7 +102,7 @@ class Request:
 
     @property
     def images(self) -> int:
-        """Number of images, each of which takes a slot."""
+        """Each takes a slot."""
         return len(self.resolved.seeds)
 
     @property
@@ -123,16 +117,14 @@ class Request:
 
     @property
     def has_begun(self) -> bool:
-        """Whether one of its images has been given a slot."""
+        """Whether one of its images has a slot or had one."""
         return len(self.waiting) < self.images
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of its images are finished."""
         return len(self.tokens) == self.images
 
     def result(self) -> ArResult:
-        """Returns the result of a complete request."""
         grids = self.sources.grids if self.sources else ()
         source_tokens = sum(grid.tokens for grid in grids)
         return ArResult(
@@ -150,11 +142,9 @@ class Request:
 
 @dataclass
 class Running:
-    """A sequence in a slot.
+    """A sequence in a slot: image ``index`` of a request.
 
     Attributes:
-        request: the request that it belongs to.
-        index: which of the request's images it is.
         left: steps until its last token.
         since: ``time.monotonic()`` at its first token.
     """
@@ -166,7 +156,7 @@ class Running:
 
 
 def report_progress(running: Iterable[Running]) -> None:
-    """Publishes the progress of each request that is watched; called after every step, mostly without a watcher."""
+    """Publishes the progress of each watched request; called after every step, mostly without a watcher."""
     contexts = [sequence.request.context for sequence in running]
     for context in dict.fromkeys(context for context in contexts if context.is_watched):
         context.publish_progress()

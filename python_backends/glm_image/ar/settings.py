@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Final
 
-from glm_image.ar.graphs import GRAPH_MODES, WHY_NOT_PIECEWISE
 from glm_image.devices.settings import DeviceSettings
+from glm_image.errors import ConfigurationError
 from glm_image.request.declaration import choice, whole, whole_numbers
+
+logger = logging.getLogger(__name__)
+
+GRAPH_MODES: Final = ("NONE", "FULL_DECODE_ONLY", "FULL")
+"""Parts of the AR that are captured as a graph, by vLLM's names."""
+
+WHY_NOT_PIECEWISE: Final = "the decode step has no part that must stay outside a graph, so it is captured whole"
 
 
 @dataclass(frozen=True)
@@ -14,7 +23,7 @@ class ArSettings(DeviceSettings):
     """How the AR engine runs.
 
     Attributes:
-        peer_memory: whether the ranks of an instance on several devices write each other's memory where they can.
+        peer_memory: whether the ranks of an instance write each other's memory where they can.
     """
 
     quantization: str = choice("none", ("none", "int8"), "`int8` stores the decoder's linear layers as int8 weights.")
@@ -37,5 +46,23 @@ class ArSettings(DeviceSettings):
 
     @property
     def int8(self) -> bool:
-        """Whether the decoder's linear layers have int8 weights."""
         return self.quantization == "int8"
+
+
+def captured(mode: str, sizes: tuple[int, ...], max_num_seqs: int) -> bool:
+    """Returns whether the decode step is captured; sizes () mean ``max_num_seqs``. ``FULL`` is logged.
+
+    Raises:
+        ConfigurationError: another mode, or a size other than ``max_num_seqs``.
+    """
+    if mode not in GRAPH_MODES:
+        raise ConfigurationError(f"graph_mode is {mode!r}; allowed: {', '.join(GRAPH_MODES)}")
+    if sizes not in {(), (max_num_seqs,)}:
+        raise ConfigurationError(
+            f"graph_capture_sizes is {','.join(map(str, sizes))!r}; allowed: {max_num_seqs}, which is max_num_seqs, "
+            "or left empty: every step runs at that one size, because kernels for other sizes round differently, "
+            "and a request's tokens would depend on how many others run"
+        )
+    if mode == "FULL":
+        logger.info("graph_mode FULL runs as FULL_DECODE_ONLY: prompts differ in length, so they are read eagerly")
+    return mode != "NONE"

@@ -1,4 +1,4 @@
-"""What a decode step reads and writes: tensors at fixed addresses."""
+"""The state of a decode step: tensors at fixed addresses."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ class DecodeState:
         cos: [slots, positions, rotary_dim], by position in the cache.
         sin: as ``cos``.
         noise: fp32 [slots, NOISE_BLOCK, vision_vocab_size], of which a step uses row ``sampled % NOISE_BLOCK``.
-        sampler: the sampling parameters of every slot.
         allowed: bool [2, vision_vocab_size]: the ids allowed in the preview, and in the image's own grid.
-        cache: keys and values.
     """
 
     tokens: Tensor
@@ -46,7 +44,6 @@ class DecodeState:
     def idle(
         cls, config: ArConfig, slots: int, positions: int, device: torch.device, dtype: torch.dtype
     ) -> DecodeState:
-        """Allocates the state of idle slots."""
         tokens, lengths, sampled, active = torch.zeros(4, slots, device=device, dtype=torch.int64)
         cos, sin = torch.zeros(2, slots, positions, config.rotary_dim, device=device, dtype=dtype)
         return cls(

@@ -1,14 +1,21 @@
-"""One decode step of all slots in plain torch: the step of the CPU, and the reference of ``ar.fused.step``."""
+"""The decode step in PyTorch, for the CPU and as the reference of ``ar.fused.step``; selection of the steps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from glm_image.ar.config import NOISE_BLOCK
+from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import sample
 from glm_image.ar.state import DecodeState
 from glm_image.devices.base import Device
+
+Prefill = Callable[[Tensor, Tensor, Tensor, KvCache, int], Tensor]
+"""``Decoder.prefill`` or a faster equivalent."""
 
 
 class TorchStep:
@@ -28,3 +35,16 @@ class TorchStep:
         noise = state.noise[rows, state.sampled % NOISE_BLOCK]
         state.tokens.copy_(sample(logits, noise, state.sampler, allowed))
         state.advance(rows)
+
+
+def select_steps(decoder: Decoder, state: DecodeState, device: Device) -> tuple[Callable[[], None], Prefill]:
+    """Returns the fastest decode step and prefill of a device."""
+    if not device.runs_triton:
+        return TorchStep(decoder, state, device), decoder.prefill
+    from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
+    from glm_image.ar.fused.prefill import FusedPrefill  # noqa: PLC0415
+    from glm_image.ar.fused.step import FusedStep  # noqa: PLC0415
+
+    fused = supports(decoder, len(state.tokens))
+    step = FusedStep(decoder, state) if fused else TorchStep(decoder, state, device)
+    return step, FusedPrefill(decoder) if supports(decoder, slots=1) else decoder.prefill

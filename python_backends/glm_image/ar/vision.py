@@ -1,4 +1,4 @@
-"""From source images to tokens: transformers' vision tower, and the nearest code of each patch."""
+"""Encodes source images to tokens: transformers' vision tower, and the nearest code of each patch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ QUANTIZER_DTYPE = torch.float32
 
 
 class Vision:
-    """The vision tower and the vector quantizer.
-
-    Args:
-        tower: transformers' ``GlmImageVisionModel``.
-        quantizer: transformers' ``GlmImageVQVAE``, in fp32.
-    """
+    """transformers' vision tower ``GlmImageVisionModel`` and quantizer ``GlmImageVQVAE``, the latter in fp32."""
 
     def __init__(self, tower: Any, quantizer: Any) -> None:
         self._tower = tower
@@ -37,11 +32,6 @@ class Vision:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Vision:
-        """Loads both from ``vision_language_encoder``.
-
-        Raises:
-            CheckpointError: a config or a tensor is missing or has a wrong value or shape.
-        """
         tower, quantizer = _build(checkpoint)
         component = "vision_language_encoder"
         fill(tower, checkpoint.tensors(component, device, dtype), "model.visual.")
@@ -50,16 +40,13 @@ class Vision:
 
     @staticmethod
     def bytes_needed(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-        """Returns the memory of the weights."""
         tower, quantizer = (sum(weight.numel() for weight in module.parameters()) for module in _build(checkpoint))
         return int(tower * dtype.itemsize + quantizer * QUANTIZER_DTYPE.itemsize)
 
     def encode(self, patches: NDArray[np.float32], grids: Sequence[Grid]) -> NDArray[np.int32]:
         """Encodes a request's source images, int32 [tokens of all grids].
 
-        Args:
-            patches: fp32 [tokens of all grids, channels of a patch], image by image, row by row; see ``patches_of``.
-            grids: the images' grids.
+        ``patches`` is fp32 [tokens of all grids, channels of a patch], image by image, row by row; see ``patches_of``.
         """
         values = torch.from_numpy(patches).to(self._device, self._dtype)
         sides = torch.tensor([(1, *grid) for grid in grids], device=self._device)
@@ -73,12 +60,7 @@ class Vision:
 
 
 def patches_of(processor: Any, sources: Sequence[Source]) -> NDArray[np.float32]:
-    """Returns the vision tower's input of source images, fp32 [tokens, channels of a patch].
-
-    Args:
-        processor: the checkpoint's image processor.
-        sources: already resized.
-    """
+    """Returns the vision tower's input of resized source images, fp32 [tokens, channels of a patch]."""
     images = [source.pixels for source in sources]
     inputs = processor(images=images, do_resize=False, input_data_format="channels_last", return_tensors="np")
     patches: NDArray[np.float32] = inputs["pixel_values"].astype(np.float32, copy=False)

@@ -26,11 +26,8 @@ def warmup_commands(
 ) -> list[ArCommand[Any]]:
     """Returns commands that encode source images, and prefill and decode prompts of usual lengths.
 
-    Args:
-        ids: tokens of a short prompt, repeated for longer ones.
-        sources: source images of usual sizes; without any, on a device that loads nothing lazily, only ``ids`` is read.
-        sampling: the checkpoint's default.
-        longest: the most tokens a slot holds.
+    The prompts repeat ``ids``, up to the ``longest`` that a slot holds. Without sources, on a device that loads nothing
+    lazily, only ``ids`` run.
     """
     sources = [source for source in sources if len(source.patches) <= longest]
     lengths = [len(ids)]

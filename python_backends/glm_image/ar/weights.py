@@ -24,13 +24,7 @@ CHECKPOINT_NAMES = {
 
 
 class CheckpointNames:
-    """A tensor source for ``Decoder`` that translates names to a checkpoint's and reads a rank's part.
-
-    Args:
-        source: the checkpoint's tensors.
-        config: of the whole decoder.
-        group: the ranks that share the decoder.
-    """
+    """A tensor source for ``Decoder`` that translates names to a checkpoint's and reads a rank's part."""
 
     def __init__(self, source: TensorSource, config: ArConfig, group: Group = ALONE) -> None:
         self._source = source
@@ -38,55 +32,45 @@ class CheckpointNames:
         self._group = group
 
     def has(self, name: str) -> bool:
-        """Every tensor of the decoder is in the checkpoint."""
-        return True
+        return True  # every tensor of the decoder is in the checkpoint
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Reads this rank's part of a parameter; q, k and v, which are one here, from three tensors."""
-        config, part = self._config, name.split(".", maxsplit=2)[-1] if name.startswith("layers.") else name
-        if part == "head.weight":
-            rows = self._group.shard_range(config.vision_vocab_size)
-            return self._rows(name, (config.vision_vocab_size, *shape[1:]), rows)
-        if not name.startswith("layers."):
-            return self._source.read(CHECKPOINT_NAMES[name], shape)
-        prefix = f"model.language_model.layers.{name.split('.')[1]}."
+        """Reads this rank's part of a parameter; the checkpoint has q, k and v as three tensors."""
+        config, group, prefix, part = self._config, self._group, "", name
+        if name.startswith("layers."):
+            _, index, part = name.split(".", maxsplit=2)
+            prefix = f"model.language_model.layers.{index}."
         if part.startswith("qkv."):
-            return self._heads(prefix, part.removeprefix("qkv."), shape[1:])
+            return self._qkv(prefix, part.removeprefix("qkv."), shape[1:])
         full = prefix + CHECKPOINT_NAMES[part]
-        if part == "gate_up.weight":
-            return self._gate_up(full, shape)
+        if part == "head.weight":
+            rows = group.shard_range(config.vision_vocab_size)
+            return self._rows(full, (config.vision_vocab_size, *shape[1:]), rows)
+        if part == "gate_up.weight" and group.size > 1:
+            width = config.intermediate_size
+            own = _slice(group.shard_range(width))
+            gate_up = self._source.read(full, (2 * width, *shape[1:]))
+            return torch.cat([half[own] for half in torch.split(gate_up, width)])
         if part in {"out.weight", "down.weight"}:
-            columns = shape[1] * self._group.size
+            columns = shape[1] * group.size
             whole = self._source.read(full, (shape[0], columns))
-            return _copy(whole[:, _slice(self._group.shard_range(columns))], whole)
+            return _copy(whole[:, _slice(group.shard_range(columns))], whole)
         return self._source.read(full, shape)
 
-    def _rows(self, name: str, shape: tuple[int, ...], rows: range) -> Tensor:
-        whole = self._source.read(CHECKPOINT_NAMES.get(name, name), shape)
+    def _rows(self, full: str, shape: tuple[int, ...], rows: range) -> Tensor:
+        whole = self._source.read(full, shape)
         return _copy(whole[_slice(rows)], whole)
 
-    def _gate_up(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        width = self._config.intermediate_size
-        whole = self._source.read(name, (2 * width, *shape[1:]))
-        own = _slice(self._group.shard_range(width))
-        return _copy(
-            torch.cat([half[own] for half in torch.split(whole, width)]) if self._group.size > 1 else whole, whole
-        )
-
-    def _heads(self, prefix: str, kind: str, rest: tuple[int, ...]) -> Tensor:
-        config, group = self._config, self._group
-        queries = group.shard_range(config.heads)
+    def _qkv(self, prefix: str, kind: str, rest: tuple[int, ...]) -> Tensor:
+        config, dim, kv_heads = self._config, self._config.head_dim, self._config.kv_heads
+        queries = self._group.shard_range(config.heads)
         # A rank has the key and value heads of its query heads: its share, or one that other ranks have too.
-        grouped = config.heads // config.kv_heads
+        grouped = config.heads // kv_heads
         keys = range(queries.start // grouped, (queries.stop - 1) // grouped + 1)
         parts = []
-        for letter, heads, own in (
-            ("q", config.heads, queries),
-            ("k", config.kv_heads, keys),
-            ("v", config.kv_heads, keys),
-        ):
-            rows = range(own.start * config.head_dim, own.stop * config.head_dim)
-            parts.append(self._rows(f"{prefix}self_attn.{letter}_proj.{kind}", (heads * config.head_dim, *rest), rows))
+        for letter, heads, own in (("q", config.heads, queries), ("k", kv_heads, keys), ("v", kv_heads, keys)):
+            rows = range(own.start * dim, own.stop * dim)
+            parts.append(self._rows(f"{prefix}self_attn.{letter}_proj.{kind}", (heads * dim, *rest), rows))
         return torch.cat(parts)
 
 

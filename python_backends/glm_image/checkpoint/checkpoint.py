@@ -1,10 +1,13 @@
-"""A checkpoint folder: configs and tensors of its components. Tensors are read straight to a device."""
+"""A checkpoint folder: configs and tensors of its components. Tensors are read straight to a device.
+
+A file that is missing, broken or of another model raises ``CheckpointError``.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from glm_image.checkpoint.layout import COMPONENTS, WEIGHT_FILES, check_model_index, read_json, read_weight_map
+from glm_image.checkpoint.layout import COMPONENTS, NO_WEIGHTS, check_model_index, read_json, weight_files
 from glm_image.errors import CheckpointError
 from glm_image.request.geometry import PIXELS_PER_TOKEN, SourceRule
 
@@ -23,26 +26,19 @@ SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096
 
 
 class TensorSource(Protocol):
-    """Source of a component's tensors."""
+    """Source of a component's tensors, on its device and in its dtype."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Returns the tensor ``name`` on the source's device, in the source's dtype.
+        """Raises ``CheckpointError`` if the tensor is missing or has another shape."""
 
-        Raises:
-            CheckpointError: the tensor is missing or has another shape.
-        """
-
-    def has(self, name: str) -> bool:
-        """Returns whether the source has a tensor ``name``."""
+    def has(self, name: str) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder in the layout of ``GlmImagePipeline.save_pretrained``.
 
-    Attributes:
-        folder: its path.
-        load_format: ``auto`` reads the tensors; ``dummy`` generates random ones of the configured shapes.
+    With the ``load_format`` ``dummy`` its tensors are not read but random, of the configured shapes.
     """
 
     folder: Path
@@ -50,11 +46,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, load_format: str = "auto") -> Checkpoint:
-        """Opens a folder and checks its layout.
-
-        Raises:
-            CheckpointError: the folder or one of its files is missing, or it belongs to another model.
-        """
+        """Opens a folder and checks its layout."""
         checkpoint = cls(folder, load_format)
         check_model_index(folder)
         for component in COMPONENTS:
@@ -62,11 +54,9 @@ class Checkpoint:
         return checkpoint
 
     def path(self, component: str) -> Path:
-        """Returns the folder of a component."""
         return self.folder / component
 
     def config(self, component: str) -> dict[str, Any]:
-        """Returns the config of a component."""
         return read_json(self.path(component) / COMPONENTS[component][1])
 
     def optional_json(self, component: str, file: str) -> dict[str, Any]:
@@ -76,11 +66,7 @@ class Checkpoint:
 
     @cached_property
     def image_processor(self) -> Any:
-        """The image processor of source images: the Pillow variant, whose results are the same on every machine.
-
-        Raises:
-            CheckpointError: its config cannot be read.
-        """
+        """The image processor of source images: the Pillow variant, whose results are the same on every machine."""
         from transformers import GlmImageImageProcessorPil  # noqa: PLC0415 - seconds to import
 
         try:
@@ -90,11 +76,7 @@ class Checkpoint:
 
     @cached_property
     def source_rule(self) -> SourceRule:
-        """The rule by which source images are resized.
-
-        Raises:
-            CheckpointError: the image processor is that of another model.
-        """
+        """The rule by which source images are resized."""
         processor = self.image_processor
         patch = processor.patch_size * processor.merge_size
         shortest, longest = (round(math.sqrt(processor.size[edge] or 0)) for edge in ("shortest_edge", "longest_edge"))
@@ -130,25 +112,16 @@ class Checkpoint:
         return digest.hexdigest()[:12]
 
     def tensors(self, component: str, device: torch.device, dtype: torch.dtype) -> TensorSource:
-        """Returns the source of a component's tensors.
-
-        Raises:
-            CheckpointError: a weight file is missing or cannot be read.
-        """
         if self.load_format == "dummy":
             return RandomTensors(device, dtype)
-        return FileTensors(self.path(component), self._weight_map(component), device, dtype)
-
-    def _weight_map(self, component: str) -> dict[str, Path]:
         folder = self.path(component)
-        for file in WEIGHT_FILES:
-            index = folder / f"{file}.index.json"
-            if index.is_file():
-                return {name: folder / shard for name, shard in read_weight_map(index).items()}
-            if (folder / file).is_file():
-                with _open(folder / file) as tensors:
-                    return dict.fromkeys(tensors.keys(), folder / file)
-        raise CheckpointError(f"{folder}: no {' or '.join(WEIGHT_FILES)}, and no index of one")
+        files = weight_files(folder)
+        if files is None:
+            raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
+        paths: dict[str, Path] = {}
+        for file, names in files.items():
+            paths |= dict.fromkeys(names or _open(folder / file).keys(), folder / file)
+        return FileTensors(folder, paths, device, dtype)
 
 
 def _sampled(path: Path) -> bytes:
@@ -169,25 +142,25 @@ def _open(path: Path, device: str = "cpu") -> Any:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
+@dataclass(frozen=True)
 class FileTensors:
     """Reads tensors from safetensors files, one at a time, straight to the device."""
 
-    def __init__(self, folder: Path, weight_map: dict[str, Path], device: torch.device, dtype: torch.dtype) -> None:
-        self._folder = folder
-        self._weight_map = weight_map
-        self._device = device
-        self._dtype = dtype
-        self._files: dict[Path, Any] = {}
+    folder: Path
+    paths: dict[str, Path]
+    device: torch.device
+    dtype: torch.dtype
+    _files: dict[Path, Any] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
-        return name in self._weight_map
+        return name in self.paths
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        path = self._weight_map.get(name)
+        path = self.paths.get(name)
         if path is None:
-            raise CheckpointError(f"{self._folder}: tensor {name} is missing")
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         if path not in self._files:
-            self._files[path] = _open(path, str(self._device))
+            self._files[path] = _open(path, str(self.device))
         try:
             found = tuple(self._files[path].get_slice(name).get_shape())
             if found != shape:
@@ -195,7 +168,7 @@ class FileTensors:
             tensor: Tensor = self._files[path].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
-        return tensor.to(self._dtype)
+        return tensor.to(self.dtype)
 
 
 class RandomTensors:
@@ -210,7 +183,7 @@ class RandomTensors:
         return True
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Generates a tensor: mean 1 for scales of norms, else mean 0; its deviation keeps activations finite."""
+        # Mean 1 for scales of norms, else mean 0; the deviation keeps activations finite.
         tensor = torch.empty(shape, device=self._device, dtype=self._dtype)
         is_scale = len(shape) == 1 and name.endswith("weight")
         std = DUMMY_STD if len(shape) < 2 else min(DUMMY_STD, 1 / math.sqrt(math.prod(shape[1:])))  # noqa: PLR2004
@@ -219,24 +192,16 @@ class RandomTensors:
 
 @runtime_checkable
 class FillHook(Protocol):
-    """A module that transforms its parameters after loading."""
+    """A module that transforms its parameters; ``fill`` calls ``filled`` when the module has them."""
 
-    def filled(self) -> None:
-        """Is called by ``fill`` when the module has its parameters."""
+    def filled(self) -> None: ...
 
 
 def fill(module: nn.Module, source: TensorSource, prefix: str = "") -> None:
     """Loads the parameters and buffers of a module that was built on the meta device, and freezes the module.
 
-    A submodule that is a ``FillHook`` is called after its own parameters, before the next submodule's are read.
-
-    Args:
-        module: the module.
-        source: the source of the tensors.
-        prefix: prefix of the module's names in the source.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape.
+    ``prefix`` begins the module's names in the source. A submodule that is a ``FillHook`` is called after its own
+    parameters, before the next submodule's are read.
     """
     ties = getattr(module, "_tied_weights_keys", None) or {}
     for path, owner in module.named_modules():

@@ -1,4 +1,7 @@
-"""Layout of a checkpoint folder: required files, and reading of its JSON files. No torch."""
+"""Layout of a checkpoint folder: required files, and reading of its JSON files. No torch.
+
+A file that is missing or has other content raises ``CheckpointError``.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,11 @@ COMPONENTS: dict[str, tuple[str, str]] = {
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 """Names of a component's single weight file in transformers and diffusers; "NAME.index.json" lists shards."""
 
+NO_WEIGHTS = f"no {' or '.join(WEIGHT_FILES)}, and no index of one"
+
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, cannot be read, or has other content.
-    """
+    """Reads a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,11 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_model_index(folder: Path) -> None:
-    """Checks that ``model_index.json`` is that of GLM-Image.
-
-    Raises:
-        CheckpointError: the file is missing or an entry has another value.
-    """
+    """Checks that ``model_index.json`` is that of GLM-Image."""
     path = folder / "model_index.json"
     index = read_json(path)
     if index.get("_class_name") != PIPELINE_CLASS:
@@ -58,13 +55,21 @@ def check_model_index(folder: Path) -> None:
             raise CheckpointError(f"{path}: {component} is {entry!r}; allowed: {class_name}")
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Reads an index file: tensor name -> file name of its shard.
+def weight_files(folder: Path) -> dict[str, set[str]] | None:
+    """Returns a component's weight files; None if it has none.
 
-    Raises:
-        CheckpointError: the file cannot be read, or does not map tensor names to file names.
+    A file that an index lists has the names of its tensors; a single file has an empty set.
     """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map does not map every tensor name to a file name")
-    return weight_map
+    for file in WEIGHT_FILES:
+        index = folder / f"{file}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise CheckpointError(f"{index}: weight_map does not map every tensor name to a file name")
+            files: dict[str, set[str]] = {shard: set() for shard in sorted(set(weight_map.values()))}
+            for tensor, shard in weight_map.items():
+                files[shard].add(tensor)
+            return files
+        if (folder / file).is_file():
+            return {file: set()}
+    return None

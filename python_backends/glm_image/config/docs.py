@@ -20,10 +20,8 @@ from glm_image.request.parameters import GenerationParameters, PreviewParameters
 from glm_image.request.tensors import TensorSpec, request_fields
 
 PAGES: Final = ("api.md", "configuration.md")
-"""The pages with generated tables."""
 
 DeclaredParameter = tuple[str, Parameter, str]
-"""As ``glm_image.request.declaration.parameters`` yields them."""
 
 BLOCK: Final = re.compile(
     r"(?P<begin><!-- BEGIN GENERATED: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- END GENERATED -->)", re.DOTALL
@@ -47,14 +45,14 @@ def _stage_parameters(kind: type) -> list[DeclaredParameter]:
     return [item for item in parameters(kind) if not item[0].startswith(LIMIT_PREFIX)]
 
 
-def _common_parameters() -> list[DeclaredParameter]:
-    dit = _stage_parameters(DitParameters)
-    return [item for item in _stage_parameters(ArParameters) if item in dit]
-
-
-def _own_parameters(kind: type) -> str:
-    common = _common_parameters()
+def _own_parameters(kind: type, other: type) -> str:
+    common = _stage_parameters(other)
     return _parameters(item for item in _stage_parameters(kind) if item not in common)
+
+
+def _common_parameters() -> str:
+    dit = _stage_parameters(DitParameters)
+    return _parameters(item for item in _stage_parameters(ArParameters) if item in dit)
 
 
 def _inputs(kind: type) -> str:
@@ -77,24 +75,19 @@ def _type(spec: TensorSpec) -> str:
 
 
 TABLES: Final[Mapping[str, Callable[[], str]]] = {
-    "stage-parameters": lambda: _parameters(_common_parameters()),
-    "ar-parameters": lambda: _own_parameters(ArParameters),
-    "dit-parameters": lambda: _own_parameters(DitParameters),
+    "stage-parameters": _common_parameters,
+    "ar-parameters": lambda: _own_parameters(ArParameters, DitParameters),
+    "dit-parameters": lambda: _own_parameters(DitParameters, ArParameters),
     "limits": lambda: _parameters(parameters(Limits, LIMIT_PREFIX)),
     "inputs": lambda: _inputs(GenerationParameters),
     "stream-inputs": lambda: _inputs(PreviewParameters),
     "outputs": lambda: _tensors(schema.OUTPUTS),
     "stage-tensors": lambda: _tensors(schema.STAGE_TENSORS),
 }
-"""Each table by its name in the pages."""
 
 
 def rendered(page: str) -> str:
-    """Returns a page with every generated block up to date.
-
-    Raises:
-        KeyError: a block names no table.
-    """
+    """Returns a page with every generated block up to date."""
     return BLOCK.sub(lambda block: f"{block['begin']}{TABLES[block['name']]()}{block['end']}", page)
 
 

@@ -22,20 +22,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 P = TypeVar("P", bound=ArParameters | DitParameters)
 
 
 @dataclass(frozen=True)
 class Instance(Generic[P]):
-    """One instance of a model.
-
-    Attributes:
-        model: the model's name.
-        index: the instance's number, from 0.
-        siblings: the number of instances of the model.
-        parameters: the model's configuration.
-    """
+    """One instance of a model: number ``index``, counted from 0, of ``siblings``."""
 
     model: str
     index: int
@@ -44,11 +36,7 @@ class Instance(Generic[P]):
 
     @classmethod
     def read(cls, args: Mapping[str, str], kind: type[P]) -> Instance[P]:
-        """Reads the ``args`` of ``TritonPythonModel.initialize``.
-
-        Raises:
-            ConfigurationError: a parameter is not known or has a value that is not allowed.
-        """
+        """Reads the ``args`` of ``TritonPythonModel.initialize``."""
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
         config = json.loads(args["model_config"])
         given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
@@ -59,13 +47,8 @@ class Instance(Generic[P]):
     def take_place(self, *, reserve_first: bool) -> Placement:
         """Chooses this instance's devices and hides all others from this process.
 
-        Call it before anything imports torch, which looks for devices only once.
-
-        Args:
-            reserve_first: whether ``auto`` leaves the first of several devices to the other stage.
-
-        Raises:
-            ConfigurationError: ``devices`` does not fit the instances or this machine.
+        Call it before anything imports torch, which looks for devices only once. With ``reserve_first``, ``auto``
+        leaves the first of several devices to the other stage.
         """
         cards, devices = find_accelerators(), self.parameters.devices
         entries = assign_devices(devices, self.siblings, cards, reserve_first=reserve_first)
@@ -73,24 +56,14 @@ class Instance(Generic[P]):
         chosen = place_instance(entries, self.index, cards)
         os.environ.update(chosen.environment)
         variables = "".join(f", {name}={value}" for name, value in chosen.environment.items())
-        logger.info(
-            "instance %d of %d takes %s: devices is %s, found %s%s",
-            self.index,
-            self.siblings,
-            chosen,
-            devices,
-            cards,
-            variables,
-        )
+        taken = f"instance {self.index} of {self.siblings} takes {chosen}"
+        logger.info("%s: devices is %s, found %s%s", taken, devices, cards, variables)
         return chosen
 
     def workers(self, place: Placement, device: Device, on_loss: Callable[[UnavailableError], None]) -> WorkerConfig:
         """Returns the configuration of the worker processes of an instance on several devices.
 
-        Args:
-            place: from ``take_place``.
-            device: the first one.
-            on_loss: called when a rank is lost.
+        ``device`` is the first one; ``on_loss`` is called when a rank is lost.
         """
         from glm_image.parallel.rank_group import WorkerConfig  # noqa: PLC0415 - imports torch
 
@@ -104,7 +77,6 @@ class Instance(Generic[P]):
 
     @property
     def name(self) -> str:
-        """The model's name and the index."""
         return f"{self.model}_{self.index}"
 
 

@@ -53,21 +53,15 @@ class StageParameters:
 
     @property
     def checkpoint_folder(self) -> Path:
-        """The checkpoint's folder, with environment variables filled in.
-
-        Raises:
-            ConfigurationError: a variable is not set.
-        """
+        """The checkpoint's folder, with environment variables filled in."""
         for name in VARIABLE.findall(self.checkpoint):
             if not os.environ.get(name):
-                raise ConfigurationError(
-                    f"checkpoint is {self.checkpoint!r}, but the environment has no {name}; set it"
-                )
+                given = f"checkpoint is {self.checkpoint!r}"
+                raise ConfigurationError(f"{given}, but the environment has no {name}; set it")
         return Path(VARIABLE.sub(lambda match: os.environ[match[1]], self.checkpoint))
 
     @property
     def timeouts(self) -> Timeouts:
-        """The limits on how long requests may take."""
         return Timeouts(self.default_timeout_ms * 1000, self.max_timeout_ms * 1000)
 
 
@@ -104,4 +98,3 @@ class DitParameters(StageParameters):
 
 
 PARAMETERS: Final[Mapping[str, type[StageParameters]]] = {"glm_ar": ArParameters, "glm_dit": DitParameters}
-"""The parameters of each model that has any."""

@@ -54,8 +54,7 @@ def _python_model(name: str, inputs: Iterable[TensorSpec], outputs: Iterable[Ten
 
 
 def _dit() -> Any:
-    inputs = (*schema.PAINTING_INPUTS, *schema.STAGE_INPUTS)
-    config = _stage("glm_dit", inputs, schema.OUTPUTS, DitParameters())
+    config = _stage("glm_dit", schema.DIT_INPUTS, schema.OUTPUTS, DitParameters())
     config.dynamic_batching.default_queue_policy.max_queue_size = MAX_DIT_QUEUE
     return config
 
@@ -71,7 +70,7 @@ def _ensemble() -> Any:
     _add_tensors(config, schema.REQUEST_INPUTS, schema.OUTPUTS)
     steps = (
         ("glm_ar", schema.REQUEST_INPUTS, schema.STAGE_TENSORS),
-        ("glm_dit", (*schema.PAINTING_INPUTS, *schema.STAGE_INPUTS), schema.OUTPUTS),
+        ("glm_dit", schema.DIT_INPUTS, schema.OUTPUTS),
     )
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)
@@ -83,13 +82,12 @@ def _ensemble() -> Any:
 
 
 def _add_tensors(config: Any, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> None:
-    for spec in inputs:
-        data_type = model_config_pb2.DataType.Value(f"TYPE_{spec.data_type}")
-        config.input.add(name=spec.name, data_type=data_type, dims=spec.dims, optional=spec.optional)
-    for spec in outputs:
-        config.output.add(
-            name=spec.name, data_type=model_config_pb2.DataType.Value(f"TYPE_{spec.data_type}"), dims=spec.dims
-        )
+    for specs, entries in ((inputs, config.input), (outputs, config.output)):
+        for spec in specs:
+            data_type = model_config_pb2.DataType.Value(f"TYPE_{spec.data_type}")
+            entry = entries.add(name=spec.name, data_type=data_type, dims=spec.dims)
+            if spec.optional:
+                entry.optional = True
 
 
 def model_configs() -> dict[str, Any]:
@@ -105,25 +103,23 @@ def model_configs() -> dict[str, Any]:
 
 def profile_configs(profile: Profile) -> dict[str, Any]:
     """Returns the ``ModelConfig`` message of each stage in a profile; the other models have no profiles."""
-    configs = model_configs()
-    layouts = {"glm_ar": profile.ar, "glm_dit": profile.dit}
-    for model, layout in layouts.items():
-        configs[model].instance_group[0].count = len(layout.entries)
+    configs = {}
+    for model, layout in (("glm_ar", profile.ar), ("glm_dit", profile.dit)):
+        config = configs[model] = model_configs()[model]
+        config.instance_group[0].count = len(layout.entries)
         for name, value in layout.values().items():
-            configs[model].parameters[name].string_value = value
-    return {model: configs[model] for model in layouts}
+            config.parameters[name].string_value = value
+    return configs
 
 
 def config_text(config: Any) -> str:
     """Returns a message in protobuf's text format, one entry a line; the entries that operators edit come first."""
-    lines = [
-        f'{field}: "{getattr(config, field)}"' for field in ("name", "backend", "platform") if getattr(config, field)
-    ]
+    names = ("name", "backend", "platform")
+    lines = [f'{field}: "{getattr(config, field)}"' for field in names if getattr(config, field)]
     lines += _entries("instance_group", config.instance_group)
-    if config.HasField("model_transaction_policy"):
-        lines += _entries("model_transaction_policy", [config.model_transaction_policy])
-    if config.HasField("dynamic_batching"):
-        lines += _entries("dynamic_batching", [config.dynamic_batching])
+    for field in ("model_transaction_policy", "dynamic_batching"):
+        if config.HasField(field):
+            lines += _entries(field, [getattr(config, field)])
     kind = PARAMETERS.get(config.name)
     for name, _, _ in parameters(kind) if kind else ():
         value = json.dumps(config.parameters[name].string_value)
@@ -143,12 +139,7 @@ def _step_text(step: Any) -> str:
 
 
 def _entries(field: str, messages: Iterable[Any]) -> list[str]:
-    return [f"{field} {{ {_one_line(message)} }}" for message in messages]
-
-
-def _one_line(message: Any) -> str:
-    text: str = text_format.MessageToString(message, as_one_line=True)
-    return text
+    return [f"{field} {{ {text_format.MessageToString(message, as_one_line=True)} }}" for message in messages]
 
 
 def config_files() -> dict[Path, str]:

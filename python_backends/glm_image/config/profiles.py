@@ -26,7 +26,6 @@ class StageLayout:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The devices of each instance."""
         return parse_devices(self.devices)
 
     def values(self) -> dict[str, str]:
@@ -36,14 +35,10 @@ class StageLayout:
 
 @dataclass(frozen=True)
 class Profile:
-    """A layout of both stages.
+    """A layout of both stages, with one line for people.
 
-    Attributes:
-        name: the value of ``--profile``.
-        meaning: one line for people.
-        card_gigabytes: memory, in 10^9 bytes, of the smallest common card on which 1024 x 1024 fits; 0 = host memory.
-        ar: the first stage.
-        dit: the second stage.
+    ``card_gigabytes`` is the memory, in 10^9 bytes, of the smallest common card on which 1024 x 1024 fits; 0 = host
+    memory.
     """
 
     name: str
@@ -59,13 +54,7 @@ class Profile:
         return tuple(dict.fromkeys(device for entry in entries for device in entry))
 
     @property
-    def processes(self) -> int:
-        """The number of processes that hold a model: one for each device of an instance."""
-        return sum(map(len, (*self.ar.entries, *self.dit.entries)))
-
-    @property
     def is_quantized(self) -> bool:
-        """Whether a stage has quantized weights."""
         return any(layout.parameters.get("quantization", "none") != "none" for layout in (self.ar, self.dit))
 
 
@@ -74,25 +63,14 @@ def _devices(kind: str, first: int, last: int, separator: str) -> str:
 
 
 def _multi_card(kind: str) -> tuple[Profile, ...]:
+    first, seven = StageLayout(f"{kind}:0"), StageLayout(_devices(kind, 1, 7, ";"))
+    ar = StageLayout(_devices(kind, 0, 3, ","))
+    dit = StageLayout(_devices(kind, 4, 7, ","), {"parallel": "cfg=2,ulysses=2"})
     return (
-        Profile(
-            f"{kind}-2", "one card for each stage", 32, StageLayout(f"{kind}:0"), StageLayout(f"{kind}:1")
-        ),
-        Profile(
-            f"{kind}-8",
-            "one AR instance feeds seven DiT instances: highest throughput",
-            32,
-            StageLayout(f"{kind}:0"),
-            StageLayout(_devices(kind, 1, 7, ";")),
-        ),
-        Profile(
-            f"{kind}-8-latency",
-            "each stage on four cards: lowest latency of a single image",
-            32,
-            StageLayout(_devices(kind, 0, 3, ",")),
-            StageLayout(_devices(kind, 4, 7, ","), {"parallel": "cfg=2,ulysses=2"}),
-        ),
-    )  # fmt: skip
+        Profile(f"{kind}-2", "one card for each stage", 32, first, StageLayout(f"{kind}:1")),
+        Profile(f"{kind}-8", "one AR instance feeds seven DiT instances: highest throughput", 32, first, seven),
+        Profile(f"{kind}-8-latency", "each stage on four cards: lowest latency of a single image", 32, ar, dit),
+    )
 
 
 def _one_card(name: str, meaning: str, gigabytes: int, ar: Mapping[str, str], dit: Mapping[str, str]) -> Profile:
@@ -124,4 +102,3 @@ PROFILES: Final = {
         *_multi_card("cuda"),
     )
 }
-"""Every profile, by its name."""

@@ -13,11 +13,10 @@ from glm_image.request.tensors import TensorSpec, request_fields
 REQUEST_INPUTS: Final = tuple(declared.spec for declared in request_fields(GenerationParameters))
 """The inputs of ``glm_image`` and ``glm_ar``, which validates all of them."""
 
-PAINTING_INPUTS: Final = tuple(declared.spec for declared in request_fields(SharedParameters))
+SHARED_INPUTS: Final = tuple(declared.spec for declared in request_fields(SharedParameters))
 """The inputs of ``glm_image`` that ``glm_dit`` takes as well."""
 
 STREAM_INPUTS: Final = (*REQUEST_INPUTS, *(declared.spec for declared in request_fields(PreviewParameters)))
-"""The inputs of ``glm_image_stream``."""
 
 STAGE_TENSORS: Final = (
     TensorSpec(
@@ -38,10 +37,11 @@ STAGE_TENSORS: Final = (
 )
 """The outputs of ``glm_ar``: host tensors of plain types."""
 
-REQUIRED_STAGE_INPUTS: Final = frozenset({"prior_token_ids", "prior_grid"})
-
-STAGE_INPUTS: Final = tuple(replace(spec, optional=spec.name not in REQUIRED_STAGE_INPUTS) for spec in STAGE_TENSORS)
-"""The same tensors as inputs of ``glm_dit``, which clients may call with tokens alone."""
+DIT_INPUTS: Final = (
+    *SHARED_INPUTS,
+    *(replace(spec, optional=spec.name not in ("prior_token_ids", "prior_grid")) for spec in STAGE_TENSORS),
+)
+"""The inputs of ``glm_dit``, which clients may call with tokens alone."""
 
 OUTPUTS: Final = (
     TensorSpec("images", "UINT8", (-1, -1, -1, 3), help="[n, height, width, 3] if raw, else [0, 0, 0, 3]."),
@@ -60,7 +60,4 @@ CONTROL_INPUTS: Final = (
     TensorSpec("request_id", "STRING", help="Id of the requests."),
     TensorSpec("action", "STRING", help="`cancel` or `status`."),
 )
-"""The inputs of ``glm_control``."""
-
 CONTROL_OUTPUTS: Final = (TensorSpec("result", "STRING", help="One JSON object."),)
-"""The outputs of ``glm_control``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 
 from glm_image.devices.attention import masked_decode_attention
-from glm_image.devices.base import Device, DeviceEvent, Memory, error_chain
+from glm_image.devices.base import Device, DeviceEvent, Memory
 from glm_image.devices.quantization import QuantizedRows
 from glm_image.request.geometry import Size
 
 WARM_UP_STEPS = 2  # libraries create handles and choose kernels, which must happen outside the capture
-FP8_CAPABILITY = (8, 9)
+FP8_CAPABILITY = (8, 9)  # Ada, Hopper
 
 
 class _Event:
@@ -52,22 +51,19 @@ class AcceleratorDevice(Device):
         self._runtime.set_device(self.torch_device)
 
     def memory(self) -> Memory:
-        """Returns the device's memory; memory that this process has reserved without tensors in it counts as free."""
+        """Counts memory that this process has reserved without tensors in it as free."""
         free, total = self._runtime.mem_get_info(self.torch_device)
         reserved = self._runtime.memory_reserved(self.torch_device) - self._runtime.memory_allocated(self.torch_device)
         return Memory(free + reserved, total)
 
     def peak_memory(self) -> int:
-        """Returns the peak memory of tensors."""
-        peak: int = self._runtime.max_memory_allocated(self.torch_device)
-        return peak
+        """Counts tensors only."""
+        return int(self._runtime.max_memory_allocated(self.torch_device))
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """See ``Device``; torch_npu may raise a RuntimeError of its own in place of torch's class."""
-        return any(
-            isinstance(cause, torch.OutOfMemoryError)
-            or (isinstance(cause, RuntimeError) and "out of memory" in str(cause).lower())
-            for cause in error_chain(error)
+    def _is_failed_allocation(self, error: BaseException) -> bool:
+        # torch_npu may raise a RuntimeError of its own in place of torch's class.
+        return isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
         )
 
     def release_unused(self) -> None:
@@ -80,8 +76,7 @@ class AcceleratorDevice(Device):
 
     def graph_pool(self) -> object:
         """Returns a handle; the memory is freed with the last step captured in it."""
-        handle: object = self._runtime.graph_pool_handle()
-        return handle
+        return self._runtime.graph_pool_handle()
 
     def capture(
         self, step: Callable[[], None], *, warm: bool = False, pool: object | None = None
@@ -101,21 +96,16 @@ class AcceleratorDevice(Device):
         return _Replay(graph, self._launch, step)
 
     @abstractmethod
-    def _new_graph(self) -> Any:
-        """Returns an empty graph."""
+    def _new_graph(self) -> Any: ...
 
     @abstractmethod
-    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
-        """Returns a context that captures work into a graph.
-
-        The restrictions of a capture apply to the calling thread only: others may decode or load meanwhile.
-        """
+    def _recording(self, graph: Any, pool: object | None) -> Any:
+        """Returns a context in which this thread's work is captured; other threads may decode or load meanwhile."""
 
     def _launch(self, graph: Any) -> None:
         graph.replay()
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        """See ``masked_decode_attention``."""
         return masked_decode_attention(query, keys, values, lengths)
 
 
@@ -132,11 +122,8 @@ class NpuDevice(AcceleratorDevice):
     def _new_graph(self) -> Any:
         return self._runtime.NPUGraph()
 
-    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._runtime.graph(
-            graph, pool=pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
-        )
-        return context
+    def _recording(self, graph: Any, pool: object | None) -> Any:
+        return self._runtime.graph(graph, pool=pool, auto_dispatch_capture=True, capture_error_mode="thread_local")
 
     def _launch(self, graph: Any) -> None:
         # Operators with host arguments wait for an update in every replay. A step keeps its lengths on the device, so
@@ -145,7 +132,7 @@ class NpuDevice(AcceleratorDevice):
         graph.replay()
 
     def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Casts the weights as they enter the matrix unit; see ``Device.int8_product``."""
+        """Casts the weights as they enter the matrix unit."""
         if hidden.dtype == torch.float32:  # not supported by the operator
             return super().int8_product(hidden, weight, scale)
         # A transposed view [k, n] of the stored weights, the layout with which the operator is fastest.
@@ -190,19 +177,17 @@ class CudaDevice(AcceleratorDevice):
     def _new_graph(self) -> Any:
         return self._runtime.CUDAGraph()
 
-    def _recording(self, graph: Any, pool: object | None) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = self._runtime.graph(graph, pool=pool, capture_error_mode="thread_local")
-        return context
+    def _recording(self, graph: Any, pool: object | None) -> Any:
+        return self._runtime.graph(graph, pool=pool, capture_error_mode="thread_local")
 
     def unsupported_quantization_reason(self, quantization: str) -> str | None:
-        """Requires compute capability 8.9 (Ada, Hopper) for fp8."""
         capability = self._runtime.get_device_capability(self.torch_device)
         if quantization == "fp8" and capability < FP8_CAPABILITY:
             return f"{self} has compute capability {capability[0]}.{capability[1]}, and fp8 needs 8.9 or above"
         return None
 
     def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``Device.attention_with_lse``; uses cuDNN, the fastest at the lengths of images."""
+        """Uses cuDNN, the fastest at the lengths of images."""
         heads_first = (tensor.transpose(1, 2) for tensor in (query, keys, values))
         attended, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)
         return attended.transpose(1, 2), lse.view(lse.shape[:3]).float()

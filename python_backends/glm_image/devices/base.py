@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,13 +22,6 @@ class DeviceEvent(Protocol):
         """Blocks the host until the device has reached the point."""
 
 
-def error_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and its causes: a graph capture that runs out of memory ends with another error."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 class Memory(NamedTuple):
     """A device's memory in bytes."""
 
@@ -40,7 +33,6 @@ class Device(ABC):
     """One device.
 
     Attributes:
-        torch_device: the device of tensors.
         default_dtype: the dtype of ``dtype: auto``.
         runs_triton: whether the kernels of ``glm_image.kernels`` run on it.
         attention_backend: diffusers' name of the attention to use; None for torch's default.
@@ -76,16 +68,20 @@ class Device(ABC):
         """Makes this the calling thread's current device."""
 
     @abstractmethod
-    def memory(self) -> Memory:
-        """Returns the free and the total memory."""
+    def memory(self) -> Memory: ...
 
     @abstractmethod
     def peak_memory(self) -> int:
-        """Returns this process's peak memory in bytes."""
+        """Returns the peak memory of this process in bytes."""
 
     @abstractmethod
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether ``error``, or a cause of it, is a failed allocation on this device."""
+    def _is_failed_allocation(self, error: BaseException) -> bool: ...
+
+    def is_out_of_memory(self, error: BaseException | None) -> bool:
+        """Whether ``error`` or a cause of it is a failed allocation: graph captures end with an error of their own."""
+        while error is not None and not self._is_failed_allocation(error):
+            error = error.__cause__ or error.__context__
+        return error is not None
 
     @abstractmethod
     def release_unused(self) -> None:
@@ -93,7 +89,7 @@ class Device(ABC):
 
     @abstractmethod
     def record_event(self) -> DeviceEvent:
-        """Records an event after the work that this thread has enqueued so far."""
+        """Returns the point after the work that this thread has enqueued so far."""
 
     def graph_pool(self) -> object | None:
         """Returns a memory pool for several captured steps; None where captures need none."""
@@ -113,15 +109,10 @@ class Device(ABC):
         """
 
     def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention that also returns the log-sum-exp, by which partial results are merged.
+        """Attention that also returns the log-sum-exp of the scores, by which partial results are merged.
 
-        Args:
-            query: [batch, tokens, heads, head_dim].
-            keys: [batch, other tokens, heads, head_dim].
-            values: as ``keys``.
-
-        Returns:
-            The output, shaped like ``query``, and the log-sum-exp of the scores, fp32 [batch, heads, tokens].
+        ``query`` is [batch, tokens, heads, head_dim], as the output; ``keys`` and ``values`` are [batch, other tokens,
+        heads, head_dim]; the log-sum-exp is fp32 [batch, heads, tokens].
 
         Raises:
             ConfigurationError: the device has no such attention.
@@ -132,26 +123,15 @@ class Device(ABC):
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         """Attention of one new token per slot over the slot's KV cache; independent between slots.
 
-        Args:
-            query: [slots, heads, head_dim].
-            keys: [slots, kv_heads, positions, head_dim]; heads are a multiple of kv_heads.
-            values: as ``keys``.
-            lengths: int64 [slots]; slot i sees positions 0 to lengths[i] - 1, at least one.
-
-        Returns:
-            [slots, heads, head_dim].
+        ``query`` is [slots, heads, head_dim], as the result; ``keys`` and ``values`` are [slots, kv_heads, positions,
+        head_dim], with heads a multiple of kv_heads; ``lengths`` is int64 [slots]: slot i sees positions 0 to
+        lengths[i] - 1, at least one.
         """
 
     def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Computes ``hidden @ (weight * scale[:, None]).T``.
+        """Computes ``hidden @ (weight * scale[:, None]).T``, [..., n] in the activations' dtype.
 
-        Args:
-            hidden: [..., k].
-            weight: int8 [n, k].
-            scale: fp32 [n].
-
-        Returns:
-            [..., n] in the activations' dtype.
+        ``hidden`` is [..., k], ``weight`` int8 [n, k], ``scale`` fp32 [n].
         """
         return quantization.dequantized_product(hidden, weight, scale)
 
@@ -160,9 +140,7 @@ class Device(ABC):
         """Returns why this device cannot multiply ``int8`` or ``fp8`` matrices; None if it can."""
 
     def quantize_rows(self, matrix: Tensor, dtype: torch.dtype) -> QuantizedRows:
-        """See ``quantization.quantize_rows``."""
         return quantization.quantize_rows(matrix, dtype)
 
     def scaled_product(self, rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        """See ``quantization.scaled_product``."""
         return quantization.scaled_product(rows, weight, bias, dtype)

@@ -22,14 +22,8 @@ def check_budget(
 ) -> None:
     """Checks that a stage fits its share of a device and the device's free memory.
 
-    Args:
-        stage: the model's name.
-        fixed: bytes of its weights, by part.
-        scaled: bytes that depend on its parameters, by purpose.
-        memory: of the device, before the stage is loaded.
-        utilization: the share of the device that the stage may use.
-        device: name of the device.
-        lower: the parameters on which ``scaled`` depends.
+    ``fixed`` has the bytes of its weights, by part; ``scaled`` the bytes that depend on the parameters ``lower``, by
+    purpose. ``memory`` is that of the device before the stage is loaded, ``utilization`` the share.
 
     Raises:
         ConfigurationError: the stage does not fit; the message lists needs, free memory and remedies.
@@ -53,5 +47,5 @@ def check_budget(
 
 
 def format_bytes(size: int) -> str:
-    """Returns a number of bytes in MB or GB."""
+    """Returns bytes as GB or MB."""
     return f"{size / GIGABYTE:.1f} GB" if size >= GIGABYTE else f"{size / MEGABYTE:.1f} MB"

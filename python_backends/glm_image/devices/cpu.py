@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from glm_image.devices.attention import ragged_decode_attention
-from glm_image.devices.base import Device, DeviceEvent, Memory, error_chain
+from glm_image.devices.base import Device, DeviceEvent, Memory
 
 KIBIBYTE = 1024
 
 
 class _CompletedEvent:
     def synchronize(self) -> None:
-        """Does nothing: calls are synchronous."""
+        """Calls are synchronous."""
 
 
 class CpuDevice(Device):
@@ -29,27 +29,25 @@ class CpuDevice(Device):
     is_host = True
 
     def set_current(self) -> None:
-        """Does nothing."""
+        pass
 
     def memory(self) -> Memory:
-        """Returns the host's memory; the page cache counts as free."""
+        """Counts the page cache as free."""
         lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         sizes = {name: int(size) * KIBIBYTE for name, size, *_ in lines}
         return Memory(sizes["MemAvailable:"], sizes["MemTotal:"])
 
     def peak_memory(self) -> int:
-        """Returns the largest resident set of the process."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBIBYTE
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """See ``Device``; torch has no error class for this on the CPU."""
-        return any(
-            isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and "DefaultCPUAllocator" in str(cause))
-            for cause in error_chain(error)
+    def _is_failed_allocation(self, error: BaseException) -> bool:
+        # torch has no error class for this on the CPU.
+        return isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
         )
 
     def release_unused(self) -> None:
-        """Does nothing: there is no caching allocator."""
+        """There is no caching allocator."""
 
     def record_event(self) -> DeviceEvent:
         return _CompletedEvent()
@@ -61,13 +59,11 @@ class CpuDevice(Device):
         return step
 
     def attention_with_lse(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``Device.attention_with_lse``."""
         heads_first = (tensor.transpose(1, 2) for tensor in (query, keys, values))
         attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first)
         return attended.transpose(1, 2), lse
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        """See ``ragged_decode_attention``."""
         return ragged_decode_attention(query, keys, values, lengths)
 
     def unsupported_quantization_reason(self, quantization: str) -> str | None:

@@ -16,10 +16,6 @@ Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights and one scale per row; activations keep their dtype.
 
-    Args:
-        linear: the layer to quantize.
-        product: the device's ``int8_product``.
-
     Attributes:
         weight: int8 [n, k].
         scale: fp32 [n]; the layer's matrix is ``weight * scale[:, None]``.
@@ -39,7 +35,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Applies the layer to ``hidden`` [..., k]; fused decode steps use kernels in place of this."""
+        # Fused decode steps use kernels in place of this.
         product = self._product(hidden, self.weight, self.scale)
         return product if self.bias is None else product + self.bias
 

@@ -27,12 +27,7 @@ class OomReport(NamedTuple):
 
 
 def run_or_oom(device: Device, work: Callable[[], T], report: Callable[[], OomReport]) -> T:
-    """Runs ``work``, which may need more memory than the device has.
-
-    Args:
-        device: where ``work`` allocates.
-        work: the computation.
-        report: called after a failed allocation, to describe it.
+    """Runs ``work``, which may need more memory than the device has; ``report`` describes a failed allocation.
 
     Raises:
         DeviceMemoryError: an allocation failed. The error does not reference the failed one, whose frames hold tensors.

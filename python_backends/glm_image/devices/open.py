@@ -15,7 +15,7 @@ from glm_image.errors import ConfigurationError
 
 
 def instance_device(devices: str, instance: int) -> str:
-    """Returns the first device of an instance, in a process that sees all; see ``glm_image.devices.placement``."""
+    """Returns the first device of an instance, in a process that sees all devices."""
     entries = assign_devices(devices, max(instance + 1, devices.count(";") + 1), find_accelerators())
     return entries[instance][0]
 
@@ -33,11 +33,9 @@ def count_accelerators() -> tuple[str, int]:
 
 
 def open_device(name: str, display_name: str | None = None) -> Device:
-    """Opens a device by name: ``cpu``, ``cpu:1``, ``cuda:0``, ``npu:1``.
+    """Opens the device of a name in this process, such as ``cpu``, ``cpu:1`` or ``cuda:0``.
 
-    Args:
-        name: its name in this process.
-        display_name: its name in messages, where the process does not see all devices.
+    Messages name it ``display_name``, for a process that does not see all devices.
 
     Raises:
         ConfigurationError: the machine has no such device.

@@ -21,12 +21,10 @@ Entry = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Placement:
-    """The devices of one instance.
+    """The devices of one instance, such as ``npu:2``.
 
-    Attributes:
-        devices: their names in the configuration, e.g. ``npu:2``.
-        local_names: their names in a process with ``environment``, e.g. ``npu:0``.
-        environment: variables to set before torch is imported.
+    In a process that has set the variables of ``environment`` before importing torch, their names are ``local_names``,
+    such as ``npu:0``.
     """
 
     devices: Entry
@@ -58,12 +56,8 @@ def assign_devices(
 ) -> tuple[Entry, ...]:
     """Returns the devices of every instance of a model.
 
-    Args:
-        devices: the parameter. ``auto`` assigns the accelerators round-robin, or the CPU if there are none; a single
-            ``cpu`` is shared by all instances.
-        instances: the number of instances.
-        accelerators: of this machine.
-        reserve_first: whether ``auto`` leaves the first of several accelerators to the other stage.
+    ``auto`` assigns the accelerators of this machine round-robin, or the CPU if there are none; with ``reserve_first``
+    it leaves the first of several to the other stage. A single ``cpu`` is shared by all instances.
 
     Raises:
         ConfigurationError: an entry is not on this machine, or the number of entries is not ``instances``.
@@ -96,11 +90,7 @@ def assign_devices(
 
 
 def check_memory_shares(entries: tuple[Entry, ...], memory_utilization: float, accelerators: Accelerators) -> None:
-    """Checks that the instances of a model use at most the whole memory of each accelerator.
-
-    Raises:
-        ConfigurationError: they would use more.
-    """
+    """Raises ConfigurationError if the instances of a model would use more than the memory of an accelerator."""
     instances = Counter(device for entry in entries for device in entry if not device.startswith("cpu"))
     for device, count in instances.items():
         if count * memory_utilization > 1:
@@ -114,13 +104,9 @@ def check_memory_shares(entries: tuple[Entry, ...], memory_utilization: float, a
 def place_instance(
     entries: tuple[Entry, ...], instance: int, accelerators: Accelerators, environment: Mapping[str, str] = os.environ
 ) -> Placement:
-    """Returns the placement of one instance, whose process then sees no other accelerator.
+    """Returns the placement of one of the instances of ``assign_devices``; its process sees no other accelerator.
 
-    Args:
-        entries: of all instances, from ``assign_devices``.
-        instance: the index of the instance.
-        accelerators: of this machine.
-        environment: the process's; its visible devices are narrowed, other variables that are set are kept.
+    Of the process's ``environment`` the visible devices are narrowed; other variables that are set are kept.
     """
     devices = entries[instance]
     kind = devices[0].partition(":")[0]

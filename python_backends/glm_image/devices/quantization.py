@@ -28,12 +28,7 @@ MIN_FP8_ROWS = 32
 
 
 class QuantizedRows(NamedTuple):
-    """A matrix quantized by row: ``values * scales``.
-
-    Attributes:
-        values: int8 or float8_e4m3fn [rows, k].
-        scales: fp32 [rows, 1].
-    """
+    """A matrix quantized by row: int8 or float8_e4m3fn ``values`` [rows, k], times fp32 ``scales`` [rows, 1]."""
 
     values: Tensor
     scales: Tensor
@@ -48,16 +43,9 @@ def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> QuantizedRows:
 
 
 def scaled_product(rows: QuantizedRows, weight: QuantizedRows, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Computes ``rows @ weight.T + bias``.
+    """Computes ``rows @ weight.T + bias``, [rows, n] in ``dtype``; fp8 on CUDA supports bf16 only.
 
-    Args:
-        rows: [rows, k].
-        weight: [n, k], of the same dtype.
-        bias: [n].
-        dtype: of the result; fp8 on CUDA supports bf16 only.
-
-    Returns:
-        [rows, n].
+    ``rows`` are [rows, k], ``weight`` is [n, k] of the same quantized dtype, ``bias`` [n].
     """
     if rows.values.dtype == torch.int8:
         sums = int8_sums(rows.values, weight.values)

@@ -20,11 +20,7 @@ def plain_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 class SequenceParallelProcessor:
-    """A processor of diffusers' ``Attention``: ``GlmImageAttnProcessor`` with attention over the tokens of all ranks.
-
-    Args:
-        attention: attends over the tokens of all ranks.
-    """
+    """diffusers' ``GlmImageAttnProcessor`` with attention over the tokens of all ranks."""
 
     def __init__(self, attention: SequenceAttention) -> None:
         self._attention = attention
@@ -40,17 +36,7 @@ class SequenceParallelProcessor:
         *,
         shape: SequenceShape,
     ) -> tuple[Tensor, Tensor]:
-        """Attends; see diffusers.
-
-        Args:
-            attn: the module.
-            hidden_states: own image tokens, [1, tokens, width].
-            encoder_hidden_states: text tokens, [1, tokens, width].
-            attention_mask: None: there is no padding.
-            image_rotary_emb: cosines and sines of the own image tokens.
-            kv_cache: has the hook of the keys and values; None = no hook.
-            shape: of the sequence.
-        """
+        """Attends from the own image and the text tokens, [1, tokens, width] each; ``kv_cache`` has the ``KvHook``."""
         if attention_mask is not None:
             raise ValueError("attention_mask is given; allowed: None")
         text = encoder_hidden_states.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
@@ -46,7 +47,7 @@ class Blocks(ABC):
         Running blocks in parts gives the same bits as running all of them in one call.
 
         Args:
-            which: the blocks, without gaps.
+            which: the blocks, contiguous.
             sequences: the tokens of each.
             time: silu(time embedding), [1, time width].
             rotary: tables of the image tokens.
@@ -65,15 +66,6 @@ class Blocks(ABC):
     ) -> list[Tensor]:
         """Returns the image tokens of each sequence after all blocks; see ``run``."""
         return [image for image, _ in self.run(range(len(self)), sequences, time, rotary, kv_hooks, shape)]
-
-
-class _KvHookCache:
-    """A hook in the form of a cache that diffusers' attention reads."""
-
-    mode = "read"
-
-    def __init__(self, kv_hook: KvHook) -> None:
-        self.get = kv_hook
 
 
 class EagerBlocks(Blocks):
@@ -99,18 +91,15 @@ class EagerBlocks(Blocks):
         results: list[Tokens] = []
         for image, text in sequences:
             for index in which:
-                cache = _KvHookCache(kv_hooks[index]) if kv_hooks and not results else None
+                # The hook in the form of a cache that diffusers' attention reads.
+                cache = SimpleNamespace(mode="read", get=kv_hooks[index]) if kv_hooks and not results else None
                 image, text = self._blocks[index](image, text, time, rotary, kv_cache=cache, **options)  # noqa: PLW2901 - the sequence's state
             results.append((image, text))
         return results
 
 
 def eager_blocks(transformer: Any) -> Blocks:
-    """Returns the blocks of diffusers' ``GlmImageTransformer2DModel``, run one after the other as they are."""
-    return EagerBlocks(transformer.transformer_blocks, _dispatched(transformer))
-
-
-def _dispatched(transformer: Any) -> str:
-    """Returns the attention that diffusers' dispatch chooses for a transformer."""
+    """Returns diffusers' blocks as they are, with the attention that its dispatch chooses."""
     chosen = transformer.transformer_blocks[0].attn1.processor._attention_backend
-    return str((chosen or _AttentionBackendRegistry.get_active_backend()[0]).value)
+    backend = chosen or _AttentionBackendRegistry.get_active_backend()[0]
+    return EagerBlocks(transformer.transformer_blocks, str(backend.value))

@@ -21,7 +21,7 @@ STEPS_WITH_A_MASK: Final = 8
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """When a step may reuse an earlier step's middle blocks; fields as in cache-dit's ``DBCacheConfig``."""
+    """Settings of the residual cache; fields as in cache-dit's ``DBCacheConfig``."""
 
     Fn_compute_blocks: int = whole(
         1,
@@ -81,12 +81,9 @@ class CacheSettings:
         return None if self.scm_steps_mask_policy == "none" else _steps_mask(self.scm_steps_mask_policy, steps)
 
     def refresh_step(self, sources: int, branch: int, branches: int) -> int | None:
-        """Returns the step before which a branch starts anew; None = never.
+        """Returns the step before which a branch (0: conditional) starts anew; None = never.
 
-        Args:
-            sources: passes of source images before the first step.
-            branch: 0 is the conditional one, whose pass comes first in a step.
-            branches: passes of a step.
+        ``sources`` are the passes of source images before the first step, ``branches`` the passes of a step.
         """
         if self.force_refresh_step_hint is None:
             return None

@@ -1,4 +1,4 @@
-"""When a step may reuse the middle blocks' residuals of an earlier one, and how those are extrapolated.
+"""Policy of the residual cache: which steps reuse the middle blocks' residuals, and how those are extrapolated.
 
 Both follow cache-dit's DBCache and TaylorSeer, which the tests compare them with.
 """
@@ -27,7 +27,6 @@ class ReusePolicy:
     ``cfg_diff_compute_separate``.
 
     Args:
-        settings: warm-up, threshold and limits.
         mask: 1 for each step that must compute, 0 for the others; None = no mask.
         refresh_step: the step before which the policy starts anew, as for a new image; None = never.
 
@@ -50,9 +49,8 @@ class ReusePolicy:
     def begin_step(self, change: Callable[[], float]) -> bool:
         """Begins the next step; returns whether it reuses.
 
-        Args:
-            change: returns the relative L1 change of the front blocks' residual since the step last computed; called
-                only where the change decides.
+        ``change`` returns the relative L1 change of the front blocks' residual since the step last computed; called
+        only where the change decides.
         """
         if self._steps_in_all == self._refresh_step:
             self._restart()
@@ -84,8 +82,7 @@ class ReusePolicy:
 class TaylorSeer:
     """Extrapolates a tensor from the steps that computed it, by its Taylor series (TaylorSeer, Liu et al., 2025).
 
-    Args:
-        order: of the highest derivative, which are finite differences.
+    The derivatives, up to ``order``, are finite differences.
     """
 
     def __init__(self, order: int) -> None:
@@ -102,7 +99,6 @@ class TaylorSeer:
         self._terms, self._computed_step = terms, step
 
     def extrapolate(self, step: int) -> Tensor:
-        """Returns the value at a later step."""
         elapsed = float(step - self._computed_step)
         value = self._terms[0]
         for power, derivative in enumerate(self._terms[1:], start=1):

@@ -42,7 +42,6 @@ class BranchState:
 
     @classmethod
     def of(cls, branch: Branch, with_text: bool) -> BranchState:
-        """Allocates the state of a branch with this conditioning."""
         image, text = torch.zeros_like(branch.prior), torch.zeros_like(branch.glyphs)
         return cls(
             image=image,
@@ -55,7 +54,6 @@ class BranchState:
 
     @property
     def residuals(self) -> list[Tensor]:
-        """The middle blocks' residuals, which are extrapolated."""
         return [self.residual] if self.text_residual is None else [self.residual, self.text_residual]
 
     @property
@@ -75,15 +73,10 @@ class BranchState:
 class DbCacheStep:
     """The computation of a cached step in two halves. Neither looks at a value, so both can be captured.
 
-    Args:
-        model: runs the blocks; all ranks that share a branch's tokens get the same changes.
-        state: of the image.
-        settings: how the blocks are divided.
-
     Attributes:
         branches: the state of each of this rank's branches.
-        changes: relative L1 change of each branch's front residual since the step last computed, fp32 [branches]; NaN
-            where a residual is infinite, which is below no threshold.
+        changes: relative L1 change of each branch's front residual since the step last computed, fp32 [branches]; the
+            same on all ranks that share a branch's tokens. NaN where a residual is infinite: below no threshold.
     """
 
     def __init__(self, model: DitModel, state: ImageState, settings: CacheSettings) -> None:
@@ -94,7 +87,6 @@ class DbCacheStep:
         self.changes = torch.zeros(len(self.branches), device=state.latents.device)
 
     def compute_front(self) -> None:
-        """Computes the front blocks and the change of their residuals."""
         sequences = self._model.project_in(self._state.latents, self._state.conditioning.branches)
         after = self._run(self._front, sequences)
         for index, (branch, (before, _), (image, text)) in enumerate(zip(self.branches, sequences, after, strict=True)):
@@ -110,8 +102,7 @@ class DbCacheStep:
     def finish(self, reuse: tuple[bool, ...]) -> None:
         """Computes or reuses the middle blocks, computes the back ones, and takes the step.
 
-        Args:
-            reuse: for each branch, whether the middle blocks' residuals are reused.
+        ``reuse`` says for each branch whether the middle blocks' residuals are reused.
         """
         tokens = [
             branch.reused if reused else (branch.image, branch.text)
@@ -135,14 +126,7 @@ class DbCacheStep:
 
 
 class CachedStep:
-    """Takes the next step of an image, skipping middle blocks where it may.
-
-    Args:
-        halves: the computation.
-        policies: decide for each of the branches of ``halves``.
-        settings: whether residuals are extrapolated.
-        capture: captures what is run at many steps.
-    """
+    """Takes the next step of an image, skipping the middle blocks of each branch where its policy allows."""
 
     def __init__(
         self, halves: DbCacheStep, policies: list[ReusePolicy], settings: CacheSettings, capture: StepCapture
@@ -182,16 +166,7 @@ class CachedStep:
 def cached_step(
     model: DitModel, state: ImageState, settings: CacheSettings, steps: int, sources: int, capture: StepCapture
 ) -> CachedStep:
-    """Makes the cached step of an image.
-
-    Args:
-        model: runs the blocks.
-        state: of the image.
-        settings: of the cache.
-        steps: of the image.
-        sources: source images that it attends to.
-        capture: captures what is run at many steps.
-    """
+    """Returns the cached step of an image with ``steps`` steps that attends to ``sources`` source images."""
     halves = DbCacheStep(model, state, settings)
     mask, branches = settings.steps_mask(steps), len(halves.branches)
     policies = [

@@ -12,39 +12,27 @@ from glm_image.request.geometry import Grid
 from glm_image.request.source_images import SourcePicture
 
 
-class DitCommand(Command[R]):
-    """A command of the DiT."""
-
-    def describe(self) -> str:
-        """Returns what an out-of-memory message calls the command."""
-        return "the release of memory"
-
-
 @dataclass(frozen=True)
-class ReadSources(DitCommand[None]):
+class ReadSources(Command[None]):
     """Computes the keys and values of a request's source images, which are kept until ``ForgetSources``."""
 
     request: int
     sources: tuple[SourcePicture, ...]
 
-    def describe(self) -> str:
-        return f"the reading of {self.megapixels:.1f} megapixels of source images"
-
     @property
     def megapixels(self) -> float:
-        """The size of all sources together."""
         return sum(source.pixels.size for source in self.sources) / 3e6
 
 
 @dataclass(frozen=True)
-class ForgetSources(DitCommand[None]):
+class ForgetSources(Command[None]):
     """Drops the keys and values of a request's source images."""
 
     request: int
 
 
 @dataclass(frozen=True)
-class ImageCommand(DitCommand[R]):
+class ImageCommand(Command[R]):
     """A command on one image, which has a number of the scheduler's choice."""
 
     image: int
@@ -63,22 +51,15 @@ class Prepare(ImageCommand[NDArray[np.float32]]):
     seed: int
     sources_of: int | None = None
 
-    def describe(self) -> str:
-        return "the conditioning"
-
 
 @dataclass(frozen=True)
 class Step(ImageCommand[bool]):
     """Takes an image's next denoising step; returns whether the cache skipped it.
 
-    Attributes:
-        for_estimate: whether ``Estimate`` may follow.
+    ``for_estimate`` says whether ``Estimate`` may follow.
     """
 
     for_estimate: bool = False
-
-    def describe(self) -> str:
-        return "a denoising step"
 
 
 @dataclass(frozen=True)
@@ -89,16 +70,10 @@ class Estimate(ImageCommand[NDArray[np.uint8]]):
     level 0 the same velocity leads to x' - s' v = (s x' - s' x) / (s - s').
     """
 
-    def describe(self) -> str:
-        return "a latent preview"
-
 
 @dataclass(frozen=True)
 class Decode(ImageCommand[NDArray[np.uint8]]):
     """Decodes an image's latents to uint8 [height, width, 3], and drops the image."""
-
-    def describe(self) -> str:
-        return "the VAE decode"
 
 
 @dataclass(frozen=True)

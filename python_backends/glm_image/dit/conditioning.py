@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glm_image.dit.commands import Prepare
 from glm_image.dit.schedule import Schedule
 from glm_image.dit.source_kv import SourceCache
 from glm_image.request import geometry, prompts
@@ -40,9 +41,7 @@ class Conditioning:
         branches: the prompt's, and with guidance the negative prompt's, without prior tokens.
         guided: whether there is guidance.
         tokens: image tokens of a branch, of all ranks together.
-        guidance_scale: of classifier-free guidance.
         times: silu(time + size embedding) of every step, [steps, time width].
-        rotary: cosines and sines, fp32 [image tokens, head_dim] each, on the device.
         sources: keys and values of source images, which the conditional branch attends to; None without any.
     """
 
@@ -63,23 +62,16 @@ class SourceConditioning:
         latents: normalised, [1, channels, H/8, W/8].
         prior: projected embeddings of its tokens, [1, image tokens, width]; added to the image tokens.
         time: silu(time + size embedding) of time 0, [1, time width].
-        rotary: as in ``Conditioning``.
     """
 
     latents: Tensor
     prior: Tensor
     time: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: Rotary
 
 
 class Conditioner:
-    """Prepares conditioning with the modules of a checkpoint.
-
-    Args:
-        transformer: diffusers' ``GlmImageTransformer2DModel``.
-        glyph_encoder: transformers' ``T5EncoderModel``.
-        glyph_tokenizer: the ByT5 tokenizer.
-    """
+    """Prepares conditioning with diffusers' transformer, transformers' ``T5EncoderModel`` and the ByT5 tokenizer."""
 
     def __init__(self, transformer: Any, glyph_encoder: Any, glyph_tokenizer: Any) -> None:
         self._transformer = transformer
@@ -88,54 +80,35 @@ class Conditioner:
         self._device: torch.device = transformer.proj_out.weight.device
         self._dtype: torch.dtype = transformer.proj_out.weight.dtype
 
-    def prepare(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        prior_token_ids: NDArray[np.int32],
-        grid: Grid,
-        guidance_scale: float,
-        schedule: Schedule,
-        sources: SourceCache | None = None,
-    ) -> Conditioning:
-        """Prepares one image.
+    def prepare(self, command: Prepare, schedule: Schedule, sources: SourceCache | None = None) -> Conditioning:
+        """Prepares one image; a guidance scale above 1 adds the unconditional branch.
 
-        Args:
-            prompt: its quoted strings are the glyph condition.
-            negative_prompt: its quoted strings are the glyph condition of the unconditional branch.
-            prior_token_ids: int32 [grid.tokens].
-            grid: the grid they fill.
-            guidance_scale: above 1 there is an unconditional branch.
-            schedule: of the image.
-            sources: keys and values of source images, which the conditional branch attends to.
+        The quoted strings of the prompts are the glyph conditions of the two branches.
         """
-        embedded = self._embedded(prior_token_ids, grid)
-        guided = guidance_scale > 1
-        branches = [self._branch(prompt, embedded)]
+        embedded = self._embedded(command.prior_token_ids, command.grid)
+        guided = command.guidance_scale > 1
+        branches = [self._branch(command.prompt, embedded)]
         if guided:
-            branches.append(self._branch(negative_prompt, torch.zeros_like(embedded)))
+            branches.append(self._branch(command.negative_prompt, torch.zeros_like(embedded)))
         return Conditioning(
             branches=branches,
             guided=guided,
             tokens=embedded.shape[1],
-            guidance_scale=guidance_scale,
-            times=self._times(geometry.painted_size(grid), schedule.timesteps),
-            rotary=self._rotary(grid),
+            guidance_scale=command.guidance_scale,
+            times=self._times(geometry.rendered_size(command.grid), schedule.timesteps),
+            rotary=self._rotary(command.grid),
             sources=sources,
         )
 
     def prepare_source(self, latents: Tensor, token_ids: NDArray[np.int32], grid: Grid) -> SourceConditioning:
         """Prepares one source image.
 
-        Args:
-            latents: normalised, [1, channels, H/8, W/8].
-            token_ids: int32 [grid.tokens].
-            grid: the grid they fill.
+        ``latents`` are normalised, [1, channels, H/8, W/8]; ``token_ids`` is int32 [grid.tokens].
         """
         return SourceConditioning(
             latents=latents,
             prior=self._transformer.prior_projector(self._embedded(token_ids, grid)),
-            time=self._times(geometry.painted_size(grid), torch.zeros(1, device=self._device)),
+            time=self._times(geometry.rendered_size(grid), torch.zeros(1, device=self._device)),
             rotary=self._rotary(grid),
         )
 
@@ -168,7 +141,7 @@ class Conditioner:
         crop = torch.zeros_like(target_size)
         return torch.cat([embed(time[None], target_size, crop, self._dtype) for time in timesteps])
 
-    def _rotary(self, grid: Grid) -> tuple[Tensor, Tensor]:
+    def _rotary(self, grid: Grid) -> Rotary:
         # The module only looks at the shape of the latents, whose sides are four times the grid's.
         latents = torch.empty(1, 1, grid.height * 4, grid.width * 4, device="meta")
         cos, sin = self._transformer.rope(latents)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,9 +51,7 @@ class DitEngine:
     """The transformer, the glyph encoder and the VAE on one device, or on several that share each step.
 
     Args:
-        checkpoint: the weights and configs.
-        device: the device of rank 0.
-        settings: how the engine runs.
+        device: of rank 0.
         record: receives the metrics of ``dit.metrics``.
         workers: the devices of the other ranks.
         watched: wraps the function that runs commands, so that a watchdog can time them.
@@ -60,7 +59,6 @@ class DitEngine:
     Attributes:
         codebook_size: prior token ids are below it.
         source_rule: how source images are sized.
-        executor: runs commands on all ranks.
         attention_backend: the attention of the transformer's blocks, by its name in diffusers' attention dispatch.
 
     Raises:
@@ -95,24 +93,17 @@ class DitEngine:
 
     def _warm_up(self, grid: Grid) -> None:
         tokens = np.zeros((1, grid.tokens), dtype=np.int32)
-        size = geometry.painted_size(grid)
+        size = geometry.rendered_size(grid)
         request = PaintRequest("", tokens, grid, size, seeds=(0,), num_inference_steps=2)
         scheduler = Scheduler(self.executor.run)  # records no metrics
         scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request))
 
     def paint(self, context: RequestContext, request: PaintRequest, limits: Limits) -> Future[DitResult]:
-        """Renders the images of a request.
+        """Renders the images of a request, which it validates first.
 
         Blocks until all of them are denoised and the device is free for the next request. Decoding, cropping and
-        encoding go on in the engine's finisher thread; on a host they are done when this returns.
-
-        Args:
-            context: checked between steps; receives progress and stage seconds.
-            request: what to render; validated here.
-            limits: what a request may ask for.
-
-        Returns:
-            The images, or the error that occurred while they were decoded or encoded.
+        encoding go on in the engine's finisher thread; on a host they are done when this returns. The future
+        resolves to the images, or to the error that occurred while they were decoded or encoded.
 
         Raises:
             InvalidInputError: an input is not allowed, or the sources need more memory than the device has.
@@ -127,23 +118,23 @@ class DitEngine:
         sources = request.read_sources(limits, self.source_rule)
         numbers = self._scheduler.denoise(context, request, sources)
         self._unfinished.acquire()
-        result: Future[DitResult] = Future()
         if self._finisher is None:
-            self._finish(result, context, request, numbers)
+            result = self._decode_and_encode_here(context, request, numbers)
         else:
-            self._finisher.submit(self._finish, result, context, request, numbers)
+            result = self._finisher.submit(self._decode_and_encode, context, request, numbers)
+        result.add_done_callback(lambda _: self._unfinished.release())
         return result
 
-    def _finish(
-        self, result: Future[DitResult], context: RequestContext, request: PaintRequest, numbers: list[int]
-    ) -> None:
-        result.set_running_or_notify_cancel()  # makes ``cancel`` of the future fail
+    def _decode_and_encode_here(
+        self, context: RequestContext, request: PaintRequest, numbers: list[int]
+    ) -> Future[DitResult]:
+        result: Future[DitResult] = Future()
         try:
             result.set_result(self._decode_and_encode(context, request, numbers))
-        except Exception as error:  # the caller must get an answer, whatever it is
+        except Exception as error:  # raised in the future, as by the finisher thread
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and this frame keeps the error alive
             result.set_exception(error)
-        finally:
-            self._unfinished.release()
+        return result
 
     def _decode_and_encode(self, context: RequestContext, request: PaintRequest, numbers: list[int]) -> DitResult:
         decoded = self._scheduler.decode(context, numbers)

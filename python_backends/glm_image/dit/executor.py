@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from glm_image.dit.cache import CacheSettings
 from glm_image.dit.cached_step import CachedStep, cached_step
 from glm_image.dit.commands import (
     Decode,
-    DitCommand,
     Drop,
     Estimate,
     ForgetSources,
@@ -41,17 +40,23 @@ from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid
 LATENTS_PER_TOKEN = 4
 IMAGE_TOKENS_PER_TOKEN = 4
 
+OPERATIONS: Final = {
+    Prepare: "the conditioning",
+    Step: "a denoising step",
+    Estimate: "a latent preview",
+    Decode: "the VAE decode",
+}
+"""Names of the commands in an out-of-memory error."""
+
 
 @dataclass
 class _Image:
     """An image that is denoised.
 
     Attributes:
-        grid: its size.
         latents: fp32, updated in place.
         sigmas: its noise levels, fp32 [steps + 1].
         step: takes a step; None when all are taken, so that captured steps are freed before the image is decoded.
-        steps_taken: so far.
         previous: the latents before the latest step, if that was ``for_estimate``.
     """
 
@@ -66,15 +71,8 @@ class _Image:
 class Executor:
     """Denoises and decodes images, a command at a time; their latents stay on the device.
 
-    ``Decode`` may run in another thread than the other commands.
-
-    Args:
-        model: predicts velocities.
-        conditioner: prepares conditioning.
-        vae: decodes latents and encodes source images.
-        scheduler_config: the checkpoint's ``scheduler_config.json``.
-        device: where all of them are.
-        cache: see the attribute.
+    ``Decode`` may run in another thread than the other commands. ``scheduler_config`` is the checkpoint's
+    ``scheduler_config.json``.
 
     Attributes:
         cache: the residual cache of images prepared from now on; None = exact steps.
@@ -104,10 +102,10 @@ class Executor:
         return self._model.blocks.attention_backend
 
     def run(self, command: Command[R]) -> R:
-        """Runs one command.
+        """Runs one command; an image whose command runs out of memory is dropped.
 
         Raises:
-            DeviceMemoryError: out of memory; the command's image is dropped.
+            DeviceMemoryError: an allocation failed.
             InvalidInputError: the sources need more memory than the device has.
         """
         self._device.set_current()
@@ -143,7 +141,9 @@ class Executor:
 
     def _oom_report(self, command: Command[Any]) -> OomReport:
         in_use = f"{len(self._images)} images and the sources of {len(self._sources)} requests in memory"
-        operation = command.describe() if isinstance(command, DitCommand) else "a command"
+        operation = OPERATIONS.get(type(command), "the release of memory")
+        if isinstance(command, ReadSources):
+            operation = f"the reading of {command.megapixels:.1f} megapixels of source images"
         if not isinstance(command, ImageCommand):
             return OomReport(operation, in_use, "their number or size")
         image = self._images.get(command.image)
@@ -185,15 +185,7 @@ class Executor:
         place, grid, steps = self._device.torch_device, command.grid, command.num_inference_steps
         timetable = schedule(self._scheduler_config, steps, grid.tokens * IMAGE_TOKENS_PER_TOKEN, place)
         sources = None if command.sources_of is None else self._sources[command.sources_of]
-        conditioning = self._conditioner.prepare(
-            command.prompt,
-            command.negative_prompt,
-            command.prior_token_ids,
-            grid,
-            command.guidance_scale,
-            timetable,
-            sources,
-        )
+        conditioning = self._conditioner.prepare(command, timetable, sources)
         state = ImageState(
             conditioning=self._model.parallel.shard_conditioning(conditioning),
             latents=self._noise(command.seed, grid).to(place, torch.float32),
@@ -255,9 +247,7 @@ class Follower:
         self._executor = executor
 
     def run(self, command: Command[Any]) -> None:
-        """Runs one command."""
         self._executor.run(Drop(command.image) if isinstance(command, Decode) else command)
 
     def close(self) -> None:
-        """Closes the executor."""
         self._executor.close()

@@ -23,12 +23,7 @@ WAVES = 4
 
 @dataclass(frozen=True)
 class LatentPreview:
-    """The linear map.
-
-    Attributes:
-        weight: fp32 [channels, 3].
-        bias: fp32 [3].
-    """
+    """The linear map: weight fp32 [channels, 3] and bias fp32 [3]."""
 
     weight: Tensor
     bias: Tensor

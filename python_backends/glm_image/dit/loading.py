@@ -20,7 +20,7 @@ from glm_image.dit.model import DitModel
 from glm_image.dit.parallel_context import ParallelContext
 from glm_image.dit.quantization import quantize_blocks, weight_bytes
 from glm_image.dit.select_blocks import select_attention, select_blocks
-from glm_image.dit.sequence_parallel import SequenceAttention, TokenSplit
+from glm_image.dit.sequence_parallel import SequenceAttention
 from glm_image.dit.settings import DitSettings
 from glm_image.dit.tensor_parallel import ShardedTensors, shard
 from glm_image.dit.vae import Vae
@@ -31,19 +31,7 @@ from glm_image.request.geometry import Size
 
 
 def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> Executor | Follower:
-    """Loads the transformer, the glyph encoder and the VAE.
-
-    Args:
-        checkpoint: where they come from.
-        settings: how they run.
-        device: where they run.
-        ranks: those of ``ranks.tp`` share the transformer's weights; all ranks have the other modules.
-
-    Raises:
-        CheckpointError: a tensor is missing or has a wrong shape.
-        ConfigurationError: the device is too small or can't multiply what ``quantization`` names, the cache does not
-            fit the transformer, or its heads can't be split so.
-    """
+    """Loads the transformer, whose weights the ranks of ``ranks.tp`` share, the glyph encoder and the VAE."""
     dtype = named_dtype(settings.dtype) or device.default_dtype
     modules = _empty_modules(checkpoint, settings, device, dtype, ranks)
     tiling = _check_memory(modules, settings, device, dtype)
@@ -51,9 +39,10 @@ def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device,
         tensors = checkpoint.tensors(component, device.torch_device, dtype)
         fill(module, ShardedTensors(tensors, ranks.tp) if component == "transformer" else tensors)
     transformer, autoencoder, glyph_encoder = modules.values()
-    blocks = select_blocks(transformer, device, _sequence_attention(transformer, device, ranks))
+    parallel = ParallelContext(ranks)
+    blocks = select_blocks(transformer, device, _sequence_attention(transformer, device, parallel))
     executor = Executor(
-        DitModel(transformer, blocks, ParallelContext(ranks)),
+        DitModel(transformer, blocks, parallel),
         Conditioner(transformer, glyph_encoder, ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))),
         Vae(autoencoder, device, tiling=tiling),
         checkpoint.config("scheduler"),
@@ -105,11 +94,11 @@ def _check_memory(modules: Mapping[str, Any], settings: DitSettings, device: Dev
     return settings.vae_tiling == "on" or (settings.vae_tiling == "auto" and left < working)
 
 
-def _sequence_attention(transformer: Any, device: Device, ranks: Ranks) -> SequenceAttention | None:
-    split = TokenSplit(ranks.ring, ranks.ulysses)
-    if not split.is_split:
+def _sequence_attention(transformer: Any, device: Device, parallel: ParallelContext) -> SequenceAttention | None:
+    if not parallel.splits_tokens:
         return None
+    ring, ulysses = parallel.ranks.ring, parallel.ranks.ulysses
     attend, backend = select_attention(transformer, device)
-    if ranks.ring.size > 1:
+    if ring.size > 1:
         backend = device.lse_attention_backend
-    return SequenceAttention(split, attend, device.attention_with_lse, backend)
+    return SequenceAttention(ring, ulysses, attend, device.attention_with_lse, backend)

@@ -54,35 +54,19 @@ def quantization_saving(config: Mapping[str, Any], itemsize: int) -> int:
 def step_bytes(config: Mapping[str, Any], tokens: int, itemsize: int, *, sequences: int = 2) -> int:
     """Returns an upper bound of the memory in which a pass through the blocks works.
 
-    Args:
-        config: the transformer's.
-        tokens: image tokens of a sequence.
-        itemsize: of the activations.
-        sequences: 2 for a denoising step with guidance, 1 without or for a source image.
+    ``tokens`` are the image tokens of a sequence; ``sequences`` is 2 for a denoising step with guidance, otherwise 1.
     """
     return int(STEP_TENSORS[sequences] * tokens * _width(config) * itemsize)
 
 
 def source_bytes(config: Mapping[str, Any], tokens: int, itemsize: int) -> int:
-    """Returns the memory of the keys and values of source images, and of the pass that computes them.
-
-    Args:
-        config: the transformer's.
-        tokens: image tokens of all sources.
-        itemsize: of keys and values.
-    """
+    """Returns the memory of the keys and values of source images with ``tokens`` image tokens, and of their pass."""
     kept = 2 * config["num_layers"] * tokens * _width(config) * itemsize
     return int(kept + step_bytes(config, tokens, itemsize, sequences=1))
 
 
 def vae_bytes(config: Mapping[str, Any], size: Size, itemsize: int) -> int:
-    """Returns an upper bound of the memory in which the VAE decodes an image in one piece.
-
-    Args:
-        config: the VAE's.
-        size: of the image.
-        itemsize: of the activations.
-    """
+    """Returns an upper bound of the memory in which the VAE decodes an image in one piece."""
     # The last block reads, at full resolution, the channels of the one before it.
     channels = config["block_out_channels"][:2]
     return int(VAE_TENSORS * size.height * size.width * max(channels) * itemsize)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from glm_image.telemetry.metrics import Kind, MetricSpec, OutcomeCounters
+from glm_image.telemetry.metrics import Kind, MetricSpec, outcome_counters
 
 STEP_SECONDS: Final = MetricSpec(
     "glm_image_dit_step_seconds",
@@ -48,10 +48,10 @@ PEAK_MEMORY: Final = MetricSpec(
     "Peak memory of the instance: of tensors on an accelerator, of the whole process on the CPU",
 )
 
-DIT_OUTCOMES: Final = OutcomeCounters.of("glm_image_dit")
+DIT_OUTCOMES: Final = outcome_counters("glm_image_dit")
 
 DIT_METRICS: Final = (
     *(STEP_SECONDS, QUEUE_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PREVIEWS, DROPPED_PREVIEWS),
     PEAK_MEMORY,
-    *DIT_OUTCOMES.measures,
+    *DIT_OUTCOMES.values(),
 )

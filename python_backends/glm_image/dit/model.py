@@ -21,12 +21,6 @@ class DitModel:
         transformer: diffusers' ``GlmImageTransformer2DModel``; its projections are used, its blocks are not.
         blocks: run in place of the transformer's blocks.
         parallel: which branches and tokens are this rank's.
-
-    Attributes:
-        transformer: as given.
-        blocks: as given.
-        parallel: as given.
-        dtype: of the transformer.
     """
 
     def __init__(self, transformer: Any, blocks: Blocks, parallel: ParallelContext = SINGLE_RANK) -> None:
@@ -53,14 +47,9 @@ class DitModel:
         *,
         conditional: bool = True,
     ) -> list[Tokens]:
-        """Runs some of the blocks over sequences of an image.
+        """Runs some of the blocks over this rank's tokens of each branch; see ``Blocks.run``.
 
-        Args:
-            which: the blocks, without gaps.
-            sequences: this rank's tokens of each branch.
-            time: the step's embedding, [1, time width].
-            conditioning: of the image.
-            conditional: whether the first sequence is the conditional branch, which attends to source images.
+        ``conditional`` says whether the first sequence is the conditional branch, which attends to source images.
         """
         sources = conditioning.sources if conditional else None
         shape = self.parallel.sequence_shape(conditioning.tokens, sources.tokens if sources else ())
@@ -71,13 +60,9 @@ class DitModel:
     def project_out(
         self, images: Sequence[Tensor], time: Tensor, shape: tuple[int, ...], *, guided: bool
     ) -> list[Tensor]:
-        """Returns the velocity that every branch predicts, fp32 of ``shape``.
+        """Returns the velocity that every branch predicts, fp32 of the latents' ``shape``.
 
-        Args:
-            images: image tokens of this rank's branches after the blocks, [1, image tokens, width].
-            time: the step's embedding, [1, time width].
-            shape: of the latents.
-            guided: whether there are two branches.
+        ``images`` are the image tokens of this rank's branches after the blocks, [1, image tokens, width].
         """
         patch = self.transformer.config.patch_size
         tokens = shape[2] * shape[3] // patch**2
@@ -88,12 +73,7 @@ class DitModel:
         return self.parallel.gather_branches(velocities, guided=guided)
 
     def read_sources(self, sources: Sequence[SourceConditioning], cache: SourceCache) -> None:
-        """Passes source images through the blocks, which write their keys and values to ``cache``.
-
-        Args:
-            sources: in order.
-            cache: has room for the image tokens of all of them.
-        """
+        """Passes source images through the blocks, which write their keys and values to ``cache``."""
         start = 0
         for source in sources:
             image = self.transformer.image_projector(source.latents) + source.prior

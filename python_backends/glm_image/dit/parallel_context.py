@@ -1,4 +1,4 @@
-"""How the ranks of an instance share an image."""
+"""The shards of a rank in a denoising step."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ import torch
 from torch import Tensor
 
 from glm_image.dit.conditioning import Conditioning, Rotary
-from glm_image.dit.sequence_parallel import SequenceShape, TokenSplit
+from glm_image.dit.sequence_parallel import SequenceShape
 from glm_image.parallel.process_group import ONE_RANK, Ranks
 
 
 class ParallelContext:
-    """How the ranks of an instance share an image; of one rank, it changes nothing.
-
-    Args:
-        ranks: this process's.
-
-    Attributes:
-        ranks: as given.
-    """
+    """The branches and tokens of an image that a rank computes; of one rank, all of them."""
 
     def __init__(self, ranks: Ranks = ONE_RANK) -> None:
         self.ranks = ranks
-        self._split = TokenSplit(ranks.ring, ranks.ulysses)
+
+    @property
+    def splits_tokens(self) -> bool:
+        return self.ranks.ring.size * self.ranks.ulysses.size > 1
 
     def shard_conditioning(self, conditioning: Conditioning) -> Conditioning:
         """Returns this rank's branches of an image's conditioning, and its tokens of those."""
@@ -38,17 +34,20 @@ class ParallelContext:
         return replace(conditioning, branches=shards, rotary=rotary, sources=sources)
 
     def shard_rotary(self, rotary: Rotary) -> Rotary:
-        """Returns the rotary tables of this rank's tokens."""
         cos, sin = (self.shard(table, dim=0) for table in rotary)
         return cos, sin
 
     def shard(self, tokens: Tensor, dim: int) -> Tensor:
         """Returns this rank's tokens of those that all ranks have."""
-        return self._split.shard(tokens, dim)
+        outer = self.ranks.ring.shard_range(tokens.shape[dim])
+        inner = self.ranks.ulysses.shard_range(len(outer))
+        return tokens.narrow(dim, outer.start + inner.start, len(inner))
 
     def all_gather(self, shard: Tensor, count: int) -> Tensor:
         """Returns all ``count`` tokens, [1, count, ...], given this rank's."""
-        return self._split.all_gather(shard[0], count)[None]
+        ring, ulysses = self.ranks.ring, self.ranks.ulysses
+        of_ring = ulysses.all_gather_rows(shard[0], len(ring.shard_range(count)))
+        return ring.all_gather_rows(of_ring, count)[None]
 
     def gather_branches(self, velocities: list[Tensor], *, guided: bool) -> list[Tensor]:
         """Returns the conditional branch's velocity, and with guidance the unconditional one's, given this rank's."""
@@ -56,7 +55,7 @@ class ParallelContext:
 
     def mean(self, means: Tensor, tokens: int) -> Tensor:
         """Returns means over all ranks' tokens of a branch, given those over this rank's ``tokens``."""
-        if not self._split.is_split:
+        if not self.splits_tokens:
             return means
         sums = torch.cat([means * tokens, means.new_full((1,), tokens)])
         for group in (self.ranks.ulysses, self.ranks.ring):
@@ -65,7 +64,7 @@ class ParallelContext:
 
     def sequence_shape(self, tokens: int, source_tokens: Sequence[int] = ()) -> SequenceShape | None:
         """Returns what attention needs to know of a sequence whose tokens are split; None where they are not."""
-        return SequenceShape(tokens, tuple(source_tokens)) if self._split.is_split else None
+        return SequenceShape(tokens, tuple(source_tokens)) if self.splits_tokens else None
 
 
 SINGLE_RANK = ParallelContext()

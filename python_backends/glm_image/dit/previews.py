@@ -1,7 +1,7 @@
 """Renders previews: small images in few steps, while no request is denoised or between two steps of one.
 
-Previews cannot delay requests for long. Their number is bounded, and so is their share of the device's time while
-requests are denoised. Previews beyond that are refused, not queued.
+Their number is bounded, and so is their share of the device's time while requests are denoised; previews beyond that
+are refused, not queued.
 """
 
 from __future__ import annotations
@@ -42,10 +42,7 @@ class _Pending:
 class Previews:
     """The queue of previews, and the thread that renders them while the device is idle.
 
-    Args:
-        render: renders one; called while the device is free for it.
-        device_is_free: held while the device is in use.
-        record: counts previews.
+    ``render`` is called while ``device_is_free``, which is held while the device is in use.
     """
 
     def __init__(self, render: Render, device_is_free: threading.Lock, record: MetricSink) -> None:

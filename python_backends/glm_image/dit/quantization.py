@@ -25,13 +25,8 @@ from glm_image.errors import ConfigurationError
 class QuantizedLinear(nn.Module):
     """A linear layer whose matrix product runs in 8 bits.
 
-    It is made from an empty layer, receives the layer's weights, and quantizes them right away, so that at most one
-    unquantized matrix is in the device's memory.
-
-    Args:
-        linear: on the meta device.
-        quantization: ``int8`` or ``fp8``.
-        device: where it is.
+    It is made from an empty layer on the meta device, receives the layer's weights, and quantizes them right away, so
+    that at most one unquantized matrix is in the device's memory.
 
     Attributes:
         weight: as the checkpoint has it, then 8-bit [n, k].
@@ -61,7 +56,6 @@ class QuantizedLinear(nn.Module):
 
     @property
     def rows(self) -> QuantizedRows:
-        """The quantized matrix."""
         return QuantizedRows(self.weight, self.scales)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -81,13 +75,9 @@ def block_linears(block: Any) -> list[tuple[nn.Module, str]]:
 
 
 def quantize_blocks(transformer: Any, quantization: str, device: Device, dtype: torch.dtype) -> None:
-    """Replaces the linear layers of a transformer's blocks, before it is filled.
+    """Replaces the linear layers of the blocks of a transformer on the meta device by ``int8`` or ``fp8`` ones.
 
-    Args:
-        transformer: diffusers' ``GlmImageTransformer2DModel`` on the meta device.
-        quantization: ``int8`` or ``fp8``.
-        device: where it will be.
-        dtype: of the other layers.
+    ``dtype`` is that of the other layers.
 
     Raises:
         ConfigurationError: the device does not support the products, or a layer's sides are not aligned.

@@ -26,13 +26,9 @@ class Schedule:
 
 
 def schedule(config: Mapping[str, Any], steps: int, tokens: int, device: torch.device) -> Schedule:
-    """Computes an image's schedule as diffusers' ``pipeline_glm_image.py`` does.
+    """Computes an image's schedule as diffusers' ``pipeline_glm_image.py`` does, from ``scheduler_config.json``.
 
-    Args:
-        config: the checkpoint's ``scheduler_config.json``.
-        steps: number of steps.
-        tokens: image tokens of the transformer, H/16 * W/16: larger images stay noisy for longer.
-        device: where the tensors go.
+    ``tokens`` are the image tokens of the transformer, H/16 * W/16: larger images stay noisy for longer.
     """
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
     train_timesteps = scheduler.config.num_train_timesteps
@@ -46,17 +42,10 @@ def schedule(config: Mapping[str, Any], steps: int, tokens: int, device: torch.d
 def euler_step(
     latents: Tensor, velocities: Sequence[Tensor], guidance_scale: float, step: Tensor, sigmas: Tensor
 ) -> Tensor:
-    """Takes one Euler step of the flow (Lipman et al., 2023).
+    """Takes one Euler step of the flow (Lipman et al., 2023) from fp32 latents [1, channels, height, width].
 
-    Args:
-        latents: fp32 [1, channels, height, width].
-        velocities: the conditional branch's, and with guidance the unconditional branch's, as ``latents``.
-        guidance_scale: of classifier-free guidance.
-        step: int64 [1], index of the step: on the device, so that a captured step can count.
-        sigmas: fp32 [steps + 1].
-
-    Returns:
-        fp32 latents at the next noise level.
+    ``velocities`` are the conditional branch's and, with guidance, the unconditional branch's, as ``latents``. ``step``
+    is int64 [1], on the device so that a captured step can count; ``sigmas`` is fp32 [steps + 1].
     """
     velocity, *rest = velocities
     for unconditional in rest:  # classifier-free guidance (Ho and Salimans, 2022)

@@ -16,7 +16,7 @@ from glm_image.dit.commands import Decode, Drop, Estimate, ForgetSources, Prepar
 from glm_image.dit.metrics import CACHED_STEPS, STEP_SECONDS, VAE_SECONDS
 from glm_image.dit.previews import Previews
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.eta import DurationStatsByKey
+from glm_image.lifecycle.durations import DurationStatsByKey
 from glm_image.parallel.commands import Command, R
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.source_images import SourcePicture
@@ -27,20 +27,11 @@ from glm_image.telemetry.metrics import MetricSink, null_sink
 class Run(Protocol):
     """Runs a command on all ranks and returns its result."""
 
-    def __call__(self, command: Command[R], /) -> R:
-        """Runs ``command``."""
+    def __call__(self, command: Command[R], /) -> R: ...
 
 
 class Scheduler:
-    """Denoises one image at a time; between steps it checks the request's context and the previews that wait.
-
-    Args:
-        run: runs a command on all ranks.
-        record: receives the metrics of ``dit.metrics``.
-
-    Attributes:
-        previews: those that wait.
-    """
+    """Denoises one image at a time; between steps it checks the request's context and renders waiting previews."""
 
     def __init__(self, run: Run, record: MetricSink = null_sink) -> None:
         self._run = run
@@ -53,18 +44,9 @@ class Scheduler:
     def denoise(
         self, context: RequestContext, request: PaintRequest, sources: tuple[SourcePicture, ...] = ()
     ) -> list[int]:
-        """Denoises all images of a request; returns their numbers for ``decode``.
+        """Denoises all images of a valid request, whose sources are read once; returns their numbers for ``decode``.
 
-        Args:
-            context: checked between steps.
-            request: a valid request.
-            sources: its source images, read once for all its images.
-
-        Raises:
-            CancelledError: the request was cancelled.
-            DeadlineExceededError: its time ran out, or is too short.
-            DeviceMemoryError: the device is out of memory.
-            InvalidInputError: the sources need more memory than the device has.
+        Raises what ``DitEngine.paint`` documents.
         """
         images: list[int] = []
         try:
@@ -105,11 +87,12 @@ class Scheduler:
         self, context: RequestContext, request: PaintRequest, row: int, image: int, sigmas: list[float]
     ) -> None:
         steps, stats, cached = request.num_inference_steps, self._step_seconds.of(_key(request)), 0
+        every = context.latent_preview_every
         try:
             for taken in range(row * steps, (row + 1) * steps):
                 context.check(self._min_seconds(request, taken))
                 step = taken - row * steps + 1
-                is_shown = context.estimate_every > 0 and step % context.estimate_every == 0 and step < steps
+                is_shown = every > 0 and step % every == 0 and step < steps
                 started = time.monotonic()
                 cached += self._run(Step(image, is_shown))
                 seconds = time.monotonic() - started
@@ -117,7 +100,7 @@ class Scheduler:
                 self._record(STEP_SECONDS, seconds)
                 context.report(Stage.DENOISE, taken + 1, len(request.seeds) * steps, sigmas[step])
                 if is_shown:
-                    context.publish_estimate(self._run(Estimate(image)))
+                    context.publish_latent_preview(self._run(Estimate(image)))
                 self.previews.between_steps(seconds)
         finally:
             if cached:
@@ -142,13 +125,7 @@ class Scheduler:
         return left * self._step_seconds.of(_key(request)).fastest
 
     def decode(self, context: RequestContext, images: list[int]) -> NDArray[np.uint8]:
-        """Decodes denoised images to uint8 [images, height, width, 3]; they are dropped, also after an error.
-
-        Raises:
-            CancelledError: the request was cancelled.
-            DeadlineExceededError: its time ran out.
-            DeviceMemoryError: the device is out of memory.
-        """
+        """Decodes denoised images to uint8 [images, height, width, 3]; they are dropped, also after an error."""
         try:
             with context.timed(Stage.VAE):
                 return np.stack([self._decode_one(context, image) for image in images])

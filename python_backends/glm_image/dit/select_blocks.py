@@ -13,10 +13,7 @@ from glm_image.dit.sequence_parallel import Attend, SequenceAttention
 def select_blocks(transformer: Any, device: Device, attention: SequenceAttention | None = None) -> Blocks:
     """Returns the fastest blocks the device has; the transformer's own ``forward`` must not be used afterwards.
 
-    Args:
-        transformer: diffusers' ``GlmImageTransformer2DModel``.
-        device: where it is.
-        attention: attends where several ranks share the tokens; None where they do not.
+    ``attention`` attends where several ranks share the tokens; None where they do not.
     """
     if device.runs_triton:
         from glm_image.dit.fused import blocks  # noqa: PLC0415 - Triton is only where it can run

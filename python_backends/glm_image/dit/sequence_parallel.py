@@ -35,43 +35,11 @@ class SequenceShape(NamedTuple):
     source_tokens: tuple[int, ...] = ()
 
 
-class TokenSplit:
-    """Which image tokens are this rank's.
-
-    Args:
-        ring: ranks that pass keys and values around.
-        ulysses: ranks that exchange heads for tokens at attention.
-    """
-
-    def __init__(self, ring: Group, ulysses: Group) -> None:
-        self.ring, self.ulysses = ring, ulysses
-
-    @property
-    def is_split(self) -> bool:
-        """Whether tokens are split at all."""
-        return self.ring.size * self.ulysses.size > 1
-
-    def shard(self, tokens: Tensor, dim: int = 0) -> Tensor:
-        """Returns this rank's part of the tokens that all ranks have."""
-        outer = self.ring.shard_range(tokens.shape[dim])
-        inner = self.ulysses.shard_range(len(outer))
-        return tokens.narrow(dim, outer.start + inner.start, len(inner))
-
-    def all_gather(self, shard: Tensor, count: int) -> Tensor:
-        """Returns all ``count`` tokens, given this rank's, [own tokens, ...]."""
-        outer = self.ring.shard_range(count)
-        return self.ring.all_gather_rows(self.ulysses.all_gather_rows(shard, len(outer)), count)
-
-
 class Heads:
     """Queries, keys and values of a sequence's own tokens.
 
-    Args:
-        qkv: [text + own image tokens, 3, heads, head_dim].
-        text: see the attribute.
-
     Attributes:
-        qkv: as given.
+        qkv: [text + own image tokens, 3, heads, head_dim].
         text: number of text tokens, which come first.
     """
 
@@ -100,18 +68,18 @@ class SequenceAttention:
     """Attention from a rank's tokens to those of all ranks.
 
     Args:
-        split: which tokens are this rank's.
+        ring: ranks that pass keys and values around.
+        ulysses: ranks that exchange heads for tokens at attention.
         attend: attention on this device.
         attend_with_lse: the same with the log-sum-exp; used by the ring.
-        backend: see the attribute.
-
-    Attributes:
         backend: the name in diffusers of the attention in use.
     """
 
-    def __init__(self, split: TokenSplit, attend: Attend, attend_with_lse: AttendWithLse, backend: str) -> None:
-        self._split, self._attend, self._attend_with_lse = split, attend, attend_with_lse
-        self.backend = backend
+    def __init__(
+        self, ring: Group, ulysses: Group, attend: Attend, attend_with_lse: AttendWithLse, backend: str
+    ) -> None:
+        self._ring, self._ulysses = ring, ulysses
+        self._attend, self._attend_with_lse, self.backend = attend, attend_with_lse, backend
 
     def __call__(
         self, sequences: Sequence[Heads], results: Sequence[Tensor], kv_hook: KvHook | None, shape: SequenceShape
@@ -121,42 +89,38 @@ class SequenceAttention:
         Args:
             sequences: of this rank's tokens.
             results: written, [text + own image tokens, heads, head_dim] each.
-            kv_hook: applied to the keys and values of the first sequence, of this rank's heads and its shard of the
-                ring.
+            kv_hook: applied to the keys and values of the first sequence, of this rank's heads and ring shard.
             shape: of the first sequence; the others differ from it in their text only.
         """
         pending = [self._exchange_tokens(sequence, shape) for sequence in sequences]
         outputs = []
         for index, (sequence, result) in enumerate(zip(sequences, results, strict=True)):
             query, key, value = pending[index].wait()[None].unbind(2)
-            attended = self._attend_to_all(query, key, value, sequence.text, None if index else kv_hook, shape)
+            hook = None if index else kv_hook
+            if self._ring.size > 1:
+                attended = self._ring_attention(query, key, value, sequence.text, hook, shape)
+            else:
+                attended = self._attend(query, *(hook(key, value) if hook else (key, value)))
             outputs.append(self._exchange_heads(attended[0], sequence.text, result))
         for output in outputs:
             output.write()
 
-    def _attend_to_all(
-        self, query: Tensor, key: Tensor, value: Tensor, text: int, kv_hook: KvHook | None, shape: SequenceShape
-    ) -> Tensor:
-        if self._split.ring.size == 1:
-            return self._attend(query, *(kv_hook(key, value) if kv_hook else (key, value)))
-        return self._ring_attention(query, key, value, text, kv_hook, shape)
-
-    def _exchange_tokens(self, sequence: Heads, shape: SequenceShape) -> PendingQkv:
-        """From all heads of own tokens to own heads of the ring shard's tokens."""
-        group = self._split.ulysses
+    def _exchange_tokens(self, sequence: Heads, shape: SequenceShape) -> PendingTensor:
+        """Exchanges all heads of own tokens for own heads of the ring shard's tokens."""
+        group = self._ulysses
         if group.size == 1:
-            return PendingQkv(sequence.normed())
+            return PendingTensor(sequence.normed())
         qkv, text = sequence.qkv, sequence.text
-        rows = [len(shard) for shard in group.shard_ranges(len(self._split.ring.shard_range(shape.image_tokens)))]
+        rows = [len(shard) for shard in group.shard_ranges(len(self._ring.shard_range(shape.image_tokens)))]
         own, of_rank = rows[group.rank], (3, qkv.shape[2] // group.size, qkv.shape[3])
         gathered, sent = qkv.new_empty(text + sum(rows), *of_rank), qkv.new_empty(group.size, own, *of_rank)
         sequence.scatter_heads(group.rank, gathered[:text], sent)
         transfer = group.all_to_all_async(sent.flatten(0, 1), [own] * group.size, gathered[text:], rows)
-        return PendingQkv(gathered, transfer)
+        return PendingTensor(gathered, transfer)
 
     def _exchange_heads(self, attended: Tensor, text: int, result: Tensor) -> PendingOutput:
-        """From own heads of the ring shard's tokens back to all heads of own tokens."""
-        group = self._split.ulysses
+        """Exchanges own heads of the ring shard's tokens back for all heads of own tokens."""
+        group = self._ulysses
         if group.size == 1:
             return PendingOutput([(attended[None], result)])
         text_heads, image_heads = torch.split(attended.contiguous(), [text, len(attended) - text])
@@ -174,7 +138,7 @@ class SequenceAttention:
         self, query: Tensor, key: Tensor, value: Tensor, text: int, kv_hook: KvHook | None, shape: SequenceShape
     ) -> Tensor:
         """Ring attention (Liu et al., 2023): merges partial results as the other ranks' keys and values arrive."""
-        ring = self._split.ring
+        ring = self._ring
         text_key, text_value, keys, values = key[:, :text], value[:, :text], key[:, text:], value[:, text:]
         if kv_hook:
             keys, values = kv_hook(keys, values)
@@ -189,16 +153,16 @@ class SequenceAttention:
             total = _merged(total, self._attend_with_lse(query, *received))
         return total[0].to(query.dtype)
 
-    def _send_recv(self, sent: Tensor, counts: Sequence[int], step: int) -> PendingQkv:
+    def _send_recv(self, sent: Tensor, counts: Sequence[int], step: int) -> PendingTensor:
         """Sends keys and values to the next rank of the ring, and receives those of the rank ``step`` places before."""
-        ring = self._split.ring
+        ring = self._ring
         length = sum(len(ring.shard_ranges(count)[(ring.rank - step) % ring.size]) for count in counts)
         received = sent.new_empty(*sent.shape[:2], length, *sent.shape[3:])
-        return PendingQkv(received, ring.send_recv_async(sent, received))
+        return PendingTensor(received, ring.send_recv_async(sent, received))
 
 
-class PendingQkv:
-    """Queries, keys and values that other ranks may still be writing."""
+class PendingTensor:
+    """A tensor that other ranks may still be writing."""
 
     def __init__(self, tensor: Tensor, transfer: Transfer | None = None) -> None:
         self._tensor, self._transfer = tensor, transfer

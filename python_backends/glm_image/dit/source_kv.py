@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +17,9 @@ attention reads."""
 
 
 class SourceCache:
-    """Keys (after rotation) and values of all image tokens of a request's sources, one source after the other.
+    """This rank's keys (after rotation) and values of the image tokens of a request's sources, one after the other.
 
-    Args:
-        config: the transformer's.
-        tokens: image tokens of each source; each passes through the blocks once.
-        device: where they are kept.
-        dtype: the transformer's.
-        ranks: those that share the tokens and heads; this one keeps its shard.
-
-    Attributes:
-        tokens: as given.
+    ``tokens`` has the image tokens of each source; each passes through the blocks once.
     """
 
     def __init__(
@@ -41,23 +34,17 @@ class SourceCache:
 
     def recorders(self, start: int) -> list[KvHook]:
         """Returns for each block a hook that stores the keys and values of a source whose tokens begin at ``start``."""
-        return [self._recorder(block, start) for block in range(len(self._keys))]
+        return [partial(self._record, block, start) for block in range(len(self._keys))]
 
     def readers(self) -> list[KvHook]:
         """Returns for each block a hook that puts the sources' keys and values before those of the image."""
-        return [self._reader(block) for block in range(len(self._keys))]
+        return [partial(self._read, block) for block in range(len(self._keys))]
 
-    def _recorder(self, block: int, start: int) -> KvHook:
-        def record(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            own = slice(start, start + keys.shape[1])
-            self._keys[block, :, own] = keys
-            self._values[block, :, own] = values
-            return keys, values
+    def _record(self, block: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        own = slice(start, start + keys.shape[1])
+        self._keys[block, :, own] = keys
+        self._values[block, :, own] = values
+        return keys, values
 
-        return record
-
-    def _reader(self, block: int) -> KvHook:
-        def read(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.cat([self._keys[block], keys], dim=1), torch.cat([self._values[block], values], dim=1)
-
-        return read
+    def _read(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self._keys[block], keys], dim=1), torch.cat([self._values[block], values], dim=1)

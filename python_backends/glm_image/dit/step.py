@@ -25,7 +25,7 @@ class ImageState:
     """The tensors of an image that is denoised. Steps update them in place, so that a captured step can count.
 
     Attributes:
-        conditioning: this rank's share.
+        conditioning: of this rank's share.
         latents: fp32 [1, channels, height, width].
         step: int64 [1], steps taken.
         sigmas: noise levels, fp32 [steps + 1].
@@ -49,19 +49,13 @@ class ImageState:
 
 
 class StepCapture:
-    """Captures the steps of one image, all of them in one pool of memory.
-
-    Args:
-        device: where the image is.
-        steps: of the image; so few that capturing does not pay run eagerly.
-    """
+    """Captures the steps of one image in one memory pool; too few steps for capture to pay run eagerly."""
 
     def __init__(self, device: Device, steps: int) -> None:
         self._device, self._is_on = device, steps >= MIN_STEPS_TO_CAPTURE
         self._pool = device.graph_pool() if self._is_on else None
 
     def __call__(self, compute: Compute) -> Compute:
-        """Returns what to call in place of ``compute``."""
         return CapturedStep(compute, self._device, self._pool) if self._is_on else compute
 
 
@@ -80,13 +74,7 @@ class CapturedStep:
 
 
 class ExactStep:
-    """Takes the next step of an image, computing all blocks.
-
-    Args:
-        model: predicts the velocities.
-        state: of the image.
-        capture: captures what is run at every step.
-    """
+    """Takes the next step of an image, computing all blocks."""
 
     def __init__(self, model: DitModel, state: ImageState, capture: StepCapture) -> None:
         # Not a method of this object: as the capture holds it, the object and the graphs would form a reference cycle,

@@ -53,7 +53,6 @@ class ShardedTensors:
         self._source, self._group = source, group
 
     def has(self, name: str) -> bool:
-        """Returns whether there is a tensor ``name``."""
         return self._source.has(name)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:

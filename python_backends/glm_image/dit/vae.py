@@ -18,7 +18,6 @@ class Vae:
 
     Args:
         autoencoder: diffusers' ``AutoencoderKL``; its config has the mean and deviation of each latent channel.
-        device: where it is.
         tiling: splits images with a side above the config's ``sample_size`` into overlapping tiles, which are blended.
             That takes less memory, but the norms see one tile each, which changes the image.
 

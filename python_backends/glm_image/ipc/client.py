@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import zmq
@@ -22,52 +22,30 @@ class Replies(NamedTuple):
     unresponsive: list[str]
 
 
-def call_all(directory: Path, request: Message, timeout: float, prefix: str = "") -> Replies:
-    """Calls every instance whose name begins with ``prefix``; may be called from any thread.
+def call(sockets: Mapping[str, Path], request: Message, timeout: float) -> Replies:
+    """Calls instances and waits ``timeout`` seconds at most for all replies together; callable from any thread.
 
-    Args:
-        directory: the folder of sockets.
-        request: its field ``action`` selects the handler.
-        timeout: seconds to wait for all replies together.
-        prefix: a model's name; "" = every instance.
+    The field ``action`` of the request selects the handler.
     """
-    sockets = {name: path for name, path in instance_sockets(directory).items() if name.startswith(prefix)}
-    return _call(sockets, request, timeout)
-
-
-def call_one(directory: Path, name: str, request: Message, timeout: float) -> Message | None:
-    """Calls the instance of that name; None = no reply in time. May be called from any thread."""
-    sockets = {instance: path for instance, path in instance_sockets(directory).items() if instance == name}
-    return _call(sockets, request, timeout).replies.get(name)
-
-
-def _call(sockets: Mapping[str, Path], request: Message, timeout: float) -> Replies:
     context: zmq.Context[Any] = zmq.Context.instance()
-    poller = zmq.Poller()
+    poller: Any = zmq.Poller()  # its stub allows only whole milliseconds
     pending: dict[Any, str] = {}
-    try:
+    replies: dict[str, Message] = {}
+    with ExitStack() as stack:
         for name, path in sockets.items():
             if is_open(path):
-                socket = context.socket(zmq.DEALER)
+                socket = stack.enter_context(context.socket(zmq.DEALER))
                 socket.setsockopt(zmq.LINGER, 0)
-                pending[socket] = name
                 socket.connect(address(path))
                 socket.send_multipart(encode(request), zmq.NOBLOCK)
                 poller.register(socket, zmq.POLLIN)
-        replies = _collect(poller, dict(pending), time.monotonic() + timeout)
-    finally:
-        for socket in pending:
-            socket.close()
+                pending[socket] = name
+        deadline = time.monotonic() + timeout
+        while pending and (seconds := deadline - time.monotonic()) > 0:
+            for socket, _ in poller.poll(seconds * MILLISECONDS):
+                replies[pending.pop(socket)] = decode(socket.recv_multipart())
+                poller.unregister(socket)
     return Replies(replies, [name for name in sockets if name not in replies])
-
-
-def _collect(poller: Any, pending: dict[Any, str], deadline: float) -> dict[str, Message]:
-    replies: dict[str, Message] = {}
-    while pending and (seconds := deadline - time.monotonic()) > 0:
-        for socket, _ in poller.poll(seconds * MILLISECONDS):
-            replies[pending.pop(socket)] = decode(socket.recv_multipart())
-            poller.unregister(socket)
-    return replies
 
 
 class EventListener:
@@ -87,17 +65,11 @@ class EventListener:
     def __enter__(self) -> EventListener:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
 
     def events(self, timeout: float) -> Iterator[Event]:
         """Waits up to ``timeout`` seconds for an event, and yields all events that have arrived."""
         if self._socket.poll(timeout * MILLISECONDS):
             while self._socket.poll(0):
                 yield dict(decode(self._socket.recv_multipart()[1:]).fields)
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self._socket.close()

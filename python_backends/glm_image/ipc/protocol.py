@@ -44,9 +44,9 @@ def address(path: Path) -> str:
     return f"ipc://{path}"
 
 
-def instance_sockets(directory: Path) -> dict[str, Path]:
-    """Returns the control socket of every instance, by the instance's name."""
-    return {path.stem: path for path in sorted(directory.glob(f"*{CONTROL}"))}
+def instance_sockets(directory: Path, prefix: str = "") -> dict[str, Path]:
+    """Returns the control sockets of the instances whose names begin with ``prefix``, by name."""
+    return {path.stem: path for path in sorted(directory.glob(f"{prefix}*{CONTROL}"))}
 
 
 def is_open(path: Path) -> bool:
@@ -71,7 +71,3 @@ def decode(frames: Sequence[bytes]) -> Message:
 def key_of(request_id: str) -> bytes:
     """Returns the key of a request id: of fixed length, as ids may be long and keys are kept for long."""
     return hashlib.sha256(request_id.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]
-
-
-def publish_nothing(key: bytes, event: Callable[[], Event]) -> None:
-    """The ``Publish`` of a process without an ``IpcServer``."""

@@ -31,29 +31,35 @@ Handler = Callable[[Message], "Message | Future[Message]"]
 class IpcServer:
     """Replies to requests and publishes events from a thread of its own; no method blocks on a client.
 
-    Args:
-        directory: the folder of sockets.
-        name: the name of this instance's sockets; after a crash, the next server takes over the name.
-        handlers: the handlers of requests, by the requests' field ``action``.
-        on_listener: called with a key and True for each new listener, with False when the last has left.
-
-    Raises:
-        OSError: the sockets cannot be made.
+    Until ``start`` there are no sockets, and ``publish`` does nothing.
     """
 
-    def __init__(
+    def __init__(self) -> None:
+        self._listened_keys: set[bytes] = set()
+        self._events: deque[tuple[bytes, Callable[[], Event]]] = deque(maxlen=MAX_EVENTS)
+        self._replies: deque[list[bytes]] = deque()
+        self._closing = self._asleep = False
+        self._thread: threading.Thread | None = None
+
+    def start(
         self,
         directory: Path,
         name: str,
         handlers: Mapping[str, Handler],
         on_listener: Callable[[bytes, bool], None] = lambda key, listens: None,
     ) -> None:
-        self._handlers = handlers
-        self._on_listener = on_listener
-        self._listened_keys: set[bytes] = set()
-        self._events: deque[tuple[bytes, Callable[[], Event]]] = deque(maxlen=MAX_EVENTS)
-        self._replies: deque[list[bytes]] = deque()
-        self._closing = self._asleep = False
+        """Opens the sockets and starts the thread.
+
+        Args:
+            directory: the folder of sockets.
+            name: the name of this instance's sockets; after a crash, the next server takes over the name.
+            handlers: the handlers of requests, by the requests' field ``action``.
+            on_listener: called with a key and True for each new listener, with False when the last has left.
+
+        Raises:
+            OSError: the sockets cannot be made.
+        """
+        self._handlers, self._on_listener = handlers, on_listener
         self._paths = [directory / f"{name}{kind}" for kind in (CONTROL, EVENTS)]
         self._context = zmq.Context()
         self._control = self._context.socket(zmq.ROUTER)
@@ -83,6 +89,8 @@ class IpcServer:
 
     def close(self) -> None:
         """Sends the published events and ends the thread."""
+        if self._thread is None:
+            return
         self._closing = True
         self._wake()
         self._thread.join()

@@ -17,13 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 class Subscriber:
-    """Calls a function with each event, in a thread of its own; reconnects when an instance is replaced.
+    """Calls ``on_event`` in a thread of its own with what the instances of a name prefix publish under a topic.
 
-    Args:
-        directory: the folder of sockets.
-        prefix: the beginning of the instances' names.
-        topic: the key under which they publish.
-        on_event: called with each event.
+    Reconnects when an instance is replaced.
     """
 
     def __init__(self, directory: Path, prefix: str, topic: bytes, on_event: Callable[[Event], None]) -> None:
@@ -42,7 +38,6 @@ class Subscriber:
         os.eventfd_write(self._wake_up, 1)
 
     def close(self) -> None:
-        """Ends the thread."""
         self._closing = True
         self.discover()
         self._thread.join()
@@ -62,8 +57,8 @@ class Subscriber:
         self._context.destroy(linger=0)
 
     def _connect(self) -> None:
-        for name, path in instance_sockets(self._directory).items():
-            if name.startswith(self._prefix) and name not in self._connected:
+        for name, path in instance_sockets(self._directory, self._prefix).items():
+            if name not in self._connected:
                 self._connected.add(name)
                 self._socket.connect(address(path.with_suffix(EVENTS)))
 

@@ -7,7 +7,6 @@ gathered, otherwise the sum of each rank's partial sums.
 from __future__ import annotations
 
 import logging
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,34 +27,26 @@ EMPTY = tl.constexpr(-(2**31))
 """The bits of -0.0."""
 
 
-class BranchSum(Protocol):
-    """Adds the partial sums of a branch's last linear and ends the branch.
+class BranchSum:
+    """Adds the partial sums of a branch's last linear, fp32 [split_k, rows, width], over one rank and ends the branch.
 
     Attributes:
-        partials: fp32 [split_k, rows, width], written by the linear.
+        partials: written by the linear.
     """
-
-    partials: Tensor
-
-    def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
-        """Adds the partial sums and ends the branch; see ``residual_norm``."""
-
-
-class LocalSum:
-    """The sum over one rank."""
 
     def __init__(self, partials: Tensor) -> None:
         self.partials = partials
 
     def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
+        """Ends the branch; see ``residual_norm``."""
         residual_norm(self.partials, residual, after, before, out, eps)
 
 
-class GatheredSum:
+class GatheredSum(BranchSum):
     """The sum over all ranks, whose partial sums the collectives' library gathers."""
 
     def __init__(self, partials: Tensor, group: Group) -> None:
-        self.partials = partials
+        super().__init__(partials)
         self._group = group
         self._gathered = partials.new_empty(group.size * partials.shape[0], *partials.shape[1:])
 
@@ -64,7 +55,7 @@ class GatheredSum:
         residual_norm(self._gathered, residual, after, before, out, eps)
 
 
-class PeerSum:
+class PeerSum(BranchSum):
     """The sum over all ranks, each of which writes its own sum into the others' memory: without an extra launch.
 
     Arrived data marks itself: an empty inbox is full of -0.0, which no sum that starts at 0.0 can be, and a reader
@@ -73,24 +64,17 @@ class PeerSum:
     rank, which can be ahead by one sum at most, writes to the third.
 
     Args:
-        partials: fp32 [split_k, rows, width], the buffer of this rank.
         inboxes: addresses of the ranks' inboxes, int64 [ranks]; each fp32 [``INBOXES``, ranks, rows, width] and empty.
-        rank: this rank.
-        memory: keeps the inboxes allocated.
     """
 
     def __init__(self, partials: Tensor, inboxes: Tensor, rank: int, memory: object = None) -> None:
-        self.partials = partials
+        super().__init__(partials)
         self._inboxes, self._rank, self._memory = inboxes, rank, memory
         self._turns = torch.zeros(partials.shape[1], dtype=torch.int32, device=partials.device)
 
     @classmethod
     def between(cls, partials: Tensor, group: Group) -> PeerSum:
-        """Makes a sum over ranks, all of which must call this.
-
-        Args:
-            partials: fp32 [split_k, rows, width], the buffer of this rank.
-            group: the ranks.
+        """Returns a sum over the ranks of a group, all of which must call this.
 
         Raises:
             RuntimeError: their devices can't write each other's memory.
@@ -108,9 +92,9 @@ class PeerSum:
 
     def add(self, residual: Tensor, after: Tensor, before: Tensor, out: Tensor | Int8Pairs, eps: float) -> None:
         split_k, rows, width = self.partials.shape
-        place, scale, int8_pair = store_arguments(out)
+        values, scale, int8_pair = store_arguments(out)
         _peer_sum_kernel[(rows,)](
-            self.partials, self._inboxes, self._turns, residual, after, before, place, scale, rows, width, eps,
+            self.partials, self._inboxes, self._turns, residual, after, before, values, scale, rows, width, eps,
             self._rank, len(self._inboxes), split_k, int8_pair,
             triton.next_power_of_2(width), can_overlap(), num_warps=16, launch_pdl=can_overlap(),
         )  # fmt: skip
@@ -129,30 +113,30 @@ def _peer_sum_kernel(
 ):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    after = tl.load(after_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    before = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    after = tl.load(after_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    before = tl.load(before_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
     turn = tl.load(turns_ptr + row)
-    own = sum_of_partials(partials_ptr, rows, row, width, at, inside, SPLIT_K)
+    own = sum_of_partials(partials_ptr, rows, row, width, cols, mask, SPLIT_K)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            tl.store(_inbox(inboxes_ptr, rank, turn, RANK, RANKS, rows, row, width) + at, own, mask=inside)
-    residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(_inbox(inboxes_ptr, rank, turn, RANK, RANKS, rows, row, width) + cols, own, mask=mask)
+    residual = tl.load(residual_ptr + row * width + cols, mask=mask, other=0.0).to(tl.float32)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             sums += own
         else:
-            sums += _receive(_inbox(inboxes_ptr, RANK, turn, rank, RANKS, rows, row, width) + at, inside)
+            sums += _receive(_inbox(inboxes_ptr, RANK, turn, rank, RANKS, rows, row, width) + cols, mask)
     emptied = (turn + INBOXES - 1) % INBOXES
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            inbox = _inbox(inboxes_ptr, RANK, emptied, rank, RANKS, rows, row, width) + at
-            tl.store(inbox.to(tl.pointer_type(tl.int32)), tl.full([BLOCK], EMPTY, tl.int32), mask=inside)
+            inbox = _inbox(inboxes_ptr, RANK, emptied, rank, RANKS, rows, row, width) + cols
+            tl.store(inbox.to(tl.pointer_type(tl.int32)), tl.full([BLOCK], EMPTY, tl.int32), mask=mask)
     tl.store(turns_ptr + row, (turn + 1) % INBOXES)  # here, where all threads have read it: they waited together
-    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, INT8_PAIR)
+    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, cols, mask, width, eps, INT8_PAIR)
 
 
 @triton.jit
@@ -164,23 +148,18 @@ def _inbox(inboxes_ptr, owner, turn, sender, RANKS: tl.constexpr, rows, row, wid
 
 
 @triton.jit
-def _receive(pointers, inside):
+def _receive(pointers, mask):
     pointers = pointers.to(tl.pointer_type(tl.int32))
-    values = tl.load(pointers, mask=inside, other=0, volatile=True)
+    values = tl.load(pointers, mask=mask, other=0, volatile=True)
     while tl.max((values == EMPTY).to(tl.int32), axis=0) > 0:
-        values = tl.load(pointers, mask=inside, other=0, volatile=True)
+        values = tl.load(pointers, mask=mask, other=0, volatile=True)
     return values.to(tl.float32, bitcast=True)
 
 
 def branch_sum(partials: Tensor, group: Group) -> BranchSum:
-    """Returns the fastest sum over the ranks of a group.
-
-    Args:
-        partials: fp32 [split_k, rows, width], the buffer of one rank.
-        group: the ranks.
-    """
+    """Returns the fastest sum over the ranks of a group, of partial sums fp32 [split_k, rows, width]."""
     if group.size == 1:
-        return LocalSum(partials)
+        return BranchSum(partials)
     if group.uses_peer_memory:
         try:
             return PeerSum.between(partials, group)

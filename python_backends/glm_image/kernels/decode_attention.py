@@ -21,17 +21,20 @@ TILE = 64
 
 
 @triton.jit
-def _projected(partials_ptr, bias_ptr, at, rows, width, row, mask, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _projected(partials_ptr, bias_ptr, offs, rows, width, row, mask, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr):
     """Adds the partial sums of a projection in order to its bias, and rounds as torch's operator does."""
-    sums = tl.load(bias_ptr + at, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros_like(at).to(tl.float32)
+    if HAS_BIAS:
+        sums = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        sums = tl.zeros_like(offs).to(tl.float32)
     for split in tl.static_range(SPLIT_K):
-        sums += tl.load(partials_ptr + (split * rows + row) * width + at, mask=mask, other=0.0)
+        sums += tl.load(partials_ptr + (split * rows + row) * width + offs, mask=mask, other=0.0)
     return sums.to(tl.bfloat16).to(tl.float32)
 
 
 @triton.jit
 def _attend_kernel(
-    partials_ptr, bias_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, lengths_ptr, acc_ptr, top_ptr, sum_ptr,
+    partials_ptr, bias_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, lengths_ptr, acc_ptr, max_ptr, sum_ptr,
     rows, positions, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
     GROUP_BLOCK: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, TILE: tl.constexpr,
@@ -76,34 +79,34 @@ def _attend_kernel(
         tl.store(keys_ptr + cache + length * DIM + dim, new_key)
         tl.store(values_ptr + cache + length * DIM + dim, new_value)
 
-    top = tl.full([GROUP_BLOCK], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([GROUP_BLOCK], dtype=tl.float32)
+    running_max = tl.full([GROUP_BLOCK], float("-inf"), dtype=tl.float32)
+    running_sum = tl.zeros([GROUP_BLOCK], dtype=tl.float32)
     acc = tl.zeros([GROUP_BLOCK, DIM], dtype=tl.float32)
     for tile in range(program, length // TILE + 1, PROGRAMS):
-        at = tile * TILE + tl.arange(0, TILE)
-        place = cache + at[:, None] * DIM + dim[None, :]
-        stored = at[:, None] < length
-        is_new = at[:, None] == length
-        keys = tl.where(is_new, new_key[None, :], tl.load(keys_ptr + place, mask=stored, other=0.0))
-        values = tl.where(is_new, new_value[None, :], tl.load(values_ptr + place, mask=stored, other=0.0))
+        position = tile * TILE + tl.arange(0, TILE)
+        offsets = cache + position[:, None] * DIM + dim[None, :]
+        stored = position[:, None] < length
+        is_new = position[:, None] == length
+        keys = tl.where(is_new, new_key[None, :], tl.load(keys_ptr + offsets, mask=stored, other=0.0))
+        values = tl.where(is_new, new_value[None, :], tl.load(values_ptr + offsets, mask=stored, other=0.0))
         scores = tl.dot(query, tl.trans(keys)) * scale
-        scores = tl.where(at[None, :] <= length, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp(scores - new_top[:, None])
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = acc * shrink[:, None] + tl.dot(weights.to(tl.bfloat16), values)
-        top = new_top
+        scores = tl.where(position[None, :] <= length, scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        weights = tl.exp(scores - new_max[:, None])
+        rescale = tl.exp(running_max - new_max)
+        running_sum = running_sum * rescale + tl.sum(weights, axis=1)
+        acc = acc * rescale[:, None] + tl.dot(weights.to(tl.bfloat16), values)
+        running_max = new_max
 
     out = (pair * PROGRAMS + program) * GROUP + group
-    tl.store(top_ptr + out, top, mask=in_group)
-    tl.store(sum_ptr + out, total, mask=in_group)
+    tl.store(max_ptr + out, running_max, mask=in_group)
+    tl.store(sum_ptr + out, running_sum, mask=in_group)
     tl.store(acc_ptr + out[:, None] * DIM + dim[None, :], acc, mask=in_group[:, None])
 
 
 @triton.jit
 def _combine_kernel(
-    acc_ptr, top_ptr, sum_ptr, out_ptr,
+    acc_ptr, max_ptr, sum_ptr, out_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PROGRAMS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -112,25 +115,19 @@ def _combine_kernel(
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     pair = row * KV_HEADS + head // GROUP
     dim = tl.arange(0, DIM)
-    at = (pair * PROGRAMS + tl.arange(0, PROGRAMS)) * GROUP + head % GROUP
-    top = tl.load(top_ptr + at)
-    share = tl.exp(top - tl.max(top))
-    total = tl.sum(share * tl.load(sum_ptr + at))
-    acc = tl.load(acc_ptr + at[:, None] * DIM + dim[None, :])
-    attended = tl.sum(acc * share[:, None], axis=0) / total
+    offsets = (pair * PROGRAMS + tl.arange(0, PROGRAMS)) * GROUP + head % GROUP
+    partial_max = tl.load(max_ptr + offsets)
+    rescale = tl.exp(partial_max - tl.max(partial_max))
+    total = tl.sum(rescale * tl.load(sum_ptr + offsets))
+    acc = tl.load(acc_ptr + offsets[:, None] * DIM + dim[None, :])
+    attended = tl.sum(acc * rescale[:, None], axis=0) / total
     tl.store(out_ptr + (row * HEADS + head) * DIM + dim, attended.to(tl.bfloat16))
 
 
 class DecodeAttention:
     """Attention of the layers of a decoder, one after the other, over the same slots.
 
-    Args:
-        slots: rows.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: a power of two.
-        rotary_dim: leading channels of a head that are rotated.
-        device: of the buffers.
+    ``head_dim`` is a power of two; the first ``rotary_dim`` channels of a head are rotated.
     """
 
     def __init__(
@@ -139,7 +136,7 @@ class DecodeAttention:
         self._slots, self._heads, self._kv_heads = slots, heads, kv_heads
         self._dim, self._rotary = head_dim, rotary_dim
         shape = (slots * kv_heads, PROGRAMS, heads // kv_heads)
-        self._top, self._sum = torch.empty(2, *shape, device=device)
+        self._max, self._sum = torch.empty(2, *shape, device=device)
         self._acc = torch.empty(*shape, head_dim, device=device)
 
     def __call__(
@@ -165,12 +162,12 @@ class DecodeAttention:
         keys, values = cache
         _attend_kernel[(self._slots * self._kv_heads, PROGRAMS)](
             partials, partials if bias is None else bias, *tables, keys, values, lengths,
-            self._acc, self._top, self._sum, self._slots, keys.shape[2], self._dim**-0.5,
+            self._acc, self._max, self._sum, self._slots, keys.shape[2], self._dim**-0.5,
             self._heads, self._kv_heads, group, self._dim, self._rotary, max(16, triton.next_power_of_2(group)),
             partials.shape[0], bias is not None, TILE, PROGRAMS, can_overlap(),
             num_warps=4, num_stages=2, launch_pdl=can_overlap(),
         )  # fmt: skip
         _combine_kernel[(self._slots * self._heads,)](
-            self._acc, self._top, self._sum, out, self._heads, self._kv_heads, group, self._dim, PROGRAMS,
+            self._acc, self._max, self._sum, out, self._heads, self._kv_heads, group, self._dim, PROGRAMS,
             can_overlap(), num_warps=2, launch_pdl=can_overlap(),
         )  # fmt: skip

@@ -21,18 +21,18 @@ TILE = 4096
 @triton.jit
 def _sums_kernel(x_ptr, parts_ptr, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     part, parts = tl.program_id(0), tl.num_programs(0)
-    at = tl.arange(0, CHANNELS)
-    inside = at < channels
+    channel = tl.arange(0, CHANNELS)
+    mask = channel < channels
     sums = tl.zeros([PIXELS, CHANNELS], dtype=tl.float32)
     squares = tl.zeros([PIXELS, CHANNELS], dtype=tl.float32)
     for first in range(part * PIXELS, pixels, parts * PIXELS):
         pixel = first + tl.arange(0, PIXELS)
-        place = x_ptr + pixel[:, None].to(tl.int64) * channels + at[None, :]
-        values = tl.load(place, mask=(pixel[:, None] < pixels) & inside[None, :], other=0.0).to(tl.float32)
+        ptrs = x_ptr + pixel[:, None].to(tl.int64) * channels + channel[None, :]
+        values = tl.load(ptrs, mask=(pixel[:, None] < pixels) & mask[None, :], other=0.0).to(tl.float32)
         sums += values
         squares += values * values
-    tl.store(parts_ptr + part * 2 * channels + at, tl.sum(sums, axis=0), mask=inside)
-    tl.store(parts_ptr + (part * 2 + 1) * channels + at, tl.sum(squares, axis=0), mask=inside)
+    tl.store(parts_ptr + part * 2 * channels + channel, tl.sum(sums, axis=0), mask=mask)
+    tl.store(parts_ptr + (part * 2 + 1) * channels + channel, tl.sum(squares, axis=0), mask=mask)
 
 
 @triton.jit
@@ -40,48 +40,40 @@ def _factors_kernel(
     parts_ptr, weight_ptr, bias_ptr, factors_ptr, parts, pixels, channels, width, eps,
     PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    at = tl.arange(0, WIDTH)
-    own = tl.program_id(0) * width + at
+    offs = tl.arange(0, WIDTH)
+    channel = tl.program_id(0) * width + offs
     part = tl.arange(0, PARTS)
-    mask = (part[:, None] < parts) & (at[None, :] < width)
-    place = parts_ptr + part[:, None] * 2 * channels + own[None, :]
+    mask = (part[:, None] < parts) & (offs[None, :] < width)
+    ptrs = parts_ptr + part[:, None] * 2 * channels + channel[None, :]
     count = pixels.to(tl.float32) * width
-    mean = tl.sum(tl.load(place, mask=mask, other=0.0)) / count
-    spread = tl.sum(tl.load(place + channels, mask=mask, other=0.0)) / count - mean * mean
-    inverse = tl.rsqrt(tl.maximum(spread, 0.0) + eps)
-    scale = tl.load(weight_ptr + own, mask=at < width, other=0.0).to(tl.float32) * inverse
-    shift = tl.load(bias_ptr + own, mask=at < width, other=0.0).to(tl.float32) - mean * scale
-    tl.store(factors_ptr + own, scale, mask=at < width)
-    tl.store(factors_ptr + channels + own, shift, mask=at < width)
+    mean = tl.sum(tl.load(ptrs, mask=mask, other=0.0)) / count
+    variance = tl.sum(tl.load(ptrs + channels, mask=mask, other=0.0)) / count - mean * mean
+    rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+    scale = tl.load(weight_ptr + channel, mask=offs < width, other=0.0).to(tl.float32) * rstd
+    shift = tl.load(bias_ptr + channel, mask=offs < width, other=0.0).to(tl.float32) - mean * scale
+    tl.store(factors_ptr + channel, scale, mask=offs < width)
+    tl.store(factors_ptr + channels + channel, shift, mask=offs < width)
 
 
 @triton.jit
 def _norm_silu_kernel(x_ptr, factors_ptr, out_ptr, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    at = tl.arange(0, CHANNELS)
-    inside = at < channels
+    channel = tl.arange(0, CHANNELS)
+    in_channels = channel < channels
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    place = pixel[:, None].to(tl.int64) * channels + at[None, :]
-    mask = (pixel[:, None] < pixels) & inside[None, :]
-    scale = tl.load(factors_ptr + at, mask=inside, other=0.0)[None, :]
-    shift = tl.load(factors_ptr + channels + at, mask=inside, other=0.0)[None, :]
-    normed = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32) * scale + shift
+    offsets = pixel[:, None].to(tl.int64) * channels + channel[None, :]
+    mask = (pixel[:, None] < pixels) & in_channels[None, :]
+    scale = tl.load(factors_ptr + channel, mask=in_channels, other=0.0)[None, :]
+    shift = tl.load(factors_ptr + channels + channel, mask=in_channels, other=0.0)[None, :]
+    normed = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale + shift
     # Rounded where torch's operators round.
     normed = normed.to(tl.bfloat16).to(tl.float32)
-    tl.store(out_ptr + place, (normed * tl.sigmoid(normed)).to(tl.bfloat16), mask=mask)
+    tl.store(out_ptr + offsets, (normed * tl.sigmoid(normed)).to(tl.bfloat16), mask=mask)
 
 
 def group_norm_silu(image: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """Computes ``silu(group_norm(image))``.
+    """Returns ``silu(group_norm(image))`` of bf16 [1, channels, height, width], channels last in memory.
 
-    Args:
-        image: bf16 [1, channels, height, width], channels last in memory.
-        weight: bf16 [channels].
-        bias: bf16 [channels].
-        groups: a divisor of channels.
-        eps: the norm's epsilon.
-
-    Returns:
-        As ``image``.
+    ``weight`` and ``bias`` are bf16 [channels]; ``groups`` divides channels.
     """
     _, channels, height, width = image.shape
     pixels, wide = height * width, triton.next_power_of_2(channels)

@@ -14,18 +14,18 @@ def _head_normed(first, second, eps, HALF: tl.constexpr):
     """Layer norm of heads given as halves [heads, HALF]; fp32, rounded to bf16 where diffusers' operators round."""
     mean = (tl.sum(first, axis=1) + tl.sum(second, axis=1)) / (2 * HALF)
     first, second = first - mean[:, None], second - mean[:, None]
-    spread = (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF)
-    inverse = tl.rsqrt(spread + eps)[:, None]
-    first = (first * inverse).to(tl.bfloat16).to(tl.float32)
-    second = (second * inverse).to(tl.bfloat16).to(tl.float32)
+    variance = (tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF)
+    rstd = tl.rsqrt(variance + eps)[:, None]
+    first = (first * rstd).to(tl.bfloat16).to(tl.float32)
+    second = (second * rstd).to(tl.bfloat16).to(tl.float32)
     return first, second
 
 
 @triton.jit
 def _rotated(first, second, cos_ptr, sin_ptr, token, HALF: tl.constexpr):
     """Rotates heads given as halves [heads, HALF] by the position of an image token."""
-    at = token * 2 * HALF + tl.arange(0, HALF)
-    cos, sin = tl.load(cos_ptr + at)[None, :], tl.load(sin_ptr + at)[None, :]
+    offsets = token * 2 * HALF + tl.arange(0, HALF)
+    cos, sin = tl.load(cos_ptr + offsets)[None, :], tl.load(sin_ptr + offsets)[None, :]
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -36,17 +36,17 @@ def _head_norm_rotary_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
-    at = tl.arange(0, HALF)
+    dim = tl.arange(0, HALF)
     mask = head[:, None] < heads
-    place = qkv_ptr + row.to(tl.int64) * stride + head[:, None] * (2 * HALF) + at[None, :]
-    first = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(place + HALF, mask=mask, other=0.0).to(tl.float32)
+    ptrs = qkv_ptr + row.to(tl.int64) * stride + head[:, None] * (2 * HALF) + dim[None, :]
+    first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
     first, second = _head_normed(first, second, eps, HALF)
     if not is_text_row(row, first_text, first_rows, second_text):
         token = tl.where(row < first_rows, row - first_text, row - first_rows - second_text)
         first, second = _rotated(first, second, cos_ptr, sin_ptr, token, HALF)
-    tl.store(place, first.to(tl.bfloat16), mask=mask)
-    tl.store(place + HALF, second.to(tl.bfloat16), mask=mask)
+    tl.store(ptrs, first.to(tl.bfloat16), mask=mask)
+    tl.store(ptrs + HALF, second.to(tl.bfloat16), mask=mask)
 
 
 def head_norm_rotary(qkv: Tensor, rotary: tuple[Tensor, Tensor], eps: float, segments: tuple[int, int, int]) -> None:
@@ -78,27 +78,27 @@ def _scatter_heads_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     index = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
-    at = tl.arange(0, HALF)
+    dim = tl.arange(0, HALF)
     kind, head = index // heads, index % heads
     owner = head // of_rank
     mask = index < 3 * heads
-    source = qkv_ptr + row.to(tl.int64) * (6 * HALF) * heads + index[:, None] * (2 * HALF) + at[None, :]
+    source = qkv_ptr + row.to(tl.int64) * (6 * HALF) * heads + index[:, None] * (2 * HALF) + dim[None, :]
     value_first = tl.load(source, mask=mask[:, None], other=0.0).to(tl.float32)
     value_second = tl.load(source + HALF, mask=mask[:, None], other=0.0).to(tl.float32)
     first, second = _head_normed(value_first, value_second, eps, HALF)
     in_row = kind * of_rank + head % of_rank
     if row < text:
         mask = mask & (owner == rank)
-        place = text_ptr + ((row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + at[None, :]
+        ptrs = text_ptr + ((row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + dim[None, :]
     else:
         token = row - text
         first, second = _rotated(first, second, cos_ptr, sin_ptr, token, HALF)
         image_row = (owner * image_rows + token).to(tl.int64)
-        place = image_ptr + ((image_row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + at[None, :]
+        ptrs = image_ptr + ((image_row * 3 * of_rank + in_row) * (2 * HALF))[:, None] + dim[None, :]
     is_value = index[:, None] >= 2 * heads
     first, second = tl.where(is_value, value_first, first), tl.where(is_value, value_second, second)
-    tl.store(place, first.to(tl.bfloat16), mask=mask[:, None])
-    tl.store(place + HALF, second.to(tl.bfloat16), mask=mask[:, None])
+    tl.store(ptrs, first.to(tl.bfloat16), mask=mask[:, None])
+    tl.store(ptrs + HALF, second.to(tl.bfloat16), mask=mask[:, None])
 
 
 def scatter_heads(

@@ -49,36 +49,30 @@ class Int8Pairs:
         pairs = torch.stack([high, whole - STEP.value * high], dim=1).to(torch.int8)
         return cls(pairs, largest / LARGEST.value)
 
-    def dequantized(self) -> Tensor:
-        """Returns the values, fp32 [rows, width]."""
-        high, low = self.values.float().unbind(1)
-        values: Tensor = self.scale[:, None] * (STEP.value * high + low)
-        return values
-
 
 @triton.jit
-def store_row(out_ptr, scale_ptr, row, at, inside, values, width, INT8_PAIR: tl.constexpr):
+def store_row(out_ptr, scale_ptr, row, cols, mask, values, width, INT8_PAIR: tl.constexpr):
     """Stores fp32 values of a row, as int8 pairs or as bf16; beyond the row they must be 0."""
     if INT8_PAIR:
         largest = tl.maximum(tl.max(tl.abs(values)), SMALLEST)
         whole = tl.floor(values * (LARGEST / largest) + 0.5).to(tl.int32)
         high = (whole + STEP // 2) >> 7
-        place = out_ptr + row * 2 * width + at
-        tl.store(place, high.to(tl.int8), mask=inside)
-        tl.store(place + width, (whole - high * STEP).to(tl.int8), mask=inside)
+        ptrs = out_ptr + row * 2 * width + cols
+        tl.store(ptrs, high.to(tl.int8), mask=mask)
+        tl.store(ptrs + width, (whole - high * STEP).to(tl.int8), mask=mask)
         tl.store(scale_ptr + row, largest / LARGEST)
     else:
-        tl.store(out_ptr + row * width + at, values.to(tl.bfloat16), mask=inside)
+        tl.store(out_ptr + row * width + cols, values.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
 def _quantize_pairs_kernel(x_ptr, out_ptr, scale_ptr, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     start_next(OVERLAP)
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)
     wait_for_previous(OVERLAP)
-    values = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-    store_row(out_ptr, scale_ptr, row, at, at < width, values, width, True)
+    values = tl.load(x_ptr + row * width + cols, mask=cols < width, other=0.0).to(tl.float32)
+    store_row(out_ptr, scale_ptr, row, cols, cols < width, values, width, True)
 
 
 def quantize_pairs(x: Tensor, out: Int8Pairs) -> None:

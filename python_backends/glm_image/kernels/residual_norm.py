@@ -12,8 +12,8 @@ from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
 
 @triton.jit
 def _rms(values, weight, width, eps):
-    inverse = tl.rsqrt(tl.sum(values * values) / width + eps)
-    normed = (values * inverse).to(tl.bfloat16).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(values * values) / width + eps)
+    normed = (values * rstd).to(tl.bfloat16).to(tl.float32)
     return (normed * weight).to(tl.bfloat16).to(tl.float32)
 
 
@@ -24,37 +24,37 @@ def _embed_norm_kernel(
 ):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
     wait_for_previous(OVERLAP)
     token = tl.load(tokens_ptr + row)
-    values = tl.load(table_ptr + token * width + at, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(residual_ptr + row * width + at, values, mask=inside)
+    values = tl.load(table_ptr + token * width + cols, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(residual_ptr + row * width + cols, values, mask=mask)
     normed = _rms(values.to(tl.float32), weight, width, eps)
-    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, INT8_PAIR)
+    store_row(out_ptr, scale_ptr, row, cols, mask, normed, width, INT8_PAIR)
 
 
 @triton.jit
-def sum_of_partials(partials_ptr, rows, row, width, at, inside, SPLIT_K: tl.constexpr):
+def sum_of_partials(partials_ptr, rows, row, width, cols, mask, SPLIT_K: tl.constexpr):
     """Adds a row of the partial sums, in order, to 0.0: the sum is never -0.0."""
-    sums = tl.zeros(at.shape, dtype=tl.float32)
+    sums = tl.zeros(cols.shape, dtype=tl.float32)
     for split in tl.static_range(SPLIT_K):
-        sums += tl.load(partials_ptr + (split * rows + row) * width + at, mask=inside, other=0.0)
+        sums += tl.load(partials_ptr + (split * rows + row) * width + cols, mask=mask, other=0.0)
     return sums
 
 
 @triton.jit
 def end_branch(
-    sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps,
+    sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, cols, mask, width, eps,
     INT8_PAIR: tl.constexpr,
 ):  # fmt: skip
     """Adds the norm of a branch's sums to a row of the residual, and stores the norm of the result."""
     branch = _rms(sums.to(tl.bfloat16).to(tl.float32), after, width, eps)
     residual = (residual + branch).to(tl.bfloat16)
-    tl.store(residual_ptr + row * width + at, residual, mask=inside)
+    tl.store(residual_ptr + row * width + cols, residual, mask=mask)
     normed = _rms(residual.to(tl.float32), before, width, eps)
-    store_row(out_ptr, scale_ptr, row, at, inside, normed, width, INT8_PAIR)
+    store_row(out_ptr, scale_ptr, row, cols, mask, normed, width, INT8_PAIR)
 
 
 @triton.jit
@@ -64,33 +64,27 @@ def _residual_norm_kernel(
 ):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    after = tl.load(after_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    before = tl.load(before_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    after = tl.load(after_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    before = tl.load(before_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     wait_for_previous(OVERLAP)
-    residual = tl.load(residual_ptr + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    sums = sum_of_partials(partials_ptr, rows, row, width, at, inside, SPLIT_K)
-    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, at, inside, width, eps, INT8_PAIR)
+    residual = tl.load(residual_ptr + row * width + cols, mask=mask, other=0.0).to(tl.float32)
+    sums = sum_of_partials(partials_ptr, rows, row, width, cols, mask, SPLIT_K)
+    end_branch(sums, residual, after, before, residual_ptr, out_ptr, scale_ptr, row, cols, mask, width, eps, INT8_PAIR)
 
 
 def embed_norm(
     tokens: Tensor, table: Tensor, weight: Tensor, residual: Tensor, out: Tensor | Int8Pairs, eps: float
 ) -> None:
-    """Looks up the embeddings of tokens and normalises them.
+    """Writes the embeddings of ``tokens`` int64 [rows] to ``residual`` and their norm to ``out``.
 
-    Args:
-        tokens: int64 [rows].
-        table: bf16 [vocabulary, width].
-        weight: bf16 [width], of the first norm.
-        residual: bf16 [rows, width], written: the embeddings.
-        out: bf16 [rows, width] or int8 pairs, written: their norm.
-        eps: the norm's epsilon.
+    ``table`` is bf16 [vocabulary, width]; ``residual`` is bf16 and ``out`` bf16 or int8 pairs, [rows, width].
     """
     rows, width = residual.shape
-    place, scale, int8_pair = store_arguments(out)
+    values, scale, int8_pair = store_arguments(out)
     _embed_norm_kernel[(rows,)](
-        tokens, table, weight, residual, place, scale, width, eps,
+        tokens, table, weight, residual, values, scale, width, eps,
         int8_pair, triton.next_power_of_2(width), can_overlap(), num_warps=8, launch_pdl=can_overlap(),
     )  # fmt: skip
 
@@ -109,9 +103,9 @@ def residual_norm(
         eps: the norms' epsilon.
     """
     split_k, rows, width = partials.shape
-    place, scale, int8_pair = store_arguments(out)
+    values, scale, int8_pair = store_arguments(out)
     _residual_norm_kernel[(rows,)](
-        partials, residual, after, before, place, scale, rows, width, eps,
+        partials, residual, after, before, values, scale, rows, width, eps,
         split_k, int8_pair, triton.next_power_of_2(width), can_overlap(),
         num_warps=16, launch_pdl=can_overlap(),
     )  # fmt: skip

@@ -17,15 +17,15 @@ LARGEST = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _load_scores(logits_ptr, at, vocabulary, temperature):
-    return tl.load(logits_ptr + at, mask=at < vocabulary, other=float("-inf")) / temperature
+def _load_scores(logits_ptr, ids, vocabulary, temperature):
+    return tl.load(logits_ptr + ids, mask=ids < vocabulary, other=float("-inf")) / temperature
 
 
 @triton.jit
-def _ordered(scores, at, vocabulary):
+def _ordered(scores, ids, vocabulary):
     """Maps fp32 to int32 such that integers compare as the floats do, and ids beyond the vocabulary come first."""
     bits = scores.to(tl.int32, bitcast=True)
-    return tl.where(at < vocabulary, tl.where(bits < 0, bits ^ LARGEST, bits), -LARGEST)
+    return tl.where(ids < vocabulary, tl.where(bits < 0, bits ^ LARGEST, bits), -LARGEST)
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def _upper_middle(low, high):
 
 
 @triton.jit
-def _race(weights, scores, peak, noise_ptr, allowed_ptr, at, vocabulary):
-    allowed = tl.load(allowed_ptr + at, mask=at < vocabulary, other=0) != 0
-    noise = tl.load(noise_ptr + at, mask=at < vocabulary, other=1.0)
+def _race(weights, scores, peak, noise_ptr, allowed_ptr, ids, vocabulary):
+    allowed = tl.load(allowed_ptr + ids, mask=ids < vocabulary, other=0) != 0
+    noise = tl.load(noise_ptr + ids, mask=ids < vocabulary, other=1.0)
     race = tl.where(allowed, weights / noise, 0.0)
     # A race without a winner goes to the best allowed score.
     return tl.where(race > 0, race, tl.where(allowed, scores - peak - 1.0, float("-inf")))
@@ -52,12 +52,12 @@ def _sample_kernel(
     wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     # The vocabulary in two blocks, whose sizes must be powers of two.
-    at, at2 = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
+    ids, ids2 = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
     logits_ptr += row * vocabulary
     temperature = tl.load(temperature_ptr + row)
-    scores = _load_scores(logits_ptr, at, vocabulary, temperature)
-    scores2 = _load_scores(logits_ptr, at2, vocabulary, temperature)
-    order, order2 = _ordered(scores, at, vocabulary), _ordered(scores2, at2, vocabulary)
+    scores = _load_scores(logits_ptr, ids, vocabulary, temperature)
+    scores2 = _load_scores(logits_ptr, ids2, vocabulary, temperature)
+    order, order2 = _ordered(scores, ids, vocabulary), _ordered(scores2, ids2, vocabulary)
     peak = tl.maximum(tl.max(scores), tl.max(scores2))
     best = tl.maximum(tl.max(order), tl.max(order2))
 
@@ -87,8 +87,8 @@ def _sample_kernel(
     sampled = tl.load(sampled_ptr + row)
     noise_ptr += (row * NOISE_STEPS + sampled % NOISE_STEPS) * vocabulary
     allowed_ptr += (sampled >= tl.load(preview_ptr + row)).to(tl.int64) * vocabulary
-    race = _race(weights, scores, peak, noise_ptr, allowed_ptr, at, vocabulary)
-    race2 = _race(weights2, scores2, peak, noise_ptr, allowed_ptr, at2, vocabulary)
+    race = _race(weights, scores, peak, noise_ptr, allowed_ptr, ids, vocabulary)
+    race2 = _race(weights2, scores2, peak, noise_ptr, allowed_ptr, ids2, vocabulary)
     token = tl.where(tl.max(race) >= tl.max(race2), tl.argmax(race, axis=0), MAIN + tl.argmax(race2, axis=0))
 
     active = tl.load(active_ptr + row)

@@ -51,7 +51,7 @@ def _add_product(sums, w_tile, x_tile, INT8_PAIR: tl.constexpr):
 
 @triton.jit
 def _products(
-    weight, second_weight, x, at_n, at_x, at_k, first_tile, end_tile, rows, n, k,
+    weight, second_weight, x, offs_n, offs_x, offs_k, first_tile, end_tile, rows, n, k,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """Multiplies the input by one tile of weights' rows, or by two; sums are [BLOCK_N, COLUMNS]."""
@@ -59,12 +59,12 @@ def _products(
     sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if int8_pair else tl.float32)
     second_sums = tl.zeros([BLOCK_N, COLUMNS], dtype=tl.int32 if int8_pair else tl.float32)
     for tile in range(first_tile, end_tile):
-        inside = tile * BLOCK_K + at_k < k
-        mask = (at_n[:, None] < n) & inside[None, :]
+        in_k = tile * BLOCK_K + offs_k < k
+        mask = (offs_n[:, None] < n) & in_k[None, :]
         w_tile = tl.load(weight + tile * BLOCK_K, mask=mask, other=0, eviction_policy="evict_first")
         if TWO:
             second_tile = tl.load(second_weight + tile * BLOCK_K, mask=mask, other=0, eviction_policy="evict_first")
-        x_tile = tl.load(x + tile * BLOCK_K, mask=(at_x[None, :] < rows * (COLUMNS // ROWS)) & inside[:, None], other=0)
+        x_tile = tl.load(x + tile * BLOCK_K, mask=(offs_x[None, :] < rows * (COLUMNS // ROWS)) & in_k[:, None], other=0)
         sums = _add_product(sums, w_tile, x_tile, int8_pair)
         if TWO:
             second_sums = _add_product(second_sums, second_tile, x_tile, int8_pair)
@@ -72,15 +72,15 @@ def _products(
 
 
 @triton.jit
-def _scaled(sums, x_scale_ptr, scale_ptr, at_n, n, rows, INT8_PAIR: tl.constexpr, SCALED: tl.constexpr):
+def _scaled(sums, x_scale_ptr, scale_ptr, offs_n, n, rows, INT8_PAIR: tl.constexpr, SCALED: tl.constexpr):
     """From sums [weights' rows, columns of the tile] to products [weights' rows, rows of the input], fp32."""
     if INT8_PAIR:
         high, low = tl.split(tl.reshape(sums, [sums.shape[0], sums.shape[1] // 2, 2]))
-        at_m = tl.arange(0, sums.shape[1] // 2)
-        x_scale = tl.load(x_scale_ptr + at_m, mask=at_m < rows, other=0.0)
+        offs_m = tl.arange(0, sums.shape[1] // 2)
+        x_scale = tl.load(x_scale_ptr + offs_m, mask=offs_m < rows, other=0.0)
         sums = (high.to(tl.float32) * STEP + low.to(tl.float32)) * x_scale[None, :]
     if SCALED:
-        sums *= tl.load(scale_ptr + at_n, mask=at_n < n, other=0.0)[:, None]
+        sums *= tl.load(scale_ptr + offs_n, mask=offs_n < n, other=0.0)[:, None]
     return sums
 
 
@@ -91,26 +91,26 @@ def _linear_kernel(
     ROUND: tl.constexpr, SCALED: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0), tl.program_id(1)
-    at_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    at_x = tl.arange(0, COLUMNS)
-    at_k = tl.arange(0, BLOCK_K)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_x = tl.arange(0, COLUMNS)
+    offs_k = tl.arange(0, BLOCK_K)
     tiles = tl.cdiv(k, BLOCK_K)
     share = tl.cdiv(tiles, SPLIT_K)
-    weight = weight_ptr + at_n[:, None].to(tl.int64) * k + at_k[None, :]
-    x = x_ptr + at_x[None, :] * k + at_k[:, None]
-    fetch(weight_ptr + tl.minimum(at_n, n - 1).to(tl.int64) * k + split * share * BLOCK_K, FETCH, OVERLAP)
+    weight = weight_ptr + offs_n[:, None].to(tl.int64) * k + offs_k[None, :]
+    x = x_ptr + offs_x[None, :] * k + offs_k[:, None]
+    fetch(weight_ptr + tl.minimum(offs_n, n - 1).to(tl.int64) * k + split * share * BLOCK_K, FETCH, OVERLAP)
     wait_for_previous(OVERLAP)
     sums, _ = _products(
-        weight, weight, x, at_n, at_x, at_k, split * share, tl.minimum((split + 1) * share, tiles), rows, n, k,
+        weight, weight, x, offs_n, offs_x, offs_k, split * share, tl.minimum((split + 1) * share, tiles), rows, n, k,
         BLOCK_N, BLOCK_K, ROWS, COLUMNS, False,
     )  # fmt: skip
     start_next(OVERLAP)
-    product = _scaled(sums, x_scale_ptr, scale_ptr, at_n, n, rows, COLUMNS != ROWS, SCALED)
+    product = _scaled(sums, x_scale_ptr, scale_ptr, offs_n, n, rows, COLUMNS != ROWS, SCALED)
     if ROUND:
         product = product.to(tl.bfloat16).to(tl.float32)
-    at_m = tl.arange(0, ROWS)
-    out = out_ptr + (split * rows + at_m[None, :]) * n + at_n[:, None]
-    tl.store(out, product, mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
+    offs_m = tl.arange(0, ROWS)
+    out = out_ptr + (split * rows + offs_m[None, :]) * n + offs_n[:, None]
+    tl.store(out, product, mask=(offs_n[:, None] < n) & (offs_m[None, :] < rows))
 
 
 @triton.jit
@@ -119,29 +119,29 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
     FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    at_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at_x = tl.arange(0, COLUMNS)
-    at_k = tl.arange(0, BLOCK_K)
-    gate = weight_ptr + at_n[:, None].to(tl.int64) * k + at_k[None, :]
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_x = tl.arange(0, COLUMNS)
+    offs_k = tl.arange(0, BLOCK_K)
+    gate = weight_ptr + offs_n[:, None].to(tl.int64) * k + offs_k[None, :]
     up = gate + n.to(tl.int64) * k
-    x = x_ptr + at_x[None, :] * k + at_k[:, None]
-    first = weight_ptr + tl.minimum(at_n, n - 1).to(tl.int64) * k
+    x = x_ptr + offs_x[None, :] * k + offs_k[:, None]
+    first = weight_ptr + tl.minimum(offs_n, n - 1).to(tl.int64) * k
     fetch(first, FETCH, OVERLAP)
     fetch(first + n.to(tl.int64) * k, FETCH, OVERLAP)
     wait_for_previous(OVERLAP)
     gate_sums, up_sums = _products(
-        gate, up, x, at_n, at_x, at_k, 0, tl.cdiv(k, BLOCK_K), rows, n, k, BLOCK_N, BLOCK_K, ROWS, COLUMNS, True
+        gate, up, x, offs_n, offs_x, offs_k, 0, tl.cdiv(k, BLOCK_K), rows, n, k, BLOCK_N, BLOCK_K, ROWS, COLUMNS, True
     )
     start_next(OVERLAP)
-    gated = _scaled(gate_sums, x_scale_ptr, scale_ptr, at_n, n, rows, COLUMNS != ROWS, SCALED)
-    raised = _scaled(up_sums, x_scale_ptr, scale_ptr + n, at_n, n, rows, COLUMNS != ROWS, SCALED)
+    gate_product = _scaled(gate_sums, x_scale_ptr, scale_ptr, offs_n, n, rows, COLUMNS != ROWS, SCALED)
+    up_product = _scaled(up_sums, x_scale_ptr, scale_ptr + n, offs_n, n, rows, COLUMNS != ROWS, SCALED)
     # Rounded where torch's operators round.
-    gated = gated.to(tl.bfloat16).to(tl.float32)
-    silu = (gated * tl.sigmoid(gated)).to(tl.bfloat16).to(tl.float32)
-    product = raised.to(tl.bfloat16).to(tl.float32) * silu
-    at_m = tl.arange(0, ROWS)
-    out = out_ptr + at_m[None, :] * n + at_n[:, None]
-    tl.store(out, product.to(tl.bfloat16), mask=(at_n[:, None] < n) & (at_m[None, :] < rows))
+    gate_product = gate_product.to(tl.bfloat16).to(tl.float32)
+    silu = (gate_product * tl.sigmoid(gate_product)).to(tl.bfloat16).to(tl.float32)
+    product = up_product.to(tl.bfloat16).to(tl.float32) * silu
+    offs_m = tl.arange(0, ROWS)
+    out = out_ptr + offs_m[None, :] * n + offs_n[:, None]
+    tl.store(out, product.to(tl.bfloat16), mask=(offs_n[:, None] < n) & (offs_m[None, :] < rows))
 
 
 def linear_partials(
@@ -177,12 +177,8 @@ def linear_partials(
 def gate_up(x: Tensor | Int8Pairs, weight: Tensor, scale: Tensor | None, out: Tensor, tiles: TileConfig) -> None:
     """Computes ``up * silu(gate)``, where gate and up are the halves of the product of ``x`` and a matrix.
 
-    Args:
-        x: bf16 [rows, k], at most ``ROWS`` rows; or int8 pairs, for int8 weights.
-        weight: bf16 or int8 [2 * n, k]: gate, then up.
-        scale: fp32 [2 * n], by which rows of int8 weights are multiplied; None for bf16 weights.
-        out: bf16 [rows, n].
-        tiles: how the matrix is divided, without split-K.
+    The arguments are those of ``linear_partials``, but ``weight`` is [2 * n, k]: gate, then up; ``out`` is bf16
+    [rows, n]; and ``tiles`` has no split-K.
     """
     rows, n = out.shape
     k = weight.shape[1]

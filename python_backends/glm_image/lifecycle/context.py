@@ -26,18 +26,12 @@ LATEST_DEADLINE_NS = 2**63 - 1
 
 @dataclass(frozen=True)
 class Timeouts:
-    """The time limits of requests, in microseconds; 0 = no limit.
-
-    Attributes:
-        default_us: the timeout of a request that sets none.
-        max_us: the longest timeout; longer ones, and requests without any, are cut to it.
-    """
+    """The timeout of requests that set none, and the longest one, in microseconds; 0 = no limit."""
 
     default_us: int = 0
     max_us: int = 0
 
     def of(self, requested_us: int) -> int:
-        """Returns the timeout of a request that sets ``requested_us`` (0 = none)."""
         timeout = requested_us if requested_us > 0 else self.default_us
         return min(timeout or self.max_us, self.max_us) if self.max_us else timeout
 
@@ -47,7 +41,6 @@ class Progress:
     """The progress of a request within a stage.
 
     Attributes:
-        stage: the stage.
         done: prompts read, tokens sampled or denoising steps taken, over all images of the request.
         total: the value of ``done`` at the end of the stage.
         sigma: the noise level of the image being denoised, 1 to 0.
@@ -82,8 +75,8 @@ class RequestObserver:
         Overriding this makes ``RequestContext.wants_preview`` true.
         """
 
-    def estimate_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
-        """The DiT rendered an estimate of the image being denoised, uint8 [height, width, 3]."""
+    def latent_preview_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
+        """The DiT rendered a latent preview of the image being denoised, uint8 [height, width, 3]."""
 
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         """The request ended, and its response is about to be sent; called once, even if it never started."""
@@ -99,10 +92,6 @@ class ProgressCallback(RequestObserver):
         self._callback(progress)
 
 
-def _no_progress() -> Progress:
-    return Progress(Stage.AR_QUEUE, 0, 1)
-
-
 @dataclass(eq=False)
 class RequestContext:
     """A request in flight, shared by the engine's thread, the thread that serves it and those that may cancel it.
@@ -112,16 +101,15 @@ class RequestContext:
         deadline_ns: the ``time.monotonic_ns()`` by which the request must end; 0 = none.
         arrived_ns: the ``time.monotonic_ns()`` at which it reached the server; distinguishes requests of one id.
         accepted_ns: the ``time.monotonic_ns()`` at which it reached this stage.
-        num_images: the images that it asks for.
         attributes: its parameters, for the request log.
         is_abandoned: returns whether the caller has disconnected.
         progress: returns the current progress; callable from any thread.
         is_watched: whether an observer receives progress. Engines skip ``publish_progress`` otherwise.
         wants_preview: whether an observer waits for the preview's tokens.
         seconds: wall-clock seconds by stage.
-        estimate_every: denoising steps between two estimates; 0 = none.
+        latent_preview_every: denoising steps between two latent previews; 0 = none.
         cached_steps: denoising steps that the cache skipped, one entry per image denoised so far.
-        observers: receive its events; change them with ``add_observer`` and ``remove_observer``.
+        observers: changed with ``add_observer`` and ``remove_observer``.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -131,11 +119,11 @@ class RequestContext:
     num_images: int = 1
     attributes: dict[str, Any] = field(default_factory=dict)
     is_abandoned: Callable[[], bool] = bool
-    progress: Callable[[], Progress] = _no_progress
+    progress: Callable[[], Progress] = lambda: Progress(Stage.AR_QUEUE, 0, 1)
     is_watched: bool = field(default=False, init=False)
     wants_preview: bool = field(default=False, init=False)
     seconds: dict[Stage, float] = field(default_factory=dict)
-    estimate_every: int = 0
+    latent_preview_every: int = 0
     cached_steps: list[int] = field(default_factory=list)
     observers: tuple[RequestObserver, ...] = ()
     _preview_is_sampled: bool = field(default=False, init=False, repr=False)
@@ -159,7 +147,6 @@ class RequestContext:
             self._set_observers((*self.observers, observer))
 
     def remove_observer(self, observer: RequestObserver) -> None:
-        """Removes an observer, if it is there."""
         with self._lock:
             self._set_observers(tuple(other for other in self.observers if other is not observer))
 
@@ -182,15 +169,12 @@ class RequestContext:
             self.check()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Notifies the observers that the request ended; only the first call counts.
-
-        Args:
-            error: the error it ended with; None = it succeeded.
-        """
+        """Notifies the observers that the request ended, with ``error`` or well; only the first call counts."""
         with self._lock:
             if self._is_finished:
                 return
             self._is_finished = True
+            self._on_cancel = None  # it may refer to the request, which refers to this context
         self._notify(lambda observer: observer.finished(self, error))
 
     @property
@@ -200,20 +184,20 @@ class RequestContext:
     def cancel(self) -> None:
         """Cancels the request: a waiting one ends immediately, a running one at the engine's next ``check``."""
         self._cancelled.set()
-        if self._on_cancel is not None:
-            self._on_cancel()
+        callback = self._on_cancel
+        if callback is not None:
+            callback()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Sets the callback to run on cancellation, replacing any earlier one; runs it now if already cancelled."""
-        self._on_cancel = callback
+        with self._lock:
+            if not self._is_finished:
+                self._on_cancel = callback
         if self.cancelled:
             callback()
 
     def check(self, needed_seconds: float = 0.0) -> None:
-        """Raises if the request must not go on.
-
-        Args:
-            needed_seconds: the least time that its remaining work takes.
+        """Raises if the request must not go on; its remaining work takes at least ``needed_seconds``.
 
         Raises:
             CancelledError: it was cancelled.
@@ -233,13 +217,11 @@ class RequestContext:
             )
 
     def report(self, stage: Stage, done: int, total: int, sigma: float | None = None) -> None:
-        """Sets the progress and publishes it."""
         progress = Progress(stage, done, total, sigma)
         self.progress = lambda: progress
         self.publish_progress()
 
     def publish_progress(self) -> None:
-        """Passes the current progress to the observers, if one of them receives progress."""
         if self.is_watched:
             progress = self.progress()
             self._notify(lambda observer: observer.progressed(self, progress))
@@ -252,12 +234,10 @@ class RequestContext:
             self._preview_is_sampled, self.wants_preview = True, False
         self._notify(lambda observer: observer.preview_sampled(self, tokens))
 
-    def publish_estimate(self, pixels: NDArray[np.uint8]) -> None:
-        """Passes an estimate of the image being denoised to the observers, uint8 [height, width, 3]."""
-        self._notify(lambda observer: observer.estimate_rendered(self, pixels))
+    def publish_latent_preview(self, pixels: NDArray[np.uint8]) -> None:
+        self._notify(lambda observer: observer.latent_preview_rendered(self, pixels))
 
     def add_seconds(self, stage: Stage, seconds: float) -> None:
-        """Adds to a stage's time."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self._notify(lambda observer: observer.stage_finished(self, stage, seconds))
 

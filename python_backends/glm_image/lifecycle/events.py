@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from glm_image.ipc.protocol import Event
-from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.registry import RequestState
 from glm_image.request.stages import AR_STAGES, STAGE_ORDER, Stage
 
@@ -32,18 +31,14 @@ class EventBuilder:
     """
 
     def __init__(self, request_id: str, arrived_ns: int, dit_seconds: float | None = None) -> None:
-        self._request_id = request_id
-        self._arrived_ns = arrived_ns
-        self._dit_seconds = dit_seconds
+        self._request_id, self._arrived_ns, self._dit_seconds = request_id, arrived_ns, dit_seconds
         self._latest = (0, 0)
         self._stage_starts: dict[Stage, tuple[float, int]] = {}
 
     def is_about(self, published: Event) -> bool:
-        """Whether a published event is about this request."""
         return bool(published["arrived_ns"] == self._arrived_ns)
 
     def first(self) -> Event:
-        """Returns the stream's first event."""
         return self._event("queued", Stage.AR_QUEUE, 0, 1, None)
 
     def progress(self, published: Event) -> Event | None:
@@ -61,11 +56,10 @@ class EventBuilder:
         return self._event(KINDS[stage], stage, done, total, self._eta(stage, done, total))
 
     def image(self, kind: str, published: Event) -> Event:
-        """Returns the event for an intermediate image: ``preview``, or ``denoise`` for an estimate."""
+        """Returns the event for an intermediate image: ``preview``, or ``denoise`` for a latent preview."""
         return self._event(kind, published["stage"], int(published["done"]), int(published["total"]), None)
 
     def last(self) -> Event:
-        """Returns the stream's last event, that of the finished images."""
         return self._event("image", "done", 1, 1, 0.0)
 
     def _eta(self, stage: Stage, done: int, total: int) -> float | None:
@@ -77,13 +71,12 @@ class EventBuilder:
         left = (now - started) / (done - done_before) * (total - done)
         return left + (self._dit_seconds or 0.0) if stage in AR_STAGES else left
 
-    def _event(self, kind: str, stage: str, done: int, total: int, eta: float | None) -> dict[str, Any]:
+    def _event(self, kind: str, stage: str, done: int, total: int, eta: float | None) -> Event:
         return {
             "event": kind,
             "request_id": self._request_id,
             "stage": stage,
             "done": done,
             "total": total,
-            "seconds": round((time.monotonic_ns() - self._arrived_ns) / NANOSECONDS, 3),
             "eta": None if eta is None else round(eta, 3),
         }

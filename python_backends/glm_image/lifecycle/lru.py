@@ -14,12 +14,7 @@ Value = TypeVar("Value")
 
 
 class LatestEntries(Generic[Key, Value]):
-    """Keeps the entries that were put last, bounded in number and in age; thread-safe.
-
-    Args:
-        max_entries: the most entries.
-        max_seconds: the age at which an entry goes.
-    """
+    """Keeps the entries that were put last, bounded in number and in age; thread-safe."""
 
     def __init__(self, max_entries: int, max_seconds: float = math.inf) -> None:
         self._max_entries, self._max_seconds = max_entries, max_seconds
@@ -35,7 +30,6 @@ class LatestEntries(Generic[Key, Value]):
         return None if entry is None else entry[1]
 
     def put(self, key: Key, value: Value) -> None:
-        """Sets an entry, which becomes the latest one."""
         now = time.monotonic()
         with self._lock:
             self._entries[key] = (now, value)

@@ -41,8 +41,8 @@ def read_ar_metadata(text: str) -> ArMetadata:
         return {}
     try:
         metadata = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInputError.of("ar_metadata", text, "a JSON object") from error
+    except (ValueError, RecursionError):
+        metadata = None
     if not isinstance(metadata, dict):
         raise InvalidInputError.of("ar_metadata", text, "a JSON object")
     stages = ", ".join(STAGE_ORDER)
@@ -75,8 +75,8 @@ def _is_duration(value: Any) -> bool:
 
 def queued_seconds(metadata: ArMetadata) -> float:
     """Returns the seconds since ``glm_ar`` finished; both stages read the machine's monotonic clock."""
-    finished = metadata.get("finished_ns")
-    return max(0.0, (time.monotonic_ns() - finished) / NANOSECONDS) if isinstance(finished, int) else 0.0
+    now = time.monotonic_ns()
+    return max(0.0, (now - metadata.get("finished_ns", now)) / NANOSECONDS)
 
 
 def request_metadata(
@@ -84,11 +84,7 @@ def request_metadata(
 ) -> dict[str, Any]:
     """Returns the ``metadata`` output of a finished request.
 
-    Args:
-        context: the request.
-        request: its parameters.
-        model: the checkpoint's ``name`` and ``revision``.
-        attention_backend: the DiT's attention implementation, by its name in diffusers.
+    ``model`` has the checkpoint's ``name`` and ``revision``; ``attention_backend`` has its name in diffusers.
     """
     seconds = {**request.ar_metadata.get("seconds", {}), **context.seconds}
     return {

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Final
 
 from glm_image.errors import CancelledError
-from glm_image.ipc.protocol import Event, Publish, key_of, publish_nothing
+from glm_image.ipc.protocol import Event, Publish, key_of
 from glm_image.lifecycle.context import NANOSECONDS, Progress, RequestContext, RequestObserver
 from glm_image.lifecycle.lru import LatestEntries
 
@@ -21,11 +21,10 @@ REMEMBERED_SECONDS: Final = 3600
 
 
 class RequestState(str, Enum):
-    """The state of a request at one instance."""
+    """The state of a request at one instance; a forwarded one goes on in the next stage."""
 
     RUNNING = "running"
     FORWARDED = "forwarded"
-    """This stage is done, and another stage goes on with it."""
     FINISHED = "finished"
     CANCELLED = "cancelled"
     FAILED = "failed"
@@ -40,21 +39,18 @@ class RequestRegistry(RequestObserver):
 
     Args:
         outcome: the state of a request that ended without an error: ``FORWARDED`` or ``FINISHED``.
-
-    Attributes:
-        publish: publishes events of requests; set by the owner of the IPC server.
+        publish: publishes an event of a request.
     """
 
-    def __init__(self, outcome: RequestState) -> None:
-        self.publish: Publish = publish_nothing
-        self._outcome = outcome
+    def __init__(self, outcome: RequestState, publish: Publish) -> None:
+        self._outcome, self._publish = outcome, publish
         self._lock = Lock()
         self._watched: set[bytes] = set()
         self._requests: dict[bytes, list[RequestContext]] = {}
         self._linked: dict[bytes, list[RequestContext]] = {}
         self._ended: LatestEntries[bytes, list[Event]] = LatestEntries(MAX_REMEMBERED, REMEMBERED_SECONDS)
         self._cancels: LatestEntries[bytes, int] = LatestEntries(MAX_REMEMBERED, REMEMBERED_SECONDS)
-        self._progress_publisher = _ProgressPublisher(self)
+        self._progress_publisher = _ProgressPublisher(publish)
 
     def started(self, context: RequestContext) -> None:
         """Adds a request; cancels it if its id was cancelled while it was on its way here."""
@@ -80,14 +76,12 @@ class RequestRegistry(RequestObserver):
             context.remove_observer(self._progress_publisher)
             event = {**describe(context), "state": state}
             self._ended.put(key, [*(self._ended.get(key) or ()), event][-MAX_PER_ID:])
-        self.publish(key, lambda: event)
+        self._publish(key, lambda: event)
 
     def cancel(self, request_id: str, requested_ns: int) -> list[Event]:
         """Cancels the requests of an id that reached the server before the cancel was requested.
 
-        Returns:
-            The description of each request of that id as it was before, ended ones included; ``cancelled_now`` is true
-            for those that this call cancels.
+        Returns their ``status`` as it was before; ``cancelled_now`` is true for those that this call cancels.
         """
         key = key_of(request_id)
         with self._lock:
@@ -101,10 +95,9 @@ class RequestRegistry(RequestObserver):
         return [{**event, "cancelled_now": event["state"] in cancellable} for event in events]
 
     def link(self, context: RequestContext) -> Callable[[], None]:
-        """Links an auxiliary request, so that cancelling its id cancels it too. It is not listed in ``status``.
+        """Has a cancel of its id cancel an auxiliary request too, which ``status`` does not list.
 
-        Returns:
-            Unlinks it; must be called when it ends.
+        Returns a function that undoes this; to be called when the auxiliary request ends.
         """
         key = key_of(context.id)
         with self._lock:
@@ -117,7 +110,7 @@ class RequestRegistry(RequestObserver):
         return unlink
 
     def status(self, request_id: str) -> list[Event]:
-        """Returns the description of each request of an id, ended ones included."""
+        """Returns the event that describes each request of an id, ended ones included."""
         key = key_of(request_id)
         with self._lock:
             return [describe(context) for context in self._requests.get(key, ())] + self._ended_of(key)
@@ -131,10 +124,9 @@ class RequestRegistry(RequestObserver):
                 for context in contexts:
                     context.add_observer(self._progress_publisher)
         for context in contexts:
-            self.publish(key, partial(describe, context))
+            self._publish(key, partial(describe, context))
 
     def unwatch(self, key: bytes) -> None:
-        """Stops publishing the progress of an id; its last subscriber has left."""
         with self._lock:
             self._watched.discard(key)
             for context in self._requests.get(key, ()):
@@ -142,10 +134,9 @@ class RequestRegistry(RequestObserver):
 
     def publish_details(self, context: RequestContext, details: Callable[[], Event]) -> None:
         """Publishes a request's description and further details, which are made only if there is a subscriber."""
-        self.publish(key_of(context.id), lambda: {**describe(context), **details()})
+        self._publish(key_of(context.id), lambda: {**describe(context), **details()})
 
     def cancel_abandoned(self) -> None:
-        """Cancels the requests whose callers have disconnected."""
         with self._lock:
             contexts = [context for contexts in self._requests.values() for context in contexts]
         for context in contexts:
@@ -165,13 +156,13 @@ class RequestRegistry(RequestObserver):
 
 
 class _ProgressPublisher(RequestObserver):
-    """Observes the requests that have a subscriber: an engine skips progress that no observer receives."""
+    """Observes the watched requests: an engine skips progress that no observer receives."""
 
-    def __init__(self, registry: RequestRegistry) -> None:
-        self._registry = registry
+    def __init__(self, publish: Publish) -> None:
+        self._publish = publish
 
     def progressed(self, context: RequestContext, progress: Progress) -> None:
-        self._registry.publish(key_of(context.id), partial(describe, context, progress))
+        self._publish(key_of(context.id), partial(describe, context, progress))
 
 
 def describe(context: RequestContext, progress: Progress | None = None) -> Event:

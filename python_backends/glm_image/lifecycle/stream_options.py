@@ -14,24 +14,18 @@ class StreamOptions:
     Attributes:
         arrived_ns: the ``time.monotonic_ns()`` at which the streamed request arrived; None = not a streamed request.
         previews: whether ``glm_ar`` publishes the tokens of the first image's preview as soon as they are sampled.
-        estimate_every: denoising steps between two estimates that ``glm_dit`` publishes; 0 = none.
+        latent_preview_every: denoising steps between two latent previews that ``glm_dit`` publishes; 0 = none.
     """
 
     arrived_ns: int | None = None
     previews: bool = False
-    estimate_every: int = 0
+    latent_preview_every: int = 0
 
-    PARAMETER: ClassVar[str] = "follow"
+    PARAMETER: ClassVar[str] = "stream_options"
     """The request parameter that holds the options as JSON: Triton's parameters are strings, numbers and booleans."""
 
     def parameters(self) -> dict[str, str]:
-        """Returns the options as request parameters."""
         return {self.PARAMETER: json.dumps(asdict(self))}
-
-    @classmethod
-    def are_set(cls, parameters: str) -> bool:
-        """Whether a request comes from ``glm_image_stream``, by its parameters as JSON."""
-        return f'"{cls.PARAMETER}"' in parameters
 
     @classmethod
     def read(cls, parameters: str) -> StreamOptions:
@@ -45,7 +39,7 @@ class StreamOptions:
         return cls(
             arrived_ns=_count(options.get("arrived_ns")),
             previews=options.get("previews") is True,
-            estimate_every=_count(options.get("estimate_every")) or 0,
+            latent_preview_every=_count(options.get("latent_preview_every")) or 0,
         )
 
 

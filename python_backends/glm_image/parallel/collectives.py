@@ -15,16 +15,11 @@ _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_ten
 
 
 class Transfer:
-    """Asynchronous communication that overlaps with computation.
-
-    Args:
-        works: torch's handles.
-        sent: kept alive until the transfer ends.
-    """
+    """Communication that overlaps with computation."""
 
     def __init__(self, works: Sequence[Any], sent: Tensor) -> None:
         self._works: Sequence[Any] = works
-        self._sent: Tensor | None = sent
+        self._sent: Tensor | None = sent  # kept alive until the transfer ends
 
     def wait(self) -> None:
         """Makes the device's later work wait for the transfer; see ``torch.distributed.Work.wait``."""
@@ -40,12 +35,6 @@ class Group:
         ranks: the members, as ranks of the instance, in order.
         rank: this process's index in ``ranks``.
         process_group: torch's; None for a group of one, whose collectives do nothing.
-        uses_peer_memory: see the attribute.
-
-    Attributes:
-        rank: this process's index in the group.
-        size: the number of ranks.
-        process_group: as given.
         uses_peer_memory: whether kernels may access the other ranks' memory, where the devices can.
     """
 
@@ -58,7 +47,6 @@ class Group:
         self.uses_peer_memory = uses_peer_memory
 
     def without_peer_memory(self) -> Group:
-        """Returns the same group with ``uses_peer_memory`` off."""
         return Group(self._ranks, self.rank, self.process_group, uses_peer_memory=False)
 
     def shard_range(self, count: int) -> range:
@@ -66,12 +54,11 @@ class Group:
         return self.shard_ranges(count)[self.rank]
 
     def shard_ranges(self, count: int) -> list[range]:
-        """Returns every rank's shard of ``count`` rows."""
         edges = [count * rank // self.size for rank in range(self.size + 1)]
         return [range(start, end) for start, end in pairwise(edges)]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sums the ranks' tensors in place."""
+        """Sums the ranks' tensors in place and returns the sum."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.process_group)
         return tensor
@@ -97,7 +84,6 @@ class Group:
         _all_gather_single(gathered, tensor, self.process_group)
 
     def all_gather_async(self, gathered: Tensor, tensor: Tensor) -> Transfer:
-        """Starts ``all_gather_into``."""
         return Transfer([_all_gather_single(gathered, tensor, self.process_group, async_op=True)], tensor)
 
     def all_gather_rows(self, tensor: Tensor, count: int) -> Tensor:
@@ -114,11 +100,7 @@ class Group:
     ) -> Transfer:
         """Starts to send every rank its rows of ``sent``, and to write the rows that each sends to ``received``.
 
-        Args:
-            sent: contiguous, [sum of ``sent_rows``, ...], in the order of the ranks.
-            sent_rows: number of rows for each rank.
-            received: contiguous, [sum of ``received_rows``, ...].
-            received_rows: number of rows from each rank.
+        Both tensors are contiguous, [sum of their rows, ...], in the order of the ranks.
         """
         rows = list(received_rows), list(sent_rows)
         return Transfer([dist.all_to_all_single(received, sent, *rows, self.process_group, async_op=True)], sent)

@@ -10,18 +10,12 @@ import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-from glm_image.parallel.messages import Done
 from glm_image.parallel.worker import WorkerSpec
 
 
 class Worker:
-    """A rank's process, the connection to it, and how many commands it has run.
-
-    Args:
-        spec: what the process loads and where.
-    """
+    """A rank's process, the connection to it, and how many of its commands it has run."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         parent_end, child_end = socket.socketpair()
@@ -42,23 +36,16 @@ class Worker:
     def __str__(self) -> str:
         return f"rank {self._spec.rank} ({self._spec.display_name}, pid {self._process.pid})"
 
-    def send(self, command: Any) -> None:
-        """Sends a command; blocks while the worker does not read.
-
-        Raises:
-            OSError: the process has ended.
-        """
-        self.connection.send(command)
-
     def mark_sent(self) -> None:
         """Counts a command that is about to be sent."""
         if self._sent == self._done:
             self._waiting_since = time.monotonic()
         self._sent += 1
 
-    def mark_done(self, message: Done) -> None:
-        """Counts the commands that the worker has run."""
-        self._done, self._waiting_since = message.number, time.monotonic()
+    def mark_done(self) -> None:
+        """Counts a command that the worker has run."""
+        self._done += 1
+        self._waiting_since = time.monotonic()
 
     def seconds_until_hung(self, hang_seconds: float) -> float:
         """Returns the seconds left for the oldest unfinished command; ``hang_seconds`` while the worker is idle."""
@@ -67,11 +54,10 @@ class Worker:
         return self._waiting_since + hang_seconds - time.monotonic()
 
     def kill(self) -> None:
-        """Sends SIGKILL, if the process has not ended."""
         self._process.kill()
 
     def wait(self) -> int:
-        """Waits for the process to end and returns its exit code, ``-N`` after signal N."""
+        """Returns the exit code of the process once it has ended, ``-N`` after signal N."""
         return self._process.wait()
 
 

@@ -30,7 +30,6 @@ class ParallelLayout:
 
     @property
     def size(self) -> int:
-        """The number of ranks."""
         return math.prod(getattr(self, member) for member in MEMBERS)
 
     @classmethod
@@ -76,11 +75,7 @@ class ParallelLayout:
 
 
 def check_heads(heads: int, tp: int, ulysses: int) -> None:
-    """Checks that the transformer's heads can be split.
-
-    Raises:
-        ConfigurationError: their number is not divisible.
-    """
+    """Raises ConfigurationError if a transformer's heads cannot be split."""
     if heads % (tp * ulysses):
         raise ConfigurationError(
             f"parallel has tp={tp} and ulysses={ulysses}; allowed: what divides the transformer's {heads} heads"

@@ -20,9 +20,8 @@ logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-# The interface on which gloo, NCCL and HCCL listen; nothing of an instance may be reachable from outside.
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME")
-LOOPBACK = "lo"
+"""Select the interface on which gloo, NCCL and HCCL listen; only the loopback is not reachable from outside."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,7 @@ ONE_RANK = Ranks()
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What a rank needs to join its instance.
-
-    Attributes:
-        port: of rank 0's store, on the loopback.
-        layout: which ranks form which groups.
-        timeout_seconds: of a collective.
-    """
+    """How a rank joins its instance: the port of rank 0's store, and the timeout of collectives."""
 
     port: int
     layout: ParallelLayout
@@ -63,7 +56,7 @@ class Rendezvous:
 
 
 def bind_store() -> socket.socket:
-    """Returns a store_socket socket for rank 0's store, on a free port of the loopback."""
+    """Returns a listening socket for rank 0's store, on a free port of the loopback."""
     store_socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     store_socket.bind((HOST, 0))
     store_socket.listen()
@@ -75,14 +68,10 @@ def init_process_group(
 ) -> Ranks:
     """Joins the instance's process group and creates its subgroups; collective over all ranks.
 
-    Args:
-        rank: this process's.
-        device: where it computes.
-        rendezvous: the store, the layout and the timeout.
-        store_socket: on rank 0 the socket from ``bind_store``, which the store takes over.
+    On rank 0 the store takes over ``store_socket``, the result of ``bind_store``.
     """
     for variable in INTERFACES:
-        os.environ.setdefault(variable, LOOPBACK)
+        os.environ.setdefault(variable, "lo")
     layout, timeout = rendezvous.layout, timedelta(seconds=rendezvous.timeout_seconds)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         HOST,
@@ -119,13 +108,12 @@ def destroy() -> None:
 def abort(port: int) -> None:
     """Ends every wait of this process for ranks that have ended, and aborts the instance's process group.
 
-    Args:
-        port: of the store. Shutting down its connections ends waits on the store, which no timeout set from another
-            thread does.
+    Waits on the store, which no timeout set from another thread ends, end as its connections are shut down.
     """
-    for connection in _connections(port):
-        with connection, suppress(OSError):  # it may be closed by now
-            connection.shutdown(socket.SHUT_RDWR)
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with suppress(OSError):  # closed meanwhile, or not connected
+            if entry.is_socket():
+                _shut_down_connection(int(entry.name), port)
     if dist.is_initialized():
         # NCCL's and HCCL's collectives end only by an abort; gloo's end when the other process does.
         try:
@@ -135,29 +123,10 @@ def abort(port: int) -> None:
             destroy()
 
 
-def _connections(port: int) -> list[socket.socket]:
-    """Returns duplicates of this process's sockets that are connected to a port of the loopback."""
-    found = []
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        try:
-            copy = os.dup(int(entry.name)) if entry.is_socket() else None
-        except OSError:  # closed meanwhile
-            continue
-        if copy is None:
-            continue
-        connection = socket.socket(fileno=copy)
-        if _peer_of(connection) in {(HOST, port), (f"::ffff:{HOST}", port)}:
-            found.append(connection)
-        else:
-            connection.close()
-    return found
-
-
-def _peer_of(connection: socket.socket) -> object:
-    try:
-        return connection.getpeername()[:2]
-    except OSError:
-        return None
+def _shut_down_connection(descriptor: int, port: int) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        if connection.getpeername()[:2] in {(HOST, port), (f"::ffff:{HOST}", port)}:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _own_group(rank: int, members: list[tuple[int, ...]]) -> Group:

@@ -12,9 +12,9 @@ from typing import Any
 
 from glm_image.devices.base import Device
 from glm_image.errors import ConfigurationError, DeviceMemoryError, GlmImageError, UnavailableError
-from glm_image.parallel.launch import Worker, launch
+from glm_image.parallel.commands import Command, LoadStage, R
+from glm_image.parallel.launch import launch
 from glm_image.parallel.layout import ParallelLayout
-from glm_image.parallel.messages import LoadStage
 from glm_image.parallel.process_group import Ranks, Rendezvous, bind_store
 from glm_image.parallel.rank_monitor import RankMonitor
 from glm_image.parallel.worker import Load, RankExecutor, WorkerSpec
@@ -26,10 +26,6 @@ LOAD_SECONDS = 900.0
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 """Timeout of a collective; longer than loading may take. Hangs are found earlier, by the monitor."""
-
-
-def ignore_loss(loss: UnavailableError) -> None:
-    """The ``on_loss`` of an engine whose ``run`` raising the error is enough."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class WorkerConfig:
     display_names: tuple[str, ...] = ()
     hang_seconds: float = 60.0
     load_seconds: float = LOAD_SECONDS
-    on_loss: Callable[[UnavailableError], None] = ignore_loss
+    on_loss: Callable[[UnavailableError], None] = lambda _: None
 
 
 NO_WORKERS = WorkerConfig()
@@ -61,10 +57,10 @@ def start_ranks(
     """Loads an executor on every device of an instance.
 
     Args:
-        load: a module-level function that makes a rank's executor from ``arguments``, its device and its groups.
+        load: makes a rank's executor.
         arguments: the first arguments of ``load``; pickled for the other ranks.
         device: of rank 0, this process.
-        layout: which ranks form which groups.
+        layout: the groups of ranks.
         workers: the other devices.
 
     Returns:
@@ -93,7 +89,7 @@ def start_ranks(
 
 
 def local_executor(executor: RankExecutor) -> Any:
-    """Returns this process's executor, given the result of ``start_ranks``."""
+    """Returns this process's executor, of the result of ``start_ranks``."""
     return executor.local if isinstance(executor, RankGroup) else executor
 
 
@@ -120,21 +116,13 @@ def _load_rank_0(spec: WorkerSpec, store_socket: socket.socket, monitor: RankMon
 
 
 class RankGroup:
-    """The ranks of one instance as one executor.
-
-    Args:
-        executor: rank 0's.
-        monitor: of the other ranks, all of which have loaded.
-
-    Attributes:
-        local: rank 0's executor.
-    """
+    """The ranks of one instance, all loaded, as one executor; ``local`` is that of rank 0."""
 
     def __init__(self, executor: RankExecutor, monitor: RankMonitor) -> None:
         self.local, self._monitor = executor, monitor
         self._send_lock = threading.Lock()
 
-    def run(self, command: Any) -> Any:
+    def run(self, command: Command[R]) -> R:
         """Runs a command on every rank; returns rank 0's result.
 
         Raises:
@@ -144,9 +132,9 @@ class RankGroup:
             if self._monitor.failure is not None:
                 raise self._monitor.failure
             for worker in self._monitor.workers:
-                self._send(worker, command)
+                self._monitor.send(worker, command)
         try:
-            return self.local.run(command)
+            result: R = self.local.run(command)
         except DeviceMemoryError as error:  # the other ranks may be waiting for this one in a collective
             self._monitor.fail(str(error))
             raise
@@ -154,19 +142,13 @@ class RankGroup:
             raise
         except Exception as error:
             raise self._monitor.root_cause(error) from error
+        return result
 
     def close(self) -> None:
-        """Closes rank 0's executor, which may need the other ranks for it, and then ends those."""
+        """Closes rank 0's executor, which may need the other ranks for that, then ends the others."""
         try:
             if self._monitor.failure is None:
                 self.local.close()
         except Exception:  # a rank or the device has failed meanwhile; the workers must be ended nevertheless
             logger.exception("rank 0 failed to close")
         self._monitor.close()
-
-    def _send(self, worker: Worker, command: Any) -> None:
-        self._monitor.mark_sent(worker)
-        try:
-            worker.send(command)  # may block on a rank that does not read; the monitor kills it
-        except OSError as error:
-            raise self._monitor.root_cause(UnavailableError(f"{worker} has ended")) from error

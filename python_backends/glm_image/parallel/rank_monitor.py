@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
+from typing import Any
 
 from glm_image.errors import ConfigurationError, UnavailableError
+from glm_image.parallel.commands import Done, Failed, LoadStage, Reached
 from glm_image.parallel.launch import Worker
-from glm_image.parallel.messages import Done, Failed, LoadStage, Reached
 from glm_image.parallel.process_group import abort, destroy
 
 logger = logging.getLogger(__name__)
@@ -26,15 +27,9 @@ RANK_0 = "rank 0, this process,"
 class RankMonitor:
     """A thread that ends the whole group as soon as one of its ranks fails.
 
-    Args:
-        workers: the other ranks' processes.
-        port: of rank 0's store, whose connections are shut down after a failure.
-        hang_seconds: see ``WorkerConfig``.
-        load_seconds: likewise.
-        on_loss: likewise.
+    The limits and ``on_loss`` are those of ``WorkerConfig``; ``port`` is that of rank 0's store.
 
     Attributes:
-        workers: as given.
         failure: the error of every later command; None while all ranks work.
     """
 
@@ -58,20 +53,27 @@ class RankMonitor:
         self._thread = threading.Thread(target=self._watch, name="rank-monitor", daemon=True)
         self._thread.start()
 
-    def mark_sent(self, worker: Worker) -> None:
-        """Starts the worker's command timer."""
+    def send(self, worker: Worker, command: Any) -> None:
+        """Sends a command; may block on a worker that does not read, until ``hang_seconds`` have passed.
+
+        Raises:
+            UnavailableError: a rank has failed.
+        """
         with self._changed:
             worker.mark_sent()
+        try:
+            worker.connection.send(command)
+        except OSError as error:
+            raise self.root_cause(UnavailableError(f"{worker} has ended")) from error
 
     def reach(self, stage: LoadStage, rank: str = RANK_0) -> None:
-        """Records that a rank has reached a stage of its start."""
         with self._changed:
             self._stages[rank] = stage
             self._changed.notify_all()
         logger.info("%s has %s after %.1f s", rank, stage.label, time.monotonic() - self._started)
 
     def notify(self) -> None:
-        """Has ``wait_until`` evaluate its predicate again."""
+        """Makes ``wait_until`` evaluate its predicate again."""
         with self._changed:
             self._changed.notify_all()
 
@@ -87,20 +89,12 @@ class RankMonitor:
                 raise ConfigurationError(str(self.failure))
 
     def wait_for_workers(self, stage: LoadStage) -> None:
-        """Waits until every worker has reached a stage.
-
-        Raises:
-            ConfigurationError: a rank has failed.
-        """
+        """Waits as ``wait_until`` does, until every worker has reached a stage."""
         ranks = [str(worker) for worker in self.workers]
         self.wait_until(lambda: self.failure is None and all(self._stages[rank] >= stage for rank in ranks))
 
     def finish_loading(self) -> None:
-        """Waits until every worker has loaded; from here on a failure is reported to ``on_loss``.
-
-        Raises:
-            ConfigurationError: a rank has failed.
-        """
+        """Waits as ``wait_until`` does, until every worker has loaded; later failures are reported to ``on_loss``."""
         with self._changed:
             self.wait_for_workers(LoadStage.LOADED)
             self._loading = False
@@ -169,7 +163,7 @@ class RankMonitor:
                 self.reach(stage, str(worker))
             case Done():
                 with self._changed:
-                    worker.mark_done(message)
+                    worker.mark_done()
 
     def _seconds_to_wait(self) -> float | None:
         deadlines = [worker.seconds_until_hung(self._hang_seconds) for worker in self.workers]
@@ -181,4 +175,4 @@ class RankMonitor:
 
     def _describe_unloaded(self) -> str:
         unloaded = ((rank, stage) for rank, stage in self._stages.items() if stage < LoadStage.LOADED)
-        return " and ".join(f"{rank} has not {stage.next.label}" for rank, stage in unloaded)
+        return " and ".join(f"{rank} has not {LoadStage(stage + 1).label}" for rank, stage in unloaded)

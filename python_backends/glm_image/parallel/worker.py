@@ -12,13 +12,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from glm_image.devices.open import open_device
 from glm_image.errors import DeviceMemoryError, GlmImageError
-from glm_image.parallel.messages import Done, Failed, LoadStage, Reached
+from glm_image.parallel.commands import Done, Failed, LoadStage, Reached
 from glm_image.parallel.process_group import Rendezvous, init_process_group
 
 logger = logging.getLogger(__name__)
@@ -27,14 +28,14 @@ logger = logging.getLogger(__name__)
 class RankExecutor(Protocol):
     """Runs an engine's commands on one rank."""
 
-    def run(self, command: Any, /) -> Any:
-        """Runs one command and returns its result."""
+    def run(self, command: Any, /) -> Any: ...
 
     def close(self) -> None:
-        """Ends the work in progress and frees what it holds."""
+        """Ends the work in progress and frees memory."""
 
 
 Load = Callable[..., RankExecutor]
+"""Makes a rank's executor from arguments, its device and its groups; a module-level function."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class WorkerSpec:
         device: the device's name in its process.
         display_name: the device's name in messages.
         rendezvous: how it joins the others.
-        load: makes the rank's executor; a module-level function, called with ``arguments``, the device and the groups.
-        arguments: of ``load``.
+        load: makes its executor.
+        arguments: the first arguments of ``load``.
     """
 
     rank: int
@@ -58,12 +59,7 @@ class WorkerSpec:
     arguments: tuple[Any, ...]
 
     def start(self, on_stage: Callable[[LoadStage], None], store_socket: socket.socket | None = None) -> RankExecutor:
-        """Joins the process group and loads the executor.
-
-        Args:
-            on_stage: called after each stage.
-            store_socket: rank 0's, from ``bind_store``.
-        """
+        """Joins the process group and loads the executor; calls ``on_stage`` after each stage."""
         device = open_device(self.device, display_name=self.display_name)
         device.set_current()
         on_stage(LoadStage.OPENED)
@@ -89,14 +85,13 @@ def main() -> None:
     threading.Thread(target=_receive, args=(connection, commands), name="commands", daemon=True).start()
     try:
         executor = spec.start(lambda stage: connection.send(Reached(stage)))
-        number = 0
         while True:
             _run(executor, commands.get())
-            number += 1
-            connection.send(Done(number))
+            connection.send(Done())
     except Exception:  # rank 0 needs the reason, whatever it is
         logger.exception("this rank ends")
-        _send_failure(connection, Failed(traceback.format_exc(limit=-1).strip().splitlines()[-1]))
+        with suppress(OSError):  # rank 0 has ended
+            connection.send(Failed(traceback.format_exc(limit=-1).strip().splitlines()[-1]))
     finally:
         os._exit(1)  # a collective that others never join must not keep the process alive
 
@@ -117,13 +112,6 @@ def _receive(connection: Connection, commands: queue.SimpleQueue[Any]) -> None:
             commands.put(connection.recv())
     except (EOFError, OSError):
         os._exit(0)
-
-
-def _send_failure(connection: Connection, message: Failed) -> None:
-    try:
-        connection.send(message)
-    except OSError:
-        logger.info("rank 0 has ended")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ class Grid(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in the grid."""
         return self.height * self.width
 
 
@@ -67,6 +66,9 @@ class SourceRule(NamedTuple):
     resample: int = 3
 
 
+PUBLISHED_RULE = SourceRule()
+
+
 def generated_size(requested: Size) -> Size:
     """Rounds both sides up to multiples of 32, the sizes that the model generates."""
     return Size(*(-(-side // PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN for side in requested))
@@ -77,23 +79,16 @@ def target_grid(generated: Size) -> Grid:
     return Grid(generated.height // PIXELS_PER_TOKEN, generated.width // PIXELS_PER_TOKEN)
 
 
-def painted_size(grid: Grid) -> Size:
+def rendered_size(grid: Grid) -> Size:
     """Returns the size in pixels of the image that a grid of tokens covers."""
     return Size(grid.height * PIXELS_PER_TOKEN, grid.width * PIXELS_PER_TOKEN)
 
 
 def check_aspect(size: Size, name: str = "image") -> None:
-    """Refuses a source image whose aspect ratio the model does not support.
-
-    Raises:
-        InvalidInputError: names the image, its size and what is allowed.
-    """
+    """Refuses a source image whose aspect ratio the model does not support."""
     if max(size) > MAX_SOURCE_ASPECT * min(size):
-        raise InvalidInputError.of(
-            name,
-            f"{size.width} x {size.height} pixels",
-            f"the longer side at most {MAX_SOURCE_ASPECT} times the shorter side",
-        )
+        allowed = f"the longer side at most {MAX_SOURCE_ASPECT} times the shorter side"
+        raise InvalidInputError.of(name, f"{size.width} x {size.height} pixels", allowed)
 
 
 def source_grid(original: Size, rule: SourceRule, name: str = "image") -> Grid:
@@ -101,9 +96,6 @@ def source_grid(original: Size, rule: SourceRule, name: str = "image") -> Grid:
 
     As transformers' ``smart_resize``, which halves first and rounds halves to even. Images with a side below ``patch``,
     which it refuses, are halved exactly, so that they keep their aspect ratio.
-
-    Raises:
-        InvalidInputError: the aspect ratio is beyond the limit.
     """
     check_aspect(original, name)
     scale = 1.0
@@ -135,21 +127,11 @@ def preview_of(grids: Sequence[Grid]) -> Grid | None:
     return grids[0] if 2 * grids[0].tokens < grids[-1].tokens else None
 
 
-def token_budget(grids: Sequence[Grid]) -> int:
-    """Returns the number of tokens that the reference generates for ``grids``: theirs and the end of the image."""
-    return sum(grid.tokens for grid in grids) + 1
-
-
 def decode_positions(grids: Sequence[Grid], start: int) -> NDArray[np.int64]:
-    """Returns the M-RoPE positions of generated tokens.
+    """Returns the M-RoPE positions of generated tokens, int64 [3, tokens of all grids]: axes T, H, W.
 
-    Args:
-        grids: grids in the order in which they are generated.
-        start: the first position after the prompt's.
-
-    Returns:
-        int64 [3, tokens of all grids]: axes T, H, W. All tokens of a grid share T; H and W count its rows and columns
-        from T, row by row; the next grid starts after the longer side.
+    All tokens of a grid share T; H and W count its rows and columns from T, row by row; the next grid starts after the
+    longer side. ``start`` is the first position after the prompt's.
     """
     parts = []
     for grid in grids:
@@ -169,11 +151,9 @@ def text_positions(length: int, start: int = 0) -> NDArray[np.int64]:
 
 
 def prompt_positions(length: int, sources: Sequence[PlacedGrid] = ()) -> NDArray[np.int64]:
-    """Returns the M-RoPE positions of a prompt, int64 [3, length].
+    """Returns the M-RoPE positions of a prompt with its source images, int64 [3, length].
 
-    Args:
-        length: tokens of the prompt, those of its source images included.
-        sources: its source images in order; each takes as many positions as its longer side, and each text token one.
+    A source image takes as many positions as its longer side, and a text token one.
     """
     parts = []
     token = position = 0
@@ -188,13 +168,5 @@ def prompt_positions(length: int, sources: Sequence[PlacedGrid] = ()) -> NDArray
 
 
 def upsample_tokens(token_ids: NDArray[np.int32], grid: Grid) -> NDArray[np.int32]:
-    """Doubles both sides of a token grid by repetition, to one id for each 16x16 pixels.
-
-    Args:
-        token_ids: int32 [grid.tokens], row by row.
-        grid: the grid they fill.
-
-    Returns:
-        int32 [4 * grid.tokens], row by row.
-    """
+    """Doubles both sides of a token grid by repetition: int32 [grid.tokens] to [4 * grid.tokens], row by row."""
     return token_ids.reshape(grid).repeat(2, axis=0).repeat(2, axis=1).reshape(-1)

@@ -16,6 +16,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from glm_image.errors import InvalidInputError, shown
 from glm_image.request import geometry
 from glm_image.request.geometry import Size
+from glm_image.request.limits import DEFAULT_LIMITS, Limits
 
 # Lossless but fast for PNG (level 1 is 4 times faster than 6 at a tenth more bytes); near-lossless for the others.
 ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,30 +69,19 @@ UPRIGHT: Final = {
 EXIF_ORIENTATION: Final = 0x0112
 
 
-def decode_source(data: bytes, name: str = "image", *, max_bytes: int = 1 << 25, max_pixels: int = 50_000_000) -> Any:
-    """Decodes a source image: upright, its first frame, over white.
+def decode_source(data: bytes, name: str = "image", limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+    """Decodes a source image: upright, its first frame, over white, in mode RGB.
 
     Size and aspect ratio are checked before any pixel is decoded, so that a file's declared size costs no memory.
-
-    Args:
-        data: a PNG, JPEG or WebP file, or its base64, perhaps as a ``data:`` URL. Nothing is ever fetched.
-        name: its name in error messages.
-        max_bytes: the largest file.
-        max_pixels: the largest declared size.
-
-    Returns:
-        A ``PIL.Image.Image`` in mode RGB.
-
-    Raises:
-        InvalidInputError: names the image, its contents and what is allowed.
+    ``data`` is a PNG, JPEG or WebP file, or its base64, perhaps as a ``data:`` URL; nothing is ever fetched.
     """
-    file = _file_bytes(bytes(data), name, max_bytes)
+    file = _file_bytes(bytes(data), name, limits.source_bytes)
     kind = _kind(file)
     if kind is None:
         raise InvalidInputError.of(name, _described(file), ALLOWED_FILES)
     _check_parts(file, kind, name)
     try:
-        image = _opened(file, kind, name, max_pixels)
+        image = _opened(file, kind, name, limits.source_decoded_pixels)
         image.load()
         return _over_white(_upright(image))
     except (InvalidInputError, MemoryError):
@@ -105,8 +95,7 @@ def decode_source(data: bytes, name: str = "image", *, max_bytes: int = 1 << 25,
 
 def scale(image: Image.Image, size: Size, resample: int = Image.Resampling.LANCZOS) -> NDArray[np.uint8]:
     """Scales an RGB image to uint8 [height, width, 3]."""
-    scaled: NDArray[np.uint8] = np.array(image.resize((size.width, size.height), Image.Resampling(resample)))
-    return scaled
+    return np.array(image.resize((size.width, size.height), Image.Resampling(resample)), np.uint8)
 
 
 def crop(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
@@ -133,10 +122,8 @@ def _described(data: bytes) -> str:
     if not data:
         return "empty"
     start = data[:64].lstrip()
-    for magic, kind in OTHER_FILES:
-        if start.lower().startswith(magic.lower()):
-            return kind
-    return f"{len(data)} bytes that begin with {data[:16]!r}"
+    unknown = f"{len(data)} bytes that begin with {data[:16]!r}"
+    return next((kind for magic, kind in OTHER_FILES if start.lower().startswith(magic.lower())), unknown)
 
 
 def _file_bytes(data: bytes, name: str, max_bytes: int) -> bytes:
@@ -168,11 +155,8 @@ def _check_parts(file: bytes, kind: str, name: str) -> None:
     if kind == "PNG":
         metadata = sum(length for chunk, length in _png_chunks(file, name) if chunk in PNG_METADATA_CHUNKS)
         if metadata > MAX_PNG_METADATA_BYTES:
-            raise InvalidInputError.of(
-                name,
-                f"a PNG file with {metadata} bytes of text and profiles",
-                f"at most {MAX_PNG_METADATA_BYTES} bytes of them",
-            )
+            given = f"a PNG file with {metadata} bytes of text and profiles"
+            raise InvalidInputError.of(name, given, f"at most {MAX_PNG_METADATA_BYTES} bytes of them")
     elif kind == "JPEG":
         _check_jpeg_segments(file, name)
         scans = file.count(bytes((0xFF, JPEG_START_OF_SCAN)))
@@ -181,9 +165,8 @@ def _check_parts(file: bytes, kind: str, name: str) -> None:
 
 
 def _too_many_parts(kind: str, name: str) -> InvalidInputError:
-    return InvalidInputError.of(
-        name, f"a {kind} file of more than {MAX_FILE_PARTS} parts", f"at most {MAX_FILE_PARTS} parts"
-    )
+    given = f"a {kind} file of more than {MAX_FILE_PARTS} parts"
+    return InvalidInputError.of(name, given, f"at most {MAX_FILE_PARTS} parts")
 
 
 def _png_chunks(file: bytes, name: str) -> Iterator[tuple[bytes, int]]:
@@ -218,12 +201,11 @@ def _opened(file: bytes, kind: str, name: str, max_pixels: int) -> Image.Image:
 
 
 def _check_size(size: Size, kind: str, name: str, max_pixels: int) -> None:
+    given = f"a {kind} file of {size.width} x {size.height} pixels"
     if size.height * size.width > max_pixels:
-        raise InvalidInputError.of(
-            name, f"a {kind} file of {size.width} x {size.height} pixels", f"at most {max_pixels} pixels"
-        )
+        raise InvalidInputError.of(name, given, f"at most {max_pixels} pixels")
     if min(size) < 1:
-        raise InvalidInputError.of(name, f"a {kind} file of {size.width} x {size.height} pixels", "1 pixel and above")
+        raise InvalidInputError.of(name, given, "1 pixel and above")
     geometry.check_aspect(size, name)
 
 
@@ -247,13 +229,12 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # broken metadata does not invalidate the image
         orientation = None
     turn = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else _keeping_info(image, image.transpose(turn))
-
-
-def _keeping_info(before: Image.Image, after: Image.Image) -> Image.Image:
-    if "transparency" in before.info:
-        after.info["transparency"] = before.info["transparency"]
-    return after
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    if "transparency" in image.info:
+        turned.info["transparency"] = image.info["transparency"]
+    return turned
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -37,6 +37,8 @@ class Limits:
     )
 
 
+DEFAULT_LIMITS: Final = Limits()
+
 LIMIT_PREFIX: Final = "limit_"
 """Begins the names of the limits' configuration parameters."""
 
@@ -68,9 +70,3 @@ def check_prompt(name: str, prompt: str, limits: Limits, *, may_be_blank: bool =
         raise InvalidInputError.of(
             name, f"text with {glyph_tokens} tokens in quoted strings", f"at most {limits.glyph_tokens}"
         )
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Refuses a number outside [low, high]; NaN is outside."""
-    if not low <= value <= high:
-        raise InvalidInputError.of(name, value, f"{low:g} to {high:g}")

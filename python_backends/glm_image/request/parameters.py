@@ -1,4 +1,7 @@
-"""Requests of both stages: declared fields, validation, and the resolved request of the AR stage."""
+"""Requests of both stages: declared fields, validation, and the resolved request of the AR stage.
+
+A refused request raises ``InvalidInputError``, which names the input, its value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from numpy.typing import NDArray
 
 from glm_image.errors import InvalidInputError
 from glm_image.request import geometry, source_images
-from glm_image.request.geometry import Grid, Size, SourceRule
-from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_range, check_token_ids
+from glm_image.request.geometry import PUBLISHED_RULE, Grid, Size, SourceRule
+from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_token_ids
 from glm_image.request.source_images import Source, SourcePicture
 from glm_image.request.stages import Stage
 from glm_image.request.tensors import (
@@ -27,7 +30,6 @@ from glm_image.request.tensors import (
 )
 
 DEFAULT_SIDE: Final = 1024
-RANDOM_SEED_BELOW: Final = 2**53  # every JSON client can hold it exactly
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,6 @@ class Sampling:
     top_k: int
 
 
-PROMPT_ALLOWED: Final = (
-    "1 to {prompt_characters} characters of UTF-8, not only white space, without NUL; at most {quoted_strings} quoted "
-    "strings and {glyph_tokens} glyph tokens in all. Text that spells a special token is treated as text."
-)
-
 SIDE: Final = Range("min_side", "max_side")
 
 
@@ -54,7 +51,11 @@ class SharedParameters:
     prompt: str = field(
         metadata=tensor_metadata(
             "STRING",
-            CheckedElsewhere(PROMPT_ALLOWED),
+            CheckedElsewhere(
+                "1 to {prompt_characters} characters of UTF-8, not only white space, without NUL; at most "
+                "{quoted_strings} quoted strings and {glyph_tokens} glyph tokens in all. Text that spells a special "
+                "token is treated as text."
+            ),
             "Text to render; text in '…', \"…\", “…” or 「…」 is rendered as lettering in the image.",
             shown="",
         )
@@ -89,15 +90,11 @@ class SharedParameters:
     )
 
     def shared(self) -> dict[str, Any]:
-        """Returns the fields that both stages read, by their names."""
+        """Returns these fields by their names, of a subclass too."""
         return {declared.attribute: getattr(self, declared.attribute) for declared in request_fields(SharedParameters)}
 
     def check_shared(self, limits: Limits) -> None:
-        """Checks every declared field; source images only when they are decoded.
-
-        Raises:
-            InvalidInputError: names the input, its value and what is allowed.
-        """
+        """Checks every declared field; source images only when they are decoded."""
         check_prompt("prompt", self.prompt, limits)
         if self.negative_prompt:
             check_prompt("negative_prompt", self.negative_prompt, limits, may_be_blank=True)
@@ -147,21 +144,12 @@ class GenerationParameters(SharedParameters):
         shown="the checkpoint's, else the vision vocabulary",
     )
 
-    def resolve(self, limits: Limits, defaults: Sampling, rule: SourceRule | None = None) -> ResolvedRequest:
-        """Validates the request and computes sizes, grids and seeds.
-
-        Args:
-            limits: the largest request.
-            defaults: the checkpoint's own sampling.
-            rule: how the checkpoint sizes source images; None = that of the published checkpoint.
-
-        Raises:
-            InvalidInputError: names the input, its value and what is allowed.
-        """
+    def resolve(self, limits: Limits, defaults: Sampling, rule: SourceRule = PUBLISHED_RULE) -> ResolvedRequest:
+        """Validates the request and computes sizes, grids and seeds; ``defaults`` and ``rule`` are the checkpoint's."""
         self.check_shared(limits)
         sampling = self._sampling(defaults, limits)
         # Last: decoding images takes longer than all other checks.
-        sources = () if self.images is None else source_images.for_ar(self.images, limits, rule or SourceRule())
+        sources = () if self.images is None else source_images.for_ar(self.images, limits, rule)
         requested = self._requested(sources, limits)
         target = geometry.target_grid(geometry.generated_size(requested))
         return ResolvedRequest(
@@ -174,10 +162,8 @@ class GenerationParameters(SharedParameters):
         )
 
     def _requested(self, sources: tuple[Source, ...], limits: Limits) -> Size:
-        default = geometry.painted_size(sources[0].grid) if sources else Size(DEFAULT_SIDE, DEFAULT_SIDE)
-        requested = Size(
-            default.height if self.height is None else self.height, default.width if self.width is None else self.width
-        )
+        height, width = geometry.rendered_size(sources[0].grid) if sources else (DEFAULT_SIDE, DEFAULT_SIDE)
+        requested = Size(height if self.height is None else self.height, width if self.width is None else self.width)
         check_fields(replace(self, height=requested.height, width=requested.width), limits)
         return requested
 
@@ -211,10 +197,8 @@ class ResolvedRequest:
     """A validated request with every default filled in.
 
     Attributes:
-        parameters: the request's fields.
         requested: size of the images in pixels.
         grids: the grids the AR generates, in order; the last one is the image's.
-        sampling: how tokens are sampled.
         seeds: one for each image, signed 64-bit.
         sources: source images as the vision tower reads them.
     """
@@ -228,7 +212,6 @@ class ResolvedRequest:
 
     @property
     def target(self) -> Grid:
-        """The image's grid of tokens."""
         return self.grids[-1]
 
 
@@ -274,21 +257,18 @@ class PaintRequest(SharedParameters):
 
     @property
     def generated(self) -> Size:
-        """The size in pixels that the DiT generates."""
-        return geometry.painted_size(self.grid)
+        """The size in pixels before cropping."""
+        return geometry.rendered_size(self.grid)
 
     def check(self, limits: Limits, codebook_size: int) -> None:
-        """Validates everything except the contents of the source images; see ``read_sources``.
-
-        Raises:
-            InvalidInputError: names the input, its value and what is allowed.
-        """
+        """Validates everything except the contents of the source images; see ``read_sources``."""
         self.check_shared(limits)
         largest = limits.max_side // geometry.PIXELS_PER_TOKEN
         if not all(1 <= side <= largest for side in self.grid):
             raise InvalidInputError.of("prior_grid", tuple(self.grid), f"two sides of 1 to {largest}")
         images, tokens = self.prior_token_ids.shape
-        check_range("prior_token_ids' number of rows", images, 1, limits.num_images)
+        if not 1 <= images <= limits.num_images:
+            raise InvalidInputError.of("prior_token_ids' number of rows", images, f"1 to {limits.num_images}")
         if tokens != self.grid.tokens:
             raise InvalidInputError.of(
                 "prior_token_ids' number of columns", tokens, f"{self.grid.tokens}, as prior_grid {tuple(self.grid)}"
@@ -322,19 +302,15 @@ class PaintRequest(SharedParameters):
         check_token_ids("source_token_ids", self.source_token_ids, codebook_size)
 
     def read_sources(self, limits: Limits, rule: SourceRule) -> tuple[SourcePicture, ...]:
-        """Decodes the source images of a request that ``check`` accepted.
-
-        Raises:
-            InvalidInputError: an image is not allowed, or its grid differs from the tokens'.
-        """
+        """Decodes the source images of a request that ``check`` accepted; errors as ``source_images.for_dit``."""
         if self.images is None:
             return ()
         return source_images.for_dit(self.images, self.source_token_ids, self.source_grids, limits, rule)
 
 
 def random_seed() -> int:
-    """Returns a random seed below 2^53."""
-    return secrets.randbelow(RANDOM_SEED_BELOW)
+    """Returns a random seed below 2^53, which every JSON client can hold exactly."""
+    return secrets.randbelow(2**53)
 
 
 def consecutive_seeds(first: int, count: int) -> tuple[int, ...]:

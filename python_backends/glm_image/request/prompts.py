@@ -38,11 +38,7 @@ def glyph_token_ids(prompt: str, tokenizer: Any) -> list[list[int]]:
     """Returns the byte tokens of each quoted string, not padded to a common length.
 
     Each begins with one pad token if the number of strings is even, as in training. Text that spells a special token
-    is tokenized as text.
-
-    Args:
-        prompt: the prompt.
-        tokenizer: the checkpoint's ByT5 tokenizer.
+    is tokenized as text. ``tokenizer`` is the checkpoint's ByT5 tokenizer.
     """
     strings = quoted_strings(prompt) or [""]
     pads = [tokenizer.pad_token_id] * _pads(strings)
@@ -55,13 +51,7 @@ def _pads(strings: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """Turns prompts into the AR's input ids, with the checkpoint's own chat template and tokenizer.
-
-    Threads may share one.
-
-    Attributes:
-        processor: the checkpoint's ``GlmImageProcessor``.
-    """
+    """Turns prompts into the AR's input ids with the checkpoint's ``GlmImageProcessor``; threads may share one."""
 
     processor: Any
     # A fast tokenizer keeps the options of a call, split_special_tokens among them, until the next call.
@@ -69,10 +59,7 @@ class PromptTokenizer:
     _templates: dict[int, tuple[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def text_to_image(self, prompt: str, target: Grid, preview: Grid) -> list[int]:
-        """Returns the input ids of a text-to-image prompt; the last one is the start of the image.
-
-        Text in ``prompt`` that spells a special token is tokenized as text.
-        """
+        """Returns the input ids of a text-to-image prompt; the last one is the start of the image."""
         return self._with_template(0, prompt, target, preview)
 
     def image_to_image(
@@ -101,12 +88,10 @@ class PromptTokenizer:
 
     def _with_template(self, images: int, prompt: str, *grids: Grid) -> list[int]:
         before, after = self._template(images)
-        tail = "".join(self._grid(grid) for grid in grids) + self.processor.bos_token
+        begin, end = self.processor.grid_bos_token, self.processor.grid_eos_token
+        tail = "".join(f"{begin}{grid.height} {grid.width}{end}" for grid in grids) + self.processor.bos_token
         with self._one_at_a_time:
             return self._encode(before, prompt, after + tail)
-
-    def _grid(self, grid: Grid) -> str:
-        return f"{self.processor.grid_bos_token}{grid.height} {grid.width}{self.processor.grid_eos_token}"
 
     def _template(self, images: int) -> tuple[str, str]:
         if images not in self._templates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +13,11 @@ from PIL import Image
 from glm_image.errors import InvalidInputError
 from glm_image.request import geometry, images
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size, SourceRule
-
-if TYPE_CHECKING:
-    from glm_image.request.limits import Limits
+from glm_image.request.limits import Limits
 
 
 class Source(NamedTuple):
-    """A source image for the vision tower.
-
-    Attributes:
-        pixels: uint8 [16 * grid.height, 16 * grid.width, 3].
-        grid: its tokens.
-    """
+    """A source image for the vision tower: ``pixels`` is uint8 [16 * grid.height, 16 * grid.width, 3]."""
 
     pixels: NDArray[np.uint8]
     grid: Grid
@@ -32,16 +25,10 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class SourcePicture:
-    """A source image for the transformer.
-
-    Attributes:
-        pixels: uint8 [32 * grid.height, 32 * grid.width, 3].
-        token_ids: int32 [grid.tokens].
-        grid: its tokens.
-    """
+    """A source image for the transformer: ``pixels`` is uint8 [32 * grid.height, 32 * grid.width, 3]."""
 
     pixels: NDArray[np.uint8]
-    token_ids: NDArray[np.int32]
+    token_ids: NDArray[np.int32]  # [grid.tokens]
     grid: Grid
 
 
@@ -57,16 +44,12 @@ def check_count(count: int, limits: Limits) -> None:
 
 
 def decode_sources(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> Iterator[tuple[Image.Image, Grid]]:
-    """Decodes source images, one at a time, and yields each with its grid.
-
-    Raises:
-        InvalidInputError: an image is not allowed, or the images are too many or too large together.
-    """
+    """Decodes source images, one at a time, and yields each with its grid; refuses too many or too large ones."""
     check_count(len(files), limits)
     pixels = 0
     for index, file in enumerate(files):
         name = source_name(index, len(files))
-        image = images.decode_source(file, name, max_bytes=limits.source_bytes, max_pixels=limits.source_decoded_pixels)
+        image = images.decode_source(file, name, limits)
         grid = geometry.source_grid(Size(image.height, image.width), rule, name)
         pixels += grid.tokens * PIXELS_PER_TOKEN**2
         if pixels > limits.max_source_pixels:
@@ -79,7 +62,7 @@ def decode_sources(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> 
 
 
 def for_ar(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[Source, ...]:
-    """Returns source images as the AR stage needs them; errors as ``decode_sources``."""
+    """Returns source images as the AR stage needs them."""
     return tuple(
         Source(images.scale(image, Size(*(side * rule.patch for side in grid)), rule.resample), grid)
         for image, grid in decode_sources(files, limits, rule)
@@ -89,18 +72,7 @@ def for_ar(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[So
 def for_dit(
     files: Sequence[bytes], token_ids: NDArray[np.int32], grids: Sequence[Grid], limits: Limits, rule: SourceRule
 ) -> tuple[SourcePicture, ...]:
-    """Returns source images as the DiT stage needs them.
-
-    Args:
-        files: the images.
-        token_ids: int32 [tokens of all grids].
-        grids: one for each image.
-        limits: the largest request.
-        rule: how images are sized.
-
-    Raises:
-        InvalidInputError: as ``decode_sources``, or an image's grid differs from ``grids``.
-    """
+    """Returns source images as the DiT stage needs them; refuses an image whose grid differs from ``grids``."""
     sources = []
     start = 0
     for index, (image, grid) in enumerate(decode_sources(files, limits, rule)):
@@ -109,6 +81,6 @@ def for_dit(
                 f"source_grids[{index}]", tuple(grids[index]), f"{tuple(grid)}, as {source_name(index, len(files))}"
             )
         image_tokens = token_ids[start : start + grid.tokens]
-        sources.append(SourcePicture(images.scale(image, geometry.painted_size(grid)), image_tokens, grid))
+        sources.append(SourcePicture(images.scale(image, geometry.rendered_size(grid)), image_tokens, grid))
         start += grid.tokens
     return tuple(sources)

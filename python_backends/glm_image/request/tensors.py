@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from glm_image.errors import InvalidInputError
@@ -43,29 +43,25 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from ``low`` to ``high``.
-
-    Attributes:
-        low: the smallest; a text names a limit.
-        high: the largest; a text names a limit.
-        excludes_low: whether ``low`` itself is not allowed.
-    """
+    """The numbers from ``low``, or above it, to ``high``; a text names a limit. NaN is not in the range."""
 
     low: float | str
     high: float | str = math.inf
     excludes_low: bool = False
 
     def allowed(self, limits: Limits) -> str:
-        """Returns the range as error messages give it."""
-        low, high = _bound(self.low, limits), _bound(self.high, limits)
+        low, high = self._bounds(limits)
         if self.excludes_low:
             return f"above {low:g}, at most {high:g}"
         return f"{low:g} and above" if high == math.inf else f"{low:g} to {high:g}"
 
     def holds(self, value: Any, limits: Limits) -> bool:
-        """Whether a number is in the range; NaN is not."""
-        low, high = _bound(self.low, limits), _bound(self.high, limits)
+        low, high = self._bounds(limits)
         return bool((low < value if self.excludes_low else low <= value) and value <= high)
+
+    def _bounds(self, limits: Limits) -> tuple[float, float]:
+        low, high = (getattr(limits, end) if isinstance(end, str) else end for end in (self.low, self.high))
+        return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,9 @@ class Choice:
     values: tuple[str, ...]
 
     def allowed(self, _: Limits) -> str:
-        """Returns the choices as error messages give them."""
         return ", ".join(self.values)
 
     def holds(self, value: Any, _: Limits) -> bool:
-        """Whether a value is one of them."""
         return value in self.values
 
 
@@ -90,43 +84,28 @@ class CheckedElsewhere:
     text: str
 
     def allowed(self, limits: Limits) -> str:
-        """Returns the text with the limits filled in."""
         return self.text.format(**asdict(limits))
 
     def holds(self, _: Any, __: Limits) -> bool:
-        """Whether a value is allowed as far as this knows: always."""
         return True
+
+
+Allowed = Range | Choice | CheckedElsewhere
 
 
 @dataclass(frozen=True)
 class RequestField:
-    """A field of a request.
-
-    Attributes:
-        attribute: the dataclass field.
-        spec: the tensor.
-        allowed: the values that are allowed.
-        default: the default as the documentation gives it.
-    """
+    """A field of a request: the name of the dataclass field, its tensor, and its default in the documentation."""
 
     attribute: str
     spec: TensorSpec
-    allowed: Range | Choice | CheckedElsewhere
+    allowed: Allowed
     default: str
-
-    def check(self, value: Any, limits: Limits) -> None:
-        """Refuses a value that is not allowed.
-
-        Raises:
-            InvalidInputError: names the input, its value and what is allowed.
-        """
-        if not self.allowed.holds(value, limits):
-            raise InvalidInputError.of(self.spec.name, value, self.allowed.allowed(limits))
 
 
 def tensor_metadata(
     data_type: str,
-    allowed: Range | Choice | CheckedElsewhere,
+    allowed: Allowed,
     help_text: str,
     *,
     shown: str | None = None,
@@ -136,15 +115,14 @@ def tensor_metadata(
     """Returns the metadata of a request field.
 
     Args:
-        data_type: Triton's name of it, without ``TYPE_``.
-        allowed: the values that are allowed.
+        data_type: as in ``TensorSpec``.
+        allowed: a ``Range`` or ``Choice`` that is checked, or a text.
         help_text: Markdown for the documentation.
         shown: the default as the documentation gives it; None = the field's default.
         name: the tensor's name; None = the field's.
         dims: -1 = any.
     """
-    spec = TensorSpec(name or "", data_type, dims, optional=True, help=help_text)
-    return {TENSOR: (spec, allowed, shown)}
+    return {TENSOR: (TensorSpec(name or "", data_type, dims, optional=True, help=help_text), allowed, shown)}
 
 
 def tensor(default: T, *declaration: Any, **options: Any) -> T:
@@ -158,21 +136,12 @@ def request_fields(kind: type) -> Iterator[RequestField]:
         if TENSOR in item.metadata:
             spec, allowed, shown = item.metadata[TENSOR]
             default = shown if shown is not None else f"`{item.default}`" if item.default != "" else '""'
-            named = TensorSpec(spec.name or item.name, spec.data_type, spec.dims, spec.optional, spec.help)
-            yield RequestField(item.name, named, allowed, default)
+            yield RequestField(item.name, replace(spec, name=spec.name or item.name), allowed, default)
 
 
 def check_fields(request: Any, limits: Limits) -> None:
-    """Checks every request field of a dataclass instance that is not None.
-
-    Raises:
-        InvalidInputError: names the input, its value and what is allowed.
-    """
+    """Checks every request field of a dataclass instance that is not None."""
     for declared in request_fields(type(request)):
         value = getattr(request, declared.attribute)
-        if value is not None:
-            declared.check(value, limits)
-
-
-def _bound(bound: float | str, limits: Limits) -> float:
-    return float(getattr(limits, bound)) if isinstance(bound, str) else bound
+        if value is not None and not declared.allowed.holds(value, limits):
+            raise InvalidInputError.of(declared.spec.name, value, declared.allowed.allowed(limits))

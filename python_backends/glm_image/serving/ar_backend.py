@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from glm_image.ar.admission import BatchAdmission
 from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
-from glm_image.config.instance import Instance
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
 from glm_image.ipc.protocol import socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.downstream import DitLoadFeed
+from glm_image.lifecycle.dit_load import DitLoadFeed
 from glm_image.lifecycle.metadata import ar_metadata
 from glm_image.lifecycle.preview_rpc import PreviewPublisher
 from glm_image.lifecycle.registry import RequestState
@@ -33,59 +32,46 @@ from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from glm_image.request.stages import Stage
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
-from glm_image.telemetry.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from glm_image.ar.engine import ArResult
+    from glm_image.checkpoint.checkpoint import Checkpoint
+    from glm_image.devices.base import Device
+    from glm_image.parallel.rank_group import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
 DECODING_THREADS: Final = 2
-"""Threads that decode source images."""
 
 
 class ArBackend(StageBackend):
     """The Triton Python model of the AR stage."""
 
     parameters = ArParameters
+    reserves_first_device = False
     metrics = AR_METRICS
     counters = AR_OUTCOMES
     outcome = RequestState.FORWARDED
 
-    def _load(self, instance: Instance[ArParameters]) -> Heartbeat:
-        parameters = instance.parameters
+    def _load_engine(
+        self, parameters: ArParameters, checkpoint: Checkpoint, device: Device, workers: WorkerConfig
+    ) -> None:
+        from glm_image.ar.engine import ArEngine  # noqa: PLC0415
+
         self._dit_load = _dit_load_feed(parameters)
         if self._dit_load is not None:
             self._observers.append(self._dit_load)
         self._max_decoding = parameters.engine.max_queue
         self._decoding_slots = threading.Semaphore(self._max_decoding)
         self._decoders = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
-
-        place = instance.take_place(reserve_first=False)
-        folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
-        # The engine imports torch and transformers, which must not happen before the instance's device is chosen.
-        from glm_image.ar.engine import ArEngine  # noqa: PLC0415
-        from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices.open import open_device  # noqa: PLC0415
-
-        device = open_device(place.local_names[0], display_name=place.devices[0])
-        logger.info("loading the decoder on %s", device)
-        checkpoint = Checkpoint.open(folder, parameters.load_format)
-        heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
+        admission = None if self._dit_load is None else BatchAdmission(self._dit_load.load)
         self._engine = ArEngine(
-            checkpoint,
-            device,
-            parameters.engine,
-            self._metrics.record,
-            watched=heartbeat.watched,
-            admission=None if self._dit_load is None else BatchAdmission(self._dit_load.load),
-            workers=instance.workers(place, device, self._pending.end_process),
+            checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched, admission
         )
-        return heartbeat
 
-    def _start(self, heartbeat: Heartbeat) -> None:
+    def _start_heartbeat(self) -> None:
         commands = {"drain": partial(_unload, ENTRY_MODELS), "unload": partial(_unload, STAGES)}
-        heartbeat.start(self._engine.is_alive, commands if self._instance.index == 0 else {})
+        self._heartbeat.start(self._engine.is_alive, commands if self._instance.index == 0 else {})
 
     def _close_engine(self) -> None:
         self._decoders.shutdown(wait=True)
@@ -94,14 +80,14 @@ class ArBackend(StageBackend):
             self._dit_load.close()
 
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
-        """Submits a request to the engine; one with source images from a thread, so that others do not wait."""
+        """Submits a request to the engine; one with source images from a thread, as decoding them takes long."""
         context = call.context
         if call.options.arrived_ns is not None:
             context.arrived_ns = call.options.arrived_ns
         context.start(Stage.AR_QUEUE)
         parameters = GenerationParameters(**inputs.fields(GenerationParameters))
         context.num_images = parameters.num_images
-        context.attributes = _attributes(parameters)
+        context.attributes = _log_attributes(parameters)
         if parameters.images is None:
             self._submit(call, parameters)
         elif self._decoding_slots.acquire(blocking=False):
@@ -166,8 +152,7 @@ def _unload(models: Sequence[str]) -> None:
             pb_utils.unload_model(model)
 
 
-def _attributes(parameters: GenerationParameters) -> dict[str, Any]:
-    """Returns the request's parameters for the log."""
+def _log_attributes(parameters: GenerationParameters) -> dict[str, Any]:
     return {
         "width": parameters.width,
         "height": parameters.height,

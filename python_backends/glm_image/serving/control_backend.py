@@ -30,7 +30,6 @@ class ControlBackend:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
 
     def execute(self, requests: list[Any]) -> None:
-        """Passes requests to threads, which respond when all instances have replied."""
         for request in requests:
             responder = Responder(request)
             with responder.errors_sent():
@@ -39,7 +38,6 @@ class ControlBackend:
                 self._threads.submit(self._call, responder, request_id, action)
 
     def finalize(self) -> None:
-        """Waits for the last responses."""
         self._threads.shutdown(wait=True)
         end_process()
 

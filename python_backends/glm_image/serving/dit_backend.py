@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.config.instance import Instance
 from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
 from glm_image.ipc.protocol import Message
-from glm_image.ipc.server import Handler
-from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.downstream import TOPIC, DitLoadReporter
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext
+from glm_image.lifecycle.dit_load import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
-from glm_image.lifecycle.preview_rpc import PREVIEW, EstimatePublisher, read_preview_request, reply_with_preview
+from glm_image.lifecycle.preview_rpc import PREVIEW, LatentPreviewPublisher, read_preview_request, reply_with_preview
 from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.request.parameters import PaintRequest, SharedParameters, consecutive_seeds, random_seed
@@ -30,67 +28,78 @@ from glm_image.request.stages import AR_STAGES, Stage
 from glm_image.serving import bytes_tensors
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
-from glm_image.telemetry.heartbeat import Heartbeat
 
 if TYPE_CHECKING:
+    from glm_image.checkpoint.checkpoint import Checkpoint
+    from glm_image.devices.base import Device
     from glm_image.dit.engine import DitResult
+    from glm_image.parallel.rank_group import WorkerConfig
 
-logger = logging.getLogger(__name__)
+
+IDLE_NS: Final = NANOSECONDS // 2
+"""Longer than Triton takes to pass an instance the next waiting request, on a busy host too."""
+
+
+class BusyPeriod:
+    """Since when an instance has had requests without a pause: none of them can have waited in the queue for longer."""
+
+    def __init__(self) -> None:
+        self.since_ns = 0
+        self._ended_ns = 0
+
+    def begin(self) -> None:
+        """Records that a request has come out of the queue."""
+        now = time.monotonic_ns()
+        if now - self._ended_ns > IDLE_NS:
+            self.since_ns = now
+
+    def end(self) -> None:
+        """Records that the instance takes the next request."""
+        self._ended_ns = time.monotonic_ns()
 
 
 class DitBackend(StageBackend):
     """The Triton Python model of the DiT stage."""
 
     parameters = DitParameters
+    reserves_first_device = True
     metrics = DIT_METRICS
     counters = DIT_OUTCOMES
     outcome = RequestState.FINISHED
 
-    def _load(self, instance: Instance[DitParameters]) -> Heartbeat:
-        self._load_reporter = DitLoadReporter(instance.name)
-        self._observers += [self._load_reporter, EstimatePublisher(self._registry)]
+    def initialize(self, args: Mapping[str, str]) -> None:
+        self._busy = BusyPeriod()
+        super().initialize(args)
 
-        place = instance.take_place(reserve_first=True)
-        parameters = instance.parameters
-        folder = parameters.checkpoint_folder  # before seconds of imports, so that a mistake is reported early
-        # The engine imports torch and diffusers, which must not happen before the instance's device is chosen.
-        from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
-        from glm_image.devices.open import open_device  # noqa: PLC0415
+    def execute(self, requests: list[Any]) -> None:
+        self._busy.begin()
+        try:
+            super().execute(requests)
+        finally:
+            self._busy.end()
+
+    def _load_engine(
+        self, parameters: DitParameters, checkpoint: Checkpoint, device: Device, workers: WorkerConfig
+    ) -> None:
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
 
-        checkpoint = Checkpoint.open(folder, parameters.load_format)
+        load_reporter = DitLoadReporter(self._instance.name, self._ipc.publish)
+        self._observers += [load_reporter, LatentPreviewPublisher(self._registry)]
+        self._topics[TOPIC] = load_reporter.publish_load
+        self._handlers[PREVIEW] = self._preview
         self._model = {"name": checkpoint.name, "revision": checkpoint.revision}
-        device = open_device(place.local_names[0], display_name=place.devices[0])
-        logger.info("loading the transformer on %s", device)
-        heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
         self._engine = DitEngine(
-            checkpoint,
-            device,
-            parameters.engine,
-            self._metrics.record,
-            watched=heartbeat.watched,
-            workers=instance.workers(place, device, self._pending.end_process),
+            checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched
         )
-        return heartbeat
-
-    def _start(self, heartbeat: Heartbeat) -> None:
-        self._load_reporter.publish = self._control.publish
-        heartbeat.start()
-
-    def _handlers(self) -> Mapping[str, Handler]:
-        return {PREVIEW: self._preview}
-
-    def _topics(self) -> Mapping[bytes, Callable[[], None]]:
-        return {TOPIC: self._load_reporter.publish_load}
 
     def _close_engine(self) -> None:
         self._engine.close()
 
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
-        """Denoises a request; its response follows when its images are decoded and encoded."""
+        """Denoises the images of a request; the response follows when they are decoded and encoded."""
         request = read_request(inputs)
         context = call.context
-        _adopt(call, inputs, request)
+        _adopt(call, inputs, request, self._busy.since_ns)
         context.start(Stage.CONDITION)
         call.responder.send_result(
             self._engine.paint(context, request, self._limits), partial(self._outputs, context, request)
@@ -116,8 +125,11 @@ class DitBackend(StageBackend):
         return reply
 
 
-def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest) -> None:
+def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest, busy_since_ns: int) -> None:
     """Continues the request that ``glm_ar`` began: its id, arrival, deadline and stage times.
+
+    A request that a client sends directly states no arrival. It counts as arrived at ``busy_since_ns``, so that a
+    cancel sent while it waited in Triton's queue applies to it.
 
     The ensemble gives each stage the whole timeout of the request, so the deadline comes from the first stage.
     """
@@ -126,11 +138,11 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest) -> None:
     if deadline_ns < 0:
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
     context.id = call.request_id or metadata.get("request_id", context.id)
-    context.arrived_ns = metadata.get("arrived_ns", context.arrived_ns)
+    context.arrived_ns = metadata.get("arrived_ns", busy_since_ns)
     context.deadline_ns = deadline_ns or context.deadline_ns
     seconds = metadata.get("seconds", {})
     context.seconds = {stage: seconds[stage] for stage in AR_STAGES if stage in seconds}
-    context.estimate_every = call.options.estimate_every
+    context.latent_preview_every = call.options.latent_preview_every
     context.num_images = len(request.seeds)
     context.attributes = {
         "width": request.requested.width,

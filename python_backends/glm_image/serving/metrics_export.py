@@ -28,14 +28,10 @@ RESTARTS_VARIABLE: Final = "GLM_IMAGE_RESTARTS"
 
 
 class MetricsExporter:
-    """An instance's metrics, labelled with its model and index.
+    """An instance's metrics, labelled with its model and index; counters and gauges are 0 until a value comes.
 
     A metric lives in Triton's process, so every change of it is a message there and back. Engines only put values into
     a queue; a thread sends them, with those that have accumulated in between added together.
-
-    Args:
-        metrics: the metrics; counters and gauges are 0 until a value comes.
-        instance: the instance.
     """
 
     def __init__(self, metrics: Iterable[MetricSpec], instance: Instance[Any]) -> None:
@@ -66,7 +62,6 @@ class MetricsExporter:
         self._metrics[metric] = self._families[metric.name].Metric(labels=labels, **buckets)
 
     def record(self, metric: MetricSpec, value: float, times: int = 1, /) -> None:
-        """Records a value; see ``glm_image.telemetry.metrics.MetricSink``."""
         self._values.put((metric, value, times))
 
     def close(self) -> None:

@@ -7,21 +7,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image.errors import UnavailableError
 from glm_image.lifecycle.context import RequestContext, RequestObserver
-from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.serving.errors import triton_error
 from glm_image.serving.exit import end_process
 from glm_image.serving.tensors import response
 
 logger = logging.getLogger(__name__)
-
-EXIT_CODE: Final = 1
 
 Result = TypeVar("Result")
 
@@ -39,27 +36,26 @@ class Responder:
     Args:
         request: Triton's request.
         on_end: called with the request's error, or None, before the response is sent.
+        is_relayed: see ``triton_error``.
     """
 
-    def __init__(self, request: Any, on_end: Callable[[BaseException | None], None] = _ignore) -> None:
+    def __init__(
+        self, request: Any, on_end: Callable[[BaseException | None], None] = _ignore, *, is_relayed: bool = False
+    ) -> None:
         self._sender: Any = request.get_response_sender()
-        self._is_relayed = StreamOptions.are_set(request.parameters())
-        self._on_end = on_end
-        self._lock = threading.Lock()
-        self._is_sent = False
+        self._on_end, self._is_relayed = on_end, is_relayed
+        self._lock = threading.RLock()  # which ``EventSender`` holds while it sends the last response
 
     def is_abandoned(self) -> bool:
-        """Asks Triton whether the caller has disconnected."""
         with self._lock:  # the sender must not be used after its last response
-            return not self._is_sent and bool(self._sender.is_cancelled())
+            return self._sender is not None and bool(self._sender.is_cancelled())
 
     def send(self, outputs: Mapping[str, NDArray[Any]]) -> None:
-        """Sends outputs; an error if they cannot be sent."""
+        """Sends outputs, or an error if they cannot be sent."""
         with self.errors_sent():
             self._finish(response(outputs), None)
 
     def fail(self, error: BaseException) -> None:
-        """Sends an error."""
         self._finish(pb_utils.InferenceResponse(error=triton_error(error, is_relayed=self._is_relayed)), error)
 
     def send_result(self, future: Future[Result], outputs: Callable[[Result], Mapping[str, NDArray[Any]]]) -> None:
@@ -85,13 +81,12 @@ class Responder:
 
     def _finish(self, made: Any, error: BaseException | None) -> None:
         with self._lock:
-            if self._is_sent:
-                return
-            self._is_sent = True
-        self._on_end(error)
-        self._on_end = _ignore  # it leads to the request's context, and that back here
-        self._sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self._sender = None  # a sender that is kept to the end of the process outlives the memory that it uses
+            # A sender that is kept to the end of the process outlives the memory that it uses.
+            sender, self._sender = self._sender, None
+        if sender is not None:
+            self._on_end(error)
+            self._on_end = _ignore  # it leads to the request's context, and that back here
+            sender.send(made, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 class PendingResponses(RequestObserver):
@@ -116,4 +111,4 @@ class PendingResponses(RequestObserver):
                 responder.fail(error)
             logger.error("this instance ends: %s", error)
         finally:  # a process that went on would refuse all requests and never be restarted
-            end_process(EXIT_CODE)
+            end_process(1)

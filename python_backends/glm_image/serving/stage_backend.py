@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
-from glm_image.ipc.server import Handler
+from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.context import RequestContext, RequestObserver
-from glm_image.lifecycle.control import ControlServer
+from glm_image.lifecycle.control import start_control_server
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.serving import bytes_tensors
@@ -21,9 +22,16 @@ from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.responder import PendingResponses, Responder
 from glm_image.serving.tensors import Inputs
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.metrics import MetricSpec, OutcomeCounters, OutcomeRecorder
+from glm_image.telemetry.metrics import MetricSpec, OutcomeRecorder
 from glm_image.telemetry.request_log import RequestLog
 from glm_image.telemetry.tracing import RequestTracing
+
+if TYPE_CHECKING:
+    from glm_image.checkpoint.checkpoint import Checkpoint
+    from glm_image.devices.base import Device
+    from glm_image.parallel.rank_group import WorkerConfig
+
+logger = logging.getLogger(__name__)
 
 ABANDONED_POLL_SECONDS: Final = 0.5
 """Between two questions to Triton whether callers have disconnected. It knows the callers of this model itself, not
@@ -36,8 +44,6 @@ class StageCall:
 
     Attributes:
         request_id: the id that it was sent with; "" = none.
-        context: the request in flight.
-        responder: sends its response.
         options: what ``glm_image_stream`` asks for, if the request comes from there.
     """
 
@@ -51,35 +57,42 @@ class StageBackend(ABC):
     """A stage as a Triton Python model; a subclass loads the engine and passes it the requests."""
 
     parameters: ClassVar[type[ArParameters] | type[DitParameters]]
+    reserves_first_device: ClassVar[bool]
     metrics: ClassVar[tuple[MetricSpec, ...]]
-    counters: ClassVar[OutcomeCounters]
+    counters: ClassVar[Mapping[str, MetricSpec]]
     outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Loads the engine on this instance's devices."""
         bytes_tensors.install()
         self._instance = instance = Instance.read(args, self.parameters)
         self._limits, self._timeouts = instance.parameters.limits, instance.parameters.timeouts
         self._tracing = RequestTracing(instance.name)
         self._metrics = MetricsExporter(self.metrics, instance)
         self._pending = PendingResponses()
-        self._registry = RequestRegistry(self.outcome)
+        self._ipc = IpcServer()
+        self._registry = RequestRegistry(self.outcome, self._ipc.publish)
         self._observers: list[RequestObserver] = [
             self._registry,
             self._pending,
             RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
             OutcomeRecorder(self.counters, self._metrics.record),
         ]
-        self._heartbeat = self._load(instance)
-        self._control = ControlServer(instance.name, self._registry, self._handlers(), self._topics())
+        self._handlers: dict[str, Handler] = {}
+        self._topics: dict[bytes, Callable[[], None]] = {}
+        self._load(instance)
+        start_control_server(self._ipc, instance.name, self._registry, self._handlers, self._topics)
         self._closing = threading.Event()
         self._abandoned_thread = threading.Thread(target=self._cancel_abandoned, name="abandoned", daemon=True)
         self._abandoned_thread.start()
-        self._start(self._heartbeat)
+        self._start_heartbeat()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            call = self._track(request)
+            try:
+                call = self._track(request)
+            except Exception as error:  # the other requests go on
+                Responder(request).fail(error)
+                continue
             with call.responder.errors_sent():
                 self._tracing.observe(call.context, request)
                 self._handle(call, Inputs(request))
@@ -90,29 +103,42 @@ class StageBackend(ABC):
         self._close_engine()
         self._closing.set()
         self._abandoned_thread.join()
-        self._control.close()
+        self._ipc.close()
         self._metrics.close()
         self._tracing.close()
         end_process()
 
+    def _load(self, instance: Instance[Any]) -> None:
+        place = instance.take_place(reserve_first=self.reserves_first_device)
+        folder = instance.parameters.checkpoint_folder  # before seconds of imports, to report a mistake early
+        # These import torch, which must not happen before the instance's device is chosen.
+        from glm_image.checkpoint.checkpoint import Checkpoint  # noqa: PLC0415
+        from glm_image.devices.open import open_device  # noqa: PLC0415
+
+        device = open_device(place.local_names[0], display_name=place.devices[0])
+        logger.info("loading the engine on %s", device)
+        self._heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
+        checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
+        workers = instance.workers(place, device, self._pending.end_process)
+        self._load_engine(instance.parameters, checkpoint, device, workers)
+
     def _track(self, request: Any) -> StageCall:
-        """Makes the context of a request, whose observers see how it ends from now on."""
-        request_id = request.request_id()
+        request_id, options = request.request_id(), StreamOptions.read(request.parameters())
         context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
-        responder = Responder(request, context.finish)
+        responder = Responder(request, context.finish, is_relayed=options.arrived_ns is not None)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:
             context.add_observer(observer)
         self._pending.add(context, responder)
-        return StageCall(request_id, context, responder, StreamOptions.read(request.parameters()))
+        return StageCall(request_id, context, responder, options)
 
     def _cancel_abandoned(self) -> None:
         while not self._closing.wait(ABANDONED_POLL_SECONDS):
             self._registry.cancel_abandoned()
 
     @abstractmethod
-    def _load(self, instance: Instance[Any]) -> Heartbeat:
-        """Loads the engine; returns the heartbeat that watches its commands."""
+    def _load_engine(self, parameters: Any, checkpoint: Checkpoint, device: Device, workers: WorkerConfig) -> None:
+        """Loads the engine, which imports torch; may add observers, and handlers and topics of the IPC server."""
 
     @abstractmethod
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
@@ -122,14 +148,5 @@ class StageBackend(ABC):
     def _close_engine(self) -> None:
         """Ends the engine and the threads that work for it."""
 
-    def _start(self, heartbeat: Heartbeat) -> None:
-        """Starts the heartbeat, when everything is loaded."""
-        heartbeat.start()
-
-    def _handlers(self) -> Mapping[str, Handler]:
-        """Returns handlers of further IPC actions."""
-        return {}
-
-    def _topics(self) -> Mapping[bytes, Callable[[], None]]:
-        """Returns further IPC topics; see ``ControlServer``."""
-        return {}
+    def _start_heartbeat(self) -> None:
+        self._heartbeat.start()

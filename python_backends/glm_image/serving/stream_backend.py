@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from glm_image.config.instance import position
 from glm_image.errors import QueueFullError, UnavailableError
-from glm_image.lifecycle.eta import KEPT_KINDS
+from glm_image.lifecycle.durations import KEPT_KINDS
 from glm_image.lifecycle.lru import LatestEntries
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
@@ -39,7 +39,6 @@ class StreamBackend:
         self._heartbeat.start(commands={"drain": self._drain})
 
     def execute(self, requests: list[Any]) -> None:
-        """Starts a stream for each request; its responses are sent by threads of its own."""
         for request in requests:
             sender = EventSender(request)
             with sender.errors_sent():

@@ -26,19 +26,12 @@ class Inputs:
         self._request = request
 
     def array(self, name: str) -> NDArray[Any] | None:
-        """Returns an input as an array."""
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
         return None if tensor is None else tensor.as_numpy()
 
     def integer(self, name: str) -> int | None:
-        """Returns an INT32 or INT64 [1]."""
         array = self.array(name)
         return None if array is None else int(array[0])
-
-    def real(self, name: str) -> float | None:
-        """Returns an FP32 [1], rounded to its shortest decimal: 0.9, not 0.8999999762."""
-        array = self.array(name)
-        return None if array is None else float(str(np.float32(array[0])))
 
     def text(self, name: str) -> str | None:
         """Returns a BYTES [1] that must be UTF-8."""
@@ -50,11 +43,6 @@ class Inputs:
         except UnicodeDecodeError as error:
             raise InvalidInputError.of(name, repr(array[0][: MAX_SHOWN_CHARACTERS + 1])[2:-1], "UTF-8") from error
         return text
-
-    def files(self, name: str) -> tuple[bytes, ...] | None:
-        """Returns a BYTES [k]; a missing input is None, an empty one ()."""
-        array = self.array(name)
-        return None if array is None else tuple(bytes(file) for file in array)
 
     def fields(self, kind: type) -> dict[str, Any]:
         """Returns the arguments of a dataclass of request fields, not yet validated.
@@ -71,17 +59,22 @@ class Inputs:
         return self.given(**values)
 
     def _value(self, spec: TensorSpec) -> int | float | str | tuple[bytes, ...] | None:
+        array = self.array(spec.name)
+        if array is None:
+            return None
         if spec.data_type == "STRING":
-            return self.text(spec.name) if spec.dims == (1,) else self.files(spec.name)
-        return self.real(spec.name) if spec.data_type == "FP32" else self.integer(spec.name)
+            return self.text(spec.name) if spec.dims == (1,) else tuple(map(bytes, array))
+        # Of an FP32, the shortest decimal: 0.9, not 0.8999999762.
+        return float(str(np.float32(array[0]))) if spec.data_type == "FP32" else int(array[0])
 
-    def given(self, **values: Any) -> dict[str, Any]:
+    @staticmethod
+    def given(**values: Any) -> dict[str, Any]:
         """Returns the values that are not None, so that defaults apply to the others."""
         return {name: value for name, value in values.items() if value is not None}
 
 
 def text_array(*texts: str) -> NDArray[np.object_]:
-    """Returns texts as the array of a BYTES tensor."""
+    """Returns strings as the array of a BYTES tensor."""
     return np.array([text.encode("utf-8") for text in texts], dtype=np.object_)
 
 

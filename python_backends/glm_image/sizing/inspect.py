@@ -16,11 +16,11 @@ from glm_image.ar.memory import decoder_parameters
 from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.layout import (
     COMPONENTS,
+    NO_WEIGHTS,
     PIPELINE_CLASS,
-    WEIGHT_FILES,
     check_model_index,
     read_json,
-    read_weight_map,
+    weight_files,
 )
 from glm_image.errors import CheckpointError
 from glm_image.request.geometry import Size
@@ -55,8 +55,6 @@ class PartReport:
     """A folder of the checkpoint.
 
     Attributes:
-        part: name of the folder.
-        class_name: the class that ``model_index.json`` names for it.
         parameters: number by its config; 0 for a part without tensors.
         stored_parameters: number in the files present.
         dtypes: dtype -> parameters stored in it.
@@ -78,8 +76,6 @@ class Inspection:
     """The report on a checkpoint.
 
     Attributes:
-        folder: its path.
-        parts: its folders.
         stages: memory of each stage in each dtype, with the default parameters and images of ``IMAGE_SIZE``.
         slots: sequences of the cache, and tokens of each.
         token_ids: ids of the tokens that structure a prompt.
@@ -106,7 +102,6 @@ class Inspection:
         return answers
 
     def to_json(self, gigabytes: float | None = None) -> dict[str, Any]:
-        """Returns the report as plain values; see ``fits`` for ``gigabytes``."""
         report = asdict(self) | {"slots": list(self.slots), "complete": not self.faults}
         for stage, entry in zip(self.stages, report["stages"], strict=True):
             entry["total"] = stage.total
@@ -139,25 +134,22 @@ class Inspection:
 def inspect(folder: Path) -> Inspection:
     """Reads a checkpoint's configs and the headers of its weight files.
 
-    Missing or broken weight files are reported as faults, so that an incomplete download can be inspected.
-
-    Raises:
-        CheckpointError: the folder is not a GLM-Image checkpoint, a config is missing, or a config has a missing or
-            unsupported entry.
+    Missing or broken weight files are reported as faults, so that an incomplete download can be inspected; everything
+    else that is wrong raises ``CheckpointError``.
     """
     check_model_index(folder)
     faults: list[str] = []
     configs = {part: read_json(folder / part / file) for part, (_, file) in COMPONENTS.items()}
+    slots = ArSettings().max_num_seqs, ArSettings().max_sequence_tokens
     try:
         parts = [_part(folder, part, configs[part], faults) for part in COMPONENTS]
-        return Inspection(
-            folder=str(folder),
-            parts=parts,
-            stages=_stages(configs),
-            slots=_slots(),
-            token_ids=_token_ids(folder, configs[AR_PART]),
-            faults=faults,
-        )
+        sizes = ModelSizes.of(configs)
+        stages = [
+            stage
+            for dtype in DTYPE_BYTES
+            for stage in (ar_memory(sizes, dtype, *slots), dit_memory(sizes, dtype, IMAGE_SIZE))
+        ]
+        return Inspection(str(folder), parts, stages, slots, _token_ids(folder, configs[AR_PART]), faults)
     except KeyError as error:
         raise CheckpointError(f"{folder}: a config has no {error.args[0]}") from error
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -169,8 +161,10 @@ def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str])
     files: dict[str, int | None] = {}
     dtypes: Counter[str] = Counter()
     faults_before = len(faults)
-    expected = _weight_files(folder / part, faults) if configured else {}
-    for file, tensors in expected.items():
+    expected = weight_files(folder / part) if configured else {}
+    if expected is None:
+        faults.append(f"{folder / part} has {NO_WEIGHTS}")
+    for file, tensors in (expected or {}).items():
         path = folder / part / file
         files[file] = path.stat().st_size if path.is_file() else None
         if files[file] is None:
@@ -191,27 +185,8 @@ def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str])
     return PartReport(part, COMPONENTS[part][0], configured, stored, dict(dtypes), files, size)
 
 
-def _weight_files(folder: Path, faults: list[str]) -> dict[str, set[str]]:
-    """Returns a part's weight files, each with the tensors that an index expects in it; {} without weight files."""
-    for file in WEIGHT_FILES:
-        index = folder / f"{file}.index.json"
-        if index.is_file():
-            expected: dict[str, set[str]] = {}
-            for tensor, shard in read_weight_map(index).items():
-                expected.setdefault(shard, set()).add(tensor)
-            return dict(sorted(expected.items()))
-        if (folder / file).is_file():
-            return {file: set()}
-    faults.append(f"{folder} has no {' or '.join(WEIGHT_FILES)}, and no index of one")
-    return {}
-
-
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Reads the header of a safetensors file: tensor name -> (dtype, shape).
-
-    Raises:
-        CheckpointError: the file is not a safetensors file, or its length disagrees with its header.
-    """
+    """Reads the header of a safetensors file: tensor name -> (dtype, shape)."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -230,19 +205,6 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if size != 8 + length + end:
         raise CheckpointError(f"{path} has {size} bytes; by its header it has {8 + length + end}")
     return tensors
-
-
-def _stages(configs: Mapping[str, Mapping[str, Any]]) -> list[StageMemory]:
-    sizes = ModelSizes.of(configs)
-    return [
-        stage
-        for dtype in DTYPE_BYTES
-        for stage in (ar_memory(sizes, dtype, *_slots()), dit_memory(sizes, dtype, IMAGE_SIZE))
-    ]
-
-
-def _slots() -> tuple[int, int]:
-    return ArSettings().max_num_seqs, ArSettings().max_sequence_tokens
 
 
 def _token_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:

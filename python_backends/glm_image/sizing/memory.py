@@ -24,13 +24,7 @@ Config = Mapping[str, Any]
 class ModelSizes:
     """The sizes on which memory depends, each part's under the names of its config.
 
-    Attributes:
-        decoder: the decoder's.
-        vision: ``vision_config`` of ``vision_language_encoder``.
-        quantizer: its ``vq_config``.
-        transformer: the diffusion transformer's config.
-        text_encoder: the glyph encoder's config.
-        vae: the autoencoder's config.
+    ``vision`` and ``quantizer`` are ``vision_config`` and ``vq_config`` of ``vision_language_encoder``.
     """
 
     decoder: ArConfig
@@ -42,12 +36,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, configs: Mapping[str, Config]) -> ModelSizes:
-        """Reads the sizes from the configs of a checkpoint's parts.
-
-        Raises:
-            KeyError: an entry of a config is missing.
-            ValueError: an entry of ``vision_language_encoder`` is not supported.
-        """
+        """Reads the sizes from the configs of a checkpoint's parts; KeyError or ValueError for a broken one."""
         encoder = configs["vision_language_encoder"]
         return cls(
             decoder=ArConfig.from_json(encoder, {}),
@@ -73,12 +62,8 @@ PUBLISHED: Final = ModelSizes(
 class StageMemory:
     """Memory of a stage on each of its devices, in bytes.
 
-    Attributes:
-        stage: the model's name.
-        dtype: the dtype that it computes in.
-        weights: part -> bytes.
-        cache: keys and values of every slot.
-        working: an upper bound of everything else that is alive together.
+    ``cache`` has the keys and values of every slot; ``working`` is an upper bound of everything else that is alive
+    together.
     """
 
     stage: str
@@ -89,23 +74,16 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """The sum."""
         return sum(self.weights.values()) + self.cache + self.working
 
 
 def ar_memory(
     sizes: ModelSizes, dtype: str, slots: int, positions: int, *, int8: bool = False, ranks: int = 1
 ) -> StageMemory:
-    """Returns the memory of the first stage.
+    """Returns the memory of the first stage with a cache of ``slots`` sequences of ``positions`` tokens.
 
-    Args:
-        sizes: the model's.
-        dtype: a key of ``DTYPE_BYTES``.
-        slots: sequences that decode together.
-        positions: tokens a slot.
-        int8: whether the decoder's linear layers have int8 weights.
-        ranks: devices that share the decoder; each has the vision tower, and with more ranks than key and value heads
-            copies of those.
+    ``int8`` is of the decoder's linear layers. ``ranks`` devices share the decoder; each has the vision tower, and with
+    more ranks than key and value heads copies of those.
     """
     itemsize, part = DTYPE_BYTES[dtype], sizes.decoder.part(ranks)
     cache = ar.kv_cache_bytes(part, slots, positions, itemsize)
@@ -120,13 +98,9 @@ def ar_memory(
 
 
 def dit_memory(sizes: ModelSizes, dtype: str, size: Size, *, quantized: bool = False) -> StageMemory:
-    """Returns the memory of the second stage while it denoises one image and decodes another.
+    """Returns the memory of the second stage while it denoises one image of a size and decodes another.
 
-    Args:
-        sizes: the model's.
-        dtype: a key of ``DTYPE_BYTES``.
-        size: of the images; source images come on top (``dit.memory.source_bytes``).
-        quantized: whether the linear layers of the blocks are of 8 bits.
+    Source images come on top (``dit.memory.source_bytes``). ``quantized`` linear layers of the blocks are of 8 bits.
     """
     itemsize = DTYPE_BYTES[dtype]
     weights = {

@@ -18,20 +18,14 @@ DTYPE: Final = "bfloat16"
 
 @dataclass(frozen=True)
 class InstanceMemory:
-    """An instance of a stage in a profile.
-
-    Attributes:
-        devices: those that it spans.
-        memory: needed on each of them.
-        share: the share of each device that the instance may use (``memory_utilization``).
-    """
+    """An instance of a stage in a profile: the memory it needs on each device, and the share of it that it may use."""
 
     devices: Entry
     memory: StageMemory
     share: float
 
     def fits(self, gigabytes: float) -> bool:
-        """Returns whether devices of that many GB (10^9 bytes) leave the instance enough with its share."""
+        """Returns whether devices of that many GB (10^9 bytes) have enough."""
         return self.memory.total <= self.share * gigabytes * 1e9
 
 

@@ -20,18 +20,14 @@ _KEY = "closed-unless-in-open-apis"
 
 
 def check_open_apis(opened: Sequence[str]) -> None:
-    """Checks the names of APIs to open.
-
-    Raises:
-        ConfigurationError: a name is not in ``CLOSABLE_APIS``.
-    """
+    """Raises ConfigurationError for a name that is not in ``CLOSABLE_APIS``."""
     for name in opened:
         if name not in CLOSABLE_APIS:
             raise ConfigurationError(f"--open-apis has {shown(name)}; allowed: {', '.join(CLOSABLE_APIS)}")
 
 
 def closing_flags(opened: Collection[str]) -> list[str]:
-    """Returns tritonserver's flags that restrict every API of ``CLOSABLE_APIS`` except ``opened``."""
+    """Returns the flags with which Triton restricts every API of ``CLOSABLE_APIS`` except ``opened``."""
     closed = [name for name in CLOSABLE_APIS if name not in opened]
     if not closed:
         return []

@@ -6,10 +6,9 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
-from typing import Any
 
 from glm_image.errors import GlmImageError
+from glm_image.supervisor.flags import add_flags
 from glm_image.supervisor.restarts import CrashLoopError, RestartPolicy, keep_running
 from glm_image.supervisor.server import ServerStartError, TritonServer
 from glm_image.supervisor.settings import ServerSettings
@@ -17,23 +16,8 @@ from glm_image.supervisor.settings import ServerSettings
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_CRASHED = 0, 1, 2, 3
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type[Any]) -> None:
-    """Adds a flag for each field of a dataclass that has the metadata of ``settings.flag``."""
-    for field in fields(settings):
-        if not field.metadata:
-            continue
-        name = f"--{field.name.replace('_', '-')}"
-        if field.metadata["metavar"] is None:
-            parser.add_argument(name, action="store_true", help=field.metadata["help"])
-            continue
-        default = field.metadata.get("default", None if field.default is MISSING else field.default)
-        required = field.default is MISSING and field.default_factory is MISSING
-        options = {key: field.metadata[key] for key in ("help", "metavar", "type")}
-        parser.add_argument(name, required=required, default=default, **options)
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the flags; an unknown one ends the process with code 2."""
+    """Parses the flags of ``serve``; an unknown one ends the process with code 2."""
     parser = argparse.ArgumentParser(prog="serve", description="Serves a GLM-Image checkpoint with NVIDIA Triton.")
     add_flags(parser, ServerSettings)
     add_flags(parser, RestartPolicy)
@@ -47,16 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         policy = RestartPolicy(flags.pop("max_restarts"))
         server = TritonServer(ServerSettings(**flags), log=sys.stderr)
     except GlmImageError as error:
-        return _fail(str(error), EXIT_REFUSED)
+        return _fail(error, EXIT_REFUSED)
     _stop_on_signals(server)
     if server.exposure:
         _print_error(f"warning: {server.exposure}")
     try:
         keep_running(server, policy, lambda: _print_ready(server), _print_error)
     except ServerStartError as error:
-        return _fail(str(error), EXIT_FAILED)
+        return _fail(error, EXIT_FAILED)
     except CrashLoopError as error:
-        return _fail(str(error), EXIT_CRASHED)
+        return _fail(error, EXIT_CRASHED)
     return EXIT_DONE
 
 
@@ -68,8 +52,8 @@ def _print_error(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _fail(message: str, code: int) -> int:
-    _print_error(f"error: {message}")
+def _fail(error: GlmImageError, code: int) -> int:
+    _print_error(f"error: {error}")
     return code
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from glm_image.errors import ConfigurationError
 from glm_image.supervisor.requirements import (
     CONTAINER_SERVER,
+    PYTHON_VERSION,
     check_bundled_server,
     has_container_server,
     libpython_directory,
@@ -34,12 +35,10 @@ class Installation:
 
     @property
     def binary(self) -> Path:
-        """The server's program."""
         return self.folder / "bin" / "tritonserver"
 
     @property
     def caches(self) -> Path:
-        """The folder of response cache libraries."""
         return self.folder / "caches"
 
     @property
@@ -54,11 +53,9 @@ class Installation:
         return [f"{_INPUT_LIMIT_FLAG}={max_bytes}"] if known else []
 
     def lay_out_backends(self, run_directory: Path) -> Path:
-        """Builds a folder of links to the backends in ``run_directory``; the installation itself is not modified.
+        """Returns a folder for ``--backend-directory``: links, in ``run_directory``, to the installation's backends.
 
-        Returns:
-            The folder for ``--backend-directory``. Its ``python`` contains a link to this package next to Triton's
-            ``triton_python_backend_utils``: the Python backend puts that folder on every model's import path.
+        Its ``python``, which the Python backend puts on every model's import path, also has a link to this package.
         """
         backends = run_directory / "backends"
         (backends / "python").mkdir(parents=True)
@@ -73,7 +70,7 @@ class Installation:
         return backends
 
     def environment(self) -> dict[str, str]:
-        """Returns this process's environment with its Python first on PATH, from which the stub takes its packages."""
+        """Returns this process's environment, with its Python first on PATH: the stub takes its packages from it."""
         libraries = [str(folder) for folder in self.library_folders]
         return {
             **os.environ,
@@ -96,11 +93,11 @@ def _container_server() -> Installation:
     if not stub.is_file():
         raise ConfigurationError(f"{stub} is missing: use a Triton container with the Python backend")
     linked = re.search(rb"libpython(\d+\.\d+)\.so", stub.read_bytes())
-    running = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if linked is not None and linked[1].decode() != running:
+    needed = linked[1].decode() if linked else PYTHON_VERSION
+    if needed != PYTHON_VERSION:
         raise ConfigurationError(
-            f"this container's Python backend is for Python {linked[1].decode()}, and this is Python {running}: "
-            f"start it with python{linked[1].decode()}"
+            f"this container's Python backend is for Python {needed}, and this is Python {PYTHON_VERSION}: "
+            f"start it with python{needed}"
         )
     return Installation(CONTAINER_SERVER, stub, (CONTAINER_SERVER / "lib",))
 
@@ -115,11 +112,11 @@ def _bundled_server() -> Installation:
         )
     folder = Path(package.submodule_search_locations[0]) / "tritonserver"
     stubs = folder / "python_backend_stubs"
-    stub = stubs / f"{sys.version_info.major}.{sys.version_info.minor}" / _STUB
+    stub = stubs / PYTHON_VERSION / _STUB
     if not stub.is_file():
         known = ", ".join(sorted((path.name for path in stubs.iterdir()), key=lambda name: int(name.split(".")[1])))
         raise ConfigurationError(
-            f"this is Python {stub.parent.name}, and nvidia-pytriton serves Python {known}: use one of these"
+            f"this is Python {PYTHON_VERSION}, and nvidia-pytriton serves Python {known}: use one of these"
         )
     _check_numpy()
     libpython = libpython_directory()

@@ -14,23 +14,20 @@ from glm_image.errors import ConfigurationError
 
 CONTAINER_SERVER = Path("/opt/tritonserver")
 OLDEST_GLIBC = (2, 35)
+PYTHON_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 _CONTAINER_ADVICE = f"run in a Triton container, whose server lies in {CONTAINER_SERVER}"
 
 
 def has_container_server() -> bool:
-    """Whether this is a Triton container."""
+    """Whether this machine is a Triton container."""
     return (CONTAINER_SERVER / "bin" / "tritonserver").is_file()
 
 
 def check_bundled_server(machine: str | None = None, libc: str | None = None) -> None:
-    """Checks that the Triton of the nvidia-pytriton wheel runs on a machine.
-
-    Args:
-        machine: the processor architecture; this machine's when None.
-        libc: name and version as in ``glibc 2.36``; this machine's when None.
+    """Checks that the Triton of the nvidia-pytriton wheel runs here, or on a ``machine`` with ``libc`` (glibc 2.36).
 
     Raises:
-        ConfigurationError: it does not; the message names the missing requirement and a remedy.
+        ConfigurationError: names the missing requirement and a remedy.
     """
     machine = machine or platform.machine()
     if machine != "x86_64":
@@ -56,28 +53,23 @@ def _libc() -> str:
 
 
 def libpython_directory(candidates: list[Path] | None = None) -> Path | None:
-    """Finds the folder of the running Python's shared library, which Triton's Python stub links.
+    """Returns the folder of the running Python's shared library, which Triton's Python stub links.
 
-    Args:
-        candidates: folders to search; None = those of this Python's build.
-
-    Returns:
-        The folder; None if the dynamic linker finds the library by itself.
+    Searches ``candidates``, by default the folders of this Python's build. None: the dynamic linker finds the library.
 
     Raises:
         ConfigurationError: the library is not found.
     """
-    major_minor = f"{sys.version_info.major}.{sys.version_info.minor}"
-    name = f"libpython{major_minor}.so.1.0"
+    name = f"libpython{PYTHON_VERSION}.so.1.0"
     # The running Python's folders come first, as the linker may know another build of the same version.
     for folder in _libpython_candidates() if candidates is None else candidates:
         if (folder / name).exists():
             return folder
-    if candidates is None and ctypes.util.find_library(f"python{major_minor}") == name:
+    if candidates is None and ctypes.util.find_library(f"python{PYTHON_VERSION}") == name:
         return None
     raise ConfigurationError(
         f"{name}, the shared library of {sys.executable}, is missing and Triton's Python backend links it: "
-        f"install libpython{major_minor} (Debian, Ubuntu) or use a Python built with --enable-shared"
+        f"install libpython{PYTHON_VERSION} (Debian, Ubuntu) or use a Python built with --enable-shared"
     )
 
 
@@ -90,7 +82,7 @@ def _libpython_candidates() -> list[Path]:
 
 
 def main() -> int:
-    """Prints what is missing; returns 0 if a server can run here, else 1."""
+    """Prints what this machine lacks for a server; returns the exit code."""
     try:
         if not has_container_server():
             check_bundled_server()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from glm_image.errors import ConfigurationError, GlmImageError
+from glm_image.supervisor.flags import flag
 from glm_image.supervisor.server import ServerStartError, TritonServer
-from glm_image.supervisor.settings import flag
 
 
 class CrashLoopError(GlmImageError):
@@ -17,21 +17,16 @@ class CrashLoopError(GlmImageError):
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """Exponential backoff between restarts.
+    """Exponential backoff between restarts in a row.
 
     Attributes:
-        max_restarts: in a row; 0 = never.
+        max_restarts: 0 = never.
         first_seconds: the pause before the first restart; each further pause is twice as long.
         longest_seconds: the longest pause.
         steady_seconds: time of readiness after which the count of restarts starts anew.
-
-    Raises:
-        ConfigurationError: ``max_restarts`` is negative.
     """
 
-    max_restarts: int = field(
-        default=5, metadata=flag("restarts in a row of a server that breaks (default: %(default)s)", "N", int)
-    )
+    max_restarts: int = flag("restarts in a row of a server that breaks (default: %(default)s)", "N", int, default=5)
     first_seconds: float = 0.5
     longest_seconds: float = 30.0
     steady_seconds: float = 300.0
@@ -48,13 +43,9 @@ class RestartPolicy:
 def keep_running(
     server: TritonServer, policy: RestartPolicy, on_ready: Callable[[], None], log: Callable[[str], None]
 ) -> None:
-    """Runs a server and restarts it whenever it breaks; returns when a requested stop is complete.
+    """Starts a server and restarts it whenever it breaks; returns when a requested stop is complete.
 
-    Args:
-        server: not yet started.
-        policy: how often and after which pauses to restart it.
-        on_ready: called each time it is ready.
-        log: called with a line about each restart.
+    ``on_ready`` is called each time it is ready, ``log`` with a line about each restart.
 
     Raises:
         ServerStartError: the first start failed.

@@ -26,11 +26,7 @@ class TritonServer:
     """A Triton that loads every model of a repository over one checkpoint.
 
     As a context manager it is ready inside the block, and all its processes and shared memory are gone after it. The
-    server also ends when this process dies.
-
-    Args:
-        settings: of the server.
-        log: receives the server's log; the last lines are kept in ``log_tail`` in any case.
+    server also ends when this process dies. Its log is written to ``log``.
 
     Raises:
         CheckpointError: the checkpoint folder is missing or not a checkpoint.
@@ -46,7 +42,7 @@ class TritonServer:
         self._process: ServerProcess | None = None
         self._ready = False
         self._starts = 0
-        self._stop_requested = False
+        self.stop_requested = False
         self._stop = os.eventfd(0)
 
     def __enter__(self) -> TritonServer:
@@ -68,12 +64,10 @@ class TritonServer:
 
     @property
     def grpc_url(self) -> str:
-        """``HOST:PORT`` of KServe v2 over gRPC."""
         return self._address(self._settings.grpc_port)
 
     @property
     def metrics_url(self) -> str:
-        """``HOST:PORT`` of the Prometheus metrics."""
         return self._address(self._settings.metrics_port)
 
     @property
@@ -88,27 +82,20 @@ class TritonServer:
 
     @property
     def shm_prefix(self) -> str:
-        """The prefix of the names of the started server's regions in /dev/shm."""
+        """Begins the names of the server's regions in /dev/shm."""
         return self._running().shm_prefix
 
     @property
     def log_tail(self) -> str:
-        """The last lines of the server's log."""
         return "" if self._process is None else self._process.log_tail
 
     @property
     def returncode(self) -> int | None:
-        """The server's exit code; 128 + n after signal n, None while it runs."""
+        """128 + n after signal n; None while the server runs."""
         return None if self._process is None else self._process.returncode
 
     @property
-    def stop_requested(self) -> bool:
-        """Whether ``request_stop`` or ``request_kill`` was called."""
-        return self._stop_requested
-
-    @property
     def end_reason(self) -> str:
-        """Why the server ended without being stopped."""
         return self._running().end_reason
 
     def start(self) -> None:
@@ -118,7 +105,7 @@ class TritonServer:
             self._settings = self._requested.with_free_ports()
         self._process = ServerProcess(self._installation, self._settings, self._log, restarts=self._starts)
         self._starts += 1
-        if self._stop_requested:  # by a signal handler, meanwhile
+        if self.stop_requested:  # by a signal handler, meanwhile
             self._process.request_kill()
 
     def wait_ready(self) -> None:
@@ -137,29 +124,29 @@ class TritonServer:
                 return
             self.clean_up()
             may_choose = chooses_ports and self._starts == 1
-            if not (failure.port_lost and may_choose) or attempt == PORT_ATTEMPTS or self._stop_requested:
+            if not (failure.port_lost and may_choose) or attempt == PORT_ATTEMPTS or self.stop_requested:
                 raise ServerStartError(failure.message)
             self._starts = 0
             self.start()
 
     def request_stop(self) -> None:
         """Requests a stop after the requests in flight; does not block, safe in a signal handler."""
-        self._stop_requested = True
+        if self._process is None or not self._ready:  # no request is in flight, and Triton would first load all models
+            self.request_kill()
+            return
+        self.stop_requested = True
         os.eventfd_write(self._stop, 1)
-        if self._process is not None and self._ready:
-            self._process.request_stop()
-        elif self._process is not None:  # no request is in flight, and Triton would first load all models
-            self._process.request_kill()
+        self._process.request_stop()
 
     def request_kill(self) -> None:
         """Requests an immediate end; does not block, safe in a signal handler."""
-        self._stop_requested = True
+        self.stop_requested = True
         os.eventfd_write(self._stop, 1)
         if self._process is not None:
             self._process.request_kill()
 
     def wait_for_stop(self, seconds: float) -> bool:
-        """Waits until a stop is requested (True) or the time is over."""
+        """Waits until a stop is requested or the time is over; returns whether it is requested."""
         return bool(select.select([self._stop], [], [], seconds)[0])
 
     def clean_up(self) -> None:
@@ -168,12 +155,11 @@ class TritonServer:
         self._running().wait()
 
     def stop(self) -> None:
-        """Drains and ends the server; does nothing if it has ended."""
+        """Drains and ends the server."""
         self.request_stop()
         self.wait()
 
     def kill(self) -> None:
-        """Ends the server immediately."""
         self.request_kill()
         self.wait()
 

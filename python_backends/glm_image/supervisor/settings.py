@@ -1,21 +1,21 @@
-"""The settings of a server, one dataclass from which ``serve`` takes its flags; and their checks."""
+"""The settings of a server and their checks."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
+from glm_image.supervisor.flags import flag
 
 MAX_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
+PORT_HELP = "default: %(default)s; 0: any free one"
 
 SPIN_VARIABLE, SPIN_COUNT = "GOMP_SPINCOUNT", "5000"
 """Iterations, about 50 us, for which an idle OpenMP thread spins before it sleeps.
@@ -42,89 +42,66 @@ def default_model_repository() -> Path:
     )
 
 
-def flag(
-    help_text: str, metavar: str | None = None, parse: Callable[[str], Any] | None = None, **default: Any
-) -> dict[str, Any]:
-    """Returns the metadata of a field that is a flag of ``serve``; see ``cli.add_flags``.
-
-    Args:
-        help_text: the flag's help; ``%(default)s`` is its default.
-        metavar: the name of its value; None for a switch.
-        parse: converts the value; None = ``str``.
-        default: ``default=``, where the flag's default is not the field's.
-    """
-    return {"help": help_text, "metavar": metavar, "type": parse, **default}
-
-
 @dataclass(frozen=True)
 class ServerSettings:
-    """The settings of a server; the metadata of each field describes it as a flag of ``serve``.
+    """The settings of a server, each a flag of ``serve``.
 
-    Port 0 asks for a free one. Triton waits up to ``drain_seconds`` also for HTTP clients that keep an idle connection
-    open.
+    Triton waits up to ``drain_seconds`` also for HTTP clients that keep an idle connection open.
     """
 
-    checkpoint: Path = field(metadata=flag("folder with model_index.json", "DIR", Path))
-    profile: str | None = field(
-        default=None, metadata=flag("a file of a model's configs folder, without .pbtxt", "NAME")
+    checkpoint: Path = flag("folder with model_index.json", "DIR", Path)
+    profile: str | None = flag("a file of a model's configs folder, without .pbtxt", "NAME", default=None)
+    host: str = flag("address to listen on (default: %(default)s)", "HOST", default="127.0.0.1")
+    http_port: int = flag(PORT_HELP, "PORT", int, default=0, flag_default=8000)
+    grpc_port: int = flag(PORT_HELP, "PORT", int, default=0, flag_default=8001)
+    metrics_port: int = flag(PORT_HELP, "PORT", int, default=0, flag_default=8002)
+    drain_seconds: int = flag(
+        "time limit for requests in flight after a stop (default: %(default)s)", "N", int, default=60
     )
-    host: str = field(default="127.0.0.1", metadata=flag("address to listen on (default: %(default)s)", "HOST"))
-    http_port: int = field(default=0, metadata=flag("default: %(default)s; 0: any free one", "PORT", int, default=8000))
-    grpc_port: int = field(default=0, metadata=flag("default: %(default)s; 0: any free one", "PORT", int, default=8001))
-    metrics_port: int = field(
-        default=0, metadata=flag("default: %(default)s; 0: any free one", "PORT", int, default=8002)
-    )
-    drain_seconds: int = field(
-        default=60, metadata=flag("time limit for requests in flight after a stop (default: %(default)s)", "N", int)
-    )
-    open_apis: tuple[str, ...] = field(
+    open_apis: tuple[str, ...] = flag(
+        f"APIs to open, of {', '.join(CLOSABLE_APIS)} (default: none)",
+        "NAME,...",
+        lambda names: tuple(names.split(",")),
         default=(),
-        metadata=flag(
-            f"APIs to open, of {', '.join(CLOSABLE_APIS)} (default: none)",
-            "NAME,...",
-            lambda names: tuple(names.split(",")),
-        ),
     )
-    max_request_bytes: int = field(
+    max_request_bytes: int = flag(
+        "largest body of an HTTP request, where Triton has such a limit (default: %(default)s)",
+        "N",
+        int,
         default=DEFAULT_MAX_REQUEST_BYTES,
-        metadata=flag(
-            "largest body of an HTTP request, where Triton has such a limit (default: %(default)s)", "N", int
-        ),
     )
-    request_log: Path | None = field(
-        default=None, metadata=flag("file of the request log (default: standard error, with the log)", "FILE", Path)
+    request_log: Path | None = flag(
+        "file of the request log (default: standard error, with the log)", "FILE", Path, default=None
     )
-    log_prompts: bool = field(
-        default=False, metadata=flag("put prompts, and the values that refusals quote, into the request log")
+    log_prompts: bool = flag("put prompts, and the values that refusals quote, into the request log", default=False)
+    otlp_traces_endpoint: str | None = flag(
+        "OpenTelemetry collector, as http://127.0.0.1:4318/v1/traces", "URL", default=None
     )
-    otlp_traces_endpoint: str | None = field(
-        default=None, metadata=flag("OpenTelemetry collector, as http://127.0.0.1:4318/v1/traces", "URL")
-    )
-    trace_rate: int = field(default=1, metadata=flag("trace one request of every N (default: %(default)s)", "N", int))
-    model_repository: Path = field(
-        default_factory=default_model_repository, metadata=flag("default: the checkout's model_repository", "DIR", Path)
+    trace_rate: int = flag("trace one request of every N (default: %(default)s)", "N", int, default=1)
+    model_repository: Path = flag(
+        "default: the checkout's model_repository", "DIR", Path, default_factory=default_model_repository
     )
 
     def check(self) -> None:
-        """Checks everything that can be checked without a server.
-
-        Raises:
-            CheckpointError: the checkpoint folder is missing or not a checkpoint.
-            ConfigurationError: another setting is invalid.
-        """
-        _check_checkpoint(self.checkpoint)
-        models = model_folders(self.model_repository)
+        """Raises CheckpointError for an invalid checkpoint folder, ConfigurationError for another invalid setting."""
+        if not (self.checkpoint / "model_index.json").is_file():
+            fault = "has no model_index.json" if self.checkpoint.is_dir() else "is not a folder"
+            shown_path = shown(str(self.checkpoint))
+            raise CheckpointError(f"--checkpoint is {shown_path}, which {fault}; allowed: a checkpoint folder")
+        models = _model_folders(self.model_repository)
         if not models:
             raise ConfigurationError(
                 f"the model repository is {shown(str(self.model_repository))}; allowed: "
                 "a folder that holds a folder with a config.pbtxt for each model"
             )
-        if self.profile is not None:
-            _check_profile(self.profile, known_profiles(models))
-        if self.drain_seconds < 0:
-            raise ConfigurationError(f"--drain-seconds is {self.drain_seconds}; allowed: 0 or more")
-        if self.max_request_bytes < 1:
-            raise ConfigurationError(f"--max-request-bytes is {self.max_request_bytes}; allowed: 1 or more")
+        profiles = sorted({profile.stem for model in models for profile in model.glob("configs/*.pbtxt")})
+        if self.profile is not None and self.profile not in profiles:
+            allowed = ", ".join(profiles) or "none, no model has any"
+            raise ConfigurationError(f"--profile is {shown(self.profile)}; allowed: {allowed}")
+        for name, lowest in (("drain_seconds", 0), ("max_request_bytes", 1), ("trace_rate", 1)):
+            if getattr(self, name) < lowest:
+                flag_name = name.replace("_", "-")
+                raise ConfigurationError(f"--{flag_name} is {getattr(self, name)}; allowed: {lowest} or more")
         if self.request_log is not None and not self.request_log.parent.is_dir():
             raise ConfigurationError(
                 f"--request-log is {shown(str(self.request_log))}, whose folder does not exist; allowed: a file's path"
@@ -132,8 +109,6 @@ class ServerSettings:
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ConfigurationError(f"--otlp-traces-endpoint is {shown(endpoint)}; allowed: http:// or https://")
-        if self.trace_rate < 1:
-            raise ConfigurationError(f"--trace-rate is {self.trace_rate}; allowed: 1 or more")
         check_open_apis(self.open_apis)
         self._check_ports()
 
@@ -171,7 +146,7 @@ class ServerSettings:
         }
 
     def trace_flags(self) -> list[str]:
-        """Returns the flags with which Triton sends spans, and forwards their context to the models."""
+        """Returns the flags with which Triton sends spans and forwards their context to the models."""
         if self.otlp_traces_endpoint is None:
             return []
         return [
@@ -190,7 +165,6 @@ class ServerSettings:
         return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
 
     def with_free_ports(self) -> ServerSettings:
-        """Returns the settings with every port 0 replaced by a free one."""
         free = free_ports(self.host, 3)
         http, grpc, metrics = (port or free.pop() for port in self.ports().values())
         return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
@@ -198,18 +172,12 @@ class ServerSettings:
 
 def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
     """Returns a repository's entry models, which forward requests to others, and its stages."""
-    models = frozenset(model.name for model in model_folders(repository))
+    models = frozenset(model.name for model in _model_folders(repository))
     return models.intersection(ENTRY_MODELS), models.intersection(STAGES)
 
 
-def model_folders(repository: Path) -> list[Path]:
-    """Returns the models of a repository: its folders that hold a ``config.pbtxt``."""
+def _model_folders(repository: Path) -> list[Path]:
     return sorted(config.parent for config in repository.glob("*/config.pbtxt"))
-
-
-def known_profiles(models: list[Path]) -> list[str]:
-    """Returns the names of the profiles that at least one of the models has."""
-    return sorted({profile.stem for model in models for profile in model.glob("configs/*.pbtxt")})
 
 
 def free_ports(host: str, count: int) -> list[int]:
@@ -221,35 +189,17 @@ def free_ports(host: str, count: int) -> list[int]:
     return ports
 
 
-def _check_checkpoint(checkpoint: Path) -> None:
-    if not checkpoint.is_dir():
-        raise CheckpointError(f"--checkpoint is {shown(str(checkpoint))}, which is not a folder; allowed: a checkpoint")
-    if not (checkpoint / "model_index.json").is_file():
-        raise CheckpointError(
-            f"--checkpoint is {shown(str(checkpoint))}, which has no model_index.json; allowed: a checkpoint folder"
-        )
-
-
-def _check_profile(profile: str, known: list[str]) -> None:
-    if profile not in known:
-        raise ConfigurationError(
-            f"--profile is {shown(profile)}; allowed: {', '.join(known) or 'none, no model has any'}"
-        )
-
-
 def _check_port_is_free(host: str, port: int, name: str) -> None:
     try:
         _bound_socket(host, port).close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigurationError(
-                f"{name} is {port}, on which {host} already listens; allowed: a free port, or 0"
-            ) from None
-        if error.errno == errno.EACCES:
-            raise ConfigurationError(
-                f"{name} is {port}, which this user may not listen on; allowed: 1024 and up"
-            ) from None
-        raise
+        reasons = {
+            errno.EADDRINUSE: f"on which {host} already listens; allowed: a free port, or 0",
+            errno.EACCES: "which this user may not listen on; allowed: 1024 and up",
+        }
+        if error.errno not in reasons:
+            raise
+        raise ConfigurationError(f"{name} is {port}, {reasons[error.errno]}") from None
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:

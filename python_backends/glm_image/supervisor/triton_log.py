@@ -38,19 +38,19 @@ class StartFailure:
 
 
 def started_service(line: str) -> str | None:
-    """Returns the one of ``SERVICES`` that has started according to this line, else None."""
+    """Returns the one of ``SERVICES`` that this line reports as started, else None."""
     match = _STARTED.search(line)
     return match[1] if match else None
 
 
 def unloaded_model(line: str) -> str | None:
-    """Returns the model that has been unloaded, after its last response, according to this line; else None."""
+    """Returns the model that this line reports as unloaded, which it is after its last response; else None."""
     match = _UNLOADED.search(line.rstrip())
     return match["model"] if match else None
 
 
 def syntax_error(line: str) -> str | None:
-    """Returns line, column and description of a syntax error in a text-format file, else None."""
+    """Returns the line, column and description of a syntax error in a text-format file, else None."""
     match = _SYNTAX.match(line.rstrip())
     return match["place"] if match else None
 
@@ -58,9 +58,7 @@ def syntax_error(line: str) -> str | None:
 def start_failure(line: str, syntax: str | None = None) -> StartFailure | None:
     """Returns the failure that this line reports, with the model's own message, else None.
 
-    Args:
-        line: a line of the log.
-        syntax: the last ``syntax_error`` before it; it belongs to the file that cannot be read.
+    ``syntax``, the last ``syntax_error`` before it, belongs to the file that cannot be read.
     """
     if match := _PORT_LOST.search(line):
         return StartFailure(match["reason"].strip(), port_lost="already in use" in match["reason"])

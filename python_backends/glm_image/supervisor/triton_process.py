@@ -35,17 +35,7 @@ SIGNAL_CODE_BASE = 128
 
 
 class ServerProcess:
-    """A running tritonserver.
-
-    Args:
-        installation: the Triton to run.
-        settings: of the server; its ports are not 0.
-        log: receives the server's log, or None.
-        restarts: how often the same server was started before.
-
-    Attributes:
-        shm_prefix: the prefix of the names of its shared memory regions.
-    """
+    """A running tritonserver; no port of its ``settings`` is 0, and ``restarts`` counts its earlier starts."""
 
     def __init__(
         self, installation: Installation, settings: ServerSettings, log: TextIO | None, restarts: int = 0
@@ -78,18 +68,15 @@ class ServerProcess:
 
     @property
     def log_tail(self) -> str:
-        """The last lines of the server's log."""
         with self._changed:
             return "".join(self._tail)
 
     @property
     def returncode(self) -> int | None:
-        """The server's exit code; 128 + n after signal n, None while it runs."""
         return self._watchdog.poll()
 
     @property
     def end_reason(self) -> str:
-        """Why the server ended without being stopped."""
         with self._changed:
             return self._exit_reason or f"tritonserver ended by itself, {_describe_exit(self._watchdog.wait())}"
 
@@ -105,7 +92,7 @@ class ServerProcess:
             return self._failure
 
     def request_watch(self) -> None:
-        """Has the server killed when one of its processes breaks; to be called when all of them exist."""
+        """Has the server killed when one of its processes breaks; call it when all of them exist."""
         self._send(b"watch\n")
 
     def request_stop(self) -> None:
@@ -119,7 +106,6 @@ class ServerProcess:
         self._send(b"drain\n" if self._entry_models else b"stop\n")
 
     def request_kill(self) -> None:
-        """Requests an immediate end; does not block, safe in a signal handler."""
         self._send(b"kill\n")
 
     def wait(self) -> int:

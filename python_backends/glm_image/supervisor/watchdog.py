@@ -72,7 +72,7 @@ class HeartbeatRecord(NamedTuple):
 
     @classmethod
     def read(cls, path: Path | None) -> HeartbeatRecord:
-        """Reads a file; all words are 0 where there is none, or it is incomplete."""
+        """Returns zeros if there is no file or it is incomplete."""
         content = b"" if path is None else path.read_bytes()
         return cls(*HEARTBEAT.unpack(content)) if len(content) == HEARTBEAT.size else cls()
 
@@ -81,33 +81,28 @@ HEARTBEAT = struct.Struct(f"={len(HeartbeatRecord._fields)}q")
 
 
 class Timers:
-    """Callbacks with a deadline on the monotonic clock; each has at most one."""
+    """Callbacks that are called once at a deadline; a callback has at most one deadline."""
 
     def __init__(self) -> None:
         self._deadlines: dict[Callable[[], None], float] = {}
 
     def start(self, callback: Callable[[], None], seconds: float) -> None:
-        """Runs ``callback`` once after ``seconds``, in place of its earlier deadline."""
         self._deadlines[callback] = time.monotonic() + seconds
 
     def start_at_most(self, callback: Callable[[], None], seconds: float) -> None:
-        """Like ``start``, but keeps an earlier deadline."""
+        """Like ``start``, but keeps a deadline that is earlier."""
         self._deadlines[callback] = min(self._deadlines.get(callback, float("inf")), time.monotonic() + seconds)
 
     def cancel(self, callback: Callable[[], None]) -> None:
-        """Drops a callback's deadline, if it has one."""
         self._deadlines.pop(callback, None)
 
     def is_running(self, callback: Callable[[], None]) -> bool:
-        """Whether the callback has a deadline."""
         return callback in self._deadlines
 
     def seconds_left(self) -> float:
-        """Returns the seconds until the first deadline, at least 0."""
         return max(0.0, min(self._deadlines.values()) - time.monotonic())
 
     def run_due(self) -> None:
-        """Runs the callbacks whose deadline has passed."""
         now = time.monotonic()
         for callback in [callback for callback, deadline in self._deadlines.items() if now >= deadline]:
             self.cancel(callback)
@@ -130,7 +125,7 @@ def _prepare_server() -> None:
 
 
 def remove_leftovers(shm_prefix: str, run_directory: Path) -> None:
-    """Removes a server's shared memory and its run directory, if they exist."""
+    """Removes a server's shared memory and its run directory."""
     for region in SHARED_MEMORY.glob(f"{shm_prefix}*"):
         region.unlink(missing_ok=True)
     shutil.rmtree(run_directory, ignore_errors=True)
@@ -138,7 +133,7 @@ def remove_leftovers(shm_prefix: str, run_directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Stat:
-    """Name, state, parent and wait status of a process, from /proc."""
+    """A process's entry in /proc."""
 
     name: str
     state: str
@@ -147,7 +142,7 @@ class Stat:
 
     @classmethod
     def read(cls, pid: int) -> Stat | None:
-        """Reads a process's entry; None if there is no such process."""
+        """Returns None if there is no such process."""
         try:
             text = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
@@ -157,7 +152,7 @@ class Stat:
         return cls(before.partition("(")[2], fields[0], int(fields[1]), int(fields[49]))
 
     def ending(self) -> tuple[str, bool]:
-        """Describes how an ended process ended, and returns whether a signal killed it."""
+        """Returns a description of how the process ended, and whether a signal killed it."""
         code = os.waitstatus_to_exitcode(self.wait_status)
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}", True
@@ -165,7 +160,7 @@ class Stat:
 
 
 def children_of(parent: int) -> list[int]:
-    """Returns the children of a process, including adopted ones and zombies."""
+    """Returns the children of a process, adopted ones and zombies included."""
     pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if (stat := Stat.read(pid)) is not None and stat.parent == parent]
 
@@ -183,7 +178,7 @@ def _kill_children() -> None:
 
 
 class WatchedProcess:
-    """A process that must live as long as its server: the server itself, or one of its models'."""
+    """A process that must live as long as its server: the server's own or a model's."""
 
     def __init__(self, pid: int, name: str, heartbeat: Path | None) -> None:
         self.pid = pid
@@ -194,7 +189,7 @@ class WatchedProcess:
         self._missed_checks = 0
 
     def end(self) -> tuple[str, bool]:
-        """Once ``ended`` is readable, describes the end and returns whether a signal caused it."""
+        """Returns a description of the end, once ``ended`` is readable, and whether a signal caused it."""
         stat = Stat.read(self.pid)
         if stat is None or stat.state != "Z":  # its parent has already reaped it
             return f"{self._label} ended", False
@@ -202,7 +197,7 @@ class WatchedProcess:
         return f"{self._label} {description}", by_signal
 
     def check(self) -> str | None:
-        """Returns what is wrong with the process, or None."""
+        """Returns the fault of the process, or None."""
         stat = Stat.read(self.pid)
         if stat is None or stat.state == "Z":
             return None  # reported through ``ended``
@@ -222,7 +217,7 @@ class WatchedProcess:
 
 
 def find_processes(server: int, heartbeats: Path) -> list[WatchedProcess]:
-    """Returns a server and its models' processes, including those that have just died."""
+    """Returns a server's process and those of its models, including processes that have just died."""
     files = {HeartbeatRecord.read(path).pid: path for path in heartbeats.glob("*.heartbeat")}
     stubs = [pid for pid in children_of(server) if (stat := Stat.read(pid)) and stat.name == STUB_NAME_IN_STAT]
     processes = []
@@ -243,6 +238,15 @@ def drained_models(heartbeats: Path) -> set[str]:
     return {model for model, is_drained in drained.items() if is_drained}
 
 
+def _readable_signals() -> int:
+    """Returns a file descriptor from which the numbers of received signals are read."""
+    readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return readable
+
+
 def _model_of(stub: int) -> str:
     try:
         arguments = Path(f"/proc/{stub}/cmdline").read_text().split("\0")
@@ -252,7 +256,7 @@ def _model_of(stub: int) -> str:
 
 
 class Watchdog:
-    """One server's process, from its start to the removal of its last leftovers."""
+    """Runs one server, from its start until none of its processes is left."""
 
     def __init__(self, command: list[str], run_directory: Path, drain_seconds: float) -> None:
         self._heartbeats = run_directory / HEARTBEATS
@@ -270,19 +274,10 @@ class Watchdog:
             "stop": self._stop,
             "kill": self._kill,
         }
-        self._signals = self._catch_signals()
+        self._signals = _readable_signals()
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         # preexec_fn is safe here because this process has one thread. The server's standard output joins its log.
         self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, preexec_fn=_prepare_server)  # noqa: PLW1509
-
-    @staticmethod
-    def _catch_signals() -> int:
-        """Makes signals readable from the returned file descriptor."""
-        readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        return readable
 
     def run(self) -> int:
         """Runs until the server has ended; returns its exit code, 128 + n after signal n."""
@@ -309,21 +304,18 @@ class Watchdog:
 
     def _check_processes(self) -> None:
         self._timers.start(self._check_processes, CHECK_SECONDS)
-        checks = [process.check for process in self._watched.values()] or [self._check_loading]
-        for check in checks:
+        for check in [process.check for process in self._watched.values()] or [self._check_loading]:
             if fault := check():
                 self._end(fault)
 
     def _check_loading(self) -> str | None:
-        """Finds a model's process that has died and that Triton, which may wait for it forever, has not reaped."""
-        stats = {pid: Stat.read(pid) for pid in children_of(self._server.pid)}
-        dead = {pid: stat for pid, stat in stats.items() if stat is not None and stat.state == "Z"}
-        still_dead = sorted(dead.keys() & self._dead_while_loading)
-        self._dead_while_loading = set(dead)
-        if not still_dead:
-            return None
-        pid = still_dead[0]
-        return f"a model's process ({pid}) {dead[pid].ending()[0]} while it was loaded"
+        """Reports a model's process that has died and that Triton, which may wait for it forever, has not reaped."""
+        children = [(pid, Stat.read(pid)) for pid in children_of(self._server.pid)]
+        dead = {pid: stat for pid, stat in children if stat is not None and stat.state == "Z"}
+        already_dead, self._dead_while_loading = self._dead_while_loading, set(dead)
+        for pid in sorted(dead.keys() & already_dead):
+            return f"a model's process ({pid}) {dead[pid].ending()[0]} while it was loaded"
+        return None
 
     def _handle_end(self, process: WatchedProcess) -> None:
         os.close(process.ended)
@@ -338,8 +330,8 @@ class Watchdog:
         self._kill()
 
     def _drain(self) -> None:
-        """Has the entry models finish their requests and be unloaded; the owner sends ``unload`` afterwards."""
-        self._limit_stop()
+        """Has the entry models finish their requests and unloads them; the owner sends ``unload`` afterwards."""
+        self._timers.start_at_most(self._kill, self._drain_seconds + STOP_GRACE_SECONDS)
         self._timers.start(self._stop, self._drain_seconds)
         self._timers.start(self._check_drained, 0)
         self._send_to_models(b"drain\n")
@@ -352,7 +344,7 @@ class Watchdog:
                 os.write(1, f"drained {model}\n".encode())
 
     def _unload(self) -> None:
-        """Has the other models be unloaded concurrently; the owner sends ``stop`` afterwards."""
+        """Unloads the other models concurrently; the owner sends ``stop`` afterwards."""
         self._timers.cancel(self._check_drained)
         if self._timers.is_running(self._stop):
             self._timers.start_at_most(self._stop, UNLOAD_SECONDS)
@@ -366,14 +358,10 @@ class Watchdog:
                 os.close(descriptor)
 
     def _stop(self) -> None:
-        self._limit_stop()
-        for callback in (self._stop, self._check_drained):
-            self._timers.cancel(callback)
+        self._timers.start_at_most(self._kill, self._drain_seconds + STOP_GRACE_SECONDS)
+        self._timers.cancel(self._stop)
+        self._timers.cancel(self._check_drained)
         self._signal(signal.SIGTERM)
-
-    def _limit_stop(self) -> None:
-        if not self._timers.is_running(self._kill):
-            self._timers.start(self._kill, self._drain_seconds + STOP_GRACE_SECONDS)
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
@@ -384,7 +372,6 @@ class Watchdog:
             os.kill(self._server.pid, number)
 
     def _reap(self) -> None:
-        """Reaps the server and adopted processes."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] == self._server.pid:
@@ -392,7 +379,7 @@ class Watchdog:
 
 
 def main() -> int:
-    """Runs the command after ``--``."""
+    """Runs the command after ``--``; returns its exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shm-prefix", required=True)
     parser.add_argument("--run-directory", required=True, type=Path)

@@ -49,12 +49,10 @@ class Heartbeat:
     def __init__(self, name: str, hang_seconds: float, directory: Path | None = None) -> None:
         self._busy: dict[object, int] = {}
         self._lock = threading.Lock()
-        server_folder = run_directory()
-        if directory is None and server_folder is not None:
+        if directory is None and (server_folder := run_directory()) is not None:
             directory = server_folder / "heartbeats"
         self._directory, self._name = directory, name
-        # Aligned 64-bit words, which another process never reads half written.
-        words = ctypes.c_int64 * 5
+        words = ctypes.c_int64 * 5  # aligned, so that another process never reads a half-written one
         self._words = words()
         self._end = os.eventfd(0)
         self._thread: threading.Thread | None = None
@@ -88,7 +86,7 @@ class Heartbeat:
         self._thread.start()
 
     def mark_drained(self) -> None:
-        """Reports to the watchdog that the instance has no requests and accepts no more."""
+        """Reports that the instance has no requests and accepts no more."""
         self._words[_DRAINED] = 1
 
     def close(self) -> None:

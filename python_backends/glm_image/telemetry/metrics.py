@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -13,12 +14,9 @@ from glm_image.lifecycle.context import RequestContext, RequestObserver
 class Kind(Enum):
     """How the values of a metric add up."""
 
-    COUNTER = "counter"
-    """Their sum."""
-    GAUGE = "gauge"
-    """The last value."""
-    HISTOGRAM = "histogram"
-    """The number of values below each bound."""
+    COUNTER = "counter"  # their sum
+    GAUGE = "gauge"  # the last value
+    HISTOGRAM = "histogram"  # the number of values below each bound
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,6 @@ class MetricSpec:
     """A metric, named by Prometheus' rules: the unit at the end, ``_total`` for counters.
 
     Attributes:
-        name: the name.
-        kind: how its values add up.
         meaning: the help text, one line.
         bounds: the bounds of a histogram, ascending.
         reason: the label that distinguishes metrics of one name; "" = no label.
@@ -44,13 +40,7 @@ class MetricSink(Protocol):
     """Records values. Engines call it from their own threads, so it returns immediately and raises nothing."""
 
     def __call__(self, metric: MetricSpec, value: float, times: int = 1, /) -> None:
-        """Records a value.
-
-        Args:
-            metric: the metric.
-            value: is added to a counter, replaces the value of a gauge, or is observed by a histogram.
-            times: how often a histogram observes it.
-        """
+        """Adds a value to a counter, sets a gauge to it, or has a histogram observe it so many times."""
 
 
 def null_sink(metric: MetricSpec, value: float, times: int = 1, /) -> None:
@@ -61,66 +51,28 @@ REFUSALS: Final = ("invalid", "queue_full", "stopping", "memory")
 """The reasons for refusing a request; see ``reason`` of the error classes."""
 
 
-@dataclass(frozen=True)
-class OutcomeCounters:
-    """Counters of the requests of a stage that did not succeed.
+def outcome_counters(prefix: str) -> dict[str, MetricSpec]:
+    """Returns the counters of a stage's requests that did not succeed, by the ``reason`` of their errors."""
 
-    Attributes:
-        cancels: cancelled requests.
-        deadline_misses: requests that missed their deadline, or could not meet it.
-        refusals: refused requests, one counter per reason.
-        failures: requests that ended with an error of the server.
-    """
+    def counter(name: str, meaning: str, reason: str = "") -> MetricSpec:
+        return MetricSpec(f"{prefix}_{name}_requests_total", Kind.COUNTER, meaning, reason=reason)
 
-    cancels: MetricSpec
-    deadline_misses: MetricSpec
-    refusals: tuple[MetricSpec, ...]
-    failures: MetricSpec
-
-    @classmethod
-    def of(cls, prefix: str) -> OutcomeCounters:
-        """Returns counters whose names begin with ``prefix``."""
-        refused = "Requests refused, by reason: invalid, queue_full, stopping, memory"
-        return cls(
-            MetricSpec(f"{prefix}_cancelled_requests_total", Kind.COUNTER, "Requests cancelled before they were done"),
-            MetricSpec(
-                f"{prefix}_deadline_missed_requests_total",
-                Kind.COUNTER,
-                "Requests that missed their deadline, or could not meet it",
-            ),
-            tuple(
-                MetricSpec(f"{prefix}_refused_requests_total", Kind.COUNTER, refused, reason=reason)
-                for reason in REFUSALS
-            ),
-            MetricSpec(
-                f"{prefix}_failed_requests_total", Kind.COUNTER, "Requests that ended with an error of the server"
-            ),
-        )
-
-    @property
-    def measures(self) -> tuple[MetricSpec, ...]:
-        """All of them."""
-        return (self.cancels, self.deadline_misses, *self.refusals, self.failures)
-
-    def counter_of(self, error: BaseException) -> MetricSpec:
-        """Returns the counter of requests that ended with ``error``."""
-        reason = error.reason if isinstance(error, GlmImageError) else ""
-        counters = {"cancelled": self.cancels, "deadline": self.deadline_misses}
-        counters |= {refusal.reason: refusal for refusal in self.refusals}
-        return counters.get(reason, self.failures)
+    refused = f"Requests refused, by reason: {', '.join(REFUSALS)}"
+    return {
+        "cancelled": counter("cancelled", "Requests cancelled before they were done"),
+        "deadline": counter("deadline_missed", "Requests that missed their deadline, or could not meet it"),
+        **{reason: counter("refused", refused, reason) for reason in REFUSALS},
+        GlmImageError.reason: counter("failed", "Requests that ended with an error of the server"),
+    }
 
 
 class OutcomeRecorder(RequestObserver):
-    """Counts the requests of a stage that do not succeed.
+    """Counts the requests of a stage that do not succeed, in its ``outcome_counters``."""
 
-    Args:
-        counters: the counters of the stage.
-        record: records their values.
-    """
-
-    def __init__(self, counters: OutcomeCounters, record: MetricSink) -> None:
+    def __init__(self, counters: Mapping[str, MetricSpec], record: MetricSink) -> None:
         self._counters, self._record = counters, record
 
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         if error is not None:
-            self._record(self._counters.counter_of(error), 1)
+            failure = error if isinstance(error, GlmImageError) else GlmImageError
+            self._record(self._counters[failure.reason], 1)

@@ -28,6 +28,7 @@ class RequestTracing:
         if not endpoint:
             return
         try:
+            from opentelemetry import propagate  # noqa: PLC0415
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
             from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
             from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
@@ -37,7 +38,7 @@ class RequestTracing:
         resource = Resource.create({"service.name": "glm-image", "service.instance.id": instance})
         self._provider = TracerProvider(resource=resource)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
-        self._tracer = self._provider.get_tracer("glm_image")
+        self._tracer, self._extract = self._provider.get_tracer("glm_image"), propagate.extract
 
     def observe(self, context: RequestContext, request: Any) -> None:
         """Adds the observer that makes spans, if Triton traces the request; ``request`` is Triton's."""
@@ -45,26 +46,18 @@ class RequestTracing:
             return
         carrier = request.trace().get_context()
         if carrier:
-            context.add_observer(_SpanMaker(self._tracer, carrier))
+            context.add_observer(_SpanMaker(self._tracer, self._extract(json.loads(carrier))))
 
     def close(self) -> None:
-        """Sends the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
 class _SpanMaker(RequestObserver):
-    """Makes a span of each part of a request's stages.
+    """Makes a span of each part of a request's stages; ``parent`` is the context of their parent."""
 
-    Args:
-        tracer: makes them.
-        carrier: the context of the parent span, as JSON.
-    """
-
-    def __init__(self, tracer: Any, carrier: str) -> None:
-        from opentelemetry.propagate import extract  # noqa: PLC0415
-
-        self._tracer, self._parent = tracer, extract(json.loads(carrier))
+    def __init__(self, tracer: Any, parent: Any) -> None:
+        self._tracer, self._parent = tracer, parent
 
     def stage_finished(self, context: RequestContext, stage: Stage, seconds: float) -> None:
         ended = time.time_ns()

@@ -64,12 +64,9 @@ def supports(decoder: Decoder, slots: int) -> bool:
 
 
 class FusedDecoder:
-    """A decoder's step on the kernels; the reference is ``Decoder.decode``.
+    """A decoder's step on the kernels, bf16 or int8; the reference is ``Decoder.decode``.
 
-    Args:
-        decoder: holds the weights, bf16 or int8.
-        slots: rows of the batch, at most 16.
-        tiles: how the linears are divided; None = ``default_tiles``.
+    ``slots`` is at most 16; ``tiles`` divides the linears, None = ``default_tiles``.
     """
 
     def __init__(self, decoder: Decoder, slots: int, tiles: TileConfigs | None = None) -> None:
@@ -98,33 +95,24 @@ class FusedDecoder:
         )
 
     def decode(self, tokens: Tensor, lengths: Tensor, tables: tuple[Tensor, Tensor], cache: KvCache) -> Tensor:
-        """Adds one token to every slot.
+        """Adds one token to every slot as ``Decoder.decode`` does; the next step overwrites the logits.
 
-        Args:
-            tokens: int64 [slots].
-            lengths: int64 [slots]: filled positions of the cache before this token.
-            tables: cosines and sines of every position, [slots, positions, rotary_dim] each.
-            cache: read and written.
-
-        Returns:
-            fp32 logits [slots, vision_vocab_size], overwritten by the next step.
+        ``tables`` are cosines and sines of every position, [slots, positions, rotary_dim] each.
         """
         decoder, tiles, eps = self._decoder, self._tiles, self._decoder.config.norm_eps
-        layers = cast("list[DecoderLayer]", list(decoder.layers))
-        befores = [layer.before_attention.weight for layer in layers[1:]] + [decoder.norm.weight]
-        first = layers[0].before_attention.weight
-        embed_norm(tokens, decoder.embedding.weight, first, self._residual, self._normed, eps)
-        for index, (layer, next_before) in enumerate(zip(layers, befores, strict=True)):
-            linear_partials(self._normed, *weights_of(layer.qkv), self._qkv, tiles.qkv)
+        residual, normed, attended = self._residual, self._normed, self._attended
+        layers, norms = layers_and_norms(decoder)
+        embed_norm(tokens, decoder.embedding.weight, norms[0], residual, normed, eps)
+        for index, layer in enumerate(layers):
+            linear_partials(normed, *weights_of(layer.qkv), self._qkv, tiles.qkv)
             layer_cache = (cache.keys[index], cache.values[index])
-            self._attention(self._qkv, layer.qkv.bias, tables, layer_cache, lengths, self._attended)
-            linear_partials(self._attended, *weights_of(layer.out), self._out.partials, tiles.out)
-            after, before = layer.after_attention.weight, layer.before_mlp.weight
-            self._out.add(self._residual, after, before, self._normed, eps)
-            gate_up(self._normed, *weights_of(layer.gate_up), self._product, tiles.gate_up)
+            self._attention(self._qkv, layer.qkv.bias, tables, layer_cache, lengths, attended)
+            linear_partials(attended, *weights_of(layer.out), self._out.partials, tiles.out)
+            self._out.add(residual, layer.after_attention.weight, layer.before_mlp.weight, normed, eps)
+            gate_up(normed, *weights_of(layer.gate_up), self._product, tiles.gate_up)
             linear_partials(self._down_input(), *weights_of(layer.down), self._down.partials, tiles.down)
-            self._down.add(self._residual, layer.after_mlp.weight, next_before, self._normed, eps)
-        linear_partials(self._normed, *weights_of(decoder.head), self._logits, tiles.head, rounded=True)
+            self._down.add(residual, layer.after_mlp.weight, norms[index + 1], normed, eps)
+        linear_partials(normed, *weights_of(decoder.head), self._logits, tiles.head, rounded=True)
         return gathered_logits(self._logits[0], decoder.group, decoder.config.vision_vocab_size)
 
     def _down_input(self) -> Tensor | Int8Pairs:
@@ -137,3 +125,10 @@ class FusedDecoder:
 def weights_of(linear: AnyLinear) -> tuple[Tensor, Tensor | None]:
     """Returns a layer's matrix [n, k], and the scales [n] of its rows where it is int8."""
     return linear.weight, linear.scale if isinstance(linear, Int8Linear) else None
+
+
+def layers_and_norms(decoder: Decoder) -> tuple[list[DecoderLayer], list[Tensor]]:
+    """Returns the layers, and the weights of the norm before each of them and of the one after the last."""
+    layers = cast("list[DecoderLayer]", list(decoder.layers))
+    norms: list[Tensor] = [layer.before_attention.weight for layer in layers]
+    return layers, [*norms, decoder.norm.weight]

@@ -30,7 +30,7 @@ from glm_image.kernels.modulated_norm import (
     SCALE_MLP,
     SHIFT_ATTENTION,
     SHIFT_MLP,
-    gated_modulated_norm,
+    GatedBranch,
     modulated_norm,
 )
 
@@ -98,36 +98,23 @@ class FusedBlocks(Blocks):
         """Runs some of the blocks over one or two sequences at the same time step; see ``Blocks.run``."""
         if not 1 <= len(sequences) <= MAX_SEQUENCES:
             raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MAX_SEQUENCES}")
+        linears, eps = self._linears, self._norm_eps
         residual = torch.cat([part for image, text in sequences for part in (text[0], image[0])])
         lengths = [(text.shape[1], image.shape[1]) for image, text in sequences]
-        segments = (lengths[0][0], sum(lengths[0]), lengths[-1][0])
+        rows = [sum(length) for length in lengths]
+        segments = (lengths[0][0], rows[0], lengths[-1][0])
         blocks = [self._blocks[index] for index in which]
         tables = [F.linear(time, block.modulation.weight, block.modulation.bias)[0] for block in blocks]
-        normed = self._linears.empty_input(residual)
-        modulated_norm(residual, tables[0], normed, self._norm_eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
+        normed = linears.empty_input(residual)
+        modulated_norm(residual, tables[0], normed, eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION)
         for index, block, table, following in zip(which, blocks, tables, [*tables[1:], None], strict=True):
             kv_hook = kv_hooks[index] if kv_hooks else None
-            attended = self._attend(
-                block, normed, rotary, segments, [sum(length) for length in lengths], kv_hook, shape
-            )
-            branch = self._linears.linear(block.out, self._linears.to_input(attended))
-            gated_modulated_norm(
-                residual, branch, table, GATE_ATTENTION, table, normed, self._norm_eps, segments, SHIFT_MLP, SCALE_MLP
-            )
-            branch = self._linears.linear(block.down, self._linears.linear_gelu(block.up, normed))
-            gated_modulated_norm(
-                residual,
-                branch,
-                table,
-                GATE_MLP,
-                following,
-                normed,
-                self._norm_eps,
-                segments,
-                SHIFT_ATTENTION,
-                SCALE_ATTENTION,
-            )
-        parts = residual.split([rows for length in lengths for rows in length])
+            attended = self._attend(block, normed, rotary, segments, rows, kv_hook, shape)
+            branch = GatedBranch(linears.linear(block.out, linears.to_input(attended)), table, GATE_ATTENTION)
+            modulated_norm(residual, table, normed, eps, segments, SHIFT_MLP, SCALE_MLP, branch)
+            branch = GatedBranch(linears.linear(block.down, linears.linear_gelu(block.up, normed)), table, GATE_MLP)
+            modulated_norm(residual, following, normed, eps, segments, SHIFT_ATTENTION, SCALE_ATTENTION, branch)
+        parts = residual.split([count for length in lengths for count in length])
         return [(image[None], text[None]) for text, image in zip(parts[::2], parts[1::2], strict=True)]
 
     def _attend(
@@ -136,20 +123,20 @@ class FusedBlocks(Blocks):
         normed: Tensor | QuantizedRows,
         rotary: Rotary,
         segments: tuple[int, int, int],
-        lengths: list[int],
+        rows: list[int],
         kv_hook: KvHook | None,
         shape: SequenceShape | None,
     ) -> Tensor:
         qkv = self._linears.linear(block.qkv, normed).view(-1, 3, self._heads, self._head_dim)
-        sequences = qkv.split(lengths)
+        sequences = qkv.split(rows)
         if self._attention is not None and shape is not None:
-            texts = (segments[0], segments[2])[: len(lengths)]
+            texts = (segments[0], segments[2])[: len(rows)]
             unnormed = [
                 _UnnormedHeads(sequence, text, rotary, self._head_eps)
                 for sequence, text in zip(sequences, texts, strict=True)
             ]
             heads = qkv.new_empty(len(qkv), self._heads, self._head_dim)
-            self._attention(unnormed, heads.split(lengths), kv_hook, shape)
+            self._attention(unnormed, heads.split(rows), kv_hook, shape)
             return heads.flatten(1)
         head_norm_rotary(qkv, rotary, self._head_eps, segments)
         attended: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +14,30 @@ from glm_image.kernels.rows import empty_rows, quantize_rowwise, sums_in_8_bits,
 AnyLinear = nn.Linear | QuantizedLinear
 
 
-class Linears(Protocol):
-    """Runs the linear layers of the blocks; their inputs are tensors or ``QuantizedRows``, [rows, width]."""
+class Linears:
+    """Runs the bf16 linear layers of the blocks, on inputs [rows, width]."""
 
     def empty_input(self, residual: Tensor) -> Any:
         """Allocates a layer's input, to which norms write."""
+        return torch.empty_like(residual)
 
     def to_input(self, hidden: Tensor) -> Any:
         """Converts bf16 values to a layer's input."""
+        return hidden
 
     def linear(self, layer: Any, hidden: Any) -> Tensor:
         """Returns the layer's output, bf16 [rows, n]."""
-
-    def linear_gelu(self, layer: Any, hidden: Any) -> Any:
-        """Returns the GELU of the layer's output, approximated by tanh, as the next layer's input."""
-
-
-class Bf16Linears:
-    """Runs unquantized layers."""
-
-    def empty_input(self, residual: Tensor) -> Tensor:
-        return torch.empty_like(residual)
-
-    def to_input(self, hidden: Tensor) -> Tensor:
-        return hidden
-
-    def linear(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
         # Calls the layer's forward, as that of a layer whose channels are split among ranks also adds up their outputs.
         result: Tensor = layer(hidden)
         return result
 
-    def linear_gelu(self, layer: nn.Linear, hidden: Tensor) -> Tensor:
-        # The GELU of the GEMM's epilogue is approximated by tanh, like the model's.
-        return torch._addmm_activation(layer.bias, hidden, layer.weight.T, use_gelu=True)
+    def linear_gelu(self, layer: Any, hidden: Any) -> Any:
+        """Returns the GELU of the layer's output, approximated by tanh, as the next layer's input."""
+        return torch._addmm_activation(layer.bias, hidden, layer.weight.T, use_gelu=True)  # in the GEMM's epilogue
 
 
-class QuantizedLinears:
-    """Runs layers whose products run in 8 bits."""
+class QuantizedLinears(Linears):
+    """Runs 8-bit layers, whose inputs are ``QuantizedRows``."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -74,7 +61,7 @@ class QuantizedLinears:
 
 def linears_for(layer: AnyLinear) -> Linears:
     """Returns an object that runs layers of this kind."""
-    return QuantizedLinears(layer.dtype) if isinstance(layer, QuantizedLinear) else Bf16Linears()
+    return QuantizedLinears(layer.dtype) if isinstance(layer, QuantizedLinear) else Linears()
 
 
 def concatenate(layers: list[Any]) -> Any:

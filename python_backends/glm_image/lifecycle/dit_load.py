@@ -11,14 +11,13 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from glm_image.ipc.protocol import KEY_BYTES, Event, Publish, publish_nothing
+from glm_image.ipc.protocol import KEY_BYTES, Event, Publish
 from glm_image.ipc.subscriber import Subscriber
 from glm_image.lifecycle.context import RequestContext, RequestObserver
-from glm_image.lifecycle.eta import DurationStats
+from glm_image.lifecycle.durations import DurationStats
 from glm_image.request.stages import Stage
 
 TOPIC: Final = b"dit_load".ljust(KEY_BYTES)
@@ -32,18 +31,10 @@ HANDOVER_SECONDS: Final = 1.0
 
 
 class DitLoadReporter(RequestObserver):
-    """Publishes the load of a DiT instance; observes its requests.
+    """Publishes the load of the DiT instance ``name`` whenever its requests change it."""
 
-    Args:
-        name: the name of the instance.
-
-    Attributes:
-        publish: publishes the statements; set by the owner of the IPC server.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.publish: Publish = publish_nothing
-        self._name = name
+    def __init__(self, name: str, publish: Publish) -> None:
+        self._name, self._publish = name, publish
         self._lock = threading.Lock()
         self._images_left: dict[RequestContext, int] = {}
         self._durations = DurationStats()
@@ -68,8 +59,7 @@ class DitLoadReporter(RequestObserver):
         self.publish_load()
 
     def publish_load(self) -> None:
-        """Publishes a statement."""
-        self.publish(TOPIC, self._statement)
+        self._publish(TOPIC, self._statement)
 
     def _statement(self) -> Event:
         with self._lock:
@@ -77,17 +67,15 @@ class DitLoadReporter(RequestObserver):
         return {"instance": self._name, "requests": requests, "seconds_per_image": self._durations.mean}
 
 
-@dataclass(frozen=True)
-class _InstanceLoad:
-    """The last statement of an instance: images left by the arrival of their requests, and since when it is idle."""
+class _InstanceLoad(NamedTuple):
+    """The last statement of an instance, and the time since which it is idle."""
 
-    requests: list[tuple[int, int]]
+    images: int
     seconds_per_image: float
     idle_since: float
 
 
-@dataclass(frozen=True)
-class _Forwarded:
+class _Forwarded(NamedTuple):
     images: int
     at: float
 
@@ -98,9 +86,6 @@ class DitLoad:
     Forwarded tokens may never reach an instance: their request was cancelled, its caller disconnected, or the queue in
     between refused it. As that queue keeps the order, a request forwarded well before one that has come out of it is
     lost; and while an instance is idle, nothing waits in the queue.
-
-    Args:
-        clock: returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -120,11 +105,10 @@ class DitLoad:
             self._forwarded[arrived_ns] = _Forwarded(images, self._clock())
 
     def update(self, statement: Event) -> None:
-        """Takes an instance's statement."""
-        requests = [(arrived_ns, left) for arrived_ns, left in statement["requests"]]
-        idle_since = math.inf if requests else self._clock()
+        requests: list[tuple[int, int]] = statement["requests"]
+        images, idle_since = sum(left for _, left in requests), math.inf if requests else self._clock()
         with self._lock:
-            self._instances[statement["instance"]] = _InstanceLoad(requests, statement["seconds_per_image"], idle_since)
+            self._instances[statement["instance"]] = _InstanceLoad(images, statement["seconds_per_image"], idle_since)
             received = [self._forwarded.pop(arrived_ns, None) for arrived_ns, _ in requests]
             # Requests that were decoded together are forwarded together, and may come out in any order.
             passed = max((request.at for request in received if request), default=-math.inf) - HANDOVER_SECONDS
@@ -138,7 +122,7 @@ class DitLoad:
                 return None
             now = self._clock()
             self._keep(lambda request: self._lost_at(request) > now)
-            at_instances = sum(left for instance in self._instances.values() for _, left in instance.requests)
+            at_instances = sum(instance.images for instance in self._instances.values())
             return at_instances + sum(request.images for request in self._forwarded.values())
 
     def next_loss(self) -> float:
@@ -162,14 +146,7 @@ class DitLoad:
 
 
 class DitLoadFeed(RequestObserver):
-    """Keeps a ``DitLoad`` up to date: by the statements of the instances, and by the AR requests that it observes.
-
-    Args:
-        folder: the folder of IPC sockets.
-
-    Attributes:
-        load: the load.
-    """
+    """Keeps its ``load`` up to date: by the statements of DiT instances, and by the AR requests that it observes."""
 
     def __init__(self, folder: Path) -> None:
         self.load = DitLoad()

@@ -1,4 +1,4 @@
-"""How long work takes, measured on the latest work of its kind: what deadlines and queues are checked against."""
+"""Durations of the latest work of a kind, by which deadlines and waiting times are estimated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class DurationStats:
         self.mean = 0.0
 
     def add(self, seconds: float) -> None:
-        """Adds a measured duration."""
         self._durations.append(seconds)
         self.fastest = min(self._durations)
         self.mean = sum(self._durations) / len(self._durations)
@@ -39,7 +38,6 @@ class DurationStatsByKey:
         self._stats: LatestEntries[Hashable, DurationStats] = LatestEntries(KEPT_KINDS)
 
     def of(self, kind: Hashable) -> DurationStats:
-        """Returns the durations of a kind, empty ones for a new kind."""
         stats = self._stats.get(kind) or DurationStats()
         self._stats.put(kind, stats)
         return stats
