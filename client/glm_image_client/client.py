@@ -85,22 +85,15 @@ class GlmImageClient:
     def stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Generator[StreamEvent, None, None]:
         """Generates images as ``generate`` does, and yields a ``StreamEvent`` for each step of the progress.
 
-        Leaving the iteration cancels the request. Errors are raised by the iteration; a stream is never retried.
+        Options that are not allowed are refused by the call. Leaving the iteration cancels the request; the server's
+        errors are raised by the iteration. A stream is never retried.
 
         Args:
             prompt: as in ``generate``.
             options: see ``StreamOptions``; over HTTP ``output_format`` may not be ``raw``.
         """
-        events = self._core.events(calls.stream, prompt, **options)
-        try:
-            while True:
-                try:
-                    event = run(anext(events))
-                except StopAsyncIteration:
-                    return
-                yield event
-        finally:
-            run(events.aclose())
+        call = calls.stream(prompt, **options)
+        return _iterate(self._core.events(lambda: call))
 
     def prior_tokens(self, prompt: str, **options: Unpack[PriorOptions]) -> PriorTokens:
         """Runs the AR stage alone; its tokens are the input of ``paint``.
@@ -198,3 +191,15 @@ class AsyncGlmImageClient:
     async def status(self, request_id: str, *, timeout: float | None = calls.CONTROL_SECONDS) -> dict[str, Any]:
         """See ``GlmImageClient.status``."""
         return await self._core.answer(calls.control, "status", request_id, timeout)
+
+
+def _iterate(events: AsyncGenerator[StreamEvent, None]) -> Generator[StreamEvent, None, None]:
+    try:
+        while True:
+            try:
+                event = run(anext(events))
+            except StopAsyncIteration:
+                return
+            yield event
+    finally:
+        run(events.aclose())

@@ -211,17 +211,18 @@ class _ArInstance:
         decode_seconds = self._costs.tokens * self._durations.mean
         if first.latest == math.inf:
             first.latest = now + self._admission.max_wait(len(self._running), decode_seconds)
+        steps_left = max((sequence.left for sequence in self._running), default=0)
         return self._admission.wait(
-            QueueSnapshot.of(
+            QueueSnapshot(
                 now=now,
-                slots=self._slots,
-                steps_left=[sequence.left for sequence in self._running],
                 waiting=len(self._waiting),
-                length=self._costs.tokens,
-                decode_seconds=decode_seconds,
+                free=self._slots - len(self._running),
+                running=len(self._running),
+                extends=max(0.0, 1 - steps_left / self._costs.tokens),
+                has_begun=False,
                 latest=first.latest,
                 deadline=math.inf,
-                has_begun=False,
+                decode_seconds=decode_seconds,
             )
         )
 

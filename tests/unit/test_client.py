@@ -508,3 +508,8 @@ class TestAddresses:
         }
         assert with_integer_shapes(metadata)["outputs"][0]["shape"] == [-1, 3]
         assert metadata["inputs"][0]["shape"] == [-1]
+
+
+def test_stream_refuses_a_wrong_option_when_it_is_called() -> None:
+    with GlmImageClient("127.0.0.1:1") as client, pytest.raises(TypeError, match="steps_of_another_api"):
+        client.stream("a fox", steps_of_another_api=3)  # type: ignore[call-arg]

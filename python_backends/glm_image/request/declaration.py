@@ -20,6 +20,9 @@ C = TypeVar("C")
 N = TypeVar("N", int, float)
 T = TypeVar("T")
 
+MAX_NUMBER: Final = 1e6
+"""Seconds below it fit the heartbeat file's nanoseconds."""
+
 DECLARED: Final = "declared"
 
 
@@ -127,8 +130,8 @@ def whole_numbers(default: tuple[int, ...], help_text: str) -> tuple[int, ...]:
 
 
 def number(default: T, help_text: str, *, auto: bool = False, unit: str = "") -> T:
-    """Declares a number of at least 0; with ``auto`` that word is allowed too, for None."""
-    parse = _parser(float, lambda value: 0 <= value < math.inf)
+    """Declares a number of at least 0 and below a million; with ``auto`` that word is allowed too, for None."""
+    parse = _parser(float, lambda value: 0 <= value < MAX_NUMBER)
     allowed = f"{'auto, or ' * auto}a number of at least 0"
     return declare(default, Parameter(help_text, allowed, {"auto": None} if auto else {}, parse, "{:g}".format, unit))
 
