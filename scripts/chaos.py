@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Breaks a server repeatedly while clients send requests of every kind, and checks the outcome of each.
 
-    chaos.py [--checkpoint DIR] [--seconds 60] [--clients 4] [--seed 0]
+    chaos.py [--checkpoint DIR] [--seconds 60] [--failures N] [--calm 6] [--clients 4] [--seed 0]
 
 Several clients send good, bad, late and cancelled requests over gRPC and HTTP while model processes are alternately
-killed (SIGKILL) and stopped (SIGSTOP). Every request must end: with its image, equal byte for byte to the image of the
-undisturbed server, with an error, or with a closed connection. An error that the request itself did not cause is
-allowed only while the server is broken. The server must be unready within 2 seconds of a kill and 10 seconds of a stop,
-ready at all other times, and recover by itself. At the end the images are generated once more, and memory, /dev/shm and
-processes must be as they were at the beginning.
+killed (SIGKILL) and stopped (SIGSTOP), until the time is over or each signal was sent the given number of times. Every
+request must end: with its image, equal byte for byte to the image of the undisturbed server, with an error, or with a
+closed connection. An error that the request itself did not cause is allowed only while the server is broken. The server
+must be unready within 2 seconds of a kill and 10 seconds of a stop, ready at all other times, and recover by itself. At
+the end the images are generated once more, and memory, /dev/shm and processes must be as they were at the beginning.
 
 Prints the counts as a JSON object, and faults to standard error. The exit code is 1 if there was a fault.
 """
@@ -40,9 +40,10 @@ from glm_image.supervisor.watchdog import SHARED_MEMORY, children_of
 
 UNREADY_SECONDS = {signal.SIGKILL: 2.0, signal.SIGSTOP: 10.0}
 RECOVERY_SECONDS = 120.0
-CALM_SECONDS = (2.0, 6.0)
-"""Between the server's recovery and the next failure."""
 POLL_SECONDS = 0.1
+SETTLE_SECONDS = 20.0
+"""For connections of ended requests to close; a leak stays."""
+
 GROWTH = 1.2
 GROWTH_BYTES = 64 * 1024 * 1024
 """A process may grow by this factor plus these bytes: allocators keep memory."""
@@ -76,6 +77,27 @@ class Failure:
     recovery_seconds: float
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run.
+
+    Attributes:
+        seconds: the longest time of the failures.
+        failures: of each signal, after which the run ends earlier; None = no limit.
+        calm_seconds: the longest time between the server's recovery and the next failure; the shortest is a third.
+        clients: the number of concurrent requests.
+    """
+
+    seconds: float
+    failures: int | None
+    calm_seconds: float
+    clients: int
+
+    def is_complete(self, failures: int) -> bool:
+        """Returns whether each signal was sent often enough."""
+        return self.failures is not None and failures >= self.failures * len(UNREADY_SECONDS)
+
+
 @dataclass
 class Report:
     """The results of a run."""
@@ -101,9 +123,6 @@ class Report:
             "faults": len(self.faults),
         }
 
-    def _slowest_recovery(self) -> float:
-        return max((failure.recovery_seconds for failure in self.failures), default=0.0)
-
     def _unready(self, number: signal.Signals) -> float:
         return max((failure.unready_seconds for failure in self.failures if failure.signal == number.name), default=0.0)
 
@@ -124,8 +143,8 @@ class Chaos:
     def _supervise(self) -> None:
         keep_running(self._server, POLICY, self._ready.release, self._lines.append)
 
-    def run(self, seconds: float, clients: int) -> Report:
-        """Starts the server, breaks it for ``seconds``, and stops it."""
+    def run(self, plan: Plan) -> Report:
+        """Starts the server, breaks it as planned, and stops it."""
         self._thread.start()
         try:
             self._wait_ready()
@@ -133,11 +152,11 @@ class Chaos:
             expected = self._generate_all()
             self._generate_all()  # now every buffer has its final size
             before = self._state()
-            self._break_repeatedly(seconds, clients, expected)
+            self._break_repeatedly(plan, expected)
             if self._generate_all() != expected:
                 self._fault("the images after the failures differ from those before")
             self._generate_all()
-            self._compare(before, self._state())
+            self._compare(before, self._settled_state(before))
         finally:
             self._server.request_stop()
             self._thread.join()
@@ -173,21 +192,33 @@ class Chaos:
             len(children_of(os.getpid())),
         )
 
+    def _settled_state(self, before: State) -> State:
+        """Returns the state when this process's own resources are back: gRPC closes connections in its own threads."""
+        end = time.monotonic() + SETTLE_SECONDS
+        while True:
+            state = self._state()
+            if (state.descriptors, state.children) == (before.descriptors, before.children) or time.monotonic() > end:
+                return state
+            time.sleep(POLL_SECONDS)
+
     def _regions(self) -> list[Path]:
         return [region for prefix in self._prefixes for region in SHARED_MEMORY.glob(f"{prefix}*")]
 
-    def _break_repeatedly(self, seconds: float, clients: int, expected: dict[str, tuple[bytes, ...]]) -> None:
+    def _break_repeatedly(self, plan: Plan, expected: dict[str, tuple[bytes, ...]]) -> None:
         failures, finished = self.report.failures, threading.Event()
-        with ThreadPoolExecutor(clients) as pool:
+        signals = list(UNREADY_SECONDS)
+        with ThreadPoolExecutor(plan.clients) as pool:
             futures = [
-                pool.submit(self._client, random.Random(self._random.random()), finished) for _ in range(clients)
+                pool.submit(self._client, random.Random(self._random.random()), finished) for _ in range(plan.clients)
             ]
             try:
-                end = time.monotonic() + seconds
+                end = time.monotonic() + plan.seconds
                 # Every kind of failure occurs, however short the run, and none that would end after it.
-                while time.monotonic() + self._longest_cycle() < end or len(failures) < len(UNREADY_SECONDS):
-                    self._watch_health(self._random.uniform(*CALM_SECONDS))
-                    self._inject(list(UNREADY_SECONDS)[len(failures) % 2])
+                while len(failures) < len(signals) or (
+                    time.monotonic() + self._longest_cycle(plan) < end and not plan.is_complete(len(failures))
+                ):
+                    self._watch_health(self._random.uniform(plan.calm_seconds / 3, plan.calm_seconds))
+                    self._inject(signals[len(failures) % len(signals)])
             finally:
                 finished.set()
             for future in futures:
@@ -197,9 +228,9 @@ class Chaos:
             if fault := fault_of(request, expected, was_broken):
                 self._fault(fault)
 
-    def _longest_cycle(self) -> float:
+    def _longest_cycle(self, plan: Plan) -> float:
         """Returns the longest that the next failure and the calm before it may take, judging by the earlier ones."""
-        return CALM_SECONDS[1] + max((failure.recovery_seconds for failure in self.report.failures), default=0.0)
+        return plan.calm_seconds + max((failure.recovery_seconds for failure in self.report.failures), default=0.0)
 
     def _client(self, rng: random.Random, finished: threading.Event) -> list[RequestRecord]:
         requests = []
@@ -266,12 +297,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Breaks a server repeatedly and checks the outcome of every request.")
     parser.add_argument("--checkpoint", type=Path, help="default: a tiny one of random weights")
     parser.add_argument("--seconds", type=float, default=60.0, help="duration of the failures (default: %(default)g)")
+    parser.add_argument("--failures", type=int, help="end earlier, after so many of each signal (default: no limit)")
+    parser.add_argument("--calm", type=float, default=6.0, help="most seconds between failures (default: %(default)g)")
     parser.add_argument("--clients", type=int, default=4, help="concurrent requests (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))
-        report = Chaos(checkpoint, flags.seed).run(flags.seconds, flags.clients)
+        plan = Plan(flags.seconds, flags.failures, flags.calm, flags.clients)
+        report = Chaos(checkpoint, flags.seed).run(plan)
     print(json.dumps(report.counts(), indent=2))
     return 1 if report.faults else 0
 

@@ -23,8 +23,11 @@ from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint
 from parity.reference import load_reference
 
 DRAIN_SECONDS = 5
-OF_SERVERS = {"server", "bad_input"}
-"""Folders."""
+GROUPED_FOLDERS = {"server", "bad_input", "parity"}
+"""Folders whose modules have expensive fixtures of their own."""
+
+SHARED_SERVERS = {"triton", "bare_triton", "two_instances"}
+"""Fixtures."""
 
 # A shell that starts this in the background has it ignore interrupts, and all programs that it starts would.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -37,11 +40,24 @@ settings.register_profile("tests", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("tests")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves tests of servers to one process: they share a server, and tell what it holds and how soon it answers."""
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Groups tests for ``--dist loadgroup``.
+
+    One process runs all tests of the shared servers: each server starts once, and tests that measure its memory and its
+    response times have it to themselves. Modules that start their own servers may run in any process.
+    """
     for item in items:
-        if item.path.parent.name in OF_SERVERS:
-            item.add_marker(pytest.mark.xdist_group("servers"))
+        if SHARED_SERVERS & set(getattr(item, "fixturenames", ())):
+            group = "servers"
+        elif item.path.parent.name in GROUPED_FOLDERS:
+            group = f"{item.path.parent.name}.{item.path.stem}"
+        else:
+            continue
+        item.add_marker(pytest.mark.xdist_group(group))
+        # pytest-xdist 3.8 passes the group in the node id, in a field that pytest 9.2 no longer reads.
+        if getattr(config.option, "loadgroup", False) and hasattr(item, "_id"):
+            item._id = type(item._id).parse(f"{item.nodeid}@{group}")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Requests that are wrong before their values are: tensors, models, bodies. Triton refuses most in its own words."""
+"""Requests that are invalid before their values matter: tensors, models, bodies. Triton itself refuses most."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def grpc_cases() -> dict[str, Case]:
     small = with_small()
     untyped: Any = {"id": "x", "parameters": {}}
     cases = {
-        f"{name} grpc": Case(grpc_send(with_small(one)), words, INVALID) for name, (one, words) in _tensors().items()
+        f"{name} grpc": Case(grpc_send(with_small(item)), pattern, INVALID)
+        for name, (item, pattern) in _tensors().items()
     }
     cases |= {
         "unspecified dimension grpc": Case(
@@ -99,8 +100,8 @@ def binary_cases() -> dict[str, Case]:
     # JSON knows no shape of negative numbers, and Triton no type of another name: it says so without the input.
     unnamed = {"negative count of images": "shape", "type of no meaning": "height|datatype|data-type"}
     cases = {
-        f"{name} http": Case(binary_send(with_small(one)), unnamed.get(name, words), BAD_JSON)
-        for name, (one, words) in _tensors().items()
+        f"{name} http": Case(binary_send(with_small(item)), unnamed.get(name, pattern), BAD_JSON)
+        for name, (item, pattern) in _tensors().items()
     }
     return cases | {
         "more bytes promised http": Case(binary_send([prompt], {"prompt": 700}), "input 'prompt'", BAD_REQUEST),
@@ -160,7 +161,7 @@ def json_cases() -> dict[str, Case]:
         "unknown output": (json_body(outputs=[{"name": "pictures"}]), "'pictures'"),
         "output without a name": (json_body(outputs=[{}]), "name"),
     }
-    cases = {f"{name} json": Case(http_send(body), words, BAD_JSON) for name, (body, words) in bodies.items()}
+    cases = {f"{name} json": Case(http_send(body), pattern, BAD_JSON) for name, (body, pattern) in bodies.items()}
     cases |= {
         f"{name} nested {DEPTH} deep": Case(http_send(body, GENERATE if name == "prompt" else INFER), "", BAD_JSON)
         for name, body in _nested(DEPTH).items()
@@ -185,8 +186,8 @@ def generate_cases() -> dict[str, Case]:
         "height": ({"prompt": "a", "height": 0}, "height is 0; allowed: 32 to 2048"),
     }
     return {
-        f"{name} generate": Case(http_send(json.dumps(body).encode(), GENERATE), words, BAD_JSON)
-        for name, (body, words) in bodies.items()
+        f"{name} generate": Case(http_send(json.dumps(body).encode(), GENERATE), pattern, BAD_JSON)
+        for name, (body, pattern) in bodies.items()
     }
 
 
@@ -222,8 +223,8 @@ PAINTED = (
 
 def stage_cases() -> dict[str, Case]:
     """What a client gives ``glm_dit`` in place of the first stage."""
-    right = {one.name: one for one in PAINTED}
-    told: dict[str, tuple[bytes, str]] = {
+    valid = {item.name: item for item in PAINTED}
+    metadata: dict[str, tuple[bytes, str]] = {
         "not JSON": (b"hello", "ar_metadata is hello; allowed: a JSON object"),
         "list": (b"[]", "ar_metadata is .*; allowed: a JSON object"),
         "number": (b"5", "ar_metadata is 5; allowed: a JSON object"),
@@ -242,7 +243,10 @@ def stage_cases() -> dict[str, Case]:
         "end beyond 64 bits": (b'{"finished_ns": 1' + b"0" * 300 + b"}", "ar_metadata's finished_ns"),
         "number without end": (b'{"finished_ns": ' + b"9" * 10_000 + b"}", "ar_metadata is .*; allowed"),
     }
-    tensors = {f"ar_metadata: {name}": (tensor("ar_metadata", "BYTES", text), w) for name, (text, w) in told.items()}
+    tensors = {
+        f"ar_metadata: {name}": (tensor("ar_metadata", "BYTES", text), pattern)
+        for name, (text, pattern) in metadata.items()
+    }
     tensors |= {
         "deadline before time": (tensor("deadline_ns", "INT64", -5), "deadline_ns is -5; allowed: 0"),
         "negative size": (tensor("resolved_size", "INT32", -1, 5), "resolved_size is .-1, 5.; allowed"),
@@ -261,7 +265,7 @@ def stage_cases() -> dict[str, Case]:
     missing = {
         f"glm_dit without {name}": Case(
             grpc_send(
-                [*(one for key, one in right.items() if key != name), tensor("resolved_seed", "INT64", 1)], "glm_dit"
+                [*(item for key, item in valid.items() if key != name), tensor("resolved_seed", "INT64", 1)], "glm_dit"
             ),
             f"{name} is (missing|empty); allowed",
             INVALID,
@@ -269,6 +273,6 @@ def stage_cases() -> dict[str, Case]:
         for name in ("prompt", "prior_token_ids", "prior_grid")
     }
     return missing | {
-        f"glm_dit {name}": Case(grpc_send(list({**right, one.name: one}.values()), "glm_dit"), words, INVALID)
-        for name, (one, words) in tensors.items()
+        f"glm_dit {name}": Case(grpc_send(list({**valid, item.name: item}.values()), "glm_dit"), pattern, INVALID)
+        for name, (item, pattern) in tensors.items()
     }

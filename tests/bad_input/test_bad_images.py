@@ -1,4 +1,4 @@
-"""Files that are no source images: refused in words, in bounded time and memory, the server unharmed."""
+"""Files that are no source images: refused with a message, in bounded time and memory; the server keeps working."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from glm_image.supervisor import TritonServer
 from pictures import encoded, picture
 from server.kserve import KServeError, Outputs, grpc_infer, http_binary_infer, http_json_infer
 
-ASKED: dict[str, Any] = {"prompt": "x", "height": 32, "width": 32, "num_inference_steps": 1, "seed": 1}
+REQUEST: dict[str, Any] = {"prompt": "x", "height": 32, "width": 32, "num_inference_steps": 1, "seed": 1}
 REFUSED_WITHIN_SECONDS = 10
 MEGABYTE = 1 << 20
 KEPT_BYTES = 300 * MEGABYTE
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Files, str]] = {
     ),
 }
 
-WAYS: dict[str, Callable[..., Outputs]] = {"grpc": grpc_infer, "http": http_binary_infer}
+SENDERS: dict[str, Callable[..., Outputs]] = {"grpc": grpc_infer, "http": http_binary_infer}
 
 
 def as_array(files: list[bytes]) -> Any:
@@ -195,31 +195,31 @@ def memory() -> int:
 
 @pytest.fixture(scope="module")
 def before(triton: TritonServer) -> Outputs:
-    return grpc_infer(triton, {**ASKED, "image": [good()]})
+    return grpc_infer(triton, {**REQUEST, "image": [good()]})
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("protocol", SENDERS)
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_image_is_refused_in_words(triton: TritonServer, before: Outputs, case: str, way: str) -> None:
+def test_bad_image_is_refused_with_a_message(triton: TritonServer, before: Outputs, case: str, protocol: str) -> None:
     files, sentence = CASES[case]
     image = as_array(files())
     started = time.monotonic()
     with pytest.raises(KServeError, match=sentence) as refused:
-        WAYS[way](triton, {**ASKED, "image": image})
+        SENDERS[protocol](triton, {**REQUEST, "image": image})
     assert time.monotonic() - started < REFUSED_WITHIN_SECONDS
-    assert refused.value.status == ("INVALID_ARGUMENT" if way == "grpc" else "400")
+    assert refused.value.status == ("INVALID_ARGUMENT" if protocol == "grpc" else "400")
     assert "allowed" in refused.value.message
     assert len(refused.value.message) < 400
 
 
-def test_json_takes_base64_and_nothing_else(triton: TritonServer) -> None:
+def test_json_takes_only_base64(triton: TritonServer) -> None:
     with pytest.raises(KServeError, match="image is a URL, which is never fetched"):
-        http_json_infer(triton, {**ASKED, "image": ["http://127.0.0.1:1/x.png"]})
+        http_json_infer(triton, {**REQUEST, "image": ["http://127.0.0.1:1/x.png"]})
     with pytest.raises(KServeError, match="image 2 of 2 is a GIF file"):
-        http_json_infer(triton, {**ASKED, "image": [base64.b64encode(file).decode() for file in (good(), gif())]})
+        http_json_infer(triton, {**REQUEST, "image": [base64.b64encode(file).decode() for file in (good(), gif())]})
 
 
-def test_bad_images_leave_the_server_as_it_was(triton: TritonServer, before: Outputs) -> None:
+def test_bad_images_leave_no_memory_and_no_process(triton: TritonServer, before: Outputs) -> None:
     running = server_processes()
     costly = [
         as_array(CASES[name][0]())
@@ -229,13 +229,13 @@ def test_bad_images_leave_the_server_as_it_was(triton: TritonServer, before: Out
     for _ in range(2):
         for image in costly:
             with pytest.raises(KServeError):
-                grpc_infer(triton, {**ASKED, "image": image})
+                grpc_infer(triton, {**REQUEST, "image": image})
     settled = memory()
     for _ in range(4):
         for image in costly:
             with pytest.raises(KServeError):
-                grpc_infer(triton, {**ASKED, "image": image})
+                grpc_infer(triton, {**REQUEST, "image": image})
     assert memory() - settled < KEPT_BYTES
     assert server_processes() == running
-    after = grpc_infer(triton, {**ASKED, "image": [good()]})
+    after = grpc_infer(triton, {**REQUEST, "image": [good()]})
     np.testing.assert_array_equal(after["images"], before["images"])

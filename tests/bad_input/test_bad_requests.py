@@ -1,4 +1,4 @@
-"""Requests that are wrong, each in its own way: refused in words and at once, the server as it was before."""
+"""Invalid requests of every kind: refused immediately with a message; the server stays as it was."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES: dict[str, Case] = {
 SHALLOW = [case for name, case in CASES.items() if "nested" not in name]
 SECONDS = 1
 LOADED_MACHINE = 5
-"""How many times slower a machine may be that has other things to do."""
+"""The factor by which a machine with other load may be slower."""
 
 MEGABYTE = 1024 * 1024
 HTTP_THREADS = 8
@@ -47,8 +47,8 @@ def answered(server: TritonServer, model: str) -> int:
     """How many requests a model has answered, as Triton counts them: of a stage alone, refusals too."""
     with closing(http.client.HTTPConnection(server.http_url)) as connection:
         connection.request("GET", f"/v2/models/{model}/stats")
-        (told,) = json.load(connection.getresponse())["model_stats"]
-    count: int = told["inference_stats"]["success"]["count"]
+        (stats,) = json.load(connection.getresponse())["model_stats"]
+    count: int = stats["inference_stats"]["success"]["count"]
     return count
 
 
@@ -58,35 +58,35 @@ def cpu_seconds(pids: Iterable[int]) -> float:
     return sum(int(ticks) for pair in times for ticks in pair) / os.sysconf("SC_CLK_TCK")
 
 
-def test_there_are_enough() -> None:
+def test_list_has_at_least_300_requests() -> None:
     assert len(CASES) >= 300
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_bad_request_is_refused_in_words_before_any_compute(triton: TritonServer, name: str) -> None:
+def test_bad_request_is_refused_with_a_message_before_computation(triton: TritonServer, name: str) -> None:
     case = CASES[name]
     models = ["glm_image"] if name.startswith("glm_dit ") else ["glm_image", "glm_dit"]
     before = [answered(triton, model) for model in models]
     answer = case.send(triton)
     assert answer.status in case.statuses, answer
-    assert re.search(case.words, answer.message), answer
+    assert re.search(case.pattern, answer.message), answer
     assert answer.message
     assert answer.seconds < SECONDS * LOADED_MACHINE
     assert [answered(triton, model) for model in models] == before
 
 
-def test_the_whole_list_leaves_nothing_behind(triton: TritonServer) -> None:
-    """Sent over and over: same picture, same processes, as much memory, the same shared memory, nothing drawn."""
-    picture = grpc_infer(triton, PICTURE)["images"]
+def test_bad_requests_leave_no_memory_and_no_process(triton: TritonServer) -> None:
+    """Sent repeatedly: same image, same processes, same memory and shared memory, no computation."""
+    image = grpc_infer(triton, PICTURE)["images"]
     pids = processes(triton)
     assert set(pids) == {"tritonserver", "glm_ar", "glm_dit", "glm_control", "glm_image_stream"}
     stages = pids["glm_ar"], pids["glm_dit"]
     began = cpu_seconds(stages)
     grpc_infer(triton, PICTURE)
-    one_picture = cpu_seconds(stages) - began
+    image_seconds = cpu_seconds(stages) - began
     seconds = [case.send(triton).seconds for case in CASES.values()]
     assert statistics.median(seconds) < SECONDS
-    assert cpu_seconds(stages) - began - one_picture < len(CASES) * one_picture / 10
+    assert cpu_seconds(stages) - began - image_seconds < len(CASES) * image_seconds / 10
     regions = sorted(Path("/dev/shm").glob(f"{triton.shm_prefix}*"))
     sizes = [region.stat().st_size for region in regions]
     curve = [{name: resident_bytes(pid) for name, pid in pids.items()}]
@@ -99,10 +99,10 @@ def test_the_whole_list_leaves_nothing_behind(triton: TritonServer) -> None:
         assert curve[-1][name] - curve[0][name] < NOISE_BYTES, curve
     assert sorted(Path("/dev/shm").glob(f"{triton.shm_prefix}*")) == regions
     assert [region.stat().st_size for region in regions] == sizes
-    np.testing.assert_array_equal(grpc_infer(triton, PICTURE)["images"], picture)
+    np.testing.assert_array_equal(grpc_infer(triton, PICTURE)["images"], image)
 
 
-def test_nested_json_keeps_no_more_than_the_stacks_of_the_threads(triton: TritonServer) -> None:
+def test_nested_json_keeps_at_most_the_stacks_of_the_threads(triton: TritonServer) -> None:
     """Triton 2.51 recurses into it; what a thread's stack once needed, it keeps."""
     pid = processes(triton)["tritonserver"]
     before = resident_bytes(pid)

@@ -1,4 +1,4 @@
-"""Connections that break off, speak nonsense or only wait: the server goes on as before."""
+"""Connections that end early, send malformed bytes or only wait: the server keeps working."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD = f"POST {INFER} HTTP/1.1\r\nHost: x\r\n".encode()
 BODY = json_body()
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
-BROKEN_OFF = {
+INCOMPLETE = {
     "nothing": b"",
     "half a word": b"PO",
     "no body": HEAD + b"Content-Length: 1000000000\r\n\r\n",
@@ -35,7 +35,7 @@ BROKEN_OFF = {
     "half a chunk": CHUNKED + b"5\r\nab",
     "half an HTTP/2 preface": b"PRI * HTTP/2.0\r\n",
 }
-NONSENSE = {
+MALFORMED = {
     "negative length": HEAD + b"Content-Length: -5\r\n\r\n",
     "length of words": HEAD + b"Content-Length: abc\r\n\r\n",
     "length beyond 64 bits": HEAD + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n",
@@ -72,22 +72,22 @@ def urls(triton: TritonServer) -> list[str]:
     return [triton.http_url, triton.grpc_url]
 
 
-@pytest.mark.parametrize("name", BROKEN_OFF)
+@pytest.mark.parametrize("name", INCOMPLETE)
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-def test_a_client_goes_away(triton: TritonServer, name: str, reset: bool) -> None:
+def test_client_disconnects(triton: TritonServer, name: str, reset: bool) -> None:
     for url in urls(triton) * 3:
         with connect(url) as connection:
-            connection.sendall(BROKEN_OFF[name])
+            connection.sendall(INCOMPLETE[name])
             if reset:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-@pytest.mark.parametrize("name", NONSENSE)
-def test_nonsense_is_answered_or_hung_up_on(triton: TritonServer, name: str) -> None:
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_bytes_get_a_response_or_a_closed_connection(triton: TritonServer, name: str) -> None:
     for url in urls(triton):
         with connect(url) as connection:
             try:
-                connection.sendall(NONSENSE[name])
+                connection.sendall(MALFORMED[name])
                 # Nothing more comes, for which a server could wait.
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(1 << 16):
@@ -106,8 +106,8 @@ def test_hundreds_of_idle_connections(triton: TritonServer, picture: NDArray[np.
         np.testing.assert_array_equal(grpc_infer(triton, PICTURE)["images"], picture)
 
 
-def test_calls_that_are_cancelled(triton: TritonServer) -> None:
-    """At any moment of their way."""
+def test_calls_are_cancelled_at_any_time(triton: TritonServer) -> None:
+    """In every stage of their handling."""
     request = service_pb2.ModelInferRequest(model_name="glm_image")
     request.inputs.add(name="prompt", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a fox")
     # So many steps that none is done within the longest of these times.
@@ -124,7 +124,7 @@ def test_calls_that_are_cancelled(triton: TritonServer) -> None:
 
 
 @pytest.mark.parametrize("message", [b"\xff" * 10, b"\x0a\xff\xff\xff\xff\x0f", b"\x2a\x80\x80\x80\x80\x08"])
-def test_messages_that_are_none(triton: TritonServer, message: bytes) -> None:
+def test_malformed_grpc_messages_are_refused(triton: TritonServer, message: bytes) -> None:
     with grpc.insecure_channel(triton.grpc_url) as channel:
         infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         with pytest.raises(grpc.RpcError) as refused:

@@ -92,17 +92,19 @@ def value_cases() -> dict[str, Case]:
     for key, values in VALUES.items():
         name, datatype = key.split()
         for value, shown, allowed in values:
-            words = f"{name} is {shown}", allowed
-            ways = {
+            parts = f"{name} is {shown}", allowed
+            senders = {
                 "grpc": grpc_send(with_small(tensor(name, datatype, value))),
                 "http-binary": binary_send(with_small(tensor(name, datatype, value))),
                 "http-json": http_send(_json(name, datatype, value)),
             }
-            for way, send in ways.items():
-                status = "INVALID_ARGUMENT" if way == "grpc" else "400"
-                cases[f"{name} {repr(value)[:24]} {len(repr(value))} {way}"] = Case(send, _words(*words), (status,))
+            for protocol, send in senders.items():
+                status = "INVALID_ARGUMENT" if protocol == "grpc" else "400"
+                cases[f"{name} {repr(value)[:24]} {len(repr(value))} {protocol}"] = Case(
+                    send, _pattern(*parts), (status,)
+                )
     return cases
 
 
-def _words(start: str, end: str) -> str:
+def _pattern(start: str, end: str) -> str:
     return f"^(in ensemble 'glm_image', )?{re.escape(start)}.*; allowed: .*{re.escape(end)}"

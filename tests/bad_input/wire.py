@@ -25,7 +25,7 @@ INFER, GENERATE = "/v2/models/glm_image/infer", "/v2/models/glm_image/generate"
 
 @dataclass(frozen=True)
 class Responder:
-    """The gRPC status' name or the HTTP status, the words, and the seconds until the last of them."""
+    """The name of the gRPC status or the HTTP status, the message, and the seconds until its end."""
 
     status: str
     message: str
@@ -50,7 +50,7 @@ class Case:
     """A request that is to be refused, with what the refusal is to say (a regular expression)."""
 
     send: Send
-    words: str
+    pattern: str
     statuses: tuple[str, ...]
 
 
@@ -71,8 +71,8 @@ def tensor(name: str, datatype: str, *values: Any) -> Tensor:
 
 
 SMALL = {
-    one.name: one
-    for one in (
+    item.name: item
+    for item in (
         tensor("prompt", "BYTES", b"a fox"),
         tensor("height", "INT32", 32),
         tensor("width", "INT32", 32),
@@ -84,8 +84,8 @@ SMALL = {
 
 
 def with_small(*tensors: Tensor) -> list[Tensor]:
-    """``SMALL`` with some inputs in place of its own, or beside them."""
-    return list({**SMALL, **{one.name: one for one in tensors}}.values())
+    """``SMALL`` with some inputs replaced or added."""
+    return list({**SMALL, **{item.name: item for item in tensors}}.values())
 
 
 def grpc_send(
@@ -97,9 +97,9 @@ def grpc_send(
     **fields: Any,
 ) -> Send:
     request = service_pb2.ModelInferRequest(model_name=model, model_version=version, **fields)
-    for one in tensors:
-        request.inputs.add(name=one.name, datatype=one.datatype, shape=one.shape)
-        request.raw_input_contents.append(one.raw)
+    for item in tensors:
+        request.inputs.add(name=item.name, datatype=item.datatype, shape=item.shape)
+        request.raw_input_contents.append(item.raw)
     for name in outputs:
         request.outputs.add(name=name)
     return partial(_grpc_answer, request)
@@ -142,20 +142,20 @@ def http_send(
 
 
 def binary_send(tensors: Sequence[Tensor], sizes: Mapping[str, int] | None = None, extra: bytes = b"") -> Send:
-    """HTTP with binary data; ``sizes`` tell other lengths of it than there are."""
+    """HTTP with binary data; ``sizes`` declare other lengths than the real ones."""
     header = {
         "inputs": [
             {
-                "name": one.name,
-                "datatype": one.datatype,
-                "shape": list(one.shape),
-                "parameters": {"binary_data_size": (sizes or {}).get(one.name, len(one.raw))},
+                "name": item.name,
+                "datatype": item.datatype,
+                "shape": list(item.shape),
+                "parameters": {"binary_data_size": (sizes or {}).get(item.name, len(item.raw))},
             }
-            for one in tensors
+            for item in tensors
         ]
     }
     text = json.dumps(header).encode()
-    body = text + b"".join(one.raw for one in tensors) + extra
+    body = text + b"".join(item.raw for item in tensors) + extra
     return http_send(body, headers={"Inference-Header-Content-Length": str(len(text))})
 
 
@@ -173,6 +173,6 @@ JSON_SMALL = {
 
 
 def json_body(*inputs: dict[str, Any], **fields: Any) -> bytes:
-    """The right request in JSON, with some inputs in place of its own, or beside them."""
-    merged = {**JSON_SMALL, **{one["name"]: one for one in inputs}}
+    """The valid request in JSON, with some inputs replaced or added."""
+    merged = {**JSON_SMALL, **{item["name"]: item for item in inputs}}
     return json.dumps({"inputs": list(merged.values()), **fields}).encode()

@@ -1,4 +1,4 @@
-"""The same engines without a server, as large as the served ones, and a server whose models have no bus."""
+"""The engines without a server, with the sizes of the served ones, and a server without IPC."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from glm_image.supervisor.settings import default_model_repository
 def bare_triton(
     tiny_checkpoint: Path, same_threads: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
-    """A server whose models find no run directory, as under a Triton started by hand; ``test_metrics`` is its first."""
+    """A server without a run directory, as a Triton started by hand, and with the shared-memory API open.
+
+    ``test_metrics`` is its first user: it expects counters at 0.
+    """
     repository = tmp_path_factory.mktemp("bare") / "models"
     shutil.copytree(default_model_repository(), repository, ignore=shutil.ignore_patterns("__pycache__"))
     for model in repository.glob("*/1/model.py"):
         model.write_text(f"import os\n\ndel os.environ[{RUN_DIRECTORY_VARIABLE!r}]\n{model.read_text()}")
-    with TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=1)) as server:
+    settings = ServerSettings(
+        tiny_checkpoint, model_repository=repository, drain_seconds=1, open_apis=("shared-memory",)
+    )
+    with TritonServer(settings) as server:
         yield server
         assert server.returncode is None, server.log_tail
 

@@ -1,4 +1,4 @@
-"""KServe v2 requests in every way a server takes them, apart from the project's own client."""
+"""KServe v2 requests over every protocol of a server, without the project's own client."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "UINT8"
 
 @dataclass
 class KServeError(Exception):
-    """What a server answered instead of outputs: the gRPC status' name or the HTTP status, and its words."""
+    """An error response: the name of the gRPC status or the HTTP status, and the message."""
 
     status: str
     message: str
@@ -80,11 +80,11 @@ def grpc_infer(
     timeout_seconds: float = 0,
     request_id: str = "",
 ) -> Outputs:
-    """Asks over gRPC; the server is told of ``timeout_seconds``, 0 = none."""
+    """Sends a request over gRPC; the server gets ``timeout_seconds``, 0 = none."""
     timeout = int(timeout_seconds * 1e6) or None
     with closing(tritonclient.grpc.InferenceServerClient(server.grpc_url)) as client:
         inputs = infer_inputs(tritonclient.grpc, values)
-        result = _told(
+        result = _result(
             lambda: client.infer(model, inputs, request_id=request_id, client_timeout=ANSWER_SECONDS, timeout=timeout)
         )
         return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
@@ -93,7 +93,7 @@ def grpc_infer(
 def grpc_start(
     client: tritonclient.grpc.InferenceServerClient, values: Values, model: str, *, request_id: str = ""
 ) -> Any:
-    """Asks over gRPC and waits for nothing; ``cancel`` of what is returned breaks the call off."""
+    """Sends a request over gRPC without waiting; ``cancel`` of the returned object cancels the call."""
     return client.async_infer(
         model, infer_inputs(tritonclient.grpc, values), lambda result, error: None, request_id=request_id
     )
@@ -101,7 +101,7 @@ def grpc_start(
 
 def http_binary_infer(server: TritonServer, values: Values, model: str = "glm_image") -> Outputs:
     with closing(tritonclient.http.InferenceServerClient(server.http_url, network_timeout=ANSWER_SECONDS)) as client:
-        result = _told(lambda: client.infer(model, infer_inputs(tritonclient.http, values)))
+        result = _result(lambda: client.infer(model, infer_inputs(tritonclient.http, values)))
         return {output["name"]: result.as_numpy(output["name"]) for output in result.get_response()["outputs"]}
 
 
@@ -129,7 +129,7 @@ def generate(server: TritonServer, values: Values, model: str = "glm_image") -> 
 
 
 Infer = Callable[..., Outputs]
-WAYS: dict[str, Infer] = {
+SENDERS: dict[str, Infer] = {
     "grpc": grpc_infer,
     "http-binary": http_binary_infer,
     "http-json": http_json_infer,
@@ -148,8 +148,8 @@ def post(server: TritonServer, path: str, body: object) -> dict[str, Any]:
 
 
 def metadata(outputs: Outputs) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(outputs["metadata"][0])
-    return told
+    parsed: dict[str, Any] = json.loads(outputs["metadata"][0])
+    return parsed
 
 
 def files(outputs: Outputs) -> list[bytes]:
@@ -177,12 +177,12 @@ class Burst:
 def at_once(calls: Sequence[Callable[[], Outputs]]) -> Burst:
     barrier = Barrier(len(calls) + 1)
 
-    def call(one: Callable[[], Outputs]) -> tuple[Outputs, float]:
+    def call(send: Callable[[], Outputs]) -> tuple[Outputs, float]:
         barrier.wait()
-        return one(), time.monotonic()
+        return send(), time.monotonic()
 
     with ThreadPoolExecutor(len(calls)) as pool:
-        answers = [pool.submit(call, one) for one in calls]
+        answers = [pool.submit(call, send) for send in calls]
         barrier.wait()
         began = time.monotonic()
         outputs, ends = zip(*(answer.result() for answer in answers), strict=True)
@@ -215,7 +215,7 @@ def infer_inputs(protocol: Any, values: Values, **options: bool) -> list[Any]:
     return inputs
 
 
-def _told(call: Callable[[], Any]) -> Any:
+def _result(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except InferenceServerException as error:

@@ -16,7 +16,7 @@ SECONDS_BETWEEN_ASKING = 0.01
 
 @contextmanager
 def registered_region(client: Any, size: int) -> Iterator[tuple[str, Any]]:
-    """Registers a region of ``size`` bytes with a server and takes it back; gives its name there and its handle."""
+    """Registers a region of ``size`` bytes with a server and unregisters it; yields its name there and its handle."""
     name = f"glm_image_test_{secrets.token_hex(8)}"
     handle = shared_memory.create_shared_memory_region(name, f"/{name}", size)
     try:
@@ -30,7 +30,7 @@ def registered_region(client: Any, size: int) -> Iterator[tuple[str, Any]]:
 
 
 def _unregister(client: Any, name: str) -> None:
-    # The server answers a request before it lets go of the request's regions, and tells nobody when it has.
+    # The server responds before it releases the regions of the request, and does not report the release.
     deadline = time.monotonic() + FREE_SECONDS
     while True:
         try:

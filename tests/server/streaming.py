@@ -64,13 +64,13 @@ def http_stream(server: TritonServer, values: Values) -> Iterator[Response]:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
             for line in answer:
                 if line.startswith(b"data:"):
-                    told = json.loads(line.removeprefix(b"data:"))
-                    if "error" in told:
-                        raise KServeError("200", told["error"])
-                    yield Response(json.loads(told["event"]), told)
+                    data = json.loads(line.removeprefix(b"data:"))
+                    if "error" in data:
+                        raise KServeError("200", data["error"])
+                    yield Response(json.loads(data["event"]), data)
     except urllib.error.HTTPError as error:
-        told = json.loads(error.read().removeprefix(b"data:"))  # an event too
-        raise KServeError(str(error.code), told["error"]) from error
+        data = json.loads(error.read().removeprefix(b"data:"))  # an event too
+        raise KServeError(str(error.code), data["error"]) from error
 
 
 def texts(response: Response, name: str) -> list[bytes]:

@@ -60,7 +60,7 @@ def stream_steps(server: TritonServer) -> float:
 
 
 @pytest.mark.full
-def test_a_steady_load_takes_fewer_decode_steps_and_gives_the_same_bytes(
+def test_gathered_admission_takes_fewer_decode_steps_and_returns_the_same_bytes(
     triton: TritonServer, batching: TritonServer
 ) -> None:
     assert stream_steps(batching) < stream_steps(triton) / 2

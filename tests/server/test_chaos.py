@@ -1,24 +1,28 @@
-"""Chaos for one and for ten minutes, in a process of its own, which counts its open resources."""
+"""Chaos for a few failures and for ten minutes, in its own process, which counts its open resources."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 PROGRAM = Path(__file__).resolve().parents[2] / "scripts" / "chaos.py"
-SHORT_SECONDS, LONG_SECONDS = 60, 600
+LONG_SECONDS = 600
+SHORT_FAILURES, SHORT_CALM_SECONDS, SHORT_SECONDS = 2, 1.5, 600
+"""Failures of each signal in the short run, and the time in which a slow machine has them."""
+
 OVERHEAD_SECONDS = 300
 """Limit for the server's start, the reference images and the last restart."""
 
 
-def chaos(checkpoint: Path, seconds: int, seed: int, clients: int) -> dict[str, Any]:
-    flags = {"checkpoint": checkpoint, "seconds": seconds, "seed": seed, "clients": clients}
-    command = [sys.executable, str(PROGRAM), *(f"--{name}={value}" for name, value in flags.items())]
+def chaos(checkpoint: Path, seconds: int, **flags: float) -> dict[str, Any]:
+    values = {"checkpoint": checkpoint, "seconds": seconds, **flags}
+    command = [sys.executable, str(PROGRAM), *(f"--{name}={value}" for name, value in values.items())]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds + OVERHEAD_SECONDS, check=False)
     assert ended.returncode == 0, ended.stderr
     print(ended.stdout)
@@ -30,8 +34,12 @@ def chaos(checkpoint: Path, seconds: int, seed: int, clients: int) -> dict[str, 
     return counts
 
 
-def test_every_request_to_a_breaking_server_ends(tiny_checkpoint: Path, same_threads: None) -> None:
-    chaos(tiny_checkpoint, SHORT_SECONDS, seed=1, clients=3)
+def test_every_request_ends_over_a_few_failures(tiny_checkpoint: Path, same_threads: None) -> None:
+    counts = chaos(tiny_checkpoint, SHORT_SECONDS, seed=1, clients=3, failures=SHORT_FAILURES, calm=SHORT_CALM_SECONDS)
+    signals = Counter[str]()
+    for failure, count in counts["failures"].items():
+        signals[failure.split()[0]] += count
+    assert signals == {"SIGKILL": SHORT_FAILURES, "SIGSTOP": SHORT_FAILURES}
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Clients that people really use: each gets the picture that the engines make without a server."""
+"""Common clients: each gets the image that the engines generate without a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -16,21 +16,17 @@ from queue import Queue
 from threading import Barrier
 from typing import Any
 
-import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.grpc.aio
 import tritonclient.http
 import tritonclient.http.aio
-from numpy.typing import NDArray
-from tritonclient.utils import InferenceServerException, shared_memory
 
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.parameters import GenerationParameters
-from glm_image.supervisor import ServerSettings, TritonServer
+from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RefusedError, RequestTimeout
-from server.kserve import decoded, infer_inputs
-from server.regions import registered_region
+from server.kserve import infer_inputs
 
 REQUEST: dict[str, Any] = {
     "prompt": "A fox reading “NEWS” 雪",
@@ -72,7 +68,7 @@ class TestTritonclient:
         assert file_of(result) == png
         assert [output["name"] for output in result.get_response()["outputs"]] == ["images_base64"]
 
-    def test_grpc_answers_a_callback(self, triton: TritonServer, png: bytes) -> None:
+    def test_grpc_calls_a_callback(self, triton: TritonServer, png: bytes) -> None:
         with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
             answers: Queue[tuple[Any, Any]] = Queue()
             client.async_infer(
@@ -102,65 +98,31 @@ class TestTritonclient:
         assert file_of(result) == png
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
-    def test_asyncio_with_requests_at_once(self, triton: TritonServer, png: bytes, protocol: str) -> None:
-        half = tritonclient.grpc.aio if protocol == "grpc" else tritonclient.http.aio
+    def test_asyncio_with_concurrent_requests(self, triton: TritonServer, png: bytes, protocol: str) -> None:
+        library = tritonclient.grpc.aio if protocol == "grpc" else tritonclient.http.aio
 
-        async def ask() -> list[bytes]:
-            async with half.InferenceServerClient(address(triton, protocol)) as client:
-                calls = [client.infer("glm_image", infer_inputs(half, REQUEST)) for _ in range(4)]
+        async def send() -> list[bytes]:
+            async with library.InferenceServerClient(address(triton, protocol)) as client:
+                calls = [client.infer("glm_image", infer_inputs(library, REQUEST)) for _ in range(4)]
                 return [file_of(result) for result in await asyncio.gather(*calls)]
 
-        assert asyncio.run(ask()) == [png] * 4
+        assert asyncio.run(send()) == [png] * 4
 
     def test_asyncio_with_json_data(self, triton: TritonServer, png: bytes) -> None:
-        half = tritonclient.http.aio
+        library = tritonclient.http.aio
 
-        async def ask() -> bytes:
-            async with half.InferenceServerClient(triton.http_url) as client:
-                outputs = [half.InferRequestedOutput("images_base64", binary_data=False)]
-                inputs = infer_inputs(half, REQUEST, binary_data=False)
+        async def send() -> bytes:
+            async with library.InferenceServerClient(triton.http_url) as client:
+                outputs = [library.InferRequestedOutput("images_base64", binary_data=False)]
+                inputs = infer_inputs(library, REQUEST, binary_data=False)
                 return file_of(await client.infer("glm_image", inputs, outputs=outputs))
 
-        assert asyncio.run(ask()) == png
+        assert asyncio.run(send()) == png
 
     def test_threads_share_one_grpc_client(self, triton: TritonServer, png: bytes) -> None:
         with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
             answers = at_once(lambda: client.infer("glm_image", infer_inputs(tritonclient.grpc, REQUEST)))
         assert [file_of(answer) for answer in answers] == [png] * THREADS
-
-
-class TestSharedMemory:
-    """For clients on the server's own machine; closed unless the operator opens it."""
-
-    @pytest.fixture(scope="class")
-    def opened(self, tiny_checkpoint: Path, same_threads: None) -> Iterator[TritonServer]:
-        with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=5, open_apis=("shared-memory",))) as server:
-            yield server
-
-    @pytest.mark.parametrize("protocol", PROTOCOLS)
-    def test_pixels_come_through_system_shared_memory(self, opened: TritonServer, png: bytes, protocol: str) -> None:
-        half = tritonclient.grpc if protocol == "grpc" else tritonclient.http
-        with (
-            closing(half.InferenceServerClient(address(opened, protocol))) as client,
-            registered_region(client, PIXEL_BYTES) as (name, handle),
-        ):
-            output = half.InferRequestedOutput("images")
-            output.set_shared_memory(name, PIXEL_BYTES)
-            inputs = infer_inputs(half, {**REQUEST, "output_format": "raw"})
-            client.infer("glm_image", inputs, outputs=[output])
-            shared: NDArray[Any] = shared_memory.get_contents_as_numpy(handle, np.uint8, [64, 96, 3])
-            np.testing.assert_array_equal(shared, decoded(png))
-
-    def test_a_region_that_is_too_small_is_refused(self, opened: TritonServer) -> None:
-        with (
-            closing(tritonclient.grpc.InferenceServerClient(opened.grpc_url)) as client,
-            registered_region(client, PIXEL_BYTES) as (name, _),
-        ):
-            output = tritonclient.grpc.InferRequestedOutput("images")
-            output.set_shared_memory(name, 64)
-            inputs = infer_inputs(tritonclient.grpc, {**REQUEST, "output_format": "raw"})
-            with pytest.raises(InferenceServerException, match="shared memory size"):
-                client.infer("glm_image", inputs, outputs=[output])
 
 
 class TestOurClient:
@@ -171,10 +133,10 @@ class TestOurClient:
         assert [answer.encoded for answer in answers] == [[png]] * THREADS
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
-    def test_asyncio_has_the_same_surface_and_the_same_answers(
+    def test_asyncio_client_has_the_same_methods_and_results(
         self, triton: TritonServer, png: bytes, protocol: str
     ) -> None:
-        async def ask() -> None:
+        async def send() -> None:
             url = f"{protocol}://{address(triton, protocol)}"
             async with AsyncGlmImageClient(url, timeout=PROGRAM_SECONDS) as client:
                 assert await client.server_ready()
@@ -186,34 +148,34 @@ class TestOurClient:
                 painted = await client.paint(REQUEST["prompt"], prior, num_inference_steps=2, guidance_scale=1.5)
                 assert [answer.encoded for answer in (painted, *answers)] == [[png]] * 4
 
-        asyncio.run(ask())
+        asyncio.run(send())
         methods = {name for name in vars(GlmImageClient) if not name.startswith("_")}
         assert methods == {name for name in vars(AsyncGlmImageClient) if not name.startswith("_")}
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
-    def test_both_tell_a_refusal_in_the_same_words(self, triton: TritonServer, protocol: str) -> None:
+    def test_both_clients_raise_a_refusal_with_the_same_message(self, triton: TritonServer, protocol: str) -> None:
         url = f"{protocol}://{address(triton, protocol)}"
 
-        async def ask() -> None:
+        async def send() -> None:
             async with AsyncGlmImageClient(url) as client:
                 await client.generate("x", height=0)
 
         with pytest.raises(RefusedError, match=r"^height is 0; allowed: 32 to 2048$"):
-            asyncio.run(ask())
+            asyncio.run(send())
         with GlmImageClient(url) as client, pytest.raises(RefusedError, match=r"^height is 0; allowed: 32 to 2048$"):
             client.generate("x", height=0)
 
     @pytest.mark.parametrize("protocol", PROTOCOLS)
-    def test_time_runs_out_on_both(self, triton: TritonServer, protocol: str) -> None:
-        """By this side's clock or the server's, whichever is first; the server goes on to be well."""
+    def test_both_clients_time_out(self, triton: TritonServer, protocol: str) -> None:
+        """By this side's clock or the server's, whichever is first; the server keeps working."""
         url, long = f"{protocol}://{address(triton, protocol)}", {"width": 512, "height": 512, "timeout": 0.1}
 
-        async def ask() -> None:
+        async def send() -> None:
             async with AsyncGlmImageClient(url) as client:
                 await client.generate("x", **long)
 
         with pytest.raises(RequestTimeout):
-            asyncio.run(ask())
+            asyncio.run(send())
         with GlmImageClient(url) as client:
             with pytest.raises(RequestTimeout):
                 client.generate("x", **long)
@@ -228,7 +190,7 @@ class TestPrograms:
         answer = json.loads(run("curl", "-sSf", "--data-binary", f"@{body}", url))
         assert base64.b64decode(answer["images_base64"]) == png
 
-    def test_curl_says_why_a_request_is_refused(self, triton: TritonServer) -> None:
+    def test_curl_gets_the_reason_of_a_refusal(self, triton: TritonServer) -> None:
         url = f"http://{triton.http_url}/v2/models/glm_image/generate"
         answer = run("curl", "-sS", "-w", " %{http_code}", "-d", '{"prompt": "x", "height": 0}', url)
         assert answer.endswith(" 400")
@@ -236,11 +198,11 @@ class TestPrograms:
 
     def test_node_without_a_library(self, triton: TritonServer, png: bytes, tmp_path: Path) -> None:
         program = str(NODE_EXAMPLE)
-        told = run("node", program, f"http://{triton.http_url}", json.dumps(REQUEST), str(tmp_path / "node.png"))
+        output = run("node", program, f"http://{triton.http_url}", json.dumps(REQUEST), str(tmp_path / "node.png"))
         assert (tmp_path / "node.png").read_bytes() == png
-        assert json.loads(told)["seeds"] == [REQUEST["seed"]]
+        assert json.loads(output)["seeds"] == [REQUEST["seed"]]
 
-    def test_node_is_told_what_is_wrong(self, triton: TritonServer, tmp_path: Path) -> None:
+    def test_node_gets_the_reason_of_a_refusal(self, triton: TritonServer, tmp_path: Path) -> None:
         program, request = str(NODE_EXAMPLE), json.dumps({**REQUEST, "height": 31})
         with pytest.raises(subprocess.CalledProcessError) as failed:
             run("node", program, f"http://{triton.http_url}", request, str(tmp_path / "none.png"))
@@ -260,7 +222,7 @@ class TestPrograms:
 
 
 def run(program: str, *arguments: str) -> str:
-    """Runs a program to its end and returns what it printed; skips the test where there is none of the name."""
+    """Runs a program and returns its output; skips the test if the program is not installed."""
     found = shutil.which(program)
     if found is None:
         pytest.skip(f"this machine has no {program}")
@@ -272,9 +234,9 @@ def run(program: str, *arguments: str) -> str:
 def at_once(call: Callable[[], Any]) -> list[Any]:
     barrier = Barrier(THREADS)
 
-    def one(_: int) -> Any:
+    def call_together(_: int) -> Any:
         barrier.wait()
         return call()
 
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(one, range(THREADS)))
+        return list(pool.map(call_together, range(THREADS)))

@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc
-import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException
 
 from bench.soak import processes
 from glm_image.errors import ConfigurationError
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.api_access import CLOSABLE_APIS
-from server.kserve import Values, grpc_infer, http_binary_infer, infer_inputs
-from server.regions import registered_region
+from server.kserve import Values, grpc_infer, http_binary_infer
 
 REQUEST: Values = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "seed": 3}
 REGION = {"key": "/nothing", "offset": 0, "byte_size": 8}
@@ -147,25 +145,6 @@ def test_server_listens_on_loopback_only(triton: TritonServer) -> None:
         listening = {line[1] for line in lines if line[1].endswith(f":{port}") and line[3] == "0A"}
         assert listening
         assert all(address.endswith(f"0100007F:{port}") for address in listening)  # of IPv4, or mapped into IPv6
-
-
-@pytest.mark.full
-def test_opened_api_is_open_and_the_others_are_restricted(tiny_checkpoint: Path, same_threads: None) -> None:
-    """System shared memory for the pixels, as local clients use it."""
-    with TritonServer(ServerSettings(tiny_checkpoint, open_apis=("shared-memory",), drain_seconds=5)) as server:
-        for api in CLOSABLE_APIS:
-            status = call(server, *HTTP[api][0])[0]
-            assert status == (200 if api == "shared-memory" else 403), api
-        expected = grpc_infer(server, REQUEST)["images"]
-        with (
-            closing(Client(server.grpc_url)) as client,
-            registered_region(client, expected.nbytes) as (region, handle),
-        ):
-            output = tritonclient.grpc.InferRequestedOutput("images")
-            output.set_shared_memory(region, expected.nbytes)
-            client.infer("glm_image", infer_inputs(tritonclient.grpc, REQUEST), outputs=[output])
-            shared = shm.get_contents_as_numpy(handle, np.uint8, list(expected.shape))
-            np.testing.assert_array_equal(shared, expected)
 
 
 @pytest.mark.parametrize("name", ["inference", "health", "", "shared_memory"])

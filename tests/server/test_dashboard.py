@@ -1,4 +1,4 @@
-"""Every query of the Grafana dashboard and of docs/metrics.md, against what a live server's metrics port says."""
+"""Every query of the Grafana dashboard and of docs/metrics.md, against the metrics port of a live server."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ OF_SUMS = ("rate", "irate", "increase")
 @pytest.fixture(scope="module")
 def page(triton: TritonServer) -> Page:
     """The metrics of a server that has painted and refused."""
-    asked = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "output_format": "png"}
-    grpc_infer(triton, asked)
+    values = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "output_format": "png"}
+    grpc_infer(triton, values)
     with pytest.raises(KServeError):
-        grpc_infer(triton, {**asked, "height": 0})
+        grpc_infer(triton, {**values, "height": 0})
     return page_when(triton, lambda page: page["dit_encode_seconds_count"] > 0)
 
 
@@ -59,17 +59,17 @@ def selected(selector: Any, page: Page) -> list[dict[str, str]]:
     return [
         labels
         for labels, _ in page.samples.get(selector.name, [])
-        if all(matches(one, labels.get(one.name, "")) for one in selector.matchers.matchers)
+        if all(matches(matcher, labels.get(matcher.name, "")) for matcher in selector.matchers.matchers)
     ]
 
 
-def test_the_queries_are_found() -> None:
+def test_dashboard_has_queries() -> None:
     assert len(QUERIES) >= len(PANELS) >= 15
     assert len(IN_DOCUMENT) == 8
 
 
 @pytest.mark.parametrize("query", [*QUERIES, *IN_DOCUMENT])
-def test_a_query_finds_what_it_asks_for(page: Page, query: str) -> None:
+def test_query_matches_samples(page: Page, query: str) -> None:
     expression = parsed(query)
     assert selectors(expression)
     for selector in selectors(expression):
@@ -79,7 +79,7 @@ def test_a_query_finds_what_it_asks_for(page: Page, query: str) -> None:
             for selector in selectors(node.expr):
                 assert all(set(node.modifier.labels) <= set(labels) for labels in selected(selector, page))
         if isinstance(node, promql.Call) and node.func.name == "histogram_quantile":
-            assert all("le" in labels for one in selectors(node) for labels in selected(one, page))
+            assert all("le" in labels for selector in selectors(node) for labels in selected(selector, page))
         if isinstance(node, promql.Call) and node.func.name in OF_SUMS:
             for selector in selectors(node):
                 family = re.sub(r"_(bucket|sum|count)$", "", selector.name)
@@ -87,21 +87,21 @@ def test_a_query_finds_what_it_asks_for(page: Page, query: str) -> None:
                 assert kind == ("counter" if family == selector.name or selector.name in page.types else "histogram")
 
 
-def test_every_metric_of_the_engines_has_its_place(page: Page) -> None:
+def test_dashboard_shows_every_metric_of_the_engines(page: Page) -> None:
     shown = {selector.name for query in QUERIES for selector in selectors(parsed(query))}
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown} | shown
     assert {name for name in page.types if name.startswith("glm_image_")} <= families
 
 
 @pytest.mark.parametrize("title", PANELS)
-def test_a_panel_is_whole(title: str) -> None:
+def test_panel_is_complete(title: str) -> None:
     panel = PANELS[title]
     assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
     assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
     assert panel["fieldConfig"]["defaults"]["unit"]
 
 
-def test_panels_do_not_lie_on_each_other() -> None:
+def test_panels_do_not_overlap() -> None:
     cells = [
         (x, y)
         for panel in PANELS.values()

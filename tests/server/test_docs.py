@@ -123,14 +123,14 @@ def _fields(value: Any) -> Any:
     return {name: _fields(field) for name, field in value.items()} if isinstance(value, dict) else type(value)
 
 
-def test_the_quoted_error_is_the_server_s(triton: TritonServer) -> None:
+def test_quoted_error_is_the_servers(triton: TritonServer) -> None:
     with pytest.raises(KServeError, match="height is 0; allowed: 32 to 2048") as refused:
         generate(triton, {"prompt": "x", "height": 0})
     assert "`height is 0; allowed: 32 to 2048`" in API
     assert refused.value.status == "400"
 
 
-def test_the_quoted_deadline_error_is_that_of_a_request() -> None:
+def test_quoted_deadline_error_is_the_servers() -> None:
     context = RequestContext("fox-1", deadline_ns=time.monotonic_ns() + 5 * NANOSECONDS)
     with pytest.raises(DeadlineExceededError) as refused:
         context.check(needed_seconds=8.16)

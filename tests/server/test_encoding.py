@@ -1,4 +1,4 @@
-"""Files are encoded beside the next picture, in the served second stage as in the engine."""
+"""Files are encoded while the next image is denoised, in the served DiT as in the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 WAIT_SECONDS = 120
 PRIOR: Values = {"prompt": "a", "prior_token_ids": [[1, 2, 3, 4]], "prior_grid": [2, 2], "num_inference_steps": 2}
 
-# The stage's own model; it says when it has denoised, and when it encodes, which it then does only when it may.
+# The stage's own model; it reports the end of denoising and the begin of encoding, and encodes only when released.
 MODEL = """
 from glm_image.devices.cpu import CpuDevice
 from glm_image.dit.scheduler import Scheduler
@@ -34,18 +34,18 @@ def held_encode(*given):
     return encode(*given)
 
 
-def told_denoise(*given):
+def reporting_denoise(*given):
     denoised = denoise(*given)
     open(FOLDER + "/denoised", "w").write("-")
     return denoised
 
 
-images.encode, Scheduler.denoise = held_encode, told_denoise
+images.encode, Scheduler.denoise = held_encode, reporting_denoise
 CpuDevice.is_host = False  # requests are finished in a thread of their own, as on an accelerator
 """
 
 
-class Told:
+class Signal:
     """The reading end of a named pipe, to which the model writes."""
 
     def __init__(self, path: Path) -> None:
@@ -58,13 +58,13 @@ class Told:
 
 
 @pytest.mark.full
-def test_the_next_request_is_denoised_while_one_is_encoded(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_next_request_is_denoised_while_the_last_is_encoded(tiny_checkpoint: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models"
     shutil.copytree(REPOSITORY / "glm_dit", repository / "glm_dit")
     (repository / "glm_dit" / "1" / "model.py").write_text(MODEL.format(folder=str(tmp_path)))
     for name in ("encoding", "denoised", "may_go_on"):
         os.mkfifo(tmp_path / name)
-    encoding, denoised = Told(tmp_path / "encoding"), Told(tmp_path / "denoised")
+    encoding, denoised = Signal(tmp_path / "encoding"), Signal(tmp_path / "denoised")
     with (
         TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository, drain_seconds=5)) as server,
         ThreadPoolExecutor(2) as clients,

@@ -1,4 +1,4 @@
-"""Pictures of the served ensemble: the reference's, bit for bit, whatever else is in flight."""
+"""Images of the served ensemble equal the reference's bit for bit, also under concurrent requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
 from parity.reference import load_reference, reference_image
 from server.kserve import (
-    WAYS,
+    SENDERS,
     Outputs,
     Values,
     at_once,
@@ -92,7 +92,7 @@ def test_an_omitted_seed_is_random_and_reported(triton: TritonServer) -> None:
     np.testing.assert_array_equal(again["images"], first["images"])
 
 
-def test_missing_inputs_have_their_defaults(triton: TritonServer, pipeline: LocalPipeline) -> None:
+def test_omitted_inputs_have_the_documented_defaults(triton: TritonServer, pipeline: LocalPipeline) -> None:
     sampling = pipeline.ar.sampling
     spelt_out = {
         **SMALL,
@@ -142,7 +142,7 @@ def raw(triton: TritonServer) -> Outputs:
     return grpc_infer(triton, {**SMALL, "height": 33, "width": 65})
 
 
-def test_a_raw_image_is_cropped_to_its_size(triton: TritonServer, raw: Outputs) -> None:
+def test_raw_image_is_cropped_to_the_requested_size(triton: TritonServer, raw: Outputs) -> None:
     assert raw["images"].shape == (1, 33, 65, 3)
     assert raw["images_base64"].shape == (0,)
     whole = grpc_infer(triton, {**SMALL, "height": 64, "width": 96})["images"]
@@ -150,7 +150,7 @@ def test_a_raw_image_is_cropped_to_its_size(triton: TritonServer, raw: Outputs) 
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
-def test_an_encoded_image_is_a_file_of_its_size(triton: TritonServer, raw: Outputs, output_format: str) -> None:
+def test_encoded_image_is_a_file_of_the_requested_size(triton: TritonServer, raw: Outputs, output_format: str) -> None:
     outputs = http_binary_infer(triton, {**SMALL, "height": 33, "width": 65, "output_format": output_format})
     assert outputs["images"].shape == (0, 0, 0, 3)
     (file,) = files(outputs)
@@ -162,7 +162,7 @@ def test_an_encoded_image_is_a_file_of_its_size(triton: TritonServer, raw: Outpu
 
 
 @pytest.mark.parametrize("seed", [5, 2**63 - 4])
-def test_image_i_is_that_of_seed_plus_i(triton: TritonServer, seed: int) -> None:
+def test_image_i_has_the_seed_plus_i(triton: TritonServer, seed: int) -> None:
     eight = grpc_infer(triton, {**SMALL, "seed": seed, "num_images": 8})
     seeds = metadata(eight)["seeds"]
     assert seeds == [(seed + index + 2**63) % 2**64 - 2**63 for index in range(8)]
@@ -172,20 +172,20 @@ def test_image_i_is_that_of_seed_plus_i(triton: TritonServer, seed: int) -> None
         np.testing.assert_array_equal(alone["images"][0], eight["images"][index])
 
 
-def test_concurrent_requests_get_the_images_of_each_alone(triton: TritonServer) -> None:
+def test_concurrent_requests_get_the_images_of_single_requests(triton: TritonServer) -> None:
     """Eight requests, different in everything, at the same moment over all protocols."""
-    ways = list(WAYS)
+    senders = list(SENDERS.values())
     calls = [
-        partial(WAYS[ways[index % len(ways)]], triton, {**request, "seed": 100 + index, "output_format": "png"})
+        partial(senders[index % len(senders)], triton, {**request, "seed": 100 + index, "output_format": "png"})
         for index, request in enumerate(CONCURRENT)
     ]
     alone = [call() for call in calls]
-    crowd = at_once(calls)
-    assert [files(outputs) for outputs in crowd.outputs] == [files(outputs) for outputs in alone]
+    concurrent = at_once(calls)
+    assert [files(outputs) for outputs in concurrent.outputs] == [files(outputs) for outputs in alone]
     # The seconds of a request with several images are those of all of them.
     reports = [
         (answered, metadata(outputs)["seconds"])
-        for answered, outputs in zip(crowd.answered, crowd.outputs, strict=True)
+        for answered, outputs in zip(concurrent.answered, concurrent.outputs, strict=True)
         if len(metadata(outputs)["seeds"]) == 1
     ]
     ends = [answered - sum(seconds[stage] for stage in DIT_STAGES) for answered, seconds in reports]
@@ -218,7 +218,7 @@ def _ar_metadata(outputs: Outputs) -> dict[str, Any]:
     return metadata({"metadata": outputs["ar_metadata"]})
 
 
-def test_a_later_request_changes_nothing_and_does_not_wait(triton: TritonServer) -> None:
+def test_later_request_joins_a_running_one_without_changing_it(triton: TritonServer) -> None:
     """Requests join while a long one decodes, which ends later than they do, and as it does alone."""
     long_one = {**SMALL, "height": 512, "width": 512, "num_inference_steps": 1}
     alone = grpc_infer(triton, long_one)
@@ -226,14 +226,14 @@ def test_a_later_request_changes_nothing_and_does_not_wait(triton: TritonServer)
     ended = threading.Event()
     answers: list[Outputs] = []
 
-    def ask() -> None:
+    def send() -> None:
         answers.append(http_binary_infer(triton, long_one))
         ended.set()
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    sender = threading.Thread(target=send)
+    sender.start()
     short = grpc_infer(triton, SMALL)
     assert not ended.is_set()
-    asking.join()
+    sender.join()
     np.testing.assert_array_equal(short["images"], short_alone["images"])
     np.testing.assert_array_equal(answers[0]["images"], alone["images"])

@@ -31,7 +31,7 @@ FOX_EXAMPLES = {
     "cli_offline.sh": "offline.png",
     "prior_tokens_http.py": "plain.png",
 }
-"""Examples that make the same request in different ways, and the files they write."""
+"""Examples that send the same request through different clients, and the files they write."""
 
 IMAGE_TO_IMAGE = ("image_to_image.py", "image_to_image_curl.sh")
 PRIOR_TOKENS = "prior_tokens.py"
@@ -88,7 +88,7 @@ class TestPriorTokens:
     def check_output(self, output: str) -> None:
         assert f"# {output.strip()}\n" in (EXAMPLES / PRIOR_TOKENS).read_text(encoding="utf-8")
 
-    def test_kept_tokens_give_the_image_of_a_single_request(self, folder: Path, fox: NDArray[np.uint8]) -> None:
+    def test_saved_tokens_give_the_image_of_a_single_request(self, folder: Path, fox: NDArray[np.uint8]) -> None:
         np.testing.assert_array_equal(pixels_of(folder / "kept.png"), fox)
         np.testing.assert_array_equal(pixels_of(folder / "variants.png", (768, 512))[:256, :256], fox)
 
@@ -118,10 +118,10 @@ class TestImageToImage:
         run_example(curl, triton, folder)
         return folder
 
-    def test_the_source_is_the_one_shown_in_the_documentation(self, folder: Path) -> None:
+    def test_source_is_the_image_in_the_documentation(self, folder: Path) -> None:
         np.testing.assert_array_equal(pixels_of(folder / "edit_before.png"), pixels_of(DOCS / "edit_before.png"))
 
-    def test_the_same_edit_over_grpc_and_json_is_the_same_image(self, folder: Path) -> None:
+    def test_grpc_and_json_give_the_same_edit(self, folder: Path) -> None:
         edited = pixels_of(folder / "edit_after.png")
         np.testing.assert_array_equal(pixels_of(folder / "edit_json.png"), edited)
         assert not np.array_equal(edited, pixels_of(folder / "edit_before.png"))

@@ -12,7 +12,7 @@ from glm_image.supervisor import TritonServer
 
 MEGABYTE = 1024 * 1024
 CLIENTS = 8
-WARM = 80
+WARM = 40
 """Requests after which every thread has its buffers."""
 
 MAY_GROW = {
@@ -26,7 +26,7 @@ MAY_GROW = {
 
 
 @pytest.mark.parametrize(
-    ("requests", "round_size"), [(120, 20), pytest.param(1000, 100, marks=pytest.mark.full)], ids=str
+    ("requests", "round_size"), [(80, 20), pytest.param(1000, 100, marks=pytest.mark.full)], ids=str
 )
 def test_load_gets_correct_responses_and_leaks_nothing(triton: TritonServer, requests: int, round_size: int) -> None:
     pids = processes(triton)

@@ -61,7 +61,7 @@ class Page:
 
 
 def page_when(server: TritonServer, expected: Callable[[Page], bool]) -> Page:
-    """Asks until the page is as expected: metrics follow the answers at some distance, and their port the others."""
+    """Polls until the page is as expected: metrics follow responses with a delay, and so does their port."""
     end = time.monotonic() + SETTLE_SECONDS
     while True:
         try:
@@ -77,7 +77,7 @@ def page_when(server: TritonServer, expected: Callable[[Page], bool]) -> Page:
 
 @pytest.fixture(scope="module")
 def watched(bare_triton: TritonServer) -> TritonServer:
-    """A server that has had no requests of others: what is still on its way of theirs would be counted here."""
+    """A server without earlier requests: their late counts would appear here."""
     return bare_triton
 
 
@@ -94,7 +94,7 @@ def documented(mark: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("model", METRICS)
-def test_the_page_has_what_is_documented_and_nothing_else(fresh: Page, model: str) -> None:
+def test_metrics_page_lists_exactly_the_documented_metrics(fresh: Page, model: str) -> None:
     rows = documented(model)
     assert rows == {m.name: [m.kind.value, rows[m.name][1], m.meaning] for m in METRICS[model]}
     assert all(value == 0 for metric in OUTCOMES[model].values() for _, value in fresh.samples[metric.name])
@@ -114,7 +114,7 @@ def test_the_page_has_what_is_documented_and_nothing_else(fresh: Page, model: st
 @pytest.mark.parametrize(
     "metric", [*AR_METRICS, *DIT_METRICS], ids=lambda metric: "-".join(filter(None, (metric.name, metric.reason)))
 )
-def test_a_name_ends_in_its_unit(metric: MetricSpec) -> None:
+def test_metric_name_ends_with_its_unit(metric: MetricSpec) -> None:
     unit = {**documented("glm_ar"), **documented("glm_dit")}[metric.name][1]
     assert metric.name.endswith(f"_{unit}" + "_total" * (metric.kind is Kind.COUNTER))
     assert list(metric.bounds) == sorted(set(metric.bounds))
@@ -128,13 +128,13 @@ def test_restarts_are_reported_by_both_models(fresh: Page) -> None:
     assert {value for _, value in fresh.samples[RESTARTS]} == {0}
 
 
-def test_triton_has_the_documented_metrics_of_its_own(fresh: Page) -> None:
+def test_triton_reports_the_documented_metrics(fresh: Page) -> None:
     for name, cells in documented("Triton's").items():
         assert fresh.types[name] == cells[0]
         assert {"glm_ar", "glm_dit"} <= {labels["model"] for labels, _ in fresh.samples[name]}
 
 
-def test_histograms_have_their_bounds(fresh: Page) -> None:
+def test_histograms_have_the_declared_bounds(fresh: Page) -> None:
     for metric in (*AR_METRICS, *DIT_METRICS):
         if metric.kind is Kind.HISTOGRAM:
             bounds = [float(labels["le"]) for labels, _ in fresh.samples[f"{metric.name}_bucket"]]
@@ -150,7 +150,7 @@ def test_memory_is_reported_from_the_start(fresh: Page, tiny_checkpoint: Path) -
     assert fresh["dit_peak_memory_bytes"] > sum(file.stat().st_size for file in tiny_checkpoint.rglob("*.safetensors"))
 
 
-def test_the_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page) -> None:
+def test_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page) -> None:
     started = time.monotonic()
     with pytest.raises(KServeError):
         grpc_infer(watched, {**REQUEST, "height": 0})
@@ -194,8 +194,8 @@ def slots(page: Page) -> tuple[float, float, float]:
     return *page.load(), page["ar_slot_occupancy_ratio"]
 
 
-def test_the_load_is_reported_while_it_lasts(watched: TritonServer) -> None:
-    """Requests that would take long, and are broken off when the page has been seen."""
+def test_load_is_reported_during_requests(watched: TritonServer) -> None:
+    """Long requests, which are cancelled after the page has been read."""
     values: Values = {"prompt": "A fox", "height": 2048, "width": 2048, "num_images": SLOTS}
     with closing(tritonclient.grpc.InferenceServerClient(watched.grpc_url)) as client:
         calls = [grpc_start(client, values, "glm_ar") for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What an operator edits in ``config.pbtxt``: where instances run, what they load, and what is refused at the start."""
+"""An operator's edits of ``config.pbtxt``: the devices of instances, their checkpoints, and the errors at the start."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def copy_repository(folder: Path, *models: str) -> Path:
 
 
 def edit(repository: Path, model: str, old: str, new: str) -> None:
-    """Replaces the one place where ``old`` stands."""
+    """Replaces the only occurrence of ``old``."""
     path = repository / model / "config.pbtxt"
     text = path.read_text()
     assert text.count(old) == 1
@@ -52,7 +52,7 @@ def set_parameter(repository: Path, model: str, name: str, value: str) -> None:
 def two_instances(
     tiny_checkpoint: Path, same_threads: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
-    """Two second stages over a checkpoint named in the configuration; what the environment names cannot be loaded."""
+    """Two instances of the DiT over the configuration's checkpoint; that of the environment cannot be loaded."""
     folder = tmp_path_factory.mktemp("placed")
     repository = copy_repository(folder / "models", "glm_image", "glm_ar", "glm_dit", "glm_control")
     edit(repository, "glm_dit", "count: 1", "count: 2")
@@ -70,9 +70,9 @@ def two_instances(
 
 
 def paint_four(server: TritonServer, prior: Outputs) -> Burst:
-    asked = {name: value for name, value in REQUEST.items() if name in {"prompt", "num_inference_steps"}}
+    values = {name: value for name, value in REQUEST.items() if name in {"prompt", "num_inference_steps"}}
     return at_once(
-        [partial(grpc_infer, server, {**asked, **prior, "resolved_seed": [seed]}, "glm_dit") for seed in range(4)]
+        [partial(grpc_infer, server, {**values, **prior, "resolved_seed": [seed]}, "glm_dit") for seed in range(4)]
     )
 
 
@@ -80,38 +80,38 @@ def denoising_seconds(burst: Burst) -> float:
     return sum(float(metadata(outputs)["seconds"]["denoise"]) for outputs in burst.outputs)
 
 
-def test_both_instances_get_work(triton: TritonServer, two_instances: TritonServer) -> None:
-    """An instance denoises one picture at a time: only two of them can denoise longer than the clock on the wall."""
+def test_two_instances_denoise_concurrently(triton: TritonServer, two_instances: TritonServer) -> None:
+    """An instance denoises one image at a time: only two can denoise for more seconds than have passed."""
     prior = grpc_infer(triton, REQUEST, "glm_ar")
-    one, two = paint_four(triton, prior), paint_four(two_instances, prior)
-    assert denoising_seconds(one) <= one.seconds
-    assert denoising_seconds(two) > two.seconds
-    for alone, concurrent in zip(one.outputs, two.outputs, strict=True):
+    single, double = paint_four(triton, prior), paint_four(two_instances, prior)
+    assert denoising_seconds(single) <= single.seconds
+    assert denoising_seconds(double) > double.seconds
+    for alone, concurrent in zip(single.outputs, double.outputs, strict=True):
         np.testing.assert_array_equal(alone["images"], concurrent["images"])
     assert all(count > 0 for count in images_by_instance(two_instances).values())
 
 
-def test_a_checkpoint_named_in_the_configuration_is_loaded(
+def test_checkpoint_of_the_configuration_is_loaded(
     triton: TritonServer, two_instances: TritonServer, tiny_checkpoint: Path
 ) -> None:
     requests = [{**REQUEST, "seed": seed, "num_inference_steps": 3} for seed in range(4)]
     alone = [grpc_infer(triton, request) for request in requests]
-    crowd = at_once([partial(grpc_infer, two_instances, request) for request in requests])
-    for expected, outputs in zip(alone, crowd.outputs, strict=True):
+    concurrent = at_once([partial(grpc_infer, two_instances, request) for request in requests])
+    for expected, outputs in zip(alone, concurrent.outputs, strict=True):
         np.testing.assert_array_equal(outputs["images"], expected["images"])
         assert metadata(outputs)["model"] == metadata(expected)["model"]
         assert metadata(outputs)["model"]["name"] == tiny_checkpoint.name
 
 
-def test_all_instances_hear_of_a_cancel_and_a_full_queue_refuses(
+def test_cancel_reaches_all_instances_and_a_full_queue_refuses(
     triton: TritonServer, two_instances: TritonServer
 ) -> None:
     prior = grpc_infer(triton, REQUEST, "glm_ar")
     stage = {name: prior[name] for name in ("prior_token_ids", "prior_grid")}
-    asked = {"prompt": REQUEST["prompt"], "num_inference_steps": 200, **stage}
+    values = {"prompt": REQUEST["prompt"], "num_inference_steps": 200, **stage}
     with ThreadPoolExecutor(16) as pool, GlmImageClient(two_instances.grpc_url) as client:
-        answers = [pool.submit(grpc_infer, two_instances, asked, "glm_dit", request_id="all") for _ in range(16)]
-        while [one["stage"] for one in client.status("all")["requests"]].count("denoise") < 2:
+        answers = [pool.submit(grpc_infer, two_instances, values, "glm_dit", request_id="all") for _ in range(16)]
+        while [request["stage"] for request in client.status("all")["requests"]].count("denoise") < 2:
             pass
         client.cancel("all")
         statuses = [str(getattr(answer.exception(), "status", "answered")) for answer in answers]
@@ -122,7 +122,7 @@ def test_all_instances_hear_of_a_cancel_and_a_full_queue_refuses(
     assert all("maximum queue size" in str(error) for error in refused)
 
 
-# Model, parameter, value, what the model says.
+# Model, parameter, value, the model's error.
 REFUSALS = {
     "no device": ("glm_dit", "devices", "gpu:0", "devices has the entry 'gpu:0'; allowed: auto, or cpu, npu:N, cuda:N"),
     "unknown device": ("glm_dit", "devices", "cuda:99", "devices has the entry 'cuda:99'; found on this machine: "),
@@ -152,14 +152,14 @@ REFUSALS = {
 }
 
 
-# Refused after seconds of imports, in words that tests of their own look at.
+# Refused after seconds of imports, with messages that other tests check.
 LATE = {"sizes", "more ranks than devices"}
 
 
 @pytest.mark.parametrize(
     "refusal", [pytest.param(name, marks=pytest.mark.full if name in LATE else ()) for name in REFUSALS]
 )
-def test_a_wrong_parameter_ends_the_start_with_the_models_words(
+def test_invalid_parameter_ends_the_start_with_the_models_error(
     tiny_checkpoint: Path, tmp_path: Path, refusal: str
 ) -> None:
     model, parameter, value, sentence = REFUSALS[refusal]
@@ -170,14 +170,14 @@ def test_a_wrong_parameter_ends_the_start_with_the_models_words(
     assert str(refused.value).startswith(f"{model} failed to load: {parameter.removesuffix('s')}")
 
 
-def test_an_unknown_parameter_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_unknown_parameter_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     repository = copy_repository(tmp_path, "glm_dit")
     edit(repository, "glm_dit", 'key: "devices"', 'key: "device"')
     with pytest.raises(ServerStartError, match="glm_dit failed to load: parameter 'device' is not known; allowed: "):
         TritonServer(ServerSettings(tiny_checkpoint, model_repository=repository)).__enter__()
 
 
-def test_an_instance_takes_the_entry_of_its_index(two_instances: TritonServer) -> None:
+def test_instance_takes_the_device_of_its_index(two_instances: TritonServer) -> None:
     log = (LOGS[two_instances]).getvalue()
     for index, device in enumerate(("cpu:4", "cpu:7")):
         assert f"glm_dit_0_{index} instance {index} of 2 takes {device}: devices is cpu:4;cpu:7, found " in log
@@ -185,7 +185,7 @@ def test_an_instance_takes_the_entry_of_its_index(two_instances: TritonServer) -
     assert "glm_ar_0_0 instance 0 of 1 takes " in log
 
 
-def test_what_a_checkpoint_lacks_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_mismatched_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "partial"
     shutil.copytree(tiny_checkpoint, checkpoint)
     config = checkpoint / "vae" / "config.json"

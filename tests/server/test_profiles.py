@@ -1,4 +1,4 @@
-"""Profiles served for real, on CPU "cards": what names an NPU or a GPU names the CPU of that number."""
+"""Profiles served on CPU devices, which replace the NPUs and GPUs of the same index."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_profile_is_served(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: p
         ServerSettings(tiny_checkpoint, model_repository=on_cpu_cards(tmp_path), profile=name, drain_seconds=5)
     )
     instances = len(PROFILES[name].dit.entries)
-    asked = {"prompt": "a fox", "height": 64, "width": 64, "num_inference_steps": 30 if instances > 1 else 1}
+    values = {"prompt": "a fox", "height": 64, "width": 64, "num_inference_steps": 30 if instances > 1 else 1}
     with server:
         # More requests than instances: Triton gives a request to a free instance, so each instance gets some.
         count = 4 * instances if instances > 1 else 1
-        burst = at_once([partial(grpc_infer, server, {**asked, "seed": seed}) for seed in range(count)])
+        burst = at_once([partial(grpc_infer, server, {**values, "seed": seed}) for seed in range(count)])
         assert [outputs["images"].shape for outputs in burst.outputs] == [(1, 64, 64, 3)] * count
         rendered = images_by_instance(server)
         assert set(rendered) == set(range(instances))

@@ -1,4 +1,4 @@
-"""Every way to ask the server: the same picture, the same declared tensors, the same refusals."""
+"""Every protocol: the same image, the same declared tensors, the same refusals."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from server.kserve import (
     CONTROL_INPUTS,
     OUTPUTS,
     REQUEST_INPUTS,
+    SENDERS,
     STAGE_TENSORS,
-    WAYS,
     KServeError,
     Tensors,
     Values,
@@ -68,77 +68,77 @@ def png(pipeline: LocalPipeline) -> bytes:
     return file
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_seed_gives_the_same_bytes(triton: TritonServer, png: bytes, way: str) -> None:
-    outputs = WAYS[way](triton, REQUEST)
+@pytest.mark.parametrize("protocol", SENDERS)
+def test_the_same_seed_gives_the_same_bytes(triton: TritonServer, png: bytes, protocol: str) -> None:
+    outputs = SENDERS[protocol](triton, REQUEST)
     assert files(outputs) == [png]
     assert metadata(outputs)["seeds"] == [11]
 
 
 @pytest.mark.parametrize("infer", [grpc_infer, http_binary_infer, http_json_infer])
-def test_raw_pixels_are_those_of_the_png(triton: TritonServer, png: bytes, infer: Any) -> None:
+def test_raw_pixels_equal_the_png(triton: TritonServer, png: bytes, infer: Any) -> None:
     outputs = infer(triton, {**REQUEST, "output_format": "raw"})
     assert outputs["images"].dtype == np.uint8
     np.testing.assert_array_equal(outputs["images"], decoded(png)[None])
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "extra",
     [
         {"num_inference_steps": 1},
         pytest.param({}, marks=pytest.mark.full),  # the shortest request there is; the default steps have a test each
     ],
     ids=["and steps", "alone"],
 )
-def test_generate_needs_no_more_than_a_prompt_and_a_format(triton: TritonServer, beside: Values) -> None:
-    outputs = generate(triton, {"prompt": "a fox", "output_format": "jpeg", **beside})
-    told = metadata(outputs)
+def test_generate_requires_only_a_prompt_and_a_format(triton: TritonServer, extra: Values) -> None:
+    outputs = generate(triton, {"prompt": "a fox", "output_format": "jpeg", **extra})
+    reported = metadata(outputs)
     assert decoded(files(outputs)[0]).shape == (1024, 1024, 3)
-    steps = beside.get("num_inference_steps", 50)
-    assert (told["height"], told["width"], told["steps"], len(told["seeds"])) == (1024, 1024, steps, 1)
+    steps = extra.get("num_inference_steps", 50)
+    assert (reported["height"], reported["width"], reported["steps"], len(reported["seeds"])) == (1024, 1024, steps, 1)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_models_declare_these_tensors_and_no_others(triton: TritonServer, model: str) -> None:
+def test_models_declare_exactly_these_tensors(triton: TritonServer, model: str) -> None:
     with closing(tritonclient.grpc.InferenceServerClient(triton.grpc_url)) as client:
         over_grpc = client.get_model_metadata(model)
         config = client.get_model_config(model).config
     with closing(tritonclient.http.InferenceServerClient(triton.http_url)) as client:
         over_http = client.get_model_metadata(model)
-    told = {
-        "grpc": [{one.name: (one.datatype, list(one.shape)) for one in group} for group in _groups(over_grpc)],
+    declared = {
+        "grpc": [{entry.name: (entry.datatype, list(entry.shape)) for entry in group} for group in _groups(over_grpc)],
         "http": [
-            {one["name"]: (one["datatype"], one["shape"]) for one in over_http[group]}
+            {entry["name"]: (entry["datatype"], entry["shape"]) for entry in over_http[group]}
             for group in ("inputs", "outputs")
         ],
     }
-    assert told["grpc"] == told["http"] == list(MODELS[model])
+    assert declared["grpc"] == declared["http"] == list(MODELS[model])
     assert config.max_batch_size == 0
     assert not config.model_transaction_policy.decoupled
     # The stages name a missing prompt themselves.
     required = {"glm_dit": {"prior_token_ids", "prior_grid"}, "glm_control": {"request_id", "action"}}
-    assert {one.name for one in config.input if not one.optional} == required.get(model, set())
+    assert {entry.name for entry in config.input if not entry.optional} == required.get(model, set())
 
 
-def _groups(told: Any) -> tuple[Any, Any]:
-    return told.inputs, told.outputs
+def _groups(declared: Any) -> tuple[Any, Any]:
+    return declared.inputs, declared.outputs
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("protocol", SENDERS)
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_refusal_is_one_sentence(triton: TritonServer, way: str, refusal: str) -> None:
+def test_refusal_is_a_single_sentence(triton: TritonServer, protocol: str, refusal: str) -> None:
     changed, sentence = REFUSALS[refusal]
     with pytest.raises(KServeError) as refused:
-        WAYS[way](triton, {**REQUEST, **changed})
-    assert refused.value.status == ("INVALID_ARGUMENT" if way == "grpc" else "400")
+        SENDERS[protocol](triton, {**REQUEST, **changed})
+    assert refused.value.status == ("INVALID_ARGUMENT" if protocol == "grpc" else "400")
     assert refused.value.message.removeprefix("in ensemble 'glm_image', ") == sentence
 
 
-@pytest.mark.parametrize("way", ["grpc", "http-binary", "http-json"])
-def test_an_unknown_input_is_refused_by_triton(triton: TritonServer, way: str) -> None:
+@pytest.mark.parametrize("protocol", ["grpc", "http-binary", "http-json"])
+def test_an_unknown_input_is_refused_by_triton(triton: TritonServer, protocol: str) -> None:
     with pytest.raises(KServeError, match="unexpected inference input 'hoight'") as refused:
-        WAYS[way](triton, {**REQUEST, "hoight": 64})
-    assert refused.value.status == ("INVALID_ARGUMENT" if way == "grpc" else "400")
+        SENDERS[protocol](triton, {**REQUEST, "hoight": 64})
+    assert refused.value.status == ("INVALID_ARGUMENT" if protocol == "grpc" else "400")
 
 
 @pytest.mark.parametrize("shape", [[2], [1, 1]])
@@ -168,7 +168,7 @@ def test_health_and_metrics(triton: TritonServer) -> None:
         assert json.load(response)["name"] == "triton"
 
 
-def test_refused_requests_leave_nothing_behind(triton: TritonServer, png: bytes) -> None:
+def test_refused_requests_leave_no_state(triton: TritonServer, png: bytes) -> None:
     """After every refusal there is, the picture is the one from before."""
     for changed in ({"height": 0}, {"image": ["x"]}, {"hoight": 64}, {"prompt": "a\0b"}, {"seed": 2, "top_k": 0}):
         with pytest.raises(KServeError):

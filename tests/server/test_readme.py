@@ -25,7 +25,7 @@ SECTIONS = [
 ]
 
 
-def test_it_has_the_outline_and_at_most_200_lines() -> None:
+def test_readme_has_the_outline_and_at_most_200_lines() -> None:
     assert len(README.splitlines()) <= MAX_LINES
     assert re.findall(r"^## (.*)$", README, re.MULTILINE) == SECTIONS
 

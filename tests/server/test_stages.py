@@ -54,7 +54,7 @@ def test_the_ar_returns_all_inputs_of_the_dit(prior: Outputs, pipeline: LocalPip
 
 
 @pytest.mark.parametrize("infer", [grpc_infer, http_binary_infer, http_json_infer])
-def test_one_stage_after_the_other_is_the_ensemble(triton: TritonServer, prior: Outputs, infer: Any) -> None:
+def test_stages_called_in_turn_equal_the_ensemble(triton: TritonServer, prior: Outputs, infer: Any) -> None:
     whole = infer(triton, {**REQUEST, **DIT_VALUES})
     tokens = infer(triton, REQUEST, "glm_ar")
     for name in ("prior_token_ids", "prior_grid", "resolved_seed", "resolved_size"):
@@ -67,7 +67,7 @@ def test_one_stage_after_the_other_is_the_ensemble(triton: TritonServer, prior: 
     assert reports[0] == reports[1]
 
 
-def test_tokens_and_their_grid_are_enough(triton: TritonServer, prior: Outputs) -> None:
+def test_dit_requires_only_tokens_and_their_grid(triton: TritonServer, prior: Outputs) -> None:
     """The size is then that of the grid, the seed random and reported."""
     values = {"prompt": REQUEST["prompt"], "prior_grid": prior["prior_grid"], **DIT_VALUES}
     first_row = prior["prior_token_ids"][:1]
@@ -83,7 +83,7 @@ def test_tokens_and_their_grid_are_enough(triton: TritonServer, prior: Outputs) 
     np.testing.assert_array_equal(of_the_ensemble["images"][:, :70], whole)
 
 
-def test_edited_tokens_give_another_image(triton: TritonServer, prior: Outputs) -> None:
+def test_edited_tokens_give_a_different_image(triton: TritonServer, prior: Outputs) -> None:
     edited = prior["prior_token_ids"].copy()
     edited[1] = edited[1, ::-1]
     before, after = paint(triton, prior)["images"], paint(triton, prior, prior_token_ids=edited)["images"]
@@ -124,7 +124,7 @@ def test_the_dit_validates_its_inputs(triton: TritonServer, prior: Outputs, refu
     assert refused.value.status == "INVALID_ARGUMENT"
 
 
-def test_the_codebook_has_the_checkpoints_size(triton: TritonServer, prior: Outputs, pipeline: LocalPipeline) -> None:
+def test_codebook_has_the_size_of_the_checkpoint(triton: TritonServer, prior: Outputs, pipeline: LocalPipeline) -> None:
     size = pipeline.dit.codebook_size
     last = np.full((1, 12), size - 1)
     assert paint(triton, prior, prior_token_ids=last)["images"].shape == (1, 70, 128, 3)

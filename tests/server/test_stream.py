@@ -82,7 +82,7 @@ def test_the_stream_reports_progress_and_ends_with_the_ensembles_image(triton: T
         pytest.param(SMALL, id="small picture"),
     ],
 )
-def test_no_preview_where_it_is_off_or_the_image_is_small(triton: TritonServer, values: Values) -> None:
+def test_no_preview_if_disabled_or_the_image_is_small(triton: TritonServer, values: Values) -> None:
     assert "preview" not in [response.event["event"] for response in grpc_stream(triton, values)]
 
 
@@ -124,7 +124,7 @@ def wait_for_status(
 
 
 @pytest.mark.parametrize("stage", ["decode", pytest.param("denoise", marks=pytest.mark.full)])
-def test_a_closed_stream_frees_the_device(triton: TritonServer, stage: str) -> None:
+def test_closed_stream_frees_the_device(triton: TritonServer, stage: str) -> None:
     values = {**REQUEST, "num_inference_steps": 200, "preview_steps": 0}
     responses = grpc_stream(triton, values, request_id=f"gone-{stage}")
     for response in responses:
@@ -138,7 +138,7 @@ def test_a_closed_stream_frees_the_device(triton: TritonServer, stage: str) -> N
     grpc_infer(triton, {**SMALL, "num_inference_steps": 1})
 
 
-def test_a_stream_that_is_cancelled_by_its_id_ends_with_that_error(triton: TritonServer) -> None:
+def test_stream_cancelled_by_id_ends_with_that_error(triton: TritonServer) -> None:
     responses = grpc_stream(triton, {**REQUEST, "num_inference_steps": 200}, request_id="called off")
     next(responses)
     with GlmImageClient(triton.grpc_url) as client:
@@ -168,7 +168,7 @@ def test_concurrent_streams_of_one_id_are_not_mixed(triton: TritonServer) -> Non
     ] == alone
 
 
-def test_a_drained_server_finishes_its_streams(tiny_checkpoint: Path, same_threads: None) -> None:
+def test_drain_finishes_open_streams(tiny_checkpoint: Path, same_threads: None) -> None:
     """And ends by itself, with nothing of them left."""
     with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=30)) as server:
         with GlmImageClient(f"grpc://{server.grpc_url}") as client:
@@ -182,5 +182,5 @@ def test_a_drained_server_finishes_its_streams(tiny_checkpoint: Path, same_threa
         assert server.wait() == 0
         _, _, stopping = server.log_tail.partition("Signal (15) received")
         assert re.findall(r"Found (\d+) live models", stopping) == ["0"], (
-            "Triton is asked when nothing is left to unload"
+            "Triton must be stopped when no model is left to unload"
         )

@@ -19,7 +19,7 @@ REQUEST: Values = {
 }
 
 
-def test_a_stream_has_only_its_first_event_and_the_ensembles_image(bare_triton: TritonServer) -> None:
+def test_stream_has_only_its_first_event_and_the_image(bare_triton: TritonServer) -> None:
     *events, last = grpc_stream(bare_triton, {**REQUEST, "preview_every": 2}, request_id="mine")
     assert [(response.event["event"], response.event["request_id"]) for response in events] == [("queued", "mine")]
     assert last.event["event"] == "image"
