@@ -181,7 +181,7 @@ def test_instance_takes_the_device_of_its_index(two_instances: TritonServer) -> 
     log = (LOGS[two_instances]).getvalue()
     for index, device in enumerate(("cpu:4", "cpu:7")):
         assert f"glm_dit_0_{index} instance {index} of 2 takes {device}: devices is cpu:4;cpu:7, found " in log
-        assert f"glm_dit_0_{index} loading the transformer on {device}" in log
+        assert f"glm_dit_0_{index} loading the engine on {device}" in log
     assert "glm_ar_0_0 instance 0 of 1 takes " in log
 
 
