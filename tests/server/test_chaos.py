@@ -13,7 +13,7 @@ import pytest
 
 PROGRAM = Path(__file__).resolve().parents[2] / "scripts" / "chaos.py"
 LONG_SECONDS = 600
-SHORT_FAILURES, SHORT_CALM_SECONDS, SHORT_SECONDS = 2, 1.5, 600
+SHORT_FAILURES, SHORT_CALM_SECONDS, SHORT_SECONDS = 1, 1.5, 600
 """Failures of each signal in the short run, and the time in which a slow machine has them."""
 
 OVERHEAD_SECONDS = 300
@@ -34,7 +34,7 @@ def chaos(checkpoint: Path, seconds: int, **flags: float) -> dict[str, Any]:
     return counts
 
 
-def test_every_request_ends_over_a_few_failures(tiny_checkpoint: Path, same_threads: None) -> None:
+def test_every_request_ends_over_a_failure_of_each_signal(tiny_checkpoint: Path, same_threads: None) -> None:
     counts = chaos(tiny_checkpoint, SHORT_SECONDS, seed=1, clients=3, failures=SHORT_FAILURES, calm=SHORT_CALM_SECONDS)
     signals = Counter[str]()
     for failure, count in counts["failures"].items():

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -28,12 +26,6 @@ LONG_DECODE: Values = {**SMALL, "height": 2048, "width": 2048, "num_inference_st
 LONG_DENOISING: Values = {**SMALL, "height": 512, "width": 512, "num_inference_steps": 200}
 SLOTS = 8
 WAIT_SECONDS = 60
-
-
-def metrics_page(server: TritonServer) -> str:
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics") as page:
-        text: str = page.read().decode()
-    return text
 
 
 class Requests:
@@ -233,21 +225,6 @@ def test_a_direct_call_that_is_broken_off_is_cancelled(triton: TritonServer, req
         requests.wait_for("broken off", "decode")
         call.cancel()
         requests.wait_until("broken off", lambda request: request["state"] == "cancelled")
-
-
-def test_a_direct_call_that_waits_in_tritons_queue_is_cancelled(triton: TritonServer, requests: Requests) -> None:
-    prior = grpc_infer(triton, LONG_DENOISING, "glm_ar")
-    direct = {name: prior[name] for name in ("prior_token_ids", "prior_grid")}
-    direct |= {"prompt": SMALL["prompt"], "num_inference_steps": 200}
-    denoised = requests.send(direct, "denoised directly", "glm_dit")
-    requests.wait_for("denoised directly", "denoise")
-    waiting = requests.send(direct, "waits directly", "glm_dit")
-    while not re.search(r'nv_inference_pending_request_count\{model="glm_dit",version="1"\} 1\b', metrics_page(triton)):
-        assert not denoised.done()
-    assert requests.cancel("waits directly")["state"] == "unknown"  # Triton has not passed it to the instance
-    assert requests.cancel("denoised directly")["cancelled"] == 1
-    assert_cancelled(denoised, "denoised directly")
-    assert_cancelled(waiting, "waits directly")
 
 
 def test_a_deadline_that_cannot_be_met_names_the_missing_time(triton: TritonServer, requests: Requests) -> None:

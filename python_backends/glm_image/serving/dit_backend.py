@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,8 @@ from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import InvalidInputError
 from glm_image.ipc.protocol import Message
-from glm_image.lifecycle.context import NANOSECONDS, RequestContext
+from glm_image.lifecycle.busy_period import BusyPeriod
+from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.dit_load import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import PREVIEW, LatentPreviewPublisher, read_preview_request, reply_with_preview
@@ -34,28 +34,6 @@ if TYPE_CHECKING:
     from glm_image.devices.base import Device
     from glm_image.dit.engine import DitResult
     from glm_image.parallel.rank_group import WorkerConfig
-
-
-IDLE_NS: Final = NANOSECONDS // 2
-"""Longer than Triton takes to pass an instance the next waiting request, on a busy host too."""
-
-
-class BusyPeriod:
-    """Since when an instance has had requests without a pause: none of them can have waited in the queue for longer."""
-
-    def __init__(self) -> None:
-        self.since_ns = 0
-        self._ended_ns = 0
-
-    def begin(self) -> None:
-        """Records that a request has come out of the queue."""
-        now = time.monotonic_ns()
-        if now - self._ended_ns > IDLE_NS:
-            self.since_ns = now
-
-    def end(self) -> None:
-        """Records that the instance takes the next request."""
-        self._ended_ns = time.monotonic_ns()
 
 
 class DitBackend(StageBackend):
