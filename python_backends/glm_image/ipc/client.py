@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 
 import zmq
 
-from glm_image.ipc.protocol import EVENTS, Event, Message, address, decode, encode, instance_sockets, is_open, key_of
+from glm_image.ipc.protocol import (
+    EVENTS,
+    Event,
+    Message,
+    address,
+    decode,
+    decode_event,
+    encode,
+    instance_sockets,
+    is_open,
+    key_of,
+)
 
 MILLISECONDS = 1000
 
@@ -72,4 +83,4 @@ class EventListener:
         """Waits up to ``timeout`` seconds for an event, and yields all events that have arrived."""
         if self._socket.poll(timeout * MILLISECONDS):
             while self._socket.poll(0):
-                yield dict(decode(self._socket.recv_multipart()[1:]).fields)
+                yield decode_event(self._socket.recv())

@@ -68,6 +68,19 @@ def decode(frames: Sequence[bytes]) -> Message:
     return Message(json.loads(frames[0]), frames[1:])
 
 
+def encode_event(key: bytes, event: Event) -> bytes:
+    """Returns an event as one frame, which subscribers of its key receive.
+
+    One frame, since libzmq aborts the process when a subscriber leaves amid the frames of a message.
+    """
+    return key + json.dumps(event).encode()
+
+
+def decode_event(frame: bytes) -> Event:
+    """Returns the event in a frame."""
+    return dict(json.loads(frame[KEY_BYTES:]))
+
+
 def key_of(request_id: str) -> bytes:
     """Returns the key of a request id: of fixed length, as ids may be long and keys are kept for long."""
     return hashlib.sha256(request_id.encode("utf-8", "surrogatepass")).digest()[:KEY_BYTES]

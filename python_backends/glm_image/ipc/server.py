@@ -15,7 +15,7 @@ from typing import Any
 
 import zmq
 
-from glm_image.ipc.protocol import CONTROL, EVENTS, Event, Message, address, decode, encode
+from glm_image.ipc.protocol import CONTROL, EVENTS, Event, Message, address, decode, encode, encode_event
 
 logger = logging.getLogger(__name__)
 
@@ -154,11 +154,11 @@ class IpcServer:
         while self._events:
             key, event = self._events.popleft()
             try:
-                frames = [key, *encode(Message(event()))]
+                frame = encode_event(key, event())
             except Exception:
                 logger.exception("an event cannot be built")
             else:
-                self._send(self._publisher, frames)
+                self._send(self._publisher, [frame])
 
     @staticmethod
     def _send(socket: Any, frames: list[bytes]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from glm_image.ipc.protocol import EVENTS, Event, address, decode, instance_sockets
+from glm_image.ipc.protocol import EVENTS, Event, address, decode_event, instance_sockets
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Subscriber:
                 os.eventfd_read(self._wake_up)
                 self._connect()
             if self._socket in ready:
-                self._handle(self._socket.recv_multipart()[1:])
+                self._handle(self._socket.recv())
         self._context.destroy(linger=0)
 
     def _connect(self) -> None:
@@ -62,8 +62,8 @@ class Subscriber:
                 self._connected.add(name)
                 self._socket.connect(address(path.with_suffix(EVENTS)))
 
-    def _handle(self, frames: list[bytes]) -> None:
+    def _handle(self, frame: bytes) -> None:
         try:
-            self._on_event(dict(decode(frames).fields))
+            self._on_event(decode_event(frame))
         except Exception:
             logger.exception("an event cannot be handled")
