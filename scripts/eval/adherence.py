@@ -2,12 +2,11 @@
 
     adherence.py --checkpoint DIR | --url HOST:PORT [-n 200] [--edits 60] [--size 256x256] [--together 8] [--out FOLDER]
 
-Prompts are ones kept from training. ``pictures`` tells the model's shares of right answers for each property;
-``drawings`` what the same judge says of the true drawings: its own accuracy; ``shuffled`` what it says of the model's
-pictures for other prompts: chance. ``edits`` tells how often the change flags for is there, and all else kept. A
-property's share is of the pictures that were flags for it (``of``). With ``--true-codes`` the second stage is given the
-codes of the true drawings, which tells its own faults from the first stage's. With ``--other-words`` prompts are said
-as people may who do not know the world's own phrases.
+The prompts were held out of the training. ``pictures`` has the model's share of correct answers for each property,
+``drawings`` the judge's own accuracy on the true drawings, and ``shuffled`` the shares that pictures of other prompts
+reach by chance. ``edits`` has the share of edits that made the requested change and kept everything else. A property's
+share is over the pictures whose prompt names the property (``of``). ``--true-codes`` gives the DiT the codes of the
+true drawings, which separates its errors from those of the AR. ``--other-words`` paraphrases the prompts.
 """
 
 from __future__ import annotations

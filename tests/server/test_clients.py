@@ -37,7 +37,6 @@ REQUEST: dict[str, Any] = {
     "seed": 23,
     "output_format": "png",
 }
-PIXEL_BYTES = 64 * 96 * 3
 PROTOCOLS = ("grpc", "http")
 THREADS = 8
 PROGRAM_SECONDS = 120

@@ -19,16 +19,10 @@ from glm_image.supervisor.api_access import CLOSABLE_APIS
 from server.kserve import infer_inputs
 from server.regions import registered_region
 from server.test_clients import PROTOCOLS, address
+from server.test_clients import REQUEST as ENCODED_REQUEST
 from server.test_closed_doors import HTTP, call
 
-REQUEST: dict[str, Any] = {
-    "prompt": "A fox reading “NEWS” 雪",
-    "height": 64,
-    "width": 96,
-    "num_inference_steps": 2,
-    "guidance_scale": 1.5,
-    "seed": 23,
-}
+REQUEST: dict[str, Any] = {**ENCODED_REQUEST, "output_format": "raw"}
 PIXEL_BYTES = 64 * 96 * 3
 
 

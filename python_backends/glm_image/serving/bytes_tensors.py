@@ -21,7 +21,7 @@ LENGTH = struct.Struct("<I")
 
 
 class _TooMany:
-    """Stands in for strings that are never read: empty ones of any shape, in the memory of one."""
+    """A placeholder for strings that are never read: empty strings of any shape, in the memory of one."""
 
     def reshape(self, dims: Sequence[int]) -> NDArray[np.object_]:
         return np.broadcast_to(np.array(b"", dtype=np.object_), tuple(dims))
