@@ -1,0 +1,99 @@
+"""Installs this project into the running Python's environment: the packages of requirements/*.txt, checked by their hashes.
+
+    install_locked.py [--keep NAME,...] [--quiet] EXTRA...
+
+A package of ``--keep`` that is installed already keeps its version: a vendor's torch is built for its libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+REQUIREMENTS = REPOSITORY / "requirements"
+OF_CUDA = re.compile(r"(nvidia|cuda)-")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="install_locked")
+    parser.add_argument("extras", nargs="+", metavar="EXTRA", help="an extra of pyproject.toml")
+    parser.add_argument("--keep", default="", metavar="NAME,...", help="packages to leave alone if they are installed")
+    parser.add_argument("--quiet", action="store_true")
+    flags = parser.parse_args(arguments)
+    quiet = ["--quiet"] * flags.quiet
+    kept = {name for name in map(normalized, filter(None, flags.keep.split(","))) if is_installed(name)}
+    try:
+        install_hashed(["build", *flags.extras], kept, quiet)
+        if torch_needs_cuda():
+            install_hashed(["cuda"], kept, quiet)
+        # All that the project needs is there. No hash fits a folder, and pip would fetch the build requirements unchecked.
+        pip("install", *quiet, "--no-deps", "--no-build-isolation", "--editable", str(REPOSITORY))
+        # The packages of a vendor's image need not suit each other.
+        pip("check", check=not kept)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def install_hashed(names: Sequence[str], kept: Collection[str], quiet: Sequence[str]) -> None:
+    """Installs the files of requirements/ with these names, without the packages of ``kept``."""
+    blocks = [block for name in names for block in requirement_blocks(file_of(name).read_text(encoding="utf-8"))]
+    wanted = [block for block in blocks if normalized(block.partition("==")[0]) not in kept]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(wanted) + "\n")
+        file.flush()
+        pip("install", *quiet, "--no-deps", "--require-hashes", "--only-binary", ":all:", "--requirement", file.name)
+
+
+def file_of(name: str) -> Path:
+    """Returns the path of a file of requirements/."""
+    path = REQUIREMENTS / f"{name}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: scripts/lock writes it")
+    return path
+
+
+def requirement_blocks(text: str) -> list[str]:
+    """Returns the packages of a requirements file, each with its hashes."""
+    joined = text.replace("\\\n", " ")
+    return [line for line in joined.splitlines() if "==" in line and not line.lstrip().startswith(("#", "-"))]
+
+
+def torch_needs_cuda() -> bool:
+    """Whether the installed torch is a build that needs CUDA's libraries from the package index."""
+    importlib.invalidate_caches()
+    try:
+        needed = importlib.metadata.requires("torch") or []
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return any(OF_CUDA.match(line) and "extra ==" not in line for line in needed)
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def normalized(name: str) -> str:
+    """Returns a package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def pip(*arguments: str, check: bool = True) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], check=check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
