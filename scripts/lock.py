@@ -128,7 +128,6 @@ def requirement_files(project: Mapping[str, Any]) -> dict[Path, str]:
         contents[group] = (direct, resolve("--group", group))
     for extra, direct in metadata["optional-dependencies"].items():
         contents[extra] = (metadata["dependencies"] + direct, resolve("pyproject.toml", "--extra", extra))
-    builds: dict[str, str] = project["tool"]["glm-image"]["other-builds"]
     of_cuda: dict[str, Package] = {}
     texts = {}
     for name, (direct, packages) in contents.items():
@@ -137,11 +136,9 @@ def requirement_files(project: Mapping[str, Any]) -> dict[Path, str]:
             one["name"]: one for one in packages if OF_CUDA.fullmatch(one["name"]) and one["name"] not in own
         }
         of_cuda |= brought
-        texts[name] = text_of(name, [one for one in packages if one["name"] not in brought], builds)
-    texts["cuda"] = text_of("cuda", list(of_cuda.values()), builds)
-    for build_name in builds:
-        if not any(build_name in text for text in texts.values()):
-            raise LockError(f"other-builds of pyproject.toml has {build_name}, whose version constraints.txt does not pin")
+        texts[name] = text_of(name, [one for one in packages if one["name"] not in brought])
+    texts["cuda"] = text_of("cuda", list(of_cuda.values()))
+    texts["cpu"] = text_of("cpu", cpu_builds(project["tool"]["glm-image"]["cpu-builds"]))
     return {REQUIREMENTS / f"{name}.txt": text for name, text in texts.items()}
 
 
@@ -159,40 +156,50 @@ def resolve(*what: str, stdin: str = "") -> list[Package]:
         return packages
 
 
-def text_of(name: str, packages: Sequence[Package], builds: Mapping[str, str]) -> str:
+def cpu_builds(hashes: Mapping[str, str]) -> list[Package]:
+    """Returns the packages of wheels that are not on the index, from their file names and hashes."""
+    pins = dict(line.split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").splitlines() if "==" in line)
+    packages: dict[str, Package] = {}
+    for file, digest in hashes.items():
+        name, version, *_ = parse_wheel_filename(file)
+        if version.public != pins.get(name):
+            raise LockError(f"cpu-builds of pyproject.toml has {file}; constraints.txt pins {name} {pins.get(name)}")
+        package = packages.setdefault(f"{name}=={version}", {"name": name, "version": str(version), "wheels": []})
+        package["wheels"].append({"url": file, "hashes": {"sha256": digest.removeprefix("sha256:")}})
+    return list(packages.values())
+
+
+def text_of(name: str, packages: Sequence[Package]) -> str:
     """Returns the content of a file."""
     head = f"# What {name!r} of pyproject.toml installs. Written by scripts/lock: do not edit.\n--only-binary :all:\n"
-    return "\n".join([head, *(entry for package in packages for entry in entries(package, builds))]) + "\n"
+    return "\n".join([head, *filter(None, map(entry, packages))]) + "\n"
 
 
-def entries(package: Package, builds: Mapping[str, str]) -> list[str]:
-    """Returns the lines of a package; none if no target needs it.
+def entry(package: Package) -> str:
+    """Returns the lines of a package; "" if no target needs it.
 
     Raises:
         LockError: a target that needs the package has no wheel of it.
     """
     name, version = package["name"], package["version"]
-    marker = Marker(package["marker"]) if "marker" in package else None
-    needed = [target for target in TARGETS if marker is None or marker.evaluate(target.environment)]
-    if not needed:
-        return []
     wheels = {wheel["url"].rpartition("/")[2]: wheel["hashes"]["sha256"] for wheel in package.get("wheels", ())}
     tags = {file: parse_wheel_filename(file)[3] for file in wheels}
-    used = set()
+    fitting = {target: {file for file in wheels if tags[file] & TAGS[target]} for target in TARGETS}
+    # A build for one kind of machine, as those of cpu-builds, is for that kind alone.
+    marker = Marker(package["marker"]) if "marker" in package else None
+    if marker is None:
+        needed = [target for target in TARGETS if fitting[target]]
+    else:
+        needed = [target for target in TARGETS if marker.evaluate(target.environment)]
     for target in needed:
-        fitting = {file for file in wheels if tags[file] & TAGS[target]}
-        if not fitting:
+        if not fitting[target]:
             raise LockError(f"{name} {version} has no wheel for Python {target.python} on {target.machine}")
-        used |= fitting
-    hashes = [f"sha256:{wheels[file]}" for file in sorted(used)]
-    comments = []
-    for file, digest in builds.items():
-        project, build_version, *_ = parse_wheel_filename(file)
-        if project == name and build_version.public == version:
-            hashes.append(digest)
-            comments.append(f"    # also {file}: {digest}")
-    first = f"{name}=={version}" + condition(needed)
-    return [" \\\n".join([first, *(f"    --hash={digest}" for digest in hashes)]), *comments]
+    if not needed:
+        return ""
+    files = sorted(set().union(*(fitting[target] for target in needed)))
+    return " \\\n".join(
+        [f"{name}=={version}{condition(needed)}", *(f"    --hash=sha256:{wheels[file]}" for file in files)]
+    )
 
 
 def condition(needed: Sequence[Target]) -> str:

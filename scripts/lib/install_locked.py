@@ -29,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true")
     flags = parser.parse_args(arguments)
     quiet = ["--quiet"] * flags.quiet
-    kept = {name for name in map(normalized, filter(None, flags.keep.split(","))) if is_installed(name)}
+    kept = {name for name in map(normalized, filter(None, flags.keep.split(","))) if installed(name)}
     try:
+        kept |= install_cpu_builds(flags.extras, kept, quiet)
         install_hashed(["build", *flags.extras], kept, quiet)
         if torch_needs_cuda():
             install_hashed(["cuda"], kept, quiet)
@@ -46,26 +47,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def install_hashed(names: Sequence[str], kept: Collection[str], quiet: Sequence[str]) -> None:
     """Installs the files of requirements/ with these names, without the packages of ``kept``."""
-    blocks = [block for name in names for block in requirement_blocks(file_of(name).read_text(encoding="utf-8"))]
-    wanted = [block for block in blocks if normalized(block.partition("==")[0]) not in kept]
+    blocks = [block for name in names for block in blocks_of(name)]
+    install_blocks([block for block in blocks if name_of(block) not in kept], quiet)
+
+
+def install_cpu_builds(extras: Sequence[str], kept: Collection[str], quiet: Sequence[str]) -> set[str]:
+    """Installs those CPU builds that the extras need and pip finds; returns their names.
+
+    Given the hashes of two builds of a version, pip would take that of the index, which needs CUDA's libraries.
+    """
+    needed = {name_of(block) for extra in extras for block in blocks_of(extra)}
+    builds = [block for block in blocks_of("cpu") if name_of(block) in needed - set(kept)]
+    for block in builds:
+        # Elsewhere the build is not found, which is no fault.
+        install_blocks([block], [*quiet, "--quiet", "--quiet", "--quiet"], check=False)
+    importlib.invalidate_caches()
+    return {name_of(block) for block in builds if block.startswith(f"{name_of(block)}=={installed(name_of(block))} ")}
+
+
+def install_blocks(blocks: Sequence[str], quiet: Sequence[str], *, check: bool = True) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(wanted) + "\n")
+        file.write("\n".join(blocks) + "\n")
         file.flush()
-        pip("install", *quiet, "--no-deps", "--require-hashes", "--only-binary", ":all:", "--requirement", file.name)
+        options = ["--no-deps", "--require-hashes", "--only-binary", ":all:", "--requirement", file.name]
+        pip("install", *quiet, *options, check=check)
 
 
-def file_of(name: str) -> Path:
-    """Returns the path of a file of requirements/."""
+def blocks_of(name: str) -> list[str]:
+    """Returns the packages of a file of requirements/, each with its hashes on one line."""
     path = REQUIREMENTS / f"{name}.txt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: scripts/lock writes it")
-    return path
+    joined = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line and not line.startswith(("#", "-"))]
 
 
-def requirement_blocks(text: str) -> list[str]:
-    """Returns the packages of a requirements file, each with its hashes."""
-    joined = text.replace("\\\n", " ")
-    return [line for line in joined.splitlines() if "==" in line and not line.lstrip().startswith(("#", "-"))]
+def name_of(block: str) -> str:
+    return normalized(block.partition("==")[0])
 
 
 def torch_needs_cuda() -> bool:
@@ -78,12 +96,12 @@ def torch_needs_cuda() -> bool:
     return any(OF_CUDA.match(line) and "extra ==" not in line for line in needed)
 
 
-def is_installed(name: str) -> bool:
+def installed(name: str) -> str | None:
+    """Returns the installed version of a package."""
     try:
-        importlib.metadata.distribution(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def normalized(name: str) -> str:

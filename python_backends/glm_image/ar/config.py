@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from glm_image.errors import CheckpointError, ConfigurationError
-from glm_image.request.parameters import Sampling
+from glm_image.errors import CheckpointError, ConfigurationError, InvalidInputError
+from glm_image.request.limits import DEFAULT_LIMITS
+from glm_image.request.parameters import GenerationParameters, Sampling
+from glm_image.request.tensors import check_fields
 
 if TYPE_CHECKING:  # sizes are read without torch too
     from glm_image.checkpoint.checkpoint import Checkpoint
@@ -91,18 +93,23 @@ class ArConfig:
         _require("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
         heads = text["num_attention_heads"]
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
+        kv_heads = text.get("num_key_value_heads") or heads
+        if head_dim < 1:
+            raise ValueError(f"hidden_size {text['hidden_size']} is less than a channel for each of {heads} heads")
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads is {kv_heads}; allowed: a divisor of {heads} heads")
         vision_vocab_size = text["vision_vocab_size"]
         end_ids = generation.get("eos_token_id", config["image_end_token_id"])
         rotary_dim = int(head_dim * rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)))
         mrope_section = tuple(rope.get("mrope_section", (8, 12, 12)))
-        if sum(mrope_section) * 2 != rotary_dim:
+        if sum(mrope_section) * 2 != rotary_dim or min(mrope_section, default=0) < 1:
             raise ValueError(f"mrope_section {mrope_section} does not fill {rotary_dim} rotary channels")
         return cls(
             layers=text["num_hidden_layers"],
             hidden_size=text["hidden_size"],
             intermediate_size=text["intermediate_size"],
             heads=heads,
-            kv_heads=text.get("num_key_value_heads") or heads,
+            kv_heads=kv_heads,
             head_dim=head_dim,
             rotary_dim=rotary_dim,
             rotary_theta=float(rope.get("rope_theta", 10000.0)),
@@ -113,14 +120,23 @@ class ArConfig:
             vision_vocab_size=vision_vocab_size,
             codebook_size=config["vq_config"]["num_embeddings"],
             end_ids=tuple(end_ids) if isinstance(end_ids, list) else (end_ids,),
-            sampling=Sampling(
-                temperature=generation.get("temperature") or DEFAULT_TEMPERATURE,
-                top_p=generation.get("top_p") or DEFAULT_TOP_P,
-                top_k=generation.get("top_k") or vision_vocab_size,
-            ),
+            sampling=_sampling(generation, vision_vocab_size),
         )
 
 
 def _require(name: str, value: object, allowed: object) -> None:
     if value != allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {allowed!r}")
+
+
+def _sampling(generation: Mapping[str, Any], vision_vocab_size: int) -> Sampling:
+    sampling = Sampling(
+        temperature=generation.get("temperature") or DEFAULT_TEMPERATURE,
+        top_p=generation.get("top_p") or DEFAULT_TOP_P,
+        top_k=generation.get("top_k") or vision_vocab_size,
+    )
+    try:
+        check_fields(GenerationParameters("", **vars(sampling)), DEFAULT_LIMITS)
+    except InvalidInputError as error:
+        raise ValueError(f"generation_config.json: {error}") from error
+    return sampling
