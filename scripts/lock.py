@@ -132,9 +132,11 @@ def requirement_files(project: Mapping[str, Any]) -> dict[Path, str]:
     texts = {}
     for name, (direct, packages) in contents.items():
         own = {canonicalize_name(Requirement(line).name) for line in direct}
-        brought = {} if "torch" not in own else {
-            one["name"]: one for one in packages if OF_CUDA.fullmatch(one["name"]) and one["name"] not in own
-        }
+        brought = (
+            {}
+            if "torch" not in own
+            else {one["name"]: one for one in packages if OF_CUDA.fullmatch(one["name"]) and one["name"] not in own}
+        )
         of_cuda |= brought
         texts[name] = text_of(name, [one for one in packages if one["name"] not in brought])
     texts["cuda"] = text_of("cuda", list(of_cuda.values()))

@@ -1,4 +1,4 @@
-"""Installs this project into the running Python's environment: the packages of requirements/*.txt, checked by their hashes.
+"""Installs this project and, with checked hashes, the packages of requirements/*.txt for the running Python.
 
     install_locked.py [--keep NAME,...] [--quiet] EXTRA...
 
@@ -35,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         install_hashed(["build", *flags.extras], kept, quiet)
         if torch_needs_cuda():
             install_hashed(["cuda"], kept, quiet)
-        # All that the project needs is there. No hash fits a folder, and pip would fetch the build requirements unchecked.
+        # All that the project needs is there. A folder has no hash, and pip would not check the build requirements.
         pip("install", *quiet, "--no-deps", "--no-build-isolation", "--editable", str(REPOSITORY))
         # The packages of a vendor's image need not suit each other.
-        pip("check", check=not kept)
+        pip("check", check=not flags.keep)
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

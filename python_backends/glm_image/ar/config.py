@@ -137,6 +137,6 @@ def _sampling(generation: Mapping[str, Any], vision_vocab_size: int) -> Sampling
     )
     try:
         check_fields(GenerationParameters("", **vars(sampling)), DEFAULT_LIMITS)
-    except InvalidInputError as error:
+    except (InvalidInputError, TypeError) as error:
         raise ValueError(f"generation_config.json: {error}") from error
     return sampling

@@ -86,7 +86,7 @@ class Checkpoint:
 
     @cached_property
     def processor(self) -> Any:
-        """transformers' ``GlmImageProcessor``: the tokenizer, the chat template and the names of special tokens."""
+        """The ``GlmImageProcessor``: the tokenizer, the chat template and the names of special tokens."""
         from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import
 
         with read_from(self.path("processor")):
@@ -207,7 +207,7 @@ class FileTensors:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite; computed on the tensor's device, with one wait for it."""
-    pieces = [torch.isfinite(piece).all() for piece in tensor.flatten().split(CHECKED_VALUES)]
+    pieces = [torch.isfinite(piece).all() for piece in torch.split(tensor.flatten(), CHECKED_VALUES)]
     return bool(torch.stack(pieces).all())
 
 

@@ -73,7 +73,9 @@ def check_tree(folder: Path) -> None:
     for place, folders, files in os.walk(folder):
         for name in folders:
             if (path := Path(place) / name).is_symlink():
-                raise CheckpointError(f"{path}: is a link to a folder; allowed: folders, regular files and links to these files")
+                raise CheckpointError(
+                    f"{path}: is a link to a folder; allowed: folders, regular files and links to these files"
+                )
         for name in files:
             path = Path(place) / name
             size = check_regular(path).st_size

@@ -68,5 +68,5 @@ def _check_shard(index: Path, name: str) -> None:
     """Refuses the name of a file outside the component's folder."""
     if PurePosixPath(name).name != name or "\0" in name or not name.endswith(WEIGHTS_SUFFIX):
         raise CheckpointError(
-            f"{index}: weight_map names the file {shown(name)}; allowed: the name of a {WEIGHTS_SUFFIX} file in its folder"
+            f"{index}: weight_map names the file {shown(name)}; allowed: a {WEIGHTS_SUFFIX} file in its folder"
         )

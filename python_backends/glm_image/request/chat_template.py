@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from glm_image.errors import CheckpointError, shown
@@ -34,7 +35,14 @@ def render(template: str, chats: Sequence[Any], variables: Mapping[str, Any]) ->
     Raises:
         CheckpointError: the template is malformed, or exceeds a limit.
     """
-    question = json.dumps({"template": template, "chats": chats, "variables": dict(variables)})
+    question = json.dumps(
+        {"template": template, "chats": chats, "variables": dict(variables), "cpu_seconds": CPU_SECONDS}
+    )
+    return list(_answer(question))
+
+
+@lru_cache(maxsize=16)  # engines in one process mostly have the same template
+def _answer(question: str) -> tuple[str, ...]:
     command = [python_program(), "-m", __name__]
     try:
         done = subprocess.run(
@@ -56,8 +64,7 @@ def render(template: str, chats: Sequence[Any], variables: Mapping[str, Any]) ->
         raise _error(f"its process ended with {done.returncode}") from None
     if "error" in answer:
         raise _error(answer["error"])
-    rendered: list[str] = answer["rendered"]
-    return rendered
+    return tuple(answer["rendered"])
 
 
 def _error(reason: str) -> CheckpointError:
@@ -69,7 +76,7 @@ def main() -> None:
     question = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (question["cpu_seconds"],) * 2)
     try:
         answer: dict[str, Any] = {"rendered": _rendered(question)}
     except MemoryError:
@@ -96,7 +103,7 @@ def _rendered(question: Mapping[str, Any]) -> list[str]:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)  # noqa: DTZ005
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
     template = environment.from_string(question["template"])
     rendered, characters = [], 0
     for chat in question["chats"]:
