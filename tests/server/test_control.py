@@ -241,3 +241,13 @@ def test_a_deadline_that_cannot_be_met_names_the_missing_time(triton: TritonServ
             grpc_infer(triton, values, model, timeout_seconds=seconds / 4)
         assert late.value.status == "UNAVAILABLE"
         assert time.monotonic() - sent < seconds / 2
+
+
+def test_a_request_id_cannot_steer_the_terminal_that_shows_the_log(triton: TritonServer) -> None:
+    hostile = "id\x9b31m\u202e\u2028end"
+    with pytest.raises(KServeError):
+        grpc_infer(triton, {**SMALL, "height": 1}, request_id=hostile)
+    end = time.monotonic() + WAIT_SECONDS
+    while r'"id": "id\u009b31m\u202e\u2028end"' not in triton.log_tail:
+        assert time.monotonic() < end, triton.log_tail
+    assert not set("\x9b\u202e\u2028") & set(triton.log_tail)

@@ -17,7 +17,7 @@ from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.bounds import check_config
 from glm_image.checkpoint.files import MAX_TOKENIZER_BYTES, check_regular, read_json
 from glm_image.checkpoint.layout import COMPONENTS, NO_WEIGHTS, PIPELINE_CLASS, check_model_index, weight_files
-from glm_image.errors import CheckpointError
+from glm_image.errors import CheckpointError, printable
 from glm_image.request.geometry import Size
 from glm_image.sizing import parameter_counts
 from glm_image.sizing.memory import DTYPE_BYTES, ModelSizes, StageMemory, ar_memory, dit_memory
@@ -123,7 +123,7 @@ class Inspection:
                 lines.append(f"  {dtype:<9} {verdicts}")
         lines += ["", "token ids: " + ", ".join(f"{name} {value}" for name, value in self.token_ids.items())]
         lines += [f"fault: {fault}" for fault in self.faults]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def inspect(folder: Path) -> Inspection:
