@@ -50,12 +50,15 @@ class Target:
     machine: str
 
     @property
+    def version(self) -> str:
+        return "{}.{}".format(*self.python)
+
+    @property
     def environment(self) -> dict[str, str]:
         """The variables of markers that differ from those of the running Python."""
-        version = "{}.{}".format(*self.python)
         return {
-            "python_version": version,
-            "python_full_version": f"{version}.9",
+            "python_version": self.version,
+            "python_full_version": f"{self.version}.9",
             "platform_machine": self.machine,
             "sys_platform": "linux",
             "platform_system": "Linux",
@@ -195,7 +198,7 @@ def entry(package: Package) -> str:
         needed = [target for target in TARGETS if marker.evaluate(target.environment)]
     for target in needed:
         if not fitting[target]:
-            raise LockError(f"{name} {version} has no wheel for Python {target.python} on {target.machine}")
+            raise LockError(f"{name} {version} has no wheel for Python {target.version} on {target.machine}")
     if not needed:
         return ""
     files = sorted(set().union(*(fitting[target] for target in needed)))
