@@ -207,7 +207,8 @@ def test_stop_while_loading(checkpoint: Path, repository: Path) -> None:
     write_model(repository, "slow", HANGING_MODEL)
     served = Served(checkpoint, repository)
     with ended(served.process):
-        wait_for_log(served, "loading forever")
+        for text in ("loading forever", "successfully loaded 'worker'"):  # in either order
+            wait_for_log(served, text)
         family = descendants(served.process.pid)
         assert len(family) == 4
         assert served.stop(signal.SIGTERM) == 0
