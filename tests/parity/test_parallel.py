@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -42,7 +41,6 @@ from pictures import encoded, picture
 
 WAIT_SECONDS = 60
 HANG_SECONDS = 3.0
-SOON_SECONDS = 10.0
 
 # Tokens that do not divide by the ranks, branches with texts of other lengths, no guidance, sources of other sizes.
 REQUESTS = {
@@ -166,6 +164,13 @@ def _command_of(pid: int) -> str:
         return ""
 
 
+# By the signal to rank 1: the reported reason.
+LOSSES = {
+    signal.SIGKILL: "was ended by signal 9",
+    signal.SIGSTOP: f"has not finished a command for {HANG_SECONDS:g} s",
+}
+
+
 @pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.full)])
 def test_lost_rank_ends_the_requests_with_an_error(checkpoint_folder: Path, kind: signal.Signals) -> None:
     loss, decoding = _Loss(), threading.Event()
@@ -179,11 +184,11 @@ def test_lost_rank_ends_the_requests_with_an_error(checkpoint_folder: Path, kind
         (worker,) = worker_pids(os.getpid())
         running = _decode(engine, RequestContext(observers=(ProgressCallback(progress),)), side=1024)
         assert decoding.wait(WAIT_SECONDS)
-        started = time.monotonic()
         os.kill(worker, kind)
-        with pytest.raises(UnavailableError, match=f"rank 1 .cpu, pid {worker}.*send the request again"):
+        with pytest.raises(
+            UnavailableError, match=f"rank 1 .cpu, pid {worker}. {LOSSES[kind]}.*send the request again"
+        ):
             running.result(WAIT_SECONDS)
-        assert time.monotonic() - started < HANG_SECONDS + SOON_SECONDS
         assert loss.called.wait(WAIT_SECONDS)
         assert len(loss.errors) == 1
         with pytest.raises(UnavailableError, match="rank 1"):
@@ -208,10 +213,8 @@ def _worker_config(failing: Load) -> WorkerConfig:
     ids=["killed at its start", "no rendezvous", "killed while others wait", "error while others wait", "hung"],
 )
 def test_rank_lost_while_loading_ends_the_load(arguments: tuple[Any, ...], failing: Load, reason: str) -> None:
-    started = time.monotonic()
     with pytest.raises(ConfigurationError, match=f"{reason}.*; the instance cannot be loaded"):
         start_ranks(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _worker_config(failing))
-    assert time.monotonic() - started < WAIT_SECONDS, "the collective timed out instead"
     assert not worker_pids(os.getpid())
 
 
@@ -256,7 +259,7 @@ def test_killing_rank_0_leaves_no_orphans(checkpoint_folder: Path) -> None:
         ended = os.pidfd_open(worker)
         first.kill()
     try:
-        assert select.select([ended], [], [], SOON_SECONDS)[0], "the worker is still running"
+        assert select.select([ended], [], [], WAIT_SECONDS)[0], "the worker is still running"
     finally:
         os.close(ended)
 
