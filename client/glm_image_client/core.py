@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Final, ParamSpec, TypeVar, cast
 
 from glm_image_client import calls
 from glm_image_client.calls import Call
-from glm_image_client.errors import GlmImageClientError, RequestTimeout, ServerFailure
+from glm_image_client.errors import GlmImageClientError, RequestTimeout, ServerFailure, TooManyPingsError
 from glm_image_client.events import StreamEvent
-from glm_image_client.retries import Attempts, Retries
-from glm_image_client.transport import Endpoint, connect, microseconds
+from glm_image_client.retries import NO_RETRIES, Attempts, Retries
+from glm_image_client.transport import Endpoint, check_keepalive, connect, microseconds
 
 READY_SECONDS: Final = 5.0
 GIVE_UP_SECONDS: Final = 2.0
@@ -44,10 +44,11 @@ class ClientCore:
 
     asynchronous: ClassVar = False
 
-    def __init__(self, endpoint: Endpoint, timeout: float | None, retries: Retries) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: float | None, retries: Retries, keepalive: float | None) -> None:
         microseconds(timeout)  # refuses what is not a positive number
+        check_keepalive(keepalive)
         self._timeout, self._retries = timeout, retries
-        self._transport = connect(endpoint, asynchronous=self.asynchronous)
+        self._transport = connect(endpoint, asynchronous=self.asynchronous, keepalive=keepalive)
 
     async def close(self) -> None:
         await self._transport.close()
@@ -67,36 +68,53 @@ class ClientCore:
         try:
             return await self._attempts(call)
         except (asyncio.CancelledError, KeyboardInterrupt, RequestTimeout):
-            # Triton does not propagate a disconnect to a running step of an ensemble.
-            if call.request_id:
-                cancel = calls.control("cancel", call.request_id, GIVE_UP_SECONDS)
-                with suppress(GlmImageClientError):
-                    await self._shielded(self._attempts(cancel))
+            await self._cancel(call)
             raise
 
     async def events(
         self, prepare: Callable[P, Call[StreamEvent]], *args: P.args, **options: P.kwargs
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Sends the call of a stream and yields its events; closing the generator cancels the request."""
+        """Sends the call of a stream and yields its events; closing the generator cancels the request.
+
+        The events begin anew after a connection that was closed for its pings.
+        """
         call = await self._in_thread(prepare, *args, **options)
-        timeout = self._timeout if call.timeout is None else call.timeout
-        event = None
-        async with aclosing(self._transport.stream(call, timeout)) as responses:
-            async for outputs in responses:
-                event = call.read(outputs)
-                yield event
+        attempts = self._attempts_of(call, NO_RETRIES)
+        event, is_done = None, False
+        while not is_done:
+            try:
+                async with aclosing(self._transport.stream(call, attempts.timeout)) as responses:
+                    async for outputs in responses:
+                        event = call.read(outputs)
+                        yield event
+                is_done = True
+            except TooManyPingsError as error:
+                attempts.repeat_without_pings(error)
         if event is None or event.result is None:
             raise ServerFailure("the server ended the stream before it sent the images")
 
     async def _attempts(self, call: Call[T]) -> T:
-        attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)
+        attempts = self._attempts_of(call, self._retries)
         while True:
             try:
                 outputs = await self._transport.infer(call, attempts.timeout)
+            except TooManyPingsError as error:
+                attempts.repeat_without_pings(error)
+                await self._cancel(call)
             except GlmImageClientError as error:
                 await self._sleep(attempts.pause_after(error))
             else:
                 return call.read(outputs)
+
+    def _attempts_of(self, call: Call[T], retries: Retries) -> Attempts:
+        return Attempts(retries, self._timeout if call.timeout is None else call.timeout)
+
+    async def _cancel(self, call: Call[T]) -> None:
+        """Cancels a request: Triton does not propagate a disconnect to a running step of an ensemble."""
+        if call.request_id:
+            cancel = calls.control("cancel", call.request_id, GIVE_UP_SECONDS)
+            with suppress(GlmImageClientError):
+                await self._shielded(self._attempts(cancel))
 
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)
