@@ -11,6 +11,7 @@ from glm_image_client.errors import (
     RequestCancelled,
     RequestTimeout,
     ServerFailure,
+    UnknownOptionError,
     UnreachableError,
 )
 from glm_image_client.events import StreamEvent
@@ -23,11 +24,11 @@ from glm_image_client.options import (
     PaintOptions,
     PreviewOptions,
     PriorOptions,
-    SourceImage,
     StreamOptions,
 )
 from glm_image_client.result import GenerationResult, Metadata, PriorTokens
 from glm_image_client.retries import Retries
+from glm_image_client.sources import SourceImage
 
 __all__ = [
     "ArOptions",
@@ -54,5 +55,6 @@ __all__ = [
     "SourceImage",
     "StreamEvent",
     "StreamOptions",
+    "UnknownOptionError",
     "UnreachableError",
 ]

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Final, ParamSpec, TypeVar, cast
 
 from glm_image_client import calls
 from glm_image_client.calls import Call
-from glm_image_client.errors import GlmImageClientError, RequestTimeout, ServerFailure
+from glm_image_client.errors import BadArgumentError, GlmImageClientError, RequestTimeout, ServerFailure
 from glm_image_client.events import StreamEvent
 from glm_image_client.retries import Attempts, Retries
-from glm_image_client.transport import Endpoint, connect, microseconds
+from glm_image_client.transport import Endpoint, Transport, connect, microseconds
 
 READY_SECONDS: Final = 5.0
 GIVE_UP_SECONDS: Final = 2.0
@@ -47,15 +47,26 @@ class ClientCore:
     def __init__(self, endpoint: Endpoint, timeout: float | None, retries: Retries) -> None:
         microseconds(timeout)  # refuses what is not a positive number
         self._timeout, self._retries = timeout, retries
-        self._transport = connect(endpoint, asynchronous=self.asynchronous)
+        self._open_transport = connect(endpoint, asynchronous=self.asynchronous)
+        self._is_closed = False
+
+    @property
+    def _transport(self) -> Transport:
+        if self._is_closed:
+            raise BadArgumentError("the client is closed; make a new one")
+        return self._open_transport
 
     async def close(self) -> None:
-        await self._transport.close()
+        """Closes the connection; later calls are refused."""
+        self._is_closed = True
+        await self._open_transport.close()
 
     async def ready(self) -> bool:
-        return await self._transport.ready(self._timeout or READY_SECONDS)
+        return await self._transport.ready(READY_SECONDS if self._timeout is None else self._timeout)
 
     async def model_metadata(self, model: str) -> dict[str, Any]:
+        if not isinstance(model, str) or not model:
+            raise BadArgumentError(f"model is {model!r}; allowed: the name of a model")
         return await self._transport.model_metadata(model, self._timeout)
 
     async def answer(self, prepare: Callable[P, Call[T]], *args: P.args, **options: P.kwargs) -> T:

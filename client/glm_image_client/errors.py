@@ -36,7 +36,11 @@ class GlmImageClientError(Exception):
 
 
 class BadArgumentError(GlmImageClientError, ValueError):
-    """A value cannot be sent, or an image cannot be saved; no request was sent."""
+    """A value cannot be sent, or a file cannot be read or written."""
+
+
+class UnknownOptionError(BadArgumentError, TypeError):
+    """A keyword argument that the method does not have."""
 
 
 class RefusedError(GlmImageClientError):
@@ -105,6 +109,11 @@ def answered(status: str | None, message: str | None) -> RefusedError | ServerFa
     if name == "UNAVAILABLE" or _STOPPING.search(text):
         return BusyError(text, name)
     return ServerFailure(text, name)
+
+
+def reason_of(error: Exception) -> str:
+    """Returns why a file cannot be read or written: the system's reason, without the path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def timed_out(seconds: float | None) -> RequestTimeout:

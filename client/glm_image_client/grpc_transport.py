@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
+import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import closing, suppress
 from functools import cached_property
@@ -15,7 +16,14 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import aio
 from tritonclient.utils import InferenceServerException
 
-from glm_image_client.errors import GlmImageClientError, answered, status_name, timed_out, unreachable
+from glm_image_client.errors import (
+    GlmImageClientError,
+    ServerFailure,
+    answered,
+    status_name,
+    timed_out,
+    unreachable,
+)
 from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Outputs, Request, Transport, infer_arguments
 
 T = TypeVar("T")
@@ -123,7 +131,10 @@ class AsyncGrpcTransport(GrpcBase):
         is_last = False
         try:
             while not is_last:
-                result, error = await self._answer(lambda: anext(responses), timeout)
+                try:
+                    result, error = await self._answer(lambda: anext(responses), timeout)
+                except StopAsyncIteration:
+                    return
                 if error is not None:
                     raise client_error(error, self._address, timeout, live=True) from error
                 is_last = is_final(result)
@@ -153,7 +164,10 @@ def is_final(result: Any) -> bool:
 
 def outputs_of(result: Any) -> Outputs:
     """Returns every output of an ``InferResult`` by its name."""
-    return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+    try:
+        return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+    except (ValueError, LookupError, TypeError, struct.error) as error:
+        raise ServerFailure("the server's response does not have the data that it declares") from error
 
 
 def with_integer_shapes(metadata: dict[str, Any]) -> dict[str, Any]:
