@@ -124,7 +124,9 @@ def generate(
         has_bar = not as_json and sys.stderr.isatty()
         if checkpoint is not None:
             with progress_bar("generating", shown=has_bar):
-                result = generate_offline(checkpoint, device or "auto", {"prompt": prompt, **options}, images)
+                result = generate_offline(
+                    checkpoint, "auto" if device is None else device, {"prompt": prompt, **options}, images
+                )
         else:
             options |= {"images": images, "output_format": output_format, "request_id": request_id}
             with GlmImageClient(url, protocol.value, timeout=timeout) as client:

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final, Union
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from glm_image_client.errors import BadArgumentError, reason_of
 
-SourceImage = Union[str, os.PathLike[str], bytes, Image.Image, NDArray[np.uint8]]
+SourceImage = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
 
 ALLOWED: Final = "a path, the bytes of an image file, a PIL image, or a uint8 array [height, width, 3]"
 
