@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from glm_image_client._version import __version__
 from glm_image_client.client import AsyncGlmImageClient, GlmImageClient
 from glm_image_client.errors import (
     BadArgumentError,
     BusyError,
     GlmImageClientError,
+    PromptsError,
     RefusedError,
     RequestCancelled,
     RequestTimeout,
@@ -26,6 +28,7 @@ from glm_image_client.options import (
     PriorOptions,
     StreamOptions,
 )
+from glm_image_client.pipeline import PipelineOutput, RemotePipeline
 from glm_image_client.result import GenerationResult, Metadata, PriorTokens
 from glm_image_client.retries import Retries
 from glm_image_client.sources import SourceImage
@@ -44,10 +47,13 @@ __all__ = [
     "Metadata",
     "OutputFormat",
     "PaintOptions",
+    "PipelineOutput",
     "PreviewOptions",
     "PriorOptions",
     "PriorTokens",
+    "PromptsError",
     "RefusedError",
+    "RemotePipeline",
     "RequestCancelled",
     "RequestTimeout",
     "Retries",
@@ -57,4 +63,5 @@ __all__ = [
     "StreamOptions",
     "UnknownOptionError",
     "UnreachableError",
+    "__version__",
 ]

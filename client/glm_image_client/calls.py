@@ -9,12 +9,13 @@ import json
 import operator
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, SupportsFloat, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
-from glm_image_client.errors import BadArgumentError, UnknownOptionError
+from glm_image_client.errors import BadArgumentError, ServerFailure, UnknownOptionError
 from glm_image_client.events import StreamEvent
 from glm_image_client.options import (
     OPTIONS,
@@ -60,6 +61,22 @@ def generate(prompt: str, **options: Unpack[GenerateOptions]) -> Call[Generation
     return _call(ENSEMBLE, GenerationResult.from_outputs, prompt, GenerateOptions, {"output_format": "png", **options})
 
 
+def of_prompts(
+    prompts: Sequence[str], options: GenerateOptions, seeds: Sequence[int | None] | None = None
+) -> dict[str, Callable[[], Call[GenerationResult]]]:
+    """Returns for the request id of each prompt the function that makes its call; ``seeds`` are one for each prompt."""
+    for prompt in prompts:
+        _text("prompt", prompt)
+    request_id = _request_id(options.get("request_id"))
+    made: dict[str, Callable[[], Call[GenerationResult]]] = {}
+    for index, prompt in enumerate(prompts):
+        own: GenerateOptions = {**options, "request_id": f"{request_id}-{index}"}
+        if seeds is not None:
+            own["seed"] = seeds[index]
+        made[f"{request_id}-{index}"] = partial(generate, prompt, **own)
+    return made
+
+
 def stream(prompt: str, **options: Unpack[StreamOptions]) -> Call[StreamEvent]:
     """Returns the call of ``GlmImageClient.stream``."""
     sent = {"output_format": "png", **options}
@@ -79,8 +96,21 @@ def paint(prompt: str, prior: PriorTokens, **options: Unpack[PaintOptions]) -> C
     return _call("glm_dit", GenerationResult.from_outputs, prompt, PaintOptions, sent, tensors)
 
 
+def defaults(timeout: float | None) -> Call[dict[str, Any]]:
+    """Returns the call of ``GlmImageClient.defaults``."""
+    call = control("defaults", "", timeout)
+
+    def read(outputs: Outputs) -> dict[str, Any]:
+        values = call.read(outputs).get("defaults")
+        if not isinstance(values, dict):
+            raise ServerFailure("the server's result has no defaults")
+        return values
+
+    return replace(call, read=read)
+
+
 def control(action: str, request_id: str, timeout: float | None) -> Call[dict[str, Any]]:
-    """Returns the call of ``GlmImageClient.cancel`` or ``status``, which ``action`` names."""
+    """Returns a call of ``glm_control``: that of ``GlmImageClient.cancel`` or ``status``, which ``action`` names."""
     microseconds(timeout)
     tensors = [
         Tensor(name, "BYTES", object_array([_text(name, value)]))

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from itertools import islice
 from typing import Any, ClassVar, Final, ParamSpec, TypeVar, cast
 
 from glm_image_client import calls
 from glm_image_client.calls import Call
-from glm_image_client.errors import BadArgumentError, GlmImageClientError, RequestTimeout, ServerFailure
+from glm_image_client.errors import BadArgumentError, GlmImageClientError, PromptsError, RequestTimeout, ServerFailure
 from glm_image_client.events import StreamEvent
 from glm_image_client.retries import Attempts, Retries
 from glm_image_client.transport import Endpoint, Transport, connect, microseconds
 
 READY_SECONDS: Final = 5.0
+CONCURRENT_CALLS: Final = 8
+"""Requests of a list of prompts that are in flight together: as many as the first stage decodes by default."""
+
 GIVE_UP_SECONDS: Final = 2.0
 """Longest wait for the server to acknowledge the cancellation of an abandoned request."""
 
@@ -80,10 +85,37 @@ class ClientCore:
         except (asyncio.CancelledError, KeyboardInterrupt, RequestTimeout):
             # Triton does not propagate a disconnect to a running step of an ensemble.
             if call.request_id:
-                cancel = calls.control("cancel", call.request_id, GIVE_UP_SECONDS)
-                with suppress(GlmImageClientError):
-                    await self._shielded(self._attempts(cancel))
+                await self._cancel(call.request_id)
             raise
+
+    async def _cancel(self, request_id: str) -> None:
+        cancel = calls.control("cancel", request_id, GIVE_UP_SECONDS)
+        with suppress(GlmImageClientError):
+            await self._shielded(self._attempts(cancel))
+
+    async def answers(self, prepared: Mapping[str, Callable[[], Call[T]]]) -> list[T]:
+        """Sends several calls, ``CONCURRENT_CALLS`` of them together, and returns their results in the same order.
+
+        Args:
+            prepared: for the request id of each call the function that makes it.
+
+        Raises:
+            BadArgumentError: the first call cannot be made; none was sent.
+            PromptsError: some calls failed.
+        """
+        for prepare in islice(prepared.values(), 1):
+            await self._in_thread(prepare)
+        results = await self._together({own: self._outcome(prepare) for own, prepare in prepared.items()})
+        errors = [result for result in results if isinstance(result, GlmImageClientError)]
+        if errors:
+            raise PromptsError(results) from errors[0]
+        return cast("list[T]", results)
+
+    async def _outcome(self, prepare: Callable[[], Call[Any]]) -> object:
+        try:
+            return await self.answer(prepare)
+        except GlmImageClientError as error:
+            return error
 
     async def events(
         self, prepare: Callable[P, Call[StreamEvent]], *args: P.args, **options: P.kwargs
@@ -118,6 +150,19 @@ class ClientCore:
     async def _shielded(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await coroutine
 
+    async def _together(self, coroutines: Mapping[str, Coroutine[Any, Any, T]]) -> list[T]:
+        with ThreadPoolExecutor(CONCURRENT_CALLS, thread_name_prefix="glm-image") as pool:
+            futures = {request_id: pool.submit(run, coroutine) for request_id, coroutine in coroutines.items()}
+            try:
+                return [future.result() for future in futures.values()]
+            except BaseException:  # an interrupt, which only this thread receives
+                for request_id, future in futures.items():
+                    if future.cancel():
+                        coroutines[request_id].close()
+                    elif not future.done():
+                        await self._cancel(request_id)
+                raise
+
 
 class AsyncClientCore(ClientCore):
     """Suspends to the running loop. Calls are made in a thread, and cancellations complete in any case."""
@@ -132,3 +177,19 @@ class AsyncClientCore(ClientCore):
 
     async def _shielded(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return await asyncio.shield(coroutine)
+
+    async def _together(self, coroutines: Mapping[str, Coroutine[Any, Any, T]]) -> list[T]:
+        places = asyncio.Semaphore(CONCURRENT_CALLS)
+
+        async def placed(coroutine: Coroutine[Any, Any, T]) -> T:
+            try:
+                async with places:
+                    return await coroutine
+            finally:
+                coroutine.close()  # it may have been cancelled before it began
+
+        results = await asyncio.gather(*map(placed, coroutines.values()), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, GlmImageClientError):
+                raise result
+        return cast("list[T]", results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 # Triton's HTTP front end has a number where its gRPC front end has a name.
@@ -41,6 +42,21 @@ class BadArgumentError(GlmImageClientError, ValueError):
 
 class UnknownOptionError(BadArgumentError, TypeError):
     """A keyword argument that the method does not have."""
+
+
+class PromptsError(GlmImageClientError):
+    """Some of a list of prompts failed; the cause is the first error.
+
+    Attributes:
+        results: for each prompt its ``GenerationResult``, or the ``GlmImageClientError`` with which it failed.
+    """
+
+    def __init__(self, results: Sequence[object]) -> None:
+        failed = [index for index, result in enumerate(results) if isinstance(result, GlmImageClientError)]
+        super().__init__(
+            f"{len(failed)} of {len(results)} prompts failed; the first is prompt {failed[0] + 1}: {results[failed[0]]}"
+        )
+        self.results = list(results)
 
 
 class RefusedError(GlmImageClientError):

@@ -17,9 +17,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glm_image_client.errors import BadArgumentError, ServerFailure, reason_of
+from glm_image_client.options import OutputFormat
 from glm_image_client.transport import Outputs
 
-SUFFIX_FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+SUFFIX_FORMATS: Final[Mapping[str, OutputFormat]] = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+}
 
 _ENCODER_OPTIONS: Final[Mapping[str, Mapping[str, int]]] = {
     "png": {"compress_level": 1},
@@ -322,7 +328,7 @@ def write_file(file: Path, content: bytes) -> None:
         raise BadArgumentError(f"{str(file)!r} cannot be written: {reason_of(error)}") from error
 
 
-def format_of(path: str | os.PathLike[str]) -> str:
+def format_of(path: str | os.PathLike[str]) -> OutputFormat:
     """Returns the image format of a file's suffix: ``png``, ``jpeg`` or ``webp``."""
     suffix = as_path(path).suffix
     if suffix.lower() not in SUFFIX_FORMATS:
