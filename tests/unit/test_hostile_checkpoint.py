@@ -168,7 +168,7 @@ class TestNumbers:
     @pytest.mark.parametrize(
         ("file", "change", "part"),
         [
-            ("config.json", lambda c: c["text_config"].update(hidden_size=2, head_dim=None), "hidden_size 2"),
+            ("config.json", lambda c: c["text_config"].update(hidden_size=2, head_dim=None), "head_dim is 0"),
             ("config.json", lambda c: c["text_config"].update(num_key_value_heads=3), "num_key_value_heads is 3"),
             ("config.json", lambda c: with_negative_section(c["text_config"]["rope_parameters"]), "mrope_section (-1"),
             ("generation_config.json", lambda c: c.update(temperature=-1), "temperature is -1"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from glm_image.errors import CheckpointError, ConfigurationError, InvalidInputError
-from glm_image.request.limits import DEFAULT_LIMITS
+from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, Sampling
 from glm_image.request.tensors import check_fields
 
@@ -91,13 +91,11 @@ class ArConfig:
         rope = text["rope_parameters"]
         _require("text_config.hidden_act", text.get("hidden_act", "silu"), "silu")
         _require("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
-        heads = text["num_attention_heads"]
-        head_dim = text.get("head_dim") or text["hidden_size"] // heads
-        kv_heads = text.get("num_key_value_heads") or heads
-        if head_dim < 1:
-            raise ValueError(f"hidden_size {text['hidden_size']} is less than a channel for each of {heads} heads")
+        heads = _positive(text, "num_attention_heads")
+        head_dim = _positive(text, "head_dim", text["hidden_size"] // heads)
+        kv_heads = _positive(text, "num_key_value_heads", heads)
         if heads % kv_heads:
-            raise ValueError(f"num_key_value_heads is {kv_heads}; allowed: a divisor of {heads} heads")
+            raise ValueError(f"text_config.num_key_value_heads is {kv_heads}; allowed: what divides {heads} heads")
         vision_vocab_size = text["vision_vocab_size"]
         end_ids = generation.get("eos_token_id", config["image_end_token_id"])
         rotary_dim = int(head_dim * rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)))
@@ -124,19 +122,33 @@ class ArConfig:
         )
 
 
-def _require(name: str, value: object, allowed: object) -> None:
-    if value != allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed!r}")
+def _given(values: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns a value of a JSON object; null, like a missing one, has the default."""
+    value = values.get(name)
+    return default if value is None else value
+
+
+def _positive(text: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value: int = text[name] if default is None else _given(text, name, default)
+    if value < 1:
+        raise ValueError(f"text_config.{name} is {value}; allowed: 1 or more")
+    return value
 
 
 def _sampling(generation: Mapping[str, Any], vision_vocab_size: int) -> Sampling:
+    top_k = _given(generation, "top_k", 0)
     sampling = Sampling(
-        temperature=generation.get("temperature") or DEFAULT_TEMPERATURE,
-        top_p=generation.get("top_p") or DEFAULT_TOP_P,
-        top_k=generation.get("top_k") or vision_vocab_size,
+        temperature=_given(generation, "temperature", DEFAULT_TEMPERATURE),
+        top_p=_given(generation, "top_p", DEFAULT_TOP_P),
+        top_k=vision_vocab_size if top_k == 0 else top_k,  # transformers' 0 is no limit
     )
     try:
-        check_fields(GenerationParameters("", **vars(sampling)), DEFAULT_LIMITS)
+        check_fields(GenerationParameters(prompt="x", **vars(sampling)), Limits())
     except (InvalidInputError, TypeError) as error:
-        raise ValueError(f"generation_config.json: {error}") from error
+        raise ValueError(f"in generation_config.json, {error}") from error
     return sampling
+
+
+def _require(name: str, value: object, allowed: object) -> None:
+    if value != allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed!r}")
