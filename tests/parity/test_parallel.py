@@ -153,7 +153,7 @@ class _Loss:
         self.called.set()
 
 
-def _worker_pids(pid: int) -> list[int]:
+def worker_pids(pid: int) -> list[int]:
     return [child for child in children_of(pid) if "glm_image.parallel.worker" in _command_of(child)]
 
 
@@ -181,7 +181,7 @@ def test_lost_rank_ends_the_requests_with_an_error(checkpoint_folder: Path, kind
     # A killed rank is noticed immediately; a short limit could only misjudge a slow machine.
     hang_seconds = WAIT_SECONDS if kind == signal.SIGKILL else HANG_SECONDS
     with _decoder(checkpoint_folder, 2, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
-        (worker,) = _worker_pids(os.getpid())
+        (worker,) = worker_pids(os.getpid())
         running = _decode(engine, RequestContext(observers=(ProgressCallback(progress),)), side=1024)
         assert decoding.wait(WAIT_SECONDS)
         os.kill(worker, kind)
@@ -193,7 +193,7 @@ def test_lost_rank_ends_the_requests_with_an_error(checkpoint_folder: Path, kind
         assert len(loss.errors) == 1
         with pytest.raises(UnavailableError, match="rank 1"):
             _decode(engine).result(WAIT_SECONDS)
-    assert not _worker_pids(os.getpid())
+    assert not worker_pids(os.getpid())
 
 
 def _worker_config(failing: Load) -> WorkerConfig:
@@ -215,13 +215,13 @@ def _worker_config(failing: Load) -> WorkerConfig:
 def test_rank_lost_while_loading_ends_the_load(arguments: tuple[Any, ...], failing: Load, reason: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{reason}.*; the instance cannot be loaded"):
         start_ranks(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _worker_config(failing))
-    assert not _worker_pids(os.getpid())
+    assert not worker_pids(os.getpid())
 
 
 def test_rank_without_its_device_is_reported_and_leaves_no_process() -> None:
     with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
         start_ranks(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("npu:7",)))
-    assert not _worker_pids(os.getpid())
+    assert not worker_pids(os.getpid())
 
 
 def test_close_ends_rank_0_first_and_the_workers_despite_its_error() -> None:
@@ -231,7 +231,7 @@ def test_close_ends_rank_0_first_and_the_workers_despite_its_error() -> None:
     group.close()
     assert failing_ranks.ENDS == [2.0]
     assert not dist.is_initialized()
-    assert not _worker_pids(os.getpid())
+    assert not worker_pids(os.getpid())
 
 
 ORPHANS = """
@@ -255,7 +255,7 @@ def test_killing_rank_0_leaves_no_orphans(checkpoint_folder: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline().strip() == "ready"
-        (worker,) = _worker_pids(first.pid)
+        (worker,) = worker_pids(first.pid)
         ended = os.pidfd_open(worker)
         first.kill()
     try:

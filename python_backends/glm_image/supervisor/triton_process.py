@@ -33,6 +33,9 @@ METRICS_INTERVAL_MS = 250
 PORT_CHECK_SECONDS = 0.01
 """The interval at which the ports of a server are looked at, from its log line until it listens: milliseconds."""
 SERVER = "tritonserver"
+MIN_PING_INTERVAL_MS = 5000
+"""Between two pings of a gRPC client. Triton's own is 300 s: clients that ping more often, so that idle connections are
+kept, are cut off in the middle of a long request."""
 SIGNAL_CODE_BASE = 128
 """Exit codes above it mean the end by a signal."""
 
@@ -179,6 +182,8 @@ class ServerProcess:
             *installation.input_limit_flags(settings.max_request_bytes),
             # Triton would keep the buffers of its largest gRPC requests.
             "--grpc-infer-allocation-pool-size=0",
+            f"--grpc-http2-min-recv-ping-interval-without-data={MIN_PING_INTERVAL_MS}",
+            "--grpc-keepalive-permit-without-calls=true",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *([f"--model-config-name={settings.profile}"] if settings.profile else []),
         ]
