@@ -41,6 +41,11 @@ DROPPED_PREVIEWS: Final = MetricSpec(
     Kind.COUNTER,
     "Previews not rendered: requests used the device, or the stream had ended",
 )
+REPLACED_PREVIEW_TOKENS: Final = MetricSpec(
+    "glm_image_dit_replaced_preview_tokens_total",
+    Kind.COUNTER,
+    "Tokens of previews beyond the codebook, each rendered as its nearest neighbour in the grid",
+)
 IMAGES: Final = MetricSpec("glm_image_dit_images_total", Kind.COUNTER, "Images finished")
 PEAK_MEMORY: Final = MetricSpec(
     "glm_image_dit_peak_memory_bytes",
@@ -52,6 +57,6 @@ DIT_OUTCOMES: Final = outcome_counters("glm_image_dit")
 
 DIT_METRICS: Final = (
     *(STEP_SECONDS, QUEUE_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PREVIEWS, DROPPED_PREVIEWS),
-    PEAK_MEMORY,
+    *(REPLACED_PREVIEW_TOKENS, PEAK_MEMORY),
     *DIT_OUTCOMES.values(),
 )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.errors import CancelledError, DeadlineExceededError, shown
+from glm_image.errors import CancelledError, DeadlineExceededError, GlmImageError, shown
 from glm_image.request.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,9 @@ class RequestObserver:
 
     def latent_preview_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
         """The DiT rendered a latent preview of the image being denoised, uint8 [height, width, 3]."""
+
+    def latent_preview_skipped(self, context: RequestContext, error: GlmImageError) -> None:
+        """The DiT could not render a latent preview; the request goes on."""
 
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         """The request ended, and its response is about to be sent; called once, even if it never started."""
@@ -228,6 +231,9 @@ class RequestContext:
 
     def publish_latent_preview(self, pixels: NDArray[np.uint8]) -> None:
         self._notify(lambda observer: observer.latent_preview_rendered(self, pixels))
+
+    def publish_skipped_latent_preview(self, error: GlmImageError) -> None:
+        self._notify(lambda observer: observer.latent_preview_skipped(self, error))
 
     def add_seconds(self, stage: Stage, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

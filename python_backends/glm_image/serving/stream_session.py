@@ -19,7 +19,7 @@ from glm_image.errors import CancelledError
 from glm_image.ipc.protocol import Event, socket_directory
 from glm_image.lifecycle.events import EventBuilder
 from glm_image.lifecycle.lru import LatestEntries
-from glm_image.lifecycle.preview_rpc import request_preview
+from glm_image.lifecycle.preview_rpc import PreviewSkippedError, request_preview
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.request.limits import Limits
@@ -107,10 +107,11 @@ class StreamSession:
             parameters["guidance_scale"] = float(self._inputs["guidance_scale"][0])
         try:
             pixels = request_preview(folder, self._request_id, event["preview"], parameters)
-            if pixels is not None:
-                self._sender.send_image(self._builder.image("preview", event), pixels)
-        except Exception:  # the request goes on without it
-            logger.exception("request %s gets no preview", self._request_id)
+            self._sender.send_image(self._builder.image("preview", event), pixels)
+        except Exception as error:  # the request goes on without it
+            if not isinstance(error, PreviewSkippedError):
+                logger.exception("request %s gets no preview", self._request_id)
+            self._sender.send_event(self._builder.skipped(event, PreviewSkippedError.of(error).fields()))
 
     def _text(self, name: str) -> str:
         array = self._inputs.get(name)
