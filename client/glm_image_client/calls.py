@@ -143,7 +143,9 @@ def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
         _integer_tensor("prior_token_ids", "INT32", prior.prior_token_ids),
         _integer_tensor("prior_grid", "INT32", prior.prior_grid),
         _integer_tensor("resolved_size", "INT32", prior.resolved_size),
-        _integer_tensor("resolved_seed", "INT64", prior.resolved_seed if seed is None else [seed]),
+        _integer_tensor("resolved_seed", "INT64", prior.resolved_seed)
+        if seed is None
+        else _value_tensor("seed", seed)._replace(name="resolved_seed"),
         Tensor("ar_metadata", "BYTES", object_array([json.dumps(kept).encode()])),
         _integer_tensor("source_token_ids", "INT32", prior.source_token_ids),
         _integer_tensor("source_grids", "INT32", prior.source_grids),
@@ -162,11 +164,23 @@ def _value_tensor(name: str, value: object) -> Tensor:
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         kind = {"BYTES": "text that UTF-8 can hold", "FP32": "a number"}.get(datatype, "an integer")
         raise BadArgumentError(f"{name} is {value!r}; allowed: {kind}") from error
+    if name == "seed":
+        number = signed_seed(number)
     dtype = _INTEGERS[datatype]
     limits = np.iinfo(dtype)
     if not limits.min <= number <= limits.max:
         raise BadArgumentError(f"{name} is {number}; allowed: a signed {limits.bits}-bit integer")
     return Tensor(name, datatype, np.array([number], dtype=dtype))
+
+
+def signed_seed(seed: int) -> int:
+    """Returns a seed as the signed 64-bit integer of the same bits, which gives the same image.
+
+    Generators of random numbers take seeds up to 2^64 - 1, and some programs draw them from there.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise BadArgumentError(f"seed is {seed}; allowed: an integer from -2^63 to 2^64 - 1")
+    return seed if seed < 2**63 else seed - 2**64
 
 
 def _integer_tensor(name: str, datatype: str, values: object) -> Tensor:

@@ -171,7 +171,7 @@ class AsyncGrpcTransport(GrpcBase):
         is_last = False
         try:
             while not is_last:
-                answer = await self._answer(lambda: anext(responses, None), timeout)
+                answer: Any = await self._answer(lambda: cast("Awaitable[Any]", anext(responses, None)), timeout)
                 if answer is None:
                     return
                 result, error = answer

@@ -34,7 +34,7 @@ class CommonOptions(TypedDict, total=False):
     """Options of every call that generates.
 
     Attributes:
-        seed: any signed 64-bit integer; image i is that of ``seed + i``.
+        seed: any integer from -2^63 to 2^64 - 1, of which -1 is one as any other; image i is that of ``seed + i``.
         images: source images for image-to-image: paths, bytes of image files, or PIL images.
         request_id: the id for ``cancel`` and ``status``; by default a new one.
         timeout: seconds for all attempts together, here and on the server; by default the client's.

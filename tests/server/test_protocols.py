@@ -7,14 +7,17 @@ import urllib.request
 from contextlib import closing
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
+from glm_image_client import GlmImageClient
 from server.kserve import (
     CONTROL_INPUTS,
     OUTPUTS,
@@ -30,6 +33,7 @@ from server.kserve import (
     grpc_infer,
     http_binary_infer,
     http_json_infer,
+    infer_inputs,
     metadata,
     post,
 )
@@ -158,6 +162,29 @@ def test_unknown_parameters_are_ignored(triton: TritonServer, png: bytes) -> Non
     (text,) = next(output["data"] for output in answer["outputs"] if output["name"] == "images_base64")
     assert answer["id"] == "seven"
     np.testing.assert_array_equal(decoded(files({"images_base64": np.array([text])})[0]), decoded(png))
+
+
+@pytest.mark.full
+def test_raw_pixels_beyond_4_mib_need_a_limit_of_the_client(triton: TritonServer) -> None:
+    """A bare stub has gRPC's own limit; tritonclient and the project's client set another."""
+    values = {**REQUEST, "output_format": "raw", "height": 1184, "width": 1184, "num_inference_steps": 1}
+    request = service_pb2.ModelInferRequest(model_name="glm_image")
+    for item in infer_inputs(tritonclient.grpc, values):
+        request.inputs.append(item._get_tensor())
+        request.raw_input_contents.append(item._get_content())
+
+    def images(options: list[tuple[str, int]]) -> bytes:
+        with grpc.insecure_channel(triton.grpc_url, options=options) as channel:
+            answer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+            return answer.raw_output_contents[[output.name for output in answer.outputs].index("images")]
+
+    with pytest.raises(grpc.RpcError) as lost:
+        images([])
+    assert lost.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    with GlmImageClient(triton.grpc_url) as client:
+        pixels = client.generate(**values).pixels
+    assert pixels is not None
+    assert images([("grpc.max_receive_message_length", -1)]) == pixels.tobytes()
 
 
 def test_health_and_metrics(triton: TritonServer) -> None:

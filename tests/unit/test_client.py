@@ -17,7 +17,7 @@ from PIL import Image
 
 from glm_image.config.schema import DIT_INPUTS, REQUEST_INPUTS, STREAM_INPUTS
 from glm_image.request.limits import OUTPUT_FORMATS
-from glm_image.request.parameters import GenerationParameters, PreviewParameters
+from glm_image.request.parameters import GenerationParameters, PreviewParameters, consecutive_seeds
 from glm_image.request.tensors import request_fields
 from glm_image_client import (
     BadArgumentError,
@@ -134,7 +134,7 @@ class TestTensors:
             ("height", 512.5),
             ("height", 2**31),
             ("height", "512"),
-            ("seed", 2**63),
+            ("seed", 2**64),
             ("seed", -(2**63) - 1),
             ("guidance_scale", "much"),
             ("prompt", 7),
@@ -144,6 +144,13 @@ class TestTensors:
     def test_value_outside_the_type_is_refused_by_name(self, name: str, value: object) -> None:
         with pytest.raises(BadArgumentError, match=f"^{name} is .*; allowed: "):
             request_tensors({name: value})
+
+    @given(st.integers(-(2**63), 2**64 - 1))
+    def test_a_seed_is_sent_as_the_signed_integer_of_the_same_bits(self, seed: int) -> None:
+        (tensor,) = request_tensors({"seed": seed})
+        assert tensor.data.dtype == np.int64
+        assert int(tensor.data[0]) % 2**64 == seed % 2**64
+        assert (int(tensor.data[0]),) == consecutive_seeds(seed, 1)
 
     @given(st.lists(st.binary(), min_size=1, max_size=4))
     def test_source_bytes_are_sent_unchanged(self, files: list[bytes]) -> None:
@@ -348,6 +355,10 @@ class TestPriorTokens:
         }
         assert tensors["resolved_seed"].data.tolist() == [41]
         assert json.loads(tensors["ar_metadata"].data[0]) == {"seeds": [41, 42]}
+
+    def test_a_large_seed_for_the_noise_is_folded(self, prior: PriorTokens) -> None:
+        tensors = {tensor.name: tensor.data for tensor in prior_inputs(prior, 2**64 - 1)}
+        assert tensors["resolved_seed"].tolist() == [-1]
 
     def test_seed_replaces_that_of_the_prior(self, prior: PriorTokens) -> None:
         tensors = {tensor.name: tensor for tensor in prior_inputs(prior, seed=-5)}

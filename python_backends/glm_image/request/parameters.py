@@ -114,8 +114,8 @@ class GenerationParameters(SharedParameters):
     seed: int | None = tensor(
         None,
         "INT64",
-        CheckedElsewhere("any"),
-        "The metadata reports the seed in use. The same seed gives the same image.",
+        CheckedElsewhere("any; -1 is a seed as any other"),
+        "The metadata reports the seed in use. The same seed gives the same image; see [seeds](#seeds).",
         shown="random, below 2^53",
     )
     num_images: int = tensor(
