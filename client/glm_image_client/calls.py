@@ -9,6 +9,7 @@ import io
 import json
 import operator
 import os
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def _call(
 
 
 def request_tensors(values: Mapping[str, object], images: Sequence[SourceImage] | None = None) -> list[Tensor]:
-    """Returns the inputs of a request: each value as a tensor [1], the source images as ``image`` BYTES [k].
+    """Returns the inputs of a request: each value as a tensor [1], ``glyph_text`` and the images as BYTES [k].
 
     A value of None is not sent, so that the server's default applies.
     """
@@ -117,6 +118,19 @@ def request_tensors(values: Mapping[str, object], images: Sequence[SourceImage] 
     if images:
         tensors.append(Tensor("image", "BYTES", object_array([source_bytes(image) for image in images])))
     return tensors
+
+
+def accidental_text(prompt: str, rendered_text: Sequence[str]) -> list[str]:
+    """Returns the rendered strings of a prompt that are probably none, such as ``t like the cat`` of two apostrophes.
+
+    ``rendered_text`` is what the server has rendered.
+    """
+    found = [
+        match[1]
+        for match in re.finditer(r"'([^']*)'", prompt)
+        if prompt[: match.start()][-1:].isalnum() or prompt[match.end() :][:1].isalnum()
+    ]
+    return [text for text in found if text in rendered_text]
 
 
 def source_bytes(image: SourceImage) -> bytes:
@@ -153,6 +167,8 @@ def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
 
 
 def _value_tensor(name: str, value: object) -> Tensor:
+    if name == "glyph_text":
+        return _text_tensor(name, value)
     datatype = (PROMPT if name == "prompt" else OPTIONS[name].input).datatype
     try:
         if datatype == "BYTES":
@@ -171,6 +187,16 @@ def _value_tensor(name: str, value: object) -> Tensor:
     if not limits.min <= number <= limits.max:
         raise BadArgumentError(f"{name} is {number}; allowed: a signed {limits.bits}-bit integer")
     return Tensor(name, datatype, np.array([number], dtype=dtype))
+
+
+def _text_tensor(name: str, value: object) -> Tensor:
+    strings = [value] if isinstance(value, str) else value
+    try:
+        return Tensor(
+            name, "BYTES", object_array([string.encode("utf-8") for string in cast("Sequence[str]", strings)])
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadArgumentError(f"{name} is {value!r}; allowed: a sequence of texts that UTF-8 can hold") from error
 
 
 def signed_seed(seed: int) -> int:

@@ -35,12 +35,17 @@ class CommonOptions(TypedDict, total=False):
 
     Attributes:
         seed: any integer from -2^63 to 2^64 - 1, of which -1 is one as any other; image i is that of ``seed + i``.
+        glyph_text: strings to render as lettering, in place of the quoted text of the prompt; () = no lettering.
         images: source images for image-to-image: paths, bytes of image files, or PIL images.
         request_id: the id for ``cancel`` and ``status``; by default a new one.
         timeout: seconds for all attempts together, here and on the server; by default the client's.
     """
 
     seed: Annotated[int | None, Input("INT64", "Seed; the same seed gives the same image.", ("--seed",))]
+    glyph_text: Annotated[
+        Sequence[str] | None,
+        Input("BYTES", "Text to render, in place of the quoted text; may be given several times.", ("--glyph-text",)),
+    ]
     images: Sequence[SourceImage] | None
     request_id: str | None
     timeout: float | None

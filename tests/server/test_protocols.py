@@ -48,7 +48,10 @@ REQUEST: Values = {
     "output_format": "png",
 }
 
-SHARED_INPUTS = ("prompt", "image", "num_inference_steps", "guidance_scale", "negative_prompt", "output_format")
+SHARED_INPUTS = (
+    *("prompt", "image", "glyph_text", "negative_prompt"),
+    *("num_inference_steps", "guidance_scale", "output_format"),
+)
 MODELS: dict[str, tuple[Tensors, Tensors]] = {
     "glm_image": (REQUEST_INPUTS, OUTPUTS),
     "glm_ar": (REQUEST_INPUTS, STAGE_TENSORS),
@@ -77,6 +80,15 @@ def test_the_same_seed_gives_the_same_bytes(triton: TritonServer, png: bytes, pr
     outputs = SENDERS[protocol](triton, REQUEST)
     assert files(outputs) == [png]
     assert metadata(outputs)["seeds"] == [11]
+
+
+@pytest.mark.parametrize("protocol", SENDERS)
+@pytest.mark.parametrize("strings", [["STOP", "雪"], []], ids=["strings", "none"])
+def test_the_text_to_render_is_named_over_every_protocol(
+    triton: TritonServer, protocol: str, strings: list[str]
+) -> None:
+    outputs = SENDERS[protocol](triton, {**REQUEST, "num_inference_steps": 1, "glyph_text": strings})
+    assert metadata(outputs)["rendered_text"] == strings
 
 
 @pytest.mark.parametrize("infer", [grpc_infer, http_binary_infer, http_json_infer])

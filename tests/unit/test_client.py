@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -110,11 +111,12 @@ class TestTensors:
             "top_p": 0.25,
             "top_k": 4,
             "output_format": "png",
+            "glyph_text": ["x"],
         }
         tensors = {name: (datatype, data) for name, datatype, data in request_tensors(values)}
         expected: dict[str, tuple[str, type]]
         text, whole, real = ("BYTES", np.object_), ("INT32", np.int32), ("FP32", np.float32)
-        expected = dict.fromkeys(("prompt", "negative_prompt", "output_format"), text)
+        expected = dict.fromkeys(("prompt", "negative_prompt", "output_format", "glyph_text"), text)
         expected |= dict.fromkeys(("height", "width", "num_inference_steps", "num_images", "top_k"), whole)
         expected |= dict.fromkeys(("guidance_scale", "temperature", "top_p"), real)
         expected |= {"seed": ("INT64", np.int64)}
@@ -200,10 +202,11 @@ class TestOptions:
 
     def test_options_have_the_types_of_the_server(self) -> None:
         hints = {**get_type_hints(GenerationParameters), **get_type_hints(PreviewParameters)}
-        hints["output_format"] = OutputFormat
+        hints |= {"output_format": OutputFormat, "glyph_text": Sequence[str]}
         kinds = {name: set(get_args(option.kind)) - {type(None)} for name, option in OPTIONS.items()}
         assert kinds == {name: set(get_args(hints[name]) or {hints[name]}) - {type(None)} for name in OPTIONS} | {
-            "output_format": {OutputFormat}
+            "output_format": {OutputFormat},
+            "glyph_text": {Sequence[str]},
         }
 
     def test_stages_take_the_inputs_of_their_models(self) -> None:

@@ -20,6 +20,7 @@ from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.durations import DurationStatsByKey
 from glm_image.parallel.commands import Command, R
 from glm_image.request.parameters import PaintRequest
+from glm_image.request.prompts import quoted_strings
 from glm_image.request.source_images import SourcePicture
 from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
@@ -156,8 +157,8 @@ class Scheduler:
 def _prepare(request: PaintRequest, row: int, image: int, sources_of: int | None) -> Prepare:
     return Prepare(
         image=image,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
+        rendered_text=request.rendered_text,
+        negative_text=tuple(quoted_strings(request.negative_prompt)),
         prior_token_ids=request.prior_token_ids[row],
         grid=request.grid,
         num_inference_steps=request.num_inference_steps,

@@ -98,11 +98,13 @@ class StreamSession:
 
     def _send_preview(self, folder: Path, event: Event) -> None:
         """Has ``glm_dit`` render the preview of the tokens that an event brought, and sends it."""
-        parameters = {
+        parameters: dict[str, Any] = {
             "prompt": self._text("prompt"),
             "negative_prompt": self._text("negative_prompt"),
             "num_inference_steps": self._preview_steps,
         }
+        if "glyph_text" in self._inputs:
+            parameters["glyph_text"] = [text.decode("utf-8", "replace") for text in self._inputs["glyph_text"]]
         if "guidance_scale" in self._inputs:
             parameters["guidance_scale"] = float(self._inputs["guidance_scale"][0])
         try:
