@@ -92,6 +92,8 @@ class RequestContext:
         deadline_ns: the ``time.monotonic_ns()`` by which the request must end; 0 = none.
         arrived_ns: the ``time.monotonic_ns()`` at which it reached the server; distinguishes requests of one id.
         accepted_ns: the ``time.monotonic_ns()`` at which it reached this stage.
+        received_ns: the ``time.monotonic_ns()`` from which its latency counts: at which it reached the first stage, or
+            this one if a client calls it directly.
         attributes: its parameters, for the request log.
         is_abandoned: returns whether the caller has disconnected.
         progress: returns the current progress; callable from any thread.
@@ -107,6 +109,7 @@ class RequestContext:
     deadline_ns: int = 0
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     accepted_ns: int = field(default_factory=time.monotonic_ns)
+    received_ns: int = field(default_factory=time.monotonic_ns)
     num_images: int = 1
     attributes: dict[str, Any] = field(default_factory=dict)
     is_abandoned: Callable[[], bool] = bool

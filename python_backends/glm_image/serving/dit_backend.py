@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.config.parameters import DitParameters
-from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
+from glm_image.dit.metrics import DIT_LATENCIES, DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import GlmImageError, InvalidInputError
 from glm_image.ipc.protocol import Message
 from glm_image.lifecycle.busy_period import BusyPeriod
@@ -49,6 +49,7 @@ class DitBackend(StageBackend):
     reserves_first_device = True
     metrics = DIT_METRICS
     counters = DIT_OUTCOMES
+    latencies = DIT_LATENCIES
     outcome = RequestState.FINISHED
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -125,6 +126,7 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest, busy_since_ns
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
     context.id = call.request_id or metadata.get("request_id", context.id)
     context.arrived_ns = metadata.get("arrived_ns", busy_since_ns)
+    context.received_ns = metadata.get("arrived_ns", context.received_ns)
     context.deadline_ns = deadline_ns or context.deadline_ns
     seconds = metadata.get("seconds", {})
     context.seconds = {stage: seconds[stage] for stage in AR_STAGES if stage in seconds}
