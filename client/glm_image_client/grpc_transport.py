@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import re
+import struct
 import threading
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -19,6 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from glm_image_client.errors import (
     GlmImageClientError,
+    ServerFailure,
     TooManyPingsError,
     answered,
     status_name,
@@ -171,7 +173,7 @@ class AsyncGrpcTransport(GrpcBase):
         is_last = False
         try:
             while not is_last:
-                answer: Any = await self._answer(lambda: cast("Awaitable[Any]", anext(responses, None)), timeout)
+                answer: tuple[Any, Any] | None = await self._answer(lambda: anext(responses, None), timeout)
                 if answer is None:
                     return
                 result, error = answer
@@ -207,7 +209,10 @@ def is_final(result: Any) -> bool:
 
 def outputs_of(result: Any) -> Outputs:
     """Returns every output of an ``InferResult`` by its name."""
-    return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+    try:
+        return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+    except (ValueError, LookupError, TypeError, struct.error) as error:
+        raise ServerFailure("the server's response does not have the data that it declares") from error
 
 
 def with_integer_shapes(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -46,8 +46,10 @@ class Retries:
         lowest = {"attempts": 0, "first_seconds": 0, "factor": 1, "longest_seconds": 0, "jitter": 0}
         for name, low in lowest.items():
             value, high = getattr(self, name), 1 if name == "jitter" else math.inf
-            if not (math.isfinite(value) and low <= value <= high):
-                raise BadArgumentError(f"{name} is {value}; allowed: {low} {'to 1' if name == 'jitter' else 'or more'}")
+            if not isinstance(value, (int, float)) or not (math.isfinite(value) and low <= value <= high):
+                raise BadArgumentError(
+                    f"{name} is {value!r}; allowed: {low} {'to 1' if name == 'jitter' else 'or more'}"
+                )
 
     def pause(self, index: int) -> float:
         """Returns a random duration of pause ``index``, counted from 0, in seconds."""

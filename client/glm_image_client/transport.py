@@ -64,11 +64,13 @@ class Endpoint(NamedTuple):
 
         None = this machine and the protocol's default port.
         """
-        if protocol not in DEFAULT_PORTS:
+        if not isinstance(protocol, str) or protocol not in DEFAULT_PORTS:
             raise BadArgumentError(f"protocol is {protocol!r}; allowed: grpc, http")
-        scheme, separator, rest = (url or DEFAULT_HOST).strip().rpartition("://")
-        scheme = scheme.lower() if separator else protocol
         refused = BadArgumentError(f"url is {url!r}; allowed: HOST:PORT, or grpc, grpcs, http or https://HOST:PORT")
+        if url is not None and not isinstance(url, str):
+            raise refused
+        scheme, separator, rest = (DEFAULT_HOST if url is None else url).strip().rpartition("://")
+        scheme = scheme.lower() if separator else protocol
         try:
             parts = urlsplit(f"//{rest}")
             port = parts.port
@@ -153,8 +155,8 @@ def microseconds(timeout: float | None) -> int | None:
     """Returns seconds as KServe's ``timeout`` parameter; None stays None."""
     if timeout is None:
         return None
-    if not (math.isfinite(timeout) and timeout > 0):
-        raise BadArgumentError(f"timeout is {timeout}; allowed: seconds above 0")
+    if not isinstance(timeout, (int, float, np.number)) or not (math.isfinite(timeout) and timeout > 0):
+        raise BadArgumentError(f"timeout is {timeout!r}; allowed: seconds above 0")
     return max(1, round(timeout * 1e6))
 
 

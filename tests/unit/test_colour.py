@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import struct
 import zlib
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageCms
 
 from glm_image.errors import InvalidInputError
 from glm_image.request import images
+from glm_image_client.sources import source_bytes
 from icc import P3_PRIMARIES, SRGB_PRIMARIES, cmyk_profile, grey_profile, rgb_profile, srgb_grey, to_srgb
 from pictures import encoded, picture
 
@@ -172,3 +174,15 @@ def test_floating_point_files_are_refused_by_their_format(mode: str) -> None:
     file = encoded(RGB.convert("L").convert(mode), "tiff")
     with pytest.raises(InvalidInputError, match=r"^image is a TIFF file; allowed: "):
         images.decode_source(base64.b64encode(file))
+
+
+def test_the_client_converts_a_cmyk_image_as_the_server_does_a_file() -> None:
+    """PNG, in which PIL images are sent, has no CMYK."""
+    inks = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
+    inks.paste((255, 255, 0, 255), (0, 0, 16, 32))
+    file = encoded(inks, "jpeg", quality=100, subsampling=0, icc_profile=cmyk_profile())
+    opened = Image.open(io.BytesIO(file))
+    assert np.array_equal(decoded(source_bytes(opened)), decoded(file))
+    assert opened.info["icc_profile"] == cmyk_profile()
+    broken = encoded(inks, "jpeg", quality=100, subsampling=0, icc_profile=b"broken")
+    assert np.array_equal(decoded(source_bytes(Image.open(io.BytesIO(broken)))), decoded(broken))
