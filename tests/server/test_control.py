@@ -270,3 +270,11 @@ def test_a_deadline_that_cannot_be_met_names_the_missing_time(triton: TritonServ
         with pytest.raises(KServeError, match=r"cannot meet its deadline: .* takes at least .* s too few") as late:
             grpc_infer(triton, longer[model], model, timeout_seconds=2 * seconds)
         assert late.value.status == "UNAVAILABLE"
+
+
+def test_a_request_id_cannot_steer_the_terminal_that_shows_the_log(triton: TritonServer) -> None:
+    hostile = "id\x9b31m\u202e\u2028end"
+    with pytest.raises(KServeError):
+        grpc_infer(triton, {**SMALL, "height": 1}, request_id=hostile)
+    assert wait_until(lambda: r'"id": "id\u009b31m\u202e\u2028end"' in triton.log_tail), triton.log_tail
+    assert not set("\x9b\u202e\u2028") & set(triton.log_tail)
