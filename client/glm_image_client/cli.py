@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from inspect import Parameter, signature
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
+from glm_image_client.calls import accidental_text
 from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError, printable
 from glm_image_client.offline import generate_offline, inspect_checkpoint
@@ -77,13 +78,17 @@ def with_generate_flags(command: Callable[..., None]) -> Callable[..., None]:
             name,
             Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[option.kind, typer.Option(*option.input.flags, help=option.input.help)],
+            annotation=Annotated[_flag_type(option.kind), typer.Option(*option.input.flags, help=option.input.help)],
         )
         for name, option in OPTIONS.items()
         if option.input.flags
     ]
     command.__signature__ = declared.replace(parameters=[*own, *flags])  # type: ignore[attr-defined] # typer reads it
     return command
+
+
+def _flag_type(kind: Any) -> Any:
+    return list[str] | None if kind == Sequence[str] | None else kind
 
 
 @app.command()
@@ -119,7 +124,7 @@ def generate(
         output_format = format_of(output)
         _check_flags(output, offline, checkpoint, device)
         images = [source_bytes(path) for path in image or ()]
-        options |= {"width": width, "height": height}
+        options |= {"width": width, "height": height, "glyph_text": options["glyph_text"] or None}
         began = time.perf_counter()
         has_bar = not as_json and sys.stderr.isatty()
         if checkpoint is not None:
@@ -138,6 +143,12 @@ def generate(
         waited = time.perf_counter() - began
         files = result.save(output)
         names = [str(file) for file in files]
+        for text in accidental_text(prompt, result.metadata.rendered_text):
+            print(
+                f"glm-image: note: {text!r}, between two apostrophes, was taken as text to render; "
+                "write apostrophes as ’, or name the text with --glyph-text",
+                file=sys.stderr,
+            )
         report = {"files": names, "seeds": result.seeds, "metadata": result.metadata.raw}
         print(json.dumps(report) if as_json else "\n".join([*names, _summary(result, waited)]))
 

@@ -114,16 +114,16 @@ def test_glyph_ids_match_the_reference(reference: Any, prompt: str) -> None:
     strings = reference.get_glyph_texts(prompt)[0] or [""]
     ids = reference.tokenizer(strings, max_length=2048, truncation=True).input_ids
     pads = [reference.tokenizer.pad_token_id] * ((len(ids) + 1) % 2)
-    assert prompts.glyph_token_ids(prompt, reference.tokenizer) == [pads + row for row in ids]
+    assert prompts.glyph_token_ids(prompts.quoted_strings(prompt), reference.tokenizer) == [pads + row for row in ids]
 
 
 @given(prompt=st.one_of(PROMPTS, PROMPTS.map(lambda text: f"'{text}</s>' and '<pad>'")))
 def test_glyph_tokens_are_counted_without_a_tokenizer(reference: Any, prompt: str) -> None:
-    ids = prompts.glyph_token_ids(prompt, reference.tokenizer)
-    assert prompts.glyph_token_count(prompt) == sum(map(len, ids))
+    ids = prompts.glyph_token_ids(prompts.quoted_strings(prompt), reference.tokenizer)
+    assert prompts.glyph_token_count(prompts.quoted_strings(prompt)) == sum(map(len, ids))
 
 
 @pytest.mark.parametrize("spelled", ["</s>", "<pad>", "<unk>", "<extra_id_0>"])
 def test_quoted_text_that_spells_a_special_token_is_text(reference: Any, spelled: str) -> None:
-    (ids,) = prompts.glyph_token_ids(f"'{spelled}'", reference.tokenizer)
+    (ids,) = prompts.glyph_token_ids([spelled], reference.tokenizer)
     assert ids == [3 + byte for byte in spelled.encode()] + [reference.tokenizer.eos_token_id]

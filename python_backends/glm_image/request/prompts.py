@@ -28,25 +28,24 @@ def quoted_strings(prompt: str) -> list[str]:
     return [string for pattern in QUOTED for string in pattern.findall(prompt)]
 
 
-def glyph_token_count(prompt: str) -> int:
-    """Returns the number of glyph tokens: one for each byte and each end of a quoted string.
+def glyph_token_count(strings: Sequence[str]) -> int:
+    """Returns the number of glyph tokens: one for each byte and each end of a string.
 
-    Each string has a pad token more if the number of strings is even. A prompt without quoted strings has one empty
-    string.
+    Each string has a pad token more if the number of strings is even. Without strings there is one empty string.
     """
-    strings = quoted_strings(prompt) or [""]
+    strings = strings or [""]
     return sum(len(string.encode("utf-8")) for string in strings) + len(strings) * (1 + _pads(strings))
 
 
-def glyph_token_ids(prompt: str, tokenizer: Any) -> list[list[int]]:
-    """Returns the byte tokens of each quoted string, not padded to a common length.
+def glyph_token_ids(strings: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Returns the byte tokens of each string that the image shows as lettering, not padded to a common length.
 
     Each begins with one pad token if the number of strings is even, as in training. Text that spells a special token
     is tokenized as text. ``tokenizer`` is the checkpoint's ByT5 tokenizer.
     """
-    strings = quoted_strings(prompt) or [""]
+    strings = strings or [""]
     pads = [tokenizer.pad_token_id] * _pads(strings)
-    return [pads + ids for ids in tokenizer(strings, split_special_tokens=True).input_ids]
+    return [pads + ids for ids in tokenizer(list(strings), split_special_tokens=True).input_ids]
 
 
 def _pads(strings: Sequence[str]) -> int:
