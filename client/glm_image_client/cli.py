@@ -18,7 +18,7 @@ import typer
 
 from glm_image_client.calls import accidental_text
 from glm_image_client.client import GlmImageClient
-from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
+from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError, printable
 from glm_image_client.offline import generate_offline, inspect_checkpoint
 from glm_image_client.options import OPTIONS, PROMPT
 from glm_image_client.progress import progress_bar, shows_images, watch
@@ -204,7 +204,7 @@ def _exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except GlmImageClientError as error:
-        print(f"glm-image: {error}", file=sys.stderr)
+        print(printable(f"glm-image: {error}"), file=sys.stderr)
         if isinstance(error, (BadArgumentError, RefusedError)):
             raise typer.Exit(EXIT_REFUSED) from error
         raise typer.Exit(EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_SERVER) from error

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from glm_image.errors import CheckpointError
+from glm_image.request import chat_template
 from glm_image.request.geometry import Grid, PlacedGrid
 
 # The strings of one kind of quotes come before those of the next (diffusers pipeline_glm_image.py).
@@ -17,6 +18,9 @@ QUOTED = tuple(re.compile(pattern) for pattern in (r"'([^']*)'", r"“([^“”]
 
 # Placeholder of the prompt while the chat template is rendered: a private-use code point, in no template.
 PROMPT_MARK = "\ue0a5"
+
+DEFAULT_COUNTS = 5
+"""Numbers of source images, from 0, that requests have by default."""
 
 
 def quoted_strings(prompt: str) -> list[str]:
@@ -93,14 +97,28 @@ class PromptTokenizer:
             return self._encode(before, prompt, after + tail)
 
     def _template(self, images: int) -> tuple[str, str]:
+        """Returns the text before and after the prompt."""
         if images not in self._templates:
-            content = [{"type": "image"}] * images + [{"type": "text", "text": PROMPT_MARK}]
-            message = {"role": "user", "content": content}
-            parts = self.processor.apply_chat_template([message], tokenize=False).split(PROMPT_MARK)
-            if len(parts) != 2:  # noqa: PLR2004
-                raise _wrong_template(f"the user's text {len(parts) - 1} times; allowed: once")
-            self._templates[images] = (parts[0], parts[1])
+            # One process renders all numbers of images that are allowed by default.
+            counts = sorted({*range(DEFAULT_COUNTS), images} - set(self._templates))
+            for count, text in zip(counts, self._render(counts), strict=True):
+                parts = text.split(PROMPT_MARK)
+                if len(parts) != 2:  # noqa: PLR2004
+                    raise _wrong_template(f"the user's text {len(parts) - 1} times; allowed: once")
+                self._templates[count] = (parts[0], parts[1])
         return self._templates[images]
+
+    def _render(self, counts: Sequence[int]) -> list[str]:
+        template = self.processor.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not isinstance(template, str):
+            raise CheckpointError("processor/chat_template: is missing, or has no entry 'default'")
+        chats = []
+        for count in counts:
+            content = [{"type": "image"}] * count + [{"type": "text", "text": PROMPT_MARK}]
+            chats.append([{"role": "user", "content": content}])
+        return chat_template.render(template, chats, self.processor.tokenizer.special_tokens_map)
 
     @cached_property
     def _special_text(self) -> re.Pattern[str]:
