@@ -29,7 +29,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/glm-image
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py MANIFEST.in constraints.txt README.md LICENSE ./
 COPY python_backends python_backends
 COPY client client
 COPY model_repository model_repository

@@ -16,9 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from glm_image.checkpoint.layout import COMPONENTS, NO_WEIGHTS, check_model_index, read_json, weight_files
-from glm_image.errors import CheckpointError
+from glm_image.checkpoint.layout import (
+    COMPONENTS,
+    DEFAULTS_FILE,
+    NO_WEIGHTS,
+    check_model_index,
+    read_json,
+    weight_files,
+)
+from glm_image.errors import CheckpointError, InvalidInputError
 from glm_image.request.geometry import PIXELS_PER_TOKEN, SourceRule
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import DEFAULT_SIDE, GenerationParameters
+from glm_image.request.tensors import check_fields
 
 DUMMY_STD = 0.02
 SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096
@@ -86,6 +96,25 @@ class Checkpoint:
                 f"to {longest}; allowed: patches of {PIXELS_PER_TOKEN // 2}, sides of {PIXELS_PER_TOKEN} and above"
             )
         return SourceRule(patch, shortest, longest, int(processor.resample))
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The options that suit this checkpoint: those of ``DEFAULTS_FILE``, else the published model's.
+
+        They are recommendations for clients; a request without them has the defaults of ``GenerationParameters``.
+        """
+        path = self.folder / DEFAULTS_FILE
+        values = read_json(path) if path.is_file() else {}
+        published = {"width": DEFAULT_SIDE, "height": DEFAULT_SIDE} | {
+            name: getattr(GenerationParameters, name) for name in ("num_inference_steps", "guidance_scale")
+        }
+        if unknown := values.keys() - published.keys():
+            raise CheckpointError(f"{path}: {min(unknown)} is not known; allowed: {', '.join(published)}")
+        try:
+            check_fields(GenerationParameters(prompt="x", **values), Limits())
+        except (InvalidInputError, TypeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return published | values
 
     @property
     def name(self) -> str:
