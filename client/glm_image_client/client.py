@@ -12,7 +12,7 @@ from glm_image_client.options import GenerateOptions, PaintOptions, PriorOptions
 from glm_image_client.result import GenerationResult, PriorTokens
 from glm_image_client.retries import NO_RETRIES, Retries
 from glm_image_client.signatures import documented_by, with_options
-from glm_image_client.transport import Endpoint, ProtocolName
+from glm_image_client.transport import KEEPALIVE_SECONDS, Endpoint, ProtocolName
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,6 +32,8 @@ class GlmImageClient:
         protocol: of a URL without a scheme.
         timeout: seconds to wait for an answer where a call does not say; None = no limit.
         retries: when a request is sent again; by default never.
+        keepalive: seconds between two pings over gRPC while a call waits, so that no NAT or load balancer drops the
+            connection; None = no pings. A server that permits fewer of them is sent none, and the request again.
 
     Raises:
         BadArgumentError: an argument is not allowed.
@@ -44,9 +46,10 @@ class GlmImageClient:
         *,
         timeout: float | None = None,
         retries: Retries = NO_RETRIES,
+        keepalive: float | None = KEEPALIVE_SECONDS,
     ) -> None:
         self.endpoint = Endpoint.parse(url, protocol)
-        self._core = ClientCore(self.endpoint, timeout, retries)
+        self._core = ClientCore(self.endpoint, timeout, retries, keepalive)
 
     def __enter__(self) -> GlmImageClient:
         return self
@@ -213,9 +216,10 @@ class AsyncGlmImageClient:
         *,
         timeout: float | None = None,
         retries: Retries = NO_RETRIES,
+        keepalive: float | None = KEEPALIVE_SECONDS,
     ) -> None:
         self.endpoint = Endpoint.parse(url, protocol)
-        self._core = AsyncClientCore(self.endpoint, timeout, retries)
+        self._core = AsyncClientCore(self.endpoint, timeout, retries, keepalive)
 
     async def __aenter__(self) -> AsyncGlmImageClient:
         return self

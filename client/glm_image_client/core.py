@@ -16,10 +16,17 @@ from typing import Any, ClassVar, Final, ParamSpec, TypeVar, cast
 
 from glm_image_client import calls
 from glm_image_client.calls import Call
-from glm_image_client.errors import BadArgumentError, GlmImageClientError, PromptsError, RequestTimeout, ServerFailure
+from glm_image_client.errors import (
+    BadArgumentError,
+    GlmImageClientError,
+    PromptsError,
+    RequestTimeout,
+    ServerFailure,
+    TooManyPingsError,
+)
 from glm_image_client.events import StreamEvent
-from glm_image_client.retries import Attempts, Retries
-from glm_image_client.transport import Endpoint, Transport, connect, microseconds
+from glm_image_client.retries import NO_RETRIES, Attempts, Retries
+from glm_image_client.transport import Endpoint, Transport, check_keepalive, connect, microseconds
 
 READY_SECONDS: Final = 5.0
 CONCURRENT_CALLS: Final = 8
@@ -49,10 +56,11 @@ class ClientCore:
 
     asynchronous: ClassVar = False
 
-    def __init__(self, endpoint: Endpoint, timeout: float | None, retries: Retries) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: float | None, retries: Retries, keepalive: float | None) -> None:
         microseconds(timeout)  # refuses what is not a positive number
+        check_keepalive(keepalive)
         self._timeout, self._retries = timeout, retries
-        self._open_transport = connect(endpoint, asynchronous=self.asynchronous)
+        self._open_transport = connect(endpoint, asynchronous=self.asynchronous, keepalive=keepalive)
         self._is_closed = False
 
     @property
@@ -83,12 +91,13 @@ class ClientCore:
         try:
             return await self._attempts(call)
         except (asyncio.CancelledError, KeyboardInterrupt, RequestTimeout):
-            # Triton does not propagate a disconnect to a running step of an ensemble.
-            if call.request_id:
-                await self._cancel(call.request_id)
+            await self._cancel(call.request_id)
             raise
 
     async def _cancel(self, request_id: str) -> None:
+        """Cancels a request: Triton does not propagate a disconnect to a running step of an ensemble."""
+        if not request_id:
+            return
         cancel = calls.control("cancel", request_id, GIVE_UP_SECONDS)
         with suppress(GlmImageClientError):
             await self._shielded(self._attempts(cancel))
@@ -120,26 +129,40 @@ class ClientCore:
     async def events(
         self, prepare: Callable[P, Call[StreamEvent]], *args: P.args, **options: P.kwargs
     ) -> AsyncGenerator[StreamEvent, None]:
-        """Sends the call of a stream and yields its events; closing the generator cancels the request."""
+        """Sends the call of a stream and yields its events; closing the generator cancels the request.
+
+        The events begin anew after a connection that was closed for its pings.
+        """
         call = await self._in_thread(prepare, *args, **options)
-        timeout = self._timeout if call.timeout is None else call.timeout
-        event = None
-        async with aclosing(self._transport.stream(call, timeout)) as responses:
-            async for outputs in responses:
-                event = call.read(outputs)
-                yield event
+        attempts = self._attempts_of(call, NO_RETRIES)
+        event, is_done = None, False
+        while not is_done:
+            try:
+                async with aclosing(self._transport.stream(call, attempts.timeout)) as responses:
+                    async for outputs in responses:
+                        event = call.read(outputs)
+                        yield event
+                is_done = True
+            except TooManyPingsError as error:
+                attempts.repeat_without_pings(error)
         if event is None or event.result is None:
             raise ServerFailure("the server ended the stream before it sent the images")
 
     async def _attempts(self, call: Call[T]) -> T:
-        attempts = Attempts(self._retries, self._timeout if call.timeout is None else call.timeout)
+        attempts = self._attempts_of(call, self._retries)
         while True:
             try:
                 outputs = await self._transport.infer(call, attempts.timeout)
+            except TooManyPingsError as error:
+                attempts.repeat_without_pings(error)
+                await self._cancel(call.request_id)
             except GlmImageClientError as error:
                 await self._sleep(attempts.pause_after(error))
             else:
                 return call.read(outputs)
+
+    def _attempts_of(self, call: Call[T], retries: Retries) -> Attempts:
+        return Attempts(retries, self._timeout if call.timeout is None else call.timeout)
 
     async def _sleep(self, seconds: float) -> None:
         time.sleep(seconds)

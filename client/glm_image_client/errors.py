@@ -67,6 +67,10 @@ class UnreachableError(GlmImageClientError):
     """No server answers at the address, or the connection broke before an answer came."""
 
 
+class TooManyPingsError(UnreachableError):
+    """The server closed the connection because it permits fewer pings; the transport sends none any more."""
+
+
 class ServerFailure(GlmImageClientError):  # noqa: N818 - a public name
     """The server accepted the request and failed; the same request may succeed later.
 

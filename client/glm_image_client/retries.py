@@ -7,7 +7,13 @@ import random
 import time
 from dataclasses import dataclass
 
-from glm_image_client.errors import BadArgumentError, BusyError, GlmImageClientError, UnreachableError
+from glm_image_client.errors import (
+    BadArgumentError,
+    BusyError,
+    GlmImageClientError,
+    TooManyPingsError,
+    UnreachableError,
+)
 
 
 @dataclass(frozen=True)
@@ -63,13 +69,24 @@ class Attempts:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._timeout = timeout
         self._failed = 0
+        self._is_repeated = False
 
     @property
     def timeout(self) -> float | None:
         """Seconds that the next attempt may take; None = no limit."""
-        if self._deadline is None or not self._failed:
+        if self._deadline is None or not (self._failed or self._is_repeated):
             return self._timeout
         return self._deadline - time.monotonic()
+
+    def repeat_without_pings(self, error: TooManyPingsError) -> None:
+        """Allows one more attempt, which is no retry: the server has not refused the request.
+
+        Raises:
+            TooManyPingsError: ``error``, if there was such an attempt, or no time is left for one.
+        """
+        if self._is_repeated or (self._deadline is not None and time.monotonic() >= self._deadline):
+            raise error
+        self._is_repeated = True
 
     def pause_after(self, error: GlmImageClientError) -> float:
         """Returns the seconds to wait after a failed attempt.

@@ -26,6 +26,8 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORTS: dict[ProtocolName, int] = {"grpc": 8001, "http": 8000}
 TLS_PORT = 443
 LIVENESS_SECONDS = 2.0
+KEEPALIVE_SECONDS = 30.0
+"""Less than the minutes after which NATs and load balancers drop an idle connection; ``serve`` permits 5 and above."""
 
 
 class Tensor(NamedTuple):
@@ -99,6 +101,7 @@ class Transport(ABC):
         Raises:
             RefusedError: the server refuses the request.
             UnreachableError: no server answers, or the connection broke.
+            TooManyPingsError: the server permits fewer pings; further calls send none.
             ServerFailure: the server answered anything else, or not in KServe's protocol.
         """
 
@@ -118,8 +121,11 @@ class Transport(ABC):
     async def close(self) -> None: ...
 
 
-def connect(endpoint: Endpoint, *, asynchronous: bool) -> Transport:
-    """Returns a transport for asyncio or a blocking one; it connects with the first call."""
+def connect(endpoint: Endpoint, *, asynchronous: bool, keepalive: float | None) -> Transport:
+    """Returns a transport for asyncio or a blocking one; it connects with the first call.
+
+    ``keepalive`` is the seconds between two pings over gRPC; None = no pings. HTTP has none.
+    """
     # The two halves of tritonclient are optional and slow to import.
     if endpoint.protocol == "http":
         from glm_image_client.http_transport import AsyncHttpTransport, HttpTransport  # noqa: PLC0415
@@ -127,7 +133,7 @@ def connect(endpoint: Endpoint, *, asynchronous: bool) -> Transport:
         return AsyncHttpTransport(endpoint) if asynchronous else HttpTransport(endpoint)
     from glm_image_client.grpc_transport import AsyncGrpcTransport, GrpcTransport  # noqa: PLC0415
 
-    return AsyncGrpcTransport(endpoint) if asynchronous else GrpcTransport(endpoint)
+    return AsyncGrpcTransport(endpoint, keepalive) if asynchronous else GrpcTransport(endpoint, keepalive)
 
 
 def infer_arguments(triton: Any, request: Request, timeout: float | None) -> dict[str, Any]:
@@ -137,6 +143,12 @@ def infer_arguments(triton: Any, request: Request, timeout: float | None) -> dic
         for name, datatype, data in request.tensors
     ]
     return {"inputs": inputs, "request_id": request.request_id, "timeout": microseconds(timeout)}
+
+
+def check_keepalive(keepalive: float | None) -> None:
+    """Refuses seconds between pings that are not a number above 0."""
+    if keepalive is not None and not (math.isfinite(keepalive) and keepalive > 0):
+        raise BadArgumentError(f"keepalive is {keepalive}; allowed: seconds above 0, or None")
 
 
 def microseconds(timeout: float | None) -> int | None:
