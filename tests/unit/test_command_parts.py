@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from glm_image_client import BadArgumentError, GenerationResult, Metadata, RefusedError
+from glm_image_client.cli import app
 from glm_image_client.cli.application import WAIT_SECONDS, with_wait_seconds
 from glm_image_client.cli.contact_sheet import write_contact_sheet
 from glm_image_client.cli.diagnosis import diagnose
@@ -239,6 +241,14 @@ class TestDiagnosis:
         with self.answering({"/v2": '{"extensions": []}', "/v2/health/ready": ""}) as port:
             assert "does not serve glm_image" in self.message(f"http://127.0.0.1:{port}")
             assert f"speaks HTTP, not gRPC; use --url http://127.0.0.1:{port}" in self.message(f"127.0.0.1:{port}")
+        with self.answering({"/v2": '{"extensions": []}', "/v2/health/ready": "", "/v2/models/glm_image": ""}) as port:
+            assert diagnose(Endpoint.parse(f"http://127.0.0.1:{port}")) is None
+
+    def test_a_server_that_is_not_ready(self) -> None:
+        with self.answering({"/v2": '{"extensions": []}'}) as port:
+            done = CliRunner().invoke(app, ["status", "x", "--url", f"http://127.0.0.1:{port}"])
+            assert done.exit_code == 3
+            assert f"the server at 127.0.0.1:{port} is not ready: it is loading its models, or stopping" in done.stderr
 
     def test_a_server_that_is_loading(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

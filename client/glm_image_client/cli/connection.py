@@ -11,10 +11,11 @@ from glm_image_client.cli.diagnosis import Fault, diagnose
 from glm_image_client.cli.flags import Connection
 from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import GlmImageClientError, RefusedError, ServerFailure, UnreachableError
-from glm_image_client.transport import Endpoint
 
 POLL_SECONDS: Final = 0.5
 """Between two questions whether a server is ready: a remote server has no event for it."""
+
+_NOT_READY: Final = "the server at {} is not ready: it is loading its models, or stopping; wait for it with --wait"
 
 
 @contextmanager
@@ -30,10 +31,12 @@ def connected(connection: Connection, timeout: float | None = None) -> Iterator[
         try:
             yield client
         except (RefusedError, UnreachableError, ServerFailure) as error:
-            fault = diagnose(client.endpoint) if _may_be_no_server(error) else None
-            if fault is None:
+            if not _may_be_no_server(error):
                 raise
-            raise UnreachableError(fault.message) from error
+            fault = diagnose(client.endpoint)
+            if fault is None and client.server_ready():
+                raise
+            raise UnreachableError(_reason(client, fault)) from error
 
 
 def _may_be_no_server(error: GlmImageClientError) -> bool:
@@ -51,10 +54,9 @@ def _wait_ready(client: GlmImageClient, seconds: float) -> None:
         if fault is not None and not fault.may_pass:
             raise UnreachableError(fault.message)
         if time.monotonic() >= deadline:
-            raise UnreachableError(_late(fault, client.endpoint, seconds))
+            raise UnreachableError(f"{_reason(client, fault)} (waited {seconds:g} s)")
         time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
-def _late(fault: Fault | None, endpoint: Endpoint, seconds: float) -> str:
-    reason = f"the server at {endpoint.address} is not ready" if fault is None else fault.message
-    return f"{reason} (waited {seconds:g} s)"
+def _reason(client: GlmImageClient, fault: Fault | None) -> str:
+    return _NOT_READY.format(client.endpoint.address) if fault is None else fault.message

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+from glm_image_client.calls import ENSEMBLE
 from glm_image_client.errors import reason_of
 from glm_image_client.transport import Endpoint
 
@@ -54,8 +55,8 @@ def _wrong_service(endpoint: Endpoint, service: Service) -> Fault | None:
         return Fault(f"{address} speaks gRPC, not HTTP; use --url grpc://{address}", False)
     if service in ("http", "unknown"):
         return Fault(f"the service at {address} is not a GLM-Image server; check --url", False)
-    if service == "kserve" and _status(*_host_and_port(address), "/v2/health/ready") == http.client.OK:
-        return Fault(f"the Triton server at {address} does not serve glm_image; check --url", False)
+    if service == "kserve" and _lacks_model(*_host_and_port(address)):
+        return Fault(f"the Triton server at {address} does not serve {ENSEMBLE}; check --url", False)
     return None
 
 
@@ -74,6 +75,11 @@ def service_at(host: str, port: int) -> Service:
         if "extensions" in json.loads(answer):
             return "kserve"
     return "metrics" if _status(host, port, "/metrics") == http.client.OK else "http"
+
+
+def _lacks_model(host: str, port: int) -> bool:
+    is_ready = _status(host, port, "/v2/health/ready") == http.client.OK
+    return is_ready and _status(host, port, f"/v2/models/{ENSEMBLE}") != http.client.OK
 
 
 def _status(host: str, port: int, path: str) -> int | None:

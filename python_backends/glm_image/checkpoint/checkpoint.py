@@ -103,16 +103,19 @@ class Checkpoint:
 
         They are recommendations for clients; a request without them has the defaults of ``GenerationParameters``.
         """
-        path = self.folder / DEFAULTS_FILE
-        values = read_json(path) if path.is_file() else {}
         published = {"width": DEFAULT_SIDE, "height": DEFAULT_SIDE} | {
             name: getattr(GenerationParameters, name) for name in ("num_inference_steps", "guidance_scale")
         }
-        if unknown := values.keys() - published.keys():
-            raise CheckpointError(f"{path}: {min(unknown)} is not known; allowed: {', '.join(published)}")
+        path = self.folder / DEFAULTS_FILE
+        values = read_json(path) if path.is_file() else {}
+        for name, value in values.items():
+            if name not in published:
+                raise CheckpointError(f"{path}: {name} is not known; allowed: {', '.join(published)}")
+            if type(value) not in (int, type(published[name])):
+                raise CheckpointError(f"{path}: {name} is {value!r}; allowed: a number like {published[name]}")
         try:
             check_fields(GenerationParameters(prompt="x", **values), Limits())
-        except (InvalidInputError, TypeError) as error:
+        except InvalidInputError as error:
             raise CheckpointError(f"{path}: {error}") from error
         return published | values
 
