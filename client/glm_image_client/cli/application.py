@@ -41,7 +41,9 @@ class Application(TyperGroup):
         given = with_wait_seconds(list(sys.argv[1:] if args is None else args))
         as_json = "--json" in given
         try:
-            code = super().main(given, prog_name or PROGRAM, complete_var, standalone_mode=False, **extra)
+            code = super().main(
+                given, PROGRAM if prog_name is None else prog_name, complete_var, standalone_mode=False, **extra
+            )
         except GlmImageClientError as error:
             code = exit_code_of(error)
             print_error(error, as_json)
