@@ -55,8 +55,8 @@ def test_the_prompt_is_read_from_standard_input() -> None:
 
 def test_edit_is_generate_with_a_source() -> None:
     Image.effect_noise((96, 64), 50).convert("RGB").save("source.png")
-    run("edit", "source.png", "Paint it red", "--image", "source.png", *SMALL, "-o", "a.png")
-    run("generate", "Paint it red", "--image", "source.png", "--image", "source.png", *SMALL, "-o", "b.png")
+    run("edit", "source.png", "Paint it red", *SMALL, "-o", "a.png")
+    run("generate", "Paint it red", "--image", "source.png", *SMALL, "-o", "b.png")
     assert pixels("a.png") == pixels("b.png")
 
 

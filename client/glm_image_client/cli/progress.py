@@ -56,7 +56,7 @@ def shows_images(preview_dir: Path | None) -> bool:
 
 
 class Watched(NamedTuple):
-    """A stream that has ended: its result and the kinds of the intermediate images that came."""
+    """A stream that has ended: its result and the kinds of its events."""
 
     result: GenerationResult
     kinds: frozenset[str]
@@ -83,8 +83,8 @@ def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | N
                 step=f"{event.done}/{event.total}",
                 eta="" if event.eta is None else f"{event.eta:.0f} s left",
             )
+            kinds.add(event.kind)
             for file in event.files:
-                kinds.add(event.kind)
                 if preview_dir is not None:
                     write_file(preview_dir / f"{written:02}_{event.kind}.png", file)
                 if protocol is not None and event.kind == "preview":

@@ -90,7 +90,7 @@ def generate_images(
         "preview_every": 0 if folder is None else PREVIEW_EVERY,
     }
     watched = watch(client.stream(prompt, **streamed), has_bar=has_bar, preview_dir=folder)
-    if folder is not None and "preview" not in watched.kinds:
+    if folder is not None and not {"preview", "preview_skipped"} & watched.kinds:  # the latter has its own message
         print(f"glm-image: {_without_preview(watched)}", file=sys.stderr)
     return watched.result
 
@@ -111,4 +111,4 @@ def _without_preview(watched: Watched) -> str:
     if 2 * tokens.get("preview", 0) >= tokens.get("image", 0):
         size = f"{metadata.width}x{metadata.height}"
         return f"an image of {size} has no preview: previews are for images of twice their area, above about 725x725"
-    return "the server was too busy for the preview"
+    return "the server sent no preview"
