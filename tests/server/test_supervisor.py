@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
-from glm_image.supervisor.settings import free_ports
 from glm_image.supervisor.watchdog import SHARED_MEMORY
 from glm_image_client.cli.diagnosis import diagnose
 from glm_image_client.transport import Endpoint
@@ -209,7 +208,8 @@ def test_model_without_code_is_reported(checkpoint: Path, repository: Path) -> N
 def test_stop_while_loading(checkpoint: Path, repository: Path) -> None:
     """Until then the command finds that the server is loading."""
     write_model(repository, "slow", HANGING_MODEL)
-    (port,) = free_ports("127.0.0.1", 1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     served = Served(checkpoint, repository, "--grpc-port", str(port))
     with ended(served.process):
         for text in ("loading forever", "successfully loaded 'worker'"):  # in either order

@@ -68,6 +68,7 @@ def test_errors_name_the_flag(message: str, shown: str) -> None:
         (["--wait", "a fox"], [f"--wait={WAIT_SECONDS}", "a fox"]),
         (["--wait", "--json"], [f"--wait={WAIT_SECONDS}", "--json"]),
         (["--wait=3"], ["--wait=3"]),
+        (["--wait", "--", "--wait"], [f"--wait={WAIT_SECONDS}", "--", "--wait"]),
     ],
 )
 def test_the_seconds_of_wait_may_be_omitted(given: list[str], expected: list[str]) -> None:

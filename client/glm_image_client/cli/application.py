@@ -39,7 +39,7 @@ class Application(TyperGroup):
         **extra: Any,
     ) -> NoReturn:
         given = with_wait_seconds(list(sys.argv[1:] if args is None else args))
-        as_json = "--json" in given
+        as_json = "--json" in given[: _end_of_flags(given)]
         try:
             code = super().main(
                 given, PROGRAM if prog_name is None else prog_name, complete_var, standalone_mode=False, **extra
@@ -78,12 +78,19 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., No
 
 def with_wait_seconds(arguments: list[str]) -> list[str]:
     """Returns arguments in which ``--wait`` has its seconds, which may be omitted."""
-    return [
+    end = _end_of_flags(arguments)
+    given = [
         f"{argument}={WAIT_SECONDS}"
         if argument == "--wait" and not _NUMBER.fullmatch(next(iter(arguments[index + 1 :]), ""))
         else argument
-        for index, argument in enumerate(arguments)
+        for index, argument in enumerate(arguments[:end])
     ]
+    return [*given, *arguments[end:]]
+
+
+def _end_of_flags(arguments: list[str]) -> int:
+    """Returns the index of ``--``, after which nothing is a flag."""
+    return arguments.index("--") if "--" in arguments else len(arguments)
 
 
 def main() -> NoReturn:
