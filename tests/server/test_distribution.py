@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -23,9 +24,11 @@ import pytest
 from server.served import END_TIMEOUT_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = PROJECT["tool"]["setuptools"]["packages"]["find"]["where"]
 SOURCES = (
     *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt"),
-    *("python_backends", "client", "model_repository"),
+    *(*PACKAGES, "model_repository"),
 )
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info")
