@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tomllib
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tomllib
 
 from server.served import END_TIMEOUT_SECONDS
 
