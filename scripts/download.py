@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from glm_image.checkpoint.layout import COMPONENTS
-from glm_image.errors import GlmImageError
+from glm_image.errors import GlmImageError, printable
 from glm_image.sizing.inspect import inspect
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
@@ -240,7 +240,7 @@ def download(flags: argparse.Namespace, report: Callable[[str], None] = print) -
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

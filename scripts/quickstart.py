@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from glm_image.errors import GlmImageError
+from glm_image.errors import GlmImageError, printable
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import (
     BadArgumentError,
@@ -150,7 +150,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0 if arguments.keep else EXIT_INTERRUPTED
     except (GlmImageError, GlmImageClientError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_REFUSED if isinstance(error, (BadArgumentError, RefusedError)) else EXIT_FAILED
     console.print(f"{time.perf_counter() - began:.1f} s in all")
     return 0

@@ -17,7 +17,7 @@ from glm_image.request.stages import STAGE_ORDER
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image_client import GlmImageClient
 from helpers import wait_until
-from server.kserve import KServeError, Values, at_once, decoded, grpc_infer, metadata
+from server.kserve import KServeError, Values, at_once, decoded, grpc_infer, metadata, post
 from server.streaming import Response, final_state, grpc_stream, http_stream, texts
 from server.test_metrics import page_when
 
@@ -111,6 +111,15 @@ def test_bad_input_is_refused_in_the_stream(triton: TritonServer, protocol: str,
         list(PROTOCOLS[protocol](triton, values))
     assert message in refused.value.message
     grpc_infer(triton, {**SMALL, "num_inference_steps": 1})
+
+
+def test_generate_answers_with_the_endpoint_that_streams_need(triton: TritonServer) -> None:
+    """Triton does not tell a model by which endpoint it is called, and refuses only when all responses are there."""
+    answer = post(triton, "/v2/models/glm_image_stream/generate", {**SMALL, "num_inference_steps": 1})
+    assert answer == {
+        "error": "generate expects model to produce exactly 1 response, "
+        "use generate stream for model that generates various number of responses"
+    }
 
 
 @pytest.mark.parametrize("stage", ["decode", pytest.param("denoise", marks=pytest.mark.full)])

@@ -216,7 +216,7 @@ def test_a_sampling_value_of_0_is_not_taken_for_a_missing_one(
 def test_a_count_of_0_is_not_taken_for_a_missing_one(folder: Path, name: str) -> None:
     file = folder / "vision_language_encoder" / "config.json"
     change_json(file, lambda config: config["text_config"].update({name: 0}))
-    refused(folder, f"text_config.{name} is 0; allowed: 1 or more")
+    refused(folder, f"text_config.{name} is 0; allowed: a whole number from 1")
 
 
 def test_a_checkpoint_without_defaults_has_those_of_the_published_model(folder: Path) -> None:

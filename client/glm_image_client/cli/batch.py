@@ -21,7 +21,7 @@ from glm_image_client.cli.progress import progress_bar
 from glm_image_client.cli.prompts_file import Row, read_rows
 from glm_image_client.client import GlmImageClient
 from glm_image_client.core import CONCURRENT_CALLS
-from glm_image_client.errors import BadArgumentError, GlmImageClientError, UnreachableError
+from glm_image_client.errors import BadArgumentError, GlmImageClientError, UnreachableError, printable
 
 CONTACT_SHEET: Final = "contact_sheet.png"
 
@@ -129,7 +129,7 @@ def _report(batch: Batch, manifest: Manifest, sheet: Path | None, total: int, sk
         print(json.dumps({"manifest": str(manifest.path), "contact_sheet": sheet and str(sheet), **counts}))
         return
     for number, error in sorted(batch.errors.items()):
-        print(f"glm-image: prompt {number}: {flag_message(str(error))}", file=sys.stderr)
+        print(printable(f"glm-image: prompt {number}: {flag_message(str(error))}"), file=sys.stderr)
     if batch.unsent:
         print(f"glm-image: {batch.unsent} prompts were not sent; continue with --resume", file=sys.stderr)
     before = f", {skipped} before" if skipped else ""

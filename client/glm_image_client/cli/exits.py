@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
-from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
+from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError, printable
 from glm_image_client.options import OPTIONS
 
 EXIT_REFUSED: Final = 2
@@ -51,7 +51,7 @@ def print_error(error: GlmImageClientError, as_json: bool) -> None:
     if as_json:
         _print_json(message, type(error).__name__, exit_code_of(error))
     else:
-        print(f"glm-image: {message}", file=sys.stderr)
+        print(printable(f"glm-image: {message}"), file=sys.stderr)
 
 
 def print_usage_error(error: Any, as_json: bool) -> int:

@@ -7,7 +7,7 @@ as ``**options: Unpack[...]``. ``with_flags`` makes typer's flags of all of them
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import wraps
@@ -100,7 +100,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     def call(**values: Any) -> None:
         for name, kind in groups.items():
             values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
-        command(**values)
+        # A flag that may be repeated is an empty list where it is not given.
+        command(**{name: None if value == [] else value for name, value in values.items()})
 
     ordered = [item.replace(kind=Parameter.KEYWORD_ONLY) for item in parameters]
     call.__signature__ = declared.replace(parameters=ordered)  # type: ignore[attr-defined] # typer reads it
@@ -122,11 +123,15 @@ def _option_parameters(kind: Any) -> list[Parameter]:
             name,
             Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[option.kind, typer.Option(*option.input.flags, help=option.input.help)],
+            annotation=Annotated[_flag_type(option.kind), typer.Option(*option.input.flags, help=option.input.help)],
         )
         for name, option in declared
         if option.input.flags
     ]
+
+
+def _flag_type(kind: Any) -> Any:
+    return list[str] | None if kind == Sequence[str] | None else kind
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from glm_image_client.calls import accidental_text
 from glm_image_client.cli.flags import DEFAULT_OUTPUT, Output
 from glm_image_client.errors import BadArgumentError
 from glm_image_client.result import GenerationResult, Metadata, file_names, format_of
@@ -71,8 +73,17 @@ def _existing(names: list[str]) -> list[str]:
     return [name for name in names if Path(name).exists()]
 
 
-def print_result(result: GenerationResult, files: list[Path], seconds: float, as_json: bool) -> None:
-    """Prints the files of a result with its size, steps, seeds and the seconds of its stages, or a JSON object."""
+def print_result(prompt: str, result: GenerationResult, files: list[Path], seconds: float, *, as_json: bool) -> None:
+    """Prints the files of a result with its size, steps, seeds and the seconds of its stages, or a JSON object.
+
+    Standard error gets a note for lettering that is probably an accident.
+    """
+    for text in accidental_text(prompt, result.metadata.rendered_text):
+        print(
+            f"glm-image: note: {text!r}, between two apostrophes, was taken as text to render; "
+            "write apostrophes as ’, or name the text with --glyph-text",
+            file=sys.stderr,
+        )
     names = [str(file) for file in files]
     if as_json:
         print(json.dumps({"files": names, "seeds": result.seeds, "metadata": result.metadata.raw}))

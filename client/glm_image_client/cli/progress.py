@@ -84,6 +84,8 @@ def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | N
                 eta="" if event.eta is None else f"{event.eta:.0f} s left",
             )
             kinds.add(event.kind)
+            if event.kind == "preview_skipped" and (preview_dir is not None or protocol is not None):
+                bar.console.out(f"no preview ({event.reason}): {event.message}", highlight=False)
             for file in event.files:
                 if preview_dir is not None:
                     write_file(preview_dir / f"{written:02}_{event.kind}.png", file)

@@ -102,7 +102,7 @@ def _parsed(values: Any) -> tuple[str, dict[str, Any]]:
 def _number(name: str, value: Any) -> Any:
     """Returns a value of CSV as its option's type; the client checks those of JSON."""
     kinds = get_args(OPTIONS[name].kind)
-    if not isinstance(value, str) or str in kinds:
+    if not isinstance(value, str) or not {int, float}.intersection(kinds):
         return value
     try:
         return float(value) if float in kinds else int(value)

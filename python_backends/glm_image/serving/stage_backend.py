@@ -24,7 +24,7 @@ from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.responder import PendingResponses, Responder
 from glm_image.serving.tensors import Inputs
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.metrics import MetricSpec, OutcomeRecorder
+from glm_image.telemetry.metrics import LatencyHistograms, LatencyRecorder, MetricSpec, OutcomeRecorder
 from glm_image.telemetry.request_log import RequestLog
 from glm_image.telemetry.tracing import RequestTracing
 
@@ -62,6 +62,7 @@ class StageBackend(ABC):
     reserves_first_device: ClassVar[bool]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[Mapping[str, MetricSpec]]
+    latencies: ClassVar[LatencyHistograms]
     outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -78,6 +79,7 @@ class StageBackend(ABC):
             self._pending,
             RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
             OutcomeRecorder(self.counters, self._metrics.record),
+            LatencyRecorder(self.latencies, self._metrics.record),
         ]
         self._handlers: dict[str, Handler] = {}
         self._topics: dict[bytes, Callable[[], None]] = {}

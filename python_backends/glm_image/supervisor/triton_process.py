@@ -15,6 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import TextIO
 
+from glm_image.errors import printable
 from glm_image.ipc import run_directory
 from glm_image.supervisor import watchdog
 from glm_image.supervisor.api_access import closing_flags
@@ -197,7 +198,7 @@ class ServerProcess:
         with self._watchdog.stderr as stream:
             for line in stream:
                 # Triton writes a line and its end separately, and may end in between.
-                self._handle_line(line.decode(errors="replace").removesuffix("\n") + "\n")
+                self._handle_line(line.decode(errors="replace").removesuffix("\n"))
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -213,12 +214,13 @@ class ServerProcess:
                         self._continue_stop()
 
     def _handle_line(self, line: str) -> None:
+        shown = printable(line, keep="\t") + "\n"
         if self._log is not None:
             with contextlib.suppress(OSError, ValueError):  # its reader may have ended; the server goes on
-                self._log.write(line)
+                self._log.write(shown)
                 self._log.flush()
         with self._changed:
-            self._tail.append(line)
+            self._tail.append(shown)
             if service := started_service(line):
                 self._started.add(service)
             self._syntax_error = syntax_error(line) or self._syntax_error

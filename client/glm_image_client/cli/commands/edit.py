@@ -47,4 +47,4 @@ def edit(
     with connected(connection, call.timeout) as client:
         result = generate_images(client, text, with_server_defaults(client, options), progress, call.as_json)
     waited = time.perf_counter() - began
-    print_result(result, files.save(result), waited, call.as_json)
+    print_result(text, result, files.save(result), waited, as_json=call.as_json)

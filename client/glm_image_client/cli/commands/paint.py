@@ -46,4 +46,4 @@ def paint(
     with connected(connection, call.timeout) as client:
         result = client.paint(text, prior, **with_server_defaults(client, options, PaintOptions))
     waited = time.perf_counter() - began
-    print_result(result, files.save(result), waited, call.as_json)
+    print_result(text, result, files.save(result), waited, as_json=call.as_json)
