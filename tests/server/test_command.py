@@ -47,8 +47,10 @@ def test_size_and_steps_are_those_of_the_checkpoint(triton: TritonServer) -> Non
 
 
 def test_the_prompt_is_read_from_standard_input() -> None:
-    run("generate", "-", *SMALL, "-o", "a.png", text="A fox\n")
-    run("generate", *SMALL, "-o", "b.png", "--wait", text="A fox")
+    prompt = "It doesn't like the cat's toy"
+    done = run("generate", "-", *SMALL, "-o", "a.png", text=f"{prompt}\n")
+    assert "note: 't like the cat', between two apostrophes, was taken as text to render" in done.stderr
+    run("generate", *SMALL, "-o", "b.png", "--wait", text=prompt)
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     assert "prompt is empty" in run("generate", code=2, text="").stderr
 
