@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
+from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import start_control_server
@@ -124,6 +125,8 @@ class StageBackend(ABC):
         logger.info("loading the engine on %s", device)
         self._heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
         checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
+        defaults = checkpoint.defaults
+        self._handlers["defaults"] = lambda _: Message({"defaults": defaults})
         workers = instance.workers(place, device, self._pending.end_process)
         self._load_engine(instance.parameters, checkpoint, device, workers)
 

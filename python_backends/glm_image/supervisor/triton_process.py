@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -139,6 +140,9 @@ class ServerProcess:
 
     def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
         backends = installation.lay_out_backends(self._run_directory)
+        # Triton listens only when all models are loaded; meanwhile `glm-image` finds here that it is starting.
+        ports = {"pid": os.getpid(), "ports": list(settings.ports().values())}
+        (self._run_directory / "ports.json").write_text(json.dumps(ports))
         return subprocess.Popen(
             [*self._watchdog_command(settings), "--", *self._server_command(installation, settings, backends)],
             stdin=subprocess.PIPE,
