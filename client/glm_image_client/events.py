@@ -9,7 +9,7 @@ from typing import Final
 from PIL import Image
 
 from glm_image_client.errors import ServerFailure
-from glm_image_client.result import GenerationResult, decoded_images, image_files, json_object
+from glm_image_client.result import GenerationResult, base64_files, decoded_files, decoded_images, json_object
 from glm_image_client.transport import Outputs
 
 RENAMED: Final = {"tokens": "decode"}
@@ -28,7 +28,7 @@ class StreamEvent:
         total: the number of them.
         seconds: time since the server accepted the request.
         eta: estimated seconds left; None = unknown.
-        files: PNG files of intermediate images: a ``preview``, or the latents at 1/8 of the size.
+        base64_files: ``files`` in base64, as the server sent them.
         result: the images, in the last event.
     """
 
@@ -39,8 +39,13 @@ class StreamEvent:
     total: int
     seconds: float
     eta: float | None = None
-    files: list[bytes] = field(default_factory=list, repr=False)
+    base64_files: list[bytes] = field(default_factory=list, repr=False)
     result: GenerationResult | None = field(default=None, repr=False)
+
+    @cached_property
+    def files(self) -> list[bytes]:
+        """PNG files of intermediate images: a ``preview``, or the latents at 1/8 of the size."""
+        return decoded_files(self.base64_files)
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -57,7 +62,7 @@ class StreamEvent:
             return cls(
                 kind=RENAMED.get(event["event"], event["event"]),
                 stage=RENAMED.get(event["stage"], event["stage"]),
-                files=[] if result else image_files(outputs),
+                base64_files=[] if result else base64_files(outputs),
                 result=result,
                 **{name: event[name] for name in ("request_id", "done", "total", "seconds", "eta")},
             )

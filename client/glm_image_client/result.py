@@ -85,19 +85,24 @@ class GenerationResult:
 
     Attributes:
         metadata: the server's metadata.
-        encoded: the bytes of each image file as the server wrote it; empty for raw pixels.
+        base64_files: each image file as the server sent it, in base64; empty for raw pixels.
         pixels: uint8 [n, height, width, 3] for raw pixels, else None.
     """
 
     metadata: Metadata
-    encoded: list[bytes] = field(default_factory=list, repr=False)
+    base64_files: list[bytes] = field(default_factory=list, repr=False)
     pixels: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     @classmethod
     def from_outputs(cls, outputs: Outputs) -> GenerationResult:
         metadata = Metadata.from_json(_output(outputs, "metadata")[0])
-        encoded = image_files(outputs)
-        return cls(metadata, encoded, None if encoded else _output(outputs, "images"))
+        files = base64_files(outputs)
+        return cls(metadata, files, None if files else _output(outputs, "images"))
+
+    @cached_property
+    def encoded(self) -> list[bytes]:
+        """The bytes of each image file; empty for raw pixels. Decoded on first use."""
+        return decoded_files(self.base64_files)
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -132,7 +137,7 @@ class GenerationResult:
             OSError: a file cannot be written.
         """
         suffix_format = format_of(path)
-        count = len(self.encoded) if self.pixels is None else len(self.pixels)
+        count = len(self.base64_files) if self.pixels is None else len(self.pixels)
         files = [Path(name) for name in file_names(str(path), count, self.metadata)]
         for index, file in enumerate(files):
             file.write_bytes(self._file_bytes(index, suffix_format))
@@ -207,10 +212,15 @@ class PriorTokens:
         return cls(**values)
 
 
-def image_files(outputs: Outputs) -> list[bytes]:
-    """Returns the files in the output ``images_base64``."""
+def base64_files(outputs: Outputs) -> list[bytes]:
+    """Returns the output ``images_base64``."""
+    return [bytes(file) for file in _output(outputs, "images_base64").ravel()]
+
+
+def decoded_files(files: Sequence[bytes]) -> list[bytes]:
+    """Returns files in base64 as their bytes."""
     try:
-        return [base64.b64decode(file, validate=True) for file in _output(outputs, "images_base64").ravel()]
+        return [base64.b64decode(file, validate=True) for file in files]
     except binascii.Error as error:
         raise ServerFailure("images_base64 of the server's response is not base64") from error
 
