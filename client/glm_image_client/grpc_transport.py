@@ -120,10 +120,17 @@ class AsyncGrpcTransport(GrpcBase):
             yield {"model_name": request.model, **arguments, "enable_empty_final_response": True}
 
         responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=WITH_STATUS)
+
+        async def following() -> Any:
+            try:
+                return await anext(responses)
+            except grpc.RpcError as error:  # tritonclient translates those of other calls only
+                raise InferenceServerException(error.details(), str(error.code())) from error
+
         is_last = False
         try:
             while not is_last:
-                result, error = await self._answer(lambda: anext(responses), timeout)
+                result, error = await self._answer(cast("Callable[[], Any]", following), timeout)
                 if error is not None:
                     raise client_error(error, self._address, timeout, live=True) from error
                 is_last = is_final(result)

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Final
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -20,6 +20,9 @@ from glm_image_gateway.keys import Caller
 from glm_image_gateway.schemas import ChatBody
 from glm_image_gateway.services import Authenticated, Services, request_id_of, services_of
 from glm_image_gateway.translation import ImageRequest, chat
+
+PROGRESS_SECONDS: Final = 0.5
+"""Between two chunks of progress."""
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=ERRORS)
 
@@ -67,12 +70,14 @@ async def _chunks(
     """Yields the chunks of a stream: progress without content, one delta with each image, and the end."""
     head = _head("chat.completion.chunk", model)
     stream = services.generator.stream(asked, caller, request_id_of(request))
-    is_first = True
+    sent: float | None = None
     async with aclosing(stream):
         async for progress in stream:
             if progress.generated is None:
-                delta: dict[str, Any] = {"role": "assistant", "content": ""} if is_first else {"content": ""}
-                is_first = False
+                if sent is not None and time.monotonic() - sent < PROGRESS_SECONDS:
+                    continue
+                delta: dict[str, Any] = {"role": "assistant", "content": ""} if sent is None else {"content": ""}
+                sent = time.monotonic()
                 chunk = {**head, "choices": [_choice(0, delta)], "progress": _progress(progress)}
                 yield event(json_bytes(chunk))
                 continue
