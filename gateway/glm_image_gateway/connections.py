@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
@@ -71,22 +71,15 @@ class EventStream(Response):
     Args:
         events: whole events; an ``ApiError`` that it raises is the answer before the first one, later the last event.
         metrics: of the gateway.
-        keep_alive_seconds: between two comments.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        metrics: Metrics,
-        headers: Mapping[str, str] | None = None,
-        keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], metrics: Metrics) -> None:
         # Proxies such as nginx would hold events back.
-        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._metrics, self._keep_alive_seconds = events, metrics, keep_alive_seconds
+        self._events, self._metrics = events, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.ensure_future(self._send_all(scope, receive, send))
@@ -111,7 +104,7 @@ class EventStream(Response):
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while True:
-                await asyncio.wait({following}, timeout=self._keep_alive_seconds)
+                await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
                 if not following.done():
                     await _send_body(send, KEEP_ALIVE)
                     continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import os
 import signal
 import socket
 import sys
@@ -16,6 +16,7 @@ import uvicorn
 
 from glm_image_gateway.app import create_app
 from glm_image_gateway.keys import new_key
+from glm_image_gateway.logs import start_logging
 from glm_image_gateway.services import Services
 from glm_image_gateway.settings import GatewaySettings, SettingsError, parse_settings
 
@@ -31,8 +32,7 @@ IDLE_SECONDS: Final = 75
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit code. ``new-key FILE NAME`` prints a new key instead."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging()
     try:
         if given[:1] == [NEW_KEY]:
             return _print_new_key(given)
@@ -52,6 +52,8 @@ async def serve(settings: GatewaySettings, listener: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.request_stop)
+    if settings.stop_at_eof:
+        loop.add_reader(sys.stdin.fileno(), _stop_at_eof, loop, server)
     await server.serve([listener])
     return EXIT_DONE if server.started else EXIT_FAILED
 
@@ -89,6 +91,12 @@ class GatewayServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             print(f"ready: {self.url}", flush=True)
+
+
+def _stop_at_eof(loop: asyncio.AbstractEventLoop, server: GatewayServer) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        loop.remove_reader(sys.stdin.fileno())
+        server.request_stop()
 
 
 def _listener(settings: GatewaySettings) -> socket.socket:

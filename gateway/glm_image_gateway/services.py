@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, Final, cast
+from typing import Annotated, cast
 
 from fastapi import Depends
 from starlette.requests import Request
@@ -21,9 +21,6 @@ from glm_image_gateway.metrics import Metrics
 from glm_image_gateway.settings import GatewaySettings
 from glm_image_gateway.storage import Storage
 
-READY_SECONDS: Final = 1.0
-"""For which an answer about the server's readiness is kept."""
-
 
 @dataclass
 class Services:
@@ -39,9 +36,6 @@ class Services:
     storage: Storage
     jobs: JobRunner
     started: int
-
-    def __post_init__(self) -> None:
-        self._ready, self._asked = False, float("-inf")
 
     @classmethod
     def of(cls, settings: GatewaySettings) -> Services:
@@ -70,10 +64,7 @@ class Services:
 
     async def is_ready(self) -> bool:
         """Returns whether the server answers and all its models are ready."""
-        if time.monotonic() - self._asked > READY_SECONDS:
-            self._ready = await self.client.server_ready()
-            self._asked = time.monotonic()
-        return self._ready
+        return await self.client.server_ready()
 
     def model_name(self, name: object) -> str:
         """Returns a model's name as it was given; None = the first one.

@@ -71,6 +71,7 @@ class GatewaySettings:
     webhook_hosts: tuple[str, ...] = _flag(
         "hosts that jobs may name in `webhook`; default: none", "HOST,...", _names, default=()
     )
+    stop_at_eof: bool = _flag("stop when standard input ends, as when a parent process dies", None, default=False)
     drain_seconds: int = _flag("time limit for requests in flight after a stop", "N", int, default=60)
 
     def __post_init__(self) -> None:

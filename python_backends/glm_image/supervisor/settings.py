@@ -115,13 +115,11 @@ class ServerSettings:
     def _check_ports(self) -> None:
         flags: dict[int, str] = {}
         for name, port in self.ports().items():
-            if not 0 <= port <= MAX_PORT:
-                raise ConfigurationError(f"{name} is {port}; allowed: 0 (any free one) to {MAX_PORT}")
             if port in flags:
                 raise ConfigurationError(f"{name} is {port}, which is also {flags[port]}; allowed: a port of its own")
+            check_port(self.host, port, name)
             if port:
                 flags[port] = name
-                _check_port_is_free(self.host, port, name)
 
     def absolute(self) -> ServerSettings:
         """Returns the settings with absolute paths, since models have another working directory."""
@@ -189,7 +187,12 @@ def free_ports(host: str, count: int) -> list[int]:
     return ports
 
 
-def _check_port_is_free(host: str, port: int, name: str) -> None:
+def check_port(host: str, port: int, name: str) -> None:
+    """Raises ConfigurationError if the flag ``name`` sets a port on which nothing can listen; 0 = any free one."""
+    if not 0 <= port <= MAX_PORT:
+        raise ConfigurationError(f"{name} is {port}; allowed: 0 (any free one) to {MAX_PORT}")
+    if port == 0:
+        return
     try:
         _bound_socket(host, port).close()
     except OSError as error:
