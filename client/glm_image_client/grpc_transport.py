@@ -23,6 +23,13 @@ T = TypeVar("T")
 # gRPC's message around the fault: the attempt, the status, the address.
 _AROUND_FAULT = re.compile(r"(?:.*last error: )?(?:[A-Z_]+: )?(?:ipv[46]:\S+: )?(.*?)(?:: OK)?", re.DOTALL)
 
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # gRPC's own longest pause, two minutes, would outlast the restart of a server.
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
+
 WITH_STATUS = {"triton_grpc_error": "true"}
 """Headers with which Triton sends the status of an error in a stream, not only its message."""
 
@@ -102,7 +109,7 @@ class GrpcTransport(GrpcBase):
         self._client.close()
 
     def _connected(self) -> Any:
-        return triton.InferenceServerClient(self._address, ssl=self._tls)
+        return triton.InferenceServerClient(self._address, ssl=self._tls, channel_args=CHANNEL_OPTIONS)
 
 
 class AsyncGrpcTransport(GrpcBase):
@@ -111,7 +118,7 @@ class AsyncGrpcTransport(GrpcBase):
     @cached_property
     def _client(self) -> Any:
         # A channel belongs to the loop that runs when it is made.
-        return aio.InferenceServerClient(self._address, ssl=self._tls)
+        return aio.InferenceServerClient(self._address, ssl=self._tls, channel_args=CHANNEL_OPTIONS)
 
     async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
         arguments = infer_arguments(triton, request, timeout)

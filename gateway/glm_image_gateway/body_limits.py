@@ -24,15 +24,14 @@ DISCARD_FACTOR: Final = 4
 class BodyLimits:
     """Refuses bodies that are too large or too slow, before and while they are read."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, metrics: Metrics, idle_seconds: float = IDLE_SECONDS) -> None:
-        self._app, self._max_bytes, self._idle_seconds = app, max_bytes, idle_seconds
-        self._metrics = metrics
+    def __init__(self, app: ASGIApp, max_bytes: int, metrics: Metrics) -> None:
+        self._app, self._max_bytes, self._metrics = app, max_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        reader = _Reader(receive, self._max_bytes, self._idle_seconds)
+        reader = _Reader(receive, self._max_bytes)
         try:
             declared = dict(scope["headers"]).get(b"content-length", b"")
             if declared.isdigit() and int(declared) > self._max_bytes:
@@ -52,8 +51,8 @@ class _BodyRefused(BaseException):
 
 
 class _Reader:
-    def __init__(self, receive: Receive, max_bytes: int, idle_seconds: float) -> None:
-        self._receive, self._max_bytes, self._idle_seconds = receive, max_bytes, idle_seconds
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self._receive, self._max_bytes = receive, max_bytes
         self._deadline = time.monotonic() + BODY_SECONDS
         self._bytes = 0
         self._is_complete = False
@@ -65,11 +64,11 @@ class _Reader:
     async def receive(self) -> Message:
         if self._is_complete:
             return await self._receive()  # the disconnect
-        seconds = min(self._idle_seconds, self._deadline - time.monotonic())
+        seconds = min(IDLE_SECONDS, self._deadline - time.monotonic())
         try:
             message = await asyncio.wait_for(self._receive(), max(seconds, 0))
         except (TimeoutError, asyncio.TimeoutError):
-            text = f"the body stopped after {self._bytes} bytes; allowed: pauses of at most {self._idle_seconds:g} s"
+            text = f"the body stopped after {self._bytes} bytes; allowed: pauses of at most {IDLE_SECONDS:g} s"
             self._is_complete = True  # nothing more is read
             raise _BodyRefused(ApiError(408, text, "request_timeout", should_retry=False)) from None
         self._count(message)

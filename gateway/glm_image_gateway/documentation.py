@@ -28,7 +28,8 @@ def body_of(kind: type[BaseModel], *, is_form: bool = False) -> dict[str, Any]:
     schema = kind.model_json_schema()
     content = {"application/json": {"schema": schema}}
     if is_form:
-        form = {**schema, "properties": {**schema["properties"], "image": _FILES, "mask": _FILE}}
+        mask = schema["properties"]["mask"]
+        form = {**schema, "properties": {**schema["properties"], "image": _FILES, "mask": {**mask, **_FILE}}}
         content["multipart/form-data"] = {"schema": {name: value for name, value in form.items() if name != "example"}}
     return {"requestBody": {"required": True, "content": content}}
 
