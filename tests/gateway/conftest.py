@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway.running import RunningGateway, running_gateway
 from glm_image.supervisor import TritonServer
+from running_gateway import RunningGateway, running_gateway
 
 
 @pytest.fixture(scope="session")

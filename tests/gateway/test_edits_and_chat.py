@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from gateway.running import RunningGateway, error_of, events_of
 from glm_image.supervisor import TritonServer
 from pictures import encoded, picture
+from running_gateway import RunningGateway, error_of, events_of
 from server.kserve import generate
 
 EDITS, CHAT = "/v1/images/edits", "/v1/chat/completions"

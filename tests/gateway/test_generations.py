@@ -10,9 +10,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from gateway.running import RunningGateway, error_of
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
+from running_gateway import RunningGateway, error_of
 from server.kserve import generate
 
 PROMPT = "A red fox"

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import pytest
 
-from gateway.running import RunningGateway, error_of, running_gateway
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
 from glm_image_gateway.services import Services
 from glm_image_gateway.settings import SettingsError
 from helpers import serving
+from running_gateway import RunningGateway, error_of, running_gateway
 
 JOBS = "/v1/images/jobs"
 SMALL = {"prompt": "A red fox", "size": "64x32", "num_inference_steps": 1, "seed": 7}

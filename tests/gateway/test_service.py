@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.running import RunningGateway, error_of, running_gateway
 from glm_image.supervisor import TritonServer
 from glm_image_gateway import body_limits
 from glm_image_gateway.keys import new_key
+from running_gateway import RunningGateway, error_of, running_gateway
 
 GENERATIONS = "/v1/images/generations"
 SMALL = {"prompt": "A red fox", "size": "32x32", "num_inference_steps": 1, "seed": 7}
