@@ -32,6 +32,7 @@ WORKDIR /opt/glm-image
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY python_backends python_backends
 COPY client client
+COPY gateway gateway
 COPY model_repository model_repository
 COPY scripts/serve scripts/serve
 COPY scripts/lib scripts/lib
@@ -45,7 +46,7 @@ ENTRYPOINT ["/opt/glm-image/containers/serve", "--checkpoint", "/checkpoint", "-
 FROM base AS cuda
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 containers/constraints.py constraints.txt > /tmp/constraints.txt \
-    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,tracing]' \
+    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,gateway,tracing]' \
     && rm /tmp/constraints.txt
 USER 10001:10001
 
@@ -55,6 +56,6 @@ FROM base AS ascend
 COPY --from=cann /usr/local/Ascend /usr/local/Ascend
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 containers/constraints.py constraints.txt > /tmp/constraints.txt \
-    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,tracing,npu]' \
+    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,gateway,tracing,npu]' \
     && rm /tmp/constraints.txt
 USER 10001:10001

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from glm_image_gateway.storage import Storage
 from glm_image_gateway.translation import ImageRequest, folded
 from glm_image_gateway.webhooks import checked
 from glm_image_gateway.work import MinuteBudget, SpeedEstimate
+from server.documents import REPOSITORY_ROOT, rows_of, table_after
 
 
 def caller(name: str, **limits: Any) -> Caller:
@@ -309,3 +311,23 @@ def test_webhooks_go_to_listed_hosts_alone(url: object) -> None:
     assert checked("https://hooks.example/a", ["hooks.example"]) == "https://hooks.example/a"
     with pytest.raises(ApiError, match="webhook is"):
         checked(url, ["hooks.example"])
+
+
+class TestDocuments:
+    def test_flags_have_the_documented_defaults(self) -> None:
+        text = (REPOSITORY_ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+        rows = table_after(text, "flag of `gateway`")
+        shown = {}
+        for declared in fields(GatewaySettings):
+            value = declared.default
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            shown[f"--{declared.name.replace('_', '-')}"] = {"None": "none", "": "none", "False": "off"}.get(
+                text, f"`{text}`"
+            )
+        assert {name: cells[0] for name, cells in rows.items()} == shown
+
+    def test_every_metric_is_documented(self) -> None:
+        text = (REPOSITORY_ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
+        rows = rows_of(text.split("<!-- gateway -->\n")[1].split("\n\n", maxsplit=1)[0])
+        documented = {name.removesuffix("_total"): cells[0] for name, cells in rows.items()}
+        assert documented == {family.name: family.type for family in Metrics().registry.collect()}
