@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from inspect import Parameter, signature
@@ -16,13 +16,14 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from glm_image_client.calls import source_bytes
+from glm_image_client.calls import accidental_text
 from glm_image_client.client import GlmImageClient
-from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
+from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError, printable
 from glm_image_client.offline import generate_offline, inspect_checkpoint
 from glm_image_client.options import OPTIONS, PROMPT
 from glm_image_client.progress import progress_bar, shows_images, watch
 from glm_image_client.result import GenerationResult, format_of
+from glm_image_client.sources import source_bytes
 
 EXIT_REFUSED: Final = 2
 EXIT_UNREACHABLE: Final = 3
@@ -77,13 +78,17 @@ def with_generate_flags(command: Callable[..., None]) -> Callable[..., None]:
             name,
             Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[option.kind, typer.Option(*option.input.flags, help=option.input.help)],
+            annotation=Annotated[_flag_type(option.kind), typer.Option(*option.input.flags, help=option.input.help)],
         )
         for name, option in OPTIONS.items()
         if option.input.flags
     ]
     command.__signature__ = declared.replace(parameters=[*own, *flags])  # type: ignore[attr-defined] # typer reads it
     return command
+
+
+def _flag_type(kind: Any) -> Any:
+    return list[str] | None if kind == Sequence[str] | None else kind
 
 
 @app.command()
@@ -119,12 +124,14 @@ def generate(
         output_format = format_of(output)
         _check_flags(output, offline, checkpoint, device)
         images = [source_bytes(path) for path in image or ()]
-        options |= {"width": width, "height": height}
+        options |= {"width": width, "height": height, "glyph_text": options["glyph_text"] or None}
         began = time.perf_counter()
         has_bar = not as_json and sys.stderr.isatty()
         if checkpoint is not None:
             with progress_bar("generating", shown=has_bar):
-                result = generate_offline(checkpoint, device or "auto", {"prompt": prompt, **options}, images)
+                result = generate_offline(
+                    checkpoint, "auto" if device is None else device, {"prompt": prompt, **options}, images
+                )
         else:
             options |= {"images": images, "output_format": output_format, "request_id": request_id}
             with GlmImageClient(url, protocol.value, timeout=timeout) as client:
@@ -134,11 +141,14 @@ def generate(
                     with progress_bar("generating", shown=has_bar):
                         result = client.generate(prompt, **options)
         waited = time.perf_counter() - began
-        try:
-            files = result.save(output)
-        except OSError as error:
-            raise BadArgumentError(f"--output {output!r} cannot be written: {error.strerror}") from error
+        files = result.save(output)
         names = [str(file) for file in files]
+        for text in accidental_text(prompt, result.metadata.rendered_text):
+            print(
+                f"glm-image: note: {text!r}, between two apostrophes, was taken as text to render; "
+                "write apostrophes as ’, or name the text with --glyph-text",
+                file=sys.stderr,
+            )
         report = {"files": names, "seeds": result.seeds, "metadata": result.metadata.raw}
         print(json.dumps(report) if as_json else "\n".join([*names, _summary(result, waited)]))
 
@@ -194,7 +204,7 @@ def _exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except GlmImageClientError as error:
-        print(f"glm-image: {error}", file=sys.stderr)
+        print(printable(f"glm-image: {error}"), file=sys.stderr)
         if isinstance(error, (BadArgumentError, RefusedError)):
             raise typer.Exit(EXIT_REFUSED) from error
         raise typer.Exit(EXIT_UNREACHABLE if isinstance(error, UnreachableError) else EXIT_SERVER) from error

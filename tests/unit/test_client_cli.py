@@ -61,7 +61,7 @@ class TestCommandLine:
             (["--image", "no_such.png"], "image 'no_such.png' cannot be read"),
             (["--url", "ftp://box"], "url is 'ftp://box'"),
             (["--timeout", "0"], "timeout is 0.0"),
-            (["--seed", str(2**63)], f"seed is {2**63}"),
+            (["--seed", str(2**64)], f"seed is {2**64}"),
             (["--offline"], "--offline needs --checkpoint"),
             (["--checkpoint", "folder"], "need --offline"),
         ],

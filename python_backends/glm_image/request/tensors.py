@@ -35,6 +35,7 @@ class TensorSpec:
         dims: -1 = any.
         optional: whether an input may be omitted.
         help: Markdown for the documentation.
+        is_text: of a STRING, whether its bytes are UTF-8.
         is_parameter: whether the request parameter of its name counts where the input is omitted.
     """
 
@@ -43,6 +44,7 @@ class TensorSpec:
     dims: tuple[int, ...] = (1,)
     optional: bool = False
     help: str = ""
+    is_text: bool = True
     is_parameter: bool = False
 
 
@@ -116,6 +118,7 @@ def tensor_metadata(
     shown: str | None = None,
     name: str | None = None,
     dims: tuple[int, ...] = (1,),
+    is_text: bool = True,
     is_parameter: bool = False,
 ) -> dict[str, Any]:
     """Returns the metadata of a request field.
@@ -127,9 +130,12 @@ def tensor_metadata(
         shown: the default as the documentation gives it; None = the field's default.
         name: the tensor's name; None = the field's.
         dims: -1 = any.
+        is_text: as in ``TensorSpec``.
         is_parameter: as in ``TensorSpec``.
     """
-    spec = TensorSpec(name or "", data_type, dims, optional=True, help=help_text, is_parameter=is_parameter)
+    spec = TensorSpec(
+        name or "", data_type, dims, optional=True, help=help_text, is_text=is_text, is_parameter=is_parameter
+    )
     return {TENSOR: (spec, allowed, shown)}
 
 

@@ -16,13 +16,14 @@ from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import start_control_server
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.responder import PendingResponses, Responder
 from glm_image.serving.tensors import Inputs
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.metrics import MetricSpec, OutcomeRecorder
+from glm_image.telemetry.metrics import LatencyHistograms, LatencyRecorder, MetricSpec, OutcomeRecorder
 from glm_image.telemetry.request_log import RequestLog
 from glm_image.telemetry.tracing import RequestTracing
 
@@ -60,6 +61,7 @@ class StageBackend(ABC):
     reserves_first_device: ClassVar[bool]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[Mapping[str, MetricSpec]]
+    latencies: ClassVar[LatencyHistograms]
     outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -76,6 +78,7 @@ class StageBackend(ABC):
             self._pending,
             RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
             OutcomeRecorder(self.counters, self._metrics.record),
+            LatencyRecorder(self.latencies, self._metrics.record),
         ]
         self._handlers: dict[str, Handler] = {}
         self._topics: dict[bytes, Callable[[], None]] = {}
@@ -95,6 +98,8 @@ class StageBackend(ABC):
                 continue
             with call.responder.errors_sent():
                 self._tracing.observe(call.context, request)
+                timeout_us = requested_timeout_us(request.timeout(), request.parameters())
+                call.context.limit(self._timeouts.of(timeout_us))
                 self._handle(call, Inputs(request))
 
     def finalize(self) -> None:
@@ -124,7 +129,7 @@ class StageBackend(ABC):
 
     def _track(self, request: Any) -> StageCall:
         request_id, options = request.request_id(), StreamOptions.read(request.parameters())
-        context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
+        context = RequestContext.with_timeout(request_id, timeout_us=0)
         responder = Responder(request, context.finish, is_relayed=options.arrived_ns is not None)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from glm_image.errors import GlmImageError
+from glm_image.errors import GlmImageError, printable
 from glm_image.supervisor.flags import add_flags
 from glm_image.supervisor.gateway import Gateway, GatewayError, GatewayFlags
 from glm_image.supervisor.restarts import CrashLoopError, RestartPolicy, keep_running
@@ -75,7 +75,7 @@ def _on_ready(server: TritonServer, gateway: Gateway | None) -> None:
 
 
 def _print_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _fail(error: GlmImageError, code: int) -> int:

@@ -13,8 +13,9 @@ from typing import Any
 
 from glm_image.errors import ConfigurationError, GlmImageError
 from glm_image.supervisor.flags import flag
+from glm_image.supervisor.ports import ReservedPorts
 from glm_image.supervisor.restarts import RestartPolicy
-from glm_image.supervisor.settings import check_port
+from glm_image.supervisor.settings import MAX_PORT
 
 PACKAGES = ("glm_image_gateway", "fastapi", "uvicorn")
 DEFAULT_PORT = 8080
@@ -44,7 +45,9 @@ class GatewayFlags:
             return
         if any(importlib.util.find_spec(name) is None for name in PACKAGES):
             raise ConfigurationError("--gateway needs packages that are not installed: pip install '.[gateway]'")
-        check_port(host, self.gateway, "--gateway")
+        if not 0 <= self.gateway <= MAX_PORT:
+            raise ConfigurationError(f"--gateway is {self.gateway}; allowed: 0 (any free one) to {MAX_PORT}")
+        ReservedPorts(host, {"--gateway": self.gateway}).release()
 
 
 class Gateway:

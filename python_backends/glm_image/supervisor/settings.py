@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 from glm_image.supervisor.flags import flag
+from glm_image.supervisor.ports import ReservedPorts
 
 MAX_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -115,11 +115,13 @@ class ServerSettings:
     def _check_ports(self) -> None:
         flags: dict[int, str] = {}
         for name, port in self.ports().items():
+            if not 0 <= port <= MAX_PORT:
+                raise ConfigurationError(f"{name} is {port}; allowed: 0 (any free one) to {MAX_PORT}")
             if port in flags:
                 raise ConfigurationError(f"{name} is {port}, which is also {flags[port]}; allowed: a port of its own")
-            check_port(self.host, port, name)
             if port:
                 flags[port] = name
+        ReservedPorts(self.host, self.ports()).release()
 
     def absolute(self) -> ServerSettings:
         """Returns the settings with absolute paths, since models have another working directory."""
@@ -162,10 +164,14 @@ class ServerSettings:
         """Returns the three ports by the flag that sets each."""
         return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
 
-    def with_free_ports(self) -> ServerSettings:
-        free = free_ports(self.host, 3)
-        http, grpc, metrics = (port or free.pop() for port in self.ports().values())
-        return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
+    def with_ports(self, ports: Mapping[str, int]) -> ServerSettings:
+        """Returns the settings with other ports, given by the flag that sets each."""
+        return replace(
+            self,
+            http_port=ports["--http-port"],
+            grpc_port=ports["--grpc-port"],
+            metrics_port=ports["--metrics-port"],
+        )
 
 
 def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
@@ -176,45 +182,3 @@ def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
 
 def _model_folders(repository: Path) -> list[Path]:
     return sorted(config.parent for config in repository.glob("*/config.pbtxt"))
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Returns ``count`` different free ports of ``host``."""
-    sockets = [_bound_socket(host, 0) for _ in range(count)]
-    ports = [int(bound.getsockname()[1]) for bound in sockets]
-    for bound in sockets:
-        bound.close()
-    return ports
-
-
-def check_port(host: str, port: int, name: str) -> None:
-    """Raises ConfigurationError if the flag ``name`` sets a port on which nothing can listen; 0 = any free one."""
-    if not 0 <= port <= MAX_PORT:
-        raise ConfigurationError(f"{name} is {port}; allowed: 0 (any free one) to {MAX_PORT}")
-    if port == 0:
-        return
-    try:
-        _bound_socket(host, port).close()
-    except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: f"on which {host} already listens; allowed: a free port, or 0",
-            errno.EACCES: "which this user may not listen on; allowed: 1024 and up",
-        }
-        if error.errno not in reasons:
-            raise
-        raise ConfigurationError(f"{name} is {port}, {reasons[error.errno]}") from None
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    # As a server binds it: a port whose last connections are in TIME_WAIT is free.
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigurationError(f"--host is {shown(host)}; allowed: an address of this machine") from None
-        raise
-    return bound
