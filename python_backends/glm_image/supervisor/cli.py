@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from glm_image.errors import GlmImageError, printable
 from glm_image.supervisor.flags import add_flags
+from glm_image.supervisor.gateway import Gateway, GatewayError, GatewayFlags
 from glm_image.supervisor.restarts import CrashLoopError, RestartPolicy, keep_running
 from glm_image.supervisor.server import ServerStartError, TritonServer
 from glm_image.supervisor.settings import ServerSettings
@@ -21,6 +22,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, program: str = "serv
     parser = argparse.ArgumentParser(prog=program, description="Serves a GLM-Image checkpoint with NVIDIA Triton.")
     add_flags(parser, ServerSettings)
     add_flags(parser, RestartPolicy)
+    add_flags(parser, GatewayFlags)
     return parser.parse_args(arguments)
 
 
@@ -32,23 +34,47 @@ def main(arguments: Sequence[str] | None = None, program: str = "serve") -> int:
     flags = {name: value for name, value in vars(parse_arguments(arguments, program)).items() if value is not None}
     try:
         policy = RestartPolicy(flags.pop("max_restarts"))
-        server = TritonServer(ServerSettings(**flags), log=sys.stderr)
+        gateway_flags = GatewayFlags(flags.pop("gateway", None))
+        settings = ServerSettings(**flags)
+        gateway_flags.check(settings.host)
+        server = TritonServer(settings, log=sys.stderr)
     except GlmImageError as error:
         return _fail(error, EXIT_REFUSED)
-    _stop_on_signals(server)
+    gateway = _gateway(server, settings, gateway_flags, policy)
+    _stop_on_signals(server, gateway)
     if server.exposure:
         _print_error(f"warning: {server.exposure}")
     try:
-        keep_running(server, policy, lambda: _print_ready(server), _print_error)
+        keep_running(server, policy, lambda: _on_ready(server, gateway), _print_error)
     except ServerStartError as error:
+        return _fail(error, EXIT_FAILED)
+    except GatewayError as error:
+        server.stop()
         return _fail(error, EXIT_FAILED)
     except CrashLoopError as error:
         return _fail(error, EXIT_CRASHED)
+    finally:
+        if gateway is not None:
+            gateway.stop()
+    if gateway is not None and gateway.failure is not None:
+        return _fail(gateway.failure, EXIT_CRASHED)
     return EXIT_DONE
 
 
-def _print_ready(server: TritonServer) -> None:
+def _gateway(
+    server: TritonServer, settings: ServerSettings, flags: GatewayFlags, policy: RestartPolicy
+) -> Gateway | None:
+    if flags.gateway is None:
+        return None
+    # Triton stops when the gateway has sent its last answer.
+    return Gateway(settings.host, flags.gateway, settings.drain_seconds, policy, server.request_stop, _print_error)
+
+
+def _on_ready(server: TritonServer, gateway: Gateway | None) -> None:
     print(f"ready: http://{server.http_url} grpc://{server.grpc_url}", flush=True)
+    if gateway is not None and not gateway.is_running:
+        gateway.start(server.local_grpc_url)
+        print(f"gateway: {gateway.url}", flush=True)
 
 
 def _print_error(line: str) -> None:
@@ -60,14 +86,21 @@ def _fail(error: GlmImageError, code: int) -> int:
     return code
 
 
-def _stop_on_signals(server: TritonServer) -> None:
-    """The first SIGINT or SIGTERM stops the server, the second kills it."""
+def _stop_on_signals(server: TritonServer, gateway: Gateway | None) -> None:
+    """The first SIGINT or SIGTERM stops the gateway and then the server, the second kills both."""
+    is_stopping = False
 
     def handle(*_: object) -> None:
-        if server.stop_requested:
+        nonlocal is_stopping
+        if is_stopping or server.stop_requested:
+            if gateway is not None:
+                gateway.request_kill()
             server.request_kill()
+        elif gateway is not None and gateway.is_running:
+            gateway.request_stop()
         else:
             server.request_stop()
+        is_stopping = True
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
