@@ -36,15 +36,15 @@ async function generate() {
   setRunning(controller);
   try {
     const done = await run(options, sources.files, connection, result, controller.signal);
+    setRunning(null);
     result.showRun(done);
     announce(text("announceDone", done.images.length, duration(done.seconds)));
     await keep(done);
   } catch (error) {
+    setRunning(null);
     result.stop();
     if (error.name === "AbortError") announce(text("cancelled"));
     else showFailure(error);
-  } finally {
-    setRunning(null);
   }
 }
 
@@ -66,13 +66,13 @@ async function keep(done) {
 }
 
 function setRunning(controller) {
-  // A hidden button loses the focus.
-  const hadFocus = [byId("generate"), byId("cancel"), document.body].includes(document.activeElement);
   running = controller;
-  byId("generate").hidden = controller !== null;
-  byId("cancel").hidden = controller === null;
-  byId("form").ariaBusy = String(controller !== null);
+  // A disabled button loses the focus, and so does one that is no longer there.
+  const hadFocus = [byId("generate"), byId("cancel"), document.body].includes(document.activeElement);
+  byId("generate").disabled = controller !== null;
+  byId("running").hidden = controller === null;
   if (hadFocus) byId(controller ? "cancel" : "generate").focus({ preventScroll: true });
+  if (controller) byId("running").scrollIntoView({ block: "nearest" });
 }
 
 function again(shown, image) {

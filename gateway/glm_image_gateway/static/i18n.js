@@ -172,7 +172,7 @@ export function text(name, ...values) {
 /** Returns a duration in words. */
 export function duration(seconds) {
   const whole = Math.round(seconds);
-  if (whole < 60) return text("seconds", seconds < 9.95 ? seconds.toFixed(1) : whole);
+  if (whole < 60) return text("seconds", seconds < 9.95 && seconds % 1 ? seconds.toFixed(1) : whole);
   return text("minutes", Math.floor(whole / 60), whole % 60);
 }
 

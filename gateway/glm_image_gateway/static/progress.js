@@ -20,7 +20,8 @@ export function remember(metadata, images) {
 export class Estimate {
   #speed = JSON.parse(localStorage.getItem(STORED) ?? "null");
   #stage = null;
-  #since = 0;
+  #began = { at: 0, done: 0 };
+  #last = { at: 0, done: 0 };
 
   /** Sizes may be unknown (null): then only the current stage is estimated. */
   constructor({ width, height, steps, images }) {
@@ -41,9 +42,9 @@ export class Estimate {
     if (!current) return { stage: "gateway_queue", done: 0, total: 1, fraction: null, eta: null };
     if (current.stage !== this.#stage) {
       this.#stage = current.stage;
-      this.#since = now;
-      this.doneBefore = current.done;
+      this.#began = this.#last = { at: now, done: current.done };
     }
+    if (current.done > this.#last.done) this.#last = { at: now, done: current.done };
     const eta = this.#eta(current, now);
     const elapsed = current.seconds;
     const fraction = eta === null ? null : Math.min(1, elapsed / Math.max(1e-3, elapsed + eta));
@@ -58,7 +59,7 @@ export class Estimate {
     const own = this.#remaining(current, now);
     const later = this.#speed && this.pixels;
     const rest = later ? this.#speed.other * this.pixels : 0;
-    if (stage > denoise) return rest * (1 - share);
+    if (stage > denoise) return later ? rest * (1 - share) : null;
     if (stage === denoise) {
       const known = own ?? (later ? (1 - share) * this.#speed.step * this.steps * this.pixels : null);
       return known === null ? null : known + rest;
@@ -72,9 +73,11 @@ export class Estimate {
 
   /** The seconds that are left of the current stage at its speed until now, or null before there is one. */
   #remaining(current, now) {
-    const done = current.done - this.doneBefore;
+    const done = this.#last.done - this.#began.done;
     if (!current.total || done / current.total < MIN_DONE) return null;
-    return ((now - this.#since) / done) * (current.total - current.done);
+    const each = (this.#last.at - this.#began.at) / done;
+    // What is in work now counts by the time since it began, and is never longer than the others.
+    return each * (current.total - this.#last.done) - Math.min(each, now - this.#last.at);
   }
 }
 

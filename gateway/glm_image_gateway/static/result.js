@@ -22,7 +22,6 @@ export class Result {
     this.#announced = null;
     this.showError(null);
     byId("empty").hidden = true;
-    byId("running").hidden = false;
     this.showProgress({ stage: "sent", fraction: null, eta: null }, 0);
     this.#replaceImages(this.#frame(make("div", { className: "blank" })));
   }
@@ -30,7 +29,7 @@ export class Result {
   /** Shows how far the request is; `state` as `Estimate.of` returns it. */
   showProgress({ stage, done, total, fraction, eta }, elapsed) {
     byId("stage").textContent = text(stage, done, total);
-    byId("eta").textContent = [text("elapsed", duration(elapsed)), eta === null ? "" : text("eta", duration(eta))]
+    byId("eta").textContent = [text("elapsed", duration(Math.floor(elapsed))), eta === null || eta < 1 ? "" : text("eta", duration(Math.round(eta)))]
       .filter(Boolean)
       .join(" · ");
     const bar = byId("progress");
@@ -54,20 +53,19 @@ export class Result {
     }
   }
 
-  /** Ends the display of progress; what is there of intermediate images goes. */
+  /** Removes what is shown of a request without images; the images of the one before come back. */
   stop() {
-    byId("running").hidden = true;
     if (byId("images").querySelector(".pending")) {
-      byId("images").hidden = true;
       byId("images").replaceChildren();
-      byId("empty").hidden = false;
+      byId("images").hidden = true;
+      byId("empty").hidden = Boolean(this.run);
+      if (this.run) this.showRun(this.run);
     }
   }
 
   /** Shows the images of a run. */
   showRun(run) {
     this.run = run;
-    byId("running").hidden = true;
     byId("empty").hidden = true;
     this.#replaceImages(...run.images.map((image) => this.#figure(run, image)));
   }
