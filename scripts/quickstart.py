@@ -126,7 +126,7 @@ def keep(server: TritonServer) -> None:
     command = installed if installed.exists() else "glm-image"
     print(f"ready: http://{server.http_url} grpc://{server.grpc_url}")
     print(f"another image: {command} generate PROMPT --url {server.grpc_url}    (Ctrl-C stops the server)", flush=True)
-    gateway = Gateway("127.0.0.1", gateway_port(), 0, RestartPolicy(), lambda: None, console.print)
+    gateway = Gateway("127.0.0.1", gateway_port(), 1, RestartPolicy(), lambda: None, console.print)
     try:
         gateway.start(server.grpc_url)
         print(f"gateway: {gateway.url}    (OpenAI's API: {gateway.url}/v1)", flush=True)
