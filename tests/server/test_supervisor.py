@@ -13,7 +13,7 @@ import pytest
 
 from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from glm_image.supervisor.settings import free_ports
-from glm_image.supervisor.watchdog import SHARED_MEMORY
+from glm_image.watchdog.leftovers import SHARED_MEMORY
 from server.served import (
     CONFIG,
     END_TIMEOUT_SECONDS,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import glm_image
 from glm_image.errors import CheckpointError, ConfigurationError
-from glm_image.supervisor import watchdog
 from glm_image.supervisor.api_access import CLOSABLE_APIS, closing_flags, is_loopback
 from glm_image.supervisor.cli import parse_arguments
 from glm_image.supervisor.installation import Installation
@@ -26,6 +26,10 @@ from glm_image.supervisor.triton_log import (
     syntax_error,
     unloaded_model,
 )
+from glm_image.watchdog.leftovers import SHARED_MEMORY, remove_leftovers
+from glm_image.watchdog.limits import SERVER_STACK_BYTES
+
+PACKAGE = Path(glm_image.__file__).parent
 
 
 @pytest.fixture
@@ -255,21 +259,21 @@ def test_backends_are_linked(tmp_path: Path) -> None:
     assert (backends / "python" / "triton_python_backend_stub").read_text() == "the stub of this Python"
     assert (backends / "python" / "libtriton_python.so").resolve().is_relative_to(installed)
     assert (backends / "onnx" / "libtriton_onnx.so").is_file()
-    assert (backends / "python" / "glm_image" / "errors.py").samefile(Path(watchdog.__file__).parents[1] / "errors.py")
+    assert (backends / "python" / "glm_image" / "errors.py").samefile(PACKAGE / "errors.py")
     assert not (installed / "backends" / "python" / "glm_image").exists()
 
 
 def test_only_the_servers_leftovers_are_removed(tmp_path: Path) -> None:
-    mine, other = (watchdog.SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
+    mine, other = (SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
     (tmp_path / "run" / "backends").mkdir(parents=True)
     try:
         mine.touch()
         other.touch()
-        watchdog.remove_leftovers(mine.name, tmp_path / "run")
+        remove_leftovers(mine.name, tmp_path / "run")
         assert not mine.exists()
         assert other.exists()
         assert not (tmp_path / "run").exists()
-        watchdog.remove_leftovers(mine.name, tmp_path / "run")
+        remove_leftovers(mine.name, tmp_path / "run")
     finally:
         other.unlink()
 
@@ -306,20 +310,19 @@ class TestAccess:
 
     def test_server_threads_get_large_stacks(self) -> None:
         program = "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"
-        command = [sys.executable, watchdog.__file__, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
+        program_file = PACKAGE / "watchdog" / "__main__.py"
+        command = [sys.executable, program_file, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
                    "--drain-seconds", "1", "--", sys.executable, "-c", program]  # fmt: skip
         # Its input stays open until it has ended, as the end of the input is a command to kill.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
             assert running.stderr is not None
             limit = int(running.stderr.read())
         hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-        expected = (
-            watchdog.SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(watchdog.SERVER_STACK_BYTES, hard)
-        )
+        expected = SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(SERVER_STACK_BYTES, hard)
         assert limit >= expected
 
 
 def test_supervisor_imports_without_packages() -> None:
     """``scripts/test`` and ``scripts/quickstart`` ask it what to install."""
     command = [sys.executable, "-S", "-c", "import glm_image.supervisor, glm_image.supervisor.requirements"]
-    subprocess.run(command, check=True, env={"PYTHONPATH": str(Path(watchdog.__file__).parents[2])})
+    subprocess.run(command, check=True, env={"PYTHONPATH": str(PACKAGE.parent)})

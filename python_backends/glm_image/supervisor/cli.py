@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from glm_image.errors import GlmImageError
 from glm_image.supervisor.flags import add_flags
+from glm_image.supervisor.output import Output
 from glm_image.supervisor.restarts import CrashLoopError, RestartPolicy, keep_running
 from glm_image.supervisor.server import ServerStartError, TritonServer
 from glm_image.supervisor.settings import ServerSettings
@@ -26,34 +27,39 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGINT or SIGTERM, or until the server breaks too often; returns the exit code."""
-    flags = {name: value for name, value in vars(parse_arguments(arguments)).items() if value is not None}
+    out, log = Output(sys.stdout), Output(sys.stderr)
+    try:
+        return _serve(parse_arguments(arguments), out, log)
+    finally:
+        out.flush()
+        log.flush()
+
+
+def _serve(arguments: argparse.Namespace, out: Output, log: Output) -> int:
+    flags = {name: value for name, value in vars(arguments).items() if value is not None}
     try:
         policy = RestartPolicy(flags.pop("max_restarts"))
-        server = TritonServer(ServerSettings(**flags), log=sys.stderr)
+        server = TritonServer(ServerSettings(**flags), log=log)
     except GlmImageError as error:
-        return _fail(error, EXIT_REFUSED)
+        return _fail(log, error, EXIT_REFUSED)
     _stop_on_signals(server)
     if server.exposure:
-        _print_error(f"warning: {server.exposure}")
+        log.put(f"warning: {server.exposure}")
+
+    def announce() -> None:
+        out.put(f"ready: http://{server.http_url} grpc://{server.grpc_url}")
+
     try:
-        keep_running(server, policy, lambda: _print_ready(server), _print_error)
+        keep_running(server, policy, announce, log.put)
     except ServerStartError as error:
-        return _fail(error, EXIT_FAILED)
+        return _fail(log, error, EXIT_FAILED)
     except CrashLoopError as error:
-        return _fail(error, EXIT_CRASHED)
+        return _fail(log, error, EXIT_CRASHED)
     return EXIT_DONE
 
 
-def _print_ready(server: TritonServer) -> None:
-    print(f"ready: http://{server.http_url} grpc://{server.grpc_url}", flush=True)
-
-
-def _print_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _fail(error: GlmImageError, code: int) -> int:
-    _print_error(f"error: {error}")
+def _fail(log: Output, error: GlmImageError, code: int) -> int:
+    log.put(f"error: {error}")
     return code
 
 

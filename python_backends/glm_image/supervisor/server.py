@@ -10,6 +10,7 @@ from typing import TextIO
 from glm_image.errors import GlmImageError
 from glm_image.supervisor.api_access import is_loopback
 from glm_image.supervisor.installation import find_installation
+from glm_image.supervisor.output import Output
 from glm_image.supervisor.settings import ServerSettings
 from glm_image.supervisor.triton_process import ServerProcess
 
@@ -26,19 +27,19 @@ class TritonServer:
     """A Triton that loads every model of a repository over one checkpoint.
 
     As a context manager it is ready inside the block, and all its processes and shared memory are gone after it. The
-    server also ends when this process dies. Its log is written to ``log``.
+    server also ends when this process dies. Its log is written to ``log``, whose reader may stop without consequence.
 
     Raises:
         CheckpointError: the checkpoint folder is missing or not a checkpoint.
         ConfigurationError: a setting is invalid, or this machine has no Triton that runs on it.
     """
 
-    def __init__(self, settings: ServerSettings, *, log: TextIO | None = None) -> None:
+    def __init__(self, settings: ServerSettings, *, log: Output | TextIO | None = None) -> None:
         self._requested = settings.absolute()
         self._requested.check()
         self._installation = find_installation()
         self._settings = self._requested
-        self._log = log
+        self._log = log if log is None or isinstance(log, Output) else Output(log)
         self._process: ServerProcess | None = None
         self._ready = False
         self._starts = 0

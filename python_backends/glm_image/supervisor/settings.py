@@ -12,6 +12,7 @@ from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 from glm_image.supervisor.flags import flag
+from glm_image.supervisor.paths import check_log_file
 
 MAX_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -102,10 +103,8 @@ class ServerSettings:
             if getattr(self, name) < lowest:
                 flag_name = name.replace("_", "-")
                 raise ConfigurationError(f"--{flag_name} is {getattr(self, name)}; allowed: {lowest} or more")
-        if self.request_log is not None and not self.request_log.parent.is_dir():
-            raise ConfigurationError(
-                f"--request-log is {shown(str(self.request_log))}, whose folder does not exist; allowed: a file's path"
-            )
+        if self.request_log is not None:
+            check_log_file("--request-log", self.request_log)
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ConfigurationError(f"--otlp-traces-endpoint is {shown(endpoint)}; allowed: http:// or https://")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import weakref
 from collections import deque
 from pathlib import Path
-from typing import TextIO
 
 from glm_image.ipc import run_directory
-from glm_image.supervisor import watchdog
 from glm_image.supervisor.api_access import closing_flags
 from glm_image.supervisor.installation import Installation
+from glm_image.supervisor.output import Output
 from glm_image.supervisor.settings import ServerSettings, models_by_role
 from glm_image.supervisor.triton_log import (
     SERVICES,
@@ -27,9 +30,16 @@ from glm_image.supervisor.triton_log import (
     syntax_error,
     unloaded_model,
 )
+from glm_image.telemetry.line_writer import leave_signals_to_main_thread
+from glm_image.watchdog import __main__ as watchdog_program
+from glm_image.watchdog.leftovers import remove_leftovers
+from glm_image.watchdog.watchdog import EXIT_REASON_PREFIX, LAST_LINES_SECONDS, STOP_GRACE_SECONDS
 
 LOG_TAIL_LINES = 200
 METRICS_INTERVAL_MS = 250
+END_SECONDS = LAST_LINES_SECONDS + 10.0
+"""Time for a killed server and its watchdog to end."""
+MILLISECONDS = 1000
 SIGNAL_CODE_BASE = 128
 """Exit codes above it mean the end by a signal."""
 
@@ -38,7 +48,7 @@ class ServerProcess:
     """A running tritonserver; no port of its ``settings`` is 0, and ``restarts`` counts its earlier starts."""
 
     def __init__(
-        self, installation: Installation, settings: ServerSettings, log: TextIO | None, restarts: int = 0
+        self, installation: Installation, settings: ServerSettings, log: Output | None, restarts: int = 0
     ) -> None:
         self.shm_prefix = f"glm_image_{secrets.token_hex(8)}_"
         self._run_directory = Path(tempfile.mkdtemp(prefix="glm-image-serve-"))
@@ -54,10 +64,14 @@ class ServerProcess:
         self._drained: set[str] = set()
         self._unloaded: set[str] = set()
         self._next_command: bytes | None = None
+        self._drain_seconds = settings.drain_seconds
+        self._stopping = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._stopping)
+        self._deadline = math.inf
         try:
             self._watchdog = self._launch(installation, settings, restarts)
         except BaseException:
-            watchdog.remove_leftovers(self.shm_prefix, self._run_directory)
+            remove_leftovers(self.shm_prefix, self._run_directory)
             raise
         self._readers = [
             threading.Thread(target=self._read_log, name="triton-log", daemon=True),
@@ -103,19 +117,51 @@ class ServerProcess:
         stopped. It would unload them itself, but checks only once a second whether they have ended.
         """
         self._next_command = b"unload\n"
+        self._end_within(self._drain_seconds + STOP_GRACE_SECONDS + END_SECONDS)
         self._send(b"drain\n" if self._entry_models else b"stop\n")
 
     def request_kill(self) -> None:
+        self._end_within(END_SECONDS)
         self._send(b"kill\n")
 
     def wait(self) -> int:
-        """Waits for the end and for the last line of the log; returns the exit code."""
-        code = self._watchdog.wait()
+        """Waits for the end and for the last line of the log; returns the exit code.
+
+        Once a stop is requested this takes a limited time: a watchdog that does not end then is killed.
+        """
+        code = self._wait_for_watchdog()
         for reader in self._readers:
-            reader.join()
+            reader.join(END_SECONDS)
+        if self._log is not None:
+            self._log.flush()
         # The watchdog has done this, unless it was killed itself.
-        watchdog.remove_leftovers(self.shm_prefix, self._run_directory)
+        remove_leftovers(self.shm_prefix, self._run_directory)
         return code
+
+    def _end_within(self, seconds: float) -> None:
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+        os.eventfd_write(self._stopping, 1)
+
+    def _wait_for_watchdog(self) -> int:
+        poll = select.poll()
+        poll.register(self._stopping, select.POLLIN)
+        try:
+            ended = os.pidfd_open(self._watchdog.pid)
+        except ProcessLookupError:
+            return self._watchdog.wait()
+        poll.register(ended, select.POLLIN)
+        try:
+            while self._watchdog.poll() is None:
+                left = self._deadline - time.monotonic()
+                if left <= 0:  # its children do not outlive it either
+                    self._watchdog.kill()
+                    break
+                poll.poll(None if left == math.inf else left * MILLISECONDS)
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._stopping)
+        finally:
+            os.close(ended)
+        return self._watchdog.wait()
 
     def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
         backends = installation.lay_out_backends(self._run_directory)
@@ -137,7 +183,7 @@ class ServerProcess:
 
     def _watchdog_command(self, settings: ServerSettings) -> list[str]:
         return [
-            *(sys.executable, "-I", "-S", str(Path(watchdog.__file__).resolve())),
+            *(sys.executable, "-I", "-S", str(Path(watchdog_program.__file__).resolve())),
             *("--shm-prefix", self.shm_prefix, "--run-directory", str(self._run_directory)),
             *("--drain-seconds", str(settings.drain_seconds)),
         ]
@@ -169,6 +215,7 @@ class ServerProcess:
 
     def _read_log(self) -> None:
         assert self._watchdog.stderr is not None
+        leave_signals_to_main_thread()
         with self._watchdog.stderr as stream:
             for line in stream:
                 # Triton writes a line and its end separately, and may end in between.
@@ -179,6 +226,7 @@ class ServerProcess:
 
     def _read_reports(self) -> None:
         assert self._watchdog.stdout is not None
+        leave_signals_to_main_thread()
         with self._watchdog.stdout as stream:
             for line in stream:
                 report, _, model = line.decode().strip().partition(" ")
@@ -189,17 +237,15 @@ class ServerProcess:
 
     def _handle_line(self, line: str) -> None:
         if self._log is not None:
-            with contextlib.suppress(OSError, ValueError):  # its reader may have ended; the server goes on
-                self._log.write(line)
-                self._log.flush()
+            self._log.put(line.removesuffix("\n"))
         with self._changed:
             self._tail.append(line)
             if service := started_service(line):
                 self._started.add(service)
             self._syntax_error = syntax_error(line) or self._syntax_error
             self._failure = self._failure or start_failure(line, self._syntax_error)
-            if line.startswith(watchdog.EXIT_REASON_PREFIX) and self._exit_reason is None:
-                self._exit_reason = line.removeprefix(watchdog.EXIT_REASON_PREFIX).strip()
+            if line.startswith(EXIT_REASON_PREFIX) and self._exit_reason is None:
+                self._exit_reason = line.removeprefix(EXIT_REASON_PREFIX).strip()
             if model := unloaded_model(line):
                 self._unloaded.add(model)
                 self._continue_stop()

@@ -1,7 +1,7 @@
 """The heartbeat of a model's process, in a shared memory file that the watchdog reads, and the watchdog's commands.
 
-The watchdog (``glm_image.supervisor.watchdog``, which imports nothing of this module) names the folder and defines the
-format of the file.
+The watchdog (``glm_image.watchdog``, which imports nothing of this module) names the folder and defines the format of
+the file.
 """
 
 from __future__ import annotations
