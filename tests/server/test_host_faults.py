@@ -34,6 +34,10 @@ class TritonPythonModel:
         reply = getattr(self, command["do"])(**command.get("with", {}))
         return pb_utils.Tensor("reply", np.array([json.dumps(reply).encode()], dtype=object))
 
+    def paths(self):
+        names = ("GLM_IMAGE_CHECKPOINT", "GLM_IMAGE_REQUEST_LOG", "TMPDIR", "WEIGHTS")
+        return {**{name: os.environ[name] for name in names}, "model": os.path.dirname(os.path.dirname(__file__))}
+
     def log(self, lines):
         for number in range(lines):
             os.write(2, b"%07d" % number + b"x" * 992 + b"\\n")
@@ -55,6 +59,67 @@ def checkpoint(tmp_path: Path) -> Path:
 def repository(tmp_path: Path) -> Path:
     write_model(tmp_path / "models", "worker", MODEL)
     return tmp_path / "models"
+
+
+AWKWARD = "中文 a 'b' \"c\"\n$(d);e"
+"""A name of all that shells, lists and encodings treat specially."""
+
+
+def test_any_path_works_in_any_environment(tmp_path: Path) -> None:
+    folder = tmp_path / AWKWARD
+    (folder / "tmp").mkdir(parents=True)
+    (folder / "ckpt").mkdir()
+    (folder / "ckpt" / "model_index.json").write_text("{}")
+    write_model(folder / "models", "worker", MODEL)
+    environment = {
+        "TMPDIR": str(folder / "tmp"), "XDG_RUNTIME_DIR": str(folder / "none"), "HOME": None, "LANG": None,
+        "LC_ALL": "C", "WEIGHTS": str(folder / "ckpt"),
+    }  # fmt: skip
+    served = Served(
+        folder / "ckpt", folder / "models", "--request-log", str(folder / "requests.jsonl"),
+        environment=environment, umask=0o077,
+    )  # fmt: skip
+    with ended(served.process):
+        served.wait_ready()
+        paths = call(served.http_url, "paths")
+        assert isinstance(paths, dict)
+        assert all(path.isascii() for path in paths.values())
+        for name, target in {
+            "GLM_IMAGE_CHECKPOINT": folder / "ckpt",
+            "TMPDIR": folder / "tmp",
+            "WEIGHTS": folder / "ckpt",
+            "model": folder / "models" / "worker",
+        }.items():
+            assert Path(paths[name]).samefile(target)
+        assert Path(paths["GLM_IMAGE_REQUEST_LOG"]).resolve() == folder / "requests.jsonl"
+        assert served.stop(signal.SIGTERM) == 0
+        served.assert_gone()
+    assert not list((folder / "tmp").iterdir())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["中文", "a b", "it's", 'a"b', "a\nb", "$(a);b"])
+def test_each_path_alone_may_be_awkward(tmp_path: Path, name: str) -> None:
+    for place in ("checkpoint", "models", "tmp", "logs"):
+        case = tmp_path / place
+        folders = {
+            kind: case / (f"{kind} {name}" if kind == place else kind)
+            for kind in ("checkpoint", "models", "tmp", "logs")
+        }
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+        (folders["checkpoint"] / "model_index.json").write_text("{}")
+        write_model(folders["models"], "worker", MODEL)
+        log = folders["logs"] / "requests.jsonl"
+        environment = {"TMPDIR": str(folders["tmp"]), "WEIGHTS": "none"}
+        served = Served(folders["checkpoint"], folders["models"], "--request-log", str(log), environment=environment)
+        with ended(served.process):
+            served.wait_ready()
+            paths = call(served.http_url, "paths")
+            assert isinstance(paths, dict)
+            assert Path(paths["GLM_IMAGE_CHECKPOINT"]).samefile(folders["checkpoint"])
+            assert served.stop(signal.SIGTERM) == 0
+            served.assert_gone()
 
 
 def wait_stopped(pid: int) -> None:

@@ -9,6 +9,20 @@ from pathlib import Path
 from glm_image.errors import ConfigurationError, shown
 
 
+def folder_fault(path: Path, file: str | None = None) -> str | None:
+    """Returns why a path is no folder, or no folder with this file, that can be read; None if it is one."""
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return "is not a folder"
+        if file is not None and not stat.S_ISREG((path / file).stat().st_mode):
+            return f"has no {file}"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"has no {file}" if path.is_dir() else "is not a folder"
+    except OSError as error:
+        return f"cannot be used ({error.strerror})"
+    return None if os.access(path, os.R_OK | os.X_OK) else "cannot be read"
+
+
 def check_log_file(name: str, path: Path) -> None:
     """Checks that a file can be appended to, without creating it; a named pipe and a device are allowed.
 

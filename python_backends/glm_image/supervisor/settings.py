@@ -12,7 +12,9 @@ from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 from glm_image.supervisor.flags import flag
-from glm_image.supervisor.paths import check_log_file
+from glm_image.supervisor.paths import check_log_file, folder_fault
+from glm_image.supervisor.python_environment import Plain
+from glm_image.supervisor.run_directory import is_plain
 
 MAX_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -85,16 +87,11 @@ class ServerSettings:
 
     def check(self) -> None:
         """Raises CheckpointError for an invalid checkpoint folder, ConfigurationError for another invalid setting."""
-        if not (self.checkpoint / "model_index.json").is_file():
-            fault = "has no model_index.json" if self.checkpoint.is_dir() else "is not a folder"
+        fault = folder_fault(self.checkpoint, "model_index.json")
+        if fault is not None:
             shown_path = shown(str(self.checkpoint))
             raise CheckpointError(f"--checkpoint is {shown_path}, which {fault}; allowed: a checkpoint folder")
-        models = _model_folders(self.model_repository)
-        if not models:
-            raise ConfigurationError(
-                f"the model repository is {shown(str(self.model_repository))}; allowed: "
-                "a folder that holds a folder with a config.pbtxt for each model"
-            )
+        models = _checked_models(self.model_repository)
         profiles = sorted({profile.stem for model in models for profile in model.glob("configs/*.pbtxt")})
         if self.profile is not None and self.profile not in profiles:
             allowed = ", ".join(profiles) or "none, no model has any"
@@ -123,23 +120,33 @@ class ServerSettings:
                 _check_port_is_free(self.host, port, name)
 
     def absolute(self) -> ServerSettings:
-        """Returns the settings with absolute paths, since models have another working directory."""
-        return replace(
-            self,
-            checkpoint=self.checkpoint.absolute(),
-            model_repository=self.model_repository.absolute(),
-            request_log=self.request_log and self.request_log.absolute(),
-        )
+        """Returns the settings with absolute paths, since models have another working directory.
 
-    def model_environment(self) -> dict[str, str]:
+        Raises:
+            ConfigurationError: a path is relative, and the working directory has been removed.
+        """
+        try:
+            return replace(
+                self,
+                checkpoint=self.checkpoint.absolute(),
+                model_repository=self.model_repository.absolute(),
+                request_log=self.request_log and self.request_log.absolute(),
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                f"a relative path is given, and the working directory cannot be used: {error.strerror}; "
+                "allowed: an absolute path, or another working directory"
+            ) from None
+
+    def model_environment(self, plain: Plain) -> dict[str, str]:
         """Returns the environment variables through which the models' processes are configured."""
         optional = {
             "GLM_IMAGE_LOG_PROMPTS": "1" if self.log_prompts else None,
-            "GLM_IMAGE_REQUEST_LOG": str(self.request_log) if self.request_log else None,
+            "GLM_IMAGE_REQUEST_LOG": plain(self.request_log, "requests") if self.request_log else None,
             "GLM_IMAGE_OTLP_TRACES_ENDPOINT": self.otlp_traces_endpoint,
         }
         return {
-            "GLM_IMAGE_CHECKPOINT": str(self.checkpoint),
+            "GLM_IMAGE_CHECKPOINT": plain(self.checkpoint, "checkpoint"),
             SPIN_VARIABLE: os.environ.get(SPIN_VARIABLE, SPIN_COUNT),
             **{name: value for name, value in optional.items() if value},
         }
@@ -173,6 +180,21 @@ def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
     """Returns a repository's entry models, which forward requests to others, and its stages."""
     models = frozenset(model.name for model in _model_folders(repository))
     return models.intersection(ENTRY_MODELS), models.intersection(STAGES)
+
+
+def _checked_models(repository: Path) -> list[Path]:
+    fault = folder_fault(repository)
+    models = [] if fault else _model_folders(repository)
+    if not models:
+        raise ConfigurationError(
+            f"the model repository is {shown(str(repository))}{f', which {fault}' if fault else ''}; allowed: "
+            "a folder that holds a folder with a config.pbtxt for each model"
+        )
+    for model in models:
+        if not is_plain(model.name):
+            allowed = "letters and digits of ASCII, and _ . + @ = -"
+            raise ConfigurationError(f"the model repository has the model {shown(model.name)}; allowed: {allowed}")
+    return models
 
 
 def _model_folders(repository: Path) -> list[Path]:

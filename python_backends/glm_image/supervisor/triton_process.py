@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import secrets
 import select
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
-from glm_image.ipc import run_directory
+from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.supervisor.api_access import closing_flags
 from glm_image.supervisor.installation import Installation
 from glm_image.supervisor.output import Output
+from glm_image.supervisor.run_directory import RunDirectory, remove_dead
 from glm_image.supervisor.settings import ServerSettings, models_by_role
 from glm_image.supervisor.triton_log import (
     SERVICES,
@@ -32,7 +32,6 @@ from glm_image.supervisor.triton_log import (
 )
 from glm_image.telemetry.line_writer import leave_signals_to_main_thread
 from glm_image.watchdog import __main__ as watchdog_program
-from glm_image.watchdog.leftovers import remove_leftovers
 from glm_image.watchdog.watchdog import EXIT_REASON_PREFIX, LAST_LINES_SECONDS, STOP_GRACE_SECONDS
 
 LOG_TAIL_LINES = 200
@@ -50,8 +49,9 @@ class ServerProcess:
     def __init__(
         self, installation: Installation, settings: ServerSettings, log: Output | None, restarts: int = 0
     ) -> None:
-        self.shm_prefix = f"glm_image_{secrets.token_hex(8)}_"
-        self._run_directory = Path(tempfile.mkdtemp(prefix="glm-image-serve-"))
+        remove_dead()
+        self._run_directory = RunDirectory.create()
+        self.shm_prefix = self._run_directory.shm_prefix
         self._log = log
         self._tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._syntax_error: str | None = None
@@ -71,7 +71,7 @@ class ServerProcess:
         try:
             self._watchdog = self._launch(installation, settings, restarts)
         except BaseException:
-            remove_leftovers(self.shm_prefix, self._run_directory)
+            self._run_directory.remove()
             raise
         self._readers = [
             threading.Thread(target=self._read_log, name="triton-log", daemon=True),
@@ -98,12 +98,16 @@ class ServerProcess:
         """Waits until every service listens (None), or until the start has failed."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._failure is not None or self._started >= SERVICES)
-            if self._failure is None and self._ended:
-                if self._exit_reason is not None:
-                    return StartFailure(self._exit_reason)
-                lines = [line.strip() for line in self._tail if line.strip()]
-                return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}")
-            return self._failure
+            failure = self._failure or (self._early_end() if self._ended else None)
+        if failure is None:
+            return None
+        return replace(failure, message=self._run_directory.with_targets(failure.message))
+
+    def _early_end(self) -> StartFailure:
+        if self._exit_reason is not None:
+            return StartFailure(self._exit_reason)
+        lines = [line.strip() for line in self._tail if line.strip()]
+        return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}")
 
     def request_watch(self) -> None:
         """Has the server killed when one of its processes breaks; call it when all of them exist."""
@@ -135,7 +139,7 @@ class ServerProcess:
         if self._log is not None:
             self._log.flush()
         # The watchdog has done this, unless it was killed itself.
-        remove_leftovers(self.shm_prefix, self._run_directory)
+        self._run_directory.remove()
         return code
 
     def _end_within(self, seconds: float) -> None:
@@ -164,7 +168,8 @@ class ServerProcess:
         return self._watchdog.wait()
 
     def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
-        backends = installation.lay_out_backends(self._run_directory)
+        folder = self._run_directory
+        backends = installation.lay_out_backends(folder.path)
         return subprocess.Popen(
             [*self._watchdog_command(settings), "--", *self._server_command(installation, settings, backends)],
             stdin=subprocess.PIPE,
@@ -173,27 +178,29 @@ class ServerProcess:
             # A model's import path begins with the server's working directory, which holds a link to this package.
             cwd=backends / "python",
             env={
-                **installation.environment(),
-                **settings.model_environment(),
-                run_directory.RUN_DIRECTORY_VARIABLE: str(self._run_directory),
+                **folder.plain_environment(installation.environment(folder.path, folder.plain)),
+                **settings.model_environment(folder.plain),
+                RUN_DIRECTORY_VARIABLE: str(folder.path),
                 "GLM_IMAGE_RESTARTS": str(restarts),
             },
+            pass_fds=(folder.lock,),
             start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which then stops the server
         )
 
     def _watchdog_command(self, settings: ServerSettings) -> list[str]:
         return [
             *(sys.executable, "-I", "-S", str(Path(watchdog_program.__file__).resolve())),
-            *("--shm-prefix", self.shm_prefix, "--run-directory", str(self._run_directory)),
+            *("--shm-prefix", self.shm_prefix, "--run-directory", str(self._run_directory.path)),
             *("--drain-seconds", str(settings.drain_seconds)),
         ]
 
     def _server_command(self, installation: Installation, settings: ServerSettings, backends: Path) -> list[str]:
+        plain = self._run_directory.plain
         return [
-            str(installation.binary),
-            f"--model-repository={settings.model_repository}",
+            plain(installation.binary, "tritonserver"),
+            f"--model-repository={plain(settings.model_repository, 'models')}",
             f"--backend-directory={backends}",
-            f"--cache-directory={installation.caches}",
+            f"--cache-directory={plain(installation.caches, 'caches')}",
             *(f"--{service}-address={settings.host}" for service in ("http", "grpc", "metrics")),
             *(f"{flag}={port}" for flag, port in settings.ports().items()),
             "--allow-metrics=true",
