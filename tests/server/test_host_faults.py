@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
+import socket
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc
 
 from server.served import Served, call, ended, write_model
 
@@ -120,6 +126,69 @@ def test_each_path_alone_may_be_awkward(tmp_path: Path, name: str) -> None:
             assert Path(paths["GLM_IMAGE_CHECKPOINT"]).samefile(folders["checkpoint"])
             assert served.stop(signal.SIGTERM) == 0
             served.assert_gone()
+
+
+IDLE_CONNECTIONS, USUAL_SOFT_LIMIT = 5000, 1024
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[int]:
+    """Lets this process open many files; returns how many connections it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield min(IDLE_CONNECTIONS, hard - 2 * USUAL_SOFT_LIMIT) if hard != resource.RLIM_INFINITY else IDLE_CONNECTIONS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def limit_descriptors() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (USUAL_SOFT_LIMIT, hard))
+
+
+def test_idle_connections_keep_nobody_out(checkpoint: Path, repository: Path, many_descriptors: int) -> None:
+    assert many_descriptors > USUAL_SOFT_LIMIT
+    served = Served(checkpoint, repository, "--drain-seconds", "1", preexec_fn=limit_descriptors)
+    with ended(served.process), contextlib.ExitStack() as idle:
+        served.wait_ready()
+        ports = listening_ports(served.triton)
+        http_port = int(served.http_url.partition(":")[2])
+        assert http_port in ports
+        for number in range(many_descriptors):
+            port = ports[number % len(ports)] if number % 10 == 0 else http_port
+            connection = idle.enter_context(socket.create_connection(("127.0.0.1", port), timeout=STOP_SECONDS))
+            if number % 2:
+                connection.sendall(b"GET /v2/health/ready HTT")
+        assert call(served.http_url, "log", lines=1) == 1
+        grpc_url = served.ready_line.split()[2].removeprefix("grpc://")
+        with contextlib.closing(tritonclient.grpc.InferenceServerClient(grpc_url)) as client:
+            assert client.is_server_ready(client_timeout=STOP_SECONDS)
+        (metrics_port,) = set(ports) - {http_port, int(grpc_url.partition(":")[2])}
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=STOP_SECONDS) as page:
+            assert b"nv_inference_request_success" in page.read()
+        assert len(list(Path(f"/proc/{served.triton}/fd").iterdir())) > many_descriptors
+        assert served.stop(signal.SIGTERM) == 0
+        served.assert_gone()
+    assert "Too many open files" not in served.log.read_text()
+
+
+def listening_ports(pid: int) -> list[int]:
+    """Returns the TCP ports on which a process listens."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(str(descriptor.readlink()).removeprefix("socket:[").rstrip("]"))
+    tables = [Path(f"/proc/net/{table}").read_text().splitlines()[1:] for table in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table]
+    return sorted({int(line[1].rpartition(":")[2], 16) for line in lines if line[3] == "0A" and line[9] in inodes})
+
+
+def test_too_few_files_are_refused(checkpoint: Path, repository: Path) -> None:
+    served = Served(checkpoint, repository, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    with ended(served.process):
+        assert served.process.wait(STOP_SECONDS) == 2
+    assert served.log.read_text() == (
+        "error: the limit of open files is 64 (ulimit -Hn); allowed: 1024 or more, as every connection takes one\n"
+    )
 
 
 def wait_stopped(pid: int) -> None:

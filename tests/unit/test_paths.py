@@ -56,7 +56,7 @@ class TestSettings:
 
     def test_checkpoint_is_a_file(self, tmp_path: Path) -> None:
         settings = settings_over(tmp_path)
-        with pytest.raises(CheckpointError, match="--checkpoint is .*, which is not a folder; allowed"):
+        with pytest.raises(CheckpointError, match=r"--checkpoint is .*, which is not a folder; allowed"):
             ServerSettings(settings.checkpoint / "model_index.json", model_repository=settings.model_repository).check()
 
     def test_model_with_an_awkward_name_is_refused(self, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def _serve(arguments: argparse.Namespace, out: Output, log: Output) -> int:
     except GlmImageError as error:
         return _fail(log, error, EXIT_REFUSED)
     _stop_on_signals(server)
-    if server.exposure:
-        log.put(f"warning: {server.exposure}")
+    for warning in server.warnings:
+        log.put(f"warning: {warning}")
 
     def announce() -> None:
         out.put(f"ready: http://{server.http_url} grpc://{server.grpc_url}")

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from glm_image.errors import GlmImageError
 from glm_image.supervisor.api_access import is_loopback
+from glm_image.supervisor.host_limits import check_descriptors, limit_warning
 from glm_image.supervisor.installation import find_installation
 from glm_image.supervisor.output import Output
 from glm_image.supervisor.settings import ServerSettings
@@ -37,6 +38,7 @@ class TritonServer:
     def __init__(self, settings: ServerSettings, *, log: Output | TextIO | None = None) -> None:
         self._requested = settings.absolute()
         self._requested.check()
+        check_descriptors()
         self._installation = find_installation()
         self._settings = self._requested
         self._log = log if log is None or isinstance(log, Output) else Output(log)
@@ -70,6 +72,11 @@ class TritonServer:
     @property
     def metrics_url(self) -> str:
         return self._address(self._settings.metrics_port)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What an operator should know: an address that is unsafe to listen on, a limit that is too low."""
+        return [warning for warning in (self.exposure, limit_warning()) if warning is not None]
 
     @property
     def exposure(self) -> str | None:
