@@ -304,7 +304,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))
+        checkpoint = tiny_checkpoint(Path(folder)) if flags.checkpoint is None else flags.checkpoint
         plan = Plan(flags.seconds, flags.failures, flags.calm, flags.clients)
         report = Chaos(checkpoint, flags.seed).run(plan)
     print(json.dumps(report.counts(), indent=2))

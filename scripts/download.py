@@ -227,7 +227,8 @@ def _digest(path: Path, digest: hashlib._Hash) -> str:
 def download(flags: argparse.Namespace, report: Callable[[str], None] = print) -> None:
     """Lists and downloads the files, verifies them and reports on the checkpoint."""
     hub = HUBS[flags.hub]
-    repository, revision = flags.repository or hub.repository, flags.revision or hub.revision
+    repository = hub.repository if flags.repository is None else flags.repository
+    revision = hub.revision if flags.revision is None else flags.revision
     listing = hub.list(repository, revision)
     files = checkpoint_files(listing.files)
     say(f"{repository} at {listing.revision}: {len(files)} files, {sum(file.size for file in files) / 1e9:.2f} GB")

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from glm_image.errors import GlmImageError
 from glm_image.supervisor import ServerSettings, TritonServer
-from glm_image_client import BadArgumentError, GenerationResult, GlmImageClient, GlmImageClientError, RefusedError
+from glm_image_client import (
+    BadArgumentError,
+    GenerateOptions,
+    GenerationResult,
+    GlmImageClient,
+    GlmImageClientError,
+    RefusedError,
+)
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 TRAINED_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "tiny"
@@ -31,7 +38,7 @@ EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 console = Console(stderr=True)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart", description="Generates one image with a temporary server.")
     parser.add_argument("prompt", metavar="PROMPT", help="text in quotation marks is rendered in the image")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the built-in tiny checkpoint")
@@ -39,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same image")
     parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -84,16 +91,21 @@ def progress(activity: str) -> Iterator[None]:
         bar.update(task, completed=1)
 
 
-def generate(server: TritonServer, arguments: argparse.Namespace) -> GenerationResult:
+def options_of(arguments: argparse.Namespace) -> GenerateOptions:
+    """Returns the options of the request; None where the server's default applies."""
     size, steps = arguments.size, arguments.steps
     if arguments.checkpoint is None:
-        size, steps = size or TINY_SIZE, steps or TINY_STEPS
-    width, height = size or (None, None)
-    size_text = " x ".join(map(str, size)) + " pixels" if size else "the default size"
-    with GlmImageClient(server.grpc_url) as client, progress(f"Generating {size_text}"):
-        return client.generate(
-            arguments.prompt, width=width, height=height, num_inference_steps=steps, seed=arguments.seed
-        )
+        size, steps = TINY_SIZE if size is None else size, TINY_STEPS if steps is None else steps
+    width, height = (None, None) if size is None else size
+    return {"width": width, "height": height, "num_inference_steps": steps, "seed": arguments.seed}
+
+
+def generate(server: TritonServer, arguments: argparse.Namespace) -> GenerationResult:
+    options = options_of(arguments)
+    width, height = options["width"], options["height"]
+    size = "the default size" if width is None else f"{width} x {height} pixels"
+    with GlmImageClient(server.grpc_url) as client, progress(f"Generating {size}"):
+        return client.generate(arguments.prompt, **options)
 
 
 def summary(result: GenerationResult, files: list[Path]) -> str:
@@ -116,7 +128,7 @@ def keep(server: TritonServer) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    checkpoint = arguments.checkpoint or tiny_checkpoint()
+    checkpoint = tiny_checkpoint() if arguments.checkpoint is None else arguments.checkpoint
     server = TritonServer(ServerSettings(checkpoint))
     try:
         with progress("Starting Triton and loading the models"):

@@ -16,13 +16,13 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from glm_image_client.calls import source_bytes
 from glm_image_client.client import GlmImageClient
 from glm_image_client.errors import BadArgumentError, GlmImageClientError, RefusedError, UnreachableError
 from glm_image_client.offline import generate_offline, inspect_checkpoint
 from glm_image_client.options import OPTIONS, PROMPT
 from glm_image_client.progress import progress_bar, shows_images, watch
 from glm_image_client.result import GenerationResult, format_of
+from glm_image_client.sources import source_bytes
 
 EXIT_REFUSED: Final = 2
 EXIT_UNREACHABLE: Final = 3
@@ -124,7 +124,9 @@ def generate(
         has_bar = not as_json and sys.stderr.isatty()
         if checkpoint is not None:
             with progress_bar("generating", shown=has_bar):
-                result = generate_offline(checkpoint, device or "auto", {"prompt": prompt, **options}, images)
+                result = generate_offline(
+                    checkpoint, "auto" if device is None else device, {"prompt": prompt, **options}, images
+                )
         else:
             options |= {"images": images, "output_format": output_format, "request_id": request_id}
             with GlmImageClient(url, protocol.value, timeout=timeout) as client:
@@ -134,10 +136,7 @@ def generate(
                     with progress_bar("generating", shown=has_bar):
                         result = client.generate(prompt, **options)
         waited = time.perf_counter() - began
-        try:
-            files = result.save(output)
-        except OSError as error:
-            raise BadArgumentError(f"--output {output!r} cannot be written: {error.strerror}") from error
+        files = result.save(output)
         names = [str(file) for file in files]
         report = {"files": names, "seeds": result.seeds, "metadata": result.metadata.raw}
         print(json.dumps(report) if as_json else "\n".join([*names, _summary(result, waited)]))

@@ -9,7 +9,7 @@ from typing import Final
 from PIL import Image
 
 from glm_image_client.errors import ServerFailure
-from glm_image_client.result import GenerationResult, decoded_images, image_files, json_object
+from glm_image_client.result import GenerationResult, decoded_images, image_files, json_output
 from glm_image_client.transport import Outputs
 
 RENAMED: Final = {"tokens": "decode"}
@@ -51,8 +51,13 @@ class StreamEvent:
 
     @classmethod
     def from_outputs(cls, outputs: Outputs) -> StreamEvent:
+        """Returns the event in the outputs of a response.
+
+        Raises:
+            ServerFailure: an output or a field of the event is missing or malformed.
+        """
+        event = json_output(outputs, "event")
         try:
-            event = json_object(outputs["event"][0], "event")
             result = GenerationResult.from_outputs(outputs) if event["event"] == "image" else None
             return cls(
                 kind=RENAMED.get(event["event"], event["event"]),
@@ -61,5 +66,5 @@ class StreamEvent:
                 result=result,
                 **{name: event[name] for name in ("request_id", "done", "total", "seconds", "eta")},
             )
-        except (KeyError, IndexError) as error:
+        except KeyError as error:
             raise ServerFailure(f"the server's response has no {error.args[0]!r}") from error

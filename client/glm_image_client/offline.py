@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from glm_image_client.calls import source_bytes
 from glm_image_client.errors import BadArgumentError, RefusedError, ServerFailure
-from glm_image_client.options import SourceImage
 from glm_image_client.result import GenerationResult, Metadata
+from glm_image_client.sources import SourceImage, source_bytes
 
 
 def generate_offline(

@@ -12,9 +12,8 @@ from typing import Final, Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from glm_image_client.errors import BadArgumentError
 from glm_image_client.events import StreamEvent
-from glm_image_client.result import GenerationResult
+from glm_image_client.result import GenerationResult, write_file
 
 STAGES: Final[Mapping[str, str]] = {
     "ar_queue": "queued",
@@ -78,18 +77,11 @@ def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | N
             )
             for file in event.files:
                 if preview_dir is not None:
-                    _write(preview_dir / f"{written:02}_{event.kind}.png", file)
+                    write_file(preview_dir / f"{written:02}_{event.kind}.png", file)
                 if protocol is not None and event.kind == "preview":
                     bar.console.out(inline_image(file, protocol), highlight=False, end="")
                 written += 1
     raise AssertionError("a stream ends with the images or an error")
-
-
-def _write(path: Path, file: bytes) -> None:
-    try:
-        path.write_bytes(file)
-    except OSError as error:
-        raise BadArgumentError(f"--preview-dir {str(path.parent)!r} cannot be written: {error.strerror}") from error
 
 
 def image_protocol(environment: Mapping[str, str]) -> ImageProtocol | None:

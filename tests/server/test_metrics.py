@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
@@ -21,6 +20,7 @@ from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.supervisor import TritonServer
 from glm_image.telemetry.metrics import REFUSALS, Kind, MetricSpec
+from helpers import wait_until
 from server.kserve import KServeError, Values, at_once, grpc_infer, grpc_start, metadata
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ METRICS: dict[str, tuple[MetricSpec, ...]] = {"glm_ar": AR_METRICS, "glm_dit": D
 OUTCOMES = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
 RESTARTS, LOST_LINES = "glm_image_restarts_total", "glm_image_request_log_lost_lines_total"
 UNITS = {RESTARTS: "restarts", LOST_LINES: "lines"}
-SETTLE_SECONDS = 30
+SETTLE_SECONDS = 60
 SLOTS = 8
 STEPS = 3
 REQUEST: Values = {"prompt": "A fox reading 'NEWS'", "height": 64, "width": 64, "num_inference_steps": STEPS}
@@ -62,18 +62,16 @@ class Page:
 
 
 def page_when(server: TritonServer, expected: Callable[[Page], bool]) -> Page:
-    """Polls until the page is as expected: metrics follow responses with a delay, and so does their port."""
-    end = time.monotonic() + SETTLE_SECONDS
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=SETTLE_SECONDS) as answer:
-                page = Page(answer.read().decode())
-        except urllib.error.URLError:
-            if time.monotonic() > end:
-                raise
-            continue
-        if expected(page) or time.monotonic() > end:
-            return page
+    """Waits until the page is as expected, since metrics follow responses with a delay; returns the last page."""
+    pages: list[Page] = []
+
+    def is_expected() -> bool:
+        with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=SETTLE_SECONDS) as answer:
+            pages.append(Page(answer.read().decode()))
+        return expected(pages[-1])
+
+    wait_until(is_expected, SETTLE_SECONDS)
+    return pages[-1]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +12,10 @@ import pytest
 from glm_image.config.profiles import PROFILES
 from glm_image.supervisor import ServerSettings, TritonServer
 from server.kserve import at_once, grpc_infer
+from server.test_metrics import page_when
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
-IMAGES = re.compile(r'^glm_image_dit_images_total\{instance="(\d+)",.*\} (\d+)', re.MULTILINE)
+IMAGES = "glm_image_dit_images_total"
 
 # In the normal run one profile; the others differ from it in the number of processes and the names of devices.
 FEW = ("npu-2",)
@@ -29,9 +29,10 @@ def on_cpu_cards(folder: Path) -> Path:
     return repository
 
 
-def images_by_instance(server: TritonServer) -> dict[int, int]:
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=30) as answer:
-        return {int(index): int(count) for index, count in IMAGES.findall(answer.read().decode())}
+def images_by_instance(server: TritonServer, total: int) -> dict[int, int]:
+    """Waits until ``total`` images are counted; returns the number of each instance."""
+    page = page_when(server, lambda page: sum(count for _, count in page.samples[IMAGES]) >= total)
+    return {int(labels["instance"]): int(count) for labels, count in page.samples[IMAGES]}
 
 
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.full) for name in MANY)])
@@ -47,7 +48,7 @@ def test_profile_is_served(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: p
         count = 4 * instances if instances > 1 else 1
         burst = at_once([partial(grpc_infer, server, {**values, "seed": seed}) for seed in range(count)])
         assert [outputs["images"].shape for outputs in burst.outputs] == [(1, 64, 64, 3)] * count
-        rendered = images_by_instance(server)
+        rendered = images_by_instance(server, count)
         assert set(rendered) == set(range(instances))
         assert sum(rendered.values()) == count
         assert min(rendered.values()) > 0

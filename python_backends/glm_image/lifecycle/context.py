@@ -25,18 +25,6 @@ LATEST_DEADLINE_NS = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Timeouts:
-    """The timeout of requests that set none, and the longest one, in microseconds; 0 = no limit."""
-
-    default_us: int = 0
-    max_us: int = 0
-
-    def of(self, requested_us: int) -> int:
-        timeout = requested_us if requested_us > 0 else self.default_us
-        return min(timeout or self.max_us, self.max_us) if self.max_us else timeout
-
-
-@dataclass(frozen=True)
 class Progress:
     """The progress of a request within a stage.
 
@@ -138,9 +126,13 @@ class RequestContext:
     @classmethod
     def with_timeout(cls, request_id: str, timeout_us: int) -> RequestContext:
         """Creates the context of a request from its id ("" = generate one) and timeout in microseconds (0 = none)."""
-        now = time.monotonic_ns()
-        deadline_ns = min(now + timeout_us * 1000, LATEST_DEADLINE_NS) if timeout_us > 0 else 0
-        return cls(id=request_id or uuid.uuid4().hex, deadline_ns=deadline_ns, arrived_ns=now)
+        context = cls(id=request_id or uuid.uuid4().hex)
+        context.limit(timeout_us)
+        return context
+
+    def limit(self, timeout_us: int) -> None:
+        """Sets the deadline to ``timeout_us`` microseconds after the arrival; 0 = no deadline."""
+        self.deadline_ns = min(self.arrived_ns + timeout_us * 1000, LATEST_DEADLINE_NS) if timeout_us > 0 else 0
 
     def add_observer(self, observer: RequestObserver) -> None:
         with self._lock:

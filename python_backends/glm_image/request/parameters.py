@@ -64,9 +64,7 @@ class SharedParameters:
     images: tuple[bytes, ...] | None = tensor(
         None,
         "STRING",
-        CheckedElsewhere(
-            "1 to {source_images} files: PNG, JPEG or WebP, as bytes or base64, with or without a `data:` prefix"
-        ),
+        CheckedElsewhere("1 to {source_images} files: PNG, JPEG or WebP, as bytes or [base64](image_to_image.md#json)"),
         "Source images; they select [image to image](image_to_image.md).",
         shown="none",
         name="image",

@@ -17,6 +17,7 @@ from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import start_control_server
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.metrics_export import MetricsExporter
@@ -98,6 +99,8 @@ class StageBackend(ABC):
                 continue
             with call.responder.errors_sent():
                 self._tracing.observe(call.context, request)
+                timeout_us = requested_timeout_us(request.timeout(), request.parameters())
+                call.context.limit(self._timeouts.of(timeout_us))
                 self._handle(call, Inputs(request))
 
     def finalize(self) -> None:
@@ -140,7 +143,7 @@ class StageBackend(ABC):
 
     def _track(self, request: Any) -> StageCall:
         request_id, options = request.request_id(), StreamOptions.read(request.parameters())
-        context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
+        context = RequestContext.with_timeout(request_id, timeout_us=0)
         responder = Responder(request, context.finish, is_relayed=options.arrived_ns is not None)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:

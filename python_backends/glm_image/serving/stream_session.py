@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
@@ -22,6 +21,7 @@ from glm_image.lifecycle.events import EventBuilder
 from glm_image.lifecycle.lru import LatestEntries
 from glm_image.lifecycle.preview_rpc import request_preview
 from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PreviewParameters
 from glm_image.request.tensors import TensorSpec, check_fields
@@ -38,7 +38,7 @@ class StreamSession:
     """A request of ``glm_image_stream``; updates ``dit_seconds``, the DiT's latest duration for each kind of request.
 
     Raises:
-        InvalidInputError: an input that the stages do not take is not allowed.
+        InvalidInputError: the timeout, or an input that the stages do not take, is not allowed.
     """
 
     def __init__(self, request: Any, sender: EventSender, dit_seconds: LatestEntries[Hashable, float]) -> None:
@@ -51,7 +51,7 @@ class StreamSession:
         previews = PreviewParameters(**inputs.fields(PreviewParameters))
         check_fields(previews, Limits())
         self._preview_steps = previews.preview_steps
-        self._timeout_us: int = request.timeout() or _timeout_of(request.parameters())
+        self._timeout_us: int = requested_timeout_us(request.timeout(), request.parameters())
         self._options = StreamOptions(sender.arrived_ns, previews.preview_steps > 0, previews.preview_every)
         self._kind: Hashable = tuple(
             (name, array.tobytes()) for name, array in self._inputs.items() if array.dtype != np.object_
@@ -115,9 +115,3 @@ class StreamSession:
     def _text(self, name: str) -> str:
         array = self._inputs.get(name)
         return "" if array is None else array[0].decode("utf-8", "replace")  # ``glm_ar`` refuses what is not UTF-8
-
-
-def _timeout_of(parameters: str) -> int:
-    """Returns the timeout in microseconds; ``generate_stream`` passes it as an ordinary parameter."""
-    timeout = json.loads(parameters or "{}").get("timeout")
-    return timeout if type(timeout) is int and 0 < timeout < 2**63 else 0

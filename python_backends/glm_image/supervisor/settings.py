@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from glm_image.errors import CheckpointError, ConfigurationError, shown
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 from glm_image.supervisor.flags import flag
 from glm_image.supervisor.paths import check_log_file, folder_fault
+from glm_image.supervisor.ports import ReservedPorts
 from glm_image.supervisor.python_environment import Plain
 from glm_image.supervisor.run_directory import is_plain
 
@@ -117,7 +117,7 @@ class ServerSettings:
                 raise ConfigurationError(f"{name} is {port}, which is also {flags[port]}; allowed: a port of its own")
             if port:
                 flags[port] = name
-                _check_port_is_free(self.host, port, name)
+        ReservedPorts(self.host, self.ports()).release()
 
     def absolute(self) -> ServerSettings:
         """Returns the settings with absolute paths, since models have another working directory.
@@ -170,10 +170,14 @@ class ServerSettings:
         """Returns the three ports by the flag that sets each."""
         return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
 
-    def with_free_ports(self) -> ServerSettings:
-        free = free_ports(self.host, 3)
-        http, grpc, metrics = (port or free.pop() for port in self.ports().values())
-        return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
+    def with_ports(self, ports: Mapping[str, int]) -> ServerSettings:
+        """Returns the settings with other ports, given by the flag that sets each."""
+        return replace(
+            self,
+            http_port=ports["--http-port"],
+            grpc_port=ports["--grpc-port"],
+            metrics_port=ports["--metrics-port"],
+        )
 
 
 def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
@@ -199,40 +203,3 @@ def _checked_models(repository: Path) -> list[Path]:
 
 def _model_folders(repository: Path) -> list[Path]:
     return sorted(config.parent for config in repository.glob("*/config.pbtxt"))
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Returns ``count`` different free ports of ``host``."""
-    sockets = [_bound_socket(host, 0) for _ in range(count)]
-    ports = [int(bound.getsockname()[1]) for bound in sockets]
-    for bound in sockets:
-        bound.close()
-    return ports
-
-
-def _check_port_is_free(host: str, port: int, name: str) -> None:
-    try:
-        _bound_socket(host, port).close()
-    except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: f"on which {host} already listens; allowed: a free port, or 0",
-            errno.EACCES: "which this user may not listen on; allowed: 1024 and up",
-        }
-        if error.errno not in reasons:
-            raise
-        raise ConfigurationError(f"{name} is {port}, {reasons[error.errno]}") from None
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    # As a server binds it: a port whose last connections are in TIME_WAIT is free.
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigurationError(f"--host is {shown(host)}; allowed: an address of this machine") from None
-        raise
-    return bound

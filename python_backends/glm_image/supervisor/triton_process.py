@@ -13,18 +13,17 @@ import threading
 import time
 import weakref
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.supervisor.api_access import closing_flags
 from glm_image.supervisor.installation import Installation
 from glm_image.supervisor.output import Output
+from glm_image.supervisor.ports import listens
 from glm_image.supervisor.run_directory import RunDirectory, remove_dead
 from glm_image.supervisor.settings import ServerSettings, models_by_role
 from glm_image.supervisor.triton_log import (
     SERVICES,
-    StartFailure,
     start_failure,
     started_service,
     syntax_error,
@@ -32,6 +31,7 @@ from glm_image.supervisor.triton_log import (
 )
 from glm_image.telemetry.line_writer import leave_signals_to_main_thread
 from glm_image.watchdog import __main__ as watchdog_program
+from glm_image.watchdog.processes import Stat, children_of
 from glm_image.watchdog.watchdog import EXIT_REASON_PREFIX, LAST_LINES_SECONDS, STOP_GRACE_SECONDS
 
 LOG_TAIL_LINES = 200
@@ -39,6 +39,12 @@ METRICS_INTERVAL_MS = 250
 END_SECONDS = LAST_LINES_SECONDS + 10.0
 """Time for a killed server and its watchdog to end."""
 MILLISECONDS = 1000
+PORT_CHECK_SECONDS = 0.01
+"""The interval at which the ports of a server are looked at, from its log line until it listens: milliseconds."""
+SERVER = "tritonserver"
+MIN_PING_INTERVAL_MS = 5000
+"""Between two pings of a gRPC client. Triton's own is 300 s: clients that ping more often, so that idle connections are
+kept, are cut off in the middle of a long request."""
 SIGNAL_CODE_BASE = 128
 """Exit codes above it mean the end by a signal."""
 
@@ -53,11 +59,12 @@ class ServerProcess:
         self._run_directory = RunDirectory.create()
         self.shm_prefix = self._run_directory.shm_prefix
         self._log = log
+        self._ports = settings.ports().values()
         self._tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._syntax_error: str | None = None
         self._changed = threading.Condition()
         self._started: set[str] = set()
-        self._failure: StartFailure | None = None
+        self._failure: str | None = None
         self._ended = False
         self._exit_reason: str | None = None
         self._entry_models, self._stages = models_by_role(settings.model_repository)
@@ -94,20 +101,21 @@ class ServerProcess:
         with self._changed:
             return self._exit_reason or f"tritonserver ended by itself, {_describe_exit(self._watchdog.wait())}"
 
-    def wait_started(self) -> StartFailure | None:
-        """Waits until every service listens (None), or until the start has failed."""
+    def wait_started(self) -> str | None:
+        """Waits until every service listens (None), or until the start has failed; returns the reason."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._failure is not None or self._started >= SERVICES)
+            self._changed.wait_for(lambda: self._has_failed() or self._started >= SERVICES)
+            # Triton logs that a service has started before it binds the port.
+            while not self._has_failed() and not self._listens():
+                self._changed.wait(PORT_CHECK_SECONDS)
             failure = self._failure or (self._early_end() if self._ended else None)
-        if failure is None:
-            return None
-        return replace(failure, message=self._run_directory.with_targets(failure.message))
+        return failure and self._run_directory.with_targets(failure)
 
-    def _early_end(self) -> StartFailure:
+    def _early_end(self) -> str:
         if self._exit_reason is not None:
-            return StartFailure(self._exit_reason)
+            return self._exit_reason
         lines = [line.strip() for line in self._tail if line.strip()]
-        return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}")
+        return f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}"
 
     def request_watch(self) -> None:
         """Has the server killed when one of its processes breaks; call it when all of them exist."""
@@ -167,6 +175,15 @@ class ServerProcess:
             os.close(ended)
         return self._watchdog.wait()
 
+    def _has_failed(self) -> bool:
+        return self._ended or self._failure is not None
+
+    def _listens(self) -> bool:
+        """Whether the server, and no other process, listens on every port."""
+        children = children_of(self._watchdog.pid)
+        servers = [pid for pid in children if (stat := Stat.read(pid)) and stat.name == SERVER]
+        return any(listens(pid, self._ports) for pid in servers)
+
     def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
         folder = self._run_directory
         backends = installation.lay_out_backends(folder.path)
@@ -216,6 +233,8 @@ class ServerProcess:
             *installation.input_limit_flags(settings.max_request_bytes),
             # Triton would keep the buffers of its largest gRPC requests.
             "--grpc-infer-allocation-pool-size=0",
+            f"--grpc-http2-min-recv-ping-interval-without-data={MIN_PING_INTERVAL_MS}",
+            "--grpc-keepalive-permit-without-calls=true",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *([f"--model-config-name={settings.profile}"] if settings.profile else []),
         ]
