@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc
 
-from server.served import Served, call, ended, write_model
+from glm_image.watchdog.heartbeats import HeartbeatFile
+from server.served import Served, call, descendants, ended, wait_gone, write_model
 
 # As the stages, it has a heartbeat, which ends when the model is unloaded.
 MODEL = """
@@ -49,6 +50,7 @@ class TritonPythonModel:
             os.write(2, b"%07d" % number + b"x" * 992 + b"\\n")
         return lines
 """
+IPV6 = "::1"
 LINES_IN_PIPES = 4000
 """Of 1 kB: more than all pipes and queues hold."""
 STOP_SECONDS = 60
@@ -189,6 +191,36 @@ def test_too_few_files_are_refused(checkpoint: Path, repository: Path) -> None:
     assert served.log.read_text() == (
         "error: the limit of open files is 64 (ulimit -Hn); allowed: 1024 or more, as every connection takes one\n"
     )
+
+
+def repository_call(served: Served, action: str) -> None:
+    url = f"http://{served.http_url}/v2/repository/models/worker/{action}"
+    urllib.request.urlopen(urllib.request.Request(url, b"{}"), timeout=STOP_SECONDS).close()
+
+
+def test_operator_unloads_and_loads_over_ipv6_and_closes_the_terminal(checkpoint: Path, repository: Path) -> None:
+    served = Served(checkpoint, repository, "--host", IPV6, "--open-apis", "model-repository")
+    with ended(served.process):
+        served.wait_ready()
+        assert served.http_url.startswith("[::1]:")
+        grpc_url = served.ready_line.split()[2].removeprefix("grpc://")
+        with contextlib.closing(tritonclient.grpc.InferenceServerClient(grpc_url)) as client:
+            assert client.is_server_ready(client_timeout=STOP_SECONDS)
+        repository_call(served, "load")  # over the loaded one
+        assert call(served.http_url, "log", lines=1) == 1
+        repository_call(served, "unload")
+        wait_gone(served.stub)
+        repository_call(served, "load")
+        assert call(served.http_url, "log", lines=1) == 1
+        (stub,) = descendants(served.triton)
+        assert stub != served.stub
+        (heartbeat,) = (served.run_directory / "heartbeats").glob("*.heartbeat")
+        assert HeartbeatFile(heartbeat).read().pid == stub
+        assert served.stop(signal.SIGHUP) == 0
+        served.assert_gone()
+    log = served.log.read_text()
+    assert "the server is ended" not in log
+    assert "restart 1 of" not in log
 
 
 def wait_stopped(pid: int) -> None:

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,65 @@ def test_model_is_drained_when_all_its_instances_are(heartbeat: Heartbeat, tmp_p
     other.mark_drained()
     assert drained_models(files) == {"worker"}
     other.close()
+
+
+def test_heartbeat_of_a_model_that_is_loaded_again_is_its_own(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    heartbeat.start()
+    former = HeartbeatFile(tmp_path / "worker_0.heartbeat")
+    again = Heartbeat("worker_0", 0.0, tmp_path)
+    again.start()
+    heartbeat.close()
+    assert former.read().pid == 0
+    assert read(tmp_path).pid == os.getpid()
+    again.close()
+
+
+def test_removed_files_are_no_fault(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    """As systemd-tmpfiles removes them from a folder that it cleans."""
+    drained = threading.Event()
+    heartbeat.start(commands={"drain": drained.set})
+    process = WatchedProcess(os.getpid(), "worker_0", find_heartbeat(tmp_path, os.getpid()))
+    assert process.heartbeat is not None
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
+    assert process.check() is None
+    assert find_heartbeat(tmp_path, os.getpid()) is None
+    process.heartbeat.send(b"drain\n")
+    assert drained.wait(TIMEOUT)
+    heartbeat.mark_drained()
+    assert drained_models([process.heartbeat]) == {"worker"}
+    process.close()
+
+
+def test_unload_is_an_end_without_error_after_the_heartbeat() -> None:
+    program = """
+import os, sys, pathlib
+from glm_image.telemetry.heartbeat import Heartbeat
+heartbeat = Heartbeat("worker_0", 0.0, pathlib.Path(sys.argv[1]))
+heartbeat.start()
+print(flush=True)
+sys.stdin.read()
+if sys.argv[2] == "close":
+    heartbeat.close()
+os._exit(int(sys.argv[3]))
+"""
+    for closes, code, is_unload in (("close", 0, True), ("keep", 0, False), ("close", 1, False)):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            subprocess.Popen(
+                [sys.executable, "-c", program, folder, closes, str(code)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            ) as child,
+        ):
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdout.readline()
+            process = WatchedProcess(child.pid, "worker_0", find_heartbeat(Path(folder), child.pid))
+            child.stdin.close()
+            assert ended(process)
+            assert process.end().is_unload == is_unload
+            process.close()
 
 
 def test_closed_heartbeat_is_not_watched(tmp_path: Path) -> None:

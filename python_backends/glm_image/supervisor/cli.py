@@ -26,7 +26,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves until SIGINT or SIGTERM, or until the server breaks too often; returns the exit code."""
+    """Serves until SIGINT, SIGTERM or SIGHUP, or until the server breaks too often; returns the exit code."""
     out, log = Output(sys.stdout), Output(sys.stderr)
     try:
         return _serve(parse_arguments(arguments), out, log)
@@ -64,7 +64,7 @@ def _fail(log: Output, error: GlmImageError, code: int) -> int:
 
 
 def _stop_on_signals(server: TritonServer) -> None:
-    """The first SIGINT or SIGTERM stops the server, the second kills it."""
+    """The first SIGINT, SIGTERM or SIGHUP stops the server, the second kills it."""
 
     def handle(*_: object) -> None:
         if server.stop_requested:
@@ -74,3 +74,5 @@ def _stop_on_signals(server: TritonServer) -> None:
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup, which outlives its terminal
+        signal.signal(signal.SIGHUP, handle)

@@ -8,6 +8,7 @@ import select
 from typing import TextIO
 
 from glm_image.errors import GlmImageError
+from glm_image.supervisor.addresses import authority
 from glm_image.supervisor.api_access import is_loopback
 from glm_image.supervisor.host_limits import check_descriptors, limit_warning
 from glm_image.supervisor.installation import find_installation
@@ -174,8 +175,7 @@ class TritonServer:
         return self._process
 
     def _address(self, port: int) -> str:
-        host = self._settings.host
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return authority(self._settings.host, port)
 
     def _check_health(self) -> None:
         host = _LOOPBACK_OF.get(self._settings.host, self._settings.host)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
+from glm_image.supervisor.addresses import numeric_address
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 from glm_image.supervisor.flags import flag
 from glm_image.supervisor.paths import check_log_file, folder_fault
@@ -120,14 +121,15 @@ class ServerSettings:
         ReservedPorts(self.host, self.ports()).release()
 
     def absolute(self) -> ServerSettings:
-        """Returns the settings with absolute paths, since models have another working directory.
+        """Returns the settings with absolute paths, since models have another working directory, and a numeric host.
 
         Raises:
-            ConfigurationError: a path is relative, and the working directory has been removed.
+            ConfigurationError: a path is relative, and the working directory has been removed; or the host is unknown.
         """
         try:
             return replace(
                 self,
+                host=numeric_address(self.host),
                 checkpoint=self.checkpoint.absolute(),
                 model_repository=self.model_repository.absolute(),
                 request_log=self.request_log and self.request_log.absolute(),

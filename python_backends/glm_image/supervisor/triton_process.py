@@ -16,6 +16,7 @@ from collections import deque
 from pathlib import Path
 
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.supervisor.addresses import service_flags
 from glm_image.supervisor.api_access import closing_flags
 from glm_image.supervisor.installation import Installation
 from glm_image.supervisor.output import Output
@@ -218,7 +219,7 @@ class ServerProcess:
             f"--model-repository={plain(settings.model_repository, 'models')}",
             f"--backend-directory={backends}",
             f"--cache-directory={plain(installation.caches, 'caches')}",
-            *(f"--{service}-address={settings.host}" for service in ("http", "grpc", "metrics")),
+            *service_flags(settings.host),
             *(f"{flag}={port}" for flag, port in settings.ports().items()),
             "--allow-metrics=true",
             # A stopping server waits for the thread that collects metrics, which sleeps for this interval.
