@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import socket
+import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +16,15 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc
 
+from glm_image.supervisor.run_directory import PREFIX
 from glm_image.watchdog.heartbeats import HeartbeatFile
+from glm_image.watchdog.leftovers import SHARED_MEMORY
+from glm_image.watchdog.watchdog import CHECK_SECONDS
 from server.served import Served, call, descendants, ended, wait_gone, write_model
 
 # As the stages, it has a heartbeat, which ends when the model is unloaded.
 MODEL = """
-import json, os, sys
+import json, os, sys, time
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from glm_image.telemetry.heartbeat import Heartbeat
@@ -44,6 +49,9 @@ class TritonPythonModel:
     def paths(self):
         names = ("GLM_IMAGE_CHECKPOINT", "GLM_IMAGE_REQUEST_LOG", "TMPDIR", "WEIGHTS")
         return {**{name: os.environ[name] for name in names}, "model": os.path.dirname(os.path.dirname(__file__))}
+
+    def wait_for_check(self, seconds):
+        time.sleep(seconds)
 
     def log(self, lines):
         for number in range(lines):
@@ -191,6 +199,62 @@ def test_too_few_files_are_refused(checkpoint: Path, repository: Path) -> None:
     assert served.log.read_text() == (
         "error: the limit of open files is 64 (ulimit -Hn); allowed: 1024 or more, as every connection takes one\n"
     )
+
+
+@pytest.fixture
+def temporary_folder() -> Iterator[Path]:
+    """A folder for run directories alone, with a short name."""
+    folder = SHARED_MEMORY / f"glm-test-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def clean_up_old_files(folder: Path, rules: Path) -> None:
+    """Runs systemd-tmpfiles over a folder all of whose files count as old, if this machine has it."""
+    program = shutil.which("systemd-tmpfiles")
+    if program is None:
+        return
+    (folder / "unlocked").touch()
+    for path in folder.rglob("*"):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    rules.write_text(f"d {folder} - - - m:1h\n")
+    subprocess.run([program, "--clean", rules], check=True)
+    assert not (folder / "unlocked").exists()
+
+
+def test_cleaned_folder_and_killed_processes(
+    checkpoint: Path, repository: Path, temporary_folder: Path, tmp_path: Path
+) -> None:
+    environment = {"TMPDIR": str(temporary_folder)}
+    served = Served(checkpoint, repository, environment=environment)
+    with ended(served.process):
+        served.wait_ready()
+        assert served.run_directory.parent == temporary_folder
+        files = sorted(temporary_folder.rglob("*"))
+        clean_up_old_files(temporary_folder, tmp_path / "rules.conf")
+        assert sorted(temporary_folder.rglob("*")) == files
+        for path in (served.run_directory / "heartbeats").iterdir():  # by a cleaner that ignores the lock
+            path.unlink()
+        assert call(served.http_url, "wait_for_check", seconds=CHECK_SECONDS + 0.5) is None
+        os.kill(served.process.pid, signal.SIGSTOP)
+        wait_stopped(served.process.pid)
+        for pid in (served.watchdog, served.process.pid):
+            os.kill(pid, signal.SIGKILL)
+        for pid in served.family:
+            wait_gone(pid)
+    assert served.run_directory.exists()
+    left = SHARED_MEMORY / f"glm_image_{served.run_directory.name.removeprefix(PREFIX)}_left"
+    left.touch()  # as a process does that is killed at another moment
+    again = Served(checkpoint, repository, environment=environment)
+    with ended(again.process):
+        again.wait_ready()
+        served.assert_gone()
+        assert not left.exists()
+        assert again.stop(signal.SIGTERM) == 0
+        again.assert_gone()
+    assert not list(temporary_folder.iterdir())
+    assert "the server is ended" not in served.log.read_text()
 
 
 def repository_call(served: Served, action: str) -> None:
