@@ -42,6 +42,8 @@ from glm_image.watchdog.processes import children_of
 UNREADY_SECONDS = {signal.SIGKILL: 2.0, signal.SIGSTOP: 10.0}
 RECOVERY_SECONDS = 120.0
 POLL_SECONDS = 0.1
+RETRY_SECONDS = 1.0
+"""Between a closed connection and a client's next request."""
 SETTLE_SECONDS = 20.0
 """For connections of ended requests to close; a leak stays."""
 
@@ -238,7 +240,7 @@ class Chaos:
         while not finished.is_set():
             requests.append(send_any(self._address, rng))
             if requests[-1].outcome.kind == "closed":
-                finished.wait(0.2)  # as a client does before it retries
+                finished.wait(RETRY_SECONDS)
         return requests
 
     def _is_ready(self) -> bool:

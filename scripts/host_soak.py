@@ -42,11 +42,13 @@ from typing import Any
 import tritonclient.grpc
 import tritonclient.http
 
-from bench.servers import descendants, resident_bytes, tiny_checkpoint
-from bench.soak import REQUESTS, Client
 from glm_image.supervisor.run_directory import PREFIX
 from glm_image.supervisor.settings import default_model_repository
 from glm_image.watchdog.leftovers import SHARED_MEMORY
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
+from servers import descendants, resident_bytes, tiny_checkpoint
+from soak import REQUESTS, Client
 
 NAME = "中文 a 'b' \"c\""
 USUAL_SOFT_LIMIT = 1024

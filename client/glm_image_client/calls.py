@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, SupportsFloat, SupportsIndex, TypeVar, cast
@@ -152,7 +153,7 @@ def _request_id(given: object) -> str:
 
 
 def request_tensors(values: Mapping[str, object], images: object = None) -> list[Tensor]:
-    """Returns the inputs of a request: each value as a tensor [1], the source images as ``image`` BYTES [k].
+    """Returns the inputs of a request: each value as a tensor [1], ``glyph_text`` and the images as BYTES [k].
 
     A value of None is not sent, so that the server's default applies. ``images`` is one ``SourceImage`` or several.
     """
@@ -160,6 +161,19 @@ def request_tensors(values: Mapping[str, object], images: object = None) -> list
     if sources := source_images(images):
         tensors.append(Tensor("image", "BYTES", object_array([source_bytes(image) for image in sources])))
     return tensors
+
+
+def accidental_text(prompt: str, rendered_text: Sequence[str]) -> list[str]:
+    """Returns the rendered strings of a prompt that are probably none, such as ``t like the cat`` of two apostrophes.
+
+    ``rendered_text`` is what the server has rendered.
+    """
+    found = [
+        match[1]
+        for match in re.finditer(r"'([^']*)'", prompt)
+        if prompt[: match.start()][-1:].isalnum() or prompt[match.end() :][:1].isalnum()
+    ]
+    return [text for text in found if text in rendered_text]
 
 
 def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
@@ -175,7 +189,9 @@ def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
         _integer_tensor("prior_token_ids", "INT32", prior.prior_token_ids),
         _integer_tensor("prior_grid", "INT32", prior.prior_grid),
         _integer_tensor("resolved_size", "INT32", prior.resolved_size),
-        _integer_tensor("resolved_seed", "INT64", prior.resolved_seed if seed is None else [seed]),
+        _integer_tensor("resolved_seed", "INT64", prior.resolved_seed)
+        if seed is None
+        else _value_tensor("seed", seed)._replace(name="resolved_seed"),
         Tensor("ar_metadata", "BYTES", object_array([ar_metadata])),
         _integer_tensor("source_token_ids", "INT32", prior.source_token_ids),
         _integer_tensor("source_grids", "INT32", prior.source_grids),
@@ -183,6 +199,8 @@ def prior_inputs(prior: PriorTokens, seed: int | None = None) -> list[Tensor]:
 
 
 def _value_tensor(name: str, value: object) -> Tensor:
+    if name == "glyph_text":
+        return Tensor(name, "BYTES", object_array(_texts(name, value)))
     datatype = (PROMPT if name == "prompt" else OPTIONS[name].input).datatype
     if datatype == "BYTES":
         return Tensor(name, datatype, object_array([_text(name, value)]))
@@ -194,11 +212,19 @@ def _value_tensor(name: str, value: object) -> Tensor:
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         kind = "a number" if datatype == "FP32" else "an integer"
         raise BadArgumentError(f"{name} is {value!r}; allowed: {kind}") from error
+    if name == "seed":
+        number = signed_seed(number)
     dtype = _INTEGERS[datatype]
     limits = np.iinfo(dtype)
     if not limits.min <= number <= limits.max:
         raise BadArgumentError(f"{name} is {number}; allowed: a signed {limits.bits}-bit integer")
     return Tensor(name, datatype, np.array([number], dtype=dtype))
+
+
+def _texts(name: str, value: object) -> list[bytes]:
+    if not isinstance(value, str) and isinstance(value, Iterable):
+        return [_text(name, string) for string in value]
+    return [_text(name, value)]
 
 
 def _text(name: str, value: object) -> bytes:
@@ -208,6 +234,16 @@ def _text(name: str, value: object) -> bytes:
     except ValueError:
         pass
     raise BadArgumentError(f"{name} is {value!r}; allowed: text that UTF-8 can hold")
+
+
+def signed_seed(seed: int) -> int:
+    """Returns a seed as the signed 64-bit integer of the same bits, which gives the same image.
+
+    Generators of random numbers take seeds up to 2^64 - 1, and some programs draw them from there.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise BadArgumentError(f"seed is {seed}; allowed: an integer from -2^63 to 2^64 - 1")
+    return seed if seed < 2**63 else seed - 2**64
 
 
 def _integer_tensor(name: str, datatype: str, values: object) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
@@ -30,6 +31,20 @@ _WRAPPING: Final = (
     re.compile(r"Failed to process the request\(s\) for model (instance )?'[^']*', message: "),
 )
 _STACK: Final = re.compile(r"\n+At:\n.*", re.DOTALL)
+
+
+_UNSAFE_CATEGORIES: Final = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Control and format characters, lone surrogates, separators of lines and paragraphs."""
+
+
+def printable(text: str) -> str:
+    r"""Returns ``text`` as one line for a terminal, with its control characters escaped, as ``\x1b`` or ``\u202e``."""
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _UNSAFE_CATEGORIES
+        else character
+        for character in text
+    )
 
 
 class GlmImageClientError(Exception):

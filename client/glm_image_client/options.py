@@ -32,7 +32,8 @@ class CommonOptions(TypedDict, total=False):
     """Options of every call that generates.
 
     Attributes:
-        seed: any signed 64-bit integer; image i is that of ``seed + i``.
+        seed: any integer from -2^63 to 2^64 - 1, of which -1 is one as any other; image i is that of ``seed + i``.
+        glyph_text: strings to render as lettering, in place of the quoted text of the prompt; () = no lettering.
         images: source image or images for image to image: paths, bytes of image files, PIL images, or uint8 arrays
             [height, width, 3].
         image: the same as ``images``; only one of the two may be given.
@@ -41,6 +42,10 @@ class CommonOptions(TypedDict, total=False):
     """
 
     seed: Annotated[int | None, Input("INT64", "Seed; the same seed gives the same image.", ("--seed",))]
+    glyph_text: Annotated[
+        Sequence[str] | None,
+        Input("BYTES", "Text to render, in place of the quoted text; may be given several times.", ("--glyph-text",)),
+    ]
     images: SourceImage | Sequence[SourceImage] | None
     image: SourceImage | Sequence[SourceImage] | None
     request_id: str | None

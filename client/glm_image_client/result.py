@@ -46,6 +46,7 @@ class Metadata:
         generated_width: width before cropping, a multiple of 32.
         generated_height: height before cropping, a multiple of 32.
         steps: denoising steps.
+        rendered_text: the strings that the images show as lettering.
         cached_steps: for each image, the steps that the residual cache shortened.
         attention_backend: the DiT's attention implementation, by its name in diffusers.
         tokens: token counts: prompt, source, preview, image.
@@ -62,6 +63,7 @@ class Metadata:
     generated_width: int = 0
     generated_height: int = 0
     steps: int = 0
+    rendered_text: tuple[str, ...] = ()
     cached_steps: tuple[Any, ...] = ()
     attention_backend: str = ""
     tokens: Mapping[str, int] = field(default_factory=dict)

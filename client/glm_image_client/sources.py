@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from glm_image_client.errors import BadArgumentError, reason_of
 
@@ -72,6 +72,8 @@ def _png(image: Image.Image) -> bytes:
         upright = ImageOps.exif_transpose(image)
         while upright.mode in _STEPS:
             upright = upright.convert(_STEPS[upright.mode])
+        if upright.mode == "CMYK":
+            upright = _from_cmyk(upright)
         if upright.mode not in _PNG_MODES:
             upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
         upright.save(buffer, "png", compress_level=1)
@@ -80,6 +82,19 @@ def _png(image: Image.Image) -> bytes:
             f"image is a PIL image of mode {image.mode} that cannot be read or encoded: {error}"
         ) from error
     return buffer.getvalue()
+
+
+def _from_cmyk(image: Image.Image) -> Image.Image:
+    # Here, as PNG has no CMYK: the server converts the colours of files, RGB and grey ones.
+    profile = image.info.pop("icc_profile", None)
+    if profile is None:
+        return image
+    try:
+        source, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        intent = ImageCms.Intent.PERCEPTUAL
+        return ImageCms.profileToProfile(image, source, srgb, renderingIntent=intent, outputMode="RGB") or image
+    except (ImageCms.PyCMSError, OSError):  # a broken profile, which is ignored
+        return image
 
 
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:

@@ -58,7 +58,7 @@ def denoised(load: Load, devices: tuple[str, ...], parallel: str = "auto") -> ND
     running = start_ranks(load, arguments, first, layout, WorkerConfig(devices[1:]))
     try:
         running.run(ReadSources(0, (SourcePicture(pixels, source_ids, GRID),)))
-        running.run(Prepare(0, "a red star with a sign 'FOX'", "", ids, GRID, 1, 1.5, seed=1, sources_of=0))
+        running.run(Prepare(0, ("FOX",), (), ids, GRID, 1, 1.5, seed=1, sources_of=0))
         running.run(Step(0))
         latents: NDArray[np.float32] = running.run(TakeLatents(0))
         return latents

@@ -131,6 +131,7 @@ def test_metadata_describes_the_image(triton: TritonServer, tiny_checkpoint: Pat
         "generated_width": 96,
         "generated_height": 64,
         "steps": 2,
+        "rendered_text": [],
         "cached_steps": [0, 0],
         "attention_backend": "native",
     }

@@ -93,18 +93,21 @@ class ArConfig:
         _require("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
         heads = _positive(text, "num_attention_heads")
         head_dim = _positive(text, "head_dim", text["hidden_size"] // heads)
+        kv_heads = _positive(text, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ValueError(f"text_config.num_key_value_heads is {kv_heads}; allowed: what divides {heads} heads")
         vision_vocab_size = text["vision_vocab_size"]
         end_ids = generation.get("eos_token_id", config["image_end_token_id"])
         rotary_dim = int(head_dim * rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)))
         mrope_section = tuple(rope.get("mrope_section", (8, 12, 12)))
-        if sum(mrope_section) * 2 != rotary_dim:
+        if sum(mrope_section) * 2 != rotary_dim or min(mrope_section, default=0) < 1:
             raise ValueError(f"mrope_section {mrope_section} does not fill {rotary_dim} rotary channels")
         return cls(
             layers=text["num_hidden_layers"],
             hidden_size=text["hidden_size"],
             intermediate_size=text["intermediate_size"],
             heads=heads,
-            kv_heads=_positive(text, "num_key_value_heads", heads),
+            kv_heads=kv_heads,
             head_dim=head_dim,
             rotary_dim=rotary_dim,
             rotary_theta=float(rope.get("rope_theta", 10000.0)),
@@ -141,7 +144,7 @@ def _sampling(generation: Mapping[str, Any], vision_vocab_size: int) -> Sampling
     )
     try:
         check_fields(GenerationParameters(prompt="x", **vars(sampling)), Limits())
-    except InvalidInputError as error:
+    except (InvalidInputError, TypeError) as error:
         raise ValueError(f"in generation_config.json, {error}") from error
     return sampling
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.errors import CancelledError, DeadlineExceededError, shown
+from glm_image.errors import CancelledError, DeadlineExceededError, GlmImageError, shown
 from glm_image.request.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,9 @@ class RequestObserver:
     def latent_preview_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
         """The DiT rendered a latent preview of the image being denoised, uint8 [height, width, 3]."""
 
+    def latent_preview_skipped(self, context: RequestContext, error: GlmImageError) -> None:
+        """The DiT could not render a latent preview; the request goes on."""
+
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         """The request ended, and its response is about to be sent; called once, even if it never started."""
 
@@ -89,6 +92,8 @@ class RequestContext:
         deadline_ns: the ``time.monotonic_ns()`` by which the request must end; 0 = none.
         arrived_ns: the ``time.monotonic_ns()`` at which it reached the server; distinguishes requests of one id.
         accepted_ns: the ``time.monotonic_ns()`` at which it reached this stage.
+        received_ns: the ``time.monotonic_ns()`` from which its latency counts: at which it reached the first stage, or
+            this one if a client calls it directly.
         attributes: its parameters, for the request log.
         is_abandoned: returns whether the caller has disconnected.
         progress: returns the current progress; callable from any thread.
@@ -104,6 +109,7 @@ class RequestContext:
     deadline_ns: int = 0
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     accepted_ns: int = field(default_factory=time.monotonic_ns)
+    received_ns: int = field(default_factory=time.monotonic_ns)
     num_images: int = 1
     attributes: dict[str, Any] = field(default_factory=dict)
     is_abandoned: Callable[[], bool] = bool
@@ -228,6 +234,9 @@ class RequestContext:
 
     def publish_latent_preview(self, pixels: NDArray[np.uint8]) -> None:
         self._notify(lambda observer: observer.latent_preview_rendered(self, pixels))
+
+    def publish_skipped_latent_preview(self, error: GlmImageError) -> None:
+        self._notify(lambda observer: observer.latent_preview_skipped(self, error))
 
     def add_seconds(self, stage: Stage, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from glm_image.errors import InvalidInputError, shown
-from glm_image.request import geometry, source_files
+from glm_image.request import colour, geometry, source_files
 from glm_image.request.geometry import Size
 from glm_image.request.limits import DEFAULT_LIMITS, Limits
 from glm_image.request.source_files import ALLOWED_FILES, PNG_START
@@ -53,7 +53,7 @@ EXIF_ORIENTATION: Final = 0x0112
 
 
 def decode_source(data: bytes, name: str = "image", limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-    """Decodes a source image: upright, its first frame, over white, in mode RGB.
+    """Decodes a source image: upright, its first frame, over white, in mode RGB and the colours of sRGB.
 
     Size and aspect ratio are checked before any pixel is decoded, so that a file's declared size costs no memory.
     ``data`` is a PNG, JPEG or WebP file, or its base64; see ``source_files.file_in``.
@@ -178,12 +178,17 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    if image.mode not in ("LA", "PA", "La", "RGBA", "RGBa") and "transparency" not in image.info:
+        return colour.in_srgb(image, profile)
+    layer = image.convert("RGBA")
+    if profile is not None:
+        opaque = colour.in_srgb(image.convert("L") if image.mode.startswith("L") else layer.convert("RGB"), profile)
+        opaque.putalpha(layer.getchannel("A"))
+        layer = opaque
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

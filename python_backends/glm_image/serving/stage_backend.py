@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.errors import UnavailableError
+from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import start_control_server
@@ -24,7 +25,7 @@ from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.responder import PendingResponses, Responder
 from glm_image.serving.tensors import Inputs
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.metrics import MetricSpec, OutcomeRecorder
+from glm_image.telemetry.metrics import LatencyHistograms, LatencyRecorder, MetricSpec, OutcomeRecorder
 from glm_image.telemetry.request_log import RequestLog
 from glm_image.telemetry.tracing import RequestTracing
 
@@ -62,6 +63,7 @@ class StageBackend(ABC):
     reserves_first_device: ClassVar[bool]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[Mapping[str, MetricSpec]]
+    latencies: ClassVar[LatencyHistograms]
     outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -80,6 +82,7 @@ class StageBackend(ABC):
             self._pending,
             self._request_log,
             OutcomeRecorder(self.counters, self._metrics.record),
+            LatencyRecorder(self.latencies, self._metrics.record),
         ]
         self._handlers: dict[str, Handler] = {}
         self._topics: dict[bytes, Callable[[], None]] = {}
@@ -126,6 +129,8 @@ class StageBackend(ABC):
         logger.info("loading the engine on %s", device)
         self._heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
         checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
+        defaults = checkpoint.defaults
+        self._handlers["defaults"] = lambda _: Message({"defaults": defaults})
         workers = instance.workers(place, device, self._end_process)
         self._load_engine(instance.parameters, checkpoint, device, workers)
 

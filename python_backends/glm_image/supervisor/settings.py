@@ -31,18 +31,20 @@ default and 3 to 5 s with this value; on an idle machine 1.5 and 1.7 s.
 
 
 def default_model_repository() -> Path:
-    """Returns the repository that GLM_IMAGE_MODEL_REPOSITORY names, else that of the checkout this package is in.
+    """Returns the repository that GLM_IMAGE_MODEL_REPOSITORY names, else that of the wheel or the checkout.
 
     Raises:
         ConfigurationError: there is neither.
     """
     if path := os.environ.get(REPOSITORY_VARIABLE):
         return Path(path).absolute()
-    folder = Path(__file__).resolve().parents[3] / "model_repository"
-    if folder.is_dir():
-        return folder
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "model_repository", package.parents[1] / "model_repository"):
+        if folder.is_dir():
+            return folder
     raise ConfigurationError(
-        f"no model repository: this package is not in a checkout; give --model-repository or set {REPOSITORY_VARIABLE}"
+        f"no model repository: {package} has none and is not in a checkout; give --model-repository or set "
+        f"{REPOSITORY_VARIABLE}"
     )
 
 
@@ -83,7 +85,7 @@ class ServerSettings:
     )
     trace_rate: int = flag("trace one request of every N (default: %(default)s)", "N", int, default=1)
     model_repository: Path = flag(
-        "default: the checkout's model_repository", "DIR", Path, default_factory=default_model_repository
+        "default: the one of this package", "DIR", Path, default_factory=default_model_repository
     )
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import select
@@ -15,6 +16,7 @@ import weakref
 from collections import deque
 from pathlib import Path
 
+from glm_image.errors import printable
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.supervisor.addresses import service_flags
 from glm_image.supervisor.api_access import closing_flags
@@ -188,6 +190,9 @@ class ServerProcess:
     def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
         folder = self._run_directory
         backends = installation.lay_out_backends(folder.path)
+        # Triton listens only when all models are loaded; meanwhile `glm-image` finds here that it is starting.
+        ports = {"pid": os.getpid(), "ports": list(settings.ports().values())}
+        (folder.path / "ports.json").write_text(json.dumps(ports))
         return subprocess.Popen(
             [*self._watchdog_command(settings), "--", *self._server_command(installation, settings, backends)],
             stdin=subprocess.PIPE,
@@ -246,7 +251,7 @@ class ServerProcess:
         with self._watchdog.stderr as stream:
             for line in stream:
                 # Triton writes a line and its end separately, and may end in between.
-                self._handle_line(line.decode(errors="replace").removesuffix("\n") + "\n")
+                self._handle_line(line.decode(errors="replace").removesuffix("\n"))
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -263,10 +268,11 @@ class ServerProcess:
                         self._continue_stop()
 
     def _handle_line(self, line: str) -> None:
+        shown = printable(line, keep="\t") + "\n"
         if self._log is not None:
-            self._log.put(line.removesuffix("\n"))
+            self._log.put(shown.removesuffix("\n"))
         with self._changed:
-            self._tail.append(line)
+            self._tail.append(shown)
             if service := started_service(line):
                 self._started.add(service)
             self._syntax_error = syntax_error(line) or self._syntax_error

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from glm_image.errors import InvalidInputError, status_of
+from glm_image.errors import InvalidInputError, is_unsafe, status_of
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
 from glm_image.telemetry.line_writer import LineWriter
 from glm_image.telemetry.metrics import Kind, MetricSink, MetricSpec
@@ -110,7 +110,7 @@ class RequestLog(RequestObserver):
     def _write(self, fields: Mapping[str, Any]) -> None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         line = {"time": now, "event": "request", "instance": self._instance, **fields}
-        self._writer.put(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self._writer.put(_json_line(line).encode() + b"\n")
 
     def _lines_lost(self, count: int, error: OSError | None) -> None:
         self._record(LOST_LINES, count)
@@ -122,3 +122,11 @@ class RequestLog(RequestObserver):
     def _written_again(self, lost: int) -> None:
         logger.warning("the request log is written again; lines lost: %d", lost)
         self._is_warned = False
+
+
+def _json_line(fields: Mapping[str, Any]) -> str:
+    """Returns JSON in one line; letters of all scripts stay readable, unsafe characters are escaped as JSON does."""
+    text = json.dumps(fields, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(json.dumps(character)[1:-1] if is_unsafe(character) else character for character in text)
