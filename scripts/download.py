@@ -16,7 +16,7 @@ from glm_image.errors import GlmImageError, printable
 from glm_image.sizing.inspect import inspect
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
-OTHER_FILES = {"model_index.json", "README.md", "LICENSE"}
+OTHER_FILES = {"model_index.json", "generation_defaults.json", "README.md", "LICENSE"}
 CHUNK = 1 << 22
 SPARE_BYTES = 1 << 30
 EXIT_FAILED, EXIT_REFUSED = 1, 2

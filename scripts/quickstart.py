@@ -29,11 +29,11 @@ from glm_image_client import (
     GlmImageClientError,
     RefusedError,
 )
+from glm_image_client.cli.running import with_server_defaults
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 TRAINED_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "tiny"
 RANDOM_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "random"
-TINY_SIZE, TINY_STEPS = (256, 256), 20
 OUTPUT = "output_{width}x{height}.png"
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -94,20 +94,16 @@ def progress(activity: str) -> Iterator[None]:
 
 
 def options_of(arguments: argparse.Namespace) -> GenerateOptions:
-    """Returns the options of the request; None where the server's default applies."""
-    size, steps = arguments.size, arguments.steps
-    if arguments.checkpoint is None:
-        size, steps = TINY_SIZE if size is None else size, TINY_STEPS if steps is None else steps
-    width, height = (None, None) if size is None else size
-    return {"width": width, "height": height, "num_inference_steps": steps, "seed": arguments.seed}
+    """Returns the options of the request; None where the checkpoint's default applies."""
+    width, height = (None, None) if arguments.size is None else arguments.size
+    return {"width": width, "height": height, "num_inference_steps": arguments.steps, "seed": arguments.seed}
 
 
 def generate(server: TritonServer, arguments: argparse.Namespace) -> GenerationResult:
-    options = options_of(arguments)
-    width, height = options["width"], options["height"]
-    size = "the default size" if width is None else f"{width} x {height} pixels"
-    with GlmImageClient(server.grpc_url) as client, progress(f"Generating {size}"):
-        return client.generate(arguments.prompt, **options)
+    with GlmImageClient(server.grpc_url) as client:
+        options = with_server_defaults(client, options_of(arguments))
+        with progress(f"Generating {options['width']} x {options['height']} pixels"):
+            return client.generate(arguments.prompt, **options)
 
 
 def summary(result: GenerationResult, files: list[Path]) -> str:
@@ -165,9 +161,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    # Both act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    # All act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     began = time.perf_counter()
     try:
         run(arguments)

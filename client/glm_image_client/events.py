@@ -79,5 +79,7 @@ class StreamEvent:
                 result=result,
                 **{name: event[name] for name in ("request_id", "done", "total", "seconds", "eta")},
             )
+        except TypeError as error:
+            raise ServerFailure("the server's event has a field of a wrong type") from error
         except KeyError as error:
             raise ServerFailure(f"the server's response has no {error.args[0]!r}") from error

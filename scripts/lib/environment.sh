@@ -25,7 +25,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-needed = ["torch", "transformers", "diffusers", "tritonclient", "rich", "zmq"]
+needed = ["torch", "transformers", "diffusers", "tritonclient", "typer", "rich", "zmq"]
 if not Path("/opt/tritonserver/bin/tritonserver").is_file():
     needed.append("pytriton")
 sys.exit(any(importlib.util.find_spec(name) is None for name in needed))

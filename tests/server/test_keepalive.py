@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -110,7 +111,6 @@ def test_calls_of_minutes_survive_pings(triton: TritonServer) -> None:
             if method == "generate":
                 return pinging.generate(**LONG).encoded[0]
             *_, last = pinging.stream(**LONG)
-            assert last.seconds > LONGER_THAN_SECONDS
             assert last.result is not None
             return last.result.encoded[0]
 
@@ -120,8 +120,10 @@ def test_calls_of_minutes_survive_pings(triton: TritonServer) -> None:
         partial(client, "generate"),
         partial(client, "stream"),
     ]
+    began = time.monotonic()
     with ThreadPoolExecutor(len(calls)) as pool:
         *by_tritonclient, generated, streamed = pool.map(lambda call: call(), calls)
+    assert time.monotonic() - began > LONGER_THAN_SECONDS, "the calls are too short to show anything"
     first, second = (outputs["images_base64"] for outputs in by_tritonclient)
     assert first == second
     assert generated == streamed

@@ -30,7 +30,8 @@ SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
 METRICS: dict[str, tuple[MetricSpec, ...]] = {"glm_ar": AR_METRICS, "glm_dit": DIT_METRICS}
 OUTCOMES = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
-RESTARTS = "glm_image_restarts_total"
+RESTARTS, LOST_LINES = "glm_image_restarts_total", "glm_image_request_log_lost_lines_total"
+UNITS = {RESTARTS: "restarts", LOST_LINES: "lines"}
 SETTLE_SECONDS = 60
 SLOTS = 8
 STEPS = 3
@@ -120,11 +121,12 @@ def test_metric_name_ends_with_its_unit(metric: MetricSpec) -> None:
     assert bool(metric.bounds) == (metric.kind is Kind.HISTOGRAM)
 
 
-def test_restarts_are_reported_by_both_models(fresh: Page) -> None:
-    assert documented("both") == {RESTARTS: ["counter", "restarts", fresh.helps[RESTARTS]]}
-    assert fresh.types[RESTARTS] == "counter"
-    assert sorted(labels["model"] for labels, _ in fresh.samples[RESTARTS]) == list(METRICS)
-    assert {value for _, value in fresh.samples[RESTARTS]} == {0}
+def test_restarts_and_lost_lines_are_reported_by_both_models(fresh: Page) -> None:
+    assert documented("both") == {name: ["counter", unit, fresh.helps[name]] for name, unit in UNITS.items()}
+    for name in UNITS:
+        assert fresh.types[name] == "counter"
+        assert sorted(labels["model"] for labels, _ in fresh.samples[name]) == list(METRICS)
+        assert {value for _, value in fresh.samples[name]} == {0}
 
 
 def test_triton_reports_the_documented_metrics(fresh: Page) -> None:
@@ -153,6 +155,11 @@ def test_memory_is_reported_from_the_start(fresh: Page, tiny_checkpoint: Path) -
     assert fresh["dit_peak_memory_bytes"] > sum(file.stat().st_size for file in tiny_checkpoint.rglob("*.safetensors"))
 
 
+def durations(page: Page, name: str) -> dict[tuple[str, str | None], float]:
+    """The samples of a latency histogram, by outcome and stage."""
+    return {(labels["outcome"], labels.get("stage")): value for labels, value in page.samples[f"glm_image_{name}"]}
+
+
 def test_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page) -> None:
     started = time.monotonic()
     with pytest.raises(KServeError):
@@ -166,7 +173,11 @@ def test_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page)
 
     page = page_when(
         watched,
-        lambda page: page.load() == (0, 0) and (page["dit_images_total"], page["ar_tokens_total"]) == (images, tokens),
+        lambda page: (
+            page.load() == (0, 0)
+            and (page["dit_images_total"], page["ar_tokens_total"]) == (images, tokens)
+            and durations(page, "dit_stage_seconds_count")["ok", "encode"] == len(requests)  # recorded last
+        ),
     )
     assert page["dit_images_total"] == images
     assert page["ar_tokens_total"] == tokens
@@ -178,26 +189,18 @@ def test_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page)
     assert page["ar_queue_seconds_count"] == page["dit_queue_seconds_count"] == len(requests)
     refused = {labels["reason"]: count for labels, count in page.samples["glm_image_ar_refused_requests_total"]}
     assert refused == {**dict.fromkeys(REFUSALS, 0), "invalid": 1}
-    durations = {
-        name: {(labels["outcome"], labels.get("stage")): value for labels, value in page.samples[f"glm_image_{name}"]}
-        for name in (
-            *("ar_request_seconds_count", "dit_request_seconds_count"),
-            *("ar_request_seconds_sum", "dit_request_seconds_sum"),
-            *("ar_stage_seconds_count", "dit_stage_seconds_count", "dit_stage_seconds_sum"),
-        )
-    }
-    assert durations["ar_request_seconds_count"] == {
+    assert durations(page, "ar_request_seconds_count") == {
         **{(outcome, None): 0 for outcome in LATENCY_OUTCOMES},
         ("ok", None): len(requests),
         ("refused", None): 1,
     }
-    assert durations["dit_request_seconds_count"]["ok", None] == len(requests)
-    assert durations["ar_stage_seconds_count"]["ok", "decode"] == len(requests)
-    assert durations["dit_stage_seconds_count"]["ok", "denoise"] == len(requests)
-    assert durations["dit_stage_seconds_count"]["failed", "denoise"] == 0
+    assert durations(page, "dit_request_seconds_count")["ok", None] == len(requests)
+    assert durations(page, "ar_stage_seconds_count")["ok", "decode"] == len(requests)
+    assert durations(page, "dit_stage_seconds_count")["ok", "denoise"] == len(requests)
+    assert durations(page, "dit_stage_seconds_count")["failed", "denoise"] == 0
     # From end to end: the time in the first stage is part of it.
     whole, first, denoise = (
-        durations[name]["ok", stage]
+        durations(page, name)["ok", stage]
         for name, stage in (
             ("dit_request_seconds_sum", None),
             ("ar_request_seconds_sum", None),

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from glm_image.request.stages import STAGE_ORDER
-from glm_image.supervisor import ServerSettings, TritonServer
+from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
 from helpers import wait_until
 from server.kserve import KServeError, Values, at_once, decoded, grpc_infer, metadata, post
@@ -162,21 +160,3 @@ def test_concurrent_streams_of_one_id_are_not_mixed(triton: TritonServer) -> Non
     assert [
         outputs["images_base64"][0] for outputs in at_once([partial(last, request) for request in values]).outputs
     ] == alone
-
-
-def test_drain_finishes_open_streams(tiny_checkpoint: Path, same_threads: None) -> None:
-    """And ends by itself, with nothing of them left."""
-    with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=30)) as server:
-        with GlmImageClient(f"grpc://{server.grpc_url}") as client:
-            values = {**SMALL, "num_inference_steps": 30}
-            over_sse, by_client = http_stream(server, values), client.stream(**values)
-            assert [next(over_sse).event["event"], next(by_client).kind] == ["queued", "queued"]
-            server.request_stop()
-            (*_, last), (*_, end) = at_once([partial(list, over_sse), partial(list, by_client)]).outputs
-            assert texts(last, "images_base64")
-            assert end.result is not None
-        assert server.wait() == 0
-        _, _, stopping = server.log_tail.partition("Signal (15) received")
-        assert re.findall(r"Found (\d+) live models", stopping) == ["0"], (
-            "Triton must be stopped when no model is left to unload"
-        )

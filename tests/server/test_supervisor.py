@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
-from glm_image.supervisor.watchdog import SHARED_MEMORY
+from glm_image.watchdog.leftovers import SHARED_MEMORY
+from glm_image_client.cli.diagnosis import diagnose
+from glm_image_client.transport import Endpoint
 from server.served import (
     CONFIG,
     END_TIMEOUT_SECONDS,
@@ -204,13 +206,18 @@ def test_model_without_code_is_reported(checkpoint: Path, repository: Path) -> N
 
 
 def test_stop_while_loading(checkpoint: Path, repository: Path) -> None:
+    """Until then the command finds that the server is loading."""
     write_model(repository, "slow", HANGING_MODEL)
-    served = Served(checkpoint, repository)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    served = Served(checkpoint, repository, "--grpc-port", str(port))
     with ended(served.process):
         for text in ("loading forever", "successfully loaded 'worker'"):  # in either order
             wait_for_log(served, text)
         family = descendants(served.process.pid)
         assert len(family) == 4
+        found = diagnose(Endpoint.parse(f"127.0.0.1:{port}"))
+        assert found == (f"the server at 127.0.0.1:{port} is loading its models; wait for it with --wait", True)
         assert served.stop(signal.SIGTERM) == 0
         for pid in family:
             wait_gone(pid)

@@ -219,6 +219,32 @@ def test_a_count_of_0_is_not_taken_for_a_missing_one(folder: Path, name: str) ->
     refused(folder, f"text_config.{name} is 0; allowed: a whole number from 1")
 
 
+def test_a_checkpoint_without_defaults_has_those_of_the_published_model(folder: Path) -> None:
+    (folder / "generation_defaults.json").write_text('{"height": 256, "num_inference_steps": 20}')
+    own = {"width": 1024, "height": 256, "num_inference_steps": 20, "guidance_scale": 1.5}
+    assert Checkpoint.open(folder).defaults == own
+    (folder / "generation_defaults.json").unlink()
+    published = {"width": 1024, "height": 1024, "num_inference_steps": 50, "guidance_scale": 1.5}
+    assert Checkpoint.open(folder).defaults == published
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"width": 0}', "width is 0; allowed: 32 to 2048"),
+        ('{"steps": 3}', "steps is not known; allowed: width, height"),
+        ('{"width": "wide"}', "generation_defaults.json"),
+        ('{"width": 256.5}', "generation_defaults.json"),
+        ("[]", "generation_defaults.json"),
+        ("{", "generation_defaults.json"),
+    ],
+)
+def test_malformed_defaults_are_refused(folder: Path, content: str, message: str) -> None:
+    (folder / "generation_defaults.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        _ = Checkpoint.open(folder).defaults
+
+
 def test_name_and_revision(folder: Path, tmp_path: Path) -> None:
     revision = Checkpoint.open(folder).revision
     assert Checkpoint.open(folder).name == "damaged"

@@ -231,7 +231,9 @@ class TestAnswers:
         with pytest.raises(ServerFailure, match="no image"):
             _ = GenerationResult(Metadata()).image
 
-    @pytest.mark.parametrize("texts", [(), (b"{}", b"{}"), (b"[]",), (b"\xff",), (b"{",), (b"{}",)])
+    @pytest.mark.parametrize(
+        "texts", [(), (b"{}", b"{}"), (b"[]",), (b"\xff",), (b"{",), (b"{}",), (b'{"event": []}',)]
+    )
     def test_a_malformed_event(self, texts: tuple[bytes, ...]) -> None:
         with pytest.raises(ServerFailure, match="the server's "):
             StreamEvent.from_outputs({"event": object_array(list(texts))})

@@ -13,7 +13,7 @@ from glm_image.lifecycle.events import KINDS, EventBuilder
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.request.geometry import Grid, output_grids, preview_of
 from glm_image_client import GenerationResult, Metadata, StreamEvent
-from glm_image_client.progress import watch
+from glm_image_client.cli.progress import watch
 
 
 def published(stage: str, done: int, total: int = 10, state: str = "running", arrived_ns: int = 7) -> Event:
@@ -100,7 +100,7 @@ def test_client_reads_why_a_preview_is_not_made() -> None:
 def test_the_command_prints_why_a_preview_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = GenerationResult(Metadata())
     last = StreamEvent("image", "me", "done", 1, 1, 1.0, result=result)
-    assert watch([skipped_event(), last], has_bar=False, preview_dir=tmp_path) is result
+    assert watch([skipped_event(), last], has_bar=False, preview_dir=tmp_path).result is result
     assert capsys.readouterr().err == "no preview (busy): glm_dit is too busy\n"
 
 

@@ -219,6 +219,15 @@ class TestWeights:
         source = Checkpoint.open(folder).tensors(file.split("/", maxsplit=1)[0], torch.device("cpu"), torch.float32)
         refused(lambda: source.read(name, tuple(tensors[name].shape)), str(folder / file), name, "not a number")
 
+    def test_large_numbers_whose_sum_overflows_are_not_refused(self, folder: Path) -> None:
+        file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        name = max(tensors, key=lambda name: tensors[name].numel())
+        tensors[name].fill_(3e38)
+        save_file(tensors, file)
+        source = Checkpoint.open(folder).tensors("vae", torch.device("cpu"), torch.float32)
+        assert torch.equal(source.read(name, tuple(tensors[name].shape)), tensors[name])
+
     def test_both_stages_refuse_them(self, folder: Path) -> None:
         for file in (folder / "vae" / "diffusion_pytorch_model.safetensors", folder / AR / "model.safetensors"):
             tensors = load_file(file)

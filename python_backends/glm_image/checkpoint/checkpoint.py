@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from glm_image.checkpoint.bounds import check_config
 from glm_image.checkpoint.files import WEIGHTS_SUFFIX, check_regular, check_tree, read_from, read_json
-from glm_image.checkpoint.layout import COMPONENTS, NO_WEIGHTS, check_model_index, weight_files
-from glm_image.errors import CheckpointError
+from glm_image.checkpoint.layout import COMPONENTS, DEFAULTS_FILE, NO_WEIGHTS, check_model_index, weight_files
+from glm_image.errors import CheckpointError, InvalidInputError
 from glm_image.request.geometry import PIXELS_PER_TOKEN, SourceRule
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import DEFAULT_SIDE, GenerationParameters
+from glm_image.request.tensors import check_fields
 
 DUMMY_STD = 0.02
 SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096
@@ -30,7 +33,7 @@ LARGEST_HASHED_WHOLE = 64 * 2**20
 """Bytes of another file above which pieces of it are hashed too."""
 
 CHECKED_VALUES = 2**24
-"""Values that are checked at a time: their mask takes so many bytes of the device's memory."""
+"""Values that are checked one by one at a time: that takes so many bytes of the device's memory, and more."""
 
 LONGEST_SOURCE_SIDE = 2**14
 
@@ -108,6 +111,28 @@ class Checkpoint:
                 f"{LONGEST_SOURCE_SIDE}"
             )
         return SourceRule(patch, shortest, longest, resample)
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The options that suit this checkpoint: those of ``DEFAULTS_FILE``, else the published model's.
+
+        They are recommendations for clients; a request without them has the defaults of ``GenerationParameters``.
+        """
+        published = {"width": DEFAULT_SIDE, "height": DEFAULT_SIDE} | {
+            name: getattr(GenerationParameters, name) for name in ("num_inference_steps", "guidance_scale")
+        }
+        path = self.folder / DEFAULTS_FILE
+        values = read_json(path) if path.is_file() else {}
+        for name, value in values.items():
+            if name not in published:
+                raise CheckpointError(f"{path}: {name} is not known; allowed: {', '.join(published)}")
+            if type(value) not in (int, type(published[name])):
+                raise CheckpointError(f"{path}: {name} is {value!r}; allowed: a number like {published[name]}")
+        try:
+            check_fields(GenerationParameters(prompt="x", **values), Limits())
+        except InvalidInputError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return published | values
 
     @property
     def name(self) -> str:
@@ -207,8 +232,11 @@ class FileTensors:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite; computed on the tensor's device, with one wait for it."""
-    pieces = [torch.isfinite(piece).all() for piece in torch.split(tensor.flatten(), CHECKED_VALUES)]
-    return bool(torch.stack(pieces).all())
+    # A sum reads the tensor once and takes no memory. It is finite only if all values are.
+    if torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        return True
+    # The sum of large finite values may overflow.
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), CHECKED_VALUES))
 
 
 class RandomTensors:

@@ -23,6 +23,9 @@ COMPONENTS: dict[str, tuple[str, str]] = {
 }
 """Folder -> (class in ``model_index.json``, config file). Processor, tokenizer and scheduler have no tensors."""
 
+DEFAULTS_FILE = "generation_defaults.json"
+"""An optional file of a checkpoint: the options that suit it."""
+
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 """Names of a component's single weight file in transformers and diffusers; "NAME.index.json" lists shards."""
 
