@@ -83,7 +83,7 @@ class Gateway:
         self.url: str | None = None
         """``http://HOST:PORT``, once it has started."""
         self.failure: GatewayError | None = None
-        """Why it ended, if nobody stopped it."""
+        """Why it ended without a request to stop."""
 
     @property
     def is_running(self) -> bool:
