@@ -122,7 +122,7 @@ def keep(server: TritonServer) -> None:
     command = installed if installed.exists() else "glm-image"
     print(f"ready: http://{server.http_url} grpc://{server.grpc_url}")
     print(f"another image: {command} generate PROMPT --url {server.grpc_url}    (Ctrl-C stops the server)", flush=True)
-    gateway = Gateway("127.0.0.1", gateway_port(), 0, RestartPolicy(), lambda: None, console.print)
+    gateway = Gateway("127.0.0.1", gateway_port(), 1, RestartPolicy(), lambda: None, console.print)
     try:
         gateway.start(server.grpc_url)
         print(f"gateway: {gateway.url}    (OpenAI's API: {gateway.url}/v1)", flush=True)
@@ -161,9 +161,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    # Both act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    # All act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     began = time.perf_counter()
     try:
         run(arguments)

@@ -40,7 +40,9 @@ class BodyLimits:
         except _BodyRefused as refused:
             self._metrics.errors.labels(refused.error.code).inc()
             await reader.discard()
-            await refused.error.response()(scope, receive, send)
+            response = refused.error.response()
+            response.headers["connection"] = "close"  # the rest of the body is not read
+            await response(scope, receive, send)
 
 
 class _BodyRefused(BaseException):

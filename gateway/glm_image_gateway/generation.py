@@ -82,6 +82,10 @@ class Generator:
         self._speed = SpeedEstimate()
         self._ids: set[str] = set()
 
+    def expected_wait(self) -> float:
+        """Returns the predicted seconds of all requests that have not ended."""
+        return self._queue.expected_wait()
+
     async def generate(self, request: ImageRequest, caller: Caller, request_id: str) -> Generated:
         """Generates a request's images.
 

@@ -7,6 +7,7 @@ import base64
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -30,9 +31,8 @@ MAX_STARTS: Final = 3
 """A job during which the gateway has ended this often has failed."""
 RETRY_SECONDS: Final = 2.0
 """Between two attempts while no server answers."""
-WAITED_FOR: Final = frozenset({"server_unavailable", "queue_full"})
+WAITED_FOR: Final = frozenset({"server_unavailable", "queue_full", "too_many_requests", "rate_limit_exceeded"})
 """Errors after which a job is tried again, until its time limit."""
-JOB_FIELDS: Final = frozenset({"webhook"})
 
 
 class JobRunner:
@@ -75,7 +75,7 @@ class JobRunner:
         Raises:
             ApiError: the request is refused, or another one has the id.
         """
-        request = self._request(read, strict=self._settings.strict)
+        request = _request(read.fields, strict=self._settings.strict)
         if request.stream:
             raise ApiError(400, "stream is true; allowed in a job: false", "invalid_value", param="stream")
         webhook = webhooks.checked(read.fields.get("webhook"), self._settings.webhook_hosts)
@@ -91,6 +91,9 @@ class JobRunner:
             webhook,
             time.time(),
         )
+        if len(self._tasks) >= self._settings.max_queue and await self._store.find(job.owner, job.id) is None:
+            message = f"{len(self._tasks)} jobs have not ended, as many as --max-queue allows"
+            raise ApiError(429, message, "queue_full", retry_after=self._generator.expected_wait())
         present = await self._store.add(job)
         if present is not None:
             if {**present.body, "seed": body["seed"]} != body or ("seed" in read.fields and present.body != body):
@@ -125,9 +128,6 @@ class JobRunner:
             await asyncio.wait({task})
         return await self.find(owner, job_id)
 
-    def _request(self, read: Read, *, strict: bool) -> ImageRequest:
-        return generation(read, validated(JobBody, read.fields), JOB_FIELDS, strict=strict)
-
     def _begin(self, job: Job, caller: Caller, *, is_resumed: bool = False) -> None:
         place = (job.owner, job.id)
         task = asyncio.ensure_future(self._run(job, caller, is_resumed=is_resumed))
@@ -147,7 +147,7 @@ class JobRunner:
             if job.starts >= MAX_STARTS:
                 message = f"the gateway ended {job.starts} times during the job"
                 raise ApiError(500, message, "gateway_ended")
-            request = self._request(Read(job.body, frozenset()), strict=False)
+            request = _request(job.body, strict=False)
             generated = await self._generated(job, request, caller, is_resumed=is_resumed)
             result, status = await self._stored(request, generated), "done"
         except ApiError as refused:
@@ -202,3 +202,7 @@ class JobRunner:
         task = asyncio.ensure_future(inform())
         self._webhooks.add(task)
         task.add_done_callback(self._webhooks.discard)
+
+
+def _request(fields: Mapping[str, Any], *, strict: bool) -> ImageRequest:
+    return generation(validated(JobBody, fields), strict=strict)

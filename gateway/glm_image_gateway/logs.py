@@ -40,7 +40,8 @@ def start_logging() -> None:
     handler = _DroppingHandler(lines)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     listener = logging.handlers.QueueListener(lines, writer)
     listener.start()
     # A daemon thread, which a stalled standard error does not keep from ending with the process; but a line that can

@@ -67,7 +67,9 @@ class GatewaySettings:
     window_seconds: float = _flag(
         "with keys: predicted seconds of work that Triton has at the same time", "N", float, default=30.0
     )
-    max_queue: int = _flag("with keys: requests that wait in the gateway", "N", int, default=256)
+    max_queue: int = _flag(
+        "requests that wait in the gateway (with keys), and jobs that have not ended", "N", int, default=256
+    )
     webhook_hosts: tuple[str, ...] = _flag(
         "hosts that jobs may name in `webhook`; default: none", "HOST,...", _names, default=()
     )

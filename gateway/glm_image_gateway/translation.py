@@ -71,9 +71,9 @@ class ImageRequest:
         return self.options.get("num_inference_steps") or 50
 
 
-def generation(read: Read, body: GenerationBody, ignored: frozenset[str], *, strict: bool) -> ImageRequest:
-    """Returns the request of a body of generations; ``ignored`` names fields that another part of the gateway reads."""
-    return _image_request(body, unknown_fields(body, ignored, strict=strict))
+def generation(body: GenerationBody, *, strict: bool) -> ImageRequest:
+    """Returns the request of a body of generations."""
+    return _image_request(body, unknown_fields(body, frozenset(), strict=strict))
 
 
 def edit(read: Read, *, strict: bool) -> tuple[EditBody, ImageRequest]:

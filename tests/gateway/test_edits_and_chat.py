@@ -48,10 +48,10 @@ def test_a_form_gives_the_edit_that_triton_gives_directly(gateway: RunningGatewa
 
 def test_size_auto_is_that_of_the_first_image(gateway: RunningGateway) -> None:
     form = {"prompt": PROMPT, "num_inference_steps": "1", "size": "auto"}
-    body = gateway.client.post(EDITS, data=form, files={"image": ("a.png", encoded(picture(128, 64)))}).json()
+    body = gateway.client.post(EDITS, data=form, files={"image": ("a.png", SOURCE_FILE)}).json()
     height, width = pixels_of(body["data"][0]).shape[:2]
     assert body["size"] == f"{width}x{height}"
-    assert width / height == 2
+    assert width / height == SOURCE.width / SOURCE.height
 
 
 @pytest.mark.parametrize(

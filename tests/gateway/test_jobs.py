@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -114,6 +115,15 @@ def test_a_restart_keeps_results_and_resumes_jobs(triton: TritonServer, tmp_path
             assert resumed["result"]["data"] == plain["data"]
             assert Receiver.has_received.wait(WAIT_SECONDS)
     assert left.encode() in Receiver.received[0]
+
+
+def test_more_jobs_than_may_wait(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.services.jobs, "_settings", replace(gateway.services.settings, max_queue=1))
+    job_id = gateway.post(JOBS, LONG).json()["id"]
+    refused = gateway.post(JOBS, SMALL)
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert gateway.client.delete(f"{JOBS}/{job_id}").json()["status"] == "cancelled"
 
 
 def test_two_gateways_cannot_share_a_store(gateway: RunningGateway) -> None:

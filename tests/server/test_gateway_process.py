@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Any
 import pytest
 
 from glm_image.errors import ConfigurationError
-from glm_image.supervisor.cli import EXIT_CRASHED, EXIT_DONE
-from glm_image.supervisor.gateway import GatewayFlags
+from glm_image.supervisor.cli import EXIT_DONE
+from glm_image.supervisor.gateway import Gateway, GatewayFlags
+from glm_image.supervisor.restarts import RestartPolicy
 from server.served import END_TIMEOUT_SECONDS, Served, descendants, ended, wait_for_log, wait_gone, write_model
 
 MODEL = """
@@ -71,26 +74,31 @@ def wait_healthy(url: str) -> None:
             return
 
 
-def test_it_ends_with_the_server(started: Served) -> None:
+def test_it_is_started_again_and_ends_with_the_server(started: Served) -> None:
     with ended(started.process):
         url, process = gateway_of(started)
         assert get(f"{url}/ready")["ready"] is True
+        os.kill(process, signal.SIGKILL)
+        wait_for_log(started, "gateway restart 1 of 1 in 0.5 s: the gateway ended with code -9")
+        wait_healthy(url)  # at the same address
+        process = gateway_process(started)
         assert started.stop(signal.SIGTERM) == EXIT_DONE
         wait_gone(process)
 
 
-def test_it_is_started_again_until_it_ends_too_often(started: Served) -> None:
-    with ended(started.process):
-        url, process = gateway_of(started)
-        subprocess.run(["kill", "-KILL", str(process)], check=True)
-        wait_for_log(started, "gateway restart 1 of 1")
-        wait_healthy(url)  # at the same address
-        subprocess.run(["kill", "-KILL", str(gateway_process(started))], check=True)
-        assert started.process.wait(END_TIMEOUT_SECONDS) == EXIT_CRASHED
-        last = started.log.read_text().splitlines()[-1]
-        assert last.endswith(
-            "the gateway ended with code -9; restarts in a row before: 1, as many as --max-restarts allows"
-        )
+def test_it_is_given_up_when_it_ends_too_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLM_IMAGE_GATEWAY_STORE", str(tmp_path))
+    has_ended = threading.Event()
+    gateway = Gateway("127.0.0.1", 0, 5, RestartPolicy(max_restarts=0), has_ended.set, print)
+    gateway.start("127.0.0.1:1")  # where no server is
+    assert gateway.url is not None
+    assert get(f"{gateway.url}/health") == {"status": "ok"}
+    assert gateway._process is not None
+    gateway._process.kill()
+    assert has_ended.wait(END_TIMEOUT_SECONDS)
+    reason = "the gateway ended with code -9; restarts in a row before: 0, as many as --max-restarts allows"
+    assert str(gateway.failure) == reason
+    gateway.stop()
 
 
 def test_it_stops_when_its_standard_input_ends(tmp_path: Path) -> None:

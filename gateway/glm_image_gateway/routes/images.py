@@ -31,7 +31,7 @@ async def generate(request: Request, caller: Authenticated) -> Response:
     """Generates images of a prompt."""
     services = services_of(request)
     read = await services.read(request)
-    asked = generation(read, validated(GenerationBody, read.fields), frozenset(), strict=services.settings.strict)
+    asked = generation(validated(GenerationBody, read.fields), strict=services.settings.strict)
     return await _answer(request, services, caller, asked, "image_generation")
 
 

@@ -83,7 +83,7 @@ class Gateway:
         self.url: str | None = None
         """``http://HOST:PORT``, once it has started."""
         self.failure: GatewayError | None = None
-        """Why it ended, if nobody stopped it."""
+        """Why it ended without a request to stop."""
 
     @property
     def is_running(self) -> bool:
@@ -156,7 +156,9 @@ class Gateway:
         command: list[Any] = [sys.executable, "-m", "glm_image_gateway", "--url", f"grpc://{grpc_url}"]
         command += ["--host", self._host, "--port", self._port, "--drain-seconds", self._drain_seconds, "--stop-at-eof"]
         pipe = subprocess.PIPE
-        with subprocess.Popen([str(word) for word in command], stdin=pipe, stdout=pipe, text=True) as process:
+        arguments = [str(word) for word in command]
+        # In a session of its own, so that signals of a terminal reach it through this process alone.
+        with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
             self._process = process
             if self._stopping.is_set():  # meanwhile
                 process.terminate()
