@@ -1,4 +1,4 @@
-"""An operator's edits of a profile and of ``config.pbtxt``: devices of instances, checkpoints, errors at the start."""
+"""An operator's edits of ``config.pbtxt``: the devices of instances, their checkpoints, and the errors at the start."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from glm_image_client import GlmImageClient
 from helpers import wait_until
 from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
-from server.streaming import http_stream, texts
-from server.test_profiles import images_by_instance, on_cpu_cards
+from server.test_profiles import images_by_instance
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
-PROFILE = "npu-2"
-"""The other profiles differ from it in the number of processes and the names of devices."""
 
 REQUEST: Values = {"prompt": "A fox reading 'NEWS'", "height": 96, "width": 96, "num_inference_steps": 200, "seed": 1}
 
@@ -36,16 +33,16 @@ def copy_repository(folder: Path, *models: str) -> Path:
     return folder
 
 
-def edit(repository: Path, model: str, old: str, new: str, config: str = "config.pbtxt") -> None:
+def edit(repository: Path, model: str, old: str, new: str) -> None:
     """Replaces the only occurrence of ``old``."""
-    path = repository / model / config
+    path = repository / model / "config.pbtxt"
     text = path.read_text()
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
 
 
-def set_parameter(repository: Path, model: str, name: str, value: str, config: str = "config.pbtxt") -> None:
-    path = repository / model / config
+def set_parameter(repository: Path, model: str, name: str, value: str) -> None:
+    path = repository / model / "config.pbtxt"
     line = re.compile(rf'^(parameters {{ key: "{name}" value {{ string_value: )".*"( }} }})$', re.MULTILINE)
     text, count = line.subn(lambda found: f'{found[1]}"{value}"{found[2]}', path.read_text())
     assert count == 1
@@ -56,20 +53,19 @@ def set_parameter(repository: Path, model: str, name: str, value: str, config: s
 def two_instances(
     tiny_checkpoint: Path, same_threads: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
-    """A profile on CPU devices, edited to two instances of the DiT over its checkpoint; the environment has another."""
+    """Two instances of the DiT over the configuration's checkpoint; that of the environment cannot be loaded."""
     folder = tmp_path_factory.mktemp("placed")
-    repository, config = on_cpu_cards(folder), f"configs/{PROFILE}.pbtxt"
-    edit(repository, "glm_dit", "count: 1", "count: 2", config)
-    edit(repository, "glm_dit", "max_queue_size: 64", "max_queue_size: 4", config)
-    set_parameter(repository, "glm_dit", "devices", "cpu:4;cpu:7", config)
+    repository = copy_repository(folder / "models", "glm_image", "glm_ar", "glm_dit", "glm_control")
+    edit(repository, "glm_dit", "count: 1", "count: 2")
+    edit(repository, "glm_dit", "max_queue_size: 64", "max_queue_size: 4")
+    set_parameter(repository, "glm_dit", "devices", "cpu:4;cpu:7")
     for model in ("glm_ar", "glm_dit"):
-        set_parameter(repository, model, "checkpoint", str(tiny_checkpoint), config)
+        set_parameter(repository, model, "checkpoint", str(tiny_checkpoint))
     unusable = folder / "unusable"
     unusable.mkdir()
     (unusable / "model_index.json").write_text("{}")
-    settings = ServerSettings(unusable, model_repository=repository, profile=PROFILE, drain_seconds=30)
     log = io.StringIO()
-    with TritonServer(settings, log=log) as server:
+    with TritonServer(ServerSettings(unusable, model_repository=repository, drain_seconds=5), log=log) as server:
         LOGS[server] = log
         yield server
 
@@ -189,24 +185,7 @@ def test_instance_takes_the_device_of_its_index(two_instances: TritonServer) -> 
     for index, device in enumerate(("cpu:4", "cpu:7")):
         assert f"glm_dit_0_{index} instance {index} of 2 takes {device}: devices is cpu:4;cpu:7, found " in log
         assert f"glm_dit_0_{index} loading the engine on {device}" in log
-    assert "glm_ar_0_0 instance 0 of 1 takes cpu:0: devices is cpu:0, found " in log
-
-
-def test_open_streams_are_drained(two_instances: TritonServer) -> None:
-    """The server, which no later test uses, ends by itself, with nothing of the streams left."""
-    with GlmImageClient(f"grpc://{two_instances.grpc_url}") as client:
-        values = {"prompt": "a fox", "height": 64, "width": 96, "num_inference_steps": 30, "output_format": "png"}
-        over_sse, by_client = http_stream(two_instances, values), client.stream(**values)
-        assert [next(over_sse).event["event"], next(by_client).kind] == ["queued", "queued"]
-        two_instances.request_stop()
-        (*_, last), (*_, end) = at_once([partial(list, over_sse), partial(list, by_client)]).outputs
-        assert texts(last, "images_base64")
-        assert end.result is not None
-    assert two_instances.wait() == 0
-    _, _, stopping = two_instances.log_tail.partition("Signal (15) received")
-    assert re.findall(r"Found (\d+) live models", stopping) == ["0"], (
-        "Triton must be stopped when no model is left to unload"
-    )
+    assert "glm_ar_0_0 instance 0 of 1 takes " in log
 
 
 def test_mismatched_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""Profiles served on CPU devices, which replace the NPUs and GPUs of the same index.
-
-In the normal run ``test_placement`` serves one of them.
-"""
+"""Profiles served on CPU devices, which replace the NPUs and GPUs of the same index."""
 
 from __future__ import annotations
 
@@ -14,11 +11,17 @@ import pytest
 
 from glm_image.config.profiles import PROFILES
 from glm_image.supervisor import ServerSettings, TritonServer
+from glm_image_client import GlmImageClient
 from server.kserve import at_once, grpc_infer
+from server.streaming import http_stream, texts
 from server.test_metrics import page_when
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 IMAGES = "glm_image_dit_images_total"
+
+# In the normal run one profile; the others differ from it in the number of processes and the names of devices.
+PROFILE = "npu-2"
+OTHERS = tuple(name for name in PROFILES if name != PROFILE)
 
 
 def on_cpu_cards(folder: Path) -> Path:
@@ -32,6 +35,13 @@ def images_by_instance(server: TritonServer, total: int) -> dict[int, int]:
     """Waits until ``total`` images are counted; returns the number of each instance."""
     page = page_when(server, lambda page: sum(count for _, count in page.samples[IMAGES]) >= total)
     return {int(labels["instance"]): int(count) for labels, count in page.samples[IMAGES]}
+
+
+def profile_server(checkpoint: Path, folder: Path, name: str, drain_seconds: int = 5) -> TritonServer:
+    settings = ServerSettings(
+        checkpoint, model_repository=on_cpu_cards(folder), profile=name, drain_seconds=drain_seconds
+    )
+    return TritonServer(settings)
 
 
 def check_instances(server: TritonServer, name: str) -> None:
@@ -49,8 +59,28 @@ def check_instances(server: TritonServer, name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("name", OTHERS)
 def test_profile_is_served(tiny_checkpoint: Path, same_threads: None, tmp_path: Path, name: str) -> None:
-    settings = ServerSettings(tiny_checkpoint, model_repository=on_cpu_cards(tmp_path), profile=name, drain_seconds=5)
-    with TritonServer(settings) as server:
+    with profile_server(tiny_checkpoint, tmp_path, name) as server:
         check_instances(server, name)
+
+
+def test_profile_is_served_and_open_streams_are_drained(
+    tiny_checkpoint: Path, same_threads: None, tmp_path: Path
+) -> None:
+    """The server ends by itself, with nothing of the streams left."""
+    with profile_server(tiny_checkpoint, tmp_path, PROFILE, drain_seconds=30) as server:
+        check_instances(server, PROFILE)
+        with GlmImageClient(f"grpc://{server.grpc_url}") as client:
+            values = {"prompt": "a fox", "height": 64, "width": 96, "num_inference_steps": 30, "output_format": "png"}
+            over_sse, by_client = http_stream(server, values), client.stream(**values)
+            assert [next(over_sse).event["event"], next(by_client).kind] == ["queued", "queued"]
+            server.request_stop()
+            (*_, last), (*_, end) = at_once([partial(list, over_sse), partial(list, by_client)]).outputs
+            assert texts(last, "images_base64")
+            assert end.result is not None
+        assert server.wait() == 0
+        _, _, stopping = server.log_tail.partition("Signal (15) received")
+        assert re.findall(r"Found (\d+) live models", stopping) == ["0"], (
+            "Triton must be stopped when no model is left to unload"
+        )
