@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 ENSEMBLE: Final = "glm_image"
 CONTROL_SECONDS: Final = 5.0
 
+MAX_ID_BYTES: Final = 256
+"""Of a request's id."""
+
 AR_REQUEST_FIELDS: Final = ("request_id", "arrived_ns", "finished_ns")
 """Entries of ``ar_metadata`` about the request that made the tokens; they do not hold for a later ``paint``."""
 
@@ -86,6 +89,7 @@ def paint(prompt: str, prior: PriorTokens, **options: Unpack[PaintOptions]) -> C
 
 def control(action: str, request_id: str, timeout: float | None) -> Call[dict[str, Any]]:
     """Returns the call of ``GlmImageClient.cancel`` or ``status``, which ``action`` names."""
+    _check_id(request_id)
     tensors = [
         Tensor(name, "BYTES", object_array([value.encode()]))
         for name, value in (("request_id", request_id), ("action", action))
@@ -105,7 +109,22 @@ def _call(
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}; allowed: {', '.join(kind.__annotations__)}")
     values = {name: value for name, value in options.items() if name not in {"images", "request_id", "timeout"}}
     sent = [*request_tensors({"prompt": prompt, **values}, options.get("images")), *tensors]
-    return Call(model, sent, options.get("request_id") or uuid.uuid4().hex, read, options.get("timeout"))
+    request_id = options.get("request_id") or uuid.uuid4().hex
+    _check_id(request_id)
+    return Call(model, sent, request_id, read, options.get("timeout"))
+
+
+def _check_id(request_id: str) -> None:
+    """Refuses an id that the server refuses: a transport may not be able to send it."""
+    try:
+        is_allowed = len(request_id.encode()) <= MAX_ID_BYTES
+    except UnicodeEncodeError:
+        is_allowed = False
+    if not is_allowed:
+        raise BadArgumentError(
+            f"request_id is {request_id[:80]!r}, {len(request_id)} characters long; allowed: at most {MAX_ID_BYTES} "
+            "bytes of UTF-8"
+        )
 
 
 def request_tensors(values: Mapping[str, object], images: Sequence[SourceImage] | None = None) -> list[Tensor]:

@@ -111,7 +111,7 @@ class DitEngine:
             DeadlineExceededError: its time ran out.
             DeviceMemoryError: the device has too little memory for it.
         """
-        queued = queued_seconds(request.ar_metadata)
+        queued = queued_seconds(request.ar_metadata, context.queue_began_ns)
         context.add_seconds(Stage.DIT_QUEUE, queued)
         self._record(QUEUE_SECONDS, queued)
         request.check(limits, self.codebook_size)

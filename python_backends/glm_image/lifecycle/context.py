@@ -101,6 +101,7 @@ class RequestContext:
         deadline_ns: the ``time.monotonic_ns()`` by which the request must end; 0 = none.
         arrived_ns: the ``time.monotonic_ns()`` at which it reached the server; distinguishes requests of one id.
         accepted_ns: the ``time.monotonic_ns()`` at which it reached this stage.
+        queue_began_ns: the ``time.monotonic_ns()`` before which nothing waited for this stage; 0 = unknown.
         attributes: its parameters, for the request log.
         is_abandoned: returns whether the caller has disconnected.
         progress: returns the current progress; callable from any thread.
@@ -116,6 +117,7 @@ class RequestContext:
     deadline_ns: int = 0
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     accepted_ns: int = field(default_factory=time.monotonic_ns)
+    queue_began_ns: int = 0
     num_images: int = 1
     attributes: dict[str, Any] = field(default_factory=dict)
     is_abandoned: Callable[[], bool] = bool

@@ -14,6 +14,7 @@ from glm_image.ipc.protocol import Event, Message, instance_sockets, socket_dire
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
+from glm_image.request.request_id import check_request_id
 from glm_image.request.stages import AR_STAGES, QUEUES, Stage
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,13 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         of the instances that did not reply in ``silent``, if there are any.
 
     Raises:
-        InvalidInputError: the action is unknown, or the id is empty.
+        InvalidInputError: the action is unknown, or the id is empty or none that a request may have.
     """
     if action not in ACTIONS:
         raise InvalidInputError.of("action", action, ", ".join(ACTIONS))
     if not request_id:
         raise InvalidInputError.of("request_id", request_id, "the id that a request was sent with")
+    check_request_id("request_id", request_id)
     message = Message({"action": action, "request_id": request_id, "requested_ns": time.monotonic_ns()})
     replies = call(instance_sockets(directory), message, REPLY_SECONDS)
     requests = _merge([event for reply in replies.replies.values() for event in reply.fields.get("requests", ())])

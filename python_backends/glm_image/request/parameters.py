@@ -177,6 +177,9 @@ class GenerationParameters(SharedParameters):
         return sampling
 
 
+MAX_PREVIEW_EVERY: Final = 200
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreviewParameters:
     """The request fields that ``glm_image_stream`` has in addition."""
@@ -188,7 +191,10 @@ class PreviewParameters:
         "Denoising steps of a small preview image, sent while the AR stage still decodes; 0 = no preview.",
     )
     preview_every: int = tensor(
-        0, "INT32", Range(0, 200), "Denoising steps between two images of the latents; 0 = no such images."
+        0,
+        "INT32",
+        Range(0, MAX_PREVIEW_EVERY),
+        "Denoising steps between two images of the latents; 0 = no such images.",
     )
 
 

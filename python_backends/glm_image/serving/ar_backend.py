@@ -82,8 +82,8 @@ class ArBackend(StageBackend):
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
         """Submits a request to the engine; one with source images from a thread, as decoding them takes long."""
         context = call.context
-        if call.options.arrived_ns is not None:
-            context.arrived_ns = call.options.arrived_ns
+        if call.header.options.arrived_ns is not None:
+            context.arrived_ns = call.header.options.arrived_ns
         context.start(Stage.AR_QUEUE)
         parameters = GenerationParameters(**inputs.fields(GenerationParameters))
         context.num_images = parameters.num_images
@@ -112,7 +112,7 @@ class ArBackend(StageBackend):
         width, height, seed = resolved.requested.width, resolved.requested.height, resolved.seeds[0]
         context.attributes |= {"width": width, "height": height, "seed": seed}
         preview = preview_of(resolved.grids)
-        if call.options.previews and preview is not None:
+        if call.header.options.previews and preview is not None:
             context.add_observer(PreviewPublisher(self._registry, preview, seed))
         call.responder.send_result(self._engine.submit(context, resolved), partial(_outputs, context, resolved))
 

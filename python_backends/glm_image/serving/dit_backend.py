@@ -115,12 +115,14 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest, busy_since_ns
     deadline_ns = inputs.integer("deadline_ns") or 0
     if deadline_ns < 0:
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
-    context.id = call.request_id or metadata.get("request_id", context.id)
+    context.id = call.header.id or metadata.get("request_id", context.id)
     context.arrived_ns = metadata.get("arrived_ns", busy_since_ns)
-    context.deadline_ns = deadline_ns or context.deadline_ns
+    context.queue_began_ns = busy_since_ns
+    # That of this stage too: it holds ``max_timeout_ms``, which the deadline of a client need not.
+    context.deadline_ns = min(filter(None, (deadline_ns, context.deadline_ns)), default=0)
     seconds = metadata.get("seconds", {})
     context.seconds = {stage: seconds[stage] for stage in AR_STAGES if stage in seconds}
-    context.latent_preview_every = call.options.latent_preview_every
+    context.latent_preview_every = call.header.options.latent_preview_every
     context.num_images = len(request.seeds)
     context.attributes = {
         "width": request.requested.width,

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.ipc.server import Handler, IpcServer
+from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import start_control_server
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
-from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.metrics_export import MetricsExporter
@@ -43,14 +43,12 @@ class StageCall:
     """A request that is being served. It does not refer to Triton's request, whose memory is released before.
 
     Attributes:
-        request_id: the id that it was sent with; "" = none.
-        options: what ``glm_image_stream`` asks for, if the request comes from there.
+        header: what it was sent with.
     """
 
-    request_id: str
+    header: CallHeader
     context: RequestContext
     responder: Responder
-    options: StreamOptions
 
 
 class StageBackend(ABC):
@@ -123,14 +121,14 @@ class StageBackend(ABC):
         self._load_engine(instance.parameters, checkpoint, device, workers)
 
     def _track(self, request: Any) -> StageCall:
-        request_id, options = request.request_id(), StreamOptions.read(request.parameters())
-        context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
-        responder = Responder(request, context.finish, is_relayed=options.arrived_ns is not None)
+        header = CallHeader.read(request)
+        context = RequestContext.with_timeout(header.id, self._timeouts.of(header.timeout_us))
+        responder = Responder(request, context.finish, is_relayed=header.options.arrived_ns is not None)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:
             context.add_observer(observer)
         self._pending.add(context, responder)
-        return StageCall(request_id, context, responder, options)
+        return StageCall(header, context, responder)
 
     def _cancel_abandoned(self) -> None:
         while not self._closing.wait(ABANDONED_POLL_SECONDS):

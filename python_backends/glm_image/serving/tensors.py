@@ -10,7 +10,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image.config.schema import CONTROL_OUTPUTS, STAGE_TENSORS, STREAM_OUTPUTS
-from glm_image.errors import MAX_SHOWN_CHARACTERS, InvalidInputError
+from glm_image.request.request_id import undecodable
 from glm_image.request.tensors import TensorSpec, request_fields
 
 NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING": np.object_}
@@ -41,7 +41,7 @@ class Inputs:
         try:
             text: str = array[0].decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InvalidInputError.of(name, repr(array[0][: MAX_SHOWN_CHARACTERS + 1])[2:-1], "UTF-8") from error
+            raise undecodable(name, error) from None
         return text
 
     def fields(self, kind: type) -> dict[str, Any]:
