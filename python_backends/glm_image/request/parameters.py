@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from glm_image.errors import InvalidInputError
 from glm_image.request import geometry, source_images
 from glm_image.request.geometry import PUBLISHED_RULE, Grid, Size, SourceRule
-from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_token_ids
+from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_token_ids, check_work
 from glm_image.request.source_images import Source, SourcePicture
 from glm_image.request.stages import Stage
 from glm_image.request.tensors import (
@@ -151,7 +151,9 @@ class GenerationParameters(SharedParameters):
         # Last: decoding images takes longer than all other checks.
         sources = () if self.images is None else source_images.for_ar(self.images, limits, rule)
         requested = self._requested(sources, limits)
-        target = geometry.target_grid(geometry.generated_size(requested))
+        generated = geometry.generated_size(requested)
+        check_work(self.num_images, generated, self.num_inference_steps, limits)
+        target = geometry.target_grid(generated)
         return ResolvedRequest(
             parameters=self,
             requested=requested,
@@ -279,6 +281,7 @@ class PaintRequest(SharedParameters):
             raise InvalidInputError.of(
                 "prior_token_ids' number of columns", tokens, f"{self.grid.tokens}, as prior_grid {tuple(self.grid)}"
             )
+        check_work(images, self.generated, self.num_inference_steps, limits)
         check_token_ids("prior_token_ids", self.prior_token_ids, codebook_size)
         self._check_sources(limits, codebook_size)
         if geometry.generated_size(self.requested) != self.generated:
