@@ -186,7 +186,7 @@ def generate_cases() -> dict[str, Case]:
         "height": ({"prompt": "a", "height": 0}, "height is 0; allowed: 32 to 2048"),
         "hours of work": (
             {"prompt": "a", "height": 2048, "width": 2048, "num_images": 8, "num_inference_steps": 200},
-            "num_images x height x width x num_inference_steps is 8 x 2048 x 2048 x 200, 6711 .*; allowed: at most 2000",
+            "num_images x height x width x num_inference_steps is 8 x 2048 x 2048 x 200, 6711 .*; allowed: at most",
         ),
     }
     return {

@@ -102,6 +102,7 @@ class RequestContext:
         arrived_ns: the ``time.monotonic_ns()`` at which it reached the server; distinguishes requests of one id.
         accepted_ns: the ``time.monotonic_ns()`` at which it reached this stage.
         queue_began_ns: the ``time.monotonic_ns()`` before which nothing waited for this stage; 0 = unknown.
+        input_bytes: the bytes of its inputs, which the server holds until its end.
         attributes: its parameters, for the request log.
         is_abandoned: returns whether the caller has disconnected.
         progress: returns the current progress; callable from any thread.
@@ -119,6 +120,7 @@ class RequestContext:
     accepted_ns: int = field(default_factory=time.monotonic_ns)
     queue_began_ns: int = 0
     num_images: int = 1
+    input_bytes: int = 0
     attributes: dict[str, Any] = field(default_factory=dict)
     is_abandoned: Callable[[], bool] = bool
     progress: Callable[[], Progress] = lambda: Progress(Stage.AR_QUEUE, 0, 1)

@@ -93,6 +93,11 @@ class SharedParameters:
         """Returns these fields by their names, of a subclass too."""
         return {declared.attribute: getattr(self, declared.attribute) for declared in request_fields(SharedParameters)}
 
+    @property
+    def input_bytes(self) -> int:
+        """The size of the inputs of any length; characters count as bytes."""
+        return len(self.prompt) + len(self.negative_prompt) + sum(map(len, self.images or ()))
+
     def check_shared(self, limits: Limits) -> None:
         """Checks every declared field; source images only when they are decoded."""
         check_prompt("prompt", self.prompt, limits)
@@ -221,6 +226,11 @@ class ResolvedRequest:
     @property
     def target(self) -> Grid:
         return self.grids[-1]
+
+    @property
+    def source_bytes(self) -> int:
+        """The size of the source images as the vision tower reads them: fp32 of each value."""
+        return sum(source.pixels.size for source in self.sources) * np.dtype(np.float32).itemsize
 
 
 class ArMetadata(TypedDict, total=False):
