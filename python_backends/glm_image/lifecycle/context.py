@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -44,12 +45,14 @@ class Progress:
         done: prompts read, tokens sampled or denoising steps taken, over all images of the request.
         total: the value of ``done`` at the end of the stage.
         sigma: the noise level of the image being denoised, 1 to 0.
+        seconds_left: the expected time to the end of the stage; None = unknown.
     """
 
     stage: Stage
     done: int
     total: int
     sigma: float | None = None
+    seconds_left: float | None = None
 
 
 class RequestObserver:
@@ -220,8 +223,16 @@ class RequestContext:
                 f"{needed_seconds:.3f} s, {left:.3f} s are left, {needed_seconds - left:.3f} s too few"
             )
 
-    def report(self, stage: Stage, done: int, total: int, sigma: float | None = None) -> None:
-        progress = Progress(stage, done, total, sigma)
+    def seconds_to_spare(self, needed_seconds: float) -> float:
+        """Returns after how many seconds ``check`` with these needed seconds raises; inf without a deadline."""
+        if not self.deadline_ns:
+            return math.inf
+        return max(0.0, (self.deadline_ns - time.monotonic_ns()) / NANOSECONDS - needed_seconds)
+
+    def report(
+        self, stage: Stage, done: int, total: int, sigma: float | None = None, seconds_left: float | None = None
+    ) -> None:
+        progress = Progress(stage, done, total, sigma, seconds_left)
         self.progress = lambda: progress
         self.publish_progress()
 

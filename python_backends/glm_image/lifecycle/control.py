@@ -48,7 +48,7 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         cancelled = sum(request["cancelled_now"] for request in requests)
         before = "already_cancelled" if result["state"] == "cancelled" else result["state"]
         result |= {"state": "cancelled" if cancelled else before, "cancelled": cancelled}
-    internal = ("arrived_ns", "cancelled_now")
+    internal = ("arrived_ns", "cancelled_now", "seconds_left")
     result["requests"] = [{name: request[name] for name in request if name not in internal} for request in requests]
     return {**result, "silent": replies.unresponsive} if replies.unresponsive else result
 

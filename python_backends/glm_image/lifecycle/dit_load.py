@@ -36,6 +36,7 @@ class DitLoadReporter(RequestObserver):
     def __init__(self, name: str, publish: Publish) -> None:
         self._name, self._publish = name, publish
         self._lock = threading.Lock()
+        self._on_change: Callable[[], None] = lambda: None
         self._images_left: dict[RequestContext, int] = {}
         self._durations = DurationStats()
 
@@ -58,8 +59,18 @@ class DitLoadReporter(RequestObserver):
             self._images_left.pop(context, None)
         self.publish_load()
 
+    def when_changed(self, callback: Callable[[], None]) -> None:
+        """Sets the callback to run after each change, in the thread that caused it."""
+        self._on_change = callback
+
+    def images_left(self) -> list[int]:
+        """Returns how many images of each request are not denoised; 0 for one that is decoded or encoded."""
+        with self._lock:
+            return list(self._images_left.values())
+
     def publish_load(self) -> None:
         self._publish(TOPIC, self._statement)
+        self._on_change()
 
     def _statement(self) -> Event:
         with self._lock:

@@ -6,7 +6,7 @@ A refused request raises ``InvalidInputError``, which names the input, its value
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Final, TypedDict
 
@@ -320,11 +320,19 @@ class PaintRequest(SharedParameters):
             )
         check_token_ids("source_token_ids", self.source_token_ids, codebook_size)
 
-    def read_sources(self, limits: Limits, rule: SourceRule) -> tuple[SourcePicture, ...]:
-        """Decodes the source images of a request that ``check`` accepted; errors as ``source_images.for_dit``."""
-        if self.images is None:
-            return ()
-        return source_images.for_dit(self.images, self.source_token_ids, self.source_grids, limits, rule)
+    def read_sources(
+        self, limits: Limits, rule: SourceRule, check: Callable[[], None] = lambda: None
+    ) -> tuple[SourcePicture, ...]:
+        """Decodes the source images of a request that ``check`` accepted; errors as ``source_images.for_dit``.
+
+        Calls ``check`` after each image: it may raise, to end a request that must not go on.
+        """
+        sources = []
+        if self.images is not None:
+            for source in source_images.for_dit(self.images, self.source_token_ids, self.source_grids, limits, rule):
+                sources.append(source)
+                check()
+        return tuple(sources)
 
 
 def random_seed() -> int:
