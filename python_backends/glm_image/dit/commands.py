@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,15 @@ class EncodeSource(SourceCommand):
 @dataclass(frozen=True)
 class ReadSource(SourceCommand):
     """Computes the keys and values of a source image."""
+
+
+def source_commands(request: int, sources: Sequence[SourcePicture]) -> list[SourceCommand]:
+    """Returns the commands that read the source images of a request, after ``ReserveSources``.
+
+    Each takes about as long as a denoising step of an image of the source's size.
+    """
+    encode = [EncodeSource(request, index, source) for index, source in enumerate(sources)]
+    return [*encode, *(ReadSource(request, index) for index in range(len(sources)))]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from glm_image.dit.commands import (
     Decode,
     Drop,
-    EncodeSource,
     Estimate,
     ForgetSources,
     Prepare,
-    ReadSource,
     ReserveSources,
     Step,
+    source_commands,
 )
 from glm_image.dit.fair_queue import QUANTUM_SECONDS
 from glm_image.dit.metrics import CACHED_STEPS, QUEUE_SECONDS, STEP_SECONDS, VAE_SECONDS
@@ -136,7 +135,7 @@ class Scheduler:
     ) -> bool:
         """Reads the sources in the request's first turn; returns False if they must wait for the memory of others.
 
-        The context is checked before each command, which takes about as long as a step.
+        The context is checked before each command.
         """
         if number is None or flow.has_read:
             return True
@@ -146,12 +145,9 @@ class Scheduler:
                 flow.needs_room = True
                 return False
             flow.has_read = True
-            for index, source in enumerate(sources):
+            for command in source_commands(number, sources):
                 context.check()
-                self._run(EncodeSource(number, index, source))
-            for index in range(len(sources)):
-                context.check()
-                self._run(ReadSource(number, index))
+                self._run(command)
         return True
 
     def _denoise_next(
