@@ -18,7 +18,7 @@ from glm_image.ipc.client import EventListener, call
 from glm_image.ipc.protocol import Message, instance_sockets, key_of
 from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.control import REPLY_SECONDS, control
+from glm_image.lifecycle.control import control
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, Sampling
@@ -200,16 +200,17 @@ def test_handler_error_is_the_reply_and_the_server_goes_on(
     assert control(tmp_path, "mine", "status")["state"] == "unknown"
 
 
-def test_killed_instance_is_reported_and_can_be_replaced(stages: tuple[Instance, Instance], tmp_path: Path) -> None:
+def test_killed_instance_is_reported_and_can_be_replaced(
+    stages: tuple[Instance, Instance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = (
         "import os, sys, pathlib; from glm_image.ipc.server import IpcServer; "
         "IpcServer().start(pathlib.Path(sys.argv[1]), 'glm_dit_1', {}); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path], check=False)
     assert (tmp_path / "glm_dit_1.control").exists()
-    began = time.monotonic()
+    monkeypatch.setattr("glm_image.lifecycle.control.REPLY_SECONDS", 3600.0)  # it is not waited for
     assert control(tmp_path, "mine", "status")["silent"] == ["glm_dit_1"]
-    assert time.monotonic() - began < REPLY_SECONDS
     again = Instance(tmp_path, "glm_dit_1", RequestState.FINISHED)
     assert "silent" not in control(tmp_path, "mine", "status")
     again.server.close()

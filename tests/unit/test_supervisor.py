@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import socket
 import subprocess
@@ -16,11 +18,11 @@ from glm_image.supervisor import watchdog
 from glm_image.supervisor.api_access import CLOSABLE_APIS, closing_flags, is_loopback
 from glm_image.supervisor.cli import parse_arguments
 from glm_image.supervisor.installation import Installation
+from glm_image.supervisor.ports import ReservedPorts, listens
 from glm_image.supervisor.requirements import check_bundled_server, libpython_directory
-from glm_image.supervisor.settings import ServerSettings, default_model_repository, free_ports
+from glm_image.supervisor.settings import ServerSettings, default_model_repository
 from glm_image.supervisor.triton_log import (
     SERVICES,
-    StartFailure,
     start_failure,
     started_service,
     syntax_error,
@@ -75,9 +77,8 @@ class TestSettings:
             changed(settings, **values).check()
 
     def test_one_port_for_two_services(self, settings: ServerSettings) -> None:
-        (port,) = free_ports("127.0.0.1", 1)
-        with pytest.raises(ConfigurationError, match=f"--grpc-port is {port}, which is also --http-port"):
-            changed(settings, http_port=port, grpc_port=port).check()
+        with pytest.raises(ConfigurationError, match="--grpc-port is 8000, which is also --http-port"):
+            changed(settings, http_port=8000, grpc_port=8000).check()
 
     def test_busy_port(self, settings: ServerSettings, busy_port: int) -> None:
         with pytest.raises(ConfigurationError, match=f"--grpc-port is {busy_port}, on which 127.0.0.1 already listens"):
@@ -97,11 +98,6 @@ class TestSettings:
         monkeypatch.chdir(tmp_path)  # whose name may exceed the length to which paths are shortened
         with pytest.raises(ConfigurationError, match=r"the model repository is .*checkpoint; allowed:"):
             changed(settings, model_repository=Path("checkpoint")).check()
-
-    def test_free_ports_replace_zeros_only(self, settings: ServerSettings) -> None:
-        chosen = changed(settings, grpc_port=1234).with_free_ports()
-        assert chosen.grpc_port == 1234
-        assert len({chosen.http_port, chosen.grpc_port, chosen.metrics_port, 0}) == 4
 
     def test_repository_of_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GLM_IMAGE_MODEL_REPOSITORY", str(tmp_path))
@@ -154,10 +150,7 @@ class TestLog:
     )
     def test_model_failure_has_the_models_message(self, reason: str, message: str) -> None:
         line = f"E1122 02:06:43.4 4474 model_lifecycle.cc:642] \"failed to load 'glm_ar' version 1: {reason}\"\n"
-        failure = start_failure(line)
-        assert failure is not None
-        assert failure.message == f"glm_ar failed to load: {message}"
-        assert not failure.port_lost
+        assert start_failure(line) == f"glm_ar failed to load: {message}"
 
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -180,9 +173,7 @@ class TestLog:
         ],
     )
     def test_other_failures(self, line: str, message: str) -> None:
-        failure = start_failure(line + "\n")
-        assert failure is not None
-        assert failure.message == message
+        assert start_failure(line + "\n") == message
 
     def test_unreadable_file_is_reported_with_line_and_column(self) -> None:
         logged = '[libprotobuf ERROR /b/t.cc:337] Error parsing text-format inference.ModelConfig: 12:11: No "x".\n'
@@ -191,19 +182,17 @@ class TestLog:
             'failed to read text proto from /r/glm_dit/config.pbtxt"\n'
         )
         message = "glm_dit failed to load: failed to read text proto from /r/glm_dit/config.pbtxt"
-        assert start_failure(failed) == StartFailure(message)
+        assert start_failure(failed) == message
         assert syntax_error(failed) is None
         place = syntax_error(logged)
-        assert start_failure(failed, place) == StartFailure(f'{message}, line and column 12:11: No "x".')
+        assert start_failure(failed, place) == f'{message}, line and column 12:11: No "x".'
 
-    def test_lost_port_is_recognized(self) -> None:
+    def test_port_taken_by_another_process(self) -> None:
         failure = start_failure(
             'E1122 02:11:17.7 5269 main.cc:245] "failed to start GRPC service: Unavailable - '
             "Socket '127.0.0.1:18001' already in use \"\n"
         )
-        assert failure is not None
-        assert failure.port_lost
-        assert failure.message == "Socket '127.0.0.1:18001' already in use"
+        assert failure == "Socket '127.0.0.1:18001' already in use"
 
     @pytest.mark.parametrize(
         ("line", "unloaded"),
@@ -217,6 +206,41 @@ class TestLog:
 
     def test_an_ordinary_line(self) -> None:
         assert start_failure("I1122 02:06:43.2 4474 model_lifecycle.cc:839] \"successfully loaded 'good'\"\n") is None
+
+
+class TestPorts:
+    @pytest.fixture
+    def reserved(self) -> Iterator[ReservedPorts]:
+        reserved = ReservedPorts("127.0.0.1", {"--http-port": 0, "--grpc-port": 0})
+        yield reserved
+        reserved.release()
+
+    def test_free_ports_replace_zeros_only(self, reserved: ReservedPorts) -> None:
+        named = reserved.numbers["--grpc-port"]
+        chosen = ReservedPorts("127.0.0.1", {"--http-port": 0, "--grpc-port": named, "--metrics-port": 0})
+        chosen.release()
+        assert chosen.numbers["--grpc-port"] == named
+        assert len({*chosen.numbers.values(), 0}) == 4
+
+    def test_another_process_does_not_get_a_reserved_port(self, reserved: ReservedPorts) -> None:
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", reserved.numbers["--http-port"]))
+
+    def test_the_server_listens_on_a_reserved_port(self, reserved: ReservedPorts) -> None:
+        ports = reserved.numbers.values()
+        assert not listens(os.getpid(), ports)
+        with contextlib.ExitStack() as listeners:
+            for port in ports:
+                assert not listens(os.getpid(), ports)
+                listeners.enter_context(socket.create_server(("127.0.0.1", port)))  # with SO_REUSEADDR, as Triton
+            assert listens(os.getpid(), ports)
+            assert not listens(os.getppid(), ports)
+        assert not listens(os.getpid(), ports)
+
+    def test_a_process_that_has_ended_does_not_listen(self) -> None:
+        with subprocess.Popen(["true"]) as ended:
+            pass
+        assert not listens(ended.pid, [])
 
 
 class TestRequirements:

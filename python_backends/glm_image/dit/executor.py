@@ -120,7 +120,7 @@ class Executor:
         return self._model.blocks.attention_backend
 
     def run(self, command: Command[R]) -> R:
-        """Runs one command; an image whose command runs out of memory is dropped.
+        """Runs one command; an image whose command runs out of memory is dropped, except by an estimate of it.
 
         Raises:
             DeviceMemoryError: an allocation failed.
@@ -130,7 +130,7 @@ class Executor:
         try:
             result: R = run_or_oom(self._device, partial(self._dispatch, command), partial(self._oom_report, command))
         except DeviceMemoryError:
-            if isinstance(command, ImageCommand):
+            if isinstance(command, ImageCommand) and not isinstance(command, Estimate):
                 self._drop(command.image)
             if isinstance(command, SourceCommand):
                 self._sources.pop(command.request, None)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from glm_image.errors import InvalidInputError
+from glm_image.lifecycle import timeouts
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.request.request_id import check_request_id, undecodable
 
 ID: Final = "request id"
 PARAMETERS: Final = "request parameters"
-TIMEOUT: Final = "timeout"
-READ: Final = (TIMEOUT, StreamOptions.PARAMETER)
+READ: Final = (timeouts.PARAMETER, StreamOptions.PARAMETER)
 """The parameters that have a meaning; others are ignored, and never parsed."""
 
 MAX_PARAMETERS_CHARACTERS: Final = 64 * 1024
@@ -60,34 +59,24 @@ class CallHeader:
             raise undecodable(ID, error) from None
         check_request_id(ID, request_id)
         parameters = _parameters(request)
-        options = parameters.get(StreamOptions.PARAMETER)
+        options = json.loads(parameters).get(StreamOptions.PARAMETER)
         return cls(
             id=request_id,
-            timeout_us=request.timeout() or _timeout(parameters.get(TIMEOUT)),
+            timeout_us=timeouts.requested_timeout_us(request.timeout(), parameters),
             options=StreamOptions() if options is None else StreamOptions.read(options),
         )
 
 
-def _parameters(request: TritonRequest) -> Mapping[str, Any]:
-    """Returns the parameters, {} if none of them has a meaning."""
+def _parameters(request: TritonRequest) -> str:
+    """Returns the parameters, a JSON object; an empty one if none of them has a meaning."""
     try:
         text = request.parameters()
     except UnicodeDecodeError as error:
         raise undecodable(PARAMETERS, error) from None
     if not any(f'"{name}"' in text for name in READ):
-        return {}
+        return "{}"
     if len(text) > MAX_PARAMETERS_CHARACTERS:
         raise InvalidInputError.of(
             PARAMETERS, f"{len(text)} characters long", f"at most {MAX_PARAMETERS_CHARACTERS} with {' or '.join(READ)}"
         )
-    parameters = json.loads(text)
-    return parameters if isinstance(parameters, dict) else {}
-
-
-def _timeout(microseconds: Any) -> int:
-    """Returns the timeout of ``generate`` and ``generate_stream``, which pass it as any other parameter."""
-    if microseconds is None:
-        return 0
-    if type(microseconds) is not int or not 0 <= microseconds < 2**63:
-        raise InvalidInputError.of(TIMEOUT, json.dumps(microseconds), "a whole number of microseconds, 0 = none")
-    return microseconds
+    return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -17,6 +16,7 @@ from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
+from glm_image.telemetry.logs import start_logging
 
 THREADS: Final = 4
 """Concurrent calls: an instance that hangs keeps one waiting."""
@@ -27,7 +27,7 @@ class ControlBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         bytes_tensors.install()
-        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
+        start_logging(args["model_instance_name"])
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
 
     def execute(self, requests: list[Any]) -> None:

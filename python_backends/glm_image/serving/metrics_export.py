@@ -56,10 +56,8 @@ class MetricsExporter:
                 description=metric.meaning,
                 kind=getattr(pb_utils.MetricFamily, metric.kind.name),
             )
-        if metric.reason:
-            labels = {**labels, "reason": metric.reason}
         buckets = {"buckets": list(metric.bounds)} if metric.kind is Kind.HISTOGRAM else {}
-        self._metrics[metric] = self._families[metric.name].Metric(labels=labels, **buckets)
+        self._metrics[metric] = self._families[metric.name].Metric(labels={**labels, **metric.labels}, **buckets)
 
     def record(self, metric: MetricSpec, value: float, times: int = 1, /) -> None:
         self._values.put((metric, value, times))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
+from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.context import RequestContext, RequestObserver
@@ -22,7 +23,7 @@ from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.responder import PendingResponses, Responder
 from glm_image.serving.tensors import Inputs
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.metrics import MetricSpec, OutcomeRecorder
+from glm_image.telemetry.metrics import LatencyHistograms, LatencyRecorder, MetricSpec, OutcomeRecorder
 from glm_image.telemetry.request_log import RequestLog
 from glm_image.telemetry.tracing import RequestTracing
 
@@ -58,6 +59,7 @@ class StageBackend(ABC):
     reserves_first_device: ClassVar[bool]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[Mapping[str, MetricSpec]]
+    latencies: ClassVar[LatencyHistograms]
     outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -74,6 +76,7 @@ class StageBackend(ABC):
             self._pending,
             RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
             OutcomeRecorder(self.counters, self._metrics.record),
+            LatencyRecorder(self.latencies, self._metrics.record),
         ]
         self._handlers: dict[str, Handler] = {}
         self._topics: dict[bytes, Callable[[], None]] = {}
@@ -86,14 +89,15 @@ class StageBackend(ABC):
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            try:
-                call = self._track(request)
-            except Exception as error:  # the other requests go on
-                Responder(request).fail(error)
-                continue
-            with call.responder.errors_sent():
-                self._tracing.observe(call.context, request)
-                self._handle(call, Inputs(request))
+            context = RequestContext()
+            responder = self._tracked(context, request)
+            with responder.errors_sent():
+                header = CallHeader.read(request)
+                responder.is_relayed = header.options.arrived_ns is not None
+                context.id = header.id or context.id
+                context.limit(self._timeouts.of(header.timeout_us))
+                self._tracing.observe(context, request)
+                self._handle(StageCall(header, context, responder), Inputs(request))
 
     def finalize(self) -> None:
         """Ends what runs, with a response to each request."""
@@ -117,18 +121,19 @@ class StageBackend(ABC):
         logger.info("loading the engine on %s", device)
         self._heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
         checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
+        defaults = checkpoint.defaults
+        self._handlers["defaults"] = lambda _: Message({"defaults": defaults})
         workers = instance.workers(place, device, self._pending.end_process)
         self._load_engine(instance.parameters, checkpoint, device, workers)
 
-    def _track(self, request: Any) -> StageCall:
-        header = CallHeader.read(request)
-        context = RequestContext.with_timeout(header.id, self._timeouts.of(header.timeout_us))
-        responder = Responder(request, context.finish, is_relayed=header.options.arrived_ns is not None)
+    def _tracked(self, context: RequestContext, request: Any) -> Responder:
+        """Attaches the observers to a request's context, and returns its responder."""
+        responder = Responder(request, context.finish)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:
             context.add_observer(observer)
         self._pending.add(context, responder)
-        return StageCall(header, context, responder)
+        return responder
 
     def _cancel_abandoned(self) -> None:
         while not self._closing.wait(ABANDONED_POLL_SECONDS):

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from glm_image.errors import GlmImageError
+from glm_image.errors import GlmImageError, printable
 from glm_image.supervisor.flags import add_flags
 from glm_image.supervisor.restarts import CrashLoopError, RestartPolicy, keep_running
 from glm_image.supervisor.server import ServerStartError, TritonServer
@@ -16,17 +16,20 @@ from glm_image.supervisor.settings import ServerSettings
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_CRASHED = 0, 1, 2, 3
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None, program: str = "serve") -> argparse.Namespace:
     """Parses the flags of ``serve``; an unknown one ends the process with code 2."""
-    parser = argparse.ArgumentParser(prog="serve", description="Serves a GLM-Image checkpoint with NVIDIA Triton.")
+    parser = argparse.ArgumentParser(prog=program, description="Serves a GLM-Image checkpoint with NVIDIA Triton.")
     add_flags(parser, ServerSettings)
     add_flags(parser, RestartPolicy)
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves until SIGINT or SIGTERM, or until the server breaks too often; returns the exit code."""
-    flags = {name: value for name, value in vars(parse_arguments(arguments)).items() if value is not None}
+def main(arguments: Sequence[str] | None = None, program: str = "serve") -> int:
+    """Serves until SIGINT or SIGTERM, or until the server breaks too often; returns the exit code.
+
+    ``program`` is the command's name in its help.
+    """
+    flags = {name: value for name, value in vars(parse_arguments(arguments, program)).items() if value is not None}
     try:
         policy = RestartPolicy(flags.pop("max_restarts"))
         server = TritonServer(ServerSettings(**flags), log=sys.stderr)
@@ -49,7 +52,7 @@ def _print_ready(server: TritonServer) -> None:
 
 
 def _print_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _fail(error: GlmImageError, code: int) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 from glm_image.supervisor.flags import flag
+from glm_image.supervisor.ports import ReservedPorts
 
 MAX_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -27,18 +27,20 @@ default and 3 to 5 s with this value; on an idle machine 1.5 and 1.7 s.
 
 
 def default_model_repository() -> Path:
-    """Returns the repository that GLM_IMAGE_MODEL_REPOSITORY names, else that of the checkout this package is in.
+    """Returns the repository that GLM_IMAGE_MODEL_REPOSITORY names, else that of the wheel or the checkout.
 
     Raises:
         ConfigurationError: there is neither.
     """
     if path := os.environ.get(REPOSITORY_VARIABLE):
         return Path(path).absolute()
-    folder = Path(__file__).resolve().parents[3] / "model_repository"
-    if folder.is_dir():
-        return folder
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "model_repository", package.parents[1] / "model_repository"):
+        if folder.is_dir():
+            return folder
     raise ConfigurationError(
-        f"no model repository: this package is not in a checkout; give --model-repository or set {REPOSITORY_VARIABLE}"
+        f"no model repository: {package} has none and is not in a checkout; give --model-repository or set "
+        f"{REPOSITORY_VARIABLE}"
     )
 
 
@@ -79,7 +81,7 @@ class ServerSettings:
     )
     trace_rate: int = flag("trace one request of every N (default: %(default)s)", "N", int, default=1)
     model_repository: Path = flag(
-        "default: the checkout's model_repository", "DIR", Path, default_factory=default_model_repository
+        "default: the one of this package", "DIR", Path, default_factory=default_model_repository
     )
 
     def check(self) -> None:
@@ -121,7 +123,7 @@ class ServerSettings:
                 raise ConfigurationError(f"{name} is {port}, which is also {flags[port]}; allowed: a port of its own")
             if port:
                 flags[port] = name
-                _check_port_is_free(self.host, port, name)
+        ReservedPorts(self.host, self.ports()).release()
 
     def absolute(self) -> ServerSettings:
         """Returns the settings with absolute paths, since models have another working directory."""
@@ -164,10 +166,14 @@ class ServerSettings:
         """Returns the three ports by the flag that sets each."""
         return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
 
-    def with_free_ports(self) -> ServerSettings:
-        free = free_ports(self.host, 3)
-        http, grpc, metrics = (port or free.pop() for port in self.ports().values())
-        return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
+    def with_ports(self, ports: Mapping[str, int]) -> ServerSettings:
+        """Returns the settings with other ports, given by the flag that sets each."""
+        return replace(
+            self,
+            http_port=ports["--http-port"],
+            grpc_port=ports["--grpc-port"],
+            metrics_port=ports["--metrics-port"],
+        )
 
 
 def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
@@ -178,40 +184,3 @@ def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
 
 def _model_folders(repository: Path) -> list[Path]:
     return sorted(config.parent for config in repository.glob("*/config.pbtxt"))
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Returns ``count`` different free ports of ``host``."""
-    sockets = [_bound_socket(host, 0) for _ in range(count)]
-    ports = [int(bound.getsockname()[1]) for bound in sockets]
-    for bound in sockets:
-        bound.close()
-    return ports
-
-
-def _check_port_is_free(host: str, port: int, name: str) -> None:
-    try:
-        _bound_socket(host, port).close()
-    except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: f"on which {host} already listens; allowed: a free port, or 0",
-            errno.EACCES: "which this user may not listen on; allowed: 1024 and up",
-        }
-        if error.errno not in reasons:
-            raise
-        raise ConfigurationError(f"{name} is {port}, {reasons[error.errno]}") from None
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    # As a server binds it: a port whose last connections are in TIME_WAIT is free.
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigurationError(f"--host is {shown(host)}; allowed: an address of this machine") from None
-        raise
-    return bound

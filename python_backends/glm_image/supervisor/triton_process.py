@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -14,14 +15,15 @@ from collections import deque
 from pathlib import Path
 from typing import TextIO
 
+from glm_image.errors import printable
 from glm_image.ipc import run_directory
 from glm_image.supervisor import watchdog
 from glm_image.supervisor.api_access import closing_flags
 from glm_image.supervisor.installation import Installation
+from glm_image.supervisor.ports import listens
 from glm_image.supervisor.settings import ServerSettings, models_by_role
 from glm_image.supervisor.triton_log import (
     SERVICES,
-    StartFailure,
     start_failure,
     started_service,
     syntax_error,
@@ -30,6 +32,12 @@ from glm_image.supervisor.triton_log import (
 
 LOG_TAIL_LINES = 200
 METRICS_INTERVAL_MS = 250
+PORT_CHECK_SECONDS = 0.01
+"""The interval at which the ports of a server are looked at, from its log line until it listens: milliseconds."""
+SERVER = "tritonserver"
+MIN_PING_INTERVAL_MS = 5000
+"""Between two pings of a gRPC client. Triton's own is 300 s: clients that ping more often, so that idle connections are
+kept, are cut off in the middle of a long request."""
 SIGNAL_CODE_BASE = 128
 """Exit codes above it mean the end by a signal."""
 
@@ -43,11 +51,12 @@ class ServerProcess:
         self.shm_prefix = f"glm_image_{secrets.token_hex(8)}_"
         self._run_directory = Path(tempfile.mkdtemp(prefix="glm-image-serve-"))
         self._log = log
+        self._ports = settings.ports().values()
         self._tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._syntax_error: str | None = None
         self._changed = threading.Condition()
         self._started: set[str] = set()
-        self._failure: StartFailure | None = None
+        self._failure: str | None = None
         self._ended = False
         self._exit_reason: str | None = None
         self._entry_models, self._stages = models_by_role(settings.model_repository)
@@ -80,15 +89,18 @@ class ServerProcess:
         with self._changed:
             return self._exit_reason or f"tritonserver ended by itself, {_describe_exit(self._watchdog.wait())}"
 
-    def wait_started(self) -> StartFailure | None:
-        """Waits until every service listens (None), or until the start has failed."""
+    def wait_started(self) -> str | None:
+        """Waits until every service listens (None), or until the start has failed; returns the reason."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._failure is not None or self._started >= SERVICES)
+            self._changed.wait_for(lambda: self._has_failed() or self._started >= SERVICES)
+            # Triton logs that a service has started before it binds the port.
+            while not self._has_failed() and not self._listens():
+                self._changed.wait(PORT_CHECK_SECONDS)
             if self._failure is None and self._ended:
                 if self._exit_reason is not None:
-                    return StartFailure(self._exit_reason)
+                    return self._exit_reason
                 lines = [line.strip() for line in self._tail if line.strip()]
-                return StartFailure(f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}")
+                return f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}"
             return self._failure
 
     def request_watch(self) -> None:
@@ -117,8 +129,20 @@ class ServerProcess:
         watchdog.remove_leftovers(self.shm_prefix, self._run_directory)
         return code
 
+    def _has_failed(self) -> bool:
+        return self._ended or self._failure is not None
+
+    def _listens(self) -> bool:
+        """Whether the server, and no other process, listens on every port."""
+        children = watchdog.children_of(self._watchdog.pid)
+        servers = [pid for pid in children if (stat := watchdog.Stat.read(pid)) and stat.name == SERVER]
+        return any(listens(pid, self._ports) for pid in servers)
+
     def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
         backends = installation.lay_out_backends(self._run_directory)
+        # Triton listens only when all models are loaded; meanwhile `glm-image` finds here that it is starting.
+        ports = {"pid": os.getpid(), "ports": list(settings.ports().values())}
+        (self._run_directory / "ports.json").write_text(json.dumps(ports))
         return subprocess.Popen(
             [*self._watchdog_command(settings), "--", *self._server_command(installation, settings, backends)],
             stdin=subprocess.PIPE,
@@ -163,6 +187,8 @@ class ServerProcess:
             *installation.input_limit_flags(settings.max_request_bytes),
             # Triton would keep the buffers of its largest gRPC requests.
             "--grpc-infer-allocation-pool-size=0",
+            f"--grpc-http2-min-recv-ping-interval-without-data={MIN_PING_INTERVAL_MS}",
+            "--grpc-keepalive-permit-without-calls=true",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *([f"--model-config-name={settings.profile}"] if settings.profile else []),
         ]
@@ -172,7 +198,7 @@ class ServerProcess:
         with self._watchdog.stderr as stream:
             for line in stream:
                 # Triton writes a line and its end separately, and may end in between.
-                self._handle_line(line.decode(errors="replace").removesuffix("\n") + "\n")
+                self._handle_line(line.decode(errors="replace").removesuffix("\n"))
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -188,12 +214,13 @@ class ServerProcess:
                         self._continue_stop()
 
     def _handle_line(self, line: str) -> None:
+        shown = printable(line, keep="\t") + "\n"
         if self._log is not None:
             with contextlib.suppress(OSError, ValueError):  # its reader may have ended; the server goes on
-                self._log.write(line)
+                self._log.write(shown)
                 self._log.flush()
         with self._changed:
-            self._tail.append(line)
+            self._tail.append(shown)
             if service := started_service(line):
                 self._started.add(service)
             self._syntax_error = syntax_error(line) or self._syntax_error

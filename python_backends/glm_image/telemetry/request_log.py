@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from glm_image.errors import InvalidInputError, status_of
+from glm_image.errors import InvalidInputError, is_unsafe, status_of
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
 
 FILE: Final = "GLM_IMAGE_REQUEST_LOG"
@@ -58,4 +58,12 @@ class RequestLog(RequestObserver):
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         line = {"time": now, "event": "request", "instance": self._instance, **fields}
         with contextlib.suppress(OSError):
-            os.write(self._file, json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            os.write(self._file, _json_line(line).encode() + b"\n")
+
+
+def _json_line(fields: Mapping[str, Any]) -> str:
+    """Returns JSON in one line; letters of all scripts stay readable, unsafe characters are escaped as JSON does."""
+    text = json.dumps(fields, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(json.dumps(character)[1:-1] if is_unsafe(character) else character for character in text)
