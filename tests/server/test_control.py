@@ -127,6 +127,21 @@ def test_a_request_is_cancelled_while_it_is_denoised_and_while_it_waits_for_the_
     same_images(again.result(WAIT_SECONDS), alone)
 
 
+def test_a_small_request_does_not_wait_for_all_images_of_a_large_one(triton: TritonServer, requests: Requests) -> None:
+    """Images of different requests take turns; the small one gets the same bytes as alone."""
+    tokens = grpc_infer(triton, SMALL, "glm_ar")
+    small = {"prompt": SMALL["prompt"], "num_inference_steps": 2, "resolved_seed": [9]}
+    small |= {name: tokens[name] for name in ("prior_token_ids", "prior_grid")}
+    alone = requests.send(small, "alone", "glm_dit").result(WAIT_SECONDS)
+    large = requests.send({**LONG_DENOISING, "height": 128, "width": 128, "num_images": SLOTS}, "large")
+    requests.wait_for("large", "denoise")
+    same_images(requests.send(small, "small", "glm_dit").result(WAIT_SECONDS), alone)
+    (running,) = requests.cancel("large")["requests"]
+    assert (running["state"], running["stage"]) == ("running", "denoise")
+    assert running["done"] < running["total"] / 2
+    assert_cancelled(large, "large")
+
+
 def test_all_requests_of_an_id_are_cancelled_and_no_other(requests: Requests) -> None:
     shared = [requests.send({**LONG_DECODE, "seed": seed}, "shared") for seed in range(2)]
     shared.append(requests.send(LONG_DENOISING, "shared"))
