@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 
+from glm_image.dit.settings import DitSettings
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RequestCancelled, RequestTimeout
 from helpers import WAIT_SECONDS, wait_until

@@ -18,7 +18,7 @@ import tomllib
 import yaml
 
 from glm_image.supervisor.cli import parse_arguments
-from glm_image.supervisor.watchdog import STOP_GRACE_SECONDS
+from glm_image.watchdog.watchdog import STOP_GRACE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

@@ -13,6 +13,7 @@ from glm_image.ipc.client import call
 from glm_image.ipc.protocol import Event, Message, instance_sockets, socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.ipc.server import Handler, IpcServer
+from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.request_id import check_request_id
 from glm_image.request.stages import AR_STAGES, QUEUES, Stage
@@ -77,8 +78,9 @@ def _merge(events: Sequence[Event]) -> list[Event]:
 
 def _public(event: Event) -> Event:
     """Replaces the states that one instance sees by those of the whole server."""
-    if event["state"] == RequestState.FORWARDED:
-        return {**event, "state": "queued", "stage": Stage.DIT_QUEUE, "done": 0, "total": 1}
+    if event["state"] == RequestState.FORWARDED:  # it waits, and its instance has no clock for that
+        seconds = round((time.monotonic_ns() - event["arrived_ns"]) / NANOSECONDS, 3)
+        return {**event, "state": "queued", "stage": Stage.DIT_QUEUE, "done": 0, "total": 1, "seconds": seconds}
     is_queued = event["state"] == RequestState.RUNNING and event["stage"] in QUEUES
     return {**event, "state": "queued"} if is_queued else event
 

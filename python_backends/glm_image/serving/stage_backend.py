@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
+from glm_image.errors import UnavailableError
 from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.call_header import CallHeader
@@ -71,10 +72,12 @@ class StageBackend(ABC):
         self._pending = PendingResponses()
         self._ipc = IpcServer()
         self._registry = RequestRegistry(self.outcome, self._ipc.publish)
+        is_last = self.outcome == RequestState.FINISHED
+        self._request_log = RequestLog(instance.name, is_last=is_last, record=self._metrics.record)
         self._observers: list[RequestObserver] = [
             self._registry,
             self._pending,
-            RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
+            self._request_log,
             OutcomeRecorder(self.counters, self._metrics.record),
             LatencyRecorder(self.latencies, self._metrics.record),
         ]
@@ -106,6 +109,7 @@ class StageBackend(ABC):
         self._closing.set()
         self._abandoned_thread.join()
         self._ipc.close()
+        self._request_log.close()
         self._metrics.close()
         self._tracing.close()
         end_process()
@@ -123,8 +127,20 @@ class StageBackend(ABC):
         checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
         defaults = checkpoint.defaults
         self._handlers["defaults"] = lambda _: Message({"defaults": defaults})
-        workers = instance.workers(place, device, self._pending.end_process)
+        workers = instance.workers(place, device, self._end_process)
         self._load_engine(instance.parameters, checkpoint, device, workers)
+
+    def _end_process(self, error: UnavailableError) -> None:
+        """Fails all requests and ends this process, in which the engine may hang for ever.
+
+        The watchdog sees the process end and restarts the server.
+        """
+        try:
+            self._pending.fail_all(error)
+            logger.error("this instance ends: %s", error)
+            self._request_log.close()
+        finally:  # a process that went on would refuse all requests and never be restarted
+            end_process(1)
 
     def _tracked(self, context: RequestContext, request: Any) -> Responder:
         """Attaches the observers to a request's context, and returns its responder."""
