@@ -71,8 +71,8 @@ def test_images_are_denoised_one_after_the_other() -> None:
     assert kinds(executor) == (["Prepare"] + ["Step"] * STEPS) * 2
     prepared = [command for command in executor.commands if isinstance(command, Prepare)]
     assert [(p.seed, p.prior_token_ids.tolist()) for p in prepared] == [(7, [0, 1]), (8, [2, 3])]
-    assert {(p.prompt, p.negative_prompt, p.num_inference_steps, p.guidance_scale) for p in prepared} == {
-        ("a 'b'", "'c'", STEPS, 2.5)
+    assert {(p.rendered_text, p.negative_text, p.num_inference_steps, p.guidance_scale) for p in prepared} == {
+        (("b",), ("c",), STEPS, 2.5)
     }
     assert [(p.stage, p.done, p.total) for p in seen] == [
         ("condition", 0, 1),

@@ -27,7 +27,7 @@ def test_entries_may_be_missing_or_unknown(text: str) -> None:
     assert read_ar_metadata(text) == (json.loads(text) if text else {})
 
 
-@pytest.mark.parametrize("text", ["[]", "5", "null", "x", '{"a":' * 100_000, '{"a": ' + "9" * 10_000 + "}"])
+@pytest.mark.parametrize("text", ["[]", "5", "null", "x", '{"a":' * 10_000, '{"a": ' + "9" * 10_000 + "}"])
 def test_metadata_must_be_an_object(text: str) -> None:
     with pytest.raises(InvalidInputError, match=r"^ar_metadata is .*; allowed: a JSON object$"):
         read_ar_metadata(text)
