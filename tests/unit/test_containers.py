@@ -184,7 +184,7 @@ class TestImage:
         commands = [rest for word, rest in instructions() if word == "RUN"]
         assert not any("pip install" in command for command in commands)
         (command,) = [rest for word, rest in stages()[target][1] if word == "RUN"]
-        assert 'install_locked.py --keep "$KEPT_PACKAGES" client server tracing' in command
+        assert 'install_locked.py --keep "$KEPT_PACKAGES" client server gateway tracing' in command
         assert ("npu" in command) == (target == "ascend")
         assert "containers/write_sbom" in command
 

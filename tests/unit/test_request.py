@@ -23,6 +23,7 @@ from glm_image.request.parameters import (
     consecutive_seeds,
     random_seed,
 )
+from glm_image.request.tensors import TensorSpec, parameter_value
 
 LIMITS = Limits()
 DEFAULTS = Sampling(temperature=0.9, top_p=0.75, top_k=16512)
@@ -316,3 +317,16 @@ def test_configured_limits_apply() -> None:
     for changed in ({"width": 65}, {"num_images": 3}, {"guidance_scale": 3.6}):
         with pytest.raises(InvalidInputError, match=next(iter(changed))):
             replace(asked, **changed).resolve(small, DEFAULTS)
+
+
+@given(st.integers(-(2**31), 2**31 - 1))
+def test_a_parameter_is_an_integer_however_it_is_written(number: int) -> None:
+    spec = TensorSpec("width", "INT32")
+    for value in (number, str(number), float(number)):
+        assert parameter_value(spec, value) == number
+
+
+@pytest.mark.parametrize("value", [True, 1.5, float("inf"), 2**31, -(2**31) - 1, "", "1.0", "0x10", " 1", "1_0", [1]])
+def test_a_parameter_that_is_no_integer_is_refused(value: object) -> None:
+    with pytest.raises(InvalidInputError, match="allowed: a signed 32-bit integer"):
+        parameter_value(TensorSpec("width", "INT32"), value)

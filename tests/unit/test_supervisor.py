@@ -121,6 +121,7 @@ class TestSettings:
             "open_apis": (),
             "max_request_bytes": 192 * 1024 * 1024,
             "max_restarts": 5,
+            "gateway": None,
             "request_log": None,
             "log_prompts": False,
             "otlp_traces_endpoint": None,

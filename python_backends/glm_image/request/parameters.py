@@ -102,6 +102,7 @@ class SharedParameters:
         "STRING",
         Choice(OUTPUT_FORMATS),
         "`raw` returns pixels in `images`, the other formats return files in `images_base64`.",
+        is_parameter=True,
     )
 
     def shared(self) -> dict[str, Any]:
@@ -138,8 +139,9 @@ class GenerationParameters(SharedParameters):
         SIDE,
         "Pixels. The next multiple of 32 is generated and the image cropped at the top left.",
         shown=f"{DEFAULT_SIDE}; with `image` that of the first source, scaled",
+        is_parameter=True,
     )
-    width: int | None = tensor(None, "INT32", SIDE, "As `height`.", shown="as `height`")
+    width: int | None = tensor(None, "INT32", SIDE, "As `height`.", shown="as `height`", is_parameter=True)
     seed: int | None = tensor(
         None,
         "INT64",
@@ -152,6 +154,7 @@ class GenerationParameters(SharedParameters):
         "INT32",
         Range(1, "num_images"),
         "Images to generate. Image i equals the single image of seed + i (modulo 2^64).",
+        is_parameter=True,
     )
     temperature: float | None = tensor(
         None, "FP32", Range(0.01, 2.0), "Temperature of image token sampling.", shown="the checkpoint's, else 0.9"

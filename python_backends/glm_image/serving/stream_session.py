@@ -47,7 +47,7 @@ class StreamSession:
         self._request_id = header.id or uuid.uuid4().hex
         inputs = Inputs(request)
         # Copied, as the request's memory is released before the session ends.
-        given = inputs.given(**{spec.name: inputs.array(spec.name) for spec in REQUEST_INPUTS})
+        given = inputs.given(**{spec.name: inputs.array_or_parameter(spec) for spec in REQUEST_INPUTS})
         self._inputs: Arrays = {name: array.copy() for name, array in given.items()}
         previews = PreviewParameters(**inputs.fields(PreviewParameters))
         check_fields(previews, Limits())

@@ -72,6 +72,11 @@ class TritonServer:
         return self._address(self._settings.grpc_port)
 
     @property
+    def local_grpc_url(self) -> str:
+        """``grpc_url`` as a process of this machine reaches it."""
+        return authority(self._local_host, self._settings.grpc_port)
+
+    @property
     def metrics_url(self) -> str:
         return self._address(self._settings.metrics_port)
 
@@ -177,9 +182,14 @@ class TritonServer:
     def _address(self, port: int) -> str:
         return authority(self._settings.host, port)
 
+    @property
+    def _local_host(self) -> str:
+        return _LOOPBACK_OF.get(self._settings.host, self._settings.host)
+
     def _check_health(self) -> None:
-        host = _LOOPBACK_OF.get(self._settings.host, self._settings.host)
-        connection = http.client.HTTPConnection(host, self._settings.http_port, timeout=HEALTH_TIMEOUT_SECONDS)
+        connection = http.client.HTTPConnection(
+            self._local_host, self._settings.http_port, timeout=HEALTH_TIMEOUT_SECONDS
+        )
         try:
             connection.request("GET", "/v2/health/ready")
             result: object = connection.getresponse().status
