@@ -67,10 +67,16 @@ OP(aclnnRepeatInterleave, (In a, In times, int64_t, Out out), put(out, at::repea
 OP(aclnnRepeatInterleaveWithDim, (In a, In times, int64_t dim, int64_t, Out out), put(out, at::repeat_interleave(*a, *times, dim)))
 OP(aclnnRepeatInterleaveInt, (In a, int64_t times, int64_t, Out out), put(out, at::repeat_interleave(a->flatten(), times)))
 OP(aclnnRepeatInterleaveIntWithDim, (In a, int64_t times, int64_t dim, int64_t, Out out), put(out, at::repeat_interleave(*a, times, dim)))
+static void put_shrunk(Out out, const at::Tensor& value) {
+  at::Tensor& view = out.descriptor->view;
+  view = at::from_blob(view.data_ptr(), value.sizes(), view.options());
+  view.copy_(value);
+}
 // The result's size is known only when it is computed: op-plugin waits, then asks for it (aclGetViewShape).
+OP(aclnnNonzero, (In a, Out out), put_shrunk(out, at::nonzero(*a)))
+// As columns, [dimensions, found].
 OP(aclnnNonzeroV2, (In a, Out out),
    auto found = at::nonzero(*a);
-   at::Tensor& view = out.descriptor->view;
+   const at::Tensor& view = *out;
    if (view.dim() == 2 && view.size(0) == a->dim() && view.size(1) == a->numel()) found = found.t();
-   view = at::from_blob(view.data_ptr(), found.sizes(), view.options());
-   view.copy_(found))
+   put_shrunk(out, found))

@@ -6,12 +6,9 @@
 // -- products
 OP(aclnnMatmul, (In a, In b, Out out, int8_t), put(out, at::matmul(wide(matrix(a)), wide(matrix(b)))))
 OP(aclnnMm, (In a, In b, Out out, int8_t), put(out, at::mm(wide(matrix(a)), wide(matrix(b)))))
-OP(aclnnMatmulWeightNz, (In a, In b, Out out, int8_t), put(out, at::matmul(wide(*a), wide(matrix(b)))))
 OP(aclnnBatchMatMul, (In a, In b, Out out, int8_t), put(out, at::bmm(wide(*a), wide(*b))))
 OP(aclnnAddmm, (In c, In a, In b, Number beta, Number alpha, Out out, int8_t),
    put(out, at::addmm(wide(c), wide(matrix(a)), wide(matrix(b)), *beta, *alpha)))
-OP(aclnnAddmmWeightNz, (In c, In a, In b, Number beta, Number alpha, Out out, int8_t),
-   put(out, at::addmm(wide(c), wide(*a), wide(matrix(b)), *beta, *alpha)))
 OP(aclnnBaddbmm, (In c, In a, In b, Number beta, Number alpha, Out out, int8_t),
    put(out, at::baddbmm(wide(c), wide(a), wide(b), *beta, *alpha)))
 OP(aclnnConvolution, (In a, In weight, In bias, Ints stride, Ints padding, Ints dilation, bool transposed, Ints output_padding, int64_t groups, Out out, int8_t),
@@ -40,7 +37,6 @@ static void layer_norm(In a, Ints shape, In weight, In bias, double eps, Out out
   put_statistic(rstd, r);
 }
 OP(aclnnLayerNorm, (In a, Ints shape, In weight, In bias, double eps, Out out, Out mean, Out rstd), layer_norm(a, shape, weight, bias, eps, out, mean, rstd))
-OP(aclnnFastLayerNorm, (In a, Ints shape, In weight, In bias, double eps, Out out, Out mean, Out rstd), layer_norm(a, shape, weight, bias, eps, out, mean, rstd))
 OP(aclnnAddLayerNorm, (In a, In b, In weight, In bias, In extra, double eps, bool with_sum, Out out, Out mean, Out rstd, Out sum),
    auto x = wide(a) + wide(b);
    if (extra) x = x + wide(extra);
@@ -57,7 +53,6 @@ OP(aclnnGroupNorm, (In a, In weight, In bias, int64_t batch, int64_t channels, i
 OP(aclnnSwiGlu, (In a, int64_t dim, Out out), const auto halves = wide(a).chunk(2, dim); put(out, at::silu(halves[0]) * halves[1]))
 OP(aclnnGridSampler2D, (In a, In grid, int64_t interpolation, int64_t padding, bool align, Out out),
    put(out, at::grid_sampler_2d(wide(a), wide(grid), interpolation, padding, align)))
-OP(aclnnUpsampleNearest2d, (In a, Ints size, Out out), put(out, at::upsample_nearest2d(*a, *size)))
 OP(aclnnUpsampleNearest2dV2, (In a, Ints size, float, float, Out out), put(out, at::upsample_nearest2d(*a, *size)))
 
 // -- attention. Inside, everything is [batch, heads, tokens, head_dim].
@@ -81,7 +76,17 @@ static at::Tensor per_query_head(const at::Tensor& t, int64_t heads) {
 struct Attended {
   at::Tensor result, maximum, sum;
 };
-static Attended attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const std::optional<at::Tensor>& hidden, double scale) {
+// Keys behind the last visible one of the whole batch are not read: a static cache is mostly empty.
+static Attended attend(const at::Tensor& query, at::Tensor keys, at::Tensor values, std::optional<at::Tensor> hidden, double scale) {
+  if (hidden) {
+    auto visible = hidden->logical_not().flatten(0, -2).any(0);
+    const int64_t last = visible.nonzero().max().item<int64_t>() + 1;
+    keys = keys.narrow(2, 0, last);
+    values = values.narrow(2, 0, last);
+    hidden = hidden->narrow(-1, 0, last);
+  }
+  keys = per_query_head(wide(keys), query.size(1));
+  values = per_query_head(wide(values), query.size(1));
   auto scores = at::matmul(query, keys.transpose(2, 3)) * scale;
   if (hidden) scores = scores.masked_fill(*hidden, -std::numeric_limits<float>::infinity());
   const auto maximum = at::amax(scores, {-1}, true);
@@ -107,8 +112,8 @@ OP(aclnnFlashAttentionScore, (In query, In keys, In values, In shift, In dropped
    const std::string form = layout;
    const auto q = wide(heads_first(*query, form, heads));
    const auto kv_heads = form == "BNSD" ? keys->size(1) : form == "BSND" ? keys->size(2) : keys->size(2) / q.size(3);
-   const auto k = per_query_head(wide(heads_first(*keys, form, kv_heads)), heads);
-   const auto v = per_query_head(wide(heads_first(*values, form, kv_heads)), heads);
+   const auto k = heads_first(*keys, form, kv_heads);
+   const auto v = heads_first(*values, form, kv_heads);
    const auto r = attend(q, k, v, hidden_keys(mask, sparse, q.size(2), k.size(2)), scale);
    put_optional(maximum, r.maximum.expand(maximum->sizes()));
    put_optional(sum, r.sum.expand(sum->sizes()));
@@ -122,8 +127,8 @@ OP(aclnnFusedInferAttentionScoreV3, (In query, Tensors keys, Tensors values, In 
    const std::string form = layout;
    const auto q = wide(heads_first(*query, form, heads));
    const auto own_heads = kv_heads ? kv_heads : heads;
-   const auto k = per_query_head(wide(heads_first(keys.list()[0], form, own_heads)), heads);
-   const auto v = per_query_head(wide(heads_first(values.list()[0], form, own_heads)), heads);
+   const auto k = heads_first(keys.list()[0], form, own_heads);
+   const auto v = heads_first(values.list()[0], form, own_heads);
    auto hidden = hidden_keys(mask, sparse, q.size(2), k.size(2));
    if (kv_lengths && !kv_lengths->empty()) {
      TORCH_CHECK(int64_t(kv_lengths->size()) == q.size(0), kv_lengths->size(), " lengths for a batch of ", q.size(0));
@@ -150,7 +155,6 @@ static bool interleaved_mode(int64_t mode) {
   TORCH_CHECK(mode == 0 || mode == 1, "rotary mode ", mode, " has no implementation");
   return mode == 1;
 }
-OP(aclnnRotaryPositionEmbedding, (In a, In cos, In sin, int64_t mode, Out out), put(out, rotated(*a, *cos, *sin, interleaved_mode(mode))))
 OP(aclnnRotaryPositionEmbeddingV2, (In a, In cos, In sin, int64_t mode, In matrix, Out out),
    TORCH_CHECK(!matrix, "a rotation matrix has no implementation"); put(out, rotated(*a, *cos, *sin, interleaved_mode(mode))))
 // In place on queries and keys. Layouts: 1 BSND, 2 SBND, 3 BNSD, 4 TND; the tables have one head.
@@ -194,7 +198,6 @@ static void dynamic_quant(In a, In smooth, Out out, Out scale) {
   put(out, (x / s.clamp_min(1e-30)).round());
   put_statistic(scale, s);
 }
-OP(aclnnDynamicQuant, (In a, In smooth, Out out, Out scale), dynamic_quant(a, smooth, out, scale))
 OP(aclnnDynamicQuantV2, (In a, In smooth, In groups, int64_t dtype, Out out, Out scale, Out offset),
    TORCH_CHECK(!groups && !offset && dtype == 2, "groups, offsets and types other than int8 have no implementation");
    dynamic_quant(a, smooth, out, scale))
@@ -210,9 +213,6 @@ static at::Tensor quantized_product(In a, In b, In row_scale, In column_scale, I
   return product;
 }
 OP(aclnnQuantMatmulV5, (In a, In b, In row_scale, In column_scale, In out_scale, In, In, In, In bias, bool turn_a, bool turn_b, int64_t group, Out out),
-   TORCH_CHECK(!out_scale && group == 0, "scales of the result and groups have no implementation");
-   put(out, quantized_product(a, b, row_scale, column_scale, bias, turn_a, turn_b)))
-OP(aclnnQuantMatmulWeightNz, (In a, In b, In row_scale, In column_scale, In out_scale, In, In, In, In bias, bool turn_a, bool turn_b, int64_t group, Out out),
    TORCH_CHECK(!out_scale && group == 0, "scales of the result and groups have no implementation");
    put(out, quantized_product(a, b, row_scale, column_scale, bias, turn_a, turn_b)))
 OP(aclnnWeightQuantBatchMatmulV2, (In a, In weight, In scale, In offset, In out_scale, In, In bias, int32_t group, Out out),

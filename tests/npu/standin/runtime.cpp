@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <malloc.h>
 #include <map>
 #include <mutex>
 #include <unistd.h>
@@ -54,6 +55,9 @@ static int visible_devices() {
 }
 
 int current_device() { return device; }
+
+// Operators allocate and free large temporaries all the time: keep their pages.
+static const int kept = mallopt(M_MMAP_THRESHOLD, 1 << 30) + mallopt(M_TRIM_THRESHOLD, 1 << 30);
 
 // ---- memory: every allocation is accounted, and its content is not zero
 

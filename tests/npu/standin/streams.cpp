@@ -266,8 +266,11 @@ int submit(Task task, void* pointer) {
   return ACL_SUCCESS;
 }
 
+static thread_local aclmdlRICaptureMode thread_mode = ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
+
 // Which operations of the host a capture forbids; see aclmdlRICaptureThreadExchangeMode.
 static bool forbidden() {
+  if (thread_mode == ACL_MODEL_RI_CAPTURE_MODE_RELAXED) return false;
   for (auto* graph : captures) {
     if (graph->mode == ACL_MODEL_RI_CAPTURE_MODE_GLOBAL) return true;
     if (graph->mode == ACL_MODEL_RI_CAPTURE_MODE_THREAD_LOCAL && graph->thread == std::this_thread::get_id()) return true;
@@ -495,6 +498,10 @@ aclError aclmdlRICaptureGetInfo(aclrtStream pointer, aclmdlRICaptureStatus* stat
   Graph* graph = stream_of(pointer)->graph;
   *status = graph ? ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE : ACL_MODEL_RI_CAPTURE_STATUS_NONE;
   if (model) *model = graph;
+  return ACL_SUCCESS;
+}
+aclError aclmdlRICaptureThreadExchangeMode(aclmdlRICaptureMode* mode) {
+  std::swap(*mode, thread_mode);
   return ACL_SUCCESS;
 }
 aclError aclmdlRIGetId(aclmdlRI model, uint32_t* id) {
