@@ -35,6 +35,7 @@ class Device(ABC):
     Attributes:
         default_dtype: the dtype of ``dtype: auto``.
         runs_triton: whether the kernels of ``glm_image.kernels`` run on it.
+        has_npu_operators: whether the fused operators of torch_npu run on it.
         attention_backend: diffusers' name of the attention to use; None for torch's default.
         lse_attention_backend: diffusers' name of the backend of ``attention_with_lse``; "" if there is none.
         warmup_sizes: sizes of the images denoised and read at load, as libraries load and choose kernels at first use.
@@ -46,6 +47,7 @@ class Device(ABC):
 
     default_dtype = torch.bfloat16
     runs_triton = False
+    has_npu_operators = False
     attention_backend: str | None = None
     lse_attention_backend = ""
     warmup_sizes: tuple[Size, ...] = ()
