@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.models.attention_dispatch import AttentionBackendName
+
 from glm_image.devices.base import Device
 from glm_image.dit.attention_processor import SequenceParallelProcessor, plain_attention
 from glm_image.dit.blocks import Blocks, EagerBlocks, eager_blocks
@@ -25,7 +27,9 @@ def select_blocks(transformer: Any, device: Device, attention: SequenceAttention
             block.attn1.set_processor(SequenceParallelProcessor(attention))
         return EagerBlocks(transformer.transformer_blocks, attention.backend)
     if device.attention_backend is not None:
-        transformer.set_attention_backend(device.attention_backend)
+        # Not by set_attention_backend, which chooses for every model of the process.
+        for block in transformer.transformer_blocks:
+            block.attn1.processor._attention_backend = AttentionBackendName(device.attention_backend)
     return eager_blocks(transformer)
 
 

@@ -81,7 +81,7 @@ EXACT: dict[str, Case] = {
     "bits": lambda to: [to(BITS) & to(BITS).flip(0), to(BITS) | to(BITS).flip(0), to(BITS) ^ to(BITS).flip(0)],
     "bits and numbers": lambda to: [to(BITS) & 3, to(BITS) | 4, ~to(BITS), changed(to(BITS), lambda t: t.bitwise_not_())],
     "where": lambda to: torch.where(to(MASK), to(A), to(B)),
-    "clamp": lambda to: [to(A).clamp(-1, 1), to(A).clamp(min=0), to(A).clamp(max=0), torch.clamp_min(to(A), to(B))],
+    "clamp": lambda to: [to(A).clamp(-1, 1), to(A).clamp(min=0), to(A).clamp(max=0), torch.clamp_min(to(A), to(B)), to(A).clamp_min(0.1), to(A).clamp_max(0.1)],
     "masked_fill": lambda to: [to(A).masked_fill(to(MASK), -1.5), to(A).masked_fill(to(MASK), to(B)[0, 0])],
     "equal": lambda to: torch.tensor([torch.equal(to(A), to(A)), torch.equal(to(A), to(B))]),
     "finite": lambda to: [
