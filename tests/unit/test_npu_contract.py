@@ -208,8 +208,11 @@ SEEN = {
     "torch.npu": {
         "torch.npu.NPUGraph", "torch.npu.graph", "torch.npu.mem_get_info", "torch.npu.max_memory_allocated",
         "torch.npu.set_device", "torch.npu.is_available", "torch.npu.device_count",
-        "torch_npu.npu.NPUGraph.replay", "torch_npu.npu.NPUGraph.update", "torch_npu.npu.Event.synchronize",
+        "torch_npu.npu.NPUGraph.replay", "torch_npu.npu.Event.synchronize",
         "torch_npu.npu.Stream.wait_stream", "torch.ops.npu.npu_weight_quant_batchmatmul",
+        "torch.ops.npu.npu_rms_norm", "torch.ops.npu.npu_add_rms_norm", "torch.ops.npu.npu_rotary_mul",
+        "torch.ops.npu.npu_swiglu", "torch.ops.npu.scatter_update_",
+        "torch.ops.npu.npu_fused_infer_attention_score",
     },
     "torch.cuda": {
         "torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.CUDAGraph.replay", "torch.cuda.Event.record",

@@ -107,7 +107,7 @@ class AcceleratorDevice(Device):
 
 
 class NpuDevice(AcceleratorDevice):
-    """An Ascend NPU through torch_npu; written against its published interface, never run on an NPU."""
+    """An Ascend NPU through torch_npu; executed on a stand-in for CANN only, never on an NPU."""
 
     has_npu_operators = True
     attention_backend = "_native_npu"

@@ -40,7 +40,15 @@ LIBRARIES = [
 # Files that are compiled together, since torch's headers take longer than they do; two units for two cores.
 UNITS = (("descriptors", "elementwise"), ("indexing", "model"), ("hccl",), ("streams",), ("runtime",))
 # Looked up to learn whether CANN has a feature; absent, so the feature is not used.
-ABSENT = {"aclnnReselectStaticKernel", "aclnnTopkV2", "aclnnTopkV2GetWorkspaceSize", "aclrtValueWait", "aclrtValueWrite", "aclnnNpuFormatCast", "aclnnNpuFormatCastCalculateSizeAndFormat"}
+ABSENT = {
+    "aclnnNpuFormatCast",
+    "aclnnNpuFormatCastCalculateSizeAndFormat",
+    "aclnnReselectStaticKernel",
+    "aclnnTopkV2",
+    "aclnnTopkV2GetWorkspaceSize",
+    "aclrtValueWait",
+    "aclrtValueWrite",
+}
 # Unresolved in torch_npu, but not CANN's.
 FOREIGN = re.compile(r"(Py|_Py|_ITM|__|dl|pthread|_ZTH)")
 LOOKED_UP = re.compile(rb"(?<![\w])(?:acl(?:nn|rt|mdl|op|sk|sys)?|Hccl|Hcom)[A-Za-z0-9_]+(?=\0)")

@@ -7,6 +7,7 @@ without CANN's libraries.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import os
 import platform
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import venv
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,6 +78,26 @@ def torch_npu_site() -> Path:
     return site
 
 
+def virtual_environment(site: Path) -> Path:
+    """Returns a virtual environment that has this Python's packages and torch_npu's; made once.
+
+    Triton's Python backend runs in isolated mode, which ignores ``PYTHONPATH``.
+    """
+    own = [path for path in map(Path, sys.path) if path.name in ("site-packages", "dist-packages")]
+    name = hashlib.sha256(f"{sys.executable} {own} {site}".encode()).hexdigest()[:16]
+    made = cache_folder() / "npu-standin" / f"environment-{name}"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with (made.parent / "lock-environment").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "complete").exists():
+            venv.create(made, clear=True, symlinks=True)
+            (packages,) = made.glob("lib/python*/site-packages")
+            lines = [f"import site; site.addsitedir({str(path)!r})" for path in own]
+            (packages / "packages.pth").write_text("\n".join([*lines, str(site), ""]), encoding="utf-8")
+            (made / "complete").touch()
+    return made
+
+
 def _pip(command: str, *arguments: str) -> None:
     options = ["--no-deps", "--quiet", "--retries", "1", "--timeout", "15", "--disable-pip-version-check"]
     try:
@@ -113,7 +135,10 @@ def standin_environment(devices: int = 1, environment: Mapping[str, str] = os.en
         return os.pathsep.join(filter(None, [str(path), environment.get(variable)]))
 
     variables = {name: value for name, value in environment.items() if not name.startswith("ASCEND_HOME")}
+    own = virtual_environment(site)
     return variables | {
+        "VIRTUAL_ENV": str(own),
+        "PATH": prepended("PATH", own / "bin"),
         "LD_LIBRARY_PATH": prepended("LD_LIBRARY_PATH", libraries),
         "PYTHONPATH": prepended("PYTHONPATH", site),
         "CANN_STANDIN_DEVICES": str(devices),

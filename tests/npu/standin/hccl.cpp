@@ -231,6 +231,7 @@ HcclResult HcclCommDestroy(HcclComm comm) {
   of(comm).aborted = true;
   return HCCL_SUCCESS;
 }
+uint32_t HcclGetCommConfigCapability() { return 0; }  // no member of HcclCommConfig is needed
 const char* HcclGetErrorString(HcclResult) { return "HCCL error"; }
 
 HcclResult HcclAllReduce(void* from, void* to, uint64_t count, HcclDataType type, HcclReduceOp op, HcclComm comm, aclrtStream stream) {

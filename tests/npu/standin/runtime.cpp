@@ -256,6 +256,7 @@ aclError aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t* actual) {
   if (actual) *actual = timeout;
   return ACL_SUCCESS;
 }
+aclError aclrtSetOpWaitTimeout(uint32_t) { return ACL_SUCCESS; }
 aclError aclrtSetExceptionInfoCallback(aclrtExceptionInfoCallback) { return ACL_SUCCESS; }
 aclError aclrtPeekAtLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }
 aclError aclrtGetLastError(aclrtLastErrLevel) { return ACL_SUCCESS; }

@@ -22,8 +22,6 @@ from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder, DecoderLayer, gathered_logits
 from glm_image.ar.state import DecodeState
 
-npu = torch.ops.npu
-
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Stores a layer's keys and values and attends: from the layer's index, queries [rows, tokens, heads, head_dim], keys
 and values [rows, tokens, kv_heads, head_dim] to [rows, ..., head_dim] in the order of the queries."""
@@ -73,27 +71,28 @@ class NpuDecoder:
         eps = self.config.norm_eps
         rows, tokens = token_ids.shape
         residual = F.embedding(token_ids.flatten(), self._decoder.embedding.weight)
-        normed = npu.npu_rms_norm(residual, self._norms[0], eps)[0]
+        normed: Tensor = torch.ops.npu.npu_rms_norm(residual, self._norms[0], eps)[0]
         for index, layer in enumerate(self._layers):
             heads = layer.qkv(normed).view(rows, tokens, -1, self.config.head_dim)
-            turned = npu.npu_rotary_mul(heads[:, :, : layer.heads + layer.kv_heads], *tables)
+            turned = torch.ops.npu.npu_rotary_mul(heads[:, :, : layer.heads + layer.kv_heads], *tables)
             query, keys = turned[:, :, : layer.heads], turned[:, :, layer.heads :]
             attended = attention(index, query, keys, heads[:, :, -layer.kv_heads :])
             branch = layer.group.all_reduce_sum(layer.out(attended.reshape(rows * tokens, -1)))
-            branch = npu.npu_rms_norm(branch, layer.after_attention.weight, eps)[0]
-            normed, _, residual = npu.npu_add_rms_norm(branch, residual, layer.before_mlp.weight, eps)
-            branch = layer.group.all_reduce_sum(layer.down(npu.npu_swiglu(layer.gate_up(normed))))
-            branch = npu.npu_rms_norm(branch, layer.after_mlp.weight, eps)[0]
-            normed, _, residual = npu.npu_add_rms_norm(branch, residual, self._norms[index + 1], eps)
+            branch = torch.ops.npu.npu_rms_norm(branch, layer.after_attention.weight, eps)[0]
+            normed, _, residual = torch.ops.npu.npu_add_rms_norm(branch, residual, layer.before_mlp.weight, eps)
+            branch = layer.group.all_reduce_sum(layer.down(torch.ops.npu.npu_swiglu(layer.gate_up(normed))))
+            branch = torch.ops.npu.npu_rms_norm(branch, layer.after_mlp.weight, eps)[0]
+            normed, _, residual = torch.ops.npu.npu_add_rms_norm(branch, residual, self._norms[index + 1], eps)
         return normed
 
     def logits(self, normed: Tensor) -> Tensor:
         """Returns logits [rows, vision_vocab_size] in the decoder's dtype."""
-        return gathered_logits(self._decoder.head(normed), self._decoder.group, self.config.vision_vocab_size)
+        logits: Tensor = self._decoder.head(normed)
+        return gathered_logits(logits, self._decoder.group, self.config.vision_vocab_size)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, layout: str, mask: Tensor, mode: int = 0) -> Tensor:
         """Attends; ``mask`` is true where a key is hidden."""
-        attended: Tensor = npu.npu_fused_infer_attention_score(
+        attended: Tensor = torch.ops.npu.npu_fused_infer_attention_score(
             query,
             keys,
             values,
@@ -146,7 +145,7 @@ class NpuStep:
 
         def attention(layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             for whole, new in ((cache.keys[layer], keys), (cache.values[layer], values)):
-                npu.scatter_update_(whole, state.lengths, new.transpose(1, 2), 2)
+                torch.ops.npu.scatter_update_(whole, state.lengths, new.transpose(1, 2), 2)
             heads = query.transpose(1, 2)
             return self._decoder.attend(heads, cache.keys[layer], cache.values[layer], "BNSD", hidden[:, None, None])
 
