@@ -4,17 +4,20 @@
 #   docker build --target ascend -t glm-image:ascend .
 # Weights are not part of an image; mount them at /checkpoint. See docs/containers.md.
 
-# The vendors' images, by their local names; or pass full names with a registry.
+# The defaults are local names, to be replaced: pass the full names of the vendors' images, or tag them so. A digest
+# (sha256:...) pins the content of an image as well.
 # Triton 26.07 or newer with its Python backend, which links the image's Python.
 ARG TRITON_IMAGE=tritonserver:26.07-py3
+ARG TRITON_DIGEST=
 # CANN for the card (910b, a3, ...), compatible with the torch-npu of constraints.txt.
 ARG CANN_IMAGE=cann:8.5.0-910b-ubuntu22.04-py3.11
+ARG CANN_DIGEST=
 
-FROM ${CANN_IMAGE} AS cann
+FROM ${CANN_IMAGE}${CANN_DIGEST:+@${CANN_DIGEST}} AS cann
 
 # Common to both targets: system packages, the project, an unprivileged user.
 # hadolint ignore=DL3006
-FROM ${TRITON_IMAGE} AS base
+FROM ${TRITON_IMAGE}${TRITON_DIGEST:+@${TRITON_DIGEST}} AS base
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # A compiler and Python's headers, since kernels written in Triton (the language) are compiled at first use.
 # hadolint ignore=DL3008
@@ -29,13 +32,23 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/glm-image
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
+COPY requirements requirements
 COPY python_backends python_backends
 COPY client client
 COPY model_repository model_repository
 COPY scripts/serve scripts/serve
 COPY scripts/lib scripts/lib
 COPY containers containers
+# A vendor's builds of these are made for its libraries.
+ENV KEPT_PACKAGES=numpy,torch,torch-npu,triton
+ARG TRITON_IMAGE
+ARG TRITON_DIGEST
+LABEL org.opencontainers.image.title="GLM-Image on Triton" \
+    org.opencontainers.image.description="GLM-Image, a prompt to a picture, served by NVIDIA Triton" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.base.name="$TRITON_IMAGE" \
+    org.opencontainers.image.base.digest="$TRITON_DIGEST"
 EXPOSE 8000 8001 8002
 # Loading the full checkpoint takes minutes.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=15m --retries=3 \
@@ -43,18 +56,28 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=15m --retries=3 \
 ENTRYPOINT ["/opt/glm-image/containers/serve", "--checkpoint", "/checkpoint", "--host", "0.0.0.0"]
 
 FROM base AS cuda
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 containers/constraints.py constraints.txt > /tmp/constraints.txt \
-    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,tracing]' \
-    && rm /tmp/constraints.txt
+RUN --mount=type=cache,target=/tmp/.cache/pip \
+    python3 scripts/lib/install_locked.py --keep "$KEPT_PACKAGES" client server tracing \
+    && containers/write_sbom /opt/glm-image/sbom.cdx.json
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.version="$VERSION" \
+    org.opencontainers.image.revision="$REVISION" \
+    org.opencontainers.image.created="$CREATED"
 USER 10001:10001
 
 # CANN is copied into Triton's image, not vice versa: CANN's libraries are built for older systems and run on this one,
 # while this Triton needs a newer C library and another Python than CANN's images have.
 FROM base AS ascend
 COPY --from=cann /usr/local/Ascend /usr/local/Ascend
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python3 containers/constraints.py constraints.txt > /tmp/constraints.txt \
-    && python3 -m pip install -c /tmp/constraints.txt -e '.[client,server,tracing,npu]' \
-    && rm /tmp/constraints.txt
+RUN --mount=type=cache,target=/tmp/.cache/pip \
+    python3 scripts/lib/install_locked.py --keep "$KEPT_PACKAGES" client server tracing npu \
+    && containers/write_sbom /opt/glm-image/sbom.cdx.json
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.version="$VERSION" \
+    org.opencontainers.image.revision="$REVISION" \
+    org.opencontainers.image.created="$CREATED"
 USER 10001:10001

@@ -14,7 +14,8 @@ def tensor(name: str, datatype: str, values: np.ndarray) -> triton.InferInput:
 
 
 prompt = "A red fox reading a newspaper that says “NEWS”"
-client = triton.InferenceServerClient("127.0.0.1:8001")
+pings = triton.KeepAliveOptions(keepalive_time_ms=30_000, http2_max_pings_without_data=0)
+client = triton.InferenceServerClient("127.0.0.1:8001", keepalive_options=pings)
 response = client.infer(
     "glm_image",
     [

@@ -36,11 +36,14 @@ from bench.servers import processes, resident_bytes, tiny_checkpoint
 from chaos_requests import GOOD, KINDS, OUTCOMES, RequestRecord, Server, fault_of, send_any
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.restarts import RestartPolicy, keep_running
-from glm_image.supervisor.watchdog import SHARED_MEMORY, children_of
+from glm_image.watchdog.leftovers import SHARED_MEMORY
+from glm_image.watchdog.processes import children_of
 
 UNREADY_SECONDS = {signal.SIGKILL: 2.0, signal.SIGSTOP: 10.0}
 RECOVERY_SECONDS = 120.0
 POLL_SECONDS = 0.1
+RETRY_SECONDS = 1.0
+"""Between a closed connection and a client's next request."""
 SETTLE_SECONDS = 20.0
 """For connections of ended requests to close; a leak stays."""
 
@@ -237,7 +240,7 @@ class Chaos:
         while not finished.is_set():
             requests.append(send_any(self._address, rng))
             if requests[-1].outcome.kind == "closed":
-                finished.wait(0.2)  # as a client does before it retries
+                finished.wait(RETRY_SECONDS)
         return requests
 
     def _is_ready(self) -> bool:
@@ -303,7 +306,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all random choices (default: %(default)s)")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))
+        checkpoint = tiny_checkpoint(Path(folder)) if flags.checkpoint is None else flags.checkpoint
         plan = Plan(flags.seconds, flags.failures, flags.calm, flags.clients)
         report = Chaos(checkpoint, flags.seed).run(plan)
     print(json.dumps(report.counts(), indent=2))

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from glm_image.checkpoint.layout import COMPONENTS
-from glm_image.errors import GlmImageError
+from glm_image.errors import GlmImageError, printable
 from glm_image.sizing.inspect import inspect
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
-OTHER_FILES = {"model_index.json", "README.md", "LICENSE"}
+OTHER_FILES = {"model_index.json", "generation_defaults.json", "README.md", "LICENSE"}
 CHUNK = 1 << 22
 SPARE_BYTES = 1 << 30
 EXIT_FAILED, EXIT_REFUSED = 1, 2
@@ -227,7 +227,8 @@ def _digest(path: Path, digest: hashlib._Hash) -> str:
 def download(flags: argparse.Namespace, report: Callable[[str], None] = print) -> None:
     """Lists and downloads the files, verifies them and reports on the checkpoint."""
     hub = HUBS[flags.hub]
-    repository, revision = flags.repository or hub.repository, flags.revision or hub.revision
+    repository = hub.repository if flags.repository is None else flags.repository
+    revision = hub.revision if flags.revision is None else flags.revision
     listing = hub.list(repository, revision)
     files = checkpoint_files(listing.files)
     say(f"{repository} at {listing.revision}: {len(files)} files, {sum(file.size for file in files) / 1e9:.2f} GB")
@@ -239,7 +240,7 @@ def download(flags: argparse.Namespace, report: Callable[[str], None] = print) -
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -190,6 +190,8 @@ def write_json(path: Path, content: Json) -> None:
 def write_configs(folder: Path, c: TinyConfig, merges: Sequence[tuple[str, str]] = ()) -> None:
     """Write everything but the tensors; ``merges`` are the AR tokenizer's."""
     write_json(folder / "model_index.json", configs.model_index())
+    if c != FULL:
+        write_json(folder / "generation_defaults.json", configs.generation_defaults())
     for part in PARTS:
         write_json(folder / part.folder / "config.json", part.config(c))
     write_json(folder / "vision_language_encoder" / "generation_config.json", configs.generation_config(c))

@@ -10,28 +10,35 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from glm_image.errors import GlmImageError
+from glm_image.errors import GlmImageError, printable
 from glm_image.supervisor import ServerSettings, TritonServer
-from glm_image_client import BadArgumentError, GenerationResult, GlmImageClient, GlmImageClientError, RefusedError
+from glm_image_client import (
+    BadArgumentError,
+    GenerateOptions,
+    GenerationResult,
+    GlmImageClient,
+    GlmImageClientError,
+    RefusedError,
+)
+from glm_image_client.cli.running import with_server_defaults
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 TRAINED_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "tiny"
 RANDOM_CHECKPOINT = REPOSITORY_ROOT / "checkpoints" / "random"
-TINY_SIZE, TINY_STEPS = (256, 256), 20
 OUTPUT = "output_{width}x{height}.png"
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 console = Console(stderr=True)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="quickstart", description="Generates one image with a temporary server.")
     parser.add_argument("prompt", metavar="PROMPT", help="text in quotation marks is rendered in the image")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the built-in tiny checkpoint")
@@ -39,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same image")
     parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -84,16 +91,17 @@ def progress(activity: str) -> Iterator[None]:
         bar.update(task, completed=1)
 
 
+def options_of(arguments: argparse.Namespace) -> GenerateOptions:
+    """Returns the options of the request; None where the checkpoint's default applies."""
+    width, height = (None, None) if arguments.size is None else arguments.size
+    return {"width": width, "height": height, "num_inference_steps": arguments.steps, "seed": arguments.seed}
+
+
 def generate(server: TritonServer, arguments: argparse.Namespace) -> GenerationResult:
-    size, steps = arguments.size, arguments.steps
-    if arguments.checkpoint is None:
-        size, steps = size or TINY_SIZE, steps or TINY_STEPS
-    width, height = size or (None, None)
-    size_text = " x ".join(map(str, size)) + " pixels" if size else "the default size"
-    with GlmImageClient(server.grpc_url) as client, progress(f"Generating {size_text}"):
-        return client.generate(
-            arguments.prompt, width=width, height=height, num_inference_steps=steps, seed=arguments.seed
-        )
+    with GlmImageClient(server.grpc_url) as client:
+        options = with_server_defaults(client, options_of(arguments))
+        with progress(f"Generating {options['width']} x {options['height']} pixels"):
+            return client.generate(arguments.prompt, **options)
 
 
 def summary(result: GenerationResult, files: list[Path]) -> str:
@@ -116,7 +124,7 @@ def keep(server: TritonServer) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    checkpoint = arguments.checkpoint or tiny_checkpoint()
+    checkpoint = tiny_checkpoint() if arguments.checkpoint is None else arguments.checkpoint
     server = TritonServer(ServerSettings(checkpoint))
     try:
         with progress("Starting Triton and loading the models"):
@@ -133,16 +141,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    # Both act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    # All act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     began = time.perf_counter()
     try:
         run(arguments)
     except KeyboardInterrupt:
         return 0 if arguments.keep else EXIT_INTERRUPTED
     except (GlmImageError, GlmImageClientError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_REFUSED if isinstance(error, (BadArgumentError, RefusedError)) else EXIT_FAILED
     console.print(f"{time.perf_counter() - began:.1f} s in all")
     return 0

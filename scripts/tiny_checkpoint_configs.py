@@ -270,6 +270,11 @@ def model_index() -> Json:
     }
 
 
+def generation_defaults() -> Json:
+    """generation_defaults.json: the options that clients should use where a user does not say."""
+    return {"width": 256, "height": 256, "num_inference_steps": 20, "guidance_scale": 1.5}
+
+
 def image_processor_config(c: TinyConfig) -> Json:
     """preprocessor_config.json of ``processor``; ``size`` holds areas in pixels."""
     return {

@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Layers of this size lose more to handing work between threads than they win, and idle threads spin. Set before torch
+# is imported, and for the processes that tests start: the order of a sum, and so its last bits, hangs on the number.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 from hypothesis import settings
 
@@ -32,9 +37,6 @@ SHARED_SERVERS = {"triton", "bare_triton", "two_instances"}
 # A shell that starts this in the background has it ignore interrupts, and all programs that it starts would.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Layers of this size lose more to handing work between threads than they win.
-torch.set_num_threads(1)
 
 settings.register_profile("tests", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tests")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socketserver import BaseServer
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +24,23 @@ from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters
 from glm_image.request.prompts import PromptTokenizer
 
+T = TypeVar("T")
 MakeCheckpoint = Callable[..., Path]
 """The ``make_checkpoint`` fixture: sizes of ``TinyConfig``, and ``weights``, by name."""
 
 POLL_SECONDS = 0.02
-"""The interval at which a test's server checks whether it shall end."""
+"""The interval at which a condition that reports no event is checked."""
+
+WAIT_SECONDS = 120
+"""The longest that a test waits for a condition: far longer than a slow, loaded machine takes."""
+
+
+def wait_until(condition: Callable[[], T], seconds: float = WAIT_SECONDS) -> T:
+    """Checks a condition of another process until it is truthy; returns its value, after ``seconds`` the last one."""
+    end = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    return value
 
 
 @contextmanager

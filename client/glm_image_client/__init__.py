@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from glm_image_client._version import __version__
 from glm_image_client.client import AsyncGlmImageClient, GlmImageClient
 from glm_image_client.errors import (
     BadArgumentError,
     BusyError,
     GlmImageClientError,
+    PromptsError,
     RefusedError,
     RequestCancelled,
     RequestTimeout,
     ServerFailure,
+    UnknownOptionError,
     UnreachableError,
 )
 from glm_image_client.events import StreamEvent
@@ -23,11 +26,12 @@ from glm_image_client.options import (
     PaintOptions,
     PreviewOptions,
     PriorOptions,
-    SourceImage,
     StreamOptions,
 )
+from glm_image_client.pipeline import PipelineOutput, RemotePipeline
 from glm_image_client.result import GenerationResult, Metadata, PriorTokens
 from glm_image_client.retries import Retries
+from glm_image_client.sources import SourceImage
 
 __all__ = [
     "ArOptions",
@@ -43,10 +47,13 @@ __all__ = [
     "Metadata",
     "OutputFormat",
     "PaintOptions",
+    "PipelineOutput",
     "PreviewOptions",
     "PriorOptions",
     "PriorTokens",
+    "PromptsError",
     "RefusedError",
+    "RemotePipeline",
     "RequestCancelled",
     "RequestTimeout",
     "Retries",
@@ -54,5 +61,7 @@ __all__ = [
     "SourceImage",
     "StreamEvent",
     "StreamOptions",
+    "UnknownOptionError",
     "UnreachableError",
+    "__version__",
 ]

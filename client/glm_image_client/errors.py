@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Sequence
 from typing import Final
 
 # Triton's HTTP front end has a number where its gRPC front end has a name.
@@ -31,12 +33,45 @@ _WRAPPING: Final = (
 _STACK: Final = re.compile(r"\n+At:\n.*", re.DOTALL)
 
 
+_UNSAFE_CATEGORIES: Final = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Control and format characters, lone surrogates, separators of lines and paragraphs."""
+
+
+def printable(text: str) -> str:
+    r"""Returns ``text`` as one line for a terminal, with its control characters escaped, as ``\x1b`` or ``\u202e``."""
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _UNSAFE_CATEGORIES
+        else character
+        for character in text
+    )
+
+
 class GlmImageClientError(Exception):
     """Base of every error this package raises on purpose; its text is one sentence for people."""
 
 
 class BadArgumentError(GlmImageClientError, ValueError):
-    """A value cannot be sent, or an image cannot be saved; no request was sent."""
+    """A value cannot be sent, or a file cannot be read or written."""
+
+
+class UnknownOptionError(BadArgumentError, TypeError):
+    """A keyword argument that the method does not have."""
+
+
+class PromptsError(GlmImageClientError):
+    """Some of a list of prompts failed; the cause is the first error.
+
+    Attributes:
+        results: for each prompt its ``GenerationResult``, or the ``GlmImageClientError`` with which it failed.
+    """
+
+    def __init__(self, results: Sequence[object]) -> None:
+        failed = [index for index, result in enumerate(results) if isinstance(result, GlmImageClientError)]
+        super().__init__(
+            f"{len(failed)} of {len(results)} prompts failed; the first is prompt {failed[0] + 1}: {results[failed[0]]}"
+        )
+        self.results = list(results)
 
 
 class RefusedError(GlmImageClientError):
@@ -45,6 +80,10 @@ class RefusedError(GlmImageClientError):
 
 class UnreachableError(GlmImageClientError):
     """No server answers at the address, or the connection broke before an answer came."""
+
+
+class TooManyPingsError(UnreachableError):
+    """The server closed the connection because it permits fewer pings; the transport sends none any more."""
 
 
 class ServerFailure(GlmImageClientError):  # noqa: N818 - a public name
@@ -105,6 +144,11 @@ def answered(status: str | None, message: str | None) -> RefusedError | ServerFa
     if name == "UNAVAILABLE" or _STOPPING.search(text):
         return BusyError(text, name)
     return ServerFailure(text, name)
+
+
+def reason_of(error: Exception) -> str:
+    """Returns why a file cannot be read or written: the system's reason, without the path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def timed_out(seconds: float | None) -> RequestTimeout:

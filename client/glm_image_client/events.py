@@ -9,7 +9,7 @@ from typing import Final
 from PIL import Image
 
 from glm_image_client.errors import ServerFailure
-from glm_image_client.result import GenerationResult, decoded_images, image_files, json_object
+from glm_image_client.result import GenerationResult, decoded_images, image_files, json_output
 from glm_image_client.transport import Outputs
 
 RENAMED: Final = {"tokens": "decode"}
@@ -21,7 +21,8 @@ class StreamEvent:
     """One event of ``stream()``.
 
     Attributes:
-        kind: ``queued``, ``prefill``, ``decode``, ``preview``, ``denoise`` or ``image``, which is the last one.
+        kind: ``queued``, ``prefill``, ``decode``, ``preview``, ``preview_skipped``, ``denoise`` or ``image``, which is
+            the last one.
         request_id: the id for ``cancel`` and ``status``.
         stage: the request's stage, as in ``status``.
         done: prompts prefilled, tokens sampled or steps taken, of ``total``.
@@ -29,6 +30,9 @@ class StreamEvent:
         seconds: time since the server accepted the request.
         eta: estimated seconds left; None = unknown.
         files: PNG files of intermediate images: a ``preview``, or the latents at 1/8 of the size.
+        reason: why an intermediate image is not made, in ``preview_skipped``: ``busy``, ``deadline``, ``memory`` or
+            ``error``.
+        message: that reason as a sentence.
         result: the images, in the last event.
     """
 
@@ -40,6 +44,8 @@ class StreamEvent:
     seconds: float
     eta: float | None = None
     files: list[bytes] = field(default_factory=list, repr=False)
+    reason: str | None = None
+    message: str | None = None
     result: GenerationResult | None = field(default=None, repr=False)
 
     @cached_property
@@ -51,15 +57,24 @@ class StreamEvent:
 
     @classmethod
     def from_outputs(cls, outputs: Outputs) -> StreamEvent:
+        """Returns the event in the outputs of a response.
+
+        Raises:
+            ServerFailure: an output or a field of the event is missing or malformed.
+        """
+        event = json_output(outputs, "event")
         try:
-            event = json_object(outputs["event"][0], "event")
             result = GenerationResult.from_outputs(outputs) if event["event"] == "image" else None
             return cls(
                 kind=RENAMED.get(event["event"], event["event"]),
                 stage=RENAMED.get(event["stage"], event["stage"]),
+                reason=event.get("reason"),
+                message=event.get("message"),
                 files=[] if result else image_files(outputs),
                 result=result,
                 **{name: event[name] for name in ("request_id", "done", "total", "seconds", "eta")},
             )
-        except (KeyError, IndexError) as error:
+        except TypeError as error:
+            raise ServerFailure("the server's event has a field of a wrong type") from error
+        except KeyError as error:
             raise ServerFailure(f"the server's response has no {error.args[0]!r}") from error

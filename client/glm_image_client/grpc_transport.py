@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import queue
 import re
+import struct
+import threading
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import closing, suppress
 from functools import cached_property
@@ -15,13 +18,27 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import aio
 from tritonclient.utils import InferenceServerException
 
-from glm_image_client.errors import GlmImageClientError, answered, status_name, timed_out, unreachable
+from glm_image_client.errors import (
+    GlmImageClientError,
+    ServerFailure,
+    TooManyPingsError,
+    answered,
+    status_name,
+    timed_out,
+    unreachable,
+)
 from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Outputs, Request, Transport, infer_arguments
 
 T = TypeVar("T")
 
 # gRPC's message around the fault: the attempt, the status, the address.
 _AROUND_FAULT = re.compile(r"(?:.*last error: )?(?:[A-Z_]+: )?(?:ipv[46]:\S+: )?(.*?)(?:: OK)?", re.DOTALL)
+
+# gRPC's message when a server closes the connection with GOAWAY for its pings.
+_TOO_MANY_PINGS = re.compile(r"too.many.pings", re.IGNORECASE)
+
+PING_ANSWER_SECONDS = 20
+"""Without an answer to a ping by then the connection counts as broken."""
 
 WITH_STATUS = {"triton_grpc_error": "true"}
 """Headers with which Triton sends the status of an error in a stream, not only its message."""
@@ -31,6 +48,32 @@ class GrpcBase(Transport):
     """The calls over one channel. The methods of ``_client``, a client of tritonclient, block or return awaitables."""
 
     _client: Any
+
+    def __init__(self, endpoint: Endpoint, keepalive: float | None) -> None:
+        super().__init__(endpoint)
+        self._keepalive = keepalive
+        self._lock = threading.Lock()
+        self._retired: list[Any] = []
+
+    @abstractmethod
+    def _connected(self) -> Any:
+        """Returns a client of tritonclient."""
+
+    def _keepalive_options(self) -> triton.KeepAliveOptions:
+        if self._keepalive is None:
+            return triton.KeepAliveOptions()
+        return triton.KeepAliveOptions(
+            keepalive_time_ms=max(1, round(self._keepalive * 1000)),
+            keepalive_timeout_ms=PING_ANSWER_SECONDS * 1000,
+            http2_max_pings_without_data=0,  # no limit, as a request sends nothing while it waits for its images
+        )
+
+    def _stop_pings(self) -> None:
+        with self._lock:
+            if self._keepalive is not None:
+                self._keepalive = None
+                self._retired.append(self._client)  # not closed yet: other calls may be reading their errors
+                self._client = self._connected()
 
     async def infer(self, request: Request, timeout: float | None) -> Outputs:
         arguments = infer_arguments(triton, request, timeout)
@@ -52,10 +95,16 @@ class GrpcBase(Transport):
             return await _finished(call())
         except InferenceServerException as error:
             raise await self._error(error, timeout) from error
+        except grpc.RpcError as error:  # tritonclient's stream for asyncio does not convert it
+            fault = InferenceServerException(error.details() or "", str(error.code()))
+            raise await self._error(fault, timeout) from error
 
     async def _error(self, error: InferenceServerException, timeout: float | None) -> GlmImageClientError:
         # gRPC reports UNAVAILABLE for a full queue and for a failed connection, and DEADLINE_EXCEEDED for a slow answer
         # and for a host that drops packets: ask the server whether it is there.
+        if _TOO_MANY_PINGS.search(error.message() or ""):
+            self._stop_pings()
+            return TooManyPingsError(f"the server at {self._address} permits fewer pings than this client has sent")
         live = status_name(error.status()) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"} or await self._succeeds(
             lambda: self._client.is_server_live(client_timeout=LIVENESS_SECONDS)
         )
@@ -71,8 +120,8 @@ class GrpcBase(Transport):
 class GrpcTransport(GrpcBase):
     """One channel to a server, shared by the calling threads, which it blocks."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
+    def __init__(self, endpoint: Endpoint, keepalive: float | None) -> None:
+        super().__init__(endpoint, keepalive)
         self._client = self._connected()
 
     async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
@@ -99,10 +148,11 @@ class GrpcTransport(GrpcBase):
                 client.stop_stream(cancel_requests=not is_last)
 
     async def close(self) -> None:
-        self._client.close()
+        for client in (*self._retired, self._client):
+            client.close()
 
     def _connected(self) -> Any:
-        return triton.InferenceServerClient(self._address, ssl=self._tls)
+        return triton.InferenceServerClient(self._address, ssl=self._tls, keepalive_options=self._keepalive_options())
 
 
 class AsyncGrpcTransport(GrpcBase):
@@ -111,7 +161,7 @@ class AsyncGrpcTransport(GrpcBase):
     @cached_property
     def _client(self) -> Any:
         # A channel belongs to the loop that runs when it is made.
-        return aio.InferenceServerClient(self._address, ssl=self._tls)
+        return self._connected()
 
     async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
         arguments = infer_arguments(triton, request, timeout)
@@ -123,7 +173,10 @@ class AsyncGrpcTransport(GrpcBase):
         is_last = False
         try:
             while not is_last:
-                result, error = await self._answer(lambda: anext(responses), timeout)
+                answer: tuple[Any, Any] | None = await self._answer(lambda: anext(responses, None), timeout)
+                if answer is None:
+                    return
+                result, error = answer
                 if error is not None:
                     raise client_error(error, self._address, timeout, live=True) from error
                 is_last = is_final(result)
@@ -138,8 +191,11 @@ class AsyncGrpcTransport(GrpcBase):
                         pass
 
     async def close(self) -> None:
-        if "_client" in vars(self):
-            await self._client.close()
+        for client in (*self._retired, *([self._client] if "_client" in vars(self) else [])):
+            await client.close()
+
+    def _connected(self) -> Any:
+        return aio.InferenceServerClient(self._address, ssl=self._tls, keepalive_options=self._keepalive_options())
 
 
 async def _finished(value: T | Awaitable[T]) -> T:
@@ -153,7 +209,10 @@ def is_final(result: Any) -> bool:
 
 def outputs_of(result: Any) -> Outputs:
     """Returns every output of an ``InferResult`` by its name."""
-    return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+    try:
+        return {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+    except (ValueError, LookupError, TypeError, struct.error) as error:
+        raise ServerFailure("the server's response does not have the data that it declares") from error
 
 
 def with_integer_shapes(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import re
+import struct
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
@@ -100,7 +101,7 @@ class HttpBase(Transport):
             raise unreachable(self._address, self._reason(error)) from error
         except GlmImageClientError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             raise ServerFailure(f"{self._address} did not answer in KServe's protocol") from error
 
     async def _timeout_error(self, timeout: float | None) -> GlmImageClientError:
@@ -217,8 +218,10 @@ def stream_outputs(line: bytes) -> Outputs | None:
         event = json.loads(line.removeprefix(DATA))
     except ValueError as error:
         raise ServerFailure("the server's event is not JSON") from error
+    if not isinstance(event, dict):
+        raise ServerFailure("the server's event is not a JSON object")
     if "error" in event:
-        raise answered(None, event["error"])
+        raise answered(None, str(event["error"]))
     outputs = {}
     for name in ("event", "images_base64", "metadata"):  # without shapes, and one element is not a list
         texts = event.get(name, [])

@@ -6,14 +6,12 @@ not sent, so that the server's default applies.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypedDict, Union, get_args, get_type_hints
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
-from PIL import Image
+from glm_image_client.sources import SourceImage
 
 OutputFormat = Literal["raw", "png", "jpeg", "webp"]
-SourceImage = Union[str, "os.PathLike[str]", bytes, Image.Image]
 
 
 class Input(NamedTuple):
@@ -34,14 +32,22 @@ class CommonOptions(TypedDict, total=False):
     """Options of every call that generates.
 
     Attributes:
-        seed: any signed 64-bit integer; image i is that of ``seed + i``.
-        images: source images for image-to-image: paths, bytes of image files, or PIL images.
+        seed: any integer from -2^63 to 2^64 - 1, of which -1 is one as any other; image i is that of ``seed + i``.
+        glyph_text: strings to render as lettering, in place of the quoted text of the prompt; () = no lettering.
+        images: source image or images for image to image: paths, bytes of image files, PIL images, or uint8 arrays
+            [height, width, 3].
+        image: the same as ``images``; only one of the two may be given.
         request_id: the id for ``cancel`` and ``status``; by default a new one.
         timeout: seconds for all attempts together, here and on the server; by default the client's.
     """
 
     seed: Annotated[int | None, Input("INT64", "Seed; the same seed gives the same image.", ("--seed",))]
-    images: Sequence[SourceImage] | None
+    glyph_text: Annotated[
+        Sequence[str] | None,
+        Input("BYTES", "Text to render, in place of the quoted text; may be given several times.", ("--glyph-text",)),
+    ]
+    images: SourceImage | Sequence[SourceImage] | None
+    image: SourceImage | Sequence[SourceImage] | None
     request_id: str | None
     timeout: float | None
 

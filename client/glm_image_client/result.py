@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
-import zipfile
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -17,10 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from glm_image_client.errors import BadArgumentError, ServerFailure
+from glm_image_client.errors import BadArgumentError, ServerFailure, reason_of
+from glm_image_client.options import OutputFormat
 from glm_image_client.transport import Outputs
 
-SUFFIX_FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+SUFFIX_FORMATS: Final[Mapping[str, OutputFormat]] = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+}
 
 _ENCODER_OPTIONS: Final[Mapping[str, Mapping[str, int]]] = {
     "png": {"compress_level": 1},
@@ -41,6 +46,7 @@ class Metadata:
         generated_width: width before cropping, a multiple of 32.
         generated_height: height before cropping, a multiple of 32.
         steps: denoising steps.
+        rendered_text: the strings that the images show as lettering.
         cached_steps: for each image, the steps that the residual cache shortened.
         attention_backend: the DiT's attention implementation, by its name in diffusers.
         tokens: token counts: prompt, source, preview, image.
@@ -57,6 +63,7 @@ class Metadata:
     generated_width: int = 0
     generated_height: int = 0
     steps: int = 0
+    rendered_text: tuple[str, ...] = ()
     cached_steps: tuple[Any, ...] = ()
     attention_backend: str = ""
     tokens: Mapping[str, int] = field(default_factory=dict)
@@ -67,15 +74,25 @@ class Metadata:
 
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any]) -> Metadata:
+        """Returns the metadata in a JSON object.
+
+        Raises:
+            ServerFailure: a field is of another type.
+        """
         known = {item.name for item in fields(cls)} - {"extra", "raw"}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in raw.items() if name in known
         }
+        defaults = cls()
+        for name, value in values.items():
+            if name != "version" and not isinstance(value, type(getattr(defaults, name))):
+                raise ServerFailure(f"{name} of the server's metadata is {value!r}")
         extra = {name: value for name, value in raw.items() if name not in known}
         return cls(**values, extra=extra, raw=dict(raw))
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Metadata:
+        """Returns the metadata in the text of a JSON object; see ``from_mapping``."""
         return cls.from_mapping(json_object(text, "metadata"))
 
 
@@ -95,9 +112,14 @@ class GenerationResult:
 
     @classmethod
     def from_outputs(cls, outputs: Outputs) -> GenerationResult:
-        metadata = Metadata.from_json(_output(outputs, "metadata")[0])
+        """Returns the result in the outputs of a response.
+
+        Raises:
+            ServerFailure: an output is missing or malformed.
+        """
+        metadata = Metadata.from_mapping(json_output(outputs, "metadata"))
         encoded = image_files(outputs)
-        return cls(metadata, encoded, None if encoded else _output(outputs, "images"))
+        return cls(metadata, encoded, None if encoded else output(outputs, "images"))
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -114,11 +136,22 @@ class GenerationResult:
         return [np.asarray(image) for image in self.images]
 
     @property
+    def image(self) -> Image.Image:
+        """The first image as a PIL image, RGB.
+
+        Raises:
+            ServerFailure: the server sent no image.
+        """
+        if not self._count:
+            raise ServerFailure("the server's response has no image")
+        return self.images[0]
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seed of each image."""
         return self.metadata.seeds
 
-    def save(self, path: str | Path) -> list[Path]:
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Writes every image and returns the files.
 
         An image that the server encoded in the suffix's format is written byte for byte.
@@ -128,18 +161,21 @@ class GenerationResult:
                 filled in. Several images without one of the last two go to ``NAME_0.png``, ``NAME_1.png``, ...
 
         Raises:
-            BadArgumentError: the suffix is another one.
-            OSError: a file cannot be written.
+            BadArgumentError: the suffix is another one, or a file cannot be written.
+            ServerFailure: an image that the server sent cannot be read.
         """
         suffix_format = format_of(path)
-        count = len(self.encoded) if self.pixels is None else len(self.pixels)
-        files = [Path(name) for name in file_names(str(path), count, self.metadata)]
+        files = [Path(name) for name in file_names(os.fspath(path), self._count, self.metadata)]
         for index, file in enumerate(files):
-            file.write_bytes(self._file_bytes(index, suffix_format))
+            write_file(file, self._file_bytes(index, suffix_format))
         return files
 
+    @property
+    def _count(self) -> int:
+        return len(self.encoded) if self.pixels is None else len(self.pixels)
+
     def _file_bytes(self, index: int, image_format: str) -> bytes:
-        if self.encoded and (Image.open(io.BytesIO(self.encoded[index])).format or "").lower() == image_format:
+        if self.encoded and opened_image(self.encoded[index]).format == image_format.upper():
             return self.encoded[index]
         buffer = io.BytesIO()
         self.images[index].save(buffer, image_format, **_ENCODER_OPTIONS[image_format])
@@ -173,36 +209,49 @@ class PriorTokens:
 
     @classmethod
     def from_outputs(cls, outputs: Outputs) -> PriorTokens:
-        values: dict[str, Any] = {item.name: _output(outputs, item.name) for item in fields(cls)}
-        values["ar_metadata"] = json_object(values["ar_metadata"][0], "ar_metadata")
+        """Returns the tokens in the outputs of a response.
+
+        Raises:
+            ServerFailure: an output is missing or malformed.
+        """
+        values: dict[str, Any] = {item.name: output(outputs, item.name) for item in fields(cls)}
+        values["ar_metadata"] = json_output(outputs, "ar_metadata")
         return cls(**values)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes everything into one ``.npz`` file and returns it.
 
         Raises:
-            OSError: the file cannot be written.
+            BadArgumentError: the file cannot be written, or a value cannot be saved.
         """
         arrays = {item.name: getattr(self, item.name) for item in fields(self)}
-        arrays["ar_metadata"] = np.array(json.dumps(self.ar_metadata))
-        with Path(path).open("wb") as file:  # numpy would append its own suffix to a name without one
-            np.savez(file, **arrays)
-        return Path(path)
+        buffer = io.BytesIO()
+        try:
+            arrays["ar_metadata"] = np.array(json.dumps(self.ar_metadata))
+            np.savez(buffer, allow_pickle=False, **arrays)
+        except (TypeError, ValueError) as error:
+            raise BadArgumentError(f"the tokens cannot be saved: {error}") from error
+        file = as_path(path)
+        write_file(file, buffer.getvalue())
+        return file
 
     @classmethod
-    def load(cls, path: str | Path) -> PriorTokens:
+    def load(cls, path: str | os.PathLike[str]) -> PriorTokens:
         """Reads a file of ``save``; nothing in the file is executed.
 
         Raises:
             BadArgumentError: the file cannot be read, or was not written by ``save``.
         """
         try:
-            with np.load(Path(path), allow_pickle=False) as file:
+            content = as_path(path).read_bytes()
+        except (OSError, ValueError) as error:
+            raise BadArgumentError(f"tokens {str(path)!r} cannot be read: {reason_of(error)}") from error
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 values: dict[str, Any] = {item.name: file[item.name] for item in fields(cls)}
-            values["ar_metadata"] = json.loads(str(values["ar_metadata"]))
-        except OSError as error:
-            raise BadArgumentError(f"tokens {str(path)!r} cannot be read: {error.strerror or error}") from error
-        except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            values["ar_metadata"] = json_object(str(values["ar_metadata"]), "ar_metadata")
+        # A damaged archive also raises the errors of its compression.
+        except Exception as error:
             raise BadArgumentError(f"tokens {str(path)!r} was not written by PriorTokens.save") from error
         return cls(**values)
 
@@ -210,36 +259,80 @@ class PriorTokens:
 def image_files(outputs: Outputs) -> list[bytes]:
     """Returns the files in the output ``images_base64``."""
     try:
-        return [base64.b64decode(file, validate=True) for file in _output(outputs, "images_base64").ravel()]
-    except binascii.Error as error:
+        return [base64.b64decode(file, validate=True) for file in output(outputs, "images_base64").ravel()]
+    except (TypeError, ValueError) as error:
         raise ServerFailure("images_base64 of the server's response is not base64") from error
 
 
 def decoded_images(files: Sequence[bytes]) -> list[Image.Image]:
-    """Returns image files as PIL images, RGB."""
-    return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+    """Returns image files of the server as PIL images, RGB."""
+    images = [opened_image(file) for file in files]
+    try:
+        return [image.convert("RGB") for image in images]
+    except Exception as error:
+        raise _unreadable(error) from error
 
 
-def _output(outputs: Outputs, name: str) -> NDArray[Any]:
+def opened_image(file: bytes) -> Image.Image:
+    """Returns an image file of the server as a PIL image whose pixels are not decoded yet."""
+    try:
+        return Image.open(io.BytesIO(file))
+    except Exception as error:  # each format's reader has its own errors
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> ServerFailure:
+    return ServerFailure(f"an image of the server's response cannot be read: {error}")
+
+
+def output(outputs: Outputs, name: str) -> NDArray[Any]:
+    """Returns an output of a response."""
     if name not in outputs:
         raise ServerFailure(f"the server's answer has no output {name!r}")
     return outputs[name]
+
+
+def json_output(outputs: Outputs, name: str) -> dict[str, Any]:
+    """Returns the JSON object in an output BYTES [1]."""
+    texts = output(outputs, name).ravel()
+    if len(texts) != 1:
+        raise ServerFailure(f"the server's {name} has {len(texts)} elements; expected: 1")
+    return json_object(texts[0], name)
 
 
 def json_object(text: bytes | str, name: str) -> dict[str, Any]:
     """Returns the JSON object in an output's text."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ServerFailure(f"the server's {name} is not JSON") from error
     if not isinstance(value, dict):
         raise ServerFailure(f"the server's {name} is not a JSON object")
     return value
 
 
-def format_of(path: str | Path) -> str:
+def as_path(path: object) -> Path:
+    """Returns a path that a caller names."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise BadArgumentError(f"path is {path!r}; allowed: the path of a file")
+    return Path(path)
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Writes a file that a caller names.
+
+    Raises:
+        BadArgumentError: it cannot be written.
+    """
+    try:
+        file.write_bytes(content)
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or text that the file system cannot hold
+        raise BadArgumentError(f"{str(file)!r} cannot be written: {reason_of(error)}") from error
+
+
+def format_of(path: str | os.PathLike[str]) -> OutputFormat:
     """Returns the image format of a file's suffix: ``png``, ``jpeg`` or ``webp``."""
-    suffix = Path(path).suffix
+    suffix = as_path(path).suffix
     if suffix.lower() not in SUFFIX_FORMATS:
         raise BadArgumentError(f"output {str(path)!r} ends in {suffix!r}; allowed: {', '.join(SUFFIX_FORMATS)}")
     return SUFFIX_FORMATS[suffix.lower()]

@@ -7,7 +7,13 @@ import random
 import time
 from dataclasses import dataclass
 
-from glm_image_client.errors import BadArgumentError, BusyError, GlmImageClientError, UnreachableError
+from glm_image_client.errors import (
+    BadArgumentError,
+    BusyError,
+    GlmImageClientError,
+    TooManyPingsError,
+    UnreachableError,
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,10 @@ class Retries:
         lowest = {"attempts": 0, "first_seconds": 0, "factor": 1, "longest_seconds": 0, "jitter": 0}
         for name, low in lowest.items():
             value, high = getattr(self, name), 1 if name == "jitter" else math.inf
-            if not (math.isfinite(value) and low <= value <= high):
-                raise BadArgumentError(f"{name} is {value}; allowed: {low} {'to 1' if name == 'jitter' else 'or more'}")
+            if not isinstance(value, (int, float)) or not (math.isfinite(value) and low <= value <= high):
+                raise BadArgumentError(
+                    f"{name} is {value!r}; allowed: {low} {'to 1' if name == 'jitter' else 'or more'}"
+                )
 
     def pause(self, index: int) -> float:
         """Returns a random duration of pause ``index``, counted from 0, in seconds."""
@@ -61,13 +69,24 @@ class Attempts:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._timeout = timeout
         self._failed = 0
+        self._is_repeated = False
 
     @property
     def timeout(self) -> float | None:
         """Seconds that the next attempt may take; None = no limit."""
-        if self._deadline is None or not self._failed:
+        if self._deadline is None or not (self._failed or self._is_repeated):
             return self._timeout
         return self._deadline - time.monotonic()
+
+    def repeat_without_pings(self, error: TooManyPingsError) -> None:
+        """Allows one more attempt, which is no retry: the server has not refused the request.
+
+        Raises:
+            TooManyPingsError: ``error``, if there was such an attempt, or no time is left for one.
+        """
+        if self._is_repeated or (self._deadline is not None and time.monotonic() >= self._deadline):
+            raise error
+        self._is_repeated = True
 
     def pause_after(self, error: GlmImageClientError) -> float:
         """Returns the seconds to wait after a failed attempt.

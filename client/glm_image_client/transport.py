@@ -26,6 +26,8 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORTS: dict[ProtocolName, int] = {"grpc": 8001, "http": 8000}
 TLS_PORT = 443
 LIVENESS_SECONDS = 2.0
+KEEPALIVE_SECONDS = 30.0
+"""Less than the minutes after which NATs and load balancers drop an idle connection; ``serve`` permits 5 and above."""
 
 
 class Tensor(NamedTuple):
@@ -62,11 +64,13 @@ class Endpoint(NamedTuple):
 
         None = this machine and the protocol's default port.
         """
-        if protocol not in DEFAULT_PORTS:
+        if not isinstance(protocol, str) or protocol not in DEFAULT_PORTS:
             raise BadArgumentError(f"protocol is {protocol!r}; allowed: grpc, http")
-        scheme, separator, rest = (url or DEFAULT_HOST).strip().rpartition("://")
-        scheme = scheme.lower() if separator else protocol
         refused = BadArgumentError(f"url is {url!r}; allowed: HOST:PORT, or grpc, grpcs, http or https://HOST:PORT")
+        if url is not None and not isinstance(url, str):
+            raise refused
+        scheme, separator, rest = (DEFAULT_HOST if url is None else url).strip().rpartition("://")
+        scheme = scheme.lower() if separator else protocol
         try:
             parts = urlsplit(f"//{rest}")
             port = parts.port
@@ -97,6 +101,7 @@ class Transport(ABC):
         Raises:
             RefusedError: the server refuses the request.
             UnreachableError: no server answers, or the connection broke.
+            TooManyPingsError: the server permits fewer pings; further calls send none.
             ServerFailure: the server answered anything else, or not in KServe's protocol.
         """
 
@@ -116,8 +121,11 @@ class Transport(ABC):
     async def close(self) -> None: ...
 
 
-def connect(endpoint: Endpoint, *, asynchronous: bool) -> Transport:
-    """Returns a transport for asyncio or a blocking one; it connects with the first call."""
+def connect(endpoint: Endpoint, *, asynchronous: bool, keepalive: float | None) -> Transport:
+    """Returns a transport for asyncio or a blocking one; it connects with the first call.
+
+    ``keepalive`` is the seconds between two pings over gRPC; None = no pings. HTTP has none.
+    """
     # The two halves of tritonclient are optional and slow to import.
     if endpoint.protocol == "http":
         from glm_image_client.http_transport import AsyncHttpTransport, HttpTransport  # noqa: PLC0415
@@ -125,7 +133,7 @@ def connect(endpoint: Endpoint, *, asynchronous: bool) -> Transport:
         return AsyncHttpTransport(endpoint) if asynchronous else HttpTransport(endpoint)
     from glm_image_client.grpc_transport import AsyncGrpcTransport, GrpcTransport  # noqa: PLC0415
 
-    return AsyncGrpcTransport(endpoint) if asynchronous else GrpcTransport(endpoint)
+    return AsyncGrpcTransport(endpoint, keepalive) if asynchronous else GrpcTransport(endpoint, keepalive)
 
 
 def infer_arguments(triton: Any, request: Request, timeout: float | None) -> dict[str, Any]:
@@ -137,12 +145,18 @@ def infer_arguments(triton: Any, request: Request, timeout: float | None) -> dic
     return {"inputs": inputs, "request_id": request.request_id, "timeout": microseconds(timeout)}
 
 
+def check_keepalive(keepalive: float | None) -> None:
+    """Refuses seconds between pings that are not a number above 0."""
+    if keepalive is not None and not (math.isfinite(keepalive) and keepalive > 0):
+        raise BadArgumentError(f"keepalive is {keepalive}; allowed: seconds above 0, or None")
+
+
 def microseconds(timeout: float | None) -> int | None:
     """Returns seconds as KServe's ``timeout`` parameter; None stays None."""
     if timeout is None:
         return None
-    if not (math.isfinite(timeout) and timeout > 0):
-        raise BadArgumentError(f"timeout is {timeout}; allowed: seconds above 0")
+    if not isinstance(timeout, (int, float, np.number)) or not (math.isfinite(timeout) and timeout > 0):
+        raise BadArgumentError(f"timeout is {timeout!r}; allowed: seconds above 0")
     return max(1, round(timeout * 1e6))
 
 

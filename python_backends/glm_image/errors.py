@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 MAX_SHOWN_CHARACTERS = 80
 
 STATUSES = ("INVALID_ARG", "UNAVAILABLE", "CANCELLED", "INTERNAL")
 """Names of Triton's statuses. Names rather than codes: the stub adds ``TritonError`` to ``triton_python_backend_utils``
 only after it has imported the model."""
+
+
+_UNSAFE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Control characters (C0, C1), format characters (of direction, of no width), lone surrogates, and separators of
+lines and paragraphs."""
+
+
+def is_unsafe(character: str) -> bool:
+    """Whether a character could end a line, steer a terminal or hide a part of what is shown."""
+    return not character.isprintable() and unicodedata.category(character) in _UNSAFE_CATEGORIES
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Returns ``text`` as one line for a log or a terminal: unsafe characters as ``\n``, ``\x9b`` or ``\u202e``.
+
+    ``keep`` are unsafe characters that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if is_unsafe(character) and character not in keep
+        else character
+        for character in text
+    )
 
 
 def shown(value: object) -> str:

@@ -190,7 +190,7 @@ def measure_sameness(executor: Any, config: ArConfig, size: Size, most: int | No
     """Compares the first ``most`` tokens of eight seeds decoded together with those of each alone, in another slot."""
     for seed in range(SLOTS):
         total = admit(executor, config, seed, size, seed)
-    count = min(total, most or total)
+    count = total if most is None else min(total, most)
     executor.run(Step(count - 1))
     together = [executor.run(Release(slot)) for slot in range(SLOTS)]
     alone = []

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from images import GUIDANCE, grid_of
-from measure import PROMPT, engine_parser, parse, report, size_name
+from measure import engine_parser, parse, report, size_name
 from PIL import Image
 from timing import Ceilings, open_benchmark_device, release, report_ceilings, seconds, synchronizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -183,7 +183,7 @@ class Run:
     def step_seconds(self, engine: DitEngine, guidance: float, sources_of: int | None) -> float:
         """Returns the median time of a denoising step."""
         run, tokens = engine.executor.run, np.zeros(self.grid.tokens, dtype=np.int32)
-        run(Prepare(PICTURE, PROMPT, "", tokens, self.grid, STEPS, guidance, 0, sources_of))
+        run(Prepare(PICTURE, (), (), tokens, self.grid, STEPS, guidance, 0, sources_of))
         took = self.seconds(lambda: run(Step(PICTURE)), warm_ups=STEPS_BEFORE)
         run(Drop(PICTURE))
         return took

@@ -34,7 +34,7 @@ from glm_image.request.geometry import Grid
 
 SLOTS, POSITIONS, PROMPT_TOKENS = 8, 512, 24
 GRIDS = (Grid(8, 8), Grid(8, 8))
-LAUNCHES = ("launch", "captured", "update", "replay")
+LAUNCHES = ("launch", "captured", "replay")
 WAITS = ("wait", "host_access")
 
 Events = list[dict[str, Any]]

@@ -36,6 +36,7 @@ from glm_image.lifecycle.context import Progress, ProgressCallback, RequestConte
 from glm_image.lifecycle.preview_rpc import LatentPreviewPublisher
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.geometry import preview_grid, rendered_size
+from glm_image.request.limits import DEFAULT_LIMITS
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.stages import Stage
 
@@ -150,10 +151,10 @@ def measure_latent_previews(engine: DitEngine, clock: CommandClock, request: Pai
 
 def measure_preview(engine: DitEngine, clock: CommandClock, request: PaintRequest, image_seconds: float) -> None:
     """A preview image while nothing else is denoised; the first of its size is not timed."""
-    engine.preview(RequestContext(), request).result()
+    engine.preview(RequestContext(), request, DEFAULT_LIMITS).result()
     clock.take()
     started = time.perf_counter()
-    engine.preview(RequestContext(), request).result()
+    engine.preview(RequestContext(), request, DEFAULT_LIMITS).result()
     seconds, times = time.perf_counter() - started, clock.take()
     parts = {name: sum(s.whole for s in times[name]) for name in (Prepare.__name__, Step.__name__, Decode.__name__)}
     report(
@@ -173,7 +174,7 @@ def measure_interleaved(engine: DitEngine, request: PaintRequest, preview: Paint
 
     def submit_preview(progress: Progress) -> None:
         if not results and progress.stage is Stage.DENOISE:
-            started, future = time.perf_counter(), engine.preview(RequestContext(), preview)
+            started, future = time.perf_counter(), engine.preview(RequestContext(), preview, DEFAULT_LIMITS)
             future.add_done_callback(lambda _: done.append(time.perf_counter() - started))
             results.append(future.result)
 

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse_arguments(arguments)
     with tempfile.TemporaryDirectory() as folder:
         report_ceilings_of("auto", brief=flags.brief)
-        checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))
+        checkpoint = tiny_checkpoint(Path(folder)) if flags.checkpoint is None else flags.checkpoint
         with TritonServer(ServerSettings(checkpoint)) as server:
             return measure(server, flags)
 

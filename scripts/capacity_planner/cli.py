@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_image.errors import GlmImageError
+from glm_image.errors import GlmImageError, printable
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
 NOT_MEASURED = "no NPU has been measured: these are the times of another card"
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = plan(flags)
     except GlmImageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_REFUSED
     print(json.dumps(report, indent=2) if flags.json else "\n".join(_lines(report)))
     return EXIT_DONE if report["recommended"] else EXIT_FAILED

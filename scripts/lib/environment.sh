@@ -25,7 +25,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-needed = ["torch", "transformers", "diffusers", "tritonclient", "rich", "zmq"]
+needed = ["torch", "transformers", "diffusers", "tritonclient", "typer", "rich", "zmq"]
 if not Path("/opt/tritonserver/bin/tritonserver").is_file():
     needed.append("pytriton")
 sys.exit(any(importlib.util.find_spec(name) is None for name in needed))
@@ -87,14 +87,15 @@ install() {
   rm -f "$stamp"
   local quiet=--quiet
   if [[ -t 2 ]]; then quiet=; fi
-  "$PYTHON" -m pip install $quiet --disable-pip-version-check -c "$repository/constraints.txt" -e "$repository[$extras]" >&2 ||
-    fail "pip could not install what $repository/constraints.txt names"
+  # shellcheck disable=SC2086 # one extra a word
+  "$PYTHON" "$repository/scripts/lib/install_locked.py" $quiet ${extras//,/ } >&2 ||
+    fail "the packages of $repository/requirements could not be installed; to start afresh, remove $environment"
   printf '%s\n%s\n' "$(fingerprint)" "${extras//,/ }" >"$stamp"
 }
 
 # Prints a hash of everything that determines the installed packages, except the extras.
 fingerprint() {
-  { cat "$repository/pyproject.toml" "$repository/constraints.txt"; "$environment/bin/python3" --version; } | sha256sum | cut -d' ' -f1
+  { cat "$repository/pyproject.toml" "$repository"/requirements/*.txt; "$environment/bin/python3" --version; } | sha256sum | cut -d' ' -f1
 }
 
 stamped_extras() {

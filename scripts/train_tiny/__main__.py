@@ -41,6 +41,7 @@ SAMPLES = {
     "writer": 850_000,
     "reviser": 1_200_000,
 }
+SHEET_SAMPLES = 18
 EDITS = {"editor": 0.3, "reviser": 0.4}
 """The share of edits among the samples; the others are images with captions."""
 BATCH = {"vae": 16, "vision": 256, "painter": 256, "editor": 256, "writer": 128, "reviser": 128}
@@ -75,7 +76,8 @@ def run_stage(name: str, arguments: argparse.Namespace) -> None:
     if (spent := seconds_of(folder, name)) >= minutes * 60:
         log.write(event="already done", seconds=spent)
         return
-    count, batch = arguments.samples or SAMPLES[name], arguments.batch or BATCH[name]
+    count = SAMPLES[name] if arguments.samples is None else arguments.samples
+    batch = BATCH[name] if arguments.batch is None else arguments.batch
     of_edits = round(count * EDITS.get(name, 0.0))
     counts = ((count - of_edits, False), (of_edits, True))
     samples = [sample(some, f"{arguments.seed} {name}", edits=edits) for some, edits in counts if some]
@@ -113,16 +115,26 @@ def run_all(arguments: argparse.Namespace) -> None:
     export(arguments.folder)
 
 
-def main() -> None:
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}; allowed: 1 or more")
+    return number
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train_tiny", description="Train a tiny GLM-Image, stage by stage.")
     parser.add_argument("stage", choices=[*SAMPLES, "all", "export", "sheet"])
     parser.add_argument("folder", type=Path, help="the run's folder: weights, logs, checkpoint")
     parser.add_argument("--minutes", type=float, help="per stage, over all calls (default: each stage's own)")
-    parser.add_argument("--samples", type=int, help="number of scenes and edits")
-    parser.add_argument("--batch", type=int, help="images of 256x256 per batch")
+    parser.add_argument("--samples", type=positive, help="number of scenes and edits")
+    parser.add_argument("--batch", type=positive, help="images of 256x256 per batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    arguments = parse_arguments()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage == "export":
         from train_tiny.export import export  # noqa: PLC0415
@@ -132,7 +144,8 @@ def main() -> None:
         from train_tiny.samples import sample_sheet  # noqa: PLC0415
 
         device = "cuda:0" if arguments.device == "cuda" else arguments.device
-        sample_sheet(arguments.folder / "checkpoint", arguments.folder / "sheet.png", device, arguments.samples or 18)
+        count = SHEET_SAMPLES if arguments.samples is None else arguments.samples
+        sample_sheet(arguments.folder / "checkpoint", arguments.folder / "sheet.png", device, count)
     elif arguments.stage == "all":
         run_all(arguments)
     else:

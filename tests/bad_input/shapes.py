@@ -7,6 +7,7 @@ import struct
 from typing import Any
 
 import numpy as np
+from tritonclient.grpc import service_pb2
 
 from bad_input.wire import (
     GENERATE,
@@ -88,6 +89,16 @@ def grpc_cases() -> dict[str, Case]:
         "version of words grpc": Case(grpc_send(small, version="new"), "version string 'new'", INVALID),
         "unknown output grpc": Case(grpc_send(small, outputs=["pictures"]), "unexpected.*'pictures'", INVALID),
         "inner tensor as output grpc": Case(grpc_send(small, outputs=["prior_grid"]), "'prior_grid'", INVALID),
+        "negative timeout grpc": Case(
+            grpc_send(small, parameters={"timeout": service_pb2.InferParameter(int64_param=-5)}),
+            "timeout is 18446744073709551611; allowed: a whole number",
+            INVALID,
+        ),
+        "timeout of words grpc": Case(
+            grpc_send(small, parameters={"timeout": service_pb2.InferParameter(string_param="soon")}),
+            "'timeout' parameter, expected int64_param",
+            INVALID,
+        ),
         "endless name grpc": Case(
             grpc_send(with_small(tensor("h" * 100_000, "INT32", 32))), "", ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")
         ),
@@ -184,6 +195,10 @@ def generate_cases() -> dict[str, Case]:
         "parameters in parameters": ({"prompt": "a", "parameters": {"a": {"b": 1}}}, "parameter 'a'"),
         "format": ({"prompt": "a", "output_format": "gif"}, "output_format is gif; allowed: raw, png, jpeg, webp"),
         "height": ({"prompt": "a", "height": 0}, "height is 0; allowed: 32 to 2048"),
+        "timeout of words": ({"prompt": "a", "timeout": "soon"}, 'timeout is "soon"; allowed: a whole number'),
+        "true for the timeout": ({"prompt": "a", "timeout": True}, "timeout is true; allowed: a whole number"),
+        "fraction for the timeout": ({"prompt": "a", "timeout": 1.5}, "timeout is 1.5; allowed: a whole number"),
+        "negative timeout": ({"prompt": "a", "parameters": {"timeout": -5}}, "timeout is -5; allowed: a whole number"),
     }
     return {
         f"{name} generate": Case(http_send(json.dumps(body).encode(), GENERATE), pattern, BAD_JSON)

@@ -54,18 +54,34 @@ def connect(url: str) -> socket.socket:
 
 
 @pytest.fixture(scope="module")
-def picture(triton: TritonServer) -> NDArray[np.uint8]:
-    return grpc_infer(triton, PICTURE)["images"]
+def picture(triton: TritonServer) -> Iterator[NDArray[np.uint8]]:
+    """The image of ``PICTURE``, which is the same after all tests as before them."""
+    picture = grpc_infer(triton, PICTURE)["images"]
+    yield picture
+    assert_same(picture, triton, PICTURE, "glm_image")
+
+
+@pytest.fixture(scope="module")
+def tokens(triton: TritonServer) -> Values:
+    """A request to ``glm_dit`` for the same image, without the time of decoding."""
+    prior = grpc_infer(triton, PICTURE, "glm_ar")
+    return {"prompt": PICTURE["prompt"], "num_inference_steps": PICTURE["num_inference_steps"], **prior}
+
+
+def assert_same(picture: NDArray[np.uint8], triton: TritonServer, values: Values, model: str) -> None:
+    """Both protocols, concurrently, give the image."""
+    calls = [partial(infer, triton, values, model) for infer in (grpc_infer, http_binary_infer)]
+    for outputs in at_once(calls).outputs:
+        np.testing.assert_array_equal(outputs["images"], picture)
 
 
 @pytest.fixture(autouse=True)
-def unharmed(triton: TritonServer, picture: NDArray[np.uint8]) -> Iterator[None]:
-    """After each test the same processes give the same picture over both protocols."""
+def unharmed(triton: TritonServer, picture: NDArray[np.uint8], tokens: Values) -> Iterator[None]:
+    """After each test the same processes give the same image over both protocols."""
     pids = processes(triton)
     yield
     assert processes(triton) == pids
-    for outputs in at_once([partial(infer, triton, PICTURE) for infer in (grpc_infer, http_binary_infer)]).outputs:
-        np.testing.assert_array_equal(outputs["images"], picture)
+    assert_same(picture, triton, tokens, "glm_dit")
 
 
 def urls(triton: TritonServer) -> list[str]:

@@ -32,9 +32,8 @@ from server.kserve import Values, grpc_infer
 BYTES = 40_000_000
 """More than 32 MiB: the C library maps each such buffer on its own and returns it, so that growth is a leak."""
 
-SECONDS = 5
-LOADED_MACHINE = 3
-"""The factor by which a machine with other load may be slower."""
+SECONDS = 60
+"""The longest for one of them on a slow machine; work that grows with the square of the size takes hours."""
 
 MOST_ROUNDS = 4
 
@@ -133,7 +132,7 @@ def send_all(server: TritonServer, large: dict[str, Case]) -> Held:
         answer = case.send(server)
         assert answer.status in case.statuses, (name, answer)
         assert re.search(case.pattern, answer.message), (name, answer)
-        assert answer.seconds < SECONDS * LOADED_MACHINE, (name, answer)
+        assert answer.seconds < SECONDS, (name, answer)
     return Held.by(server)
 
 

@@ -42,6 +42,7 @@ VALID_INPUTS: dict[str, st.SearchStrategy[Any]] = {
     "top_p": st.floats(0, 1, exclude_min=True) | st.none(),
     "top_k": st.integers(1, 2**31 - 1) | st.none(),
     "output_format": st.sampled_from(OUTPUT_FORMATS),
+    "glyph_text": st.none() | st.lists(TEXT, max_size=2).map(tuple),
 }
 ANY_INPUTS: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.text(max_size=60) | st.sampled_from(["", " ", "a" * 8193, "'a' " * 65, "a\0", "\ud800"]),
@@ -56,6 +57,9 @@ ANY_INPUTS: dict[str, st.SearchStrategy[Any]] = {
     "top_k": ANY_INT,
     "output_format": st.text(max_size=8),
     "images": st.lists(st.binary(max_size=64), max_size=6).map(tuple),
+    "glyph_text": st.lists(st.text(max_size=60) | st.sampled_from(["a" * 2048, "a\0", "\ud800"]), max_size=70).map(
+        tuple
+    ),
 }
 CONCURRENT = 5
 SLOW_IS_FINE = settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))

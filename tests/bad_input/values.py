@@ -40,6 +40,11 @@ VALUES: dict[str, list[tuple[Any, str, str]]] = {
         (b'"a" ' * 65, "text with 65 quoted strings", "at most 64"),
         (b'"' + b"x" * 3000 + b'"', "text with 3001 tokens in quoted strings", "at most 2048"),
     ],
+    "glyph_text BYTES": [
+        (b"\xff", r"\xff", "UTF-8"),
+        (b"a\0", r"a\x00", "text without NUL"),
+        (b"x" * 3000, "strings with 3001 tokens in all", "at most 2048"),
+    ],
     "height INT32": [(value, str(value), SIDE) for value in (0, -1, 1, 31, 2049, 10**9, SMALLEST, LARGEST)],
     "width INT32": [(value, str(value), SIDE) for value in (0, -32, 1, 31, 2049, 10**9, SMALLEST, LARGEST)],
     "num_inference_steps INT32": [(value, str(value), "1 to 200") for value in (0, -1, 201, SMALLEST, LARGEST)],

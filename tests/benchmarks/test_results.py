@@ -23,8 +23,8 @@ from benchmarks.lines import check_ceiling
 
 FOLDER = RESULTS.parent
 REPOSITORY = FOLDER.parents[1]
-PROGRAMS = ("run", "compare", "plot", "render", "full_size")
-COMMAND = re.compile("measure [a-z]")
+PROGRAMS = ("run", "compare", "plot", "render", "full_size", "several_cards.sh")
+COMMAND = re.compile(r' *(?:measure|bench "[\w ]+") ([a-z]+ .*)')
 PAGE = REPOSITORY / "docs" / "performance.md"
 
 
@@ -135,19 +135,17 @@ def test_result_files_are_complete_and_name_no_machine(path: Path) -> None:
         assert {"python", "torch"} <= set(saved.versions)
 
 
-@pytest.mark.parametrize(
-    "name", [*(f"{name}.py" for name in BENCHMARKS), "run", "compare", "plot", "render", "full_size"]
-)
+@pytest.mark.parametrize("name", [*(f"{name}.py" for name in BENCHMARKS), *PROGRAMS])
 def test_benchmarks_are_programs(name: str) -> None:
     path = FOLDER / name
     assert path.stat().st_mode & 0o111
     assert path.read_text().startswith("#!/usr/bin/env ")
 
 
-def test_full_size_runs_benchmarks_with_flags_that_they_have() -> None:
-    commands = [
-        shlex.split(line)[1:] for line in (FOLDER / "full_size").read_text().splitlines() if COMMAND.match(line)
-    ]
+@pytest.mark.parametrize("script", ["full_size", "several_cards.sh"])
+def test_scripts_run_benchmarks_with_flags_that_they_have(script: str) -> None:
+    matches = map(COMMAND.fullmatch, (FOLDER / script).read_text().splitlines())
+    commands = [shlex.split(match[1]) for match in matches if match]
     assert len(commands) > 5
     for name, *arguments in commands:
         if "--label" in arguments:
@@ -156,7 +154,8 @@ def test_full_size_runs_benchmarks_with_flags_that_they_have() -> None:
         importlib.import_module(name).parse_arguments([*arguments, "--checkpoint", "FULL"])
 
 
-def test_full_size_needs_a_folder() -> None:
-    ended = subprocess.run([FOLDER / "full_size"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("script", ["full_size", "several_cards.sh"])
+def test_scripts_of_many_benchmarks_need_a_folder(script: str) -> None:
+    ended = subprocess.run([FOLDER / script], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (2, "")
-    assert "full_size FOLDER [SECONDS] [COMMIT]" in ended.stdout
+    assert f"{script} FOLDER [SECONDS] [COMMIT]" in ended.stdout

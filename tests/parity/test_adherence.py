@@ -11,7 +11,7 @@ TRAINED = Path(__file__).parents[2] / "checkpoints" / "tiny"
 REQUEST = Request(256, 256, steps=6)
 LEAST = {"colour": 0.87, "shape": 0.87, "position": 0.8, "background": 0.87, "word": 0.75}
 """Two images below the measured shares, which were 1: another processor rounds differently."""
-TOGETHER = 8
+TOGETHER = 16
 
 
 def test_the_trained_checkpoint_follows_its_prompts() -> None:

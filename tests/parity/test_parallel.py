@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -37,12 +36,11 @@ from glm_image.parallel.worker import Load
 from glm_image.pipeline import LocalPipeline, paint_request
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, PaintRequest
-from glm_image.supervisor.watchdog import children_of
+from glm_image.watchdog.processes import children_of
 from pictures import encoded, picture
 
 WAIT_SECONDS = 60
 HANG_SECONDS = 3.0
-SOON_SECONDS = 10.0
 
 # Tokens that do not divide by the ranks, branches with texts of other lengths, no guidance, sources of other sizes.
 REQUESTS = {
@@ -155,7 +153,7 @@ class _Loss:
         self.called.set()
 
 
-def _worker_pids(pid: int) -> list[int]:
+def worker_pids(pid: int) -> list[int]:
     return [child for child in children_of(pid) if "glm_image.parallel.worker" in _command_of(child)]
 
 
@@ -164,6 +162,13 @@ def _command_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:  # it has ended
         return ""
+
+
+# By the signal to rank 1: the reported reason.
+LOSSES = {
+    signal.SIGKILL: "was ended by signal 9",
+    signal.SIGSTOP: f"has not finished a command for {HANG_SECONDS:g} s",
+}
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.full)])
@@ -176,19 +181,19 @@ def test_lost_rank_ends_the_requests_with_an_error(checkpoint_folder: Path, kind
     # A killed rank is noticed immediately; a short limit could only misjudge a slow machine.
     hang_seconds = WAIT_SECONDS if kind == signal.SIGKILL else HANG_SECONDS
     with _decoder(checkpoint_folder, 2, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
-        (worker,) = _worker_pids(os.getpid())
+        (worker,) = worker_pids(os.getpid())
         running = _decode(engine, RequestContext(observers=(ProgressCallback(progress),)), side=1024)
         assert decoding.wait(WAIT_SECONDS)
-        started = time.monotonic()
         os.kill(worker, kind)
-        with pytest.raises(UnavailableError, match=f"rank 1 .cpu, pid {worker}.*send the request again"):
+        with pytest.raises(
+            UnavailableError, match=f"rank 1 .cpu, pid {worker}. {LOSSES[kind]}.*send the request again"
+        ):
             running.result(WAIT_SECONDS)
-        assert time.monotonic() - started < HANG_SECONDS + SOON_SECONDS
         assert loss.called.wait(WAIT_SECONDS)
         assert len(loss.errors) == 1
         with pytest.raises(UnavailableError, match="rank 1"):
             _decode(engine).result(WAIT_SECONDS)
-    assert not _worker_pids(os.getpid())
+    assert not worker_pids(os.getpid())
 
 
 def _worker_config(failing: Load) -> WorkerConfig:
@@ -208,17 +213,15 @@ def _worker_config(failing: Load) -> WorkerConfig:
     ids=["killed at its start", "no rendezvous", "killed while others wait", "error while others wait", "hung"],
 )
 def test_rank_lost_while_loading_ends_the_load(arguments: tuple[Any, ...], failing: Load, reason: str) -> None:
-    started = time.monotonic()
     with pytest.raises(ConfigurationError, match=f"{reason}.*; the instance cannot be loaded"):
         start_ranks(failing, arguments, open_device("cpu"), ParallelLayout(tp=2), _worker_config(failing))
-    assert time.monotonic() - started < WAIT_SECONDS, "the collective timed out instead"
-    assert not _worker_pids(os.getpid())
+    assert not worker_pids(os.getpid())
 
 
 def test_rank_without_its_device_is_reported_and_leaves_no_process() -> None:
     with pytest.raises(ConfigurationError, match=r"rank 1 .npu:7.*found on this machine"):
         start_ranks(failing_ranks.meets, (None,), open_device("cpu"), ParallelLayout(tp=2), WorkerConfig(("npu:7",)))
-    assert not _worker_pids(os.getpid())
+    assert not worker_pids(os.getpid())
 
 
 def test_close_ends_rank_0_first_and_the_workers_despite_its_error() -> None:
@@ -228,7 +231,7 @@ def test_close_ends_rank_0_first_and_the_workers_despite_its_error() -> None:
     group.close()
     assert failing_ranks.ENDS == [2.0]
     assert not dist.is_initialized()
-    assert not _worker_pids(os.getpid())
+    assert not worker_pids(os.getpid())
 
 
 ORPHANS = """
@@ -252,11 +255,11 @@ def test_killing_rank_0_leaves_no_orphans(checkpoint_folder: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline().strip() == "ready"
-        (worker,) = _worker_pids(first.pid)
+        (worker,) = worker_pids(first.pid)
         ended = os.pidfd_open(worker)
         first.kill()
     try:
-        assert select.select([ended], [], [], SOON_SECONDS)[0], "the worker is still running"
+        assert select.select([ended], [], [], WAIT_SECONDS)[0], "the worker is still running"
     finally:
         os.close(ended)
 

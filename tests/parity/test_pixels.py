@@ -47,6 +47,23 @@ def generated_size(case: Case) -> Size:
     return geometry.generated_size(Size(case.height, case.width))
 
 
+def test_seeds_with_the_same_low_32_bits_give_the_same_image_on_the_cpu(
+    pipeline: LocalPipeline, reference: Any
+) -> None:
+    """In the reference too: torch's generator on the CPU reads no other bits."""
+
+    def pixels(seed: int) -> NDArray[np.uint8]:
+        return pipeline.generate(
+            GenerationParameters(prompt="a fox", height=32, width=64, seed=seed, num_inference_steps=1)
+        ).pixels[0]
+
+    expected = reference_image(reference, "a fox", 32, 64, 7, 1, 1.5)
+    for seed in (7, 2**40 + 7, 7 - 2**32, 2**64 - 2**32 + 7):
+        assert np.array_equal(pixels(seed), expected)
+    assert np.array_equal(reference_image(reference, "a fox", 32, 64, 2**40 + 7, 1, 1.5), expected)
+    assert not np.array_equal(pixels(8), expected)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tokens_and_pixels_equal_the_references(pipeline: LocalPipeline, reference: Any, case: Case) -> None:
     size = generated_size(case)

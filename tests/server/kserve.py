@@ -33,6 +33,7 @@ ANSWER_SECONDS = 120
 REQUEST_INPUTS: Tensors = {
     "prompt": ("BYTES", [1]),
     "image": ("BYTES", [-1]),
+    "glyph_text": ("BYTES", [-1]),
     "height": ("INT32", [1]),
     "width": ("INT32", [1]),
     "num_inference_steps": ("INT32", [1]),

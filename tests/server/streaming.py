@@ -15,6 +15,8 @@ import numpy as np
 import tritonclient.grpc
 
 from glm_image.supervisor import TritonServer
+from glm_image_client import GlmImageClient
+from helpers import wait_until
 from server.kserve import ANSWER_SECONDS, KServeError, Outputs, Values, infer_inputs
 
 STREAM = "glm_image_stream"
@@ -71,6 +73,16 @@ def http_stream(server: TritonServer, values: Values) -> Iterator[Response]:
     except urllib.error.HTTPError as error:
         data = json.loads(error.read().removeprefix(b"data:"))  # an event too
         raise KServeError(str(error.code), data["error"]) from error
+
+
+def final_state(client: GlmImageClient, request_id: str) -> str:
+    """Waits for the end of a request; returns the state in which it ended."""
+    return wait_until(lambda: ended_state(client.status(request_id)))
+
+
+def ended_state(status: dict[str, Any]) -> str:
+    """The state of a request that has ended, else ""."""
+    return "" if status["state"] in {"running", "queued"} else str(status["state"])
 
 
 def texts(response: Response, name: str) -> list[bytes]:

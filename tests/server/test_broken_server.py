@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +17,11 @@ import pytest
 
 from glm_image.request.stages import Stage
 from glm_image.supervisor import ServerSettings, TritonServer
+from helpers import wait_until
 from server.kserve import KServeError, Values, grpc_infer
 from server.served import HeldRequest, Served, call, ended, wait_for_log, write_model
 from server.test_metrics import page_when
 
-KILLED_SECONDS, HUNG_SECONDS = 2, 10
 HANG_SECONDS = 3
 READY_SECONDS = 60
 REQUEST: Values = {"prompt": "a fox", "height": 768, "width": 768, "num_inference_steps": 1, "seed": 3}
@@ -84,28 +83,25 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def started(checkpoint: Path, folder: Path) -> Iterator[Served]:
+def started(checkpoint: Path, folder: Path, max_restarts: int = 2) -> Iterator[Served]:
     write_model(folder / "models", "worker", MODEL)
-    served = Served(checkpoint, folder / "models", "--max-restarts", "2")
+    served = Served(checkpoint, folder / "models", "--max-restarts", str(max_restarts))
     with ended(served.process):
         served.wait_ready()
         yield served
 
 
 def is_ready(url: str) -> bool:
-    with contextlib.closing(http.client.HTTPConnection(url, timeout=1)) as connection:
+    with contextlib.closing(http.client.HTTPConnection(url, timeout=READY_SECONDS)) as connection:
         try:
             connection.request("GET", "/v2/health/ready")
             return connection.getresponse().status == 200
-        except OSError:
+        except (ConnectionError, http.client.HTTPException):
             return False
 
 
-def seconds_until_unready(url: str) -> float:
-    began = time.monotonic()
-    while is_ready(url):
-        assert time.monotonic() - began < READY_SECONDS
-    return time.monotonic() - began
+def wait_until_unready(url: str) -> None:
+    assert wait_until(lambda: not is_ready(url))
 
 
 def assert_restarted(served: Served, restarts: int) -> None:
@@ -121,11 +117,12 @@ def test_killed_process_ends_requests_and_server_restarts(checkpoint: Path, tmp_
     with started(checkpoint, tmp_path) as served:
         held = HeldRequest(served.http_url, tmp_path)
         os.kill(getattr(served, victim), signal.SIGKILL)
-        assert seconds_until_unready(served.http_url) < KILLED_SECONDS
+        wait_until_unready(served.http_url)
         assert isinstance(held.wait(), OSError)  # the connection is closed
+        killed = f"worker_0 (process {served.stub}) was killed by SIGKILL"  # noticed by its end, not by its heartbeat
+        reason = {"stub": killed, "triton": "tritonserver ended by itself, by SIGKILL"}[victim]
         assert_restarted(served, 1)
-        name = {"stub": "worker_0 (process", "triton": "tritonserver ended by itself, by SIGKILL"}[victim]
-        assert f"restart 1 of 2 in 0.5 s: {name}" in served.log.read_text()
+        assert f"restart 1 of 2 in 0.5 s: {reason}" in served.log.read_text()
         assert served.stop(signal.SIGTERM) == 0
         served.assert_gone()
 
@@ -154,23 +151,21 @@ HANGS: dict[str, tuple[Callable[[Served], None], str]] = {
 def test_hanging_process_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
     """All cases concurrently: they mostly wait."""
 
-    def hang(name: str) -> float:
+    def hang(name: str) -> None:
         hang_process, reason = HANGS[name]
         with started(checkpoint, tmp_path / name) as served:
             thread = threading.Thread(target=hang_process, args=(served,))
             thread.start()
-            seconds = seconds_until_unready(served.http_url)
+            wait_until_unready(served.http_url)
             thread.join(READY_SECONDS)
             assert not thread.is_alive()  # the caller's connection was closed
             assert_restarted(served, 1)
             assert reason in served.log.read_text()
             assert served.stop(signal.SIGTERM) == 0
             served.assert_gone()
-            return seconds
 
     with ThreadPoolExecutor(len(HANGS)) as pool:
-        for seconds in pool.map(hang, HANGS):
-            assert seconds < HUNG_SECONDS
+        list(pool.map(hang, HANGS))
 
 
 def test_crash_loop_ends_the_supervisor(checkpoint: Path, tmp_path: Path) -> None:
@@ -189,10 +184,11 @@ def test_crash_loop_ends_the_supervisor(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_stop_between_restarts(checkpoint: Path, tmp_path: Path) -> None:
-    with started(checkpoint, tmp_path) as served:
+    """More restarts are allowed than there is time for before the stop."""
+    with started(checkpoint, tmp_path, max_restarts=50) as served:
         (tmp_path / "models" / "worker" / "1" / "broken").touch()
         os.kill(served.stub, signal.SIGKILL)
-        wait_for_log(served, "restart 2 of 2 in 1 s")
+        wait_for_log(served, "restart 2 of 50 in 1 s")
         assert served.stop(signal.SIGTERM) == 0
         served.assert_gone()
 
@@ -210,7 +206,7 @@ def test_drain_finishes_both_stages_of_a_request(tiny_checkpoint: Path, same_thr
             reply = pool.submit(grpc_infer, server, REQUEST)
             page_when(server, lambda page: page["ar_running_sequences"] > 0)
             server.request_stop()
-            assert seconds_until_unready(server.http_url) < KILLED_SECONDS
+            wait_until_unready(server.http_url)
             with pytest.raises((KServeError, OSError)):
                 grpc_infer(server, REQUEST)
             np.testing.assert_array_equal(reply.result()["images"], expected)

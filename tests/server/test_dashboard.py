@@ -65,7 +65,7 @@ def selected(selector: Any, page: Page) -> list[dict[str, str]]:
 
 def test_dashboard_has_queries() -> None:
     assert len(QUERIES) >= len(PANELS) >= 15
-    assert len(IN_DOCUMENT) == 8
+    assert len(IN_DOCUMENT) == 9
 
 
 @pytest.mark.parametrize("query", [*QUERIES, *IN_DOCUMENT])

@@ -25,6 +25,7 @@ FOX_EXAMPLES = {
     "grpc_tritonclient.py": "grpc.png",
     "http_tritonclient.py": "http.png",
     "client_sync.py": "client.png",
+    "client_pipeline.py": "pipeline.png",
     "client_async.py": "async_0.png",
     "stream_previews.py": "streamed.png",
     "cli_generate.sh": "command.png",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
@@ -20,7 +19,9 @@ from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
 from glm_image.supervisor import TritonServer
+from glm_image.telemetry.metrics import OUTCOMES as LATENCY_OUTCOMES
 from glm_image.telemetry.metrics import REFUSALS, Kind, MetricSpec
+from helpers import wait_until
 from server.kserve import KServeError, Values, at_once, grpc_infer, grpc_start, metadata
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -29,8 +30,9 @@ SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
 METRICS: dict[str, tuple[MetricSpec, ...]] = {"glm_ar": AR_METRICS, "glm_dit": DIT_METRICS}
 OUTCOMES = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
-RESTARTS = "glm_image_restarts_total"
-SETTLE_SECONDS = 30
+RESTARTS, LOST_LINES = "glm_image_restarts_total", "glm_image_request_log_lost_lines_total"
+UNITS = {RESTARTS: "restarts", LOST_LINES: "lines"}
+SETTLE_SECONDS = 60
 SLOTS = 8
 STEPS = 3
 REQUEST: Values = {"prompt": "A fox reading 'NEWS'", "height": 64, "width": 64, "num_inference_steps": STEPS}
@@ -61,18 +63,16 @@ class Page:
 
 
 def page_when(server: TritonServer, expected: Callable[[Page], bool]) -> Page:
-    """Polls until the page is as expected: metrics follow responses with a delay, and so does their port."""
-    end = time.monotonic() + SETTLE_SECONDS
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=SETTLE_SECONDS) as answer:
-                page = Page(answer.read().decode())
-        except urllib.error.URLError:
-            if time.monotonic() > end:
-                raise
-            continue
-        if expected(page) or time.monotonic() > end:
-            return page
+    """Waits until the page is as expected, since metrics follow responses with a delay; returns the last page."""
+    pages: list[Page] = []
+
+    def is_expected() -> bool:
+        with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=SETTLE_SECONDS) as answer:
+            pages.append(Page(answer.read().decode()))
+        return expected(pages[-1])
+
+    wait_until(is_expected, SETTLE_SECONDS)
+    return pages[-1]
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +105,14 @@ def test_metrics_page_lists_exactly_the_documented_metrics(fresh: Page, model: s
     for metric in METRICS[model]:
         assert fresh.helps[metric.name] == metric.meaning
         suffix = "_count" if metric.kind is Kind.HISTOGRAM else ""
-        labels = {"model": model, "instance": "0"} | ({"reason": metric.reason} if metric.reason else {})
+        labels = {"model": model, "instance": "0"} | metric.labels
         assert labels in [found for found, _ in fresh.samples[metric.name + suffix]]
     refusals = [OUTCOMES[model][reason] for reason in REFUSALS]
     assert sum(len(fresh.samples.get(metric.name, ())) for metric in refusals) == len(REFUSALS) ** 2
 
 
 @pytest.mark.parametrize(
-    "metric", [*AR_METRICS, *DIT_METRICS], ids=lambda metric: "-".join(filter(None, (metric.name, metric.reason)))
+    "metric", [*AR_METRICS, *DIT_METRICS], ids=lambda metric: "-".join((metric.name, *metric.labels.values()))
 )
 def test_metric_name_ends_with_its_unit(metric: MetricSpec) -> None:
     unit = {**documented("glm_ar"), **documented("glm_dit")}[metric.name][1]
@@ -121,11 +121,12 @@ def test_metric_name_ends_with_its_unit(metric: MetricSpec) -> None:
     assert bool(metric.bounds) == (metric.kind is Kind.HISTOGRAM)
 
 
-def test_restarts_are_reported_by_both_models(fresh: Page) -> None:
-    assert documented("both") == {RESTARTS: ["counter", "restarts", fresh.helps[RESTARTS]]}
-    assert fresh.types[RESTARTS] == "counter"
-    assert sorted(labels["model"] for labels, _ in fresh.samples[RESTARTS]) == list(METRICS)
-    assert {value for _, value in fresh.samples[RESTARTS]} == {0}
+def test_restarts_and_lost_lines_are_reported_by_both_models(fresh: Page) -> None:
+    assert documented("both") == {name: ["counter", unit, fresh.helps[name]] for name, unit in UNITS.items()}
+    for name in UNITS:
+        assert fresh.types[name] == "counter"
+        assert sorted(labels["model"] for labels, _ in fresh.samples[name]) == list(METRICS)
+        assert {value for _, value in fresh.samples[name]} == {0}
 
 
 def test_triton_reports_the_documented_metrics(fresh: Page) -> None:
@@ -137,7 +138,11 @@ def test_triton_reports_the_documented_metrics(fresh: Page) -> None:
 def test_histograms_have_the_declared_bounds(fresh: Page) -> None:
     for metric in (*AR_METRICS, *DIT_METRICS):
         if metric.kind is Kind.HISTOGRAM:
-            bounds = [float(labels["le"]) for labels, _ in fresh.samples[f"{metric.name}_bucket"]]
+            bounds = [
+                float(labels["le"])
+                for labels, _ in fresh.samples[f"{metric.name}_bucket"]
+                if metric.labels.items() <= labels.items()
+            ]
             assert bounds == [*metric.bounds, float("inf")]
 
 
@@ -148,6 +153,11 @@ def test_memory_is_reported_from_the_start(fresh: Page, tiny_checkpoint: Path) -
     keys = config.layers * SLOTS * config.kv_heads * positions * config.head_dim * fp32
     assert fresh["ar_kv_cache_bytes"] == 2 * keys
     assert fresh["dit_peak_memory_bytes"] > sum(file.stat().st_size for file in tiny_checkpoint.rglob("*.safetensors"))
+
+
+def durations(page: Page, name: str) -> dict[tuple[str, str | None], float]:
+    """The samples of a latency histogram, by outcome and stage."""
+    return {(labels["outcome"], labels.get("stage")): value for labels, value in page.samples[f"glm_image_{name}"]}
 
 
 def test_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page) -> None:
@@ -163,7 +173,11 @@ def test_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page)
 
     page = page_when(
         watched,
-        lambda page: page.load() == (0, 0) and (page["dit_images_total"], page["ar_tokens_total"]) == (images, tokens),
+        lambda page: (
+            page.load() == (0, 0)
+            and (page["dit_images_total"], page["ar_tokens_total"]) == (images, tokens)
+            and durations(page, "dit_stage_seconds_count")["ok", "encode"] == len(requests)  # recorded last
+        ),
     )
     assert page["dit_images_total"] == images
     assert page["ar_tokens_total"] == tokens
@@ -175,6 +189,25 @@ def test_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page)
     assert page["ar_queue_seconds_count"] == page["dit_queue_seconds_count"] == len(requests)
     refused = {labels["reason"]: count for labels, count in page.samples["glm_image_ar_refused_requests_total"]}
     assert refused == {**dict.fromkeys(REFUSALS, 0), "invalid": 1}
+    assert durations(page, "ar_request_seconds_count") == {
+        **{(outcome, None): 0 for outcome in LATENCY_OUTCOMES},
+        ("ok", None): len(requests),
+        ("refused", None): 1,
+    }
+    assert durations(page, "dit_request_seconds_count")["ok", None] == len(requests)
+    assert durations(page, "ar_stage_seconds_count")["ok", "decode"] == len(requests)
+    assert durations(page, "dit_stage_seconds_count")["ok", "denoise"] == len(requests)
+    assert durations(page, "dit_stage_seconds_count")["failed", "denoise"] == 0
+    # From end to end: the time in the first stage is part of it.
+    whole, first, denoise = (
+        durations(page, name)["ok", stage]
+        for name, stage in (
+            ("dit_request_seconds_sum", None),
+            ("ar_request_seconds_sum", None),
+            ("dit_stage_seconds_sum", "denoise"),
+        )
+    )
+    assert whole >= first + denoise > denoise > 0
     # Sequences decode together: at least the steps of one, at most those of all.
     assert max(lengths) - 1 <= page["ar_step_seconds_count"] <= tokens - images
     for name, stage in (

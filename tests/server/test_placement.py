@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from glm_image_client import GlmImageClient
+from helpers import wait_until
 from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
 from server.test_profiles import images_by_instance
 
@@ -88,7 +89,7 @@ def test_two_instances_denoise_concurrently(triton: TritonServer, two_instances:
     assert denoising_seconds(double) > double.seconds
     for alone, concurrent in zip(single.outputs, double.outputs, strict=True):
         np.testing.assert_array_equal(alone["images"], concurrent["images"])
-    assert all(count > 0 for count in images_by_instance(two_instances).values())
+    assert all(count > 0 for count in images_by_instance(two_instances, len(double.outputs)).values())
 
 
 def test_checkpoint_of_the_configuration_is_loaded(
@@ -111,8 +112,10 @@ def test_cancel_reaches_all_instances_and_a_full_queue_refuses(
     values = {"prompt": REQUEST["prompt"], "num_inference_steps": 200, **stage}
     with ThreadPoolExecutor(16) as pool, GlmImageClient(two_instances.grpc_url) as client:
         answers = [pool.submit(grpc_infer, two_instances, values, "glm_dit", request_id="all") for _ in range(16)]
-        while [request["stage"] for request in client.status("all")["requests"]].count("denoise") < 2:
-            pass
+        wait(answers, return_when=FIRST_COMPLETED)  # a refusal
+        assert wait_until(
+            lambda: [request["stage"] for request in client.status("all")["requests"]].count("denoise") == 2
+        )
         client.cancel("all")
         statuses = [str(getattr(answer.exception(), "status", "answered")) for answer in answers]
     assert set(statuses) <= {"CANCELLED", "UNAVAILABLE", "answered"}

@@ -7,14 +7,17 @@ import urllib.request
 from contextlib import closing
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.parameters import GenerationParameters
 from glm_image.supervisor import TritonServer
+from glm_image_client import GlmImageClient
 from server.kserve import (
     CONTROL_INPUTS,
     OUTPUTS,
@@ -30,6 +33,7 @@ from server.kserve import (
     grpc_infer,
     http_binary_infer,
     http_json_infer,
+    infer_inputs,
     metadata,
     post,
 )
@@ -44,7 +48,10 @@ REQUEST: Values = {
     "output_format": "png",
 }
 
-SHARED_INPUTS = ("prompt", "image", "num_inference_steps", "guidance_scale", "negative_prompt", "output_format")
+SHARED_INPUTS = (
+    *("prompt", "image", "glyph_text", "negative_prompt"),
+    *("num_inference_steps", "guidance_scale", "output_format"),
+)
 MODELS: dict[str, tuple[Tensors, Tensors]] = {
     "glm_image": (REQUEST_INPUTS, OUTPUTS),
     "glm_ar": (REQUEST_INPUTS, STAGE_TENSORS),
@@ -73,6 +80,15 @@ def test_the_same_seed_gives_the_same_bytes(triton: TritonServer, png: bytes, pr
     outputs = SENDERS[protocol](triton, REQUEST)
     assert files(outputs) == [png]
     assert metadata(outputs)["seeds"] == [11]
+
+
+@pytest.mark.parametrize("protocol", SENDERS)
+@pytest.mark.parametrize("strings", [["STOP", "雪"], []], ids=["strings", "none"])
+def test_the_text_to_render_is_named_over_every_protocol(
+    triton: TritonServer, protocol: str, strings: list[str]
+) -> None:
+    outputs = SENDERS[protocol](triton, {**REQUEST, "num_inference_steps": 1, "glyph_text": strings})
+    assert metadata(outputs)["rendered_text"] == strings
 
 
 @pytest.mark.parametrize("infer", [grpc_infer, http_binary_infer, http_json_infer])
@@ -158,6 +174,29 @@ def test_unknown_parameters_are_ignored(triton: TritonServer, png: bytes) -> Non
     (text,) = next(output["data"] for output in answer["outputs"] if output["name"] == "images_base64")
     assert answer["id"] == "seven"
     np.testing.assert_array_equal(decoded(files({"images_base64": np.array([text])})[0]), decoded(png))
+
+
+@pytest.mark.full
+def test_raw_pixels_beyond_4_mib_need_a_limit_of_the_client(triton: TritonServer) -> None:
+    """A bare stub has gRPC's own limit; tritonclient and the project's client set another."""
+    values = {**REQUEST, "output_format": "raw", "height": 1184, "width": 1184, "num_inference_steps": 1}
+    request = service_pb2.ModelInferRequest(model_name="glm_image")
+    for item in infer_inputs(tritonclient.grpc, values):
+        request.inputs.append(item._get_tensor())
+        request.raw_input_contents.append(item._get_content())
+
+    def images(options: list[tuple[str, int]]) -> bytes:
+        with grpc.insecure_channel(triton.grpc_url, options=options) as channel:
+            answer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+            return answer.raw_output_contents[[output.name for output in answer.outputs].index("images")]
+
+    with pytest.raises(grpc.RpcError) as lost:
+        images([])
+    assert lost.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    with GlmImageClient(triton.grpc_url) as client:
+        pixels = client.generate(**values).pixels
+    assert pixels is not None
+    assert images([("grpc.max_receive_message_length", -1)]) == pixels.tobytes()
 
 
 def test_health_and_metrics(triton: TritonServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from server.kserve import (
     http_binary_infer,
     http_json_infer,
     metadata,
+    post,
 )
+from server.streaming import http_stream
 
 REQUEST: Values = {"prompt": "A fox reading 'NEWS'", "height": 70, "width": 128, "seed": 21, "num_images": 2}
 DIT_VALUES: Values = {"num_inference_steps": 3, "guidance_scale": 2.0}
@@ -139,3 +142,21 @@ def test_a_timeout_holds_for_the_ensemble_and_for_each_stage_alone(triton: Trito
         with pytest.raises(KServeError, match="its deadline") as late:
             grpc_infer(triton, values, model, timeout_seconds=0.05)
         assert late.value.status == "UNAVAILABLE"
+
+
+GENERATE_ENDPOINTS: dict[str, Callable[[TritonServer, Values], object]] = {
+    "glm_image": lambda server, values: post(server, "/v2/models/glm_image/generate", values),
+    "glm_ar": lambda server, values: post(server, "/v2/models/glm_ar/generate", values),
+    "glm_image_stream": lambda server, values: list(http_stream(server, values)),
+}
+
+
+@pytest.mark.parametrize("parameters", [{"timeout": 50_000}, {"timeout": "50000"}, {"parameters": {"timeout": 50_000}}])
+@pytest.mark.parametrize("endpoint", GENERATE_ENDPOINTS)
+def test_a_timeout_holds_over_the_generate_endpoints(
+    triton: TritonServer, endpoint: str, parameters: dict[str, Any]
+) -> None:
+    """To which it is an ordinary parameter."""
+    values = {**REQUEST, "height": 1024, "width": 1024, **parameters}
+    with pytest.raises(KServeError, match="its deadline"):
+        GENERATE_ENDPOINTS[endpoint](triton, values)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
-from glm_image.supervisor.settings import free_ports
-from glm_image.supervisor.watchdog import SHARED_MEMORY
+from glm_image.watchdog.leftovers import SHARED_MEMORY
+from glm_image_client.cli.diagnosis import diagnose
+from glm_image_client.transport import Endpoint
 from server.served import (
     CONFIG,
     END_TIMEOUT_SECONDS,
@@ -205,12 +206,18 @@ def test_model_without_code_is_reported(checkpoint: Path, repository: Path) -> N
 
 
 def test_stop_while_loading(checkpoint: Path, repository: Path) -> None:
+    """Until then the command finds that the server is loading."""
     write_model(repository, "slow", HANGING_MODEL)
-    served = Served(checkpoint, repository)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    served = Served(checkpoint, repository, "--grpc-port", str(port))
     with ended(served.process):
-        wait_for_log(served, "loading forever")
+        for text in ("loading forever", "successfully loaded 'worker'"):  # in either order
+            wait_for_log(served, text)
         family = descendants(served.process.pid)
         assert len(family) == 4
+        found = diagnose(Endpoint.parse(f"127.0.0.1:{port}"))
+        assert found == (f"the server at 127.0.0.1:{port} is loading its models; wait for it with --wait", True)
         assert served.stop(signal.SIGTERM) == 0
         for pid in family:
             wait_gone(pid)
@@ -234,12 +241,12 @@ def test_invalid_flags_are_refused(checkpoint: Path, repository: Path, flags: li
     assert line.startswith(message.format(busy=busy))
 
 
-def test_lost_port_is_replaced_by_another(checkpoint: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        lost = listener.getsockname()[1]
-        port_choices = iter([[*free_ports("127.0.0.1", 2), lost], free_ports("127.0.0.1", 3)])  # the last is HTTP's
-        monkeypatch.setattr("glm_image.supervisor.settings.free_ports", lambda *_: next(port_choices))
-        with TritonServer(ServerSettings(checkpoint, model_repository=repository)) as server:
-            assert server.http_url != f"127.0.0.1:{lost}"
-            assert isinstance(call(server.http_url, "describe"), dict)
-    assert next(port_choices, None) is None
+@pytest.mark.parametrize("service", ["http", "metrics"])  # Triton binds the port of its metrics last
+def test_port_taken_while_the_server_loads_is_reported(checkpoint: Path, repository: Path, service: str) -> None:
+    server = TritonServer(ServerSettings(checkpoint, model_repository=repository))
+    host, _, port = getattr(server, f"{service}_url").partition(":")
+    with (
+        socket.create_server((host, int(port))),
+        pytest.raises(ServerStartError, match=f"Socket '{host}:{port}' already in use"),
+    ):
+        server.__enter__()

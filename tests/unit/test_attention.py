@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -54,6 +55,17 @@ def test_positions_beyond_a_slots_length_change_nothing(
     dirty = (keys.masked_fill(beyond, garbage), values.masked_fill(beyond, garbage))
     for attention in (masked_decode_attention, ragged_decode_attention):
         assert torch.equal(attention(query, *dirty, lengths), attention(query, keys, values, lengths))
+
+
+@given(shape=SHAPES, seed=SEEDS)
+def test_ragged_attention_equals_torchs_for_every_slot_bit_for_bit(shape: tuple[int, int, int, int], seed: int) -> None:
+    query, keys, values, lengths = caches(shape, seed)
+    lengths[0] = 1
+    attended = ragged_decode_attention(query, keys, values, lengths)
+    for slot, length in enumerate(lengths.tolist()):
+        cache = (tensor[slot : slot + 1, :, :length] for tensor in (keys, values))
+        alone = F.scaled_dot_product_attention(query[slot : slot + 1, :, None], *cache, enable_gqa=True)
+        assert torch.equal(attended[slot], alone[0, :, 0])
 
 
 @given(shape=SHAPES, seed=SEEDS)

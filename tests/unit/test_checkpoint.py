@@ -187,6 +187,64 @@ def test_sampling_defaults_are_those_of_the_checkpoint(make_checkpoint: MakeChec
     assert config.end_ids == (config.codebook_size + 1,)
 
 
+def test_null_sampling_values_have_the_defaults_and_a_top_k_of_0_is_no_limit(folder: Path) -> None:
+    file = folder / "vision_language_encoder" / "generation_config.json"
+    for top_k in (None, 0):
+        values = {"temperature": None, "top_p": None, "top_k": top_k}
+        change_json(file, lambda content, values=values: content.update(values))
+        config = ArConfig.read(Checkpoint.open(folder))
+        assert vars(config.sampling) == {"temperature": 0.9, "top_p": 0.75, "top_k": config.vision_vocab_size}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("temperature", 0, "temperature is 0; allowed: 0.01 to 2"),
+        ("top_p", 0.0, "top_p is 0.0; allowed: above 0"),
+        ("top_k", -1, "top_k is -1; allowed: 1"),
+    ],
+)
+def test_a_sampling_value_of_0_is_not_taken_for_a_missing_one(
+    folder: Path, name: str, value: float, allowed: str
+) -> None:
+    file = folder / "vision_language_encoder" / "generation_config.json"
+    change_json(file, lambda content: content.update({name: value}))
+    refused(folder, f"in generation_config.json, {allowed}")
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "num_key_value_heads", "head_dim"])
+def test_a_count_of_0_is_not_taken_for_a_missing_one(folder: Path, name: str) -> None:
+    file = folder / "vision_language_encoder" / "config.json"
+    change_json(file, lambda config: config["text_config"].update({name: 0}))
+    refused(folder, f"text_config.{name} is 0; allowed: a whole number from 1")
+
+
+def test_a_checkpoint_without_defaults_has_those_of_the_published_model(folder: Path) -> None:
+    (folder / "generation_defaults.json").write_text('{"height": 256, "num_inference_steps": 20}')
+    own = {"width": 1024, "height": 256, "num_inference_steps": 20, "guidance_scale": 1.5}
+    assert Checkpoint.open(folder).defaults == own
+    (folder / "generation_defaults.json").unlink()
+    published = {"width": 1024, "height": 1024, "num_inference_steps": 50, "guidance_scale": 1.5}
+    assert Checkpoint.open(folder).defaults == published
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"width": 0}', "width is 0; allowed: 32 to 2048"),
+        ('{"steps": 3}', "steps is not known; allowed: width, height"),
+        ('{"width": "wide"}', "generation_defaults.json"),
+        ('{"width": 256.5}', "generation_defaults.json"),
+        ("[]", "generation_defaults.json"),
+        ("{", "generation_defaults.json"),
+    ],
+)
+def test_malformed_defaults_are_refused(folder: Path, content: str, message: str) -> None:
+    (folder / "generation_defaults.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        _ = Checkpoint.open(folder).defaults
+
+
 def test_name_and_revision(folder: Path, tmp_path: Path) -> None:
     revision = Checkpoint.open(folder).revision
     assert Checkpoint.open(folder).name == "damaged"

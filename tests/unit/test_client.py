@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from glm_image.config.schema import DIT_INPUTS, REQUEST_INPUTS, STREAM_INPUTS
 from glm_image.request.limits import OUTPUT_FORMATS
-from glm_image.request.parameters import GenerationParameters, PreviewParameters
+from glm_image.request.parameters import GenerationParameters, PreviewParameters, consecutive_seeds
 from glm_image.request.tensors import request_fields
 from glm_image_client import (
     BadArgumentError,
@@ -36,7 +37,6 @@ from glm_image_client.calls import (
     prior_inputs,
     prior_tokens,
     request_tensors,
-    source_bytes,
     stream,
 )
 from glm_image_client.core import run
@@ -52,6 +52,7 @@ from glm_image_client.options import (
     StreamOptions,
 )
 from glm_image_client.result import file_names
+from glm_image_client.sources import source_bytes
 from glm_image_client.transport import Endpoint, microseconds
 
 METADATA = {
@@ -110,11 +111,12 @@ class TestTensors:
             "top_p": 0.25,
             "top_k": 4,
             "output_format": "png",
+            "glyph_text": ["x"],
         }
         tensors = {name: (datatype, data) for name, datatype, data in request_tensors(values)}
         expected: dict[str, tuple[str, type]]
         text, whole, real = ("BYTES", np.object_), ("INT32", np.int32), ("FP32", np.float32)
-        expected = dict.fromkeys(("prompt", "negative_prompt", "output_format"), text)
+        expected = dict.fromkeys(("prompt", "negative_prompt", "output_format", "glyph_text"), text)
         expected |= dict.fromkeys(("height", "width", "num_inference_steps", "num_images", "top_k"), whole)
         expected |= dict.fromkeys(("guidance_scale", "temperature", "top_p"), real)
         expected |= {"seed": ("INT64", np.int64)}
@@ -134,7 +136,7 @@ class TestTensors:
             ("height", 512.5),
             ("height", 2**31),
             ("height", "512"),
-            ("seed", 2**63),
+            ("seed", 2**64),
             ("seed", -(2**63) - 1),
             ("guidance_scale", "much"),
             ("prompt", 7),
@@ -144,6 +146,13 @@ class TestTensors:
     def test_value_outside_the_type_is_refused_by_name(self, name: str, value: object) -> None:
         with pytest.raises(BadArgumentError, match=f"^{name} is .*; allowed: "):
             request_tensors({name: value})
+
+    @given(st.integers(-(2**63), 2**64 - 1))
+    def test_a_seed_is_sent_as_the_signed_integer_of_the_same_bits(self, seed: int) -> None:
+        (tensor,) = request_tensors({"seed": seed})
+        assert tensor.data.dtype == np.int64
+        assert int(tensor.data[0]) % 2**64 == seed % 2**64
+        assert (int(tensor.data[0]),) == consecutive_seeds(seed, 1)
 
     @given(st.lists(st.binary(), min_size=1, max_size=4))
     def test_source_bytes_are_sent_unchanged(self, files: list[bytes]) -> None:
@@ -193,10 +202,11 @@ class TestOptions:
 
     def test_options_have_the_types_of_the_server(self) -> None:
         hints = {**get_type_hints(GenerationParameters), **get_type_hints(PreviewParameters)}
-        hints["output_format"] = OutputFormat
+        hints |= {"output_format": OutputFormat, "glyph_text": Sequence[str]}
         kinds = {name: set(get_args(option.kind)) - {type(None)} for name, option in OPTIONS.items()}
         assert kinds == {name: set(get_args(hints[name]) or {hints[name]}) - {type(None)} for name in OPTIONS} | {
-            "output_format": {OutputFormat}
+            "output_format": {OutputFormat},
+            "glyph_text": {Sequence[str]},
         }
 
     def test_stages_take_the_inputs_of_their_models(self) -> None:
@@ -349,6 +359,10 @@ class TestPriorTokens:
         assert tensors["resolved_seed"].data.tolist() == [41]
         assert json.loads(tensors["ar_metadata"].data[0]) == {"seeds": [41, 42]}
 
+    def test_a_large_seed_for_the_noise_is_folded(self, prior: PriorTokens) -> None:
+        tensors = {tensor.name: tensor.data for tensor in prior_inputs(prior, 2**64 - 1)}
+        assert tensors["resolved_seed"].tolist() == [-1]
+
     def test_seed_replaces_that_of_the_prior(self, prior: PriorTokens) -> None:
         tensors = {tensor.name: tensor for tensor in prior_inputs(prior, seed=-5)}
         assert tensors["resolved_seed"].data.tolist() == [-5]
@@ -465,7 +479,6 @@ class TestAddresses:
         [
             (None, "grpc", ("grpc", "127.0.0.1:8001", False)),
             (None, "http", ("http", "127.0.0.1:8000", False)),
-            ("", "http", ("http", "127.0.0.1:8000", False)),
             ("box:9", "grpc", ("grpc", "box:9", False)),
             ("box", "http", ("http", "box:8000", False)),
             ("http://box:9", "grpc", ("http", "box:9", False)),
@@ -482,7 +495,18 @@ class TestAddresses:
 
     @pytest.mark.parametrize(
         "url",
-        ["ftp://box", "box:port", "box:70000", "http://", ":8001", "grpc://box/path", "user@box:1", "[::1", "box?x"],
+        [
+            "",
+            "ftp://box",
+            "box:port",
+            "box:70000",
+            "http://",
+            ":8001",
+            "grpc://box/path",
+            "user@box:1",
+            "[::1",
+            "box?x",
+        ],
     )
     def test_invalid_url_is_refused(self, url: str) -> None:
         with pytest.raises(BadArgumentError, match=r"^url is .*; allowed: HOST:PORT"):

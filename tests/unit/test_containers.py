@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
+import importlib.metadata
 import json
 import os
 import re
@@ -18,7 +18,7 @@ import tomllib
 import yaml
 
 from glm_image.supervisor.cli import parse_arguments
-from glm_image.supervisor.watchdog import STOP_GRACE_SECONDS
+from glm_image.watchdog.watchdog import STOP_GRACE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -62,6 +62,10 @@ def compose(target: str) -> dict[str, Any]:
 
 def seconds(duration: str) -> int:
     return int(duration.removesuffix("s"))
+
+
+def gigabytes(size: str) -> int:
+    return int(re.findall(r"(\d+)gb?\b", size)[0])
 
 
 class TestDockerfile:
@@ -122,7 +126,7 @@ class TestCompose:
         assert (build["context"], build["target"]) == (".", target)
         # The vendors' images can be named without an edit, and the defaults are the Dockerfile's.
         for name, value in build["args"].items():
-            default = re.search(rf"^ARG {name}=(\S+)$", DOCKERFILE, re.MULTILINE)
+            default = re.search(rf"^ARG {name}=(\S*)$", DOCKERFILE, re.MULTILINE)
             assert default is not None
             assert value == f"${{{name}:-{default[1]}}}"
 
@@ -146,6 +150,11 @@ class TestCompose:
     def test_memory_and_time_suffice(self, target: str) -> None:
         service = compose(target)
         assert service["shm_size"].endswith("gb")
+        assert gigabytes(service["mem_limit"]) > 4 * gigabytes(service["shm_size"])
+        assert service["memswap_limit"] == service["mem_limit"]
+        assert service["ulimits"]["nofile"] >= 65536
+        assert service["pids_limit"] >= 1024
+        assert service["logging"]["options"] == {"max-size": "50m", "max-file": "10"}
         drain = parse_arguments(["--checkpoint", "x"]).drain_seconds
         assert seconds(service["stop_grace_period"]) > drain + STOP_GRACE_SECONDS
 
@@ -168,29 +177,54 @@ def test_the_cuda_container_gets_its_card() -> None:
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
-class TestConstraints:
-    @pytest.fixture(scope="class")
-    def script(self) -> Any:
-        spec = importlib.util.spec_from_file_location("constraints", ROOT / "containers" / "constraints.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+class TestImage:
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_only_hashed_packages_are_installed(self, target: str) -> None:
+        commands = [rest for word, rest in instructions() if word == "RUN"]
+        assert not any("pip install" in command for command in commands)
+        (command,) = [rest for word, rest in stages()[target][1] if word == "RUN"]
+        assert 'install_locked.py --keep "$KEPT_PACKAGES" client server tracing' in command
+        assert ("npu" in command) == (target == "ascend")
+        assert "containers/write_sbom" in command
 
-    def test_a_vendors_torch_stays(self, script: Any) -> None:
-        text = "# Engines\nnumpy==1.26.4\ntorch==2.13.0\ntorch_npu==2.13.0\ntriton==3.7.1\n"
-        installed = {"torch": "2.13.0a0+vendor", "torch-npu": "2.13.0.post1"}
-        assert script.container_constraints(text, installed) == (
-            "# Engines\nnumpy==1.26.4\ntorch==2.13.0a0+vendor\ntorch-npu==2.13.0.post1\ntriton==3.7.1\n"
-        )
+    def test_the_cache_of_pip_is_no_part_of_an_image(self) -> None:
+        (home,) = re.findall(r"\bHOME=(\S+)", DOCKERFILE)
+        assert set(re.findall(r"type=cache,target=(\S+)", DOCKERFILE)) == {f"{home}/.cache/pip"}
 
-    def test_without_one_the_pins_are_the_projects(self, script: Any) -> None:
-        text = (ROOT / "constraints.txt").read_text()
-        assert script.container_constraints(text, {}) == text
+    def test_base_images_can_be_pinned_by_digest(self) -> None:
+        for name in ("TRITON", "CANN"):
+            assert f"FROM ${{{name}_IMAGE}}${{{name}_DIGEST:+@${{{name}_DIGEST}}}} AS " in DOCKERFILE
+            assert f"ARG {name}_DIGEST=\n" in DOCKERFILE
 
-    def test_it_looks_for_the_installed_packages(self, script: Any) -> None:
-        assert {"numpy", "torch"} <= set(script.installed_by_the_vendor())
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_labels(self, target: str) -> None:
+        text = " ".join(rest for stage in ("base", target) for word, rest in stages()[stage][1] if word == "LABEL")
+        labels = set(re.findall(r"org\.opencontainers\.image\.([\w.]+)=", text))
+        assert labels >= {"title", "description", "licenses", "version", "revision", "created"}
+        assert labels >= {"base.name", "base.digest"}
+        version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+        assert ("ARG", f"VERSION={version}") in stages()[target][1]
+
+    def test_public_names_stand_in_the_documentation(self) -> None:
+        text = (ROOT / "docs" / "containers.md").read_text()
+        for default in re.findall(r"^ARG \w+_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE):
+            assert re.search(rf"`{re.escape(default)}` \| `\w+/{re.escape(default)}`", text)
+
+
+@pytest.mark.full
+def test_the_bill_of_materials_lists_the_packages(tmp_path: Path) -> None:
+    subprocess.run(
+        [ROOT / "containers" / "write_sbom", tmp_path / "sbom.json", sys.executable],
+        check=True,
+        timeout=RESOLVE_SECONDS,
+    )
+    found = json.loads((tmp_path / "sbom.json").read_text())
+    assert found["bomFormat"] == "CycloneDX"
+    assert found["metadata"]["component"]["name"] == "glm-image-triton"
+    versions = {one["name"].lower(): one["version"] for one in found["components"]}
+    for name in ("numpy", "torch", "tritonclient"):
+        assert versions[name] == importlib.metadata.version(name)
+    assert "cyclonedx-bom" not in versions
 
 
 @pytest.mark.full
@@ -220,8 +254,14 @@ def test_every_pin_resolves(target: str, architecture: str, tmp_path: Path) -> N
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    chosen = json.loads(report.read_text())["install"]
+    files = [*extras, "cuda"]
+    locked = "".join((ROOT / "requirements" / f"{name}.txt").read_text() for name in files)
+    for one in chosen:
+        digest = one["download_info"]["archive_info"]["hashes"]["sha256"]
+        assert f"--hash=sha256:{digest}" in locked, one["metadata"]["name"]
     pins = (line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pinned = {name.lower().replace("_", "-"): version for name, version in pins}
-    chosen = [one["metadata"] for one in json.loads(report.read_text())["install"]]
-    versions = {one["name"].lower().replace("_", "-"): one["version"] for one in chosen}
+    metadata = [one["metadata"] for one in chosen]
+    versions = {one["name"].lower().replace("_", "-"): one["version"] for one in metadata}
     assert {name: pinned.get(name) for name in versions} == versions

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_image.errors import CancelledError, DeadlineExceededError
-from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext, RequestObserver, Timeouts
+from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext, RequestObserver
 from glm_image.request.stages import Stage
 
 
@@ -160,14 +160,6 @@ def test_a_deadline_that_cannot_be_met_names_the_missing_time() -> None:
     ):
         context.check(5.0)
     RequestContext().check(1e9)
-
-
-@pytest.mark.parametrize(
-    ("default", "longest", "requested", "expected"),
-    [(0, 0, 0, 0), (0, 0, 7, 7), (5, 0, 0, 5), (5, 0, 7, 7), (0, 9, 0, 9), (5, 9, 0, 5), (5, 9, 11, 9), (5, 9, 7, 7)],
-)
-def test_a_timeout_has_a_default_and_a_maximum(default: int, longest: int, requested: int, expected: int) -> None:
-    assert Timeouts(default, longest).of(requested) == expected
 
 
 def test_without_timeout_there_is_no_deadline_and_without_id_a_new_one() -> None:

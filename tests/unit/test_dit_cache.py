@@ -183,7 +183,7 @@ def test_images_can_be_denoised_in_turn(engine: DitEngine, cache: Any) -> None:
 
     def prepare(name: int) -> None:
         tokens = np.zeros(grids[name].tokens, dtype=np.int32)
-        executor.run(Prepare(name, "'a'", "", tokens, grids[name], 16, 1.5, seed=-name))
+        executor.run(Prepare(name, ("a",), (), tokens, grids[name], 16, 1.5, seed=-name))
 
     def latents(name: int) -> torch.Tensor:
         return executor._images[name].latents.clone()
@@ -224,7 +224,7 @@ def test_dropped_image_is_freed_without_garbage_collection(
 ) -> None:
     cache(settings)
     executor = engine.executor
-    executor.run(Prepare(-5, "a", "", np.zeros(2, dtype=np.int32), Grid(1, 2), 20, 1.5, seed=0))
+    executor.run(Prepare(-5, (), (), np.zeros(2, dtype=np.int32), Grid(1, 2), 20, 1.5, seed=0))
     for _ in range(9):
         executor.run(Step(-5))
     step: Any = executor._images[-5].step

@@ -44,7 +44,7 @@ def test_dropped_image_is_freed_without_garbage_collection(pipeline: LocalPipeli
     """A captured step that waits for the garbage collector may be freed during the capture of another step."""
     executor = pipeline.dit.executor
     tokens = np.zeros(GRID.tokens, dtype=np.int32)
-    executor.run(Prepare(-5, "a", "", tokens, GRID, MIN_STEPS_TO_CAPTURE + 1, 1.5, seed=0))
+    executor.run(Prepare(-5, (), (), tokens, GRID, MIN_STEPS_TO_CAPTURE + 1, 1.5, seed=0))
     for _ in range(steps_taken):
         executor.run(Step(-5))
     latents = weakref.ref(executor._images[-5].latents)
@@ -94,7 +94,7 @@ def test_out_of_memory_drops_the_image_and_releases_its_memory(
     executor = pipeline.dit.executor
     tokens = np.zeros(GRID.tokens, dtype=np.int32)
     for number in (-5, -6):
-        executor.run(Prepare(number, "a", "", tokens, GRID, 2, 1.5, seed=0))
+        executor.run(Prepare(number, (), (), tokens, GRID, 2, 1.5, seed=0))
     released: list[bool] = []
     monkeypatch.setattr(executor._device, "release_unused", lambda: released.append(-5 in executor._images))
     monkeypatch.setattr(executor._images[-5], "step", lambda: torch.empty(1 << 50, dtype=torch.uint8))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from glm_image.lifecycle.context import LATEST_DEADLINE_NS
 from glm_image.lifecycle.events import KINDS, EventBuilder
 from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.request.geometry import Grid, output_grids, preview_of
-from glm_image_client import StreamEvent
+from glm_image_client import GenerationResult, Metadata, StreamEvent
+from glm_image_client.cli.progress import watch
 
 
 def published(stage: str, done: int, total: int = 10, state: str = "running", arrived_ns: int = 7) -> Event:
@@ -80,6 +82,26 @@ def test_client_accepts_the_old_name_of_decode(name: str) -> None:
     outputs = {"event": np.array([json.dumps(published).encode()]), "images_base64": np.array([], dtype=object)}
     event = StreamEvent.from_outputs(outputs)
     assert (event.kind, event.stage, event.done, event.files) == ("decode", "decode", 1, [])
+
+
+def skipped_event() -> StreamEvent:
+    published = {"stage": "decode", "done": 1, "total": 2}
+    event = EventBuilder("me", 7).skipped(published, {"reason": "busy", "message": "glm_dit is too busy"})
+    outputs = {"event": np.array([json.dumps({**event, "seconds": 0.5}).encode()]), "images_base64": np.array([])}
+    return StreamEvent.from_outputs(outputs)
+
+
+def test_client_reads_why_a_preview_is_not_made() -> None:
+    event = skipped_event()
+    assert (event.kind, event.stage, event.files) == ("preview_skipped", "decode", [])
+    assert (event.reason, event.message) == ("busy", "glm_dit is too busy")
+
+
+def test_the_command_prints_why_a_preview_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = GenerationResult(Metadata())
+    last = StreamEvent("image", "me", "done", 1, 1, 1.0, result=result)
+    assert watch([skipped_event(), last], has_bar=False, preview_dir=tmp_path).result is result
+    assert capsys.readouterr().err == "no preview (busy): glm_dit is too busy\n"
 
 
 OPTIONS = StreamOptions(arrived_ns=5, previews=True, latent_preview_every=3)

@@ -15,7 +15,7 @@ from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.devices.discovery import Accelerators
 from glm_image.devices.open import open_device
 from glm_image.errors import ConfigurationError
-from glm_image.lifecycle.context import Timeouts
+from glm_image.lifecycle.timeouts import Timeouts
 from glm_image.request.declaration import read
 from glm_image.request.geometry import Size
 from glm_image.request.limits import Limits

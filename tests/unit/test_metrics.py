@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +19,21 @@ from glm_image.devices.open import open_device
 from glm_image.dit import metrics as dit
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
-from glm_image.errors import CancelledError
+from glm_image.errors import (
+    CancelledError,
+    ConfigurationError,
+    DeadlineExceededError,
+    DeviceMemoryError,
+    InvalidInputError,
+    QueueFullError,
+    UnavailableError,
+)
 from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, PaintRequest
 from glm_image.request.stages import Stage
-from glm_image.telemetry.metrics import MetricSpec
+from glm_image.telemetry.metrics import LatencyRecorder, MetricSpec
 
 WAIT_SECONDS = 60
 SLOTS = 2
@@ -148,3 +157,29 @@ def test_a_cancelled_image_leaves_the_steps_it_took(dit_engine: DitEngine, recor
         dit_engine.paint(context, paint_request(3, "raw"), Limits())
     assert records.times(dit.STEP_SECONDS) == 4
     assert records.of(dit.IMAGES) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "ok"),
+        (InvalidInputError("x"), "refused"),
+        (QueueFullError("x"), "refused"),
+        (DeviceMemoryError("x"), "refused"),
+        (UnavailableError("x"), "refused"),
+        (CancelledError("x"), "cancelled"),
+        (DeadlineExceededError("x"), "deadline"),
+        (ConfigurationError("x"), "failed"),
+        (ValueError("x"), "failed"),
+    ],
+)
+def test_latencies_are_recorded_by_stage_and_outcome(records: Records, error: Exception | None, outcome: str) -> None:
+    context = RequestContext(received_ns=time.monotonic_ns() - 3 * 10**9)
+    context.add_observer(LatencyRecorder(dit.DIT_LATENCIES, records))
+    context.seconds = {Stage.DECODE: 7.0, Stage.DENOISE: 1.5, Stage.VAE: 0.25}
+    context.finish(error)
+    (seconds,) = records.of(dit.DIT_LATENCIES.requests[outcome])
+    assert seconds >= 3
+    assert records.of(dit.DIT_LATENCIES.stages[Stage.DENOISE, outcome]) == [1.5]
+    assert records.of(dit.DIT_LATENCIES.stages[Stage.VAE, outcome]) == [0.25]
+    assert len(records.values) == 3  # the first stage has recorded its own

@@ -33,6 +33,7 @@ OPERATOR = re.compile(r"^ *(?:- )?func: (?P<schema>(?P<name>\w+)(?:\.\w+)?\(.*\)
 DOWNLOAD_SECONDS = 240
 # Of the two device classes in a file, the one of the other runtime.
 OTHER_CLASS = {"torch.npu": "CudaDevice", "torch.cuda": "NpuDevice"}
+OTHER_FILES = {"torch.npu": set(), "torch.cuda": {PACKAGE / "ar" / "fused" / "npu.py"}}
 
 
 def pinned(project: str) -> str:
@@ -182,7 +183,7 @@ class Uses:
 def uses_of_package(runtime: str, surface: Surface) -> list[Use]:
     return [
         use
-        for file in sorted(PACKAGE.rglob("*.py"))
+        for file in sorted(set(PACKAGE.rglob("*.py")) - OTHER_FILES[runtime])
         for use in Uses(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8"), runtime, surface).uses()
     ]
 

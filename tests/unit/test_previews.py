@@ -150,7 +150,7 @@ def test_latent_preview_on_a_straight_path_is_its_end(pipeline: LocalPipeline) -
     executor = pipeline.dit.executor
     paint_request = request(3)
     tokens = paint_request.prior_token_ids[0] * 0
-    levels = executor.run(Prepare(-7, "a", "", tokens, paint_request.grid, 4, 1.5, seed=0))
+    levels = executor.run(Prepare(-7, (), (), tokens, paint_request.grid, 4, 1.5, seed=0))
     assert isinstance(levels, np.ndarray)
     executor.run(Step(-7))
     executor.run(Step(-7, for_estimate=True))

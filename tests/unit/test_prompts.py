@@ -34,9 +34,9 @@ def reference_ids(processor: Any, prompt: str, size: Size) -> list[int]:
     return ids
 
 
-def our_ids(processor: Any, prompt: str, size: Size) -> list[int]:
+def our_ids(tokenizer: PromptTokenizer, prompt: str, size: Size) -> list[int]:
     preview, target = geometry.output_grids(geometry.target_grid(size), image_to_image=False)
-    return PromptTokenizer(processor).text_to_image(prompt, target, preview)
+    return tokenizer.text_to_image(prompt, target, preview)
 
 
 @pytest.fixture(scope="module", params=PREFIXES)
@@ -45,28 +45,35 @@ def processor(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -
     return GlmImageProcessor.from_pretrained(folder / "processor")
 
 
+@pytest.fixture(scope="module")
+def tokenizer(processor: Any) -> PromptTokenizer:
+    return PromptTokenizer(processor)
+
+
 def spells_no_special_token(text: str) -> bool:
     return not any(token in text for token in SPELLED)
 
 
 @given(prompt=PROMPTS.filter(spells_no_special_token), th=st.integers(1, 64), tw=st.integers(1, 64))
-def test_prompt_ids_match_the_reference(processor: Any, prompt: str, th: int, tw: int) -> None:
+def test_prompt_ids_match_the_reference(
+    tokenizer: PromptTokenizer, processor: Any, prompt: str, th: int, tw: int
+) -> None:
     size = Size(32 * th, 32 * tw)
-    assert our_ids(processor, prompt, size) == reference_ids(processor, prompt, size)
+    assert our_ids(tokenizer, prompt, size) == reference_ids(processor, prompt, size)
 
 
 @pytest.mark.parametrize("spelled", [*SPELLED, "<sop>32 32<eop>", "a <|image|> b", "<|image|><|image|>"])
-def test_text_that_spells_a_special_token_is_text(processor: Any, spelled: str) -> None:
+def test_text_that_spells_a_special_token_is_text(tokenizer: PromptTokenizer, processor: Any, spelled: str) -> None:
     size = Size(64, 96)
     around = reference_ids(processor, "x", size)
     (place,) = [index for index in range(len(around)) if around[index] == TINY.vision_vocab + ord("x")]
     as_bytes = [TINY.vision_vocab + byte for byte in spelled.encode()]
-    assert our_ids(processor, spelled, size) == around[:place] + as_bytes + around[place + 1 :]
-    assert reference_ids(processor, spelled, size) != our_ids(processor, spelled, size)
+    assert our_ids(tokenizer, spelled, size) == around[:place] + as_bytes + around[place + 1 :]
+    assert reference_ids(processor, spelled, size) != our_ids(tokenizer, spelled, size)
 
 
-def test_threads_may_share_a_tokenizer(processor: Any) -> None:
-    tokenizer, preview, target = PromptTokenizer(processor), Grid(16, 16), Grid(2, 2)
+def test_threads_may_share_a_tokenizer(tokenizer: PromptTokenizer) -> None:
+    preview, target = Grid(16, 16), Grid(2, 2)
     prompts = ["x" * length for length in range(1, 400)]
     alone = [tokenizer.text_to_image(prompt, target, preview) for prompt in prompts]
     with ThreadPoolExecutor(8) as threads:
@@ -107,16 +114,16 @@ def test_glyph_ids_match_the_reference(reference: Any, prompt: str) -> None:
     strings = reference.get_glyph_texts(prompt)[0] or [""]
     ids = reference.tokenizer(strings, max_length=2048, truncation=True).input_ids
     pads = [reference.tokenizer.pad_token_id] * ((len(ids) + 1) % 2)
-    assert prompts.glyph_token_ids(prompt, reference.tokenizer) == [pads + row for row in ids]
+    assert prompts.glyph_token_ids(prompts.quoted_strings(prompt), reference.tokenizer) == [pads + row for row in ids]
 
 
 @given(prompt=st.one_of(PROMPTS, PROMPTS.map(lambda text: f"'{text}</s>' and '<pad>'")))
 def test_glyph_tokens_are_counted_without_a_tokenizer(reference: Any, prompt: str) -> None:
-    ids = prompts.glyph_token_ids(prompt, reference.tokenizer)
-    assert prompts.glyph_token_count(prompt) == sum(map(len, ids))
+    ids = prompts.glyph_token_ids(prompts.quoted_strings(prompt), reference.tokenizer)
+    assert prompts.glyph_token_count(prompts.quoted_strings(prompt)) == sum(map(len, ids))
 
 
 @pytest.mark.parametrize("spelled", ["</s>", "<pad>", "<unk>", "<extra_id_0>"])
 def test_quoted_text_that_spells_a_special_token_is_text(reference: Any, spelled: str) -> None:
-    (ids,) = prompts.glyph_token_ids(f"'{spelled}'", reference.tokenizer)
+    (ids,) = prompts.glyph_token_ids([spelled], reference.tokenizer)
     assert ids == [3 + byte for byte in spelled.encode()] + [reference.tokenizer.eos_token_id]

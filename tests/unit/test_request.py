@@ -204,7 +204,7 @@ def assert_sane(resolved: ResolvedRequest) -> None:
     assert 0 < sampling.top_p <= 1
     assert sampling.top_k >= 1
     for prompt in (resolved.parameters.prompt, resolved.parameters.negative_prompt):
-        assert prompts.glyph_token_count(prompt) <= LIMITS.glyph_tokens
+        assert prompts.glyph_token_count(prompts.quoted_strings(prompt)) <= LIMITS.glyph_tokens
         assert len(prompt.encode()) <= 4 * LIMITS.prompt_characters
 
 

@@ -54,6 +54,7 @@ def test_ensemble_has_the_tensors_of_the_contract() -> None:
     assert tensors(config.input) == {
         "prompt": ("STRING", (1,), True),  # the stages report that it is missing
         "image": ("STRING", (-1,), True),
+        "glyph_text": ("STRING", (-1,), True),
         "height": ("INT32", (1,), True),
         "width": ("INT32", (1,), True),
         "num_inference_steps": ("INT32", (1,), True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import socket
 import subprocess
@@ -11,21 +13,26 @@ from pathlib import Path
 
 import pytest
 
+import glm_image
 from glm_image.errors import CheckpointError, ConfigurationError
-from glm_image.supervisor import watchdog
+from glm_image.supervisor.addresses import authority, service_flags
 from glm_image.supervisor.api_access import CLOSABLE_APIS, closing_flags, is_loopback
 from glm_image.supervisor.cli import parse_arguments
 from glm_image.supervisor.installation import Installation
+from glm_image.supervisor.ports import ReservedPorts, listens
 from glm_image.supervisor.requirements import check_bundled_server, libpython_directory
-from glm_image.supervisor.settings import ServerSettings, default_model_repository, free_ports
+from glm_image.supervisor.settings import ServerSettings, default_model_repository
 from glm_image.supervisor.triton_log import (
     SERVICES,
-    StartFailure,
     start_failure,
     started_service,
     syntax_error,
     unloaded_model,
 )
+from glm_image.watchdog.leftovers import SHARED_MEMORY, remove_leftovers
+from glm_image.watchdog.limits import MAX_DESCRIPTORS, SERVER_STACK_BYTES, descriptor_limit, stack_limit
+
+PACKAGE = Path(glm_image.__file__).parent
 
 
 @pytest.fixture
@@ -75,9 +82,8 @@ class TestSettings:
             changed(settings, **values).check()
 
     def test_one_port_for_two_services(self, settings: ServerSettings) -> None:
-        (port,) = free_ports("127.0.0.1", 1)
-        with pytest.raises(ConfigurationError, match=f"--grpc-port is {port}, which is also --http-port"):
-            changed(settings, http_port=port, grpc_port=port).check()
+        with pytest.raises(ConfigurationError, match="--grpc-port is 8000, which is also --http-port"):
+            changed(settings, http_port=8000, grpc_port=8000).check()
 
     def test_busy_port(self, settings: ServerSettings, busy_port: int) -> None:
         with pytest.raises(ConfigurationError, match=f"--grpc-port is {busy_port}, on which 127.0.0.1 already listens"):
@@ -97,11 +103,6 @@ class TestSettings:
         monkeypatch.chdir(tmp_path)  # whose name may exceed the length to which paths are shortened
         with pytest.raises(ConfigurationError, match=r"the model repository is .*checkpoint; allowed:"):
             changed(settings, model_repository=Path("checkpoint")).check()
-
-    def test_free_ports_replace_zeros_only(self, settings: ServerSettings) -> None:
-        chosen = changed(settings, grpc_port=1234).with_free_ports()
-        assert chosen.grpc_port == 1234
-        assert len({chosen.http_port, chosen.grpc_port, chosen.metrics_port, 0}) == 4
 
     def test_repository_of_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("GLM_IMAGE_MODEL_REPOSITORY", str(tmp_path))
@@ -154,10 +155,7 @@ class TestLog:
     )
     def test_model_failure_has_the_models_message(self, reason: str, message: str) -> None:
         line = f"E1122 02:06:43.4 4474 model_lifecycle.cc:642] \"failed to load 'glm_ar' version 1: {reason}\"\n"
-        failure = start_failure(line)
-        assert failure is not None
-        assert failure.message == f"glm_ar failed to load: {message}"
-        assert not failure.port_lost
+        assert start_failure(line) == f"glm_ar failed to load: {message}"
 
     @pytest.mark.parametrize(
         ("line", "message"),
@@ -180,9 +178,7 @@ class TestLog:
         ],
     )
     def test_other_failures(self, line: str, message: str) -> None:
-        failure = start_failure(line + "\n")
-        assert failure is not None
-        assert failure.message == message
+        assert start_failure(line + "\n") == message
 
     def test_unreadable_file_is_reported_with_line_and_column(self) -> None:
         logged = '[libprotobuf ERROR /b/t.cc:337] Error parsing text-format inference.ModelConfig: 12:11: No "x".\n'
@@ -191,19 +187,17 @@ class TestLog:
             'failed to read text proto from /r/glm_dit/config.pbtxt"\n'
         )
         message = "glm_dit failed to load: failed to read text proto from /r/glm_dit/config.pbtxt"
-        assert start_failure(failed) == StartFailure(message)
+        assert start_failure(failed) == message
         assert syntax_error(failed) is None
         place = syntax_error(logged)
-        assert start_failure(failed, place) == StartFailure(f'{message}, line and column 12:11: No "x".')
+        assert start_failure(failed, place) == f'{message}, line and column 12:11: No "x".'
 
-    def test_lost_port_is_recognized(self) -> None:
+    def test_port_taken_by_another_process(self) -> None:
         failure = start_failure(
             'E1122 02:11:17.7 5269 main.cc:245] "failed to start GRPC service: Unavailable - '
             "Socket '127.0.0.1:18001' already in use \"\n"
         )
-        assert failure is not None
-        assert failure.port_lost
-        assert failure.message == "Socket '127.0.0.1:18001' already in use"
+        assert failure == "Socket '127.0.0.1:18001' already in use"
 
     @pytest.mark.parametrize(
         ("line", "unloaded"),
@@ -217,6 +211,41 @@ class TestLog:
 
     def test_an_ordinary_line(self) -> None:
         assert start_failure("I1122 02:06:43.2 4474 model_lifecycle.cc:839] \"successfully loaded 'good'\"\n") is None
+
+
+class TestPorts:
+    @pytest.fixture
+    def reserved(self) -> Iterator[ReservedPorts]:
+        reserved = ReservedPorts("127.0.0.1", {"--http-port": 0, "--grpc-port": 0})
+        yield reserved
+        reserved.release()
+
+    def test_free_ports_replace_zeros_only(self, reserved: ReservedPorts) -> None:
+        named = reserved.numbers["--grpc-port"]
+        chosen = ReservedPorts("127.0.0.1", {"--http-port": 0, "--grpc-port": named, "--metrics-port": 0})
+        chosen.release()
+        assert chosen.numbers["--grpc-port"] == named
+        assert len({*chosen.numbers.values(), 0}) == 4
+
+    def test_another_process_does_not_get_a_reserved_port(self, reserved: ReservedPorts) -> None:
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", reserved.numbers["--http-port"]))
+
+    def test_the_server_listens_on_a_reserved_port(self, reserved: ReservedPorts) -> None:
+        ports = reserved.numbers.values()
+        assert not listens(os.getpid(), ports)
+        with contextlib.ExitStack() as listeners:
+            for port in ports:
+                assert not listens(os.getpid(), ports)
+                listeners.enter_context(socket.create_server(("127.0.0.1", port)))  # with SO_REUSEADDR, as Triton
+            assert listens(os.getpid(), ports)
+            assert not listens(os.getppid(), ports)
+        assert not listens(os.getpid(), ports)
+
+    def test_a_process_that_has_ended_does_not_listen(self) -> None:
+        with subprocess.Popen(["true"]) as ended:
+            pass
+        assert not listens(ended.pid, [])
 
 
 class TestRequirements:
@@ -255,23 +284,87 @@ def test_backends_are_linked(tmp_path: Path) -> None:
     assert (backends / "python" / "triton_python_backend_stub").read_text() == "the stub of this Python"
     assert (backends / "python" / "libtriton_python.so").resolve().is_relative_to(installed)
     assert (backends / "onnx" / "libtriton_onnx.so").is_file()
-    assert (backends / "python" / "glm_image" / "errors.py").samefile(Path(watchdog.__file__).parents[1] / "errors.py")
+    assert (backends / "python" / "glm_image" / "errors.py").samefile(PACKAGE / "errors.py")
     assert not (installed / "backends" / "python" / "glm_image").exists()
 
 
 def test_only_the_servers_leftovers_are_removed(tmp_path: Path) -> None:
-    mine, other = (watchdog.SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
+    mine, other = (SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
     (tmp_path / "run" / "backends").mkdir(parents=True)
     try:
         mine.touch()
         other.touch()
-        watchdog.remove_leftovers(mine.name, tmp_path / "run")
+        remove_leftovers(mine.name, tmp_path / "run")
         assert not mine.exists()
         assert other.exists()
         assert not (tmp_path / "run").exists()
-        watchdog.remove_leftovers(mine.name, tmp_path / "run")
+        remove_leftovers(mine.name, tmp_path / "run")
     finally:
         other.unlink()
+
+
+class TestHost:
+    @pytest.mark.parametrize(
+        ("host", "address"),
+        [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("::1", "::1"),
+         ("[::1]", "::1"), ("::", "::")],
+    )  # fmt: skip
+    def test_host_becomes_a_numeric_address(self, settings: ServerSettings, host: str, address: str) -> None:
+        absolute = changed(settings, host=host).absolute()
+        assert absolute.host == address
+        absolute.check()
+
+    @pytest.mark.parametrize("host", ["", " ", "no.such.host.invalid", "a" * 300, "1.2.3.4.5", "::g", "[]"])
+    def test_unknown_host_is_refused(self, settings: ServerSettings, host: str) -> None:
+        with pytest.raises(ConfigurationError, match=r"--host is .+; allowed: an address of this machine or a name of"):
+            changed(settings, host=host).absolute()
+
+    @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "fe80::1"])
+    def test_address_of_another_machine_is_refused(self, settings: ServerSettings, host: str) -> None:
+        with pytest.raises(ConfigurationError, match=rf"--host is {host}; allowed: an address of this machine"):
+            changed(settings, host=host).absolute().check()
+
+    def test_busy_port_of_ipv6(self, settings: ServerSettings) -> None:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+            port = listener.getsockname()[1]
+            changed(settings, host="127.0.0.1", http_port=port).check()
+            with pytest.raises(ConfigurationError, match=f"--http-port is {port}, on which ::1 already listens"):
+                changed(settings, host="::1", http_port=port).check()
+
+    def test_addresses_are_written_as_each_service_reads_them(self) -> None:
+        assert service_flags("::1") == [
+            "--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"
+        ]  # fmt: skip
+        assert {flag.split("=")[1] for flag in service_flags("127.0.0.1")} == {"127.0.0.1"}
+        assert (authority("::1", 8000), authority("127.0.0.1", 8000)) == ("[::1]:8000", "127.0.0.1:8000")
+
+
+class TestLimits:
+    def test_stack(self) -> None:
+        kib, none = 1024, resource.RLIM_INFINITY
+        assert stack_limit(8 * kib, none, none) == SERVER_STACK_BYTES
+        assert stack_limit(none, none, none) == SERVER_STACK_BYTES
+        assert stack_limit(8 * kib, 64 * kib, none) == 64 * kib
+        assert stack_limit(2 * SERVER_STACK_BYTES, none, none) == 2 * SERVER_STACK_BYTES
+        assert stack_limit(8 * kib, none, 32 * 2**30) == 8 * kib  # a hundred stacks must fit
+
+    def test_descriptors(self) -> None:
+        none = resource.RLIM_INFINITY
+        assert descriptor_limit(1024, 524_288) == 524_288
+        assert descriptor_limit(1024, none) == MAX_DESCRIPTORS
+        assert descriptor_limit(1024, 2**30) == MAX_DESCRIPTORS
+        assert descriptor_limit(2**30, 2**30) == 2**30
+        assert descriptor_limit(1024, 1024) == 1024
+
+    def test_address_space_is_warned_about(self) -> None:
+        program = "from glm_image.supervisor.host_limits import limit_warning; print(limit_warning())"
+        limit = (16 * 2**30, resource.RLIM_INFINITY)
+        for limited, expected in ((False, "None"), (True, "the address space is limited to 16.0 GiB (ulimit -v)")):
+            printed = subprocess.run(
+                [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                preexec_fn=lambda limited=limited: limited and resource.setrlimit(resource.RLIMIT_AS, limit),
+            ).stdout  # fmt: skip
+            assert printed.startswith(expected)
 
 
 class TestAccess:
@@ -306,20 +399,19 @@ class TestAccess:
 
     def test_server_threads_get_large_stacks(self) -> None:
         program = "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"
-        command = [sys.executable, watchdog.__file__, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
+        program_file = PACKAGE / "watchdog" / "__main__.py"
+        command = [sys.executable, program_file, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
                    "--drain-seconds", "1", "--", sys.executable, "-c", program]  # fmt: skip
         # Its input stays open until it has ended, as the end of the input is a command to kill.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
             assert running.stderr is not None
             limit = int(running.stderr.read())
         hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-        expected = (
-            watchdog.SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(watchdog.SERVER_STACK_BYTES, hard)
-        )
+        expected = SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(SERVER_STACK_BYTES, hard)
         assert limit >= expected
 
 
 def test_supervisor_imports_without_packages() -> None:
     """``scripts/test`` and ``scripts/quickstart`` ask it what to install."""
     command = [sys.executable, "-S", "-c", "import glm_image.supervisor, glm_image.supervisor.requirements"]
-    subprocess.run(command, check=True, env={"PYTHONPATH": str(Path(watchdog.__file__).parents[2])})
+    subprocess.run(command, check=True, env={"PYTHONPATH": str(PACKAGE.parent)})

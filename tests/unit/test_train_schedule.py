@@ -6,7 +6,7 @@ from threading import Barrier, Lock
 
 import pytest
 
-from train_tiny.__main__ import MINUTES, SAMPLES
+from train_tiny.__main__ import MINUTES, SAMPLES, parse_arguments
 from train_tiny.schedule import ATTEMPTS, NEEDS, train_all
 
 
@@ -65,3 +65,10 @@ def test_a_stage_that_fails_once_is_begun_again() -> None:
 
     train_all(train, ["cuda:0"], {"vae": (), "painter": ("vae",)})
     assert begun == ["vae", "vae", "painter"]
+
+
+@pytest.mark.parametrize("option", ["--samples", "--batch"])
+def test_a_count_of_0_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["vae", "folder", option, "0"])
+    assert "0; allowed: 1 or more" in capsys.readouterr().err

@@ -257,7 +257,9 @@ def test_noise_levels_are_the_schedules(tokens: int) -> None:
 
 @pytest.mark.parametrize("prompt", ["no quotes", "'CAT'", "'CAT' into “DOG”", "写着「猫」"])
 def test_glyph_rows_are_the_prompts(prompt: str) -> None:
-    assert [list(row) for row in glyph_rows(prompt)] == prompts.glyph_token_ids(prompt, ByT5Tokenizer())
+    assert [list(row) for row in glyph_rows(prompt)] == prompts.glyph_token_ids(
+        prompts.quoted_strings(prompt), ByT5Tokenizer()
+    )
 
 
 def test_cells_are_labelled_by_their_contents() -> None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from glm_image.errors import CheckpointError, ConfigurationError
-from glm_image.request.parameters import Sampling
+from glm_image.errors import CheckpointError, ConfigurationError, InvalidInputError
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import GenerationParameters, Sampling
+from glm_image.request.tensors import check_fields
 
 if TYPE_CHECKING:  # sizes are read without torch too
     from glm_image.checkpoint.checkpoint import Checkpoint
@@ -89,20 +91,23 @@ class ArConfig:
         rope = text["rope_parameters"]
         _require("text_config.hidden_act", text.get("hidden_act", "silu"), "silu")
         _require("text_config.rope_parameters.rope_type", rope.get("rope_type", "default"), "default")
-        heads = text["num_attention_heads"]
-        head_dim = text.get("head_dim") or text["hidden_size"] // heads
+        heads = _positive(text, "num_attention_heads")
+        head_dim = _positive(text, "head_dim", text["hidden_size"] // heads)
+        kv_heads = _positive(text, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ValueError(f"text_config.num_key_value_heads is {kv_heads}; allowed: what divides {heads} heads")
         vision_vocab_size = text["vision_vocab_size"]
         end_ids = generation.get("eos_token_id", config["image_end_token_id"])
         rotary_dim = int(head_dim * rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0)))
         mrope_section = tuple(rope.get("mrope_section", (8, 12, 12)))
-        if sum(mrope_section) * 2 != rotary_dim:
+        if sum(mrope_section) * 2 != rotary_dim or min(mrope_section, default=0) < 1:
             raise ValueError(f"mrope_section {mrope_section} does not fill {rotary_dim} rotary channels")
         return cls(
             layers=text["num_hidden_layers"],
             hidden_size=text["hidden_size"],
             intermediate_size=text["intermediate_size"],
             heads=heads,
-            kv_heads=text.get("num_key_value_heads") or heads,
+            kv_heads=kv_heads,
             head_dim=head_dim,
             rotary_dim=rotary_dim,
             rotary_theta=float(rope.get("rope_theta", 10000.0)),
@@ -113,12 +118,35 @@ class ArConfig:
             vision_vocab_size=vision_vocab_size,
             codebook_size=config["vq_config"]["num_embeddings"],
             end_ids=tuple(end_ids) if isinstance(end_ids, list) else (end_ids,),
-            sampling=Sampling(
-                temperature=generation.get("temperature") or DEFAULT_TEMPERATURE,
-                top_p=generation.get("top_p") or DEFAULT_TOP_P,
-                top_k=generation.get("top_k") or vision_vocab_size,
-            ),
+            sampling=_sampling(generation, vision_vocab_size),
         )
+
+
+def _given(values: Mapping[str, Any], name: str, default: Any) -> Any:
+    """Returns a value of a JSON object; null, like a missing one, has the default."""
+    value = values.get(name)
+    return default if value is None else value
+
+
+def _positive(text: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value: int = text[name] if default is None else _given(text, name, default)
+    if value < 1:
+        raise ValueError(f"text_config.{name} is {value}; allowed: 1 or more")
+    return value
+
+
+def _sampling(generation: Mapping[str, Any], vision_vocab_size: int) -> Sampling:
+    top_k = _given(generation, "top_k", 0)
+    sampling = Sampling(
+        temperature=_given(generation, "temperature", DEFAULT_TEMPERATURE),
+        top_p=_given(generation, "top_p", DEFAULT_TOP_P),
+        top_k=vision_vocab_size if top_k == 0 else top_k,  # transformers' 0 is no limit
+    )
+    try:
+        check_fields(GenerationParameters(prompt="x", **vars(sampling)), Limits())
+    except (InvalidInputError, TypeError) as error:
+        raise ValueError(f"in generation_config.json, {error}") from error
+    return sampling
 
 
 def _require(name: str, value: object, allowed: object) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from transformers import GlmImageProcessor
 
 from glm_image.ar.admission import Admission
 from glm_image.ar.commands import ArCommand, Encode
@@ -75,7 +74,7 @@ class ArEngine:
         self.config = ArConfig.read(checkpoint)
         self._settings = settings
         slots, positions = settings.max_num_seqs, settings.max_sequence_tokens
-        self._tokenizer = PromptTokenizer(GlmImageProcessor.from_pretrained(checkpoint.path("processor")))
+        self._tokenizer = PromptTokenizer(checkpoint.processor)
         self._image_processor = checkpoint.image_processor
         self.source_rule = checkpoint.source_rule
         layout = ParallelLayout(tp=1 + len(workers.devices))

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from glm_image.telemetry.metrics import Kind, MetricSink, MetricSpec, outcome_counters
+from glm_image.request.stages import AR_STAGES
+from glm_image.telemetry.metrics import Kind, LatencyHistograms, MetricSink, MetricSpec, outcome_counters
 
 RUNNING: Final = MetricSpec("glm_image_ar_running_sequences", Kind.GAUGE, "Sequences in a slot, one per image")
 WAITING: Final = MetricSpec("glm_image_ar_waiting_sequences", Kind.GAUGE, "Sequences waiting for a slot, one per image")
@@ -38,9 +39,14 @@ KV_CACHE_BYTES: Final = MetricSpec(
 
 AR_OUTCOMES: Final = outcome_counters("glm_image_ar")
 
+AR_LATENCIES: Final = LatencyHistograms.of(
+    "glm_image_ar", "Time from a request's arrival to its tokens or its error", AR_STAGES
+)
+
 AR_METRICS: Final = (
     *(RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS, KV_CACHE_BYTES),
     *AR_OUTCOMES.values(),
+    *AR_LATENCIES.all(),
 )
 
 

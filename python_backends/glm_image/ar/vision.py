@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GlmImageConfig, GlmImageVisionModel, GlmImageVQVAE
 
 from glm_image.checkpoint.checkpoint import Checkpoint, fill
-from glm_image.errors import CheckpointError
+from glm_image.checkpoint.files import read_from
 from glm_image.request.geometry import Grid
 from glm_image.request.source_images import Source
 
@@ -68,13 +68,10 @@ def patches_of(processor: Any, sources: Sequence[Source]) -> NDArray[np.float32]
 
 
 def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    json: Mapping[str, Any] = checkpoint.config("vision_language_encoder")
-    try:
+    path, json = checkpoint.path("vision_language_encoder"), checkpoint.config("vision_language_encoder")
+    with read_from(path / "config.json"):
         config = GlmImageConfig(**json)
         with torch.device("meta"):
             tower, quantizer = GlmImageVisionModel(config.vision_config), GlmImageVQVAE(config.vq_config)
-    except (KeyError, TypeError, ValueError) as error:
-        path = checkpoint.path("vision_language_encoder") / "config.json"
-        raise CheckpointError(f"{path}: vision_config and vq_config cannot be read: {error}") from error
     del quantizer.post_quant_conv  # unused: codes are never turned back into features
     return tower, quantizer

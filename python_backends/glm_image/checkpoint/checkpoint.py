@@ -16,13 +16,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from glm_image.checkpoint.layout import COMPONENTS, NO_WEIGHTS, check_model_index, read_json, weight_files
-from glm_image.errors import CheckpointError
+from glm_image.checkpoint.bounds import check_config
+from glm_image.checkpoint.files import WEIGHTS_SUFFIX, check_regular, check_tree, read_from, read_json
+from glm_image.checkpoint.layout import COMPONENTS, DEFAULTS_FILE, NO_WEIGHTS, check_model_index, weight_files
+from glm_image.errors import CheckpointError, InvalidInputError
 from glm_image.request.geometry import PIXELS_PER_TOKEN, SourceRule
+from glm_image.request.limits import Limits
+from glm_image.request.parameters import DEFAULT_SIDE, GenerationParameters
+from glm_image.request.tensors import check_fields
 
 DUMMY_STD = 0.02
 SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096
 """Pieces of a weight file that are hashed for the revision: reading a whole checkpoint takes a minute."""
+
+LARGEST_HASHED_WHOLE = 64 * 2**20
+"""Bytes of another file above which pieces of it are hashed too."""
+
+CHECKED_VALUES = 2**24
+"""Values that are checked one by one at a time: that takes so many bytes of the device's memory, and more."""
+
+LONGEST_SOURCE_SIDE = 2**14
 
 
 class TensorSource(Protocol):
@@ -46,11 +59,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, load_format: str = "auto") -> Checkpoint:
-        """Opens a folder and checks its layout."""
+        """Opens a folder and checks its layout, its files and the numbers in its configs."""
         checkpoint = cls(folder, load_format)
         check_model_index(folder)
-        for component in COMPONENTS:
-            checkpoint.config(component)
+        for component, (_, file) in COMPONENTS.items():
+            check_tree(checkpoint.path(component))
+            tensors = None if load_format == "dummy" else checkpoint.tensor_files(component)
+            check_config(checkpoint.path(component) / file, component, checkpoint.config(component), tensors)
         return checkpoint
 
     def path(self, component: str) -> Path:
@@ -69,23 +84,55 @@ class Checkpoint:
         """The image processor of source images: the Pillow variant, whose results are the same on every machine."""
         from transformers import GlmImageImageProcessorPil  # noqa: PLC0415 - seconds to import
 
-        try:
+        with read_from(self.path("processor")):
             return GlmImageImageProcessorPil.from_pretrained(self.path("processor"))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{self.path('processor')}: the image processor cannot be read: {error}") from error
+
+    @cached_property
+    def processor(self) -> Any:
+        """The ``GlmImageProcessor``: the tokenizer, the chat template and the names of special tokens."""
+        from transformers import GlmImageProcessor  # noqa: PLC0415 - seconds to import
+
+        with read_from(self.path("processor")):
+            return GlmImageProcessor.from_pretrained(self.path("processor"))
 
     @cached_property
     def source_rule(self) -> SourceRule:
         """The rule by which source images are resized."""
         processor = self.image_processor
-        patch = processor.patch_size * processor.merge_size
-        shortest, longest = (round(math.sqrt(processor.size[edge] or 0)) for edge in ("shortest_edge", "longest_edge"))
-        if patch * 2 != PIXELS_PER_TOKEN or not PIXELS_PER_TOKEN <= shortest <= longest:
+        with read_from(self.path("processor")):
+            patch = processor.patch_size * processor.merge_size
+            edges = (processor.size[edge] or 0 for edge in ("shortest_edge", "longest_edge"))
+            shortest, longest = (round(math.sqrt(edge)) for edge in edges)
+            resample = int(processor.resample)
+        if patch * 2 != PIXELS_PER_TOKEN or not PIXELS_PER_TOKEN <= shortest <= longest <= LONGEST_SOURCE_SIDE:
             raise CheckpointError(
                 f"{self.path('processor')}: the image processor has patches of {patch} pixels and sides of {shortest} "
-                f"to {longest}; allowed: patches of {PIXELS_PER_TOKEN // 2}, sides of {PIXELS_PER_TOKEN} and above"
+                f"to {longest}; allowed: patches of {PIXELS_PER_TOKEN // 2}, sides of {PIXELS_PER_TOKEN} to "
+                f"{LONGEST_SOURCE_SIDE}"
             )
-        return SourceRule(patch, shortest, longest, int(processor.resample))
+        return SourceRule(patch, shortest, longest, resample)
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The options that suit this checkpoint: those of ``DEFAULTS_FILE``, else the published model's.
+
+        They are recommendations for clients; a request without them has the defaults of ``GenerationParameters``.
+        """
+        published = {"width": DEFAULT_SIDE, "height": DEFAULT_SIDE} | {
+            name: getattr(GenerationParameters, name) for name in ("num_inference_steps", "guidance_scale")
+        }
+        path = self.folder / DEFAULTS_FILE
+        values = read_json(path) if path.is_file() else {}
+        for name, value in values.items():
+            if name not in published:
+                raise CheckpointError(f"{path}: {name} is not known; allowed: {', '.join(published)}")
+            if type(value) not in (int, type(published[name])):
+                raise CheckpointError(f"{path}: {name} is {value!r}; allowed: a number like {published[name]}")
+        try:
+            check_fields(GenerationParameters(prompt="x", **values), Limits())
+        except InvalidInputError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        return published | values
 
     @property
     def name(self) -> str:
@@ -99,7 +146,7 @@ class Checkpoint:
     def revision(self) -> str:
         """The revision in responses: the commit for a folder in a hub's cache, else 12 hex digits of a hash.
 
-        The hash covers all files; of weight files, ``SAMPLED_PIECES`` pieces.
+        The hash covers all files; of weight files and other large ones, ``SAMPLED_PIECES`` pieces.
         """
         folder = self.folder.resolve()
         if folder.parent.name == "snapshots":
@@ -107,21 +154,29 @@ class Checkpoint:
         digest = hashlib.sha256()
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             digest.update(str(path.relative_to(folder)).encode() + b"\0")
-            digest.update(_sampled(path) if path.suffix == ".safetensors" else path.read_bytes())
+            is_sampled = path.suffix == WEIGHTS_SUFFIX or path.stat().st_size > LARGEST_HASHED_WHOLE
+            digest.update(_sampled(path) if is_sampled else path.read_bytes())
             digest.update(b"\0")
         return digest.hexdigest()[:12]
 
     def tensors(self, component: str, device: torch.device, dtype: torch.dtype) -> TensorSource:
         if self.load_format == "dummy":
             return RandomTensors(device, dtype)
+        paths = self.tensor_files(component)
+        if paths is None:
+            raise CheckpointError(f"{self.path(component)}: {NO_WEIGHTS}")
+        return FileTensors(self.path(component), paths, device, dtype)
+
+    def tensor_files(self, component: str) -> dict[str, Path] | None:
+        """Returns the file of each tensor of a component; None if the component has no weight files."""
         folder = self.path(component)
         files = weight_files(folder)
         if files is None:
-            raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
+            return None
         paths: dict[str, Path] = {}
         for file, names in files.items():
             paths |= dict.fromkeys(names or _open(folder / file).keys(), folder / file)
-        return FileTensors(folder, paths, device, dtype)
+        return paths
 
 
 def _sampled(path: Path) -> bytes:
@@ -136,6 +191,7 @@ def _sampled(path: Path) -> bytes:
 
 
 def _open(path: Path, device: str = "cpu") -> Any:
+    check_regular(path)
     try:
         return safe_open(path, framework="pt", device=device)
     except (OSError, SafetensorError) as error:
@@ -168,7 +224,19 @@ class FileTensors:
             tensor: Tensor = self._files[path].get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
-        return tensor.to(self.dtype)
+        tensor = tensor.to(self.dtype)
+        if not _is_finite(tensor):
+            raise CheckpointError(f"{path}: tensor {name} has values that are infinite or not a number in {self.dtype}")
+        return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite; computed on the tensor's device, with one wait for it."""
+    # A sum reads the tensor once and takes no memory. It is finite only if all values are.
+    if torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        return True
+    # The sum of large finite values may overflow.
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), CHECKED_VALUES))
 
 
 class RandomTensors:

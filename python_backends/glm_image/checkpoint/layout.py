@@ -1,15 +1,14 @@
-"""Layout of a checkpoint folder: required files, and reading of its JSON files. No torch.
+"""Layout of a checkpoint folder: its required files. No torch.
 
 A file that is missing or has other content raises ``CheckpointError``.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
-from glm_image.errors import CheckpointError
+from glm_image.checkpoint.files import WEIGHTS_SUFFIX, read_json
+from glm_image.errors import CheckpointError, shown
 
 PIPELINE_CLASS = "GlmImagePipeline"
 
@@ -24,23 +23,13 @@ COMPONENTS: dict[str, tuple[str, str]] = {
 }
 """Folder -> (class in ``model_index.json``, config file). Processor, tokenizer and scheduler have no tensors."""
 
+DEFAULTS_FILE = "generation_defaults.json"
+"""An optional file of a checkpoint: the options that suit it."""
+
 WEIGHT_FILES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 """Names of a component's single weight file in transformers and diffusers; "NAME.index.json" lists shards."""
 
 NO_WEIGHTS = f"no {' or '.join(WEIGHT_FILES)}, and no index of one"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; a checkpoint needs it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: the content is a {type(content).__name__}; allowed: a JSON object")
-    return content
 
 
 def check_model_index(folder: Path) -> None:
@@ -48,11 +37,12 @@ def check_model_index(folder: Path) -> None:
     path = folder / "model_index.json"
     index = read_json(path)
     if index.get("_class_name") != PIPELINE_CLASS:
-        raise CheckpointError(f"{path}: _class_name is {index.get('_class_name')!r}; allowed: {PIPELINE_CLASS}")
+        found = shown(repr(index.get("_class_name")))
+        raise CheckpointError(f"{path}: _class_name is {found}; allowed: {PIPELINE_CLASS}")
     for component, (class_name, _) in COMPONENTS.items():
         entry = index.get(component)  # [library, class]
         if not isinstance(entry, list) or entry[1:] != [class_name]:
-            raise CheckpointError(f"{path}: {component} is {entry!r}; allowed: {class_name}")
+            raise CheckpointError(f"{path}: {component} is {shown(repr(entry))}; allowed: {class_name}")
 
 
 def weight_files(folder: Path) -> dict[str, set[str]] | None:
@@ -67,9 +57,19 @@ def weight_files(folder: Path) -> dict[str, set[str]] | None:
             if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
                 raise CheckpointError(f"{index}: weight_map does not map every tensor name to a file name")
             files: dict[str, set[str]] = {shard: set() for shard in sorted(set(weight_map.values()))}
+            for shard in files:
+                _check_shard(index, shard)
             for tensor, shard in weight_map.items():
                 files[shard].add(tensor)
             return files
         if (folder / file).is_file():
             return {file: set()}
     return None
+
+
+def _check_shard(index: Path, name: str) -> None:
+    """Refuses the name of a file outside the component's folder."""
+    if PurePosixPath(name).name != name or "\0" in name or not name.endswith(WEIGHTS_SUFFIX):
+        raise CheckpointError(
+            f"{index}: weight_map names the file {shown(name)}; allowed: a {WEIGHTS_SUFFIX} file in its folder"
+        )

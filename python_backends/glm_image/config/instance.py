@@ -15,6 +15,7 @@ from glm_image.devices.discovery import find_accelerators
 from glm_image.devices.placement import Placement, assign_devices, check_memory_shares, place_instance
 from glm_image.errors import ConfigurationError, UnavailableError
 from glm_image.request.declaration import check_names, read
+from glm_image.telemetry.logs import start_logging
 
 if TYPE_CHECKING:
     from glm_image.devices.base import Device
@@ -37,7 +38,7 @@ class Instance(Generic[P]):
     @classmethod
     def read(cls, args: Mapping[str, str], kind: type[P]) -> Instance[P]:
         """Reads the ``args`` of ``TritonPythonModel.initialize``."""
-        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
+        start_logging(args["model_instance_name"])
         config = json.loads(args["model_config"])
         given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         check_names(kind, given)

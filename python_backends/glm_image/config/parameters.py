@@ -16,7 +16,7 @@ from glm_image.ar.admission import ADMISSIONS
 from glm_image.ar.settings import ArSettings
 from glm_image.dit.settings import DitSettings, sizes_text
 from glm_image.errors import ConfigurationError
-from glm_image.lifecycle.context import Timeouts
+from glm_image.lifecycle.timeouts import Timeouts
 from glm_image.request.declaration import choice, group, number, text, whole
 from glm_image.request.limits import LIMIT_PREFIX, Limits
 

@@ -22,12 +22,14 @@ def masked_decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths
 def ragged_decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Reads each slot's valid positions, slot by slot, with ``lengths`` on the host. Shapes as above.
 
-    Each slot's call equals the reference implementation's for a batch of one, bit for bit.
+    Each slot's call equals the reference implementation's for a batch of one, bit for bit. A slot with one position, as
+    an idle one has, needs no call: it attends to that position alone.
     """
-    rows = [
-        F.scaled_dot_product_attention(
-            query[slot, None, :, None], keys[slot, None, :, :length], values[slot, None, :, :length], enable_gqa=True
-        )
-        for slot, length in enumerate(lengths.tolist())
-    ]
-    return torch.cat(rows).squeeze(2)
+    attended = values[:, :, 0].repeat_interleave(query.shape[1] // values.shape[1], dim=1)
+    for slot, length in enumerate(lengths.tolist()):
+        if length > 1:
+            row, seen = slice(slot, slot + 1), slice(0, length)
+            (attended[slot],) = F.scaled_dot_product_attention(
+                query[row, :, None], keys[row, :, seen], values[row, :, seen], enable_gqa=True
+            ).squeeze(2)
+    return attended

@@ -42,8 +42,8 @@ class ImageCommand(Command[R]):
 class Prepare(ImageCommand[NDArray[np.float32]]):
     """Samples an image's noise and prepares its conditioning; returns its noise levels, fp32 [steps + 1]."""
 
-    prompt: str
-    negative_prompt: str
+    rendered_text: tuple[str, ...]
+    negative_text: tuple[str, ...]
     prior_token_ids: NDArray[np.int32]
     grid: Grid
     num_inference_steps: int

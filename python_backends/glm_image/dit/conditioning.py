@@ -83,13 +83,13 @@ class Conditioner:
     def prepare(self, command: Prepare, schedule: Schedule, sources: SourceCache | None = None) -> Conditioning:
         """Prepares one image; a guidance scale above 1 adds the unconditional branch.
 
-        The quoted strings of the prompts are the glyph conditions of the two branches.
+        The rendered and the negative text are the glyph conditions of the two branches.
         """
         embedded = self._embedded(command.prior_token_ids, command.grid)
         guided = command.guidance_scale > 1
-        branches = [self._branch(command.prompt, embedded)]
+        branches = [self._branch(command.rendered_text, embedded)]
         if guided:
-            branches.append(self._branch(command.negative_prompt, torch.zeros_like(embedded)))
+            branches.append(self._branch(command.negative_text, torch.zeros_like(embedded)))
         return Conditioning(
             branches=branches,
             guided=guided,
@@ -117,14 +117,14 @@ class Conditioner:
         embedded: Tensor = self._transformer.prior_token_embedding(upsampled[None])
         return embedded
 
-    def _branch(self, prompt: str, prior_embedding: Tensor) -> Branch:
+    def _branch(self, strings: tuple[str, ...], prior_embedding: Tensor) -> Branch:
         model = self._transformer
         return Branch(
-            glyphs=model.glyph_projector(self._glyph_states(prompt)), prior=model.prior_projector(prior_embedding)
+            glyphs=model.glyph_projector(self._glyph_states(strings)), prior=model.prior_projector(prior_embedding)
         )
 
-    def _glyph_states(self, prompt: str) -> Tensor:
-        rows = prompts.glyph_token_ids(prompt, self._glyph_tokenizer)
+    def _glyph_states(self, strings: tuple[str, ...]) -> Tensor:
+        rows = prompts.glyph_token_ids(strings, self._glyph_tokenizer)
         ids = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row) for row in rows], batch_first=True, padding_value=self._glyph_tokenizer.pad_token_id
         )

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
 from glm_image.dit.loading import load_executor
-from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY, QUEUE_SECONDS
+from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY, QUEUE_SECONDS, REPLACED_PREVIEW_TOKENS
+from glm_image.dit.previews import within_codebook
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
@@ -147,14 +148,21 @@ class DitEngine:
         self._record(PEAK_MEMORY, self._device.peak_memory())
         return DitResult(pixels, encoded)
 
-    def preview(self, context: RequestContext, request: PaintRequest) -> Future[NDArray[np.uint8]]:
-        """Renders the first image of a request when the device allows it, uint8 [height, width, 3].
+    def preview(self, context: RequestContext, request: PaintRequest, limits: Limits) -> Future[NDArray[np.uint8]]:
+        """Renders the one image of a request when the device allows it, uint8 [height, width, 3].
 
-        Previews run while no request is denoised, or between two denoising steps; see ``dit.previews``.
+        Previews run while no request is denoised, or between two denoising steps; see ``dit.previews``. Tokens beyond
+        the codebook, which the AR may sample in a preview's grid as the reference does, are replaced.
 
         Raises:
+            InvalidInputError: an input is not allowed.
             UnavailableError: too many previews wait, requests leave no time for them, or the engine is closed.
         """
+        tokens, replaced = within_codebook(request.prior_token_ids, request.grid, self.codebook_size)
+        if replaced:
+            self._record(REPLACED_PREVIEW_TOKENS, replaced)
+        request = replace(request, prior_token_ids=tokens)
+        request.check(limits, self.codebook_size)
         return self._scheduler.previews.submit(context, request)
 
     def close(self) -> None:

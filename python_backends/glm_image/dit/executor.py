@@ -102,7 +102,7 @@ class Executor:
         return self._model.blocks.attention_backend
 
     def run(self, command: Command[R]) -> R:
-        """Runs one command; an image whose command runs out of memory is dropped.
+        """Runs one command; an image whose command runs out of memory is dropped, except by an estimate of it.
 
         Raises:
             DeviceMemoryError: an allocation failed.
@@ -112,7 +112,7 @@ class Executor:
         try:
             result: R = run_or_oom(self._device, partial(self._dispatch, command), partial(self._oom_report, command))
         except DeviceMemoryError:
-            if isinstance(command, ImageCommand):
+            if isinstance(command, ImageCommand) and not isinstance(command, Estimate):
                 self._drop(command.image)
                 self._device.release_unused()
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, GlmImageTransformer2DModel
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from glm_image.checkpoint.checkpoint import Checkpoint, fill
+from glm_image.checkpoint.files import read_from
 from glm_image.devices.base import Device
 from glm_image.devices.budget import check_budget
 from glm_image.devices.open import named_dtype
@@ -19,6 +20,7 @@ from glm_image.dit.memory import working_bytes
 from glm_image.dit.model import DitModel
 from glm_image.dit.parallel_context import ParallelContext
 from glm_image.dit.quantization import quantize_blocks, weight_bytes
+from glm_image.dit.schedule import check_schedule
 from glm_image.dit.select_blocks import select_attention, select_blocks
 from glm_image.dit.sequence_parallel import SequenceAttention
 from glm_image.dit.settings import DitSettings
@@ -28,6 +30,13 @@ from glm_image.errors import ConfigurationError
 from glm_image.parallel.layout import check_heads
 from glm_image.parallel.process_group import Ranks
 from glm_image.request.geometry import Size
+
+BUILDERS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
+    "transformer": GlmImageTransformer2DModel.from_config,
+    "vae": AutoencoderKL.from_config,
+    "text_encoder": lambda config: T5EncoderModel(T5Config(**config)),
+}
+"""Component -> function that makes its module of its config."""
 
 
 def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device, ranks: Ranks) -> Executor | Follower:
@@ -39,11 +48,15 @@ def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device,
         tensors = checkpoint.tensors(component, device.torch_device, dtype)
         fill(module, ShardedTensors(tensors, ranks.tp) if component == "transformer" else tensors)
     transformer, autoencoder, glyph_encoder = modules.values()
+    with read_from(checkpoint.path("tokenizer")):
+        tokenizer = ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))
+    with read_from(checkpoint.path("scheduler") / "scheduler_config.json"):
+        check_schedule(checkpoint.config("scheduler"))
     parallel = ParallelContext(ranks)
     blocks = select_blocks(transformer, device, _sequence_attention(transformer, device, parallel))
     executor = Executor(
         DitModel(transformer, blocks, parallel),
-        Conditioner(transformer, glyph_encoder, ByT5Tokenizer.from_pretrained(checkpoint.path("tokenizer"))),
+        Conditioner(transformer, glyph_encoder, tokenizer),
         Vae(autoencoder, device, tiling=tiling),
         checkpoint.config("scheduler"),
         device,
@@ -55,12 +68,10 @@ def load_executor(checkpoint: Checkpoint, settings: DitSettings, device: Device,
 def _empty_modules(
     checkpoint: Checkpoint, settings: DitSettings, device: Device, dtype: torch.dtype, ranks: Ranks
 ) -> dict[str, Any]:
-    with torch.device("meta"):
-        modules = {
-            "transformer": GlmImageTransformer2DModel.from_config(checkpoint.config("transformer")),
-            "vae": AutoencoderKL.from_config(checkpoint.config("vae")),
-            "text_encoder": T5EncoderModel(T5Config(**checkpoint.config("text_encoder"))),
-        }
+    modules = {}
+    for component, build in BUILDERS.items():
+        with read_from(checkpoint.path(component) / "config.json"), torch.device("meta"):
+            modules[component] = build(checkpoint.config(component))
     transformer = modules["transformer"]
     if settings.cache is not None:
         settings.cache.check(len(transformer.transformer_blocks))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from glm_image.telemetry.metrics import Kind, MetricSpec, outcome_counters
+from glm_image.request.stages import AR_STAGES, STAGE_ORDER
+from glm_image.telemetry.metrics import Kind, LatencyHistograms, MetricSpec, outcome_counters
 
 STEP_SECONDS: Final = MetricSpec(
     "glm_image_dit_step_seconds",
@@ -41,6 +42,11 @@ DROPPED_PREVIEWS: Final = MetricSpec(
     Kind.COUNTER,
     "Previews not rendered: requests used the device, or the stream had ended",
 )
+REPLACED_PREVIEW_TOKENS: Final = MetricSpec(
+    "glm_image_dit_replaced_preview_tokens_total",
+    Kind.COUNTER,
+    "Tokens of previews beyond the codebook, each rendered as its nearest neighbour in the grid",
+)
 IMAGES: Final = MetricSpec("glm_image_dit_images_total", Kind.COUNTER, "Images finished")
 PEAK_MEMORY: Final = MetricSpec(
     "glm_image_dit_peak_memory_bytes",
@@ -50,8 +56,15 @@ PEAK_MEMORY: Final = MetricSpec(
 
 DIT_OUTCOMES: Final = outcome_counters("glm_image_dit")
 
+DIT_LATENCIES: Final = LatencyHistograms.of(
+    "glm_image_dit",
+    "Time from a request's arrival at the first stage to its images or its error",
+    [stage for stage in STAGE_ORDER if stage not in AR_STAGES],
+)
+
 DIT_METRICS: Final = (
     *(STEP_SECONDS, QUEUE_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PREVIEWS, DROPPED_PREVIEWS),
-    PEAK_MEMORY,
+    *(REPLACED_PREVIEW_TOKENS, PEAK_MEMORY),
     *DIT_OUTCOMES.values(),
+    *DIT_LATENCIES.all(),
 )

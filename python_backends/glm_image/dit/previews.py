@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from glm_image.dit.metrics import DROPPED_PREVIEWS, PREVIEWS
 from glm_image.errors import GlmImageError, QueueFullError, UnavailableError
 from glm_image.lifecycle.context import RequestContext
+from glm_image.request.geometry import Grid
 from glm_image.request.parameters import PaintRequest
 from glm_image.telemetry.metrics import MetricSink
 
@@ -28,6 +29,32 @@ TIME_SHARE = 0.05
 """Of the time in which requests are denoised, what previews may take."""
 MAX_BUDGET_SECONDS = 1.0
 """The most unused time that previews may save up."""
+
+
+def within_codebook(token_ids: NDArray[np.int32], grid: Grid, codebook_size: int) -> tuple[NDArray[np.int32], int]:
+    """Replaces ids beyond the codebook by that of the nearest valid token in the grid.
+
+    Args:
+        token_ids: int32 [1, grid.tokens].
+        grid: the rows and columns of the tokens.
+        codebook_size: valid ids are 0 and above, and below it.
+
+    Returns:
+        The ids, int32 [1, grid.tokens], and how many were replaced. Without any valid token all are 0.
+    """
+    is_valid = ((token_ids[0] >= 0) & (token_ids[0] < codebook_size)) if token_ids.size == grid.tokens else None
+    if is_valid is None or is_valid.all():  # of another shape, which the check of the request refuses
+        return token_ids, 0
+    places = np.stack(np.divmod(np.arange(grid.tokens), grid.width), axis=-1)
+    valid, invalid = np.flatnonzero(is_valid), np.flatnonzero(~is_valid)
+    replaced = token_ids.copy()
+    if valid.size:
+        distances = ((places[invalid, None] - places[None, valid]) ** 2).sum(axis=-1)
+        replaced[0, invalid] = token_ids[0, valid[distances.argmin(axis=1)]]
+    else:
+        replaced[:] = 0
+    return replaced, int(invalid.size)
+
 
 Render = Callable[[RequestContext, PaintRequest], NDArray[np.uint8]]
 

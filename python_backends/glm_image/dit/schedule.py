@@ -39,6 +39,20 @@ def schedule(config: Mapping[str, Any], steps: int, tokens: int, device: torch.d
     return Schedule(timesteps=scheduler.timesteps - 1, sigmas=scheduler.sigmas)
 
 
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Computes the shortest and a longer schedule of a checkpoint.
+
+    Raises:
+        ValueError: a time or a noise level is not finite, or the noise levels do not fall to 0.
+    """
+    for steps in (1, 20):
+        found = schedule(config, steps, 4096, torch.device("cpu"))
+        if not torch.isfinite(found.timesteps).all() or not torch.isfinite(found.sigmas).all():
+            raise ValueError("the schedule has values that are infinite or not a number")
+        if found.sigmas[-1] != 0 or (found.sigmas.diff() >= 0).any():
+            raise ValueError("the noise levels of the schedule do not fall to 0")
+
+
 def euler_step(
     latents: Tensor, velocities: Sequence[Tensor], guidance_scale: float, step: Tensor, sigmas: Tensor
 ) -> Tensor:

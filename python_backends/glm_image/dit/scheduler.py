@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from glm_image.dit.commands import Decode, Drop, Estimate, ForgetSources, Prepare, ReadSources, Step
 from glm_image.dit.metrics import CACHED_STEPS, STEP_SECONDS, VAE_SECONDS
 from glm_image.dit.previews import Previews
+from glm_image.errors import DeviceMemoryError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.durations import DurationStatsByKey
 from glm_image.parallel.commands import Command, R
 from glm_image.request.parameters import PaintRequest
+from glm_image.request.prompts import quoted_strings
 from glm_image.request.source_images import SourcePicture
 from glm_image.request.stages import Stage
 from glm_image.telemetry.metrics import MetricSink, null_sink
@@ -100,12 +102,20 @@ class Scheduler:
                 self._record(STEP_SECONDS, seconds)
                 context.report(Stage.DENOISE, taken + 1, len(request.seeds) * steps, sigmas[step])
                 if is_shown:
-                    context.publish_latent_preview(self._run(Estimate(image)))
+                    self._show(context, image)
                 self.previews.between_steps(seconds)
         finally:
             if cached:
                 self._record(CACHED_STEPS, cached)
         context.cached_steps.append(cached)
+
+    def _show(self, context: RequestContext, image: int) -> None:
+        try:
+            pixels = self._run(Estimate(image))
+        except DeviceMemoryError as error:
+            context.publish_skipped_latent_preview(error)
+        else:
+            context.publish_latent_preview(pixels)
 
     def _render_preview(self, context: RequestContext, request: PaintRequest) -> NDArray[np.uint8]:
         image = next(self._numbers)
@@ -147,8 +157,8 @@ class Scheduler:
 def _prepare(request: PaintRequest, row: int, image: int, sources_of: int | None) -> Prepare:
     return Prepare(
         image=image,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
+        rendered_text=request.rendered_text,
+        negative_text=tuple(quoted_strings(request.negative_prompt)),
         prior_token_ids=request.prior_token_ids[row],
         grid=request.grid,
         num_inference_steps=request.num_inference_steps,

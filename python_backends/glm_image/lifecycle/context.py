@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.errors import CancelledError, DeadlineExceededError, shown
+from glm_image.errors import CancelledError, DeadlineExceededError, GlmImageError, shown
 from glm_image.request.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -22,18 +22,6 @@ logger = logging.getLogger(__name__)
 NANOSECONDS = 1_000_000_000
 LATEST_DEADLINE_NS = 2**63 - 1
 """The largest deadline that its INT64 tensor holds; longer timeouts are cut to it."""
-
-
-@dataclass(frozen=True)
-class Timeouts:
-    """The timeout of requests that set none, and the longest one, in microseconds; 0 = no limit."""
-
-    default_us: int = 0
-    max_us: int = 0
-
-    def of(self, requested_us: int) -> int:
-        timeout = requested_us if requested_us > 0 else self.default_us
-        return min(timeout or self.max_us, self.max_us) if self.max_us else timeout
 
 
 @dataclass(frozen=True)
@@ -78,6 +66,9 @@ class RequestObserver:
     def latent_preview_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
         """The DiT rendered a latent preview of the image being denoised, uint8 [height, width, 3]."""
 
+    def latent_preview_skipped(self, context: RequestContext, error: GlmImageError) -> None:
+        """The DiT could not render a latent preview; the request goes on."""
+
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         """The request ended, and its response is about to be sent; called once, even if it never started."""
 
@@ -101,6 +92,8 @@ class RequestContext:
         deadline_ns: the ``time.monotonic_ns()`` by which the request must end; 0 = none.
         arrived_ns: the ``time.monotonic_ns()`` at which it reached the server; distinguishes requests of one id.
         accepted_ns: the ``time.monotonic_ns()`` at which it reached this stage.
+        received_ns: the ``time.monotonic_ns()`` from which its latency counts: at which it reached the first stage, or
+            this one if a client calls it directly.
         attributes: its parameters, for the request log.
         is_abandoned: returns whether the caller has disconnected.
         progress: returns the current progress; callable from any thread.
@@ -116,6 +109,7 @@ class RequestContext:
     deadline_ns: int = 0
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     accepted_ns: int = field(default_factory=time.monotonic_ns)
+    received_ns: int = field(default_factory=time.monotonic_ns)
     num_images: int = 1
     attributes: dict[str, Any] = field(default_factory=dict)
     is_abandoned: Callable[[], bool] = bool
@@ -138,9 +132,13 @@ class RequestContext:
     @classmethod
     def with_timeout(cls, request_id: str, timeout_us: int) -> RequestContext:
         """Creates the context of a request from its id ("" = generate one) and timeout in microseconds (0 = none)."""
-        now = time.monotonic_ns()
-        deadline_ns = min(now + timeout_us * 1000, LATEST_DEADLINE_NS) if timeout_us > 0 else 0
-        return cls(id=request_id or uuid.uuid4().hex, deadline_ns=deadline_ns, arrived_ns=now)
+        context = cls(id=request_id or uuid.uuid4().hex)
+        context.limit(timeout_us)
+        return context
+
+    def limit(self, timeout_us: int) -> None:
+        """Sets the deadline to ``timeout_us`` microseconds after the arrival; 0 = no deadline."""
+        self.deadline_ns = min(self.arrived_ns + timeout_us * 1000, LATEST_DEADLINE_NS) if timeout_us > 0 else 0
 
     def add_observer(self, observer: RequestObserver) -> None:
         with self._lock:
@@ -236,6 +234,9 @@ class RequestContext:
 
     def publish_latent_preview(self, pixels: NDArray[np.uint8]) -> None:
         self._notify(lambda observer: observer.latent_preview_rendered(self, pixels))
+
+    def publish_skipped_latent_preview(self, error: GlmImageError) -> None:
+        self._notify(lambda observer: observer.latent_preview_skipped(self, error))
 
     def add_seconds(self, stage: Stage, seconds: float) -> None:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds

@@ -8,34 +8,41 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from glm_image.errors import InvalidInputError
+from glm_image.errors import InvalidInputError, UnavailableError
 from glm_image.ipc.client import call
 from glm_image.ipc.protocol import Event, Message, instance_sockets, socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.ipc.server import Handler, IpcServer
+from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.stages import AR_STAGES, QUEUES, Stage
 
 logger = logging.getLogger(__name__)
 
-ACTIONS: Final = ("cancel", "status")
+ACTIONS: Final = ("cancel", "status", "defaults")
 REPLY_SECONDS: Final = 1.0
 """An instance replies from a thread of its own; one that has not by then is gone or hangs."""
 
 
 def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
-    """Performs one of ``ACTIONS`` on all requests of an id; ``directory`` is the folder of IPC sockets.
+    """Performs one of ``ACTIONS``; ``directory`` is the folder of IPC sockets.
+
+    ``cancel`` and ``status`` concern all requests of an id; ``defaults`` ignores the id.
 
     Returns:
-        ``request_id``, ``action``, ``state`` (of the requests in flight, else of the latest), ``requests`` (each with
-        its own state, stage, done, total and seconds); for a cancel, how many requests it ``cancelled``; and the names
-        of the instances that did not reply in ``silent``, if there are any.
+        For ``defaults``: ``action`` and ``defaults``, the options that suit the checkpoint. Else ``request_id``,
+        ``action``, ``state`` (of the requests in flight, else of the latest), ``requests`` (each with its own state,
+        stage, done, total and seconds); for a cancel, how many requests it ``cancelled``; and the names of the
+        instances that did not reply in ``silent``, if there are any.
 
     Raises:
         InvalidInputError: the action is unknown, or the id is empty.
+        UnavailableError: no instance replied with the defaults.
     """
     if action not in ACTIONS:
         raise InvalidInputError.of("action", action, ", ".join(ACTIONS))
+    if action == "defaults":
+        return _defaults(directory)
     if not request_id:
         raise InvalidInputError.of("request_id", request_id, "the id that a request was sent with")
     message = Message({"action": action, "request_id": request_id, "requested_ns": time.monotonic_ns()})
@@ -51,6 +58,14 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
     return {**result, "silent": replies.unresponsive} if replies.unresponsive else result
 
 
+def _defaults(directory: Path) -> dict[str, Any]:
+    replies = call(instance_sockets(directory), Message({"action": "defaults"}), REPLY_SECONDS)
+    for _, reply in sorted(replies.replies.items()):
+        if "defaults" in reply.fields:
+            return {"action": "defaults", "defaults": reply.fields["defaults"]}
+    raise UnavailableError("no instance replied with the defaults of its checkpoint: try again later")
+
+
 def _merge(events: Sequence[Event]) -> list[Event]:
     """Returns one event per request in the order of arrival: that of ``glm_dit``, or else that of ``glm_ar``."""
     of_dit = [event for event in events if event["stage"] not in AR_STAGES]
@@ -61,8 +76,9 @@ def _merge(events: Sequence[Event]) -> list[Event]:
 
 def _public(event: Event) -> Event:
     """Replaces the states that one instance sees by those of the whole server."""
-    if event["state"] == RequestState.FORWARDED:
-        return {**event, "state": "queued", "stage": Stage.DIT_QUEUE, "done": 0, "total": 1}
+    if event["state"] == RequestState.FORWARDED:  # it waits, and its instance has no clock for that
+        seconds = round((time.monotonic_ns() - event["arrived_ns"]) / NANOSECONDS, 3)
+        return {**event, "state": "queued", "stage": Stage.DIT_QUEUE, "done": 0, "total": 1, "seconds": seconds}
     is_queued = event["state"] == RequestState.RUNNING and event["stage"] in QUEUES
     return {**event, "state": "queued"} if is_queued else event
 

@@ -59,6 +59,10 @@ class EventBuilder:
         """Returns the event for an intermediate image: ``preview``, or ``denoise`` for a latent preview."""
         return self._event(kind, published["stage"], int(published["done"]), int(published["total"]), None)
 
+    def skipped(self, published: Event, reason: Mapping[str, str]) -> Event:
+        """Returns the event for an intermediate image that is not made; ``reason`` has its reason and message."""
+        return {**self.image("preview_skipped", published), **reason}
+
     def last(self) -> Event:
         return self._event("image", "done", 1, 1, 0.0)
 

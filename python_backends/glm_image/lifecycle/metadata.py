@@ -95,6 +95,7 @@ def request_metadata(
         "generated_width": request.generated.width,
         "generated_height": request.generated.height,
         "steps": request.num_inference_steps,
+        "rendered_text": list(request.rendered_text),
         "cached_steps": list(context.cached_steps),
         "attention_backend": attention_backend,
         "tokens": request.ar_metadata.get("tokens", {"image": request.grid.tokens}),

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from glm_image.errors import GlmImageError
 from glm_image.ipc.client import call
 from glm_image.ipc.protocol import Event, Message, instance_sockets
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
@@ -21,9 +22,37 @@ from glm_image.request.geometry import Grid, rendered_size
 from glm_image.request.parameters import PaintRequest
 
 PREVIEW: Final = "preview"
+LATENT_PREVIEW_SKIPPED: Final = "latent_preview_skipped"
 DIT_MODEL: Final = "glm_dit"
 START_SECONDS: Final = 5.0
 """A preview that has not been started by then is of no more use."""
+
+
+REASONS: Final = {"queue_full": "busy", "deadline": "deadline", "memory": "memory"}
+"""Why there is no preview, by the ``reason`` of the error; any other is ``error``."""
+
+
+class PreviewSkippedError(Exception):
+    """A preview is not rendered.
+
+    Attributes:
+        reason: ``busy``, ``deadline``, ``memory`` or ``error``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    @classmethod
+    def of(cls, error: BaseException) -> PreviewSkippedError:
+        if isinstance(error, PreviewSkippedError):
+            return error
+        reason = error.reason if isinstance(error, GlmImageError) else ""
+        return cls(REASONS.get(reason, "error"), str(error) or type(error).__name__)
+
+    def fields(self) -> dict[str, str]:
+        """Returns its reason and message, as events have them."""
+        return {"reason": self.reason, "message": str(self)}
 
 
 class PreviewPublisher(RequestObserver):
@@ -39,7 +68,7 @@ class PreviewPublisher(RequestObserver):
 
 
 class LatentPreviewPublisher(RequestObserver):
-    """Publishes the latent previews of the requests of a registry."""
+    """Publishes the latent previews of the requests of a registry, and why one is not rendered."""
 
     def __init__(self, registry: RequestRegistry) -> None:
         self._registry = registry
@@ -47,10 +76,14 @@ class LatentPreviewPublisher(RequestObserver):
     def latent_preview_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
         self._registry.publish_details(context, lambda: {"latent_preview": pack_image(pixels)})
 
+    def latent_preview_skipped(self, context: RequestContext, error: GlmImageError) -> None:
+        skipped = PreviewSkippedError.of(error).fields()
+        self._registry.publish_details(context, lambda: {LATENT_PREVIEW_SKIPPED: skipped})
+
 
 def request_preview(
     directory: Path, request_id: str, preview: Event, parameters: Mapping[str, Any]
-) -> NDArray[np.uint8] | None:
+) -> NDArray[np.uint8]:
     """Has any instance of ``glm_dit`` render a preview; callable from any thread.
 
     Args:
@@ -60,7 +93,10 @@ def request_preview(
         parameters: further fields of ``PaintRequest``.
 
     Returns:
-        uint8 [height, width, 3]; None if every instance is too busy.
+        uint8 [height, width, 3].
+
+    Raises:
+        PreviewSkippedError: no instance renders it.
     """
     fields = {
         "action": PREVIEW,
@@ -70,11 +106,16 @@ def request_preview(
         "parameters": parameters,
     }
     sockets = instance_sockets(directory, DIT_MODEL)
+    skipped = PreviewSkippedError("error", f"no instance of {DIT_MODEL} is running")
     for name in random.sample(list(sockets), len(sockets)):
         reply = call({name: sockets[name]}, Message(fields), START_SECONDS).replies.get(name)
-        if reply is not None and "error" not in reply.fields:
+        if reply is None:
+            skipped = PreviewSkippedError("deadline", f"{name} did not render the preview within {START_SECONDS:g} s")
+        elif "error" in reply.fields:
+            skipped = PreviewSkippedError(reply.fields.get("reason", "error"), reply.fields["error"])
+        else:
             return _pixels(reply.fields, reply.parts[0])
-    return None
+    raise skipped
 
 
 def read_preview_request(message: Message) -> tuple[RequestContext, PaintRequest]:
@@ -96,10 +137,16 @@ def reply_with_preview(reply: Future[Message], preview: Future[NDArray[np.uint8]
     """Resolves the reply with the finished preview, or with the reason why there is none."""
     error = preview.exception()
     if error is not None:
-        reply.set_result(Message({"error": str(error)}))
+        reply.set_result(error_reply(error))
         return
     height, width, _ = preview.result().shape
     reply.set_result(Message({"height": height, "width": width}, [preview.result().tobytes()]))
+
+
+def error_reply(error: BaseException) -> Message:
+    """Returns the reply for a preview that is not rendered."""
+    skipped = PreviewSkippedError.of(error)
+    return Message({"error": str(skipped), "reason": skipped.reason})
 
 
 def pack_image(pixels: NDArray[np.uint8]) -> dict[str, Any]:

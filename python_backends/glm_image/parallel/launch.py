@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 
+from glm_image.ipc.child import child_environment, python_program
 from glm_image.parallel.worker import WorkerSpec
 
 
@@ -23,12 +21,11 @@ class Worker:
         self.connection: Connection = Connection(parent_end.detach())
         self._sent = self._done = 0
         self._waiting_since = 0.0
-        path = os.pathsep.join(entry for entry in sys.path if entry)
         with child_end:
             self._process = subprocess.Popen(
-                [_interpreter(), "-m", "glm_image.parallel.worker", str(child_end.fileno())],
+                [python_program(), "-m", "glm_image.parallel.worker", str(child_end.fileno())],
                 pass_fds=(child_end.fileno(),),
-                env={**os.environ, "PYTHONPATH": path},
+                env=child_environment(),
                 stdin=subprocess.DEVNULL,
             )
         self.connection.send(spec)
@@ -72,10 +69,3 @@ def launch(specs: Sequence[WorkerSpec]) -> list[Worker]:
             worker.wait()
         raise
     return workers
-
-
-def _interpreter() -> str:
-    # A Triton stub embeds Python, and its sys.executable may be the stub itself.
-    if Path(sys.executable or "").name.startswith("python"):
-        return sys.executable
-    return str(Path(sys.prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")

@@ -48,11 +48,19 @@ ONE_RANK = Ranks()
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """How a rank joins its instance: the port of rank 0's store, and the timeout of collectives."""
+    """How a rank joins its instance.
+
+    Attributes:
+        port: of rank 0's store.
+        layout: the groups of ranks.
+        timeout_seconds: the timeout of collectives.
+        first_group: torch names the instance's process groups by numbers from here on.
+    """
 
     port: int
     layout: ParallelLayout
     timeout_seconds: float
+    first_group: int = 0
 
 
 def bind_store() -> socket.socket:
@@ -83,9 +91,9 @@ def init_process_group(
         master_listen_fd=None if store_socket is None else store_socket.detach(),
     )
     place = device.torch_device
-    # torch names groups by a counter, which a failed attempt leaves incremented: without the reset the ranks would wait
-    # for each other under different names.
-    dist.distributed_c10d._world.group_count = 0
+    # torch names groups by a counter of its own in each process: the ranks would wait for each other under different
+    # names if rank 0 has had other instances.
+    dist.distributed_c10d._world.group_count = rendezvous.first_group
     dist.init_process_group(
         BACKENDS[place.type],
         store=store,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import threading
@@ -26,6 +27,10 @@ LOAD_SECONDS = 900.0
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 """Timeout of a collective; longer than loading may take. Hangs are found earlier, by the monitor."""
+
+_first_groups = itertools.count(step=1000)
+"""Numbers of process groups, far enough apart for an instance. A later instance of this process must not use a name
+again: torch's symmetric memory remembers the store of a group by the group's name."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def start_ranks(
     if not workers.devices:
         return load(*arguments, device, Ranks())
     with bind_store() as store_socket:  # closes nothing once the store has taken it over
-        rendezvous = Rendezvous(store_socket.getsockname()[1], layout, COLLECTIVE_TIMEOUT_SECONDS)
+        port = store_socket.getsockname()[1]
+        rendezvous = Rendezvous(port, layout, COLLECTIVE_TIMEOUT_SECONDS, next(_first_groups))
         rank_0 = WorkerSpec(0, str(device.torch_device), str(device), rendezvous, load, arguments)
         names = zip(workers.devices, workers.display_names or workers.devices, strict=True)
         others = [WorkerSpec(rank, *name, rendezvous, load, arguments) for rank, name in enumerate(names, 1)]

@@ -21,6 +21,7 @@ from glm_image.devices.open import open_device
 from glm_image.errors import DeviceMemoryError, GlmImageError
 from glm_image.parallel.commands import Done, Failed, LoadStage, Reached
 from glm_image.parallel.process_group import Rendezvous, init_process_group
+from glm_image.telemetry.logs import start_logging
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     connection: Connection = Connection(int(sys.argv[1]))
     spec: WorkerSpec = connection.recv()
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {spec.rank} on {spec.display_name} %(message)s")
+    start_logging(f"rank {spec.rank} on {spec.display_name}")
     commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, commands), name="commands", daemon=True).start()
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import struct
 from collections.abc import Callable, Iterator
@@ -14,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from glm_image.errors import InvalidInputError, shown
-from glm_image.request import geometry
+from glm_image.request import colour, geometry, source_files
 from glm_image.request.geometry import Size
 from glm_image.request.limits import DEFAULT_LIMITS, Limits
+from glm_image.request.source_files import ALLOWED_FILES, PNG_START
 
 # Lossless but fast for PNG (level 1 is 4 times faster than 6 at a tenth more bytes); near-lossless for the others.
 ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,8 +24,6 @@ ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
     "webp": {"quality": 95},
 }
 
-ALLOWED_FILES: Final = "the bytes of a PNG, JPEG or WebP file, or their base64"
-
 # The plugins themselves rather than Image.open, which checks the size only after the plugin has parsed the file.
 READERS: Final[dict[str, Callable[[io.BytesIO], Image.Image]]] = {
     "PNG": PngImagePlugin.PngImageFile,
@@ -34,7 +31,6 @@ READERS: Final[dict[str, Callable[[io.BytesIO], Image.Image]]] = {
     "WebP": WebPImagePlugin.WebPImageFile,
 }
 
-PNG_START: Final = b"\x89PNG\r\n\x1a\n"
 PNG_METADATA_CHUNKS: Final = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf")
 MAX_PNG_METADATA_BYTES: Final = 1 << 20
 MAX_FILE_PARTS: Final = 1 << 16
@@ -42,19 +38,6 @@ MAX_FILE_PARTS: Final = 1 << 16
 MAX_JPEG_SCANS: Final = 64
 JPEG_START_OF_SCAN: Final = 0xDA
 WEBP_HEADER_BYTES: Final = 30
-
-OTHER_FILES: Final = (
-    (b"GIF8", "a GIF file"),
-    (b"BM", "a BMP file"),
-    (b"II*\0", "a TIFF file"),
-    (b"MM\0*", "a TIFF file"),
-    (b"%PDF", "a PDF file"),
-    (b"<", "an SVG, XML or HTML file"),
-    (b"\xef\xbb\xbf<", "an SVG, XML or HTML file"),
-    (b"http://", "a URL, which is never fetched"),
-    (b"https://", "a URL, which is never fetched"),
-    (b"file:", "a URL, which is never fetched"),
-)
 
 # EXIF's orientation -> the transposition that turns the stored image upright.
 UPRIGHT: Final = {
@@ -70,15 +53,12 @@ EXIF_ORIENTATION: Final = 0x0112
 
 
 def decode_source(data: bytes, name: str = "image", limits: Limits = DEFAULT_LIMITS) -> Image.Image:
-    """Decodes a source image: upright, its first frame, over white, in mode RGB.
+    """Decodes a source image: upright, its first frame, over white, in mode RGB and the colours of sRGB.
 
     Size and aspect ratio are checked before any pixel is decoded, so that a file's declared size costs no memory.
-    ``data`` is a PNG, JPEG or WebP file, or its base64, perhaps as a ``data:`` URL; nothing is ever fetched.
+    ``data`` is a PNG, JPEG or WebP file, or its base64; see ``source_files.file_in``.
     """
-    file = _file_bytes(bytes(data), name, limits.source_bytes)
-    kind = _kind(file)
-    if kind is None:
-        raise InvalidInputError.of(name, _described(file), ALLOWED_FILES)
+    file, kind = source_files.file_in(bytes(data), name, limits.source_bytes)
     _check_parts(file, kind, name)
     try:
         image = _opened(file, kind, name, limits.source_decoded_pixels)
@@ -108,46 +88,6 @@ def encode(pixels: NDArray[np.uint8], output_format: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, output_format, **ENCODER_OPTIONS[output_format])
     return buffer.getvalue()
-
-
-def _kind(file: bytes) -> str | None:
-    if file.startswith(PNG_START):
-        return "PNG"
-    if file.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    return "WebP" if file[:4] == b"RIFF" and file[8:12] == b"WEBP" else None
-
-
-def _described(data: bytes) -> str:
-    if not data:
-        return "empty"
-    start = data[:64].lstrip()
-    unknown = f"{len(data)} bytes that begin with {data[:16]!r}"
-    return next((kind for magic, kind in OTHER_FILES if start.lower().startswith(magic.lower())), unknown)
-
-
-def _file_bytes(data: bytes, name: str, max_bytes: int) -> bytes:
-    # Base64 takes 4 bytes for 3, and may have line breaks and a header.
-    if len(data) > (max_bytes if _kind(data) else max_bytes * 3 // 2 + 1024):
-        raise _too_many_bytes(len(data), name, max_bytes)
-    if _kind(data):
-        return data
-    text = data
-    if data[:5].lower() == b"data:":
-        header, comma, text = data.partition(b",")
-        if not comma or not header.lower().rstrip().endswith(b";base64"):
-            raise InvalidInputError.of(name, f"a data: URL that begins with {data[:32]!r}", ALLOWED_FILES)
-    try:
-        file = base64.b64decode(b"".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidInputError.of(name, _described(data), ALLOWED_FILES) from None
-    if len(file) > max_bytes:
-        raise _too_many_bytes(len(file), name, max_bytes)
-    return file
-
-
-def _too_many_bytes(count: int, name: str, max_bytes: int) -> InvalidInputError:
-    return InvalidInputError.of(name, f"{count} bytes long", f"at most {max_bytes} bytes")
 
 
 def _check_parts(file: bytes, kind: str, name: str) -> None:
@@ -238,12 +178,17 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = _eight_bits(image)
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    if image.mode not in ("LA", "PA", "La", "RGBA", "RGBa") and "transparency" not in image.info:
+        return colour.in_srgb(image, profile)
+    layer = image.convert("RGBA")
+    if profile is not None:
+        opaque = colour.in_srgb(image.convert("L") if image.mode.startswith("L") else layer.convert("RGB"), profile)
+        opaque.putalpha(layer.getchannel("A"))
+        layer = opaque
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -50,23 +51,46 @@ def check_token_ids(name: str, token_ids: NDArray[np.int32], codebook_size: int)
             raise InvalidInputError.of(name, f"a tensor with {extreme}", f"0 to {codebook_size - 1}")
 
 
-def check_prompt(name: str, prompt: str, limits: Limits, *, may_be_blank: bool = False) -> None:
-    """Refuses a prompt that is too long, blank or not UTF-8, or has more quoted text than the glyph encoder takes."""
+def check_prompt(
+    name: str, prompt: str, limits: Limits, *, may_be_blank: bool = False, is_glyph_text: bool = True
+) -> None:
+    """Refuses a prompt that is too long, blank or not UTF-8, or has more quoted text than the glyph encoder takes.
+
+    ``is_glyph_text`` is whether its quoted text is the glyph encoder's input.
+    """
     if len(prompt) > limits.prompt_characters:
         raise InvalidInputError.of(
             name, f"{len(prompt)} characters long", f"1 to {limits.prompt_characters} characters"
         )
     if not may_be_blank and not prompt.strip():
         raise InvalidInputError.of(name, prompt or "empty", "text with something other than white space")
-    if "\0" in prompt:
-        raise InvalidInputError.of(name, prompt, "text without NUL characters")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # Python's stand-ins for invalid UTF-8
-        raise InvalidInputError.of(name, prompt, "UTF-8")
-    quoted = len(prompts.quoted_strings(prompt))
-    if quoted > limits.quoted_strings:
-        raise InvalidInputError.of(name, f"text with {quoted} quoted strings", f"at most {limits.quoted_strings}")
-    glyph_tokens = prompts.glyph_token_count(prompt)
+    _check_characters(name, prompt)
+    if not is_glyph_text:
+        return
+    quoted = prompts.quoted_strings(prompt)
+    if len(quoted) > limits.quoted_strings:
+        raise InvalidInputError.of(name, f"text with {len(quoted)} quoted strings", f"at most {limits.quoted_strings}")
+    glyph_tokens = prompts.glyph_token_count(quoted)
     if glyph_tokens > limits.glyph_tokens:
         raise InvalidInputError.of(
             name, f"text with {glyph_tokens} tokens in quoted strings", f"at most {limits.glyph_tokens}"
         )
+
+
+def check_glyph_text(strings: Sequence[str], limits: Limits) -> None:
+    """Refuses more strings, or longer ones, than the glyph encoder takes, and those that are not UTF-8."""
+    name = "glyph_text"
+    if len(strings) > limits.quoted_strings:
+        raise InvalidInputError.of(name, f"{len(strings)} strings", f"at most {limits.quoted_strings}")
+    for string in strings:
+        _check_characters(name, string)
+    glyph_tokens = prompts.glyph_token_count(strings)
+    if glyph_tokens > limits.glyph_tokens:
+        raise InvalidInputError.of(name, f"strings with {glyph_tokens} tokens in all", f"at most {limits.glyph_tokens}")
+
+
+def _check_characters(name: str, text: str) -> None:
+    if "\0" in text:
+        raise InvalidInputError.of(name, text, "text without NUL characters")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # Python's stand-ins for invalid UTF-8
+        raise InvalidInputError.of(name, text, "UTF-8")

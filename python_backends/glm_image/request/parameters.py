@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from glm_image.errors import InvalidInputError
 from glm_image.request import geometry, source_images
 from glm_image.request.geometry import PUBLISHED_RULE, Grid, Size, SourceRule
-from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_prompt, check_token_ids
+from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_glyph_text, check_prompt, check_token_ids
+from glm_image.request.prompts import quoted_strings
 from glm_image.request.source_images import Source, SourcePicture
 from glm_image.request.stages import Stage
 from glm_image.request.tensors import (
@@ -64,12 +65,19 @@ class SharedParameters:
     images: tuple[bytes, ...] | None = tensor(
         None,
         "STRING",
-        CheckedElsewhere(
-            "1 to {source_images} files: PNG, JPEG or WebP, as bytes or base64, with or without a `data:` prefix"
-        ),
+        CheckedElsewhere("1 to {source_images} files: PNG, JPEG or WebP, as bytes or [base64](image_to_image.md#json)"),
         "Source images; they select [image to image](image_to_image.md).",
         shown="none",
         name="image",
+        dims=(-1,),
+        is_text=False,
+    )
+    glyph_text: tuple[str, ...] | None = tensor(
+        None,
+        "STRING",
+        CheckedElsewhere("0 to {quoted_strings} strings, {glyph_tokens} glyph tokens in all"),
+        "Strings to render as lettering, in place of the quoted text of `prompt`; see [lettering](#lettering).",
+        shown="the quoted text",
         dims=(-1,),
     )
     negative_prompt: str = tensor(
@@ -93,9 +101,16 @@ class SharedParameters:
         """Returns these fields by their names, of a subclass too."""
         return {declared.attribute: getattr(self, declared.attribute) for declared in request_fields(SharedParameters)}
 
+    @property
+    def rendered_text(self) -> tuple[str, ...]:
+        """The strings that the image shows as lettering."""
+        return tuple(quoted_strings(self.prompt) if self.glyph_text is None else self.glyph_text)
+
     def check_shared(self, limits: Limits) -> None:
         """Checks every declared field; source images only when they are decoded."""
-        check_prompt("prompt", self.prompt, limits)
+        check_prompt("prompt", self.prompt, limits, is_glyph_text=self.glyph_text is None)
+        if self.glyph_text is not None:
+            check_glyph_text(self.glyph_text, limits)
         if self.negative_prompt:
             check_prompt("negative_prompt", self.negative_prompt, limits, may_be_blank=True)
         check_fields(self, limits)
@@ -116,8 +131,8 @@ class GenerationParameters(SharedParameters):
     seed: int | None = tensor(
         None,
         "INT64",
-        CheckedElsewhere("any"),
-        "The metadata reports the seed in use. The same seed gives the same image.",
+        CheckedElsewhere("any; -1 is a seed as any other"),
+        "The metadata reports the seed in use. The same seed gives the same image; see [seeds](#seeds).",
         shown="random, below 2^53",
     )
     num_images: int = tensor(

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from glm_image.errors import CheckpointError
+from glm_image.request import chat_template
 from glm_image.request.geometry import Grid, PlacedGrid
 
 # The strings of one kind of quotes come before those of the next (diffusers pipeline_glm_image.py).
@@ -18,31 +19,33 @@ QUOTED = tuple(re.compile(pattern) for pattern in (r"'([^']*)'", r"“([^“”]
 # Placeholder of the prompt while the chat template is rendered: a private-use code point, in no template.
 PROMPT_MARK = "\ue0a5"
 
+DEFAULT_COUNTS = 5
+"""Numbers of source images, from 0, that requests have by default."""
+
 
 def quoted_strings(prompt: str) -> list[str]:
     """Returns the quoted strings, which the image shows as lettering, by kind of quotes."""
     return [string for pattern in QUOTED for string in pattern.findall(prompt)]
 
 
-def glyph_token_count(prompt: str) -> int:
-    """Returns the number of glyph tokens: one for each byte and each end of a quoted string.
+def glyph_token_count(strings: Sequence[str]) -> int:
+    """Returns the number of glyph tokens: one for each byte and each end of a string.
 
-    Each string has a pad token more if the number of strings is even. A prompt without quoted strings has one empty
-    string.
+    Each string has a pad token more if the number of strings is even. Without strings there is one empty string.
     """
-    strings = quoted_strings(prompt) or [""]
+    strings = strings or [""]
     return sum(len(string.encode("utf-8")) for string in strings) + len(strings) * (1 + _pads(strings))
 
 
-def glyph_token_ids(prompt: str, tokenizer: Any) -> list[list[int]]:
-    """Returns the byte tokens of each quoted string, not padded to a common length.
+def glyph_token_ids(strings: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Returns the byte tokens of each string that the image shows as lettering, not padded to a common length.
 
     Each begins with one pad token if the number of strings is even, as in training. Text that spells a special token
     is tokenized as text. ``tokenizer`` is the checkpoint's ByT5 tokenizer.
     """
-    strings = quoted_strings(prompt) or [""]
+    strings = strings or [""]
     pads = [tokenizer.pad_token_id] * _pads(strings)
-    return [pads + ids for ids in tokenizer(strings, split_special_tokens=True).input_ids]
+    return [pads + ids for ids in tokenizer(list(strings), split_special_tokens=True).input_ids]
 
 
 def _pads(strings: Sequence[str]) -> int:
@@ -94,14 +97,28 @@ class PromptTokenizer:
             return self._encode(before, prompt, after + tail)
 
     def _template(self, images: int) -> tuple[str, str]:
+        """Returns the text before and after the prompt."""
         if images not in self._templates:
-            content = [{"type": "image"}] * images + [{"type": "text", "text": PROMPT_MARK}]
-            message = {"role": "user", "content": content}
-            parts = self.processor.apply_chat_template([message], tokenize=False).split(PROMPT_MARK)
-            if len(parts) != 2:  # noqa: PLR2004
-                raise _wrong_template(f"the user's text {len(parts) - 1} times; allowed: once")
-            self._templates[images] = (parts[0], parts[1])
+            # One process renders all numbers of images that are allowed by default.
+            counts = sorted({*range(DEFAULT_COUNTS), images} - set(self._templates))
+            for count, text in zip(counts, self._render(counts), strict=True):
+                parts = text.split(PROMPT_MARK)
+                if len(parts) != 2:  # noqa: PLR2004
+                    raise _wrong_template(f"the user's text {len(parts) - 1} times; allowed: once")
+                self._templates[count] = (parts[0], parts[1])
         return self._templates[images]
+
+    def _render(self, counts: Sequence[int]) -> list[str]:
+        template = self.processor.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not isinstance(template, str):
+            raise CheckpointError("processor/chat_template: is missing, or has no entry 'default'")
+        chats = []
+        for count in counts:
+            content = [{"type": "image"}] * count + [{"type": "text", "text": PROMPT_MARK}]
+            chats.append([{"role": "user", "content": content}])
+        return chat_template.render(template, chats, self.processor.tokenizer.special_tokens_map)
 
     @cached_property
     def _special_text(self) -> re.Pattern[str]:

@@ -32,6 +32,7 @@ class TensorSpec:
         dims: -1 = any.
         optional: whether an input may be omitted.
         help: Markdown for the documentation.
+        is_text: of a STRING, whether its bytes are UTF-8.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TensorSpec:
     dims: tuple[int, ...] = (1,)
     optional: bool = False
     help: str = ""
+    is_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def tensor_metadata(
     shown: str | None = None,
     name: str | None = None,
     dims: tuple[int, ...] = (1,),
+    is_text: bool = True,
 ) -> dict[str, Any]:
     """Returns the metadata of a request field.
 
@@ -121,8 +124,10 @@ def tensor_metadata(
         shown: the default as the documentation gives it; None = the field's default.
         name: the tensor's name; None = the field's.
         dims: -1 = any.
+        is_text: as in ``TensorSpec``.
     """
-    return {TENSOR: (TensorSpec(name or "", data_type, dims, optional=True, help=help_text), allowed, shown)}
+    spec = TensorSpec(name or "", data_type, dims, optional=True, help=help_text, is_text=is_text)
+    return {TENSOR: (spec, allowed, shown)}
 
 
 def tensor(default: T, *declaration: Any, **options: Any) -> T:

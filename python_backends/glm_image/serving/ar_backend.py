@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image.ar.admission import BatchAdmission
-from glm_image.ar.metrics import AR_METRICS, AR_OUTCOMES
+from glm_image.ar.metrics import AR_LATENCIES, AR_METRICS, AR_OUTCOMES
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
@@ -51,6 +51,7 @@ class ArBackend(StageBackend):
     reserves_first_device = False
     metrics = AR_METRICS
     counters = AR_OUTCOMES
+    latencies = AR_LATENCIES
     outcome = RequestState.FORWARDED
 
     def _load_engine(
@@ -83,7 +84,7 @@ class ArBackend(StageBackend):
         """Submits a request to the engine; one with source images from a thread, as decoding them takes long."""
         context = call.context
         if call.options.arrived_ns is not None:
-            context.arrived_ns = call.options.arrived_ns
+            context.arrived_ns = context.received_ns = call.options.arrived_ns
         context.start(Stage.AR_QUEUE)
         parameters = GenerationParameters(**inputs.fields(GenerationParameters))
         context.num_images = parameters.num_images

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+from glm_image.config.instance import position
 from glm_image.errors import InvalidInputError, UnavailableError
 from glm_image.ipc.protocol import socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
@@ -16,6 +16,8 @@ from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
+from glm_image.telemetry.heartbeat import Heartbeat
+from glm_image.telemetry.logs import start_logging
 
 THREADS: Final = 4
 """Concurrent calls: an instance that hangs keeps one waiting."""
@@ -26,8 +28,11 @@ class ControlBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         bytes_tensors.install()
-        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
+        start_logging(args["model_instance_name"])
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
+        index, _ = position(args)
+        self._heartbeat = Heartbeat(f"{args['model_name']}_{index}", hang_seconds=0)
+        self._heartbeat.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -38,6 +43,7 @@ class ControlBackend:
                 self._threads.submit(self._call, responder, request_id, action)
 
     def finalize(self) -> None:
+        self._heartbeat.close()
         self._threads.shutdown(wait=True)
         end_process()
 

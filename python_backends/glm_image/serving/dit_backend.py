@@ -13,14 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.config.parameters import DitParameters
-from glm_image.dit.metrics import DIT_METRICS, DIT_OUTCOMES
-from glm_image.errors import InvalidInputError
+from glm_image.dit.metrics import DIT_LATENCIES, DIT_METRICS, DIT_OUTCOMES
+from glm_image.errors import GlmImageError, InvalidInputError
 from glm_image.ipc.protocol import Message
 from glm_image.lifecycle.busy_period import BusyPeriod
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.dit_load import TOPIC, DitLoadReporter
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
-from glm_image.lifecycle.preview_rpc import PREVIEW, LatentPreviewPublisher, read_preview_request, reply_with_preview
+from glm_image.lifecycle.preview_rpc import (
+    PREVIEW,
+    LatentPreviewPublisher,
+    error_reply,
+    read_preview_request,
+    reply_with_preview,
+)
 from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.request.parameters import PaintRequest, SharedParameters, consecutive_seeds, random_seed
@@ -43,6 +49,7 @@ class DitBackend(StageBackend):
     reserves_first_device = True
     metrics = DIT_METRICS
     counters = DIT_OUTCOMES
+    latencies = DIT_LATENCIES
     outcome = RequestState.FINISHED
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -91,12 +98,14 @@ class DitBackend(StageBackend):
             "metadata": text_array(json.dumps(metadata)),
         }
 
-    def _preview(self, message: Message) -> Future[Message]:
+    def _preview(self, message: Message) -> Message | Future[Message]:
         """Handles ``glm_image.lifecycle.preview_rpc.request_preview``, in the IPC server's thread."""
         context, request = read_preview_request(message)
-        request.check(self._limits, self._engine.codebook_size)
         reply: Future[Message] = Future()
-        preview = self._engine.preview(context, request)
+        try:
+            preview = self._engine.preview(context, request, self._limits)
+        except GlmImageError as error:
+            return error_reply(error)
         unlink = self._registry.link(context)
         preview.add_done_callback(lambda _: unlink())
         preview.add_done_callback(lambda done: reply_with_preview(reply, done))
@@ -117,6 +126,7 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest, busy_since_ns
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
     context.id = call.request_id or metadata.get("request_id", context.id)
     context.arrived_ns = metadata.get("arrived_ns", busy_since_ns)
+    context.received_ns = metadata.get("arrived_ns", context.received_ns)
     context.deadline_ns = deadline_ns or context.deadline_ns
     seconds = metadata.get("seconds", {})
     context.seconds = {stage: seconds[stage] for stage in AR_STAGES if stage in seconds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -15,10 +14,7 @@ from numpy.typing import NDArray
 from glm_image.errors import UnavailableError
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.serving.errors import triton_error
-from glm_image.serving.exit import end_process
 from glm_image.serving.tensors import response
-
-logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -101,14 +97,6 @@ class PendingResponses(RequestObserver):
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         self._responders.pop(context, None)
 
-    def end_process(self, error: UnavailableError) -> None:
-        """Fails all of them and ends this process, in which the engine may hang for ever.
-
-        The watchdog sees the process end and restarts the server.
-        """
-        try:
-            for responder in list(self._responders.values()):
-                responder.fail(error)
-            logger.error("this instance ends: %s", error)
-        finally:  # a process that went on would refuse all requests and never be restarted
-            end_process(1)
+    def fail_all(self, error: UnavailableError) -> None:
+        for responder in list(self._responders.values()):
+            responder.fail(error)

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
+from glm_image.errors import UnavailableError
+from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import start_control_server
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.metrics_export import MetricsExporter
 from glm_image.serving.responder import PendingResponses, Responder
 from glm_image.serving.tensors import Inputs
 from glm_image.telemetry.heartbeat import Heartbeat
-from glm_image.telemetry.metrics import MetricSpec, OutcomeRecorder
+from glm_image.telemetry.metrics import LatencyHistograms, LatencyRecorder, MetricSpec, OutcomeRecorder
 from glm_image.telemetry.request_log import RequestLog
 from glm_image.telemetry.tracing import RequestTracing
 
@@ -60,6 +63,7 @@ class StageBackend(ABC):
     reserves_first_device: ClassVar[bool]
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[Mapping[str, MetricSpec]]
+    latencies: ClassVar[LatencyHistograms]
     outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
@@ -71,11 +75,14 @@ class StageBackend(ABC):
         self._pending = PendingResponses()
         self._ipc = IpcServer()
         self._registry = RequestRegistry(self.outcome, self._ipc.publish)
+        is_last = self.outcome == RequestState.FINISHED
+        self._request_log = RequestLog(instance.name, is_last=is_last, record=self._metrics.record)
         self._observers: list[RequestObserver] = [
             self._registry,
             self._pending,
-            RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
+            self._request_log,
             OutcomeRecorder(self.counters, self._metrics.record),
+            LatencyRecorder(self.latencies, self._metrics.record),
         ]
         self._handlers: dict[str, Handler] = {}
         self._topics: dict[bytes, Callable[[], None]] = {}
@@ -95,6 +102,8 @@ class StageBackend(ABC):
                 continue
             with call.responder.errors_sent():
                 self._tracing.observe(call.context, request)
+                timeout_us = requested_timeout_us(request.timeout(), request.parameters())
+                call.context.limit(self._timeouts.of(timeout_us))
                 self._handle(call, Inputs(request))
 
     def finalize(self) -> None:
@@ -104,6 +113,7 @@ class StageBackend(ABC):
         self._closing.set()
         self._abandoned_thread.join()
         self._ipc.close()
+        self._request_log.close()
         self._metrics.close()
         self._tracing.close()
         end_process()
@@ -119,12 +129,26 @@ class StageBackend(ABC):
         logger.info("loading the engine on %s", device)
         self._heartbeat = Heartbeat(instance.name, instance.hang_seconds(device))
         checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
-        workers = instance.workers(place, device, self._pending.end_process)
+        defaults = checkpoint.defaults
+        self._handlers["defaults"] = lambda _: Message({"defaults": defaults})
+        workers = instance.workers(place, device, self._end_process)
         self._load_engine(instance.parameters, checkpoint, device, workers)
+
+    def _end_process(self, error: UnavailableError) -> None:
+        """Fails all requests and ends this process, in which the engine may hang for ever.
+
+        The watchdog sees the process end and restarts the server.
+        """
+        try:
+            self._pending.fail_all(error)
+            logger.error("this instance ends: %s", error)
+            self._request_log.close()
+        finally:  # a process that went on would refuse all requests and never be restarted
+            end_process(1)
 
     def _track(self, request: Any) -> StageCall:
         request_id, options = request.request_id(), StreamOptions.read(request.parameters())
-        context = RequestContext.with_timeout(request_id, self._timeouts.of(request.timeout()))
+        context = RequestContext.with_timeout(request_id, timeout_us=0)
         responder = Responder(request, context.finish, is_relayed=options.arrived_ns is not None)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:

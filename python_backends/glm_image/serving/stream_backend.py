@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Hashable, Mapping
 from typing import Any, Final
@@ -16,6 +15,7 @@ from glm_image.serving.exit import end_process
 from glm_image.serving.stream_events import EventSender
 from glm_image.serving.stream_session import StreamSession
 from glm_image.telemetry.heartbeat import Heartbeat
+from glm_image.telemetry.logs import start_logging
 
 MAX_STREAMS: Final = 128
 """Concurrent streams, each of which has threads of its own; more than the default queue of ``glm_ar``."""
@@ -29,7 +29,7 @@ class StreamBackend:
 
     def initialize(self, args: Mapping[str, str]) -> None:
         bytes_tensors.install()
-        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {args['model_instance_name']} %(message)s")
+        start_logging(args["model_instance_name"])
         self._dit_seconds: LatestEntries[Hashable, float] = LatestEntries(KEPT_KINDS)
         self._changed = threading.Condition()
         self._running = 0

@@ -19,7 +19,7 @@ from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.control import control
 from glm_image.lifecycle.events import EventBuilder
-from glm_image.lifecycle.preview_rpc import unpack_image
+from glm_image.lifecycle.preview_rpc import LATENT_PREVIEW_SKIPPED, unpack_image
 from glm_image.request import images
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import response, text_array
@@ -131,6 +131,8 @@ class ProgressRelay:
         for event in published:
             if "preview" in event:
                 self._on_preview(folder, event)
+            elif LATENT_PREVIEW_SKIPPED in event:
+                self._sender.send_event(self._builder.skipped(event, event[LATENT_PREVIEW_SKIPPED]))
             elif "latent_preview" in event:
                 self._builder.progress(event)
                 self._sender.send_image(self._builder.image("denoise", event), unpack_image(event["latent_preview"]))

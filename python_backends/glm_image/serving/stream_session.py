@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
@@ -20,8 +19,9 @@ from glm_image.errors import CancelledError
 from glm_image.ipc.protocol import Event, socket_directory
 from glm_image.lifecycle.events import EventBuilder
 from glm_image.lifecycle.lru import LatestEntries
-from glm_image.lifecycle.preview_rpc import request_preview
+from glm_image.lifecycle.preview_rpc import PreviewSkippedError, request_preview
 from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PreviewParameters
 from glm_image.request.tensors import TensorSpec, check_fields
@@ -38,7 +38,7 @@ class StreamSession:
     """A request of ``glm_image_stream``; updates ``dit_seconds``, the DiT's latest duration for each kind of request.
 
     Raises:
-        InvalidInputError: an input that the stages do not take is not allowed.
+        InvalidInputError: the timeout, or an input that the stages do not take, is not allowed.
     """
 
     def __init__(self, request: Any, sender: EventSender, dit_seconds: LatestEntries[Hashable, float]) -> None:
@@ -51,7 +51,7 @@ class StreamSession:
         previews = PreviewParameters(**inputs.fields(PreviewParameters))
         check_fields(previews, Limits())
         self._preview_steps = previews.preview_steps
-        self._timeout_us: int = request.timeout() or _timeout_of(request.parameters())
+        self._timeout_us: int = requested_timeout_us(request.timeout(), request.parameters())
         self._options = StreamOptions(sender.arrived_ns, previews.preview_steps > 0, previews.preview_every)
         self._kind: Hashable = tuple(
             (name, array.tobytes()) for name, array in self._inputs.items() if array.dtype != np.object_
@@ -98,26 +98,23 @@ class StreamSession:
 
     def _send_preview(self, folder: Path, event: Event) -> None:
         """Has ``glm_dit`` render the preview of the tokens that an event brought, and sends it."""
-        parameters = {
+        parameters: dict[str, Any] = {
             "prompt": self._text("prompt"),
             "negative_prompt": self._text("negative_prompt"),
             "num_inference_steps": self._preview_steps,
         }
+        if "glyph_text" in self._inputs:
+            parameters["glyph_text"] = [text.decode("utf-8", "replace") for text in self._inputs["glyph_text"]]
         if "guidance_scale" in self._inputs:
             parameters["guidance_scale"] = float(self._inputs["guidance_scale"][0])
         try:
             pixels = request_preview(folder, self._request_id, event["preview"], parameters)
-            if pixels is not None:
-                self._sender.send_image(self._builder.image("preview", event), pixels)
-        except Exception:  # the request goes on without it
-            logger.exception("request %s gets no preview", self._request_id)
+            self._sender.send_image(self._builder.image("preview", event), pixels)
+        except Exception as error:  # the request goes on without it
+            if not isinstance(error, PreviewSkippedError):
+                logger.exception("request %s gets no preview", self._request_id)
+            self._sender.send_event(self._builder.skipped(event, PreviewSkippedError.of(error).fields()))
 
     def _text(self, name: str) -> str:
         array = self._inputs.get(name)
         return "" if array is None else array[0].decode("utf-8", "replace")  # ``glm_ar`` refuses what is not UTF-8
-
-
-def _timeout_of(parameters: str) -> int:
-    """Returns the timeout in microseconds; ``generate_stream`` passes it as an ordinary parameter."""
-    timeout = json.loads(parameters or "{}").get("timeout")
-    return timeout if type(timeout) is int and 0 < timeout < 2**63 else 0

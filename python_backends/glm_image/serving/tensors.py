@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from glm_image.config.schema import CONTROL_OUTPUTS, STAGE_TENSORS, STREAM_OUTPUTS
 from glm_image.errors import MAX_SHOWN_CHARACTERS, InvalidInputError
 from glm_image.request.tensors import TensorSpec, request_fields
+from glm_image.serving.bytes_tensors import MAX_STRINGS
 
 NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING": np.object_}
 
@@ -36,13 +37,7 @@ class Inputs:
     def text(self, name: str) -> str | None:
         """Returns a BYTES [1] that must be UTF-8."""
         array = self.array(name)
-        if array is None:
-            return None
-        try:
-            text: str = array[0].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidInputError.of(name, repr(array[0][: MAX_SHOWN_CHARACTERS + 1])[2:-1], "UTF-8") from error
-        return text
+        return None if array is None else _decoded(name, array[0])
 
     def fields(self, kind: type) -> dict[str, Any]:
         """Returns the arguments of a dataclass of request fields, not yet validated.
@@ -58,12 +53,17 @@ class Inputs:
             values["prompt"] = values["prompt"] or ""
         return self.given(**values)
 
-    def _value(self, spec: TensorSpec) -> int | float | str | tuple[bytes, ...] | None:
+    def _value(self, spec: TensorSpec) -> int | float | str | tuple[bytes, ...] | tuple[str, ...] | None:
         array = self.array(spec.name)
         if array is None:
             return None
         if spec.data_type == "STRING":
-            return self.text(spec.name) if spec.dims == (1,) else tuple(map(bytes, array))
+            if not spec.is_text:
+                return tuple(map(bytes, array))
+            if len(array) > MAX_STRINGS:  # before a loop over millions
+                raise InvalidInputError.of(spec.name, f"{len(array)} strings", f"at most {MAX_STRINGS}, or fewer")
+            texts = tuple(_decoded(spec.name, text) for text in array)
+            return texts[0] if spec.dims == (1,) else texts
         # Of an FP32, the shortest decimal: 0.9, not 0.8999999762.
         return float(str(np.float32(array[0]))) if spec.data_type == "FP32" else int(array[0])
 
@@ -71,6 +71,13 @@ class Inputs:
     def given(**values: Any) -> dict[str, Any]:
         """Returns the values that are not None, so that defaults apply to the others."""
         return {name: value for name, value in values.items() if value is not None}
+
+
+def _decoded(name: str, text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError.of(name, repr(text[: MAX_SHOWN_CHARACTERS + 1])[2:-1], "UTF-8") from error
 
 
 def text_array(*texts: str) -> NDArray[np.object_]:

@@ -14,15 +14,10 @@ from typing import Any
 from glm_image.ar.config import ArConfig
 from glm_image.ar.memory import decoder_parameters
 from glm_image.ar.settings import ArSettings
-from glm_image.checkpoint.layout import (
-    COMPONENTS,
-    NO_WEIGHTS,
-    PIPELINE_CLASS,
-    check_model_index,
-    read_json,
-    weight_files,
-)
-from glm_image.errors import CheckpointError
+from glm_image.checkpoint.bounds import check_config
+from glm_image.checkpoint.files import MAX_TOKENIZER_BYTES, check_regular, read_json
+from glm_image.checkpoint.layout import COMPONENTS, NO_WEIGHTS, PIPELINE_CLASS, check_model_index, weight_files
+from glm_image.errors import CheckpointError, printable
 from glm_image.request.geometry import Size
 from glm_image.sizing import parameter_counts
 from glm_image.sizing.memory import DTYPE_BYTES, ModelSizes, StageMemory, ar_memory, dit_memory
@@ -128,7 +123,7 @@ class Inspection:
                 lines.append(f"  {dtype:<9} {verdicts}")
         lines += ["", "token ids: " + ", ".join(f"{name} {value}" for name, value in self.token_ids.items())]
         lines += [f"fault: {fault}" for fault in self.faults]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def inspect(folder: Path) -> Inspection:
@@ -140,6 +135,8 @@ def inspect(folder: Path) -> Inspection:
     check_model_index(folder)
     faults: list[str] = []
     configs = {part: read_json(folder / part / file) for part, (_, file) in COMPONENTS.items()}
+    for part, config in configs.items():
+        check_config(folder / part / COMPONENTS[part][1], part, config, tensors=None)
     slots = ArSettings().max_num_seqs, ArSettings().max_sequence_tokens
     try:
         parts = [_part(folder, part, configs[part], faults) for part in COMPONENTS]
@@ -187,7 +184,7 @@ def _part(folder: Path, part: str, config: Mapping[str, Any], faults: list[str])
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Reads the header of a safetensors file: tensor name -> (dtype, shape)."""
-    size = path.stat().st_size
+    size = check_regular(path).st_size
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -218,7 +215,7 @@ def _token_ids(folder: Path, config: Mapping[str, Any]) -> dict[str, int]:
     processor = folder / "processor"
     special = read_json(processor / "tokenizer_config.json").get("extra_special_tokens") or {}
     if (processor / "tokenizer.json").is_file():
-        added = read_json(processor / "tokenizer.json").get("added_tokens", ())
+        added = read_json(processor / "tokenizer.json", MAX_TOKENIZER_BYTES).get("added_tokens", ())
         ids = {token["content"]: token["id"] for token in added}
         found |= {
             name.removesuffix("_token"): ids.get(special.get(name)) for name in ("grid_bos_token", "grid_eos_token")

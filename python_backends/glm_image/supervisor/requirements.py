@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from glm_image.errors import ConfigurationError
+from glm_image.errors import ConfigurationError, printable
 
 CONTAINER_SERVER = Path("/opt/tritonserver")
 OLDEST_GLIBC = (2, 35)
@@ -87,6 +87,6 @@ def main() -> int:
         if not has_container_server():
             check_bundled_server()
     except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     return 0

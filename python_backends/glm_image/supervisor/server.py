@@ -8,12 +8,15 @@ import select
 from typing import TextIO
 
 from glm_image.errors import GlmImageError
+from glm_image.supervisor.addresses import authority
 from glm_image.supervisor.api_access import is_loopback
+from glm_image.supervisor.host_limits import check_descriptors, limit_warning
 from glm_image.supervisor.installation import find_installation
+from glm_image.supervisor.output import Output
+from glm_image.supervisor.ports import ReservedPorts
 from glm_image.supervisor.settings import ServerSettings
 from glm_image.supervisor.triton_process import ServerProcess
 
-PORT_ATTEMPTS = 3
 HEALTH_TIMEOUT_SECONDS = 30
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -26,19 +29,21 @@ class TritonServer:
     """A Triton that loads every model of a repository over one checkpoint.
 
     As a context manager it is ready inside the block, and all its processes and shared memory are gone after it. The
-    server also ends when this process dies. Its log is written to ``log``.
+    server also ends when this process dies. Its log is written to ``log``, whose reader may stop without consequence.
 
     Raises:
         CheckpointError: the checkpoint folder is missing or not a checkpoint.
         ConfigurationError: a setting is invalid, or this machine has no Triton that runs on it.
     """
 
-    def __init__(self, settings: ServerSettings, *, log: TextIO | None = None) -> None:
-        self._requested = settings.absolute()
-        self._requested.check()
+    def __init__(self, settings: ServerSettings, *, log: Output | TextIO | None = None) -> None:
+        absolute = settings.absolute()
+        absolute.check()
+        check_descriptors()
         self._installation = find_installation()
-        self._settings = self._requested
-        self._log = log
+        self._ports = ReservedPorts(absolute.host, absolute.ports())
+        self._settings = absolute.with_ports(self._ports.numbers)
+        self._log = log if log is None or isinstance(log, Output) else Output(log)
         self._process: ServerProcess | None = None
         self._ready = False
         self._starts = 0
@@ -71,6 +76,11 @@ class TritonServer:
         return self._address(self._settings.metrics_port)
 
     @property
+    def warnings(self) -> list[str]:
+        """What an operator should know: an address that is unsafe to listen on, a limit that is too low."""
+        return [warning for warning in (self.exposure, limit_warning()) if warning is not None]
+
+    @property
     def exposure(self) -> str | None:
         """Why the address it listens on is unsafe, or None."""
         if is_loopback(self._settings.host) or not self._installation.is_bundled:
@@ -101,8 +111,6 @@ class TritonServer:
     def start(self) -> None:
         """Starts the process and returns; a restart uses the same ports."""
         self._ready = False
-        if not self._starts:
-            self._settings = self._requested.with_free_ports()
         self._process = ServerProcess(self._installation, self._settings, self._log, restarts=self._starts)
         self._starts += 1
         if self.stop_requested:  # by a signal handler, meanwhile
@@ -114,20 +122,12 @@ class TritonServer:
         Raises:
             ServerStartError: a model failed to load, another process took a port, or the server ended.
         """
-        chooses_ports = 0 in self._requested.ports().values()
-        for attempt in range(1, PORT_ATTEMPTS + 1):
-            failure = self._running().wait_started()
-            if failure is None:
-                self._check_health()
-                self._running().request_watch()
-                self._ready = True
-                return
+        if failure := self._running().wait_started():
             self.clean_up()
-            may_choose = chooses_ports and self._starts == 1
-            if not (failure.port_lost and may_choose) or attempt == PORT_ATTEMPTS or self.stop_requested:
-                raise ServerStartError(failure.message)
-            self._starts = 0
-            self.start()
+            raise ServerStartError(failure)
+        self._check_health()
+        self._running().request_watch()
+        self._ready = True
 
     def request_stop(self) -> None:
         """Requests a stop after the requests in flight; does not block, safe in a signal handler."""
@@ -155,13 +155,15 @@ class TritonServer:
         self._running().wait()
 
     def stop(self) -> None:
-        """Drains and ends the server."""
+        """Drains and ends the server; it cannot be started again."""
         self.request_stop()
         self.wait()
+        self._ports.release()
 
     def kill(self) -> None:
         self.request_kill()
         self.wait()
+        self._ports.release()
 
     def wait(self) -> int:
         """Waits until the server has ended; returns its exit code, 0 if it was never started."""
@@ -173,8 +175,7 @@ class TritonServer:
         return self._process
 
     def _address(self, port: int) -> str:
-        host = self._settings.host
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return authority(self._settings.host, port)
 
     def _check_health(self) -> None:
         host = _LOOPBACK_OF.get(self._settings.host, self._settings.host)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
+from glm_image.supervisor.addresses import numeric_address
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 from glm_image.supervisor.flags import flag
+from glm_image.supervisor.paths import check_log_file, folder_fault
+from glm_image.supervisor.ports import ReservedPorts
+from glm_image.supervisor.python_environment import Plain
+from glm_image.supervisor.run_directory import is_plain
 
 MAX_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -27,18 +31,20 @@ default and 3 to 5 s with this value; on an idle machine 1.5 and 1.7 s.
 
 
 def default_model_repository() -> Path:
-    """Returns the repository that GLM_IMAGE_MODEL_REPOSITORY names, else that of the checkout this package is in.
+    """Returns the repository that GLM_IMAGE_MODEL_REPOSITORY names, else that of the wheel or the checkout.
 
     Raises:
         ConfigurationError: there is neither.
     """
     if path := os.environ.get(REPOSITORY_VARIABLE):
         return Path(path).absolute()
-    folder = Path(__file__).resolve().parents[3] / "model_repository"
-    if folder.is_dir():
-        return folder
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "model_repository", package.parents[1] / "model_repository"):
+        if folder.is_dir():
+            return folder
     raise ConfigurationError(
-        f"no model repository: this package is not in a checkout; give --model-repository or set {REPOSITORY_VARIABLE}"
+        f"no model repository: {package} has none and is not in a checkout; give --model-repository or set "
+        f"{REPOSITORY_VARIABLE}"
     )
 
 
@@ -79,21 +85,16 @@ class ServerSettings:
     )
     trace_rate: int = flag("trace one request of every N (default: %(default)s)", "N", int, default=1)
     model_repository: Path = flag(
-        "default: the checkout's model_repository", "DIR", Path, default_factory=default_model_repository
+        "default: the one of this package", "DIR", Path, default_factory=default_model_repository
     )
 
     def check(self) -> None:
         """Raises CheckpointError for an invalid checkpoint folder, ConfigurationError for another invalid setting."""
-        if not (self.checkpoint / "model_index.json").is_file():
-            fault = "has no model_index.json" if self.checkpoint.is_dir() else "is not a folder"
+        fault = folder_fault(self.checkpoint, "model_index.json")
+        if fault is not None:
             shown_path = shown(str(self.checkpoint))
             raise CheckpointError(f"--checkpoint is {shown_path}, which {fault}; allowed: a checkpoint folder")
-        models = _model_folders(self.model_repository)
-        if not models:
-            raise ConfigurationError(
-                f"the model repository is {shown(str(self.model_repository))}; allowed: "
-                "a folder that holds a folder with a config.pbtxt for each model"
-            )
+        models = _checked_models(self.model_repository)
         profiles = sorted({profile.stem for model in models for profile in model.glob("configs/*.pbtxt")})
         if self.profile is not None and self.profile not in profiles:
             allowed = ", ".join(profiles) or "none, no model has any"
@@ -102,10 +103,8 @@ class ServerSettings:
             if getattr(self, name) < lowest:
                 flag_name = name.replace("_", "-")
                 raise ConfigurationError(f"--{flag_name} is {getattr(self, name)}; allowed: {lowest} or more")
-        if self.request_log is not None and not self.request_log.parent.is_dir():
-            raise ConfigurationError(
-                f"--request-log is {shown(str(self.request_log))}, whose folder does not exist; allowed: a file's path"
-            )
+        if self.request_log is not None:
+            check_log_file("--request-log", self.request_log)
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ConfigurationError(f"--otlp-traces-endpoint is {shown(endpoint)}; allowed: http:// or https://")
@@ -121,26 +120,37 @@ class ServerSettings:
                 raise ConfigurationError(f"{name} is {port}, which is also {flags[port]}; allowed: a port of its own")
             if port:
                 flags[port] = name
-                _check_port_is_free(self.host, port, name)
+        ReservedPorts(self.host, self.ports()).release()
 
     def absolute(self) -> ServerSettings:
-        """Returns the settings with absolute paths, since models have another working directory."""
-        return replace(
-            self,
-            checkpoint=self.checkpoint.absolute(),
-            model_repository=self.model_repository.absolute(),
-            request_log=self.request_log and self.request_log.absolute(),
-        )
+        """Returns the settings with absolute paths, since models have another working directory, and a numeric host.
 
-    def model_environment(self) -> dict[str, str]:
+        Raises:
+            ConfigurationError: a path is relative, and the working directory has been removed; or the host is unknown.
+        """
+        try:
+            return replace(
+                self,
+                host=numeric_address(self.host),
+                checkpoint=self.checkpoint.absolute(),
+                model_repository=self.model_repository.absolute(),
+                request_log=self.request_log and self.request_log.absolute(),
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                f"a relative path is given, and the working directory cannot be used: {error.strerror}; "
+                "allowed: an absolute path, or another working directory"
+            ) from None
+
+    def model_environment(self, plain: Plain) -> dict[str, str]:
         """Returns the environment variables through which the models' processes are configured."""
         optional = {
             "GLM_IMAGE_LOG_PROMPTS": "1" if self.log_prompts else None,
-            "GLM_IMAGE_REQUEST_LOG": str(self.request_log) if self.request_log else None,
+            "GLM_IMAGE_REQUEST_LOG": plain(self.request_log, "requests") if self.request_log else None,
             "GLM_IMAGE_OTLP_TRACES_ENDPOINT": self.otlp_traces_endpoint,
         }
         return {
-            "GLM_IMAGE_CHECKPOINT": str(self.checkpoint),
+            "GLM_IMAGE_CHECKPOINT": plain(self.checkpoint, "checkpoint"),
             SPIN_VARIABLE: os.environ.get(SPIN_VARIABLE, SPIN_COUNT),
             **{name: value for name, value in optional.items() if value},
         }
@@ -164,10 +174,14 @@ class ServerSettings:
         """Returns the three ports by the flag that sets each."""
         return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
 
-    def with_free_ports(self) -> ServerSettings:
-        free = free_ports(self.host, 3)
-        http, grpc, metrics = (port or free.pop() for port in self.ports().values())
-        return replace(self, http_port=http, grpc_port=grpc, metrics_port=metrics)
+    def with_ports(self, ports: Mapping[str, int]) -> ServerSettings:
+        """Returns the settings with other ports, given by the flag that sets each."""
+        return replace(
+            self,
+            http_port=ports["--http-port"],
+            grpc_port=ports["--grpc-port"],
+            metrics_port=ports["--metrics-port"],
+        )
 
 
 def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
@@ -176,42 +190,20 @@ def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
     return models.intersection(ENTRY_MODELS), models.intersection(STAGES)
 
 
+def _checked_models(repository: Path) -> list[Path]:
+    fault = folder_fault(repository)
+    models = [] if fault else _model_folders(repository)
+    if not models:
+        raise ConfigurationError(
+            f"the model repository is {shown(str(repository))}{f', which {fault}' if fault else ''}; allowed: "
+            "a folder that holds a folder with a config.pbtxt for each model"
+        )
+    for model in models:
+        if not is_plain(model.name):
+            allowed = "letters and digits of ASCII, and _ . + @ = -"
+            raise ConfigurationError(f"the model repository has the model {shown(model.name)}; allowed: {allowed}")
+    return models
+
+
 def _model_folders(repository: Path) -> list[Path]:
     return sorted(config.parent for config in repository.glob("*/config.pbtxt"))
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Returns ``count`` different free ports of ``host``."""
-    sockets = [_bound_socket(host, 0) for _ in range(count)]
-    ports = [int(bound.getsockname()[1]) for bound in sockets]
-    for bound in sockets:
-        bound.close()
-    return ports
-
-
-def _check_port_is_free(host: str, port: int, name: str) -> None:
-    try:
-        _bound_socket(host, port).close()
-    except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: f"on which {host} already listens; allowed: a free port, or 0",
-            errno.EACCES: "which this user may not listen on; allowed: 1024 and up",
-        }
-        if error.errno not in reasons:
-            raise
-        raise ConfigurationError(f"{name} is {port}, {reasons[error.errno]}") from None
-
-
-def _bound_socket(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    # As a server binds it: a port whose last connections are in TIME_WAIT is free.
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigurationError(f"--host is {shown(host)}; allowed: an address of this machine") from None
-        raise
-    return bound

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 
 from glm_image import errors
 
-# In the order in which they start. Triton logs that HTTP has started before it binds the port; the start of the next
-# service proves that it has.
 SERVICES = frozenset({"GRPCInferenceService", "HTTPService", "Metrics Service"})
 _STARTED = re.compile(r'"Started (GRPCInferenceService|HTTPService|Metrics Service) at ')
-_PORT_LOST = re.compile(r'"failed to start \w+ service: \w+ - (?P<reason>.*)"')
+_NOT_STARTED = re.compile(r'"failed to start \w+ service: \w+ - (?P<reason>.*)"')
 _MODEL_FAILURES = [
     re.compile(r""""failed to load '(?P<model>[^']+)' version \d+: (?P<reason>.*)"$"""),
     re.compile(r""""Poll failed for model directory '(?P<model>[^']+)': (?P<reason>.*)"$"""),
@@ -27,14 +24,6 @@ _UNLOADED = re.compile(r""""successfully unloaded '(?P<model>[^']+)' version \d+
 _STATUS = re.compile(r"^(?:Internal|Invalid argument|Unavailable|Unknown|Not found|Unsupported|Already exists): ")
 _ERROR_NAMES = "|".join(name for name, value in vars(errors).items() if isinstance(value, type))
 _ERROR_NAME = re.compile(rf"^(?:[\w.]+\.)?(?:{_ERROR_NAMES}): ")
-
-
-@dataclass(frozen=True)
-class StartFailure:
-    """Why a server cannot become ready; ``port_lost`` if another process has taken a port meanwhile."""
-
-    message: str
-    port_lost: bool = False
 
 
 def started_service(line: str) -> str | None:
@@ -55,20 +44,20 @@ def syntax_error(line: str) -> str | None:
     return match["place"] if match else None
 
 
-def start_failure(line: str, syntax: str | None = None) -> StartFailure | None:
-    """Returns the failure that this line reports, with the model's own message, else None.
+def start_failure(line: str, syntax: str | None = None) -> str | None:
+    """Returns why, by this line, the server cannot become ready, with the model's own message; else None.
 
     ``syntax``, the last ``syntax_error`` before it, belongs to the file that cannot be read.
     """
-    if match := _PORT_LOST.search(line):
-        return StartFailure(match["reason"].strip(), port_lost="already in use" in match["reason"])
+    if match := _NOT_STARTED.search(line):
+        return match["reason"].strip()
     for pattern in _MODEL_FAILURES:
         if match := pattern.search(line.rstrip()):
             model = match.groupdict().get("model", "a model")
             message = _own_message(match["reason"])
             if syntax is not None and _UNREADABLE in message:
                 message = f"{message}, line and column {syntax}"
-            return StartFailure(f"{model} failed to load: {message}")
+            return f"{model} failed to load: {message}"
     return None
 
 

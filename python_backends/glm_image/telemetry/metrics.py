@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
 
 from glm_image.errors import GlmImageError
-from glm_image.lifecycle.context import RequestContext, RequestObserver
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext, RequestObserver
+from glm_image.request.stages import Stage
 
 
 class Kind(Enum):
@@ -26,7 +28,7 @@ class MetricSpec:
     Attributes:
         meaning: the help text, one line.
         bounds: the bounds of a histogram, ascending.
-        reason: the label that distinguishes metrics of one name; "" = no label.
+        reason, outcome, stage: the labels that distinguish metrics of one name; "" = no such label.
     """
 
     name: str
@@ -34,6 +36,13 @@ class MetricSpec:
     meaning: str
     bounds: tuple[float, ...] = ()
     reason: str = ""
+    outcome: str = ""
+    stage: str = ""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        values = {"reason": self.reason, "outcome": self.outcome, "stage": self.stage}
+        return {name: value for name, value in values.items() if value}
 
 
 class MetricSink(Protocol):
@@ -64,6 +73,66 @@ def outcome_counters(prefix: str) -> dict[str, MetricSpec]:
         **{reason: counter("refused", refused, reason) for reason in REFUSALS},
         GlmImageError.reason: counter("failed", "Requests that ended with an error of the server"),
     }
+
+
+LATENCY_BOUNDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+OUTCOMES: Final = ("ok", "refused", "cancelled", "deadline", "failed")
+
+
+@dataclass(frozen=True)
+class LatencyHistograms:
+    """The latency histograms of a model: of whole requests by outcome, and of each stage by stage and outcome."""
+
+    requests: Mapping[str, MetricSpec]
+    stages: Mapping[tuple[Stage, str], MetricSpec]
+
+    @classmethod
+    def of(cls, prefix: str, meaning: str, stages: Iterable[Stage]) -> LatencyHistograms:
+        """Declares them; ``meaning`` is that of a request's duration."""
+        outcomes = f", by outcome: {', '.join(OUTCOMES)}"
+
+        def histogram(name: str, text: str, outcome: str, stage: str = "") -> MetricSpec:
+            full = f"{prefix}_{name}_seconds"
+            return MetricSpec(full, Kind.HISTOGRAM, text + outcomes, LATENCY_BOUNDS, outcome=outcome, stage=stage)
+
+        return cls(
+            {outcome: histogram("request", meaning, outcome) for outcome in OUTCOMES},
+            {
+                (stage, outcome): histogram("stage", "Time a request spent in a stage", outcome, stage.value)
+                for stage in stages
+                for outcome in OUTCOMES
+            },
+        )
+
+    def all(self) -> tuple[MetricSpec, ...]:
+        return (*self.requests.values(), *self.stages.values())
+
+
+class LatencyRecorder(RequestObserver):
+    """Records how long the requests of a model took, from their arrival at the server and in each stage."""
+
+    def __init__(self, histograms: LatencyHistograms, record: MetricSink) -> None:
+        self._histograms, self._record = histograms, record
+
+    def finished(self, context: RequestContext, error: BaseException | None) -> None:
+        outcome = outcome_of(error)
+        seconds = max(0, time.monotonic_ns() - context.received_ns) / NANOSECONDS
+        self._record(self._histograms.requests[outcome], seconds)
+        for stage, spent in list(context.seconds.items()):
+            histogram = self._histograms.stages.get((stage, outcome))
+            if histogram is not None:
+                self._record(histogram, spent)
+
+
+def outcome_of(error: BaseException | None) -> str:
+    """Returns one of ``OUTCOMES`` for the error that ended a request, or None."""
+    if error is None:
+        return "ok"
+    reason = error.reason if isinstance(error, GlmImageError) else GlmImageError.reason
+    if reason in REFUSALS:
+        return "refused"
+    return reason if reason in OUTCOMES else "failed"
 
 
 class OutcomeRecorder(RequestObserver):

@@ -138,9 +138,6 @@ OP(aclnnFusedInferAttentionScoreV3, (In query, Tensors keys, Tensors values, In 
    const auto r = attend(q, k, v, hidden, scale);
    if (with_lse) put(lse, r.maximum + r.sum.log());
    put(out, in_layout(r.result, form)))
-// Asked in a capture, where every replay has the same workspace.
-extern "C" int aclnnFusedInferAttentionScoreV3GetMaxWorkspaceSize() __attribute__((ifunc("aclnnFusedInferAttentionScoreV3_entry")));
-
 // -- rotary embeddings
 static at::Tensor turned(const at::Tensor& x, bool interleaved) {
   if (!interleaved) {

@@ -159,11 +159,6 @@ struct Graph {
   std::vector<Range> reads, writes;  // of all nodes, merged
 };
 
-struct TaskGroup {
-  Graph* graph;
-  size_t begin, end, next;
-};
-
 struct Stream {
   size_t id;
   int device;
@@ -173,8 +168,6 @@ struct Stream {
   std::recursive_mutex running;
   Graph* graph = nullptr;
   Clock captured;  // the clock inside the graph
-  TaskGroup* group = nullptr;
-  TaskGroup* update = nullptr;
 };
 
 struct Event {
@@ -245,13 +238,6 @@ int submit(Task task, void* pointer) {
   Guard in_order(stream.running);
   std::unique_lock guard(lock);
   keep_device_memory(task, stream);
-  if (stream.update) {
-    TaskGroup& group = *stream.update;
-    if (group.next >= group.end) return refuse(ACL_ERROR_STREAM_TASK_GROUP_STATUS, "the update launches more than the group has");
-    if (logging()) log_event("update", task.name, task.operands);
-    group.graph->nodes[group.next++].task = std::move(task);
-    return ACL_SUCCESS;
-  }
   if (stream.graph) {
     const Access access{stream.id, stream.captured.tick(stream.id), interned(task.name)};
     check(stream.graph->accesses, task, access, stream.captured);
@@ -516,41 +502,6 @@ aclError aclmdlRIDestroy(aclmdlRI model) {
   delete static_cast<Graph*>(model);
   return ACL_SUCCESS;
 }
-// A group of tasks gets new arguments after the capture: its launches are made again between TaskUpdateBegin and End.
-aclError aclmdlRICaptureTaskGrpBegin(aclrtStream pointer) {
-  Guard guard(lock);
-  Stream& stream = *stream_of(pointer);
-  if (!stream.graph) return refuse(ACL_ERROR_RT_STREAM_NOT_CAPTURED, "the stream is not captured");
-  if (stream.group) return refuse(ACL_ERROR_STREAM_TASK_GROUP_STATUS, "the stream has an open task group");
-  const size_t begin = stream.graph->nodes.size();
-  stream.group = new TaskGroup{stream.graph, begin, begin, begin};
-  return ACL_SUCCESS;
-}
-aclError aclmdlRICaptureTaskGrpEnd(aclrtStream pointer, aclrtTaskGrp* handle) {
-  Guard guard(lock);
-  Stream& stream = *stream_of(pointer);
-  if (!stream.group) return refuse(ACL_ERROR_STREAM_TASK_GROUP_STATUS, "the stream has no open task group");
-  stream.group->end = stream.graph->nodes.size();
-  *handle = stream.group;
-  stream.group = nullptr;
-  return ACL_SUCCESS;
-}
-aclError aclmdlRICaptureTaskUpdateBegin(aclrtStream stream, aclrtTaskGrp handle) {
-  Guard guard(lock);
-  auto* group = static_cast<TaskGroup*>(handle);
-  group->next = group->begin;
-  stream_of(stream)->update = group;
-  return ACL_SUCCESS;
-}
-aclError aclmdlRICaptureTaskUpdateEnd(aclrtStream pointer) {
-  Guard guard(lock);
-  Stream& stream = *stream_of(pointer);
-  if (!stream.update) return refuse(ACL_ERROR_STREAM_TASK_GROUP_STATUS, "the stream updates no task group");
-  if (stream.update->next != stream.update->end) return refuse(ACL_ERROR_STREAM_TASK_GROUP_INTR, "the update launches fewer tasks than the group has");
-  stream.update = nullptr;
-  return ACL_SUCCESS;
-}
-
 // ---- the log, for tests and benchmarks: read by ctypes
 void standin_log_start() {
   std::lock_guard guard(log_lock);

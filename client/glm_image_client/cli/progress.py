@@ -7,14 +7,13 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from glm_image_client.errors import BadArgumentError
 from glm_image_client.events import StreamEvent
-from glm_image_client.result import GenerationResult
+from glm_image_client.result import GenerationResult, write_file
 
 STAGES: Final[Mapping[str, str]] = {
     "ar_queue": "queued",
@@ -56,18 +55,26 @@ def shows_images(preview_dir: Path | None) -> bool:
     return preview_dir is not None or (sys.stderr.isatty() and image_protocol(os.environ) is not None)
 
 
-def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | None) -> GenerationResult:
-    """Follows ``stream()`` to its end and returns the images.
+class Watched(NamedTuple):
+    """A stream that has ended: its result and the kinds of its events."""
+
+    result: GenerationResult
+    kinds: frozenset[str]
+
+
+def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | None) -> Watched:
+    """Follows ``stream()`` to its end.
 
     With ``has_bar`` standard error gets a progress bar, and intermediate images if its terminal can show them.
     ``preview_dir`` gets intermediate images, named ``NN_KIND.png``.
     """
     protocol = image_protocol(os.environ) if has_bar else None
     written = 0
+    kinds = set[str]()
     with progress_bar("sending", shown=has_bar) as bar:
         for event in events:
             if event.result is not None:
-                return event.result
+                return Watched(event.result, frozenset(kinds))
             bar.update(
                 bar.task_ids[0],
                 description=STAGES.get(event.stage, event.stage),
@@ -76,20 +83,16 @@ def watch(events: Iterable[StreamEvent], *, has_bar: bool, preview_dir: Path | N
                 step=f"{event.done}/{event.total}",
                 eta="" if event.eta is None else f"{event.eta:.0f} s left",
             )
+            kinds.add(event.kind)
+            if event.kind == "preview_skipped" and (preview_dir is not None or protocol is not None):
+                bar.console.out(f"no preview ({event.reason}): {event.message}", highlight=False)
             for file in event.files:
                 if preview_dir is not None:
-                    _write(preview_dir / f"{written:02}_{event.kind}.png", file)
+                    write_file(preview_dir / f"{written:02}_{event.kind}.png", file)
                 if protocol is not None and event.kind == "preview":
                     bar.console.out(inline_image(file, protocol), highlight=False, end="")
                 written += 1
     raise AssertionError("a stream ends with the images or an error")
-
-
-def _write(path: Path, file: bytes) -> None:
-    try:
-        path.write_bytes(file)
-    except OSError as error:
-        raise BadArgumentError(f"--preview-dir {str(path.parent)!r} cannot be written: {error.strerror}") from error
 
 
 def image_protocol(environment: Mapping[str, str]) -> ImageProtocol | None:

@@ -1,0 +1,58 @@
+"""The time that a request may take: what its caller states, and the bounds of the configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from glm_image.errors import InvalidInputError, shown
+
+PARAMETER: Final = "timeout"
+"""KServe's request parameter, in microseconds."""
+
+END_US: Final = 2**63
+"""Above every allowed timeout. Triton takes a timeout as an unsigned number, so one below 0 is above this."""
+
+ALLOWED: Final = "a whole number of microseconds from 0 (no limit) to 2^63 - 1"
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """The timeout of requests that set none, and the longest one, in microseconds; 0 = no limit."""
+
+    default_us: int = 0
+    max_us: int = 0
+
+    def of(self, requested_us: int) -> int:
+        timeout = requested_us if requested_us > 0 else self.default_us
+        return min(timeout or self.max_us, self.max_us) if self.max_us else timeout
+
+
+def requested_timeout_us(timeout_us: int, parameters: str) -> int:
+    """Returns the timeout that a request states, in microseconds; 0 = none.
+
+    Args:
+        timeout_us: as Triton reads it from a request of KServe's protocol, whose types it has checked.
+        parameters: the request's parameters, a JSON object. ``generate`` puts a timeout there, of any JSON type.
+
+    Raises:
+        InvalidInputError: the timeout is not a whole number from 0 to 2^63 - 1.
+    """
+    given = timeout_us or json.loads(parameters or "{}").get(PARAMETER, 0)
+    timeout = _whole_number(given)
+    if timeout is None or not 0 <= timeout < END_US:
+        # As JSON, so that true and "true" differ.
+        raise InvalidInputError(f"{PARAMETER} is {shown(json.dumps(given))}; allowed: {ALLOWED}")
+    return timeout
+
+
+def _whole_number(given: Any) -> int | None:
+    if type(given) is int:  # a bool is an int too
+        return given
+    if isinstance(given, float) and given.is_integer():
+        return int(given)
+    if isinstance(given, str) and re.fullmatch(r"[0-9]{1,19}", given):
+        return int(given)
+    return None
