@@ -212,7 +212,7 @@ SEEN = {
         "torch_npu.npu.NPUGraph.replay", "torch_npu.npu.Event.synchronize",
         "torch_npu.npu.Stream.wait_stream", "torch.ops.npu.npu_weight_quant_batchmatmul",
         "torch.ops.npu.npu_rms_norm", "torch.ops.npu.npu_add_rms_norm", "torch.ops.npu.npu_rotary_mul",
-        "torch.ops.npu.npu_swiglu", "torch.ops.npu.scatter_update_",
+        "torch.ops.npu.npu_swiglu", "torch.ops.npu.npu_gelu", "torch.ops.npu.scatter_update_",
         "torch.ops.npu.npu_fused_infer_attention_score",
     },
     "torch.cuda": {

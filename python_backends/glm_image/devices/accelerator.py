@@ -125,6 +125,11 @@ class NpuDevice(AcceleratorDevice):
         # the host: a step keeps its lengths on the device, so a replay is one launch.
         return self._runtime.graph(graph, pool=pool, auto_dispatch_capture=False, capture_error_mode="thread_local")
 
+    def tanh_gelu(self, hidden: Tensor) -> Tensor:
+        """Uses an operator of torch_npu: torch's ignores ``approximate`` on an NPU."""
+        activated: Tensor = torch.ops.npu.npu_gelu(hidden, approximate="tanh")
+        return activated
+
     def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Casts the weights as they enter the matrix unit."""
         if hidden.dtype == torch.float32:  # not supported by the operator

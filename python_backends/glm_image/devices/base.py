@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glm_image.devices import quantization
@@ -129,6 +130,10 @@ class Device(ABC):
         head_dim], with heads a multiple of kv_heads; ``lengths`` is int64 [slots]: slot i sees positions 0 to
         lengths[i] - 1, at least one.
         """
+
+    def tanh_gelu(self, hidden: Tensor) -> Tensor:
+        """Computes GELU in its tanh approximation (Hendrycks and Gimpel, 2016), of any shape."""
+        return F.gelu(hidden, approximate="tanh")
 
     def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Computes ``hidden @ (weight * scale[:, None]).T``, [..., n] in the activations' dtype.

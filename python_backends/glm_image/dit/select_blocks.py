@@ -22,6 +22,10 @@ def select_blocks(transformer: Any, device: Device, attention: SequenceAttention
 
         if blocks.supports(transformer):
             return blocks.FusedBlocks(transformer, attention)
+    for block in transformer.transformer_blocks:
+        activation = block.ff.net[0]
+        if activation.approximate == "tanh":
+            activation.gelu = device.tanh_gelu
     if attention is not None:
         for block in transformer.transformer_blocks:
             block.attn1.set_processor(SequenceParallelProcessor(attention))
