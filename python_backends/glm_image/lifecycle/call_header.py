@@ -9,11 +9,12 @@ from typing import Final, Protocol
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle import timeouts
 from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.request.parameters import INPUT_PARAMETERS
 from glm_image.request.request_id import check_request_id, undecodable
 
 ID: Final = "request id"
 PARAMETERS: Final = "request parameters"
-READ: Final = (timeouts.PARAMETER, StreamOptions.PARAMETER)
+READ: Final = (timeouts.PARAMETER, StreamOptions.PARAMETER, *INPUT_PARAMETERS)
 """The parameters that have a meaning; others are ignored, and never parsed."""
 
 MAX_PARAMETERS_CHARACTERS: Final = 64 * 1024

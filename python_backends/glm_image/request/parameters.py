@@ -368,3 +368,7 @@ def random_seed() -> int:
 def consecutive_seeds(first: int, count: int) -> tuple[int, ...]:
     """Returns ``first, first + 1, ...`` modulo 2^64, as signed 64-bit integers."""
     return tuple((first + index + 2**63) % 2**64 - 2**63 for index in range(count))
+
+
+INPUT_PARAMETERS = tuple(field.spec.name for field in request_fields(GenerationParameters) if field.spec.is_parameter)
+"""Names of inputs in whose place a request parameter counts."""
