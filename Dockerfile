@@ -36,6 +36,7 @@ COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
 COPY requirements requirements
 COPY python_backends python_backends
 COPY client client
+COPY gateway gateway
 COPY model_repository model_repository
 COPY scripts/serve scripts/serve
 COPY scripts/lib scripts/lib
@@ -57,7 +58,7 @@ ENTRYPOINT ["/opt/glm-image/containers/serve", "--checkpoint", "/checkpoint", "-
 
 FROM base AS cuda
 RUN --mount=type=cache,target=/tmp/.cache/pip \
-    python3 scripts/lib/install_locked.py --keep "$KEPT_PACKAGES" client server tracing \
+    python3 scripts/lib/install_locked.py --keep "$KEPT_PACKAGES" client server gateway tracing \
     && containers/write_sbom /opt/glm-image/sbom.cdx.json
 ARG VERSION=0.1.0
 ARG REVISION=unknown
@@ -72,7 +73,7 @@ USER 10001:10001
 FROM base AS ascend
 COPY --from=cann /usr/local/Ascend /usr/local/Ascend
 RUN --mount=type=cache,target=/tmp/.cache/pip \
-    python3 scripts/lib/install_locked.py --keep "$KEPT_PACKAGES" client server tracing npu \
+    python3 scripts/lib/install_locked.py --keep "$KEPT_PACKAGES" client server gateway tracing npu \
     && containers/write_sbom /opt/glm-image/sbom.cdx.json
 ARG VERSION=0.1.0
 ARG REVISION=unknown

@@ -36,7 +36,8 @@ from bench.servers import processes, resident_bytes, tiny_checkpoint
 from chaos_requests import GOOD, KINDS, OUTCOMES, RequestRecord, Server, fault_of, send_any
 from glm_image.supervisor import ServerSettings, TritonServer
 from glm_image.supervisor.restarts import RestartPolicy, keep_running
-from glm_image.supervisor.watchdog import SHARED_MEMORY, children_of
+from glm_image.watchdog.leftovers import SHARED_MEMORY
+from glm_image.watchdog.processes import children_of
 
 UNREADY_SECONDS = {signal.SIGKILL: 2.0, signal.SIGSTOP: 10.0}
 RECOVERY_SECONDS = 120.0

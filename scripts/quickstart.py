@@ -17,8 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from glm_image.errors import GlmImageError, printable
+from glm_image.errors import ConfigurationError, GlmImageError, printable
 from glm_image.supervisor import ServerSettings, TritonServer
+from glm_image.supervisor.gateway import DEFAULT_PORT, Gateway, GatewayError, GatewayFlags
+from glm_image.supervisor.restarts import RestartPolicy
 from glm_image_client import (
     BadArgumentError,
     GenerateOptions,
@@ -120,7 +122,25 @@ def keep(server: TritonServer) -> None:
     command = installed if installed.exists() else "glm-image"
     print(f"ready: http://{server.http_url} grpc://{server.grpc_url}")
     print(f"another image: {command} generate PROMPT --url {server.grpc_url}    (Ctrl-C stops the server)", flush=True)
-    server.wait()
+    gateway = Gateway("127.0.0.1", gateway_port(), 1, RestartPolicy(), lambda: None, console.print)
+    try:
+        gateway.start(server.grpc_url)
+        print(f"gateway: {gateway.url}    (OpenAI's API: {gateway.url}/v1)", flush=True)
+    except GatewayError as error:  # the server is useful without it
+        console.print(f"no gateway: {error}")
+    try:
+        server.wait()
+    finally:
+        gateway.stop()
+
+
+def gateway_port() -> int:
+    """Returns the gateway's usual port, or 0, any other one, if it is taken."""
+    try:
+        GatewayFlags(DEFAULT_PORT).check("127.0.0.1")
+    except ConfigurationError:
+        return 0
+    return DEFAULT_PORT
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -141,9 +161,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-    # Both act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    # All act as Ctrl-C, also for background jobs of a shell, which ignore SIGINT.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     began = time.perf_counter()
     try:
         run(arguments)

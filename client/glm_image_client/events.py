@@ -9,7 +9,7 @@ from typing import Final
 from PIL import Image
 
 from glm_image_client.errors import ServerFailure
-from glm_image_client.result import GenerationResult, decoded_images, image_files, json_output
+from glm_image_client.result import GenerationResult, base64_files, decoded_files, decoded_images, json_output
 from glm_image_client.transport import Outputs
 
 RENAMED: Final = {"tokens": "decode"}
@@ -29,7 +29,7 @@ class StreamEvent:
         total: the number of them.
         seconds: time since the server accepted the request.
         eta: estimated seconds left; None = unknown.
-        files: PNG files of intermediate images: a ``preview``, or the latents at 1/8 of the size.
+        base64_files: ``files`` in base64, as the server sent them.
         reason: why an intermediate image is not made, in ``preview_skipped``: ``busy``, ``deadline``, ``memory`` or
             ``error``.
         message: that reason as a sentence.
@@ -43,10 +43,15 @@ class StreamEvent:
     total: int
     seconds: float
     eta: float | None = None
-    files: list[bytes] = field(default_factory=list, repr=False)
+    base64_files: list[bytes] = field(default_factory=list, repr=False)
     reason: str | None = None
     message: str | None = None
     result: GenerationResult | None = field(default=None, repr=False)
+
+    @cached_property
+    def files(self) -> list[bytes]:
+        """PNG files of intermediate images: a ``preview``, or the latents at 1/8 of the size."""
+        return decoded_files(self.base64_files)
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -70,7 +75,7 @@ class StreamEvent:
                 stage=RENAMED.get(event["stage"], event["stage"]),
                 reason=event.get("reason"),
                 message=event.get("message"),
-                files=[] if result else image_files(outputs),
+                base64_files=[] if result else base64_files(outputs),
                 result=result,
                 **{name: event[name] for name in ("request_id", "done", "total", "seconds", "eta")},
             )

@@ -37,6 +37,9 @@ _AROUND_FAULT = re.compile(r"(?:.*last error: )?(?:[A-Z_]+: )?(?:ipv[46]:\S+: )?
 # gRPC's message when a server closes the connection with GOAWAY for its pings.
 _TOO_MANY_PINGS = re.compile(r"too.many.pings", re.IGNORECASE)
 
+MAX_BACKOFF_SECONDS = 2
+"""The longest pause between two attempts to connect. gRPC's own, two minutes, would outlast a server's restart."""
+
 PING_ANSWER_SECONDS = 20
 """Without an answer to a ping by then the connection counts as broken."""
 
@@ -67,6 +70,18 @@ class GrpcBase(Transport):
             keepalive_timeout_ms=PING_ANSWER_SECONDS * 1000,
             http2_max_pings_without_data=0,  # no limit, as a request sends nothing while it waits for its images
         )
+
+    def _channel_options(self) -> list[tuple[str, int]]:
+        pings = self._keepalive_options()
+        return [
+            ("grpc.max_send_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+            ("grpc.max_receive_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+            ("grpc.keepalive_time_ms", pings.keepalive_time_ms),
+            ("grpc.keepalive_timeout_ms", pings.keepalive_timeout_ms),
+            ("grpc.keepalive_permit_without_calls", int(pings.keepalive_permit_without_calls)),
+            ("grpc.http2.max_pings_without_data", pings.http2_max_pings_without_data),
+            ("grpc.max_reconnect_backoff_ms", MAX_BACKOFF_SECONDS * 1000),
+        ]
 
     def _stop_pings(self) -> None:
         with self._lock:
@@ -152,7 +167,7 @@ class GrpcTransport(GrpcBase):
             client.close()
 
     def _connected(self) -> Any:
-        return triton.InferenceServerClient(self._address, ssl=self._tls, keepalive_options=self._keepalive_options())
+        return triton.InferenceServerClient(self._address, ssl=self._tls, channel_args=self._channel_options())
 
 
 class AsyncGrpcTransport(GrpcBase):
@@ -195,7 +210,7 @@ class AsyncGrpcTransport(GrpcBase):
             await client.close()
 
     def _connected(self) -> Any:
-        return aio.InferenceServerClient(self._address, ssl=self._tls, keepalive_options=self._keepalive_options())
+        return aio.InferenceServerClient(self._address, ssl=self._tls, channel_args=self._channel_options())
 
 
 async def _finished(value: T | Awaitable[T]) -> T:

@@ -102,12 +102,12 @@ class GenerationResult:
 
     Attributes:
         metadata: the server's metadata.
-        encoded: the bytes of each image file as the server wrote it; empty for raw pixels.
+        base64_files: each image file as the server sent it, in base64; empty for raw pixels.
         pixels: uint8 [n, height, width, 3] for raw pixels, else None.
     """
 
     metadata: Metadata
-    encoded: list[bytes] = field(default_factory=list, repr=False)
+    base64_files: list[bytes] = field(default_factory=list, repr=False)
     pixels: NDArray[np.uint8] | None = field(default=None, repr=False)
 
     @classmethod
@@ -118,8 +118,17 @@ class GenerationResult:
             ServerFailure: an output is missing or malformed.
         """
         metadata = Metadata.from_mapping(json_output(outputs, "metadata"))
-        encoded = image_files(outputs)
-        return cls(metadata, encoded, None if encoded else output(outputs, "images"))
+        files = base64_files(outputs)
+        return cls(metadata, files, None if files else output(outputs, "images"))
+
+    @cached_property
+    def encoded(self) -> list[bytes]:
+        """The bytes of each image file; empty for raw pixels. Decoded on first use.
+
+        Raises:
+            ServerFailure: the server sent no base64.
+        """
+        return decoded_files(self.base64_files)
 
     @cached_property
     def images(self) -> list[Image.Image]:
@@ -172,7 +181,7 @@ class GenerationResult:
 
     @property
     def _count(self) -> int:
-        return len(self.encoded) if self.pixels is None else len(self.pixels)
+        return len(self.base64_files) if self.pixels is None else len(self.pixels)
 
     def _file_bytes(self, index: int, image_format: str) -> bytes:
         if self.encoded and opened_image(self.encoded[index]).format == image_format.upper():
@@ -256,10 +265,15 @@ class PriorTokens:
         return cls(**values)
 
 
-def image_files(outputs: Outputs) -> list[bytes]:
-    """Returns the files in the output ``images_base64``."""
+def base64_files(outputs: Outputs) -> list[bytes]:
+    """Returns the output ``images_base64``."""
+    return list(output(outputs, "images_base64").ravel())
+
+
+def decoded_files(files: Sequence[bytes]) -> list[bytes]:
+    """Returns files in base64 as their bytes."""
     try:
-        return [base64.b64decode(file, validate=True) for file in output(outputs, "images_base64").ravel()]
+        return [base64.b64decode(file, validate=True) for file in files]
     except (TypeError, ValueError) as error:
         raise ServerFailure("images_base64 of the server's response is not base64") from error
 

@@ -31,7 +31,7 @@ if not Path("/opt/tritonserver/bin/tritonserver").is_file():
 sys.exit(any(importlib.util.find_spec(name) is None for name in needed))
 PYTHON
   PYTHON=$python
-  export PYTHONPATH="$repository/python_backends:$repository/client${PYTHONPATH:+:$PYTHONPATH}"
+  export PYTHONPATH="$repository/python_backends:$repository/client:$repository/gateway${PYTHONPATH:+:$PYTHONPATH}"
 }
 
 # Makes or updates .venv and sets PYTHON. Arguments: extras of pyproject.toml.

@@ -37,7 +37,7 @@ from glm_image.parallel.worker import Load
 from glm_image.pipeline import LocalPipeline, paint_request
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, PaintRequest
-from glm_image.supervisor.watchdog import children_of
+from glm_image.watchdog.processes import children_of
 from pictures import encoded, picture
 
 WAIT_SECONDS = 60

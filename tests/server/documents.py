@@ -81,14 +81,17 @@ def table_after(document: str, header: str) -> dict[str, list[str]]:
     return rows_of(f"| {header} |" + document.split(f"| {header} |")[1].split("\n\n", maxsplit=1)[0])
 
 
-def run_example(name: str, triton: TritonServer, folder: Path) -> str:
+def run_example(
+    name: str, triton: TritonServer, folder: Path, *, gateway_url: str = "", python: str = sys.executable
+) -> str:
     """Runs a file of examples/ in ``folder``, with the server's ports in place of the default ones."""
     file = EXAMPLES / name
     text = file.read_text(encoding="utf-8")
     if "curl" in text and shutil.which("curl") is None:
         pytest.skip("this machine has no curl")
     text = text.replace("127.0.0.1:8000", triton.http_url).replace("127.0.0.1:8001", triton.grpc_url)
-    command = ["bash", "-c", text] if file.suffix == ".sh" else [sys.executable, "-c", text]
+    text = text.replace("http://127.0.0.1:8080", gateway_url)
+    command = ["bash", "-c", text] if file.suffix == ".sh" else [python, "-c", text]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         command,

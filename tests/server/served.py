@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from glm_image.supervisor.watchdog import SHARED_MEMORY
+from glm_image.watchdog.leftovers import SHARED_MEMORY
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 END_TIMEOUT_SECONDS = 60
@@ -43,11 +44,31 @@ def call(http_url: str, do: str, **arguments: object) -> object:
 
 
 class Served:
-    """``python -m glm_image.supervisor`` as a process, and its descendants."""
+    """``python -m glm_image.supervisor`` as a process, and its descendants.
 
-    def __init__(self, checkpoint: Path, repository: Path, *flags: str) -> None:
+    Args:
+        flags: of the command.
+        stderr: a descriptor for its log, in place of the file ``log``.
+        environment: changes of the environment; None removes a variable.
+        options: of the process.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        repository: Path,
+        *flags: str,
+        stderr: int | None = None,
+        environment: Mapping[str, str | None] | None = None,
+        **options: Any,
+    ) -> None:
         ports = [flag for kind in ("http", "grpc", "metrics") for flag in (f"--{kind}-port", "0")]
         self.log = repository.parent / f"log{len(list(repository.parent.glob('log*')))}"
+        variables = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY_ROOT / "python_backends"),
+            **(environment or {}),
+        }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [
@@ -55,15 +76,16 @@ class Served:
                     *("--model-repository", str(repository), *ports, *flags),
                 ],
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=log if stderr is None else stderr,
                 text=True,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY_ROOT / "python_backends")},
+                env={name: value for name, value in variables.items() if value is not None},
+                **options,
             )
 
     def wait_ready(self) -> None:
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()
-        assert self.ready_line.startswith("ready: http://127.0.0.1:"), self.log.read_text()
+        assert self.ready_line.startswith("ready: http://"), self.log.read_text()
         self.http_url = self.ready_line.split()[1].removeprefix("http://")
         self.family = descendants(self.process.pid)
         # Supervisor, then watchdog, tritonserver and stub.

@@ -88,6 +88,17 @@ def test_cancelling_the_task_leaves_the_iteration(triton: TritonServer, protocol
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_asyncio_client_raises_the_servers_errors(triton: TritonServer, protocol: str) -> None:
+    async def refused() -> None:
+        async with AsyncGlmImageClient(url(triton, protocol)) as client:
+            async for _ in client.stream(**{**OPTIONS, "height": 1}):
+                pass
+
+    with pytest.raises(RefusedError, match="height is 1; allowed: 32 to 2048"):
+        asyncio.run(refused())
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_errors_are_those_of_generate(triton: TritonServer, protocol: str) -> None:
     with client_of(triton, protocol) as client:
         with pytest.raises(RefusedError, match="height is 1; allowed: 32 to 2048"):

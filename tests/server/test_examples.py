@@ -37,6 +37,9 @@ FOX_EXAMPLES = {
 IMAGE_TO_IMAGE = ("image_to_image.py", "image_to_image_curl.sh")
 PRIOR_TOKENS = "prior_tokens.py"
 
+GATEWAY_EXAMPLES = ("images.sh", "openai.sh", "openai_sdk.py")
+"""Run by ``tests/gateway/test_clients.py``."""
+
 
 def pixels_of(file: Path, size: tuple[int, int] = (256, 256)) -> NDArray[np.uint8]:
     with Image.open(file) as image:
@@ -60,7 +63,7 @@ def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {*FOX_EXAMPLES, *IMAGE_TO_IMAGE, PRIOR_TOKENS, NODE_EXAMPLE.name}
+    tested = {*FOX_EXAMPLES, *IMAGE_TO_IMAGE, *GATEWAY_EXAMPLES, PRIOR_TOKENS, NODE_EXAMPLE.name}
     assert {path.name for path in EXAMPLES.iterdir()} == tested
     assert NODE_EXAMPLE.parent == EXAMPLES
 

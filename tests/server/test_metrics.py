@@ -30,7 +30,8 @@ SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>.*)\} (?P<value>\S+)$")
 LABELS = re.compile(r'(\w+)="([^"]*)"')
 METRICS: dict[str, tuple[MetricSpec, ...]] = {"glm_ar": AR_METRICS, "glm_dit": DIT_METRICS}
 OUTCOMES = {"glm_ar": AR_OUTCOMES, "glm_dit": DIT_OUTCOMES}
-RESTARTS = "glm_image_restarts_total"
+RESTARTS, LOST_LINES = "glm_image_restarts_total", "glm_image_request_log_lost_lines_total"
+UNITS = {RESTARTS: "restarts", LOST_LINES: "lines"}
 SETTLE_SECONDS = 60
 SLOTS = 8
 STEPS = 3
@@ -120,11 +121,12 @@ def test_metric_name_ends_with_its_unit(metric: MetricSpec) -> None:
     assert bool(metric.bounds) == (metric.kind is Kind.HISTOGRAM)
 
 
-def test_restarts_are_reported_by_both_models(fresh: Page) -> None:
-    assert documented("both") == {RESTARTS: ["counter", "restarts", fresh.helps[RESTARTS]]}
-    assert fresh.types[RESTARTS] == "counter"
-    assert sorted(labels["model"] for labels, _ in fresh.samples[RESTARTS]) == list(METRICS)
-    assert {value for _, value in fresh.samples[RESTARTS]} == {0}
+def test_restarts_and_lost_lines_are_reported_by_both_models(fresh: Page) -> None:
+    assert documented("both") == {name: ["counter", unit, fresh.helps[name]] for name, unit in UNITS.items()}
+    for name in UNITS:
+        assert fresh.types[name] == "counter"
+        assert sorted(labels["model"] for labels, _ in fresh.samples[name]) == list(METRICS)
+        assert {value for _, value in fresh.samples[name]} == {0}
 
 
 def test_triton_reports_the_documented_metrics(fresh: Page) -> None:

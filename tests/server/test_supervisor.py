@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
-from glm_image.supervisor.watchdog import SHARED_MEMORY
+from glm_image.watchdog.leftovers import SHARED_MEMORY
 from glm_image_client.cli.diagnosis import diagnose
 from glm_image_client.transport import Endpoint
 from server.served import (

@@ -11,7 +11,8 @@ import pytest
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY_ROOT / "python_backends" / "glm_image"
-PACKAGES = (PACKAGE, REPOSITORY_ROOT / "client" / "glm_image_client")
+GATEWAY = REPOSITORY_ROOT / "gateway" / "glm_image_gateway"
+PACKAGES = (PACKAGE, REPOSITORY_ROOT / "client" / "glm_image_client", GATEWAY)
 DOCUMENTS = {name: REPOSITORY_ROOT / name for name in ("docs/architecture.md", "docs/glossary.md", "CONTRIBUTING.md")}
 CODE = re.compile(r"`([^`\n]+)`")
 FOREIGN = {"GlmImagePipeline"}
@@ -40,7 +41,8 @@ def codes_of(document: Path) -> list[str]:
 def exists(path: str) -> bool:
     """Whether a path is one of the repository or of the server's package, or a model's ``config.pbtxt``."""
     return any(
-        (root / path).exists() for root in (REPOSITORY_ROOT, PACKAGE, REPOSITORY_ROOT / "model_repository/glm_ar")
+        (root / path).exists()
+        for root in (REPOSITORY_ROOT, PACKAGE, GATEWAY, REPOSITORY_ROOT / "model_repository/glm_ar")
     )
 
 
@@ -48,7 +50,7 @@ def is_defined(dotted: str) -> bool:
     """Whether ``glm_image.a.b.Name`` is a package, a module, or a name that a module defines."""
     parts = dotted.split(".")
     for count in range(len(parts), 0, -1):
-        for source in ("python_backends", "client"):
+        for source in ("python_backends", "client", "gateway"):
             place = REPOSITORY_ROOT.joinpath(source, *parts[:count])
             module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
             if module.is_file():
@@ -64,7 +66,7 @@ def test_paths_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_dotted_names_exist(name: str) -> None:
-    dotted = [code for code in codes_of(DOCUMENTS[name]) if re.fullmatch(r"glm_image(_client)?(\.\w+)+", code)]
+    dotted = [code for code in codes_of(DOCUMENTS[name]) if re.fullmatch(r"glm_image(_client|_gateway)?(\.\w+)+", code)]
     assert [code for code in dotted if not is_defined(code)] == []
 
 

@@ -18,7 +18,7 @@ import tomllib
 import yaml
 
 from glm_image.supervisor.cli import parse_arguments
-from glm_image.supervisor.watchdog import STOP_GRACE_SECONDS
+from glm_image.watchdog.watchdog import STOP_GRACE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -154,7 +154,8 @@ class TestCompose:
         assert service["memswap_limit"] == service["mem_limit"]
         assert service["ulimits"]["nofile"] >= 65536
         assert service["pids_limit"] >= 1024
-        assert service["logging"]["options"] == {"max-size": "50m", "max-file": "10"}
+        limits = {"max-size": "50m", "max-file": "10"}
+        assert service["logging"]["options"] == {**limits, "mode": "non-blocking", "max-buffer-size": "4m"}
         drain = parse_arguments(["--checkpoint", "x"]).drain_seconds
         assert seconds(service["stop_grace_period"]) > drain + STOP_GRACE_SECONDS
 
@@ -183,7 +184,7 @@ class TestImage:
         commands = [rest for word, rest in instructions() if word == "RUN"]
         assert not any("pip install" in command for command in commands)
         (command,) = [rest for word, rest in stages()[target][1] if word == "RUN"]
-        assert 'install_locked.py --keep "$KEPT_PACKAGES" client server tracing' in command
+        assert 'install_locked.py --keep "$KEPT_PACKAGES" client server gateway tracing' in command
         assert ("npu" in command) == (target == "ascend")
         assert "containers/write_sbom" in command
 

@@ -17,7 +17,7 @@ from glm_image.errors import InvalidInputError
 from glm_image.ipc.client import EventListener, call
 from glm_image.ipc.protocol import Message, instance_sockets, key_of
 from glm_image.ipc.server import IpcServer
-from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.lifecycle.control import control
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
 from glm_image.request.limits import Limits
@@ -105,6 +105,30 @@ def test_status_follows_a_request_from_stage_to_stage(stages: tuple[Instance, In
         ("finished", "denoise"),
     ]
     assert control(tmp_path, "mine", "cancel")["state"] == "finished"
+
+
+def test_seconds_of_a_request_between_the_stages_go_on(stages: tuple[Instance, Instance], tmp_path: Path) -> None:
+    ar, _ = stages
+    context = RequestContext(id="mine")
+    ar.start(context)
+    context.finish(None)
+    finished = time.monotonic_ns()
+    while time.monotonic_ns() < finished + 5_000_000:
+        pass
+    (request,) = control(tmp_path, "mine", "status")["requests"]
+    assert request["stage"] == "dit_queue"
+    assert request["seconds"] >= round((finished + 5_000_000 - context.arrived_ns) / NANOSECONDS, 3)
+
+
+def test_sockets_of_an_instance_that_is_loaded_again_stay(tmp_path: Path) -> None:
+    former, again = IpcServer(), IpcServer()
+    former.start(tmp_path, "glm_ar_0", {})
+    again.start(tmp_path, "glm_ar_0", {"ask": lambda _: Message({"answer": "here"})})
+    former.close()
+    replies = call(instance_sockets(tmp_path), Message({"action": "ask"}), 30)
+    assert replies.replies["glm_ar_0"].fields == {"answer": "here"}
+    again.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cancel_between_the_stages_reaches_the_second(stages: tuple[Instance, Instance], tmp_path: Path) -> None:

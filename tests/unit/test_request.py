@@ -23,6 +23,7 @@ from glm_image.request.parameters import (
     consecutive_seeds,
     random_seed,
 )
+from glm_image.request.tensors import TensorSpec, parameter_value
 
 LIMITS = Limits()
 DEFAULTS = Sampling(temperature=0.9, top_p=0.75, top_k=16512)
@@ -33,6 +34,29 @@ SENTENCE = 200
 
 def resolve(**asked: Any) -> ResolvedRequest:
     return GenerationParameters(**({"prompt": "a fox"} | asked)).resolve(LIMITS, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("images", "height", "width", "steps", "work"),
+    [(8, 2048, 2048, 200, 6711), (3, 2017, 2048, 159, 2001), (2, 2048, 2048, 200, 1678), (8, 1024, 1024, 200, 1678)],
+)
+def test_work_of_a_request_is_limited_in_both_stages(
+    images: int, height: int, width: int, steps: int, work: int
+) -> None:
+    """Images of 2017 pixels are generated with 2048."""
+    parameters = GenerationParameters("a fox", height=height, width=width, num_images=images, num_inference_steps=steps)
+    grid = geometry.target_grid(geometry.generated_size(Size(height, width)))
+    tokens = np.zeros((images, grid.tokens), np.int32)
+    paint = PaintRequest("x", tokens, grid, Size(height, width), tuple(range(images)), num_inference_steps=steps)
+    for check in (lambda limits: parameters.resolve(limits, DEFAULTS), lambda limits: paint.check(limits, 5)):
+        check(Limits(work=work))
+        with pytest.raises(
+            InvalidInputError,
+            match=rf"^num_images x height x width x num_inference_steps is {images} x \d+ x {width} x {steps}, {work} "
+            rf"megapixel steps; allowed: at most {work - 1} \(limit_work\)$",
+        ):
+            check(Limits(work=work - 1))
+    assert 8 * 2.048**2 * 50 < LIMITS.work < 8 * 2.048**2 * 200 / 3
 
 
 IN = [
@@ -293,3 +317,16 @@ def test_configured_limits_apply() -> None:
     for changed in ({"width": 65}, {"num_images": 3}, {"guidance_scale": 3.6}):
         with pytest.raises(InvalidInputError, match=next(iter(changed))):
             replace(asked, **changed).resolve(small, DEFAULTS)
+
+
+@given(st.integers(-(2**31), 2**31 - 1))
+def test_a_parameter_is_an_integer_however_it_is_written(number: int) -> None:
+    spec = TensorSpec("width", "INT32")
+    for value in (number, str(number), float(number)):
+        assert parameter_value(spec, value) == number
+
+
+@pytest.mark.parametrize("value", [True, 1.5, float("inf"), 2**31, -(2**31) - 1, "", "1.0", "0x10", " 1", "1_0", [1]])
+def test_a_parameter_that_is_no_integer_is_refused(value: object) -> None:
+    with pytest.raises(InvalidInputError, match="allowed: a signed 32-bit integer"):
+        parameter_value(TensorSpec("width", "INT32"), value)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import glm_image
 from glm_image.errors import CheckpointError, ConfigurationError
-from glm_image.supervisor import watchdog
+from glm_image.supervisor.addresses import authority, service_flags
 from glm_image.supervisor.api_access import CLOSABLE_APIS, closing_flags, is_loopback
 from glm_image.supervisor.cli import parse_arguments
 from glm_image.supervisor.installation import Installation
@@ -28,6 +29,10 @@ from glm_image.supervisor.triton_log import (
     syntax_error,
     unloaded_model,
 )
+from glm_image.watchdog.leftovers import SHARED_MEMORY, remove_leftovers
+from glm_image.watchdog.limits import MAX_DESCRIPTORS, SERVER_STACK_BYTES, descriptor_limit, stack_limit
+
+PACKAGE = Path(glm_image.__file__).parent
 
 
 @pytest.fixture
@@ -116,6 +121,7 @@ class TestSettings:
             "open_apis": (),
             "max_request_bytes": 192 * 1024 * 1024,
             "max_restarts": 5,
+            "gateway": None,
             "request_log": None,
             "log_prompts": False,
             "otlp_traces_endpoint": None,
@@ -279,23 +285,87 @@ def test_backends_are_linked(tmp_path: Path) -> None:
     assert (backends / "python" / "triton_python_backend_stub").read_text() == "the stub of this Python"
     assert (backends / "python" / "libtriton_python.so").resolve().is_relative_to(installed)
     assert (backends / "onnx" / "libtriton_onnx.so").is_file()
-    assert (backends / "python" / "glm_image" / "errors.py").samefile(Path(watchdog.__file__).parents[1] / "errors.py")
+    assert (backends / "python" / "glm_image" / "errors.py").samefile(PACKAGE / "errors.py")
     assert not (installed / "backends" / "python" / "glm_image").exists()
 
 
 def test_only_the_servers_leftovers_are_removed(tmp_path: Path) -> None:
-    mine, other = (watchdog.SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
+    mine, other = (SHARED_MEMORY / f"glm_image_test_{tmp_path.name}_{name}" for name in ("mine", "other"))
     (tmp_path / "run" / "backends").mkdir(parents=True)
     try:
         mine.touch()
         other.touch()
-        watchdog.remove_leftovers(mine.name, tmp_path / "run")
+        remove_leftovers(mine.name, tmp_path / "run")
         assert not mine.exists()
         assert other.exists()
         assert not (tmp_path / "run").exists()
-        watchdog.remove_leftovers(mine.name, tmp_path / "run")
+        remove_leftovers(mine.name, tmp_path / "run")
     finally:
         other.unlink()
+
+
+class TestHost:
+    @pytest.mark.parametrize(
+        ("host", "address"),
+        [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("::1", "::1"),
+         ("[::1]", "::1"), ("::", "::")],
+    )  # fmt: skip
+    def test_host_becomes_a_numeric_address(self, settings: ServerSettings, host: str, address: str) -> None:
+        absolute = changed(settings, host=host).absolute()
+        assert absolute.host == address
+        absolute.check()
+
+    @pytest.mark.parametrize("host", ["", " ", "no.such.host.invalid", "a" * 300, "1.2.3.4.5", "::g", "[]"])
+    def test_unknown_host_is_refused(self, settings: ServerSettings, host: str) -> None:
+        with pytest.raises(ConfigurationError, match=r"--host is .+; allowed: an address of this machine or a name of"):
+            changed(settings, host=host).absolute()
+
+    @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "fe80::1"])
+    def test_address_of_another_machine_is_refused(self, settings: ServerSettings, host: str) -> None:
+        with pytest.raises(ConfigurationError, match=rf"--host is {host}; allowed: an address of this machine"):
+            changed(settings, host=host).absolute().check()
+
+    def test_busy_port_of_ipv6(self, settings: ServerSettings) -> None:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
+            port = listener.getsockname()[1]
+            changed(settings, host="127.0.0.1", http_port=port).check()
+            with pytest.raises(ConfigurationError, match=f"--http-port is {port}, on which ::1 already listens"):
+                changed(settings, host="::1", http_port=port).check()
+
+    def test_addresses_are_written_as_each_service_reads_them(self) -> None:
+        assert service_flags("::1") == [
+            "--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"
+        ]  # fmt: skip
+        assert {flag.split("=")[1] for flag in service_flags("127.0.0.1")} == {"127.0.0.1"}
+        assert (authority("::1", 8000), authority("127.0.0.1", 8000)) == ("[::1]:8000", "127.0.0.1:8000")
+
+
+class TestLimits:
+    def test_stack(self) -> None:
+        kib, none = 1024, resource.RLIM_INFINITY
+        assert stack_limit(8 * kib, none, none) == SERVER_STACK_BYTES
+        assert stack_limit(none, none, none) == SERVER_STACK_BYTES
+        assert stack_limit(8 * kib, 64 * kib, none) == 64 * kib
+        assert stack_limit(2 * SERVER_STACK_BYTES, none, none) == 2 * SERVER_STACK_BYTES
+        assert stack_limit(8 * kib, none, 32 * 2**30) == 8 * kib  # a hundred stacks must fit
+
+    def test_descriptors(self) -> None:
+        none = resource.RLIM_INFINITY
+        assert descriptor_limit(1024, 524_288) == 524_288
+        assert descriptor_limit(1024, none) == MAX_DESCRIPTORS
+        assert descriptor_limit(1024, 2**30) == MAX_DESCRIPTORS
+        assert descriptor_limit(2**30, 2**30) == 2**30
+        assert descriptor_limit(1024, 1024) == 1024
+
+    def test_address_space_is_warned_about(self) -> None:
+        program = "from glm_image.supervisor.host_limits import limit_warning; print(limit_warning())"
+        limit = (16 * 2**30, resource.RLIM_INFINITY)
+        for limited, expected in ((False, "None"), (True, "the address space is limited to 16.0 GiB (ulimit -v)")):
+            printed = subprocess.run(
+                [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                preexec_fn=lambda limited=limited: limited and resource.setrlimit(resource.RLIMIT_AS, limit),
+            ).stdout  # fmt: skip
+            assert printed.startswith(expected)
 
 
 class TestAccess:
@@ -330,20 +400,19 @@ class TestAccess:
 
     def test_server_threads_get_large_stacks(self) -> None:
         program = "import resource; print(resource.getrlimit(resource.RLIMIT_STACK)[0])"
-        command = [sys.executable, watchdog.__file__, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
+        program_file = PACKAGE / "watchdog" / "__main__.py"
+        command = [sys.executable, program_file, "--shm-prefix", "none-", "--run-directory", "/nonexistent",
                    "--drain-seconds", "1", "--", sys.executable, "-c", program]  # fmt: skip
         # Its input stays open until it has ended, as the end of the input is a command to kill.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
             assert running.stderr is not None
             limit = int(running.stderr.read())
         hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
-        expected = (
-            watchdog.SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(watchdog.SERVER_STACK_BYTES, hard)
-        )
+        expected = SERVER_STACK_BYTES if hard == resource.RLIM_INFINITY else min(SERVER_STACK_BYTES, hard)
         assert limit >= expected
 
 
 def test_supervisor_imports_without_packages() -> None:
     """``scripts/test`` and ``scripts/quickstart`` ask it what to install."""
     command = [sys.executable, "-S", "-c", "import glm_image.supervisor, glm_image.supervisor.requirements"]
-    subprocess.run(command, check=True, env={"PYTHONPATH": str(Path(watchdog.__file__).parents[2])})
+    subprocess.run(command, check=True, env={"PYTHONPATH": str(PACKAGE.parent)})

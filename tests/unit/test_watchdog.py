@@ -7,24 +7,30 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from glm_image.supervisor.watchdog import (
-    CHECK_SECONDS,
+from glm_image.telemetry.heartbeat import BEAT_SECONDS, Heartbeat
+from glm_image.watchdog.heartbeats import (
     HEARTBEAT,
-    MAX_MISSED_CHECKS,
+    HeartbeatFile,
     HeartbeatRecord,
+    drained_models,
+    find_heartbeat,
+)
+from glm_image.watchdog.processes import (
+    MAX_MISSED_CHECKS,
+    End,
     Stat,
-    Timers,
     WatchedProcess,
     children_of,
-    drained_models,
 )
-from glm_image.telemetry.heartbeat import BEAT_SECONDS, Heartbeat
+from glm_image.watchdog.timers import Timers
+from glm_image.watchdog.watchdog import CHECK_SECONDS
 
 PAUSED = [sys.executable, "-c", "import signal; signal.pause()"]
 TIMEOUT = 30
@@ -44,6 +50,13 @@ def heartbeat(tmp_path: Path) -> Iterator[Heartbeat]:
     heartbeat.close()
 
 
+def read(folder: Path, name: str = "worker_0") -> HeartbeatRecord:
+    file = HeartbeatFile(folder / f"{name}.heartbeat")
+    record = file.read()
+    file.close()
+    return record
+
+
 def ended(process: WatchedProcess) -> bool:
     return bool(select.select([process.ended], [], [], TIMEOUT)[0])
 
@@ -55,10 +68,10 @@ def test_end_by_a_signal_is_described(paused: subprocess.Popen[bytes], number: s
     assert process.check() is None
     os.kill(paused.pid, number)
     assert ended(process)
-    assert process.end() == (f"worker_0 (process {paused.pid}) was killed by {number.name}", True)
+    assert process.end() == End(f"worker_0 (process {paused.pid}) was killed by {number.name}", by_signal=True)
     assert process.check() is None  # reported through ``ended``
     paused.wait()
-    assert process.end() == (f"worker_0 (process {paused.pid}) ended", False)
+    assert process.end() == End(f"worker_0 (process {paused.pid}) ended")
     assert Stat.read(paused.pid) is None
 
 
@@ -66,7 +79,7 @@ def test_end_with_an_exit_code_is_described() -> None:
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as child:
         process = WatchedProcess(child.pid, "worker_0", None)
         assert ended(process)
-        assert process.end() == (f"worker_0 (process {child.pid}) ended with exit code 7", False)
+        assert process.end() == End(f"worker_0 (process {child.pid}) ended with exit code 7")
 
 
 def test_stopped_process_is_a_fault_after_some_checks(paused: subprocess.Popen[bytes]) -> None:
@@ -90,10 +103,9 @@ def test_process_that_continues_in_time_is_no_fault(paused: subprocess.Popen[byt
 
 
 def test_heartbeat_without_beats_is_a_hang(heartbeat: Heartbeat, tmp_path: Path) -> None:
-    path = tmp_path / "worker_0.heartbeat"
-    assert HeartbeatRecord.read(path).pid == 0  # not watched before the start
+    assert find_heartbeat(tmp_path, os.getpid()) is None  # not watched before the start
     heartbeat.start(is_alive=lambda: False)
-    process = WatchedProcess(os.getpid(), "worker_0", path)
+    process = WatchedProcess(os.getpid(), "worker_0", find_heartbeat(tmp_path, os.getpid()))
     assert process.check() is None
     faults = [process.check() for _ in range(MAX_MISSED_CHECKS)]
     assert faults[-1] is not None
@@ -106,14 +118,14 @@ def test_beats_are_more_frequent_than_checks(heartbeat: Heartbeat, tmp_path: Pat
     heartbeat.start(is_alive=lambda: called.release() is None)
     for _ in range(2):
         assert called.acquire(timeout=TIMEOUT)
-    record = HeartbeatRecord.read(tmp_path / "worker_0.heartbeat")
+    record = read(tmp_path)
     assert (record.pid, record.busy_since, record.hang_ns) == (os.getpid(), 0, 10_000_000)
     assert record.beats >= 1
 
 
 def test_command_longer_than_hang_seconds_is_a_hang(heartbeat: Heartbeat, tmp_path: Path) -> None:
     heartbeat.start()
-    process = WatchedProcess(os.getpid(), "worker_0", tmp_path / "worker_0.heartbeat")
+    process = WatchedProcess(os.getpid(), "worker_0", find_heartbeat(tmp_path, os.getpid()))
     never = threading.Event()
     faults: list[str | None] = []
 
@@ -124,45 +136,106 @@ def test_command_longer_than_hang_seconds_is_a_hang(heartbeat: Heartbeat, tmp_pa
     heartbeat.watched(command)(None)
     assert faults[0] is not None
     assert "more than hang_seconds (0.01)" in faults[0]
-    assert HeartbeatRecord.read(tmp_path / "worker_0.heartbeat").busy_since == 0
+    assert read(tmp_path).busy_since == 0
 
 
 def test_oldest_of_several_commands_counts(heartbeat: Heartbeat, tmp_path: Path) -> None:
-    path = tmp_path / "worker_0.heartbeat"
     with heartbeat.busy():
-        first = HeartbeatRecord.read(path).busy_since
+        first = read(tmp_path).busy_since
         with heartbeat.busy():
-            assert HeartbeatRecord.read(path).busy_since == first > 0
-    assert HeartbeatRecord.read(path).busy_since == 0
+            assert read(tmp_path).busy_since == first > 0
+    assert read(tmp_path).busy_since == 0
 
 
 def test_drain_command_runs_its_callback(heartbeat: Heartbeat, tmp_path: Path) -> None:
     drained = threading.Event()
     heartbeat.start(commands={"drain": drained.set})
-    (tmp_path / "worker_0.commands").write_text("drain\n")
+    file = HeartbeatFile(tmp_path / "worker_0.heartbeat")
+    file.send(b"drain\n")
     assert drained.wait(TIMEOUT)
 
 
 def test_model_is_drained_when_all_its_instances_are(heartbeat: Heartbeat, tmp_path: Path) -> None:
     other = Heartbeat("worker_1", 0.0, tmp_path)
-    assert drained_models(tmp_path) == set()
+    files = [HeartbeatFile(path) for path in tmp_path.glob("*.heartbeat")]
+    assert [file.model for file in files] == ["worker", "worker"]
+    assert drained_models(files) == set()
     heartbeat.mark_drained()
-    assert drained_models(tmp_path) == set()
+    assert drained_models(files) == set()
     other.mark_drained()
-    assert drained_models(tmp_path) == {"worker"}
+    assert drained_models(files) == {"worker"}
     other.close()
+
+
+def test_heartbeat_of_a_model_that_is_loaded_again_is_its_own(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    heartbeat.start()
+    former = HeartbeatFile(tmp_path / "worker_0.heartbeat")
+    again = Heartbeat("worker_0", 0.0, tmp_path)
+    again.start()
+    heartbeat.close()
+    assert former.read().pid == 0
+    assert read(tmp_path).pid == os.getpid()
+    again.close()
+
+
+def test_removed_files_are_no_fault(heartbeat: Heartbeat, tmp_path: Path) -> None:
+    """As systemd-tmpfiles removes them from a folder that it cleans."""
+    drained = threading.Event()
+    heartbeat.start(commands={"drain": drained.set})
+    process = WatchedProcess(os.getpid(), "worker_0", find_heartbeat(tmp_path, os.getpid()))
+    assert process.heartbeat is not None
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
+    assert process.check() is None
+    assert find_heartbeat(tmp_path, os.getpid()) is None
+    process.heartbeat.send(b"drain\n")
+    assert drained.wait(TIMEOUT)
+    heartbeat.mark_drained()
+    assert drained_models([process.heartbeat]) == {"worker"}
+    process.close()
+
+
+def test_unload_is_an_end_without_error_after_the_heartbeat() -> None:
+    program = """
+import os, sys, pathlib
+from glm_image.telemetry.heartbeat import Heartbeat
+heartbeat = Heartbeat("worker_0", 0.0, pathlib.Path(sys.argv[1]))
+heartbeat.start()
+print(flush=True)
+sys.stdin.read()
+if sys.argv[2] == "close":
+    heartbeat.close()
+os._exit(int(sys.argv[3]))
+"""
+    for closes, code, is_unload in (("close", 0, True), ("keep", 0, False), ("close", 1, False)):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            subprocess.Popen(
+                [sys.executable, "-c", program, folder, closes, str(code)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            ) as child,
+        ):
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdout.readline()
+            process = WatchedProcess(child.pid, "worker_0", find_heartbeat(Path(folder), child.pid))
+            child.stdin.close()
+            assert ended(process)
+            assert process.end().is_unload == is_unload
+            process.close()
 
 
 def test_closed_heartbeat_is_not_watched(tmp_path: Path) -> None:
     heartbeat = Heartbeat("worker_0", 0.0, tmp_path)
     heartbeat.start()
     heartbeat.close()
-    assert HeartbeatRecord.read(tmp_path / "worker_0.heartbeat").pid == 0
+    assert read(tmp_path).pid == 0
 
 
 def test_incomplete_heartbeat_file_reads_as_zeros(tmp_path: Path) -> None:
     (tmp_path / "x.heartbeat").write_bytes(b"\1" * (HEARTBEAT.size - 1))
-    assert HeartbeatRecord.read(tmp_path / "x.heartbeat") == (0, 0, 0, 0, 0)
+    assert read(tmp_path, "x") == (0, 0, 0, 0, 0)
 
 
 def test_heartbeat_without_a_server_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,16 @@ def _status(host: str, port: int, path: str) -> int | None:
 
 def _is_starting(port: int) -> bool:
     """Whether a server of this user on this machine has the port and does not listen yet; see ``serve``."""
-    for file in Path(tempfile.gettempdir()).glob("glm-image-serve-*/ports.json"):
+    # ``serve`` takes the first of these that suits it.
+    folders = [
+        tempfile.gettempdir(),
+        os.environ.get("XDG_RUNTIME_DIR") or "/run",
+        "/run",
+        "/tmp",
+        "/var/tmp",
+        "/dev/shm",
+    ]
+    for file in (file for folder in folders for file in Path(folder).glob("glm-image-serve-*/ports.json")):
         with suppress(OSError, ValueError, LookupError, TypeError):
             server: Any = json.loads(file.read_text())
             os.kill(server["pid"], 0)

@@ -60,12 +60,12 @@ class IpcServer:
             OSError: the sockets cannot be made.
         """
         self._handlers, self._on_listener = handlers, on_listener
-        self._paths = [directory / f"{name}{kind}" for kind in (CONTROL, EVENTS)]
+        paths = [directory / f"{name}{kind}" for kind in (CONTROL, EVENTS)]
         self._context = zmq.Context()
         self._control = self._context.socket(zmq.ROUTER)
         self._publisher = self._context.socket(zmq.XPUB)
         self._publisher.setsockopt(zmq.XPUB_VERBOSE, 1)  # reports every listener, not just the first of a topic
-        for socket, path in zip((self._control, self._publisher), self._paths, strict=True):
+        for socket, path in zip((self._control, self._publisher), paths, strict=True):
             socket.setsockopt(zmq.LINGER, 0)
             socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
             try:
@@ -73,6 +73,7 @@ class IpcServer:
             except zmq.ZMQError as error:
                 self._context.destroy(linger=0)
                 raise OSError(error.errno, f"no socket at {path}: {error}") from error
+        self._made = {path: path.stat() for path in paths}
         self._wake_up = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._serve, name="ipc", daemon=True)
         self._thread.start()
@@ -95,8 +96,11 @@ class IpcServer:
         self._wake()
         self._thread.join()
         os.close(self._wake_up)
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        for path, made in self._made.items():
+            # A process that has been loaded in this one's place has sockets of the same names.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), made):
+                    path.unlink()
 
     def _wake(self) -> None:
         # Only if the thread sleeps: the write releases the interpreter lock, which an engine would have to wait for.

@@ -13,7 +13,9 @@ from glm_image.ipc.client import call
 from glm_image.ipc.protocol import Event, Message, instance_sockets, socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.ipc.server import Handler, IpcServer
+from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
+from glm_image.request.request_id import check_request_id
 from glm_image.request.stages import AR_STAGES, QUEUES, Stage
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         instances that did not reply in ``silent``, if there are any.
 
     Raises:
-        InvalidInputError: the action is unknown, or the id is empty.
+        InvalidInputError: the action is unknown, or the id is empty or none that a request may have.
         UnavailableError: no instance replied with the defaults.
     """
     if action not in ACTIONS:
@@ -44,6 +46,7 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         return _defaults(directory)
     if not request_id:
         raise InvalidInputError.of("request_id", request_id, "the id that a request was sent with")
+    check_request_id("request_id", request_id)
     message = Message({"action": action, "request_id": request_id, "requested_ns": time.monotonic_ns()})
     replies = call(instance_sockets(directory), message, REPLY_SECONDS)
     requests = _merge([event for reply in replies.replies.values() for event in reply.fields.get("requests", ())])
@@ -52,7 +55,7 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         cancelled = sum(request["cancelled_now"] for request in requests)
         before = "already_cancelled" if result["state"] == "cancelled" else result["state"]
         result |= {"state": "cancelled" if cancelled else before, "cancelled": cancelled}
-    internal = ("arrived_ns", "cancelled_now")
+    internal = ("arrived_ns", "cancelled_now", "seconds_left")
     result["requests"] = [{name: request[name] for name in request if name not in internal} for request in requests]
     return {**result, "silent": replies.unresponsive} if replies.unresponsive else result
 
@@ -75,8 +78,9 @@ def _merge(events: Sequence[Event]) -> list[Event]:
 
 def _public(event: Event) -> Event:
     """Replaces the states that one instance sees by those of the whole server."""
-    if event["state"] == RequestState.FORWARDED:
-        return {**event, "state": "queued", "stage": Stage.DIT_QUEUE, "done": 0, "total": 1}
+    if event["state"] == RequestState.FORWARDED:  # it waits, and its instance has no clock for that
+        seconds = round((time.monotonic_ns() - event["arrived_ns"]) / NANOSECONDS, 3)
+        return {**event, "state": "queued", "stage": Stage.DIT_QUEUE, "done": 0, "total": 1, "seconds": seconds}
     is_queued = event["state"] == RequestState.RUNNING and event["stage"] in QUEUES
     return {**event, "state": "queued"} if is_queued else event
 

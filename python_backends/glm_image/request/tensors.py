@@ -8,6 +8,7 @@ derived from it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from glm_image.request.limits import Limits
 
 TENSOR: Final = "tensor"
+
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,10}")
 
 T = TypeVar("T")
 
@@ -33,6 +36,7 @@ class TensorSpec:
         optional: whether an input may be omitted.
         help: Markdown for the documentation.
         is_text: of a STRING, whether its bytes are UTF-8.
+        is_parameter: whether the request parameter of its name counts where the input is omitted.
     """
 
     name: str
@@ -41,6 +45,7 @@ class TensorSpec:
     optional: bool = False
     help: str = ""
     is_text: bool = True
+    is_parameter: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def tensor_metadata(
     name: str | None = None,
     dims: tuple[int, ...] = (1,),
     is_text: bool = True,
+    is_parameter: bool = False,
 ) -> dict[str, Any]:
     """Returns the metadata of a request field.
 
@@ -125,14 +131,37 @@ def tensor_metadata(
         name: the tensor's name; None = the field's.
         dims: -1 = any.
         is_text: as in ``TensorSpec``.
+        is_parameter: as in ``TensorSpec``.
     """
-    spec = TensorSpec(name or "", data_type, dims, optional=True, help=help_text, is_text=is_text)
+    spec = TensorSpec(
+        name or "", data_type, dims, optional=True, help=help_text, is_text=is_text, is_parameter=is_parameter
+    )
     return {TENSOR: (spec, allowed, shown)}
 
 
 def tensor(default: T, *declaration: Any, **options: Any) -> T:
     """Declares a request field with a default; the other arguments are those of ``tensor_metadata``."""
     return field(default=default, metadata=tensor_metadata(*declaration, **options))
+
+
+def parameter_value(spec: TensorSpec, value: object) -> int | str:
+    """Returns the value of a request parameter that takes the place of an input, INT32 or STRING.
+
+    Clients and front ends send numbers as integers, as texts, or as floats.
+
+    Raises:
+        InvalidInputError: the parameter cannot be a value of the input.
+    """
+    if spec.data_type == "STRING":
+        if not isinstance(value, str):
+            raise InvalidInputError.of(spec.name, value, "text")
+        return value
+    number = value
+    if (isinstance(value, str) and _INTEGER.fullmatch(value)) or (isinstance(value, float) and value.is_integer()):
+        number = int(value)
+    if type(number) is not int or not -(2**31) <= number < 2**31:  # a bool is an int too
+        raise InvalidInputError.of(spec.name, value, "a signed 32-bit integer")
+    return number
 
 
 def request_fields(kind: type) -> Iterator[RequestField]:

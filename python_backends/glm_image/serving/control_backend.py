@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+from glm_image.config.instance import position
 from glm_image.errors import InvalidInputError, UnavailableError
 from glm_image.ipc.protocol import socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.control import control
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import Inputs, text_array
+from glm_image.telemetry.heartbeat import Heartbeat
 from glm_image.telemetry.logs import start_logging
 
 THREADS: Final = 4
@@ -28,16 +31,21 @@ class ControlBackend:
         bytes_tensors.install()
         start_logging(args["model_instance_name"])
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="control")
+        index, _ = position(args)
+        self._heartbeat = Heartbeat(f"{args['model_name']}_{index}", hang_seconds=0)
+        self._heartbeat.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             responder = Responder(request)
             with responder.errors_sent():
+                CallHeader.read(request)
                 inputs = Inputs(request)
                 request_id, action = (_required(inputs, name) for name in ("request_id", "action"))
                 self._threads.submit(self._call, responder, request_id, action)
 
     def finalize(self) -> None:
+        self._heartbeat.close()
         self._threads.shutdown(wait=True)
         end_process()
 

@@ -13,6 +13,7 @@ import triton_python_backend_utils as pb_utils
 
 from glm_image.config.instance import Instance
 from glm_image.telemetry.metrics import Kind, MetricSpec
+from glm_image.telemetry.request_log import LOST_LINES
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class MetricsExporter:
         self._metrics: dict[MetricSpec, Any] = {}
         labels = {"model": instance.model, "instance": str(instance.index)}
         try:
-            for metric in (*metrics, RESTARTS):
+            for metric in (*metrics, LOST_LINES, RESTARTS):
                 self._add(metric, labels)
             self._metrics[RESTARTS].increment(int(os.environ.get(RESTARTS_VARIABLE, "0")))
         except pb_utils.TritonModelException as error:  # a Triton may be built without metrics

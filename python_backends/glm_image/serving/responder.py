@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -15,10 +14,7 @@ from numpy.typing import NDArray
 from glm_image.errors import UnavailableError
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.serving.errors import triton_error
-from glm_image.serving.exit import end_process
 from glm_image.serving.tensors import response
-
-logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -43,7 +39,7 @@ class Responder:
         self, request: Any, on_end: Callable[[BaseException | None], None] = _ignore, *, is_relayed: bool = False
     ) -> None:
         self._sender: Any = request.get_response_sender()
-        self._on_end, self._is_relayed = on_end, is_relayed
+        self._on_end, self.is_relayed = on_end, is_relayed
         self._lock = threading.RLock()  # which ``EventSender`` holds while it sends the last response
 
     def is_abandoned(self) -> bool:
@@ -56,7 +52,7 @@ class Responder:
             self._finish(response(outputs), None)
 
     def fail(self, error: BaseException) -> None:
-        self._finish(pb_utils.InferenceResponse(error=triton_error(error, is_relayed=self._is_relayed)), error)
+        self._finish(pb_utils.InferenceResponse(error=triton_error(error, is_relayed=self.is_relayed)), error)
 
     def send_result(self, future: Future[Result], outputs: Callable[[Result], Mapping[str, NDArray[Any]]]) -> None:
         """Sends the outputs made of a future's result when it is resolved, or its error."""
@@ -101,14 +97,6 @@ class PendingResponses(RequestObserver):
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         self._responders.pop(context, None)
 
-    def end_process(self, error: UnavailableError) -> None:
-        """Fails all of them and ends this process, in which the engine may hang for ever.
-
-        The watchdog sees the process end and restarts the server.
-        """
-        try:
-            for responder in list(self._responders.values()):
-                responder.fail(error)
-            logger.error("this instance ends: %s", error)
-        finally:  # a process that went on would refuse all requests and never be restarted
-            end_process(1)
+    def fail_all(self, error: UnavailableError) -> None:
+        for responder in list(self._responders.values()):
+            responder.fail(error)

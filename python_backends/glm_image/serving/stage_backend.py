@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
+from glm_image.errors import UnavailableError
 from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
+from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import start_control_server
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
-from glm_image.lifecycle.stream_options import StreamOptions
-from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.metrics_export import MetricsExporter
@@ -45,14 +45,12 @@ class StageCall:
     """A request that is being served. It does not refer to Triton's request, whose memory is released before.
 
     Attributes:
-        request_id: the id that it was sent with; "" = none.
-        options: what ``glm_image_stream`` asks for, if the request comes from there.
+        header: what it was sent with.
     """
 
-    request_id: str
+    header: CallHeader
     context: RequestContext
     responder: Responder
-    options: StreamOptions
 
 
 class StageBackend(ABC):
@@ -74,10 +72,12 @@ class StageBackend(ABC):
         self._pending = PendingResponses()
         self._ipc = IpcServer()
         self._registry = RequestRegistry(self.outcome, self._ipc.publish)
+        is_last = self.outcome == RequestState.FINISHED
+        self._request_log = RequestLog(instance.name, is_last=is_last, record=self._metrics.record)
         self._observers: list[RequestObserver] = [
             self._registry,
             self._pending,
-            RequestLog(instance.name, is_last=self.outcome == RequestState.FINISHED),
+            self._request_log,
             OutcomeRecorder(self.counters, self._metrics.record),
             LatencyRecorder(self.latencies, self._metrics.record),
         ]
@@ -92,16 +92,15 @@ class StageBackend(ABC):
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            try:
-                call = self._track(request)
-            except Exception as error:  # the other requests go on
-                Responder(request).fail(error)
-                continue
-            with call.responder.errors_sent():
-                self._tracing.observe(call.context, request)
-                timeout_us = requested_timeout_us(request.timeout(), request.parameters())
-                call.context.limit(self._timeouts.of(timeout_us))
-                self._handle(call, Inputs(request))
+            context = RequestContext()
+            responder = self._tracked(context, request)
+            with responder.errors_sent():
+                header = CallHeader.read(request)
+                responder.is_relayed = header.options.arrived_ns is not None
+                context.id = header.id or context.id
+                context.limit(self._timeouts.of(header.timeout_us))
+                self._tracing.observe(context, request)
+                self._handle(StageCall(header, context, responder), Inputs(request))
 
     def finalize(self) -> None:
         """Ends what runs, with a response to each request."""
@@ -110,6 +109,7 @@ class StageBackend(ABC):
         self._closing.set()
         self._abandoned_thread.join()
         self._ipc.close()
+        self._request_log.close()
         self._metrics.close()
         self._tracing.close()
         end_process()
@@ -127,18 +127,29 @@ class StageBackend(ABC):
         checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
         defaults = checkpoint.defaults
         self._handlers["defaults"] = lambda _: Message({"defaults": defaults})
-        workers = instance.workers(place, device, self._pending.end_process)
+        workers = instance.workers(place, device, self._end_process)
         self._load_engine(instance.parameters, checkpoint, device, workers)
 
-    def _track(self, request: Any) -> StageCall:
-        request_id, options = request.request_id(), StreamOptions.read(request.parameters())
-        context = RequestContext.with_timeout(request_id, timeout_us=0)
-        responder = Responder(request, context.finish, is_relayed=options.arrived_ns is not None)
+    def _end_process(self, error: UnavailableError) -> None:
+        """Fails all requests and ends this process, in which the engine may hang for ever.
+
+        The watchdog sees the process end and restarts the server.
+        """
+        try:
+            self._pending.fail_all(error)
+            logger.error("this instance ends: %s", error)
+            self._request_log.close()
+        finally:  # a process that went on would refuse all requests and never be restarted
+            end_process(1)
+
+    def _tracked(self, context: RequestContext, request: Any) -> Responder:
+        """Attaches the observers to a request's context, and returns its responder."""
+        responder = Responder(request, context.finish)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:
             context.add_observer(observer)
         self._pending.add(context, responder)
-        return StageCall(request_id, context, responder, options)
+        return responder
 
     def _cancel_abandoned(self) -> None:
         while not self._closing.wait(ABANDONED_POLL_SECONDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,9 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image.config.schema import CONTROL_OUTPUTS, STAGE_TENSORS, STREAM_OUTPUTS
-from glm_image.errors import MAX_SHOWN_CHARACTERS, InvalidInputError
-from glm_image.request.tensors import TensorSpec, request_fields
+from glm_image.errors import InvalidInputError
+from glm_image.request.request_id import undecodable
+from glm_image.request.tensors import TensorSpec, parameter_value, request_fields
 from glm_image.serving.bytes_tensors import MAX_STRINGS
 
 NUMPY_TYPES = {"INT32": np.int32, "INT64": np.int64, "UINT8": np.uint8, "STRING": np.object_}
@@ -53,10 +55,18 @@ class Inputs:
             values["prompt"] = values["prompt"] or ""
         return self.given(**values)
 
+    def array_or_parameter(self, spec: TensorSpec) -> NDArray[Any] | None:
+        """Returns an input, or the request parameter that takes its place, as an array."""
+        array = self.array(spec.name)
+        value = self._parameter(spec) if array is None else None
+        if value is None:
+            return array
+        return text_array(value) if isinstance(value, str) else np.array([value], NUMPY_TYPES[spec.data_type])
+
     def _value(self, spec: TensorSpec) -> int | float | str | tuple[bytes, ...] | tuple[str, ...] | None:
         array = self.array(spec.name)
         if array is None:
-            return None
+            return self._parameter(spec)
         if spec.data_type == "STRING":
             if not spec.is_text:
                 return tuple(map(bytes, array))
@@ -66,6 +76,12 @@ class Inputs:
             return texts[0] if spec.dims == (1,) else texts
         # Of an FP32, the shortest decimal: 0.9, not 0.8999999762.
         return float(str(np.float32(array[0]))) if spec.data_type == "FP32" else int(array[0])
+
+    def _parameter(self, spec: TensorSpec) -> int | str | None:
+        if not spec.is_parameter:
+            return None
+        value = json.loads(self._request.parameters() or "{}").get(spec.name)
+        return None if value is None else parameter_value(spec, value)
 
     @staticmethod
     def given(**values: Any) -> dict[str, Any]:
@@ -77,7 +93,7 @@ def _decoded(name: str, text: bytes) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidInputError.of(name, repr(text[: MAX_SHOWN_CHARACTERS + 1])[2:-1], "UTF-8") from error
+        raise undecodable(name, error) from None
 
 
 def text_array(*texts: str) -> NDArray[np.object_]:

@@ -14,6 +14,7 @@ def flag(
     parse: Callable[[str], Any] = str,
     *,
     flag_default: Any = None,
+    const: Any = None,
     **default: Any,
 ) -> Any:
     """Declares a field that is a flag.
@@ -23,6 +24,7 @@ def flag(
         metavar: the name of its value; None for a switch.
         parse: converts the value.
         flag_default: the flag's default, where it is not the field's.
+        const: the value of a flag that is given without one; None = its value is required.
         default: ``default`` or ``default_factory`` of the field; without either the flag is required.
     """
     options: dict[str, Any] = {"help": help_text}
@@ -31,6 +33,8 @@ def flag(
     else:
         options |= {"metavar": metavar, "type": parse, "required": not default}
         options["default"] = default.get("default") if flag_default is None else flag_default
+        if const is not None:
+            options |= {"nargs": "?", "const": const}
     return field(**default, metadata=options)
 
 

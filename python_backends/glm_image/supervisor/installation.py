@@ -7,11 +7,11 @@ import importlib.util
 import mmap
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_image.errors import ConfigurationError
+from glm_image.supervisor.python_environment import Plain, program_folder
 from glm_image.supervisor.requirements import (
     CONTAINER_SERVER,
     PYTHON_VERSION,
@@ -69,12 +69,13 @@ class Installation:
         (backends / "python" / _PACKAGE.name).symlink_to(_PACKAGE)
         return backends
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, run_directory: Path, plain: Plain) -> dict[str, str]:
         """Returns this process's environment, with its Python first on PATH: the stub takes its packages from it."""
-        libraries = [str(folder) for folder in self.library_folders]
+        libraries = [plain(folder, f"libraries{index}") for index, folder in enumerate(self.library_folders)]
+        programs = program_folder(run_directory / "python", plain)
         return {
             **os.environ,
-            "PATH": _joined([str(Path(sys.executable).parent)], os.environ.get("PATH")),
+            "PATH": _joined([str(programs)], os.environ.get("PATH")),
             "LD_LIBRARY_PATH": _joined(libraries, os.environ.get("LD_LIBRARY_PATH")),
         }
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from glm_image.errors import ConfigurationError, shown
+from glm_image.supervisor.addresses import ALLOWED, is_ipv6
 
 _LISTENING = "0A"
 """The state of a listening socket in /proc/net/tcp."""
@@ -22,7 +23,7 @@ class ReservedPorts:
     the port can listen on it all the same, as both sockets have SO_REUSEADDR.
 
     Args:
-        host: the address to listen on.
+        host: the address to listen on, not a name.
         ports: by the flag that sets each; 0 = any free one.
 
     Raises:
@@ -90,7 +91,7 @@ def _reserve(host: str, port: int, flag: str) -> socket.socket:
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     # As a server binds it: a port whose last connections are in TIME_WAIT is free.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -98,7 +99,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise ConfigurationError(f"--host is {shown(host)}; allowed: an address of this machine") from None
+        if error.errno in {errno.EADDRNOTAVAIL, errno.EINVAL}:
+            raise ConfigurationError(f"--host is {shown(host)}; allowed: {ALLOWED}") from None
         raise
     return bound

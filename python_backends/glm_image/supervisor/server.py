@@ -8,8 +8,11 @@ import select
 from typing import TextIO
 
 from glm_image.errors import GlmImageError
+from glm_image.supervisor.addresses import authority
 from glm_image.supervisor.api_access import is_loopback
+from glm_image.supervisor.host_limits import check_descriptors, limit_warning
 from glm_image.supervisor.installation import find_installation
+from glm_image.supervisor.output import Output
 from glm_image.supervisor.ports import ReservedPorts
 from glm_image.supervisor.settings import ServerSettings
 from glm_image.supervisor.triton_process import ServerProcess
@@ -26,20 +29,21 @@ class TritonServer:
     """A Triton that loads every model of a repository over one checkpoint.
 
     As a context manager it is ready inside the block, and all its processes and shared memory are gone after it. The
-    server also ends when this process dies. Its log is written to ``log``.
+    server also ends when this process dies. Its log is written to ``log``, whose reader may stop without consequence.
 
     Raises:
         CheckpointError: the checkpoint folder is missing or not a checkpoint.
         ConfigurationError: a setting is invalid, or this machine has no Triton that runs on it.
     """
 
-    def __init__(self, settings: ServerSettings, *, log: TextIO | None = None) -> None:
+    def __init__(self, settings: ServerSettings, *, log: Output | TextIO | None = None) -> None:
         absolute = settings.absolute()
         absolute.check()
+        check_descriptors()
         self._installation = find_installation()
         self._ports = ReservedPorts(absolute.host, absolute.ports())
         self._settings = absolute.with_ports(self._ports.numbers)
-        self._log = log
+        self._log = log if log is None or isinstance(log, Output) else Output(log)
         self._process: ServerProcess | None = None
         self._ready = False
         self._starts = 0
@@ -68,8 +72,18 @@ class TritonServer:
         return self._address(self._settings.grpc_port)
 
     @property
+    def local_grpc_url(self) -> str:
+        """``grpc_url`` as a process of this machine reaches it."""
+        return authority(self._local_host, self._settings.grpc_port)
+
+    @property
     def metrics_url(self) -> str:
         return self._address(self._settings.metrics_port)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What an operator should know: an address that is unsafe to listen on, a limit that is too low."""
+        return [warning for warning in (self.exposure, limit_warning()) if warning is not None]
 
     @property
     def exposure(self) -> str | None:
@@ -166,12 +180,16 @@ class TritonServer:
         return self._process
 
     def _address(self, port: int) -> str:
-        host = self._settings.host
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return authority(self._settings.host, port)
+
+    @property
+    def _local_host(self) -> str:
+        return _LOOPBACK_OF.get(self._settings.host, self._settings.host)
 
     def _check_health(self) -> None:
-        host = _LOOPBACK_OF.get(self._settings.host, self._settings.host)
-        connection = http.client.HTTPConnection(host, self._settings.http_port, timeout=HEALTH_TIMEOUT_SECONDS)
+        connection = http.client.HTTPConnection(
+            self._local_host, self._settings.http_port, timeout=HEALTH_TIMEOUT_SECONDS
+        )
         try:
             connection.request("GET", "/v2/health/ready")
             result: object = connection.getresponse().status

@@ -9,9 +9,13 @@ from pathlib import Path
 
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
+from glm_image.supervisor.addresses import numeric_address
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
 from glm_image.supervisor.flags import flag
+from glm_image.supervisor.paths import check_log_file, folder_fault
 from glm_image.supervisor.ports import ReservedPorts
+from glm_image.supervisor.python_environment import Plain
+from glm_image.supervisor.run_directory import is_plain
 
 MAX_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -86,16 +90,11 @@ class ServerSettings:
 
     def check(self) -> None:
         """Raises CheckpointError for an invalid checkpoint folder, ConfigurationError for another invalid setting."""
-        if not (self.checkpoint / "model_index.json").is_file():
-            fault = "has no model_index.json" if self.checkpoint.is_dir() else "is not a folder"
+        fault = folder_fault(self.checkpoint, "model_index.json")
+        if fault is not None:
             shown_path = shown(str(self.checkpoint))
             raise CheckpointError(f"--checkpoint is {shown_path}, which {fault}; allowed: a checkpoint folder")
-        models = _model_folders(self.model_repository)
-        if not models:
-            raise ConfigurationError(
-                f"the model repository is {shown(str(self.model_repository))}; allowed: "
-                "a folder that holds a folder with a config.pbtxt for each model"
-            )
+        models = _checked_models(self.model_repository)
         profiles = sorted({profile.stem for model in models for profile in model.glob("configs/*.pbtxt")})
         if self.profile is not None and self.profile not in profiles:
             allowed = ", ".join(profiles) or "none, no model has any"
@@ -104,10 +103,8 @@ class ServerSettings:
             if getattr(self, name) < lowest:
                 flag_name = name.replace("_", "-")
                 raise ConfigurationError(f"--{flag_name} is {getattr(self, name)}; allowed: {lowest} or more")
-        if self.request_log is not None and not self.request_log.parent.is_dir():
-            raise ConfigurationError(
-                f"--request-log is {shown(str(self.request_log))}, whose folder does not exist; allowed: a file's path"
-            )
+        if self.request_log is not None:
+            check_log_file("--request-log", self.request_log)
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ConfigurationError(f"--otlp-traces-endpoint is {shown(endpoint)}; allowed: http:// or https://")
@@ -126,23 +123,34 @@ class ServerSettings:
         ReservedPorts(self.host, self.ports()).release()
 
     def absolute(self) -> ServerSettings:
-        """Returns the settings with absolute paths, since models have another working directory."""
-        return replace(
-            self,
-            checkpoint=self.checkpoint.absolute(),
-            model_repository=self.model_repository.absolute(),
-            request_log=self.request_log and self.request_log.absolute(),
-        )
+        """Returns the settings with absolute paths, since models have another working directory, and a numeric host.
 
-    def model_environment(self) -> dict[str, str]:
+        Raises:
+            ConfigurationError: a path is relative, and the working directory has been removed; or the host is unknown.
+        """
+        try:
+            return replace(
+                self,
+                host=numeric_address(self.host),
+                checkpoint=self.checkpoint.absolute(),
+                model_repository=self.model_repository.absolute(),
+                request_log=self.request_log and self.request_log.absolute(),
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                f"a relative path is given, and the working directory cannot be used: {error.strerror}; "
+                "allowed: an absolute path, or another working directory"
+            ) from None
+
+    def model_environment(self, plain: Plain) -> dict[str, str]:
         """Returns the environment variables through which the models' processes are configured."""
         optional = {
             "GLM_IMAGE_LOG_PROMPTS": "1" if self.log_prompts else None,
-            "GLM_IMAGE_REQUEST_LOG": str(self.request_log) if self.request_log else None,
+            "GLM_IMAGE_REQUEST_LOG": plain(self.request_log, "requests") if self.request_log else None,
             "GLM_IMAGE_OTLP_TRACES_ENDPOINT": self.otlp_traces_endpoint,
         }
         return {
-            "GLM_IMAGE_CHECKPOINT": str(self.checkpoint),
+            "GLM_IMAGE_CHECKPOINT": plain(self.checkpoint, "checkpoint"),
             SPIN_VARIABLE: os.environ.get(SPIN_VARIABLE, SPIN_COUNT),
             **{name: value for name, value in optional.items() if value},
         }
@@ -180,6 +188,21 @@ def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
     """Returns a repository's entry models, which forward requests to others, and its stages."""
     models = frozenset(model.name for model in _model_folders(repository))
     return models.intersection(ENTRY_MODELS), models.intersection(STAGES)
+
+
+def _checked_models(repository: Path) -> list[Path]:
+    fault = folder_fault(repository)
+    models = [] if fault else _model_folders(repository)
+    if not models:
+        raise ConfigurationError(
+            f"the model repository is {shown(str(repository))}{f', which {fault}' if fault else ''}; allowed: "
+            "a folder that holds a folder with a config.pbtxt for each model"
+        )
+    for model in models:
+        if not is_plain(model.name):
+            allowed = "letters and digits of ASCII, and _ . + @ = -"
+            raise ConfigurationError(f"the model repository has the model {shown(model.name)}; allowed: {allowed}")
+    return models
 
 
 def _model_folders(repository: Path) -> list[Path]:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-import secrets
+import select
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
+import time
+import weakref
 from collections import deque
 from pathlib import Path
-from typing import TextIO
 
 from glm_image.errors import printable
-from glm_image.ipc import run_directory
-from glm_image.supervisor import watchdog
+from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.supervisor.addresses import service_flags
 from glm_image.supervisor.api_access import closing_flags
 from glm_image.supervisor.installation import Installation
+from glm_image.supervisor.output import Output
 from glm_image.supervisor.ports import listens
+from glm_image.supervisor.run_directory import RunDirectory, remove_dead
 from glm_image.supervisor.settings import ServerSettings, models_by_role
 from glm_image.supervisor.triton_log import (
     SERVICES,
@@ -29,9 +32,16 @@ from glm_image.supervisor.triton_log import (
     syntax_error,
     unloaded_model,
 )
+from glm_image.telemetry.line_writer import leave_signals_to_main_thread
+from glm_image.watchdog import __main__ as watchdog_program
+from glm_image.watchdog.processes import Stat, children_of
+from glm_image.watchdog.watchdog import EXIT_REASON_PREFIX, LAST_LINES_SECONDS, STOP_GRACE_SECONDS
 
 LOG_TAIL_LINES = 200
 METRICS_INTERVAL_MS = 250
+END_SECONDS = LAST_LINES_SECONDS + 10.0
+"""Time for a killed server and its watchdog to end."""
+MILLISECONDS = 1000
 PORT_CHECK_SECONDS = 0.01
 """The interval at which the ports of a server are looked at, from its log line until it listens: milliseconds."""
 SERVER = "tritonserver"
@@ -46,10 +56,11 @@ class ServerProcess:
     """A running tritonserver; no port of its ``settings`` is 0, and ``restarts`` counts its earlier starts."""
 
     def __init__(
-        self, installation: Installation, settings: ServerSettings, log: TextIO | None, restarts: int = 0
+        self, installation: Installation, settings: ServerSettings, log: Output | None, restarts: int = 0
     ) -> None:
-        self.shm_prefix = f"glm_image_{secrets.token_hex(8)}_"
-        self._run_directory = Path(tempfile.mkdtemp(prefix="glm-image-serve-"))
+        remove_dead()
+        self._run_directory = RunDirectory.create()
+        self.shm_prefix = self._run_directory.shm_prefix
         self._log = log
         self._ports = settings.ports().values()
         self._tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
@@ -63,10 +74,14 @@ class ServerProcess:
         self._drained: set[str] = set()
         self._unloaded: set[str] = set()
         self._next_command: bytes | None = None
+        self._drain_seconds = settings.drain_seconds
+        self._stopping = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._stopping)
+        self._deadline = math.inf
         try:
             self._watchdog = self._launch(installation, settings, restarts)
         except BaseException:
-            watchdog.remove_leftovers(self.shm_prefix, self._run_directory)
+            self._run_directory.remove()
             raise
         self._readers = [
             threading.Thread(target=self._read_log, name="triton-log", daemon=True),
@@ -96,12 +111,14 @@ class ServerProcess:
             # Triton logs that a service has started before it binds the port.
             while not self._has_failed() and not self._listens():
                 self._changed.wait(PORT_CHECK_SECONDS)
-            if self._failure is None and self._ended:
-                if self._exit_reason is not None:
-                    return self._exit_reason
-                lines = [line.strip() for line in self._tail if line.strip()]
-                return f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}"
-            return self._failure
+            failure = self._failure or (self._early_end() if self._ended else None)
+        return failure and self._run_directory.with_targets(failure)
+
+    def _early_end(self) -> str:
+        if self._exit_reason is not None:
+            return self._exit_reason
+        lines = [line.strip() for line in self._tail if line.strip()]
+        return f"tritonserver ended while starting: {lines[-1] if lines else 'its log is empty'}"
 
     def request_watch(self) -> None:
         """Has the server killed when one of its processes breaks; call it when all of them exist."""
@@ -115,34 +132,67 @@ class ServerProcess:
         stopped. It would unload them itself, but checks only once a second whether they have ended.
         """
         self._next_command = b"unload\n"
+        self._end_within(self._drain_seconds + STOP_GRACE_SECONDS + END_SECONDS)
         self._send(b"drain\n" if self._entry_models else b"stop\n")
 
     def request_kill(self) -> None:
+        self._end_within(END_SECONDS)
         self._send(b"kill\n")
 
     def wait(self) -> int:
-        """Waits for the end and for the last line of the log; returns the exit code."""
-        code = self._watchdog.wait()
+        """Waits for the end and for the last line of the log; returns the exit code.
+
+        Once a stop is requested this takes a limited time: a watchdog that does not end then is killed.
+        """
+        code = self._wait_for_watchdog()
         for reader in self._readers:
-            reader.join()
+            reader.join(END_SECONDS)
+        if self._log is not None:
+            self._log.flush()
         # The watchdog has done this, unless it was killed itself.
-        watchdog.remove_leftovers(self.shm_prefix, self._run_directory)
+        self._run_directory.remove()
         return code
+
+    def _end_within(self, seconds: float) -> None:
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+        os.eventfd_write(self._stopping, 1)
+
+    def _wait_for_watchdog(self) -> int:
+        poll = select.poll()
+        poll.register(self._stopping, select.POLLIN)
+        try:
+            ended = os.pidfd_open(self._watchdog.pid)
+        except ProcessLookupError:
+            return self._watchdog.wait()
+        poll.register(ended, select.POLLIN)
+        try:
+            while self._watchdog.poll() is None:
+                left = self._deadline - time.monotonic()
+                if left <= 0:  # its children do not outlive it either
+                    self._watchdog.kill()
+                    break
+                poll.poll(None if left == math.inf else left * MILLISECONDS)
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._stopping)
+        finally:
+            os.close(ended)
+        return self._watchdog.wait()
 
     def _has_failed(self) -> bool:
         return self._ended or self._failure is not None
 
     def _listens(self) -> bool:
         """Whether the server, and no other process, listens on every port."""
-        children = watchdog.children_of(self._watchdog.pid)
-        servers = [pid for pid in children if (stat := watchdog.Stat.read(pid)) and stat.name == SERVER]
+        children = children_of(self._watchdog.pid)
+        servers = [pid for pid in children if (stat := Stat.read(pid)) and stat.name == SERVER]
         return any(listens(pid, self._ports) for pid in servers)
 
     def _launch(self, installation: Installation, settings: ServerSettings, restarts: int) -> subprocess.Popen[bytes]:
-        backends = installation.lay_out_backends(self._run_directory)
+        folder = self._run_directory
+        backends = installation.lay_out_backends(folder.path)
         # Triton listens only when all models are loaded; meanwhile `glm-image` finds here that it is starting.
         ports = {"pid": os.getpid(), "ports": list(settings.ports().values())}
-        (self._run_directory / "ports.json").write_text(json.dumps(ports))
+        (folder.path / "ports.json").write_text(json.dumps(ports))
         return subprocess.Popen(
             [*self._watchdog_command(settings), "--", *self._server_command(installation, settings, backends)],
             stdin=subprocess.PIPE,
@@ -151,28 +201,30 @@ class ServerProcess:
             # A model's import path begins with the server's working directory, which holds a link to this package.
             cwd=backends / "python",
             env={
-                **installation.environment(),
-                **settings.model_environment(),
-                run_directory.RUN_DIRECTORY_VARIABLE: str(self._run_directory),
+                **folder.plain_environment(installation.environment(folder.path, folder.plain)),
+                **settings.model_environment(folder.plain),
+                RUN_DIRECTORY_VARIABLE: str(folder.path),
                 "GLM_IMAGE_RESTARTS": str(restarts),
             },
+            pass_fds=(folder.lock,),
             start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which then stops the server
         )
 
     def _watchdog_command(self, settings: ServerSettings) -> list[str]:
         return [
-            *(sys.executable, "-I", "-S", str(Path(watchdog.__file__).resolve())),
-            *("--shm-prefix", self.shm_prefix, "--run-directory", str(self._run_directory)),
+            *(sys.executable, "-I", "-S", str(Path(watchdog_program.__file__).resolve())),
+            *("--shm-prefix", self.shm_prefix, "--run-directory", str(self._run_directory.path)),
             *("--drain-seconds", str(settings.drain_seconds)),
         ]
 
     def _server_command(self, installation: Installation, settings: ServerSettings, backends: Path) -> list[str]:
+        plain = self._run_directory.plain
         return [
-            str(installation.binary),
-            f"--model-repository={settings.model_repository}",
+            plain(installation.binary, "tritonserver"),
+            f"--model-repository={plain(settings.model_repository, 'models')}",
             f"--backend-directory={backends}",
-            f"--cache-directory={installation.caches}",
-            *(f"--{service}-address={settings.host}" for service in ("http", "grpc", "metrics")),
+            f"--cache-directory={plain(installation.caches, 'caches')}",
+            *service_flags(settings.host),
             *(f"{flag}={port}" for flag, port in settings.ports().items()),
             "--allow-metrics=true",
             # A stopping server waits for the thread that collects metrics, which sleeps for this interval.
@@ -195,6 +247,7 @@ class ServerProcess:
 
     def _read_log(self) -> None:
         assert self._watchdog.stderr is not None
+        leave_signals_to_main_thread()
         with self._watchdog.stderr as stream:
             for line in stream:
                 # Triton writes a line and its end separately, and may end in between.
@@ -205,6 +258,7 @@ class ServerProcess:
 
     def _read_reports(self) -> None:
         assert self._watchdog.stdout is not None
+        leave_signals_to_main_thread()
         with self._watchdog.stdout as stream:
             for line in stream:
                 report, _, model = line.decode().strip().partition(" ")
@@ -216,17 +270,15 @@ class ServerProcess:
     def _handle_line(self, line: str) -> None:
         shown = printable(line, keep="\t") + "\n"
         if self._log is not None:
-            with contextlib.suppress(OSError, ValueError):  # its reader may have ended; the server goes on
-                self._log.write(shown)
-                self._log.flush()
+            self._log.put(shown.removesuffix("\n"))
         with self._changed:
             self._tail.append(shown)
             if service := started_service(line):
                 self._started.add(service)
             self._syntax_error = syntax_error(line) or self._syntax_error
             self._failure = self._failure or start_failure(line, self._syntax_error)
-            if line.startswith(watchdog.EXIT_REASON_PREFIX) and self._exit_reason is None:
-                self._exit_reason = line.removeprefix(watchdog.EXIT_REASON_PREFIX).strip()
+            if line.startswith(EXIT_REASON_PREFIX) and self._exit_reason is None:
+                self._exit_reason = line.removeprefix(EXIT_REASON_PREFIX).strip()
             if model := unloaded_model(line):
                 self._unloaded.add(model)
                 self._continue_stop()

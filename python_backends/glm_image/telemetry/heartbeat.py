@@ -1,7 +1,7 @@
 """The heartbeat of a model's process, in a shared memory file that the watchdog reads, and the watchdog's commands.
 
-The watchdog (``glm_image.supervisor.watchdog``, which imports nothing of this module) names the folder and defines the
-format of the file.
+The watchdog (``glm_image.watchdog``, which imports nothing of this module) names the folder and defines the format of
+the file.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ class Heartbeat:
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        heartbeat_file = directory / f"{name}.heartbeat"
-        heartbeat_file.write_bytes(bytes(self._words))
-        with heartbeat_file.open("r+b") as file:
+        # A file of its own: when a model is loaded again, its former process may still be using the one of this name.
+        new_file = directory / f"{name}.{os.getpid()}"
+        new_file.write_bytes(bytes(self._words))
+        with new_file.open("r+b") as file:
             self._words = words.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(words)))
+        new_file.rename(directory / f"{name}.heartbeat")
         self._words[_HANG_NS] = int(hang_seconds * NANOSECONDS)
 
     def start(self, is_alive: Callable[[], bool] = lambda: True, commands: Commands = NO_COMMANDS) -> None:
@@ -76,6 +78,7 @@ class Heartbeat:
         if self._directory is None:
             return
         pipe = self._directory / f"{self._name}.commands"
+        pipe.unlink(missing_ok=True)
         os.mkfifo(pipe, 0o600)
         # For reading and writing: a pipe that always has a writer never reaches its end.
         descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
