@@ -38,11 +38,11 @@ class RunningGateway:
 
 
 @contextmanager
-def running_gateway(url: str, store: Path, **settings: Any) -> Iterator[RunningGateway]:
-    """Runs a gateway on a free port; it has ended, with its requests, after the block."""
+def running_gateway(url: str, store: Path, listen_port: int = 0, **settings: Any) -> Iterator[RunningGateway]:
+    """Runs a gateway, by default on a free port; it has ended, with its requests, after the block."""
     started = threading.Event()
     state: dict[str, Any] = {}
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", listen_port))
 
     async def serve() -> None:
         services = Services.of(GatewaySettings(url=url, port=0, store=str(store), drain_seconds=10, **settings))

@@ -22,13 +22,15 @@ from glm_image_gateway.connections import DisconnectedError
 from glm_image_gateway.errors import ApiError, shown
 from glm_image_gateway.origins import OriginCheck
 from glm_image_gateway.request_context import REQUEST_ID_HEADER, RequestTracking
-from glm_image_gateway.routes import chat, images, jobs, service
+from glm_image_gateway.routes import chat, images, jobs, page, service
 from glm_image_gateway.services import Services
 
 PAGE: Final = Path(__file__).parent / "static"
 PAGE_HEADERS: Final = {
     # The page's own files alone, and the images that it receives.
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
@@ -57,10 +59,9 @@ def create_app(services: Services) -> ASGIApp:
         redoc_url=None,
     )
     api.state.services = services
-    for router in (images.router, chat.router, jobs.router, service.router):
+    for router in (images.router, chat.router, jobs.router, service.router, page.router):
         api.include_router(router)
-    if (PAGE / "index.html").is_file():
-        api.mount("/", _Page(directory=PAGE, html=True))
+    api.mount("/", _Page(directory=PAGE, html=True))
     _add_error_handlers(api, services)
     return _surrounded(api, services)
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER: Final = "x-request-id"
 _ALLOWED_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_QUIET: Final = frozenset({"/health", "/ready", "/metrics"})
+_QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/page/state", "/page/progress/{request_id}"})
 """Routes that are asked every few seconds: they are not logged."""
 
 

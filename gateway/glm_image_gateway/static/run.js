@@ -1,0 +1,102 @@
+// A request from its start to its images: sends it, follows it, and sends it again when the server was away.
+
+import { RequestError, fileOf, imageEvents, newRequestId, requestStatus } from "./api.js";
+import { Estimate, remember } from "./progress.js";
+import { text } from "./i18n.js";
+
+const MAX_TRIES = 4;
+const POLL_MS = 500;
+const RETRY_MS = 1_500;
+const WHOLE = /^[+-]?\d+$/;
+
+/**
+ * Runs a request and returns its run, without an id, as the history keeps it.
+ *
+ * @param options fields of the API.
+ * @param sources files of source images.
+ * @param connection waits for the server.
+ * @param result shows progress and intermediate images.
+ * @param signal cancels the request.
+ * @throws {RequestError}, or the signal's AbortError.
+ */
+export async function run(options, sources, connection, result, signal) {
+  for (let tries = 1; ; tries += 1) {
+    try {
+      return await attempt(options, sources, result, signal);
+    } catch (error) {
+      if (!(error instanceof RequestError && error.isServerAway) || tries === MAX_TRIES) throw error;
+      result.start(options.prompt, sizeOf(options));
+      result.showProgress({ stage: "waitingForServer", fraction: null, eta: null }, 0);
+      await pause(RETRY_MS, signal);
+      await connection.whenReady(signal);
+    }
+  }
+}
+
+async function attempt(options, sources, result, signal) {
+  const started = performance.now();
+  const elapsed = () => (performance.now() - started) / 1000;
+  const requestId = newRequestId();
+  result.start(options.prompt, sizeOf(options));
+  const follower = follow(requestId, options, result, elapsed);
+  const images = [];
+  let metadata = null;
+  try {
+    for await (const event of imageEvents(options, sources, requestId, signal)) {
+      if (event.type.endsWith("partial_image")) result.showPartial(event.b64_json, event.output_format);
+      if (!event.type.endsWith("completed")) continue;
+      metadata = event.metadata;
+      images.push(imageOf(event, options));
+    }
+  } finally {
+    follower.stop();
+  }
+  if (images.length === 0) throw new RequestError({ message: text("streamBroken"), code: "connection" });
+  remember(metadata, images.length);
+  return { created: Date.now(), options, sources, images, seconds: elapsed() };
+}
+
+/** Shows the progress of a request until it is stopped. */
+function follow(requestId, options, result, elapsed) {
+  const [width, height] = sizeOf(options) ?? [null, null];
+  const estimate = new Estimate({ width, height, steps: Number(options.num_inference_steps), images: Number(options.n ?? 1) });
+  let isStopped = false;
+  let timer = 0;
+  const poll = async () => {
+    const status = await requestStatus(requestId);
+    if (isStopped) return;
+    if (status) result.showProgress(estimate.of(status, elapsed()), elapsed());
+    timer = setTimeout(poll, POLL_MS);
+  };
+  timer = setTimeout(poll, POLL_MS / 2);
+  return {
+    stop() {
+      isStopped = true;
+      clearTimeout(timer);
+    },
+  };
+}
+
+function imageOf(event, options) {
+  const [width, height] = event.size.split("x").map(Number);
+  // JSON's numbers lose the last digits of a seed beyond 53 bits; one that was asked for is known exactly.
+  const seed = WHOLE.test(options.seed) ? folded(BigInt(options.seed) + BigInt(event.index)) : event.seeds[0];
+  return { file: fileOf(event.b64_json, event.output_format), seed: String(seed), width, height };
+}
+
+function folded(seed) {
+  return seed < 2n ** 64n ? seed : seed - 2n ** 64n;
+}
+
+/** Returns the sides that are asked for, or null where the server chooses them. */
+function sizeOf(options) {
+  const sides = options.size.split("x").map(Number);
+  return sides.length === 2 && sides.every((side) => side > 0) ? sides : null;
+}
+
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    setTimeout(resolve, milliseconds);
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+  });
+}
