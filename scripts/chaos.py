@@ -156,10 +156,11 @@ class Chaos:
             self._wait_ready()
             self._address = Server(self._server.http_url, self._server.grpc_url)
             expected = self._generate_all()
+            idle = self._state()
             # Now every buffer has its final size.
             if self._generate_all(CONCURRENT) != expected:
                 self._fault("the images generated concurrently differ from those generated one by one")
-            before = self._state()
+            before = self._settled_state(idle)
             self._break_repeatedly(plan, expected)
             if self._generate_all(CONCURRENT) != expected:
                 self._fault("the images after the failures differ from those before")
