@@ -47,6 +47,9 @@ RETRY_SECONDS = 1.0
 SETTLE_SECONDS = 20.0
 """For connections of ended requests to close; a leak stays."""
 
+CONCURRENT = 8
+"""Requests in flight when all images are generated again: as many as the AR decodes in one batch."""
+
 GROWTH = 1.2
 GROWTH_BYTES = 64 * 1024 * 1024
 """A process may grow by this factor plus these bytes: allocators keep memory."""
@@ -153,12 +156,15 @@ class Chaos:
             self._wait_ready()
             self._address = Server(self._server.http_url, self._server.grpc_url)
             expected = self._generate_all()
-            self._generate_all()  # now every buffer has its final size
-            before = self._state()
+            idle = self._state()
+            # Now every buffer has its final size.
+            if self._generate_all(CONCURRENT) != expected:
+                self._fault("the images generated concurrently differ from those generated one by one")
+            before = self._settled_state(idle)
             self._break_repeatedly(plan, expected)
-            if self._generate_all() != expected:
+            if self._generate_all(CONCURRENT) != expected:
                 self._fault("the images after the failures differ from those before")
-            self._generate_all()
+            self._generate_all(CONCURRENT)
             self._compare(before, self._settled_state(before))
         finally:
             self._server.request_stop()
@@ -175,11 +181,14 @@ class Chaos:
             raise RuntimeError(f"the server is not ready after {RECOVERY_SECONDS:g} s: {self._server.log_tail}")
         self._prefixes.add(self._server.shm_prefix)
 
-    def _generate_all(self) -> dict[str, tuple[bytes, ...]]:
-        """Generates every good request's image sequentially over both protocols, which must agree."""
+    def _generate_all(self, concurrent: int = 1) -> dict[str, tuple[bytes, ...]]:
+        """Generates every good request's image over both protocols, which must agree, so many at the same time."""
+        protocols = ("grpc", "http")
+        with ThreadPoolExecutor(concurrent) as pool:
+            sent = [[pool.submit(self._address.send, protocol, values) for protocol in protocols] for values in GOOD]
         images = {}
-        for values in GOOD:
-            outcomes = [self._address.send(protocol, values) for protocol in ("grpc", "http")]
+        for values, futures in zip(GOOD, sent, strict=True):
+            outcomes = [future.result() for future in futures]
             if outcomes[0] != outcomes[1] or outcomes[0].kind != "image":
                 self._fault(
                     f"undisturbed, {dict(values)}: {outcomes[0].kind} and {outcomes[1].kind} {outcomes[1].message}"

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 ENSEMBLE: Final = "glm_image"
 CONTROL_SECONDS: Final = 5.0
 
+MAX_ID_BYTES: Final = 256
+"""Of a request's id."""
+
 AR_REQUEST_FIELDS: Final = ("request_id", "arrived_ns", "finished_ns")
 """Entries of ``ar_metadata`` about the request that made the tokens; they do not hold for a later ``paint``."""
 
@@ -113,6 +116,7 @@ def defaults(timeout: float | None) -> Call[dict[str, Any]]:
 def control(action: str, request_id: str, timeout: float | None) -> Call[dict[str, Any]]:
     """Returns a call of ``glm_control``: that of ``GlmImageClient.cancel`` or ``status``, which ``action`` names."""
     microseconds(timeout)
+    _check_id(request_id)
     tensors = [
         Tensor(name, "BYTES", object_array([_text(name, value)]))
         for name, value in (("request_id", request_id), ("action", action))
@@ -143,10 +147,17 @@ def _call(
     return Call(model, [*request_tensors({"prompt": prompt, **given}, images), *tensors], request_id, read, timeout)
 
 
+def _check_id(request_id: object) -> None:
+    """Refuses an id that the server refuses: a transport may not be able to send it."""
+    size = len(_text("request_id", request_id))
+    if size > MAX_ID_BYTES:
+        raise BadArgumentError(f"request_id is {size} bytes long; allowed: at most {MAX_ID_BYTES} bytes of UTF-8")
+
+
 def _request_id(given: object) -> str:
     if given is None:
         return uuid.uuid4().hex
-    _text("request_id", given)
+    _check_id(given)
     if not given:
         raise BadArgumentError("request_id is ''; allowed: a text that is not empty")
     return cast("str", given)

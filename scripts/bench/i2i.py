@@ -30,7 +30,7 @@ from vae import load_autoencoder
 from glm_image.ar.vision import Vision, patches_of
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
-from glm_image.dit.commands import Drop, ForgetSources, Prepare, ReadSources, Step
+from glm_image.dit.commands import Drop, ForgetSources, Prepare, ReserveSources, Step, source_commands
 from glm_image.dit.engine import DitEngine
 from glm_image.dit.settings import DitSettings
 from glm_image.dit.vae import Vae
@@ -75,6 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report("memory", peak_gb=device.peak_memory() / 1e9)
     engine.close()
     return 0
+
+
+def read_sources(engine: DitEngine, sources: Sequence[SourcePicture]) -> None:
+    """Reads source images as those of ``REQUEST``."""
+    engine.executor.run(ForgetSources(REQUEST))
+    engine.executor.run(ReserveSources(REQUEST, tuple(source.grid for source in sources)))
+    for command in source_commands(REQUEST, sources):
+        engine.executor.run(command)
 
 
 def source_of(codebook_size: int, grid: Grid, seed: int) -> SourcePicture:
@@ -166,7 +174,7 @@ class Run:
             vae_encode: seconds of the VAE's encoder by itself.
         """
         run, source = engine.executor.run, source_of(engine.codebook_size, self.grid, 0)
-        whole = self.seconds(lambda: run(ReadSources(REQUEST, (source,))))
+        whole = self.seconds(lambda: read_sources(engine, (source,)))
         run(ForgetSources(REQUEST))
         layers, itemsize = self.transformer["num_layers"], self.device.default_dtype.itemsize
         report(
@@ -197,7 +205,7 @@ class Run:
         layers = self.transformer["num_layers"]
         for count in (1, 2):
             sources = tuple(source_of(engine.codebook_size, self.grid, seed) for seed in range(count))
-            engine.executor.run(ReadSources(REQUEST, sources))
+            read_sources(engine, sources)
             attention, concatenation = self.attention_seconds(count)
             flop = layers * 4 * self.tokens**2 * count * self.width
             added = {"attention_ms": layers * (attention - alone), "concatenation_ms": layers * concatenation}

@@ -195,6 +195,10 @@ def generate_cases() -> dict[str, Case]:
         "parameters in parameters": ({"prompt": "a", "parameters": {"a": {"b": 1}}}, "parameter 'a'"),
         "format": ({"prompt": "a", "output_format": "gif"}, "output_format is gif; allowed: raw, png, jpeg, webp"),
         "height": ({"prompt": "a", "height": 0}, "height is 0; allowed: 32 to 2048"),
+        "hours of work": (
+            {"prompt": "a", "height": 2048, "width": 2048, "num_images": 8, "num_inference_steps": 200},
+            "num_images x height x width x num_inference_steps is 8 x 2048 x 2048 x 200, 6711 .*; allowed: at most",
+        ),
         "timeout of words": ({"prompt": "a", "timeout": "soon"}, 'timeout is "soon"; allowed: a whole number'),
         "true for the timeout": ({"prompt": "a", "timeout": True}, "timeout is true; allowed: a whole number"),
         "fraction for the timeout": ({"prompt": "a", "timeout": 1.5}, "timeout is 1.5; allowed: a whole number"),
@@ -227,6 +231,63 @@ def http_cases() -> dict[str, Case]:
     }
 
 
+STREAM, CONTROL = "/v2/models/glm_image_stream/generate_stream", "/v2/models/glm_control/generate"
+LONG_ID = "x" * 1_000_000
+
+
+def header_cases() -> dict[str, Case]:
+    """Ids and parameters, over every way into the models."""
+    small, body, asked = with_small(), {"prompt": "a fox", "height": 32, "width": 32}, {"action": "status"}
+    long_id = "request.id is 1000000 bytes long; allowed: at most 256 bytes of UTF-8"
+    no_text = r"request.id is .*xff; allowed: UTF-8"
+    control = [tensor("request_id", "BYTES", b"a"), tensor("action", "BYTES", b"status")]
+    cases = {
+        "long id grpc": Case(grpc_send(small, id=LONG_ID), long_id, INVALID),
+        "long id grpc glm_ar": Case(grpc_send(small, "glm_ar", id=LONG_ID), long_id, INVALID),
+        "glm_dit long id grpc": Case(grpc_send(PAINTED, "glm_dit", id=LONG_ID), long_id, INVALID),
+        "long id grpc glm_control": Case(grpc_send(control, "glm_control", id=LONG_ID), long_id, INVALID),
+        "long id to control": Case(
+            grpc_send([tensor("request_id", "BYTES", LONG_ID.encode()), control[1]], "glm_control"), long_id, INVALID
+        ),
+        "parameters of no text json": Case(
+            http_send(json_body(parameters={"a": "@"}).replace(b"@", b"\xff")), "request parameters is", BAD_REQUEST
+        ),
+    }
+    for shown, pattern in (
+        (LONG_ID.encode(), long_id),
+        (b"\xff", no_text),
+        (b"\xed\xa0\x80", r"request.id is .*UTF-8"),
+    ):
+        bodies = {
+            INFER: json_body(id="@"),
+            GENERATE: json.dumps({"id": "@", **body}).encode(),
+            STREAM: json.dumps({"id": "@", **body}).encode(),
+            CONTROL: json.dumps({"request_id": "@", **asked}).encode(),
+        }
+        for path, text in bodies.items():
+            send = http_send(text.replace(b'"@"', b'"' + shown + b'"'), path)
+            cases[f"id {shown[:4]!r} {path.split('/')[-2:]}"] = Case(send, pattern, BAD_REQUEST)
+    made_up = {
+        "arrival to come": (
+            {"arrived_ns": 2**63 - 1},
+            "stream_options's arrived_ns is 9223372036854775807; allowed: nu",
+        ),
+        "steps of words": (
+            {"latent_preview_every": "all"},
+            "stream_options's latent_preview_every is .all.; allowed: a",
+        ),
+        "entry of no meaning": (
+            {"follow": True},
+            "stream_options's follow is true; allowed: no entries but arrived_ns",
+        ),
+    }
+    for model, tensors in (("glm_image", small), ("glm_ar", small), ("glm_dit", PAINTED)):
+        for name, (options, pattern) in made_up.items():
+            sent = grpc_send(tensors, model, parameters={"stream_options": {"string_param": json.dumps(options)}})
+            cases[f"{model} stream_options: {name}"] = Case(sent, pattern, INVALID)
+    return cases
+
+
 PAINTED = (
     tensor("prompt", "BYTES", b"a fox"),
     Tensor("prior_token_ids", "INT32", [1, 1], numbers("INT32", 0)),
@@ -244,7 +305,8 @@ def stage_cases() -> dict[str, Case]:
         "list": (b"[]", "ar_metadata is .*; allowed: a JSON object"),
         "number": (b"5", "ar_metadata is 5; allowed: a JSON object"),
         "not UTF-8": (b"\xff", r"ar_metadata is \\xff; allowed: UTF-8"),
-        "nested": (b'{"a":' * DEPTH, "ar_metadata is .*; allowed: a JSON object"),
+        "nested": (b'{"a":' * 10_000, "ar_metadata is .*; allowed: a JSON object"),
+        "long": (b'{"a":' * DEPTH, "ar_metadata is 500000 characters long; allowed: at most 65536"),
         "seconds of words": (b'{"seconds": {"prefill": "abc"}}', "ar_metadata's seconds is .*; allowed: an object"),
         "seconds that are no number": (b'{"seconds": {"prefill": NaN}}', "ar_metadata's seconds"),
         "endless seconds": (b'{"seconds": {"prefill": 1e999}}', "ar_metadata's seconds"),
@@ -255,6 +317,10 @@ def stage_cases() -> dict[str, Case]:
         "tokens of words": (b'{"tokens": {"image": "many"}}', "ar_metadata's tokens"),
         "tokens in fractions": (b'{"tokens": {"image": 1.5}}', "ar_metadata's tokens"),
         "end of words": (b'{"finished_ns": "now"}', "ar_metadata's finished_ns"),
+        "end to come": (b'{"finished_ns": %d}' % (2**63 - 1), "ar_metadata's finished_ns is .*; allowed: a time"),
+        "arrival to come": (b'{"arrived_ns": %d}' % (2**63 - 1), "ar_metadata's arrived_ns is .*; allowed: a time"),
+        "long id": (b'{"request_id": "%s"}' % (b"x" * 257), "ar_metadata's request_id is 257 bytes long; allowed: at"),
+        "id of half a pair": (rb'{"request_id": "\ud800"}', r"ar_metadata's request_id is .*ud800; allowed: UTF-8"),
         "end beyond 64 bits": (b'{"finished_ns": 1' + b"0" * 300 + b"}", "ar_metadata's finished_ns"),
         "number without end": (b'{"finished_ns": ' + b"9" * 10_000 + b"}", "ar_metadata is .*; allowed"),
     }

@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bad_input.shapes import DEPTH, binary_cases, generate_cases, grpc_cases, http_cases, json_cases, stage_cases
+from bad_input.shapes import (
+    DEPTH,
+    binary_cases,
+    generate_cases,
+    grpc_cases,
+    header_cases,
+    http_cases,
+    json_cases,
+    stage_cases,
+)
 from bad_input.values import value_cases
 from bad_input.wire import Case
 from bench.soak import processes, resident_bytes
@@ -28,6 +37,7 @@ CASES: dict[str, Case] = {
     **json_cases(),
     **generate_cases(),
     **http_cases(),
+    **header_cases(),
     **stage_cases(),
 }
 SHALLOW = [case for name, case in CASES.items() if "nested" not in name]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import open_device
-from glm_image.dit.commands import Prepare, ReadSources, Step
+from glm_image.dit.commands import Prepare, ReserveSources, Step, source_commands
 from glm_image.dit.settings import DitSettings
 from glm_image.kernels.branch_sums import GatheredSum, PeerSum
 from glm_image.parallel.layout import ParallelLayout
@@ -57,7 +57,8 @@ def denoised(load: Load, devices: tuple[str, ...], parallel: str = "auto") -> ND
     first.set_current()
     running = start_ranks(load, arguments, first, layout, WorkerConfig(devices[1:]))
     try:
-        running.run(ReadSources(0, (SourcePicture(pixels, source_ids, GRID),)))
+        for command in (ReserveSources(0, (GRID,)), *source_commands(0, [SourcePicture(pixels, source_ids, GRID)])):
+            running.run(command)
         running.run(Prepare(0, ("FOX",), (), ids, GRID, 1, 1.5, seed=1, sources_of=0))
         running.run(Step(0))
         latents: NDArray[np.float32] = running.run(TakeLatents(0))

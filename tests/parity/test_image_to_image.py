@@ -167,9 +167,9 @@ def test_image_i_equals_the_single_image_of_seed_plus_i(ours: LocalPipeline, cou
 
 
 def test_sources_are_encoded_and_read_once_for_all_images(ours: LocalPipeline) -> None:
-    encodings, readings = [], []
+    encodings, readings = [], list[int]()
     ar, dit = ours.ar.executor, ours.dit.executor
-    vision, read = ar._vision, dit._read_sources
+    vision, read = ar._vision, dit._read_source
 
     class Counting:
         def encode(self, *given: Any) -> Any:
@@ -178,9 +178,10 @@ def test_sources_are_encoded_and_read_once_for_all_images(ours: LocalPipeline) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ar, "_vision", Counting())
-        patch.setattr(dit, "_read_sources", lambda sources: (readings.append(sources), read(sources))[1])
+        patch.setattr(dit, "_read_source", lambda sources, index: (readings.append(index), read(sources, index))[1])
         ours.generate(parameters(CASES["three sources"], num_images=3))
-    assert len(encodings) == len(readings) == 1
+    assert len(encodings) == 1
+    assert readings == [0, 1, 2]
     assert not dit._sources
 
 

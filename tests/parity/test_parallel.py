@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,27 +119,35 @@ def test_images_equal_those_of_one_device(
 
 
 @contextmanager
-def _decoder(checkpoint: Path, ranks: int, workers: WorkerConfig | None = None) -> Iterator[ArEngine]:
-    workers = workers or WorkerConfig(("cpu",) * (ranks - 1))
-    engine = ArEngine(Checkpoint.open(checkpoint), open_device("cpu"), ArSettings(), workers=workers)
+def _decoder(checkpoint: Path, workers: WorkerConfig) -> Iterator[ArEngine]:
+    settings = ArSettings(max_sequence_tokens=2048)  # that of ``pipeline``
+    engine = ArEngine(Checkpoint.open(checkpoint), open_device("cpu"), settings, workers=workers)
     try:
         yield engine
     finally:
         engine.close()
 
 
-def _decode(engine: ArEngine, context: RequestContext | None = None, side: int = 256) -> Future[ArResult]:
-    parameters = GenerationParameters(prompt="a red fox 'NEWS'", height=side, width=side, seed=5)
+DECODED = GenerationParameters(prompt="a red fox 'NEWS'", height=256, width=256, seed=5)
+LONG = replace(DECODED, height=1024, width=1024)
+
+
+def _decode(
+    engine: ArEngine, context: RequestContext | None = None, parameters: GenerationParameters = DECODED
+) -> Future[ArResult]:
     return engine.submit(context or RequestContext(), parameters.resolve(Limits(), engine.sampling))
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_tokens_equal_those_of_one_device(checkpoint_folder: Path, ranks: int) -> None:
-    tokens = []
-    for count in (1, ranks):
-        with _decoder(checkpoint_folder, count) as engine:
-            tokens.append(_decode(engine).result(WAIT_SECONDS).prior_token_ids)
-    np.testing.assert_array_equal(*tokens)
+@pytest.fixture(scope="module")
+def tokens(pipeline: LocalPipeline) -> NDArray[np.int32]:
+    """Of one device."""
+    return pipeline.prior(pipeline.resolve(DECODED)).prior_token_ids
+
+
+@pytest.mark.full
+def test_tokens_of_four_devices_equal_those_of_one(checkpoint_folder: Path, tokens: NDArray[np.int32]) -> None:
+    with _decoder(checkpoint_folder, WorkerConfig(("cpu",) * 3)) as engine:
+        np.testing.assert_array_equal(_decode(engine).result(WAIT_SECONDS).prior_token_ids, tokens)
 
 
 class _Loss:
@@ -172,7 +181,9 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.full)])
-def test_lost_rank_ends_the_requests_with_an_error(checkpoint_folder: Path, kind: signal.Signals) -> None:
+def test_tokens_equal_those_of_one_device_and_a_lost_rank_ends_the_requests_with_an_error(
+    checkpoint_folder: Path, tokens: NDArray[np.int32], kind: signal.Signals
+) -> None:
     loss, decoding = _Loss(), threading.Event()
 
     def progress(_: Progress) -> None:
@@ -180,9 +191,10 @@ def test_lost_rank_ends_the_requests_with_an_error(checkpoint_folder: Path, kind
 
     # A killed rank is noticed immediately; a short limit could only misjudge a slow machine.
     hang_seconds = WAIT_SECONDS if kind == signal.SIGKILL else HANG_SECONDS
-    with _decoder(checkpoint_folder, 2, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
+    with _decoder(checkpoint_folder, WorkerConfig(("cpu",), hang_seconds=hang_seconds, on_loss=loss)) as engine:
+        np.testing.assert_array_equal(_decode(engine).result(WAIT_SECONDS).prior_token_ids, tokens)
         (worker,) = worker_pids(os.getpid())
-        running = _decode(engine, RequestContext(observers=(ProgressCallback(progress),)), side=1024)
+        running = _decode(engine, RequestContext(observers=(ProgressCallback(progress),)), LONG)
         assert decoding.wait(WAIT_SECONDS)
         os.kill(worker, kind)
         with pytest.raises(

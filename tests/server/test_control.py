@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 
+from glm_image.dit.settings import DitSettings
 from glm_image.supervisor import TritonServer
 from glm_image_client import AsyncGlmImageClient, GlmImageClient, RequestCancelled, RequestTimeout
 from helpers import WAIT_SECONDS, wait_until
@@ -125,6 +126,21 @@ def test_a_request_is_cancelled_while_it_is_denoised_and_while_it_waits_for_the_
     assert_cancelled(denoised, "denoised")
     assert_cancelled(waiting, "used twice")
     same_images(again.result(WAIT_SECONDS), alone)
+
+
+def test_a_small_request_does_not_wait_for_all_images_of_a_large_one(triton: TritonServer, requests: Requests) -> None:
+    """Images of different requests take turns; the small one gets the same bytes as alone."""
+    tokens = grpc_infer(triton, SMALL, "glm_ar")
+    small = {"prompt": SMALL["prompt"], "num_inference_steps": 2, "resolved_seed": [9]}
+    small |= {name: tokens[name] for name in ("prior_token_ids", "prior_grid")}
+    alone = requests.send(small, "alone", "glm_dit").result(WAIT_SECONDS)
+    large = requests.send({**LONG_DENOISING, "height": 128, "width": 128, "num_images": SLOTS}, "large")
+    requests.wait_for("large", "denoise")
+    same_images(requests.send(small, "small", "glm_dit").result(WAIT_SECONDS), alone)
+    (running,) = requests.cancel("large")["requests"]
+    assert (running["state"], running["stage"]) == ("running", "denoise")
+    assert running["done"] < running["total"] / 2
+    assert_cancelled(large, "large")
 
 
 def test_all_requests_of_an_id_are_cancelled_and_no_other(requests: Requests) -> None:
@@ -236,8 +252,9 @@ def test_a_direct_call_is_cancelled_while_it_waits_in_tritons_queue(triton: Trit
     large = grpc_infer(triton, LONG_DENOISING, "glm_ar")
     slow = {**quick, "num_inference_steps": 200, **{name: large[name] for name in tokens}}
     answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
-    denoised = requests.send(slow, "holds the DiT", "glm_dit")
-    requests.wait_for("holds the DiT", "denoise")
+    most = DitSettings().max_num_requests
+    denoised = [requests.send(slow, "holds the DiT", "glm_dit") for _ in range(most)]
+    wait_until(lambda: len(requests.status("holds the DiT")["requests"]) == most)
     with tritonclient.grpc.InferenceServerClient(triton.grpc_url) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer("glm_dit", infer_inputs(tritonclient.grpc, quick), request_id="in the queue")
@@ -245,9 +262,10 @@ def test_a_direct_call_is_cancelled_while_it_waits_in_tritons_queue(triton: Trit
         requests.wait_until("behind", lambda request: True)
         assert requests.status("in the queue")["state"] == "unknown"  # the DiT does not know it yet
         assert requests.cancel("in the queue")["state"] == "unknown"
-        assert not denoised.done()
+        assert not any(answer.done() for answer in denoised)
         requests.cancel("holds the DiT")
-        assert_cancelled(denoised, "holds the DiT")
+        for answer in denoised:
+            assert_cancelled(answer, "holds the DiT")
         (behind,), (error,) = (
             [value for value in values if value is not None]
             for values in zip(*(answers.get(timeout=WAIT_SECONDS) for _ in range(2)), strict=True)

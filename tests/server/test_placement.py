@@ -17,7 +17,8 @@ import pytest
 from glm_image.supervisor import ServerSettings, ServerStartError, TritonServer
 from glm_image_client import GlmImageClient
 from helpers import wait_until
-from server.kserve import Burst, Outputs, Values, at_once, grpc_infer, metadata
+from pictures import encoded, picture
+from server.kserve import Burst, KServeError, Outputs, Values, at_once, grpc_infer, metadata
 from server.test_profiles import images_by_instance
 
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
@@ -59,6 +60,7 @@ def two_instances(
     edit(repository, "glm_dit", "count: 1", "count: 2")
     edit(repository, "glm_dit", "max_queue_size: 64", "max_queue_size: 4")
     set_parameter(repository, "glm_dit", "devices", "cpu:4;cpu:7")
+    set_parameter(repository, "glm_ar", "max_queue_bytes", "2000000")
     for model in ("glm_ar", "glm_dit"):
         set_parameter(repository, model, "checkpoint", str(tiny_checkpoint))
     unusable = folder / "unusable"
@@ -123,6 +125,28 @@ def test_cancel_reaches_all_instances_and_a_full_queue_refuses(
     refused = [answer.exception() for answer in answers if "UNAVAILABLE" in str(answer.exception())]
     assert refused
     assert all("maximum queue size" in str(error) for error in refused)
+
+
+def test_requests_beyond_the_bytes_of_the_queue_are_refused(two_instances: TritonServer) -> None:
+    """A source image costs its file and 0.8 MB of patches."""
+    file, large = (encoded(picture(side, side)) for side in (128, 1000))
+    values: Values = {**REQUEST, "height": 2048, "width": 2048, "num_inference_steps": 1, "image": [file]}
+    with ThreadPoolExecutor(2) as pool, GlmImageClient(two_instances.grpc_url) as client:
+        held = [pool.submit(grpc_infer, two_instances, values, request_id="held") for _ in range(2)]
+        while [request["stage"] for request in client.status("held")["requests"]].count("decode") < 2:
+            pass
+        with pytest.raises(
+            KServeError,
+            match=r"glm_ar holds 2 MB of requests, and this one of 1 MB would exceed the 2 MB of max_qu",
+        ) as full:
+            grpc_infer(two_instances, values)
+        assert full.value.status == "UNAVAILABLE"
+        client.cancel("held")
+        assert all(isinstance(answer.exception(), KServeError) for answer in held)
+    with pytest.raises(KServeError, match=r"image is \d+ bytes in all; allowed: at most 2000000 \(max_queue_bytes\)"):
+        grpc_infer(two_instances, {**values, "image": [large]})
+    small = {**values, "height": 32, "width": 32}
+    assert grpc_infer(two_instances, small)["images"].shape == (1, 32, 32, 3)
 
 
 # Model, parameter, value, the model's error.

@@ -116,6 +116,25 @@ def test_forwarded_images_are_denoised_or_lost(clock: Clock, dit_load: DitLoad) 
     assert dit_load.images() == 1
 
 
+def test_bytes_of_forwarded_requests_count_until_they_are_received_or_lost(clock: Clock, dit_load: DitLoad) -> None:
+    dit_load.update(dit_report((9, 1)))
+    dit_load.forwarded(1, 1, size=70)
+    dit_load.forwarded(2, 1, size=30)
+    clock.now += 50
+    assert dit_load.bytes() == 100
+    dit_load.update(dit_report((1, 1)))
+    assert dit_load.bytes() == 30
+    dit_load.update(dit_report())
+    clock.now += HANDOVER_SECONDS
+    assert dit_load.bytes() == 0
+    alone = DitLoad(clock)
+    for number in range(3):
+        alone.forwarded(number, 1, size=10)
+        clock.now += HANDOVER_SECONDS
+    assert alone.bytes() == 0
+    assert not alone._forwarded, "nothing is kept where there is no DiT"
+
+
 def test_forwarded_images_are_lost_while_the_dit_is_idle(clock: Clock, dit_load: DitLoad) -> None:
     changes = []
     dit_load.when_changed(lambda: changes.append(dit_load.images()))

@@ -154,7 +154,8 @@ class TestCompose:
         assert service["memswap_limit"] == service["mem_limit"]
         assert service["ulimits"]["nofile"] >= 65536
         assert service["pids_limit"] >= 1024
-        assert service["logging"]["options"] == {"max-size": "50m", "max-file": "10"}
+        limits = {"max-size": "50m", "max-file": "10"}
+        assert service["logging"]["options"] == {**limits, "mode": "non-blocking", "max-buffer-size": "4m"}
         drain = parse_arguments(["--checkpoint", "x"]).drain_seconds
         assert seconds(service["stop_grace_period"]) > drain + STOP_GRACE_SECONDS
 

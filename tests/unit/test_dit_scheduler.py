@@ -71,13 +71,16 @@ def test_images_are_denoised_one_after_the_other() -> None:
     assert kinds(executor) == (["Prepare"] + ["Step"] * STEPS) * 2
     prepared = [command for command in executor.commands if isinstance(command, Prepare)]
     assert [(p.seed, p.prior_token_ids.tolist()) for p in prepared] == [(7, [0, 1]), (8, [2, 3])]
-    assert {(p.prompt, p.negative_prompt, p.num_inference_steps, p.guidance_scale) for p in prepared} == {
-        ("a 'b'", "'c'", STEPS, 2.5)
+    assert {(p.rendered_text, p.negative_text, p.num_inference_steps, p.guidance_scale) for p in prepared} == {
+        (("b",), ("c",), STEPS, 2.5)
     }
-    assert [(p.stage, p.done, p.total) for p in seen] == [("denoise", done, 6) for done in range(1, 7)]
+    assert [(p.stage, p.done, p.total) for p in seen] == [
+        ("condition", 0, 1),
+        *(("denoise", done, 6) for done in range(1, 7)),
+    ]
     assert scheduler.decode(context, images)[:, 0, 0, 0].tolist() == [7, 8]
     assert executor.images == {}
-    assert context.seconds.keys() == {"condition", "denoise", "vae"}
+    assert context.seconds.keys() == {"dit_queue", "condition", "denoise", "vae"}
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 4])

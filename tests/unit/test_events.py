@@ -2,15 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from glm_image.ipc.protocol import Event
-from glm_image.lifecycle.context import LATEST_DEADLINE_NS
 from glm_image.lifecycle.events import KINDS, EventBuilder
-from glm_image.lifecycle.stream_options import StreamOptions
 from glm_image.request.geometry import Grid, output_grids, preview_of
 from glm_image_client import GenerationResult, Metadata, StreamEvent
 from glm_image_client.cli.progress import watch
@@ -102,37 +99,6 @@ def test_the_command_prints_why_a_preview_is_not_made(tmp_path: Path, capsys: py
     last = StreamEvent("image", "me", "done", 1, 1, 1.0, result=result)
     assert watch([skipped_event(), last], has_bar=False, preview_dir=tmp_path).result is result
     assert capsys.readouterr().err == "no preview (busy): glm_dit is too busy\n"
-
-
-OPTIONS = StreamOptions(arrived_ns=5, previews=True, latent_preview_every=3)
-
-
-def test_stream_options_travel_as_a_request_parameter() -> None:
-    parameters = json.dumps({**OPTIONS.parameters(), "other": 1})
-    assert StreamOptions.read(parameters) == OPTIONS
-    assert StreamOptions.read('{"timeout": 5}') == StreamOptions()
-
-
-INVALID: list[Any] = [
-    "",
-    "[]",
-    "{}",
-    '{"stream_options": 5}',
-    '{"stream_options": "5"}',
-    '{"stream_options": "{"}',
-    '{"stream_options": "[1]"}',
-]
-
-
-@pytest.mark.parametrize("parameters", INVALID)
-def test_invalid_stream_options_are_ignored(parameters: str) -> None:
-    assert StreamOptions.read(parameters) == StreamOptions()
-
-
-@pytest.mark.parametrize("value", [-1, True, 1.5, "1", LATEST_DEADLINE_NS + 1])
-def test_invalid_numbers_in_stream_options_are_ignored(value: object) -> None:
-    given = {"arrived_ns": value, "previews": 1, "latent_preview_every": value}
-    assert StreamOptions.read(json.dumps({"stream_options": json.dumps(given)})) == StreamOptions()
 
 
 @pytest.mark.parametrize(

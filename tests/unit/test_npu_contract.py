@@ -33,6 +33,7 @@ OPERATOR = re.compile(r"^ *(?:- )?func: (?P<schema>(?P<name>\w+)(?:\.\w+)?\(.*\)
 DOWNLOAD_SECONDS = 240
 # Of the two device classes in a file, the one of the other runtime.
 OTHER_CLASS = {"torch.npu": "CudaDevice", "torch.cuda": "NpuDevice"}
+OTHER_FILES = {"torch.npu": set(), "torch.cuda": {PACKAGE / "ar" / "fused" / "npu.py"}}
 
 
 def pinned(project: str) -> str:
@@ -182,7 +183,7 @@ class Uses:
 def uses_of_package(runtime: str, surface: Surface) -> list[Use]:
     return [
         use
-        for file in sorted(PACKAGE.rglob("*.py"))
+        for file in sorted(set(PACKAGE.rglob("*.py")) - OTHER_FILES[runtime])
         for use in Uses(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8"), runtime, surface).uses()
     ]
 
@@ -208,8 +209,11 @@ SEEN = {
     "torch.npu": {
         "torch.npu.NPUGraph", "torch.npu.graph", "torch.npu.mem_get_info", "torch.npu.max_memory_allocated",
         "torch.npu.set_device", "torch.npu.is_available", "torch.npu.device_count",
-        "torch_npu.npu.NPUGraph.replay", "torch_npu.npu.NPUGraph.update", "torch_npu.npu.Event.synchronize",
+        "torch_npu.npu.NPUGraph.replay", "torch_npu.npu.Event.synchronize",
         "torch_npu.npu.Stream.wait_stream", "torch.ops.npu.npu_weight_quant_batchmatmul",
+        "torch.ops.npu.npu_rms_norm", "torch.ops.npu.npu_add_rms_norm", "torch.ops.npu.npu_rotary_mul",
+        "torch.ops.npu.npu_swiglu", "torch.ops.npu.npu_gelu", "torch.ops.npu.scatter_update_",
+        "torch.ops.npu.npu_fused_infer_attention_score",
     },
     "torch.cuda": {
         "torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.CUDAGraph.replay", "torch.cuda.Event.record",

@@ -73,6 +73,14 @@ def test_profile_fits_the_devices_of_its_machine(name: str, model: str) -> None:
     check_memory_shares(entries, float(declared.parameters.get("memory_utilization", "0.9")), machine)
 
 
+def test_every_profile_limits_the_time_of_a_request() -> None:
+    hours = {name: {layout.max_timeout_ms / 3_600_000 for layout in (p.ar, p.dit)} for name, p in PROFILES.items()}
+    assert hours == {name: {24.0 if name == "cpu" else 1.0} for name in NAMES}
+    for name in NAMES:
+        values = {key: value.string_value for key, value in parsed("glm_dit", name).parameters.items()}
+        assert read(PARAMETERS["glm_dit"], values).timeouts.of(0) > 0
+
+
 def test_layouts_match_the_profile_names() -> None:
     processes = {name: sum(map(len, (*PROFILES[name].ar.entries, *PROFILES[name].dit.entries))) for name in NAMES}
     assert processes == {

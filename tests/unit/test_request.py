@@ -36,6 +36,29 @@ def resolve(**asked: Any) -> ResolvedRequest:
     return GenerationParameters(**({"prompt": "a fox"} | asked)).resolve(LIMITS, DEFAULTS)
 
 
+@pytest.mark.parametrize(
+    ("images", "height", "width", "steps", "work"),
+    [(8, 2048, 2048, 200, 6711), (3, 2017, 2048, 159, 2001), (2, 2048, 2048, 200, 1678), (8, 1024, 1024, 200, 1678)],
+)
+def test_work_of_a_request_is_limited_in_both_stages(
+    images: int, height: int, width: int, steps: int, work: int
+) -> None:
+    """Images of 2017 pixels are generated with 2048."""
+    parameters = GenerationParameters("a fox", height=height, width=width, num_images=images, num_inference_steps=steps)
+    grid = geometry.target_grid(geometry.generated_size(Size(height, width)))
+    tokens = np.zeros((images, grid.tokens), np.int32)
+    paint = PaintRequest("x", tokens, grid, Size(height, width), tuple(range(images)), num_inference_steps=steps)
+    for check in (lambda limits: parameters.resolve(limits, DEFAULTS), lambda limits: paint.check(limits, 5)):
+        check(Limits(work=work))
+        with pytest.raises(
+            InvalidInputError,
+            match=rf"^num_images x height x width x num_inference_steps is {images} x \d+ x {width} x {steps}, {work} "
+            rf"megapixel steps; allowed: at most {work - 1} \(limit_work\)$",
+        ):
+            check(Limits(work=work - 1))
+    assert 8 * 2.048**2 * 50 < LIMITS.work < 8 * 2.048**2 * 200 / 3
+
+
 IN = [
     ("prompt", "x"),
     ("prompt", " 狐狸 "),

@@ -252,7 +252,7 @@ def test_both_stages_scale_a_source_to_the_same_grid() -> None:
     assert tuple(source.grid for source in ar_sources) == grids
     assert [source.pixels.shape for source in ar_sources] == [(16 * g.height, 16 * g.width, 3) for g in grids]
     ids = np.arange(sum(grid.tokens for grid in grids), dtype=np.int32)
-    dit_sources = source_images.for_dit(files, ids, grids, limits, RULE)
+    dit_sources = tuple(source_images.for_dit(files, ids, grids, limits, RULE))
     assert [source.pixels.shape for source in dit_sources] == [(32 * g.height, 32 * g.width, 3) for g in grids]
     assert np.array_equal(np.concatenate([source.token_ids for source in dit_sources]), ids)
 

@@ -117,6 +117,7 @@ class DitExecutor:
     def __init__(self) -> None:
         self.commands: list[str] = []
         self.held: set[int] = set()
+        self.is_full = False
         self.before: Callable[[Any], None] = lambda _: None
 
     def run(self, command: Any) -> Any:
@@ -124,13 +125,15 @@ class DitExecutor:
         if isinstance(command, dit.ForgetSources):
             self.held.discard(command.request)
             return None
-        if isinstance(command, dit.ReadSources):
+        if isinstance(command, dit.ReserveSources):
+            if self.is_full and self.held:
+                return False
             self.held.add(command.request)
         self.before(command)
         if isinstance(command, dit.Prepare):
             assert command.sources_of is None or command.sources_of in self.held
             return np.linspace(1, 0, command.num_inference_steps + 1, dtype=np.float32)
-        return False if isinstance(command, dit.Step) else None
+        return isinstance(command, dit.ReserveSources) if not isinstance(command, dit.ReadSource) else None
 
 
 SOURCE = SourcePicture(np.zeros((32, 32, 3), np.uint8), np.zeros(1, np.int32), Grid(1, 1))
@@ -145,7 +148,13 @@ def request(*seeds: int) -> PaintRequest:
 def test_sources_are_read_once_and_forgotten_when_all_pictures_are_denoised() -> None:
     executor = DitExecutor()
     DitScheduler(executor.run).denoise(RequestContext(), request(1, 2), (SOURCE,))
-    assert executor.commands == ["ReadSources", *["Prepare", "Step", "Step"] * 2, "ForgetSources"]
+    assert executor.commands == [
+        "ReserveSources",
+        "EncodeSource",
+        "ReadSource",
+        *["Prepare", "Step", "Step"] * 2,
+        "ForgetSources",
+    ]
     assert not executor.held
 
 
@@ -155,7 +164,7 @@ def test_without_sources_nothing_is_read() -> None:
     assert executor.commands == ["Prepare", "Step", "Step"]
 
 
-@pytest.mark.parametrize("kind", [dit.ReadSources, dit.Prepare, dit.Step])
+@pytest.mark.parametrize("kind", [dit.EncodeSource, dit.ReadSource, dit.Prepare, dit.Step])
 def test_sources_are_forgotten_after_a_fault(kind: type) -> None:
     executor = DitExecutor()
     scheduler = DitScheduler(executor.run)
@@ -185,4 +194,4 @@ def test_a_cancelled_request_reads_no_sources() -> None:
     context.cancel()
     with pytest.raises(CancelledError):
         DitScheduler(executor.run).denoise(context, request(1), (SOURCE,))
-    assert "ReadSources" not in executor.commands
+    assert "ReserveSources" not in executor.commands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -106,7 +107,9 @@ class ArEngine:
         prompt_ids, placed = self._prompt(request)
         self._check_length(request, prompt_ids, placed)
         sources = Sources(patches_of(self._image_processor, request.sources), placed) if placed else None
-        return self._scheduler.submit(Request(context, tuple(prompt_ids), request, sources=sources))
+        # The files and the pixels are not needed any more, and are large.
+        lean = replace(request, parameters=replace(request.parameters, images=None), sources=())
+        return self._scheduler.submit(Request(context, tuple(prompt_ids), lean, sources=sources))
 
     def _prompt(self, request: ResolvedRequest) -> tuple[list[int], tuple[PlacedGrid, ...]]:
         prompt = request.parameters.prompt

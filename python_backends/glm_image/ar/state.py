@@ -20,6 +20,7 @@ class DecodeState:
         tokens: int64 [slots], the last sampled token.
         lengths: int64 [slots], filled positions of the cache, which is where the last token goes next.
         sampled: int64 [slots], number of tokens sampled so far.
+        counters: int64 [2, slots]: ``lengths`` and ``sampled``, which advance together.
         active: int64 [slots], 1 for an active slot, 0 for an idle one.
         output: int64 [slots, positions], the sampled tokens.
         cos: [slots, positions, rotary_dim], by position in the cache.
@@ -31,6 +32,7 @@ class DecodeState:
     tokens: Tensor
     lengths: Tensor
     sampled: Tensor
+    counters: Tensor
     active: Tensor
     output: Tensor
     cos: Tensor
@@ -44,12 +46,14 @@ class DecodeState:
     def idle(
         cls, config: ArConfig, slots: int, positions: int, device: torch.device, dtype: torch.dtype
     ) -> DecodeState:
-        tokens, lengths, sampled, active = torch.zeros(4, slots, device=device, dtype=torch.int64)
+        tokens, active = torch.zeros(2, slots, device=device, dtype=torch.int64)
+        counters = torch.zeros(2, slots, device=device, dtype=torch.int64)
         cos, sin = torch.zeros(2, slots, positions, config.rotary_dim, device=device, dtype=dtype)
         return cls(
             tokens=tokens,
-            lengths=lengths,
-            sampled=sampled,
+            lengths=counters[0],
+            sampled=counters[1],
+            counters=counters,
             active=active,
             output=torch.zeros(slots, positions, device=device, dtype=torch.int64),
             cos=cos,
@@ -71,5 +75,4 @@ class DecodeState:
     def advance(self, rows: Tensor) -> None:
         """Stores the tokens just sampled and advances the active slots; ``rows`` is int64 [slots], 0 and up."""
         self.output[rows, self.sampled] = self.tokens
-        self.lengths.add_(self.active)
-        self.sampled.add_(self.active)
+        self.counters.add_(self.active)

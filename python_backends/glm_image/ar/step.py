@@ -39,6 +39,11 @@ class TorchStep:
 
 def select_steps(decoder: Decoder, state: DecodeState, device: Device) -> tuple[Callable[[], None], Prefill]:
     """Returns the fastest decode step and prefill of a device."""
+    if device.has_npu_operators:
+        from glm_image.ar.fused import npu  # noqa: PLC0415 - its operators are only where torch_npu is
+
+        if npu.supports(decoder):
+            return npu.npu_steps(decoder, state)
     if not device.runs_triton:
         return TorchStep(decoder, state, device), decoder.prefill
     from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run

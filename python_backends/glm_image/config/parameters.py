@@ -76,6 +76,13 @@ class ArParameters(StageParameters):
         "When waiting sequences fill free slots. `gathered` holds them back while `glm_dit` on the same device has "
         "enough images to denoise; see [placement](placement.md). The profiles for one device set it.",
     )
+    max_queue_bytes: int = whole(
+        512 * 1024 * 1024,
+        "Bytes of the inputs of all requests that `glm_ar` holds or that wait for `glm_dit`, source images above all, "
+        "with what is computed of these; further requests get UNAVAILABLE.",
+        low=1,
+        unit="bytes",
+    )
     limits: Limits = group(Limits, LIMIT_PREFIX)
 
 

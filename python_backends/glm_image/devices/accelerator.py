@@ -31,11 +31,11 @@ class _Event:
 class _Replay:
     """A captured step. The graph holds addresses only, so it keeps the step, and with it the tensors, alive."""
 
-    def __init__(self, graph: Any, launch: Callable[[Any], None], step: Callable[[], None]) -> None:
-        self._graph, self._launch, self._step = graph, launch, step
+    def __init__(self, graph: Any, step: Callable[[], None]) -> None:
+        self._graph, self._step = graph, step
 
     def __call__(self) -> None:
-        self._launch(self._graph)
+        self._graph.replay()
 
 
 class AcceleratorDevice(Device):
@@ -93,7 +93,7 @@ class AcceleratorDevice(Device):
         graph = self._new_graph()
         with self._recording(graph, pool):
             step()
-        return _Replay(graph, self._launch, step)
+        return _Replay(graph, step)
 
     @abstractmethod
     def _new_graph(self) -> Any: ...
@@ -102,16 +102,14 @@ class AcceleratorDevice(Device):
     def _recording(self, graph: Any, pool: object | None) -> Any:
         """Returns a context in which this thread's work is captured; other threads may decode or load meanwhile."""
 
-    def _launch(self, graph: Any) -> None:
-        graph.replay()
-
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         return masked_decode_attention(query, keys, values, lengths)
 
 
 class NpuDevice(AcceleratorDevice):
-    """An Ascend NPU through torch_npu; written against its published interface, never run on an NPU."""
+    """An Ascend NPU through torch_npu; executed on a stand-in for CANN only, never on an NPU."""
 
+    has_npu_operators = True
     attention_backend = "_native_npu"
 
     def __init__(self, torch_device: torch.device, display_name: str | None = None) -> None:
@@ -123,13 +121,14 @@ class NpuDevice(AcceleratorDevice):
         return self._runtime.NPUGraph()
 
     def _recording(self, graph: Any, pool: object | None) -> Any:
-        return self._runtime.graph(graph, pool=pool, auto_dispatch_capture=True, capture_error_mode="thread_local")
+        # Without the dispatch of captured operators, which makes every replay wait for an update of their arguments on
+        # the host: a step keeps its lengths on the device, so a replay is one launch.
+        return self._runtime.graph(graph, pool=pool, auto_dispatch_capture=False, capture_error_mode="thread_local")
 
-    def _launch(self, graph: Any) -> None:
-        # Operators with host arguments wait for an update in every replay. A step keeps its lengths on the device, so
-        # there is nothing to update, but an operator that torch has chosen must not wait forever.
-        graph.update(cpu_update_input=[{}])
-        graph.replay()
+    def tanh_gelu(self, hidden: Tensor) -> Tensor:
+        """Uses an operator of torch_npu: torch's ignores ``approximate`` on an NPU."""
+        activated: Tensor = torch.ops.npu.npu_gelu(hidden, approximate="tanh")
+        return activated
 
     def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Casts the weights as they enter the matrix unit."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glm_image.devices import quantization
@@ -35,6 +36,7 @@ class Device(ABC):
     Attributes:
         default_dtype: the dtype of ``dtype: auto``.
         runs_triton: whether the kernels of ``glm_image.kernels`` run on it.
+        has_npu_operators: whether the fused operators of torch_npu run on it.
         attention_backend: diffusers' name of the attention to use; None for torch's default.
         lse_attention_backend: diffusers' name of the backend of ``attention_with_lse``; "" if there is none.
         warmup_sizes: sizes of the images denoised and read at load, as libraries load and choose kernels at first use.
@@ -46,6 +48,7 @@ class Device(ABC):
 
     default_dtype = torch.bfloat16
     runs_triton = False
+    has_npu_operators = False
     attention_backend: str | None = None
     lse_attention_backend = ""
     warmup_sizes: tuple[Size, ...] = ()
@@ -127,6 +130,10 @@ class Device(ABC):
         head_dim], with heads a multiple of kv_heads; ``lengths`` is int64 [slots]: slot i sees positions 0 to
         lengths[i] - 1, at least one.
         """
+
+    def tanh_gelu(self, hidden: Tensor) -> Tensor:
+        """Computes GELU in its tanh approximation (Hendrycks and Gimpel, 2016), of any shape."""
+        return F.gelu(hidden, approximate="tanh")
 
     def int8_product(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Computes ``hidden @ (weight * scale[:, None]).T``, [..., n] in the activations' dtype.

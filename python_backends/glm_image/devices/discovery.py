@@ -8,12 +8,16 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
 VISIBLE_VARIABLES: Final = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
 """The variables that select the devices a process sees; read once, when torch is imported or first used."""
+
+NODES_VARIABLE: Final = "GLM_IMAGE_DEVICE_NODES"
+"""Names the folder of the NPU driver's device nodes, for tests on a machine without the driver; /dev if not set."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Accelerators:
 
 def find_accelerators(environment: Mapping[str, str] = os.environ) -> Accelerators:
     """Returns the accelerators that are visible to a process with this environment."""
-    for kind, count in (("npu", _count_npus), ("cuda", _count_gpus)):
+    nodes = Path(environment.get(NODES_VARIABLE) or "/dev")
+    for kind, count in (("npu", partial(_count_npus, nodes)), ("cuda", _count_gpus)):
         present = tuple(map(str, range(count())))
         ids = _visible_ids(environment.get(VISIBLE_VARIABLES[kind]), present)
         if present and ids:
@@ -58,10 +63,10 @@ def _visible_ids(value: str | None, present: tuple[str, ...]) -> tuple[str, ...]
     return tuple(takewhile(lambda name: name and not name.startswith("-"), names))
 
 
-def _count_npus() -> int:
+def _count_npus(nodes: Path) -> int:
     if importlib.util.find_spec("torch_npu") is None:
         return 0
-    return sum(device.name.removeprefix("davinci").isdigit() for device in Path("/dev").glob("davinci*"))
+    return sum(device.name.removeprefix("davinci").isdigit() for device in nodes.glob("davinci*"))
 
 
 def _count_gpus() -> int:

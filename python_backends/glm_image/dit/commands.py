@@ -2,31 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.parallel.commands import Command, R
-from glm_image.request.geometry import Grid
+from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid
 from glm_image.request.source_images import SourcePicture
 
 
 @dataclass(frozen=True)
-class ReadSources(Command[None]):
-    """Computes the keys and values of a request's source images, which are kept until ``ForgetSources``."""
+class ReserveSources(Command[bool]):
+    """Prepares for the source images of a request, which are kept until ``ForgetSources``.
+
+    Returns False if their keys and values do not fit the memory that those of other requests leave.
+    """
 
     request: int
-    sources: tuple[SourcePicture, ...]
+    grids: tuple[Grid, ...]
 
     @property
     def megapixels(self) -> float:
-        return sum(source.pixels.size for source in self.sources) / 3e6
+        return sum(grid.tokens for grid in self.grids) * PIXELS_PER_TOKEN**2 / 1e6
+
+
+@dataclass(frozen=True)
+class SourceCommand(Command[None]):
+    """A command on source image ``index`` of a request; the images follow in their order."""
+
+    request: int
+    index: int
+
+
+@dataclass(frozen=True)
+class EncodeSource(SourceCommand):
+    """Encodes a source image to latents. All of a request are encoded before the first is read."""
+
+    source: SourcePicture
+
+
+@dataclass(frozen=True)
+class ReadSource(SourceCommand):
+    """Computes the keys and values of a source image."""
+
+
+def source_commands(request: int, sources: Sequence[SourcePicture]) -> list[SourceCommand]:
+    """Returns the commands that read the source images of a request, after ``ReserveSources``.
+
+    Each takes about as long as a denoising step of an image of the source's size.
+    """
+    encode = [EncodeSource(request, index, source) for index, source in enumerate(sources)]
+    return [*encode, *(ReadSource(request, index) for index in range(len(sources)))]
 
 
 @dataclass(frozen=True)
 class ForgetSources(Command[None]):
-    """Drops the keys and values of a request's source images."""
+    """Drops what is kept of a request's source images."""
 
     request: int
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
+from glm_image.dit.compute_thread import ComputeThread
 from glm_image.dit.loading import load_executor
-from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY, QUEUE_SECONDS, REPLACED_PREVIEW_TOKENS
+from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY, REPLACED_PREVIEW_TOKENS
 from glm_image.dit.previews import within_codebook
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
-from glm_image.lifecycle.metadata import queued_seconds
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, local_executor, start_ranks
+from glm_image.parallel.worker import RankExecutor
 from glm_image.request import geometry, images
 from glm_image.request.geometry import Grid
 from glm_image.request.limits import Limits
@@ -77,34 +78,34 @@ class DitEngine:
         workers: WorkerConfig = NO_WORKERS,
         watched: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] = lambda run: run,
     ) -> None:
-        device.set_current()
         self._device, self._record = device, record
         self.codebook_size: int = checkpoint.config("transformer")["prior_vq_quantizer_codebook_size"]
         self.source_rule = checkpoint.source_rule
         layout = ParallelLayout.parse(settings.parallel, 1 + len(workers.devices))
-        self.executor = start_ranks(load_executor, (checkpoint, settings), device, layout, workers)
+        self._compute = ComputeThread(device.is_host)
+        load = partial(start_ranks, load_executor, (checkpoint, settings), device, layout, workers)
+        self.executor = self._compute.call(_on_device, device, load)
         self.attention_backend: str = local_executor(self.executor).attention_backend
-        self._scheduler = Scheduler(watched(self.executor.run), record)
+        self._scheduler = Scheduler(self._compute.running(watched(self.executor.run)), record)
         for size in device.warmup_sizes if settings.warmup_sizes is None else settings.warmup_sizes:
             self._warm_up(geometry.target_grid(geometry.generated_size(size)))
         record(PEAK_MEMORY, device.peak_memory())
-        # On a host, all compute runs on one thread (see ``Device.is_host``): requests are finished in the caller's.
-        self._finisher = None if device.is_host else ThreadPoolExecutor(1, thread_name_prefix="dit-finisher")
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="dit-finisher")
         self._unfinished = threading.Semaphore(UNFINISHED_REQUESTS)
 
     def _warm_up(self, grid: Grid) -> None:
         tokens = np.zeros((1, grid.tokens), dtype=np.int32)
         size = geometry.rendered_size(grid)
         request = PaintRequest("", tokens, grid, size, seeds=(0,), num_inference_steps=2)
-        scheduler = Scheduler(self.executor.run)  # records no metrics
+        scheduler = Scheduler(self._compute.running(self.executor.run))  # records no metrics
         scheduler.decode(RequestContext(), scheduler.denoise(RequestContext(), request))
 
     def paint(self, context: RequestContext, request: PaintRequest, limits: Limits) -> Future[DitResult]:
         """Renders the images of a request, which it validates first.
 
-        Blocks until all of them are denoised and the device is free for the next request. Decoding, cropping and
-        encoding go on in the engine's finisher thread; on a host they are done when this returns. The future
-        resolves to the images, or to the error that occurred while they were decoded or encoded.
+        Blocks until all of them are denoised. Requests of several threads take turns, an image each; see
+        ``dit.fair_queue``. Decoding, cropping and encoding go on in the engine's finisher thread. The future resolves
+        to the images, or to the error that occurred while they were decoded or encoded.
 
         Raises:
             InvalidInputError: an input is not allowed, or the sources need more memory than the device has.
@@ -112,29 +113,12 @@ class DitEngine:
             DeadlineExceededError: its time ran out.
             DeviceMemoryError: the device has too little memory for it.
         """
-        queued = queued_seconds(request.ar_metadata)
-        context.add_seconds(Stage.DIT_QUEUE, queued)
-        self._record(QUEUE_SECONDS, queued)
         request.check(limits, self.codebook_size)
-        sources = request.read_sources(limits, self.source_rule)
-        numbers = self._scheduler.denoise(context, request, sources)
+        sources = request.read_sources(limits, self.source_rule, context.check)
+        numbers = self._scheduler.denoise(context, request, sources, limits.max_source_pixels)
         self._unfinished.acquire()
-        if self._finisher is None:
-            result = self._decode_and_encode_here(context, request, numbers)
-        else:
-            result = self._finisher.submit(self._decode_and_encode, context, request, numbers)
+        result = self._finisher.submit(self._decode_and_encode, context, request, numbers)
         result.add_done_callback(lambda _: self._unfinished.release())
-        return result
-
-    def _decode_and_encode_here(
-        self, context: RequestContext, request: PaintRequest, numbers: list[int]
-    ) -> Future[DitResult]:
-        result: Future[DitResult] = Future()
-        try:
-            result.set_result(self._decode_and_encode(context, request, numbers))
-        except Exception as error:  # raised in the future, as by the finisher thread
-            traceback.clear_frames(error.__traceback__)  # they hold tensors, and this frame keeps the error alive
-            result.set_exception(error)
         return result
 
     def _decode_and_encode(self, context: RequestContext, request: PaintRequest, numbers: list[int]) -> DitResult:
@@ -167,13 +151,18 @@ class DitEngine:
 
     def close(self) -> None:
         """Finishes the requests that are denoised, fails the previews that wait, and ends the other ranks."""
-        if self._finisher is not None:
-            self._finisher.shutdown(wait=True)
+        self._finisher.shutdown(wait=True)
         self._scheduler.previews.close()
         self.executor.close()
+        self._compute.close()
 
     def _encode(self, image: NDArray[np.uint8], output_format: str) -> bytes:
         started = time.monotonic()
         encoded = images.encode(image, output_format)
         self._record(ENCODE_SECONDS, time.monotonic() - started)
         return encoded
+
+
+def _on_device(device: Device, load: Callable[[], RankExecutor]) -> RankExecutor:
+    device.set_current()
+    return load()

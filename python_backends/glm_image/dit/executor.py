@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -19,14 +19,17 @@ from glm_image.dit.cached_step import CachedStep, cached_step
 from glm_image.dit.commands import (
     Decode,
     Drop,
+    EncodeSource,
     Estimate,
     ForgetSources,
     ImageCommand,
     Prepare,
-    ReadSources,
+    ReadSource,
+    ReserveSources,
+    SourceCommand,
     Step,
 )
-from glm_image.dit.conditioning import Conditioner
+from glm_image.dit.conditioning import Conditioner, SourceConditioning
 from glm_image.dit.memory import source_bytes
 from glm_image.dit.model import DitModel
 from glm_image.dit.schedule import schedule
@@ -47,6 +50,21 @@ OPERATIONS: Final = {
     Decode: "the VAE decode",
 }
 """Names of the commands in an out-of-memory error."""
+
+
+@dataclass
+class _Sources:
+    """The source images of a request.
+
+    Attributes:
+        grids: of all of them.
+        encoded: what is read; empty when all are read.
+        cache: their keys and values; None until the first is read.
+    """
+
+    grids: tuple[Grid, ...]
+    encoded: list[SourceConditioning] = field(default_factory=list)
+    cache: SourceCache | None = None
 
 
 @dataclass
@@ -94,7 +112,7 @@ class Executor:
         self._device = device
         self.cache = cache
         self._images: dict[int, _Image] = {}
-        self._sources: dict[int, SourceCache] = {}
+        self._sources: dict[int, _Sources] = {}
 
     @property
     def attention_backend(self) -> str:
@@ -114,7 +132,9 @@ class Executor:
         except DeviceMemoryError:
             if isinstance(command, ImageCommand) and not isinstance(command, Estimate):
                 self._drop(command.image)
-                self._device.release_unused()
+            if isinstance(command, SourceCommand):
+                self._sources.pop(command.request, None)
+            self._device.release_unused()
             raise
         return result
 
@@ -131,8 +151,12 @@ class Executor:
                 return self._decode(command.image)
             case Drop():
                 return self._drop(command.image)
-            case ReadSources():
-                return self._read_sources(command)
+            case ReserveSources():
+                return self._reserve_sources(command)
+            case EncodeSource():
+                return self._encode_source(command)
+            case ReadSource():
+                return self._read_source(self._sources[command.request], command.index)
             case ForgetSources():
                 self._sources.pop(command.request, None)
                 return None
@@ -142,8 +166,10 @@ class Executor:
     def _oom_report(self, command: Command[Any]) -> OomReport:
         in_use = f"{len(self._images)} images and the sources of {len(self._sources)} requests in memory"
         operation = OPERATIONS.get(type(command), "the release of memory")
-        if isinstance(command, ReadSources):
-            operation = f"the reading of {command.megapixels:.1f} megapixels of source images"
+        if isinstance(command, SourceCommand):
+            grids = self._sources[command.request].grids
+            megapixels = ReserveSources(command.request, grids).megapixels
+            operation = f"the reading of {megapixels:.1f} megapixels of source images"
         if not isinstance(command, ImageCommand):
             return OomReport(operation, in_use, "their number or size")
         image = self._images.get(command.image)
@@ -159,32 +185,46 @@ class Executor:
         finally:
             self._images.clear()
 
-    def _read_sources(self, command: ReadSources) -> None:
-        model, place, sources = self._model, self._device.torch_device, command.sources
-        config, ranks = model.transformer.config, model.parallel.ranks
-        tokens = [source.grid.tokens * IMAGE_TOKENS_PER_TOKEN for source in sources]
-        needed = source_bytes(config, sum(tokens), model.dtype.itemsize)
-        free = ranks.world.all_reduce_min(self._device.memory().free, place)
+    def _reserve_sources(self, command: ReserveSources) -> bool:
+        model = self._model
+        tokens = sum(grid.tokens for grid in command.grids) * IMAGE_TOKENS_PER_TOKEN
+        needed = source_bytes(model.transformer.config, tokens, model.dtype.itemsize)
+        free = model.parallel.ranks.world.all_reduce_min(self._device.memory().free, self._device.torch_device)
         if needed > free:
+            if self._sources:
+                return False
             raise InvalidInputError.of(
                 "image",
                 f"{command.megapixels:.1f} megapixels in all, which take {needed / 1e9:.1f} GB",
                 f"what fits the {free / 1e9:.1f} GB that are free on {self._device}",
             )
+        self._sources[command.request] = _Sources(command.grids)
+        return True
+
+    def _encode_source(self, command: EncodeSource) -> None:
         # All of them before the cache is allocated, which then gets the memory that the VAE worked in.
-        prepared = [
-            self._conditioner.prepare_source(self._vae.encode(source.pixels), source.token_ids, source.grid)
-            for source in sources
-        ]
-        cache = SourceCache(config, tokens, place, model.dtype, ranks)
-        model.read_sources(prepared, cache)
+        source = command.source
+        latents = self._vae.encode(source.pixels)
+        self._sources[command.request].encoded.append(
+            self._conditioner.prepare_source(latents, source.token_ids, source.grid)
+        )
         self._device.record_event().synchronize()
-        self._sources[command.request] = cache
+
+    def _read_source(self, sources: _Sources, index: int) -> None:
+        model = self._model
+        if sources.cache is None:
+            tokens = [grid.tokens * IMAGE_TOKENS_PER_TOKEN for grid in sources.grids]
+            config, ranks = model.transformer.config, model.parallel.ranks
+            sources.cache = SourceCache(config, tokens, self._device.torch_device, model.dtype, ranks)
+        model.read_source(sources.encoded[index], sources.cache, index)
+        if index == len(sources.grids) - 1:
+            sources.encoded.clear()
+        self._device.record_event().synchronize()
 
     def _prepare(self, command: Prepare) -> NDArray[np.float32]:
         place, grid, steps = self._device.torch_device, command.grid, command.num_inference_steps
         timetable = schedule(self._scheduler_config, steps, grid.tokens * IMAGE_TOKENS_PER_TOKEN, place)
-        sources = None if command.sources_of is None else self._sources[command.sources_of]
+        sources = None if command.sources_of is None else self._sources[command.sources_of].cache
         conditioning = self._conditioner.prepare(command, timetable, sources)
         state = ImageState(
             conditioning=self._model.parallel.shard_conditioning(conditioning),

@@ -72,16 +72,15 @@ class DitModel:
             velocities.append(unpatchify(self.parallel.all_gather(projected, tokens), shape, patch).float())
         return self.parallel.gather_branches(velocities, guided=guided)
 
-    def read_sources(self, sources: Sequence[SourceConditioning], cache: SourceCache) -> None:
-        """Passes source images through the blocks, which write their keys and values to ``cache``."""
-        start = 0
-        for source in sources:
-            image = self.transformer.image_projector(source.latents) + source.prior
-            no_text, tokens = image[:, :0], image.shape[1]
-            sequence = (self.parallel.shard(image, dim=1), no_text)
-            rotary, shape = self.parallel.shard_rotary(source.rotary), self.parallel.sequence_shape(tokens)
-            self.blocks([sequence], source.time, rotary, cache.recorders(start), shape)
-            start += len(self.parallel.ranks.ring.shard_range(tokens))
+    def read_source(self, source: SourceConditioning, cache: SourceCache, index: int) -> None:
+        """Passes source image ``index`` through the blocks, which write its keys and values to ``cache``."""
+        ring = self.parallel.ranks.ring
+        start = sum(len(ring.shard_range(tokens)) for tokens in cache.tokens[:index])
+        image = self.transformer.image_projector(source.latents) + source.prior
+        no_text, tokens = image[:, :0], image.shape[1]
+        sequence = (self.parallel.shard(image, dim=1), no_text)
+        rotary, shape = self.parallel.shard_rotary(source.rotary), self.parallel.sequence_shape(tokens)
+        self.blocks([sequence], source.time, rotary, cache.recorders(start), shape)
 
 
 def unpatchify(tokens: Tensor, shape: tuple[int, ...], patch: int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.models.attention_dispatch import AttentionBackendName
+
 from glm_image.devices.base import Device
 from glm_image.dit.attention_processor import SequenceParallelProcessor, plain_attention
 from glm_image.dit.blocks import Blocks, EagerBlocks, eager_blocks
@@ -20,12 +22,18 @@ def select_blocks(transformer: Any, device: Device, attention: SequenceAttention
 
         if blocks.supports(transformer):
             return blocks.FusedBlocks(transformer, attention)
+    for block in transformer.transformer_blocks:
+        activation = block.ff.net[0]
+        if activation.approximate == "tanh":
+            activation.gelu = device.tanh_gelu
     if attention is not None:
         for block in transformer.transformer_blocks:
             block.attn1.set_processor(SequenceParallelProcessor(attention))
         return EagerBlocks(transformer.transformer_blocks, attention.backend)
     if device.attention_backend is not None:
-        transformer.set_attention_backend(device.attention_backend)
+        # Not by set_attention_backend, which chooses for every model of the process.
+        for block in transformer.transformer_blocks:
+            block.attn1.processor._attention_backend = AttentionBackendName(device.attention_backend)
     return eager_blocks(transformer)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from glm_image.devices.settings import DeviceSettings
 from glm_image.dit.cache import CacheSettings
-from glm_image.request.declaration import Parameter, choice, declare, switched_group, text
+from glm_image.request.declaration import Parameter, choice, declare, switched_group, text, whole
 from glm_image.request.geometry import Size
 
 
@@ -57,6 +57,12 @@ class DitSettings(DeviceSettings):
         "How the devices of one instance share an image; the factors multiply to the number of devices. See "
         "[placement](placement.md).",
         allowed="none, auto, or of cfg=2, ulysses=N, ring=N, tp=N, with commas between",
+    )
+    max_num_requests: int = whole(
+        4,
+        "Requests that an instance holds. Their images take turns at the device; further requests wait in Triton. See "
+        "[queues](#queues).",
+        low=1,
     )
     warmup_sizes: tuple[Size, ...] | None = _warmup_sizes(
         None,

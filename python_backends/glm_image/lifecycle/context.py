@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
@@ -32,12 +33,14 @@ class Progress:
         done: prompts read, tokens sampled or denoising steps taken, over all images of the request.
         total: the value of ``done`` at the end of the stage.
         sigma: the noise level of the image being denoised, 1 to 0.
+        seconds_left: the expected time to the end of the stage; None = unknown.
     """
 
     stage: Stage
     done: int
     total: int
     sigma: float | None = None
+    seconds_left: float | None = None
 
 
 class RequestObserver:
@@ -92,6 +95,8 @@ class RequestContext:
         deadline_ns: the ``time.monotonic_ns()`` by which the request must end; 0 = none.
         arrived_ns: the ``time.monotonic_ns()`` at which it reached the server; distinguishes requests of one id.
         accepted_ns: the ``time.monotonic_ns()`` at which it reached this stage.
+        queue_began_ns: the ``time.monotonic_ns()`` before which nothing waited for this stage; 0 = unknown.
+        input_bytes: the bytes of its inputs, which the server holds until its end.
         received_ns: the ``time.monotonic_ns()`` from which its latency counts: at which it reached the first stage, or
             this one if a client calls it directly.
         attributes: its parameters, for the request log.
@@ -109,8 +114,10 @@ class RequestContext:
     deadline_ns: int = 0
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     accepted_ns: int = field(default_factory=time.monotonic_ns)
+    queue_began_ns: int = 0
     received_ns: int = field(default_factory=time.monotonic_ns)
     num_images: int = 1
+    input_bytes: int = 0
     attributes: dict[str, Any] = field(default_factory=dict)
     is_abandoned: Callable[[], bool] = bool
     progress: Callable[[], Progress] = lambda: Progress(Stage.AR_QUEUE, 0, 1)
@@ -214,8 +221,16 @@ class RequestContext:
                 f"{needed_seconds:.3f} s, {left:.3f} s are left, {needed_seconds - left:.3f} s too few"
             )
 
-    def report(self, stage: Stage, done: int, total: int, sigma: float | None = None) -> None:
-        progress = Progress(stage, done, total, sigma)
+    def seconds_to_spare(self, needed_seconds: float) -> float:
+        """Returns after how many seconds ``check`` with these needed seconds raises; inf without a deadline."""
+        if not self.deadline_ns:
+            return math.inf
+        return max(0.0, (self.deadline_ns - time.monotonic_ns()) / NANOSECONDS - needed_seconds)
+
+    def report(
+        self, stage: Stage, done: int, total: int, sigma: float | None = None, seconds_left: float | None = None
+    ) -> None:
+        progress = Progress(stage, done, total, sigma, seconds_left)
         self.progress = lambda: progress
         self.publish_progress()
 

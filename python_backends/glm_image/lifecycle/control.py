@@ -15,6 +15,7 @@ from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
+from glm_image.request.request_id import check_request_id
 from glm_image.request.stages import AR_STAGES, QUEUES, Stage
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         instances that did not reply in ``silent``, if there are any.
 
     Raises:
-        InvalidInputError: the action is unknown, or the id is empty.
+        InvalidInputError: the action is unknown, or the id is empty or none that a request may have.
         UnavailableError: no instance replied with the defaults.
     """
     if action not in ACTIONS:
@@ -45,6 +46,7 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         return _defaults(directory)
     if not request_id:
         raise InvalidInputError.of("request_id", request_id, "the id that a request was sent with")
+    check_request_id("request_id", request_id)
     message = Message({"action": action, "request_id": request_id, "requested_ns": time.monotonic_ns()})
     replies = call(instance_sockets(directory), message, REPLY_SECONDS)
     requests = _merge([event for reply in replies.replies.values() for event in reply.fields.get("requests", ())])
@@ -53,7 +55,7 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         cancelled = sum(request["cancelled_now"] for request in requests)
         before = "already_cancelled" if result["state"] == "cancelled" else result["state"]
         result |= {"state": "cancelled" if cancelled else before, "cancelled": cancelled}
-    internal = ("arrived_ns", "cancelled_now")
+    internal = ("arrived_ns", "cancelled_now", "seconds_left")
     result["requests"] = [{name: request[name] for name in request if name not in internal} for request in requests]
     return {**result, "silent": replies.unresponsive} if replies.unresponsive else result
 

@@ -36,6 +36,7 @@ class DitLoadReporter(RequestObserver):
     def __init__(self, name: str, publish: Publish) -> None:
         self._name, self._publish = name, publish
         self._lock = threading.Lock()
+        self._on_change: Callable[[], None] = lambda: None
         self._images_left: dict[RequestContext, int] = {}
         self._durations = DurationStats()
 
@@ -58,8 +59,18 @@ class DitLoadReporter(RequestObserver):
             self._images_left.pop(context, None)
         self.publish_load()
 
+    def when_changed(self, callback: Callable[[], None]) -> None:
+        """Sets the callback to run after each change, in the thread that caused it."""
+        self._on_change = callback
+
+    def images_left(self) -> list[int]:
+        """Returns how many images of each request are not denoised; 0 for one that is decoded or encoded."""
+        with self._lock:
+            return list(self._images_left.values())
+
     def publish_load(self) -> None:
         self._publish(TOPIC, self._statement)
+        self._on_change()
 
     def _statement(self) -> Event:
         with self._lock:
@@ -77,6 +88,7 @@ class _InstanceLoad(NamedTuple):
 
 class _Forwarded(NamedTuple):
     images: int
+    size: int
     at: float
 
 
@@ -99,10 +111,11 @@ class DitLoad:
         """Sets the callback to run after each statement, in the thread that received it."""
         self._on_change = callback
 
-    def forwarded(self, arrived_ns: int, images: int) -> None:
-        """Adds a request whose tokens are about to be sent to the DiT."""
+    def forwarded(self, arrived_ns: int, images: int, size: int = 0) -> None:
+        """Adds a request whose tokens are about to be sent to the DiT; its inputs have ``size`` bytes."""
         with self._lock:
-            self._forwarded[arrived_ns] = _Forwarded(images, self._clock())
+            self._forwarded[arrived_ns] = _Forwarded(images, size, self._clock())
+            self._forget_lost()
 
     def update(self, statement: Event) -> None:
         requests: list[tuple[int, int]] = statement["requests"]
@@ -120,10 +133,15 @@ class DitLoad:
         with self._lock:
             if not self._instances:
                 return None
-            now = self._clock()
-            self._keep(lambda request: self._lost_at(request) > now)
+            self._forget_lost()
             at_instances = sum(instance.images for instance in self._instances.values())
             return at_instances + sum(request.images for request in self._forwarded.values())
+
+    def bytes(self) -> int:
+        """Returns how many bytes of inputs are forwarded and not received: they wait in Triton."""
+        with self._lock:
+            self._forget_lost()
+            return sum(request.size for request in self._forwarded.values())
 
     def next_loss(self) -> float:
         """Returns when the next forwarded request will count as lost, unless an instance reports it; inf = never."""
@@ -138,8 +156,13 @@ class DitLoad:
         return 1 / sum(rates) if rates else 0.0
 
     def _lost_at(self, request: _Forwarded) -> float:
-        idle_since = min((instance.idle_since for instance in self._instances.values()), default=math.inf)
+        # Without an instance, as where only the AR is served, nothing waits either.
+        idle_since = min((instance.idle_since for instance in self._instances.values()), default=-math.inf)
         return max(request.at, idle_since) + HANDOVER_SECONDS
+
+    def _forget_lost(self) -> None:
+        now = self._clock()
+        self._keep(lambda request: self._lost_at(request) > now)
 
     def _keep(self, is_there: Callable[[_Forwarded], bool]) -> None:
         self._forwarded = {arrived_ns: request for arrived_ns, request in self._forwarded.items() if is_there(request)}
@@ -157,7 +180,7 @@ class DitLoadFeed(RequestObserver):
 
     def finished(self, context: RequestContext, error: BaseException | None) -> None:
         if error is None:
-            self.load.forwarded(context.arrived_ns, context.num_images)
+            self.load.forwarded(context.arrived_ns, context.num_images, context.input_bytes)
 
     def close(self) -> None:
         self._subscriber.close()

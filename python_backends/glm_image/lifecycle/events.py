@@ -53,7 +53,8 @@ class EventBuilder:
         if stage not in KINDS or position <= self._latest:
             return None
         self._latest = position
-        return self._event(KINDS[stage], stage, done, total, self._eta(stage, done, total))
+        eta = self._eta(stage, done, total)
+        return self._event(KINDS[stage], stage, done, total, published.get("seconds_left", eta))
 
     def image(self, kind: str, published: Event) -> Event:
         """Returns the event for an intermediate image: ``preview``, or ``denoise`` for a latent preview."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, cast
@@ -12,10 +11,19 @@ from glm_image import __version__
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
 from glm_image.request.parameters import ArMetadata, PaintRequest
+from glm_image.request.request_id import check_request_id
 from glm_image.request.stages import STAGE_ORDER
+
+MAX_CHARACTERS: Final = 64 * 1024
+"""Of ``ar_metadata``: parsing it keeps the interpreter's lock. ``glm_ar`` writes some hundred."""
+
+MAX_SECONDS: Final = 1e6
+"""Of a stage, more than any takes."""
 
 TOKENS: Final = ("prompt", "source", "preview", "image")
 """The parts of an AR sequence, in their order."""
+
+PASSED: Final = "a time of the server's monotonic clock that has passed; leave it out for tokens made elsewhere"
 
 
 def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> ArMetadata:
@@ -32,13 +40,16 @@ def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> ArMetadat
 def read_ar_metadata(text: str) -> ArMetadata:
     """Parses the output of ``ar_metadata``, or a client's replacement for it; "" is an empty object.
 
-    Unknown entries are kept, so that versions of the stages may differ.
+    Unknown entries are kept, so that versions of the stages may differ. A time to come would make a request that no
+    cancel reaches.
 
     Raises:
-        InvalidInputError: it is not a JSON object, or a known entry has the wrong type.
+        InvalidInputError: it is not a JSON object, or a known entry has a value that is not allowed.
     """
     if not text:
         return {}
+    if len(text) > MAX_CHARACTERS:
+        raise InvalidInputError.of("ar_metadata", f"{len(text)} characters long", f"at most {MAX_CHARACTERS}")
     try:
         metadata = json.loads(text)
     except (ValueError, RecursionError):
@@ -50,11 +61,12 @@ def read_ar_metadata(text: str) -> ArMetadata:
         ("tokens", _numbers(TOKENS, _is_count), f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}"),
         ("seconds", _numbers(STAGE_ORDER, _is_duration), f"an object of numbers of at least 0 for {stages}"),
         ("request_id", lambda value: isinstance(value, str) and bool(value), "a text that is not empty"),
-        ("arrived_ns", _is_count, "a whole number of at least 0, below 2^63"),
-        ("finished_ns", _is_count, "a whole number of at least 0, below 2^63"),
+        ("arrived_ns", _has_passed, PASSED),
+        ("finished_ns", _has_passed, PASSED),
     ):
         if name in metadata and not is_allowed(metadata[name]):
             raise InvalidInputError.of(f"ar_metadata's {name}", json.dumps(metadata[name]), allowed)
+    check_request_id("ar_metadata's request_id", metadata.get("request_id", ""))
     return cast("ArMetadata", metadata)
 
 
@@ -69,14 +81,22 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63  # a bool is an int too
 
 
+def _has_passed(value: Any) -> bool:
+    return _is_count(value) and value <= time.monotonic_ns()
+
+
 def _is_duration(value: Any) -> bool:
-    return _is_count(value) or (type(value) is float and 0 <= value < math.inf)
+    return type(value) in {int, float} and 0 <= value < MAX_SECONDS
 
 
-def queued_seconds(metadata: ArMetadata) -> float:
-    """Returns the seconds since ``glm_ar`` finished; both stages read the machine's monotonic clock."""
+def queued_seconds(metadata: ArMetadata, busy_since_ns: int = 0) -> float:
+    """Returns the seconds since ``glm_ar`` finished; both stages read the machine's monotonic clock.
+
+    At most those since ``busy_since_ns``, when the stage was last idle: by then nothing waited for it, whatever tokens
+    that a client has kept, or made up, say.
+    """
     now = time.monotonic_ns()
-    return max(0.0, (now - metadata.get("finished_ns", now)) / NANOSECONDS)
+    return max(0.0, (now - max(metadata.get("finished_ns", now), busy_since_ns)) / NANOSECONDS)
 
 
 def request_metadata(

@@ -176,7 +176,8 @@ def describe(context: RequestContext, progress: Progress | None = None) -> Event
         "total": progress.total,
         "seconds": round((time.monotonic_ns() - context.arrived_ns) / NANOSECONDS, 3),
     }
-    return event if progress.sigma is None else {**event, "sigma": progress.sigma}
+    optional = {"sigma": progress.sigma, "seconds_left": progress.seconds_left}
+    return event | {name: value for name, value in optional.items() if value is not None}
 
 
 def _remove(contexts: dict[bytes, list[RequestContext]], key: bytes, context: RequestContext) -> None:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+from glm_image.errors import InvalidInputError
+from glm_image.request.parameters import MAX_PREVIEW_EVERY
+
+MAX_CHARACTERS: Final = 1000
+"""Of the JSON text, several times what the options take."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +36,46 @@ class StreamOptions:
         return {self.PARAMETER: json.dumps(asdict(self))}
 
     @classmethod
-    def read(cls, parameters: str) -> StreamOptions:
-        """Parses a request's parameters, a JSON object; any client may send them, so invalid ones are ignored."""
-        try:
-            options = json.loads(json.loads(parameters).get(cls.PARAMETER, "{}"))
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            return cls()
-        if not isinstance(options, dict):
-            return cls()
-        return cls(
-            arrived_ns=_count(options.get("arrived_ns")),
-            previews=options.get("previews") is True,
-            latent_preview_every=_count(options.get("latent_preview_every")) or 0,
-        )
+    def read(cls, value: Any) -> StreamOptions:
+        """Returns the options in the request parameter's value.
+
+        Any client may send the parameter. What it states must be possible: a time to come would make a request that no
+        cancel reaches.
+
+        Raises:
+            InvalidInputError: the value is not what ``parameters`` gives.
+        """
+        options = _json_object(value)
+        if options is None:
+            raise InvalidInputError.of(cls.PARAMETER, value, "what glm_image_stream sends; leave it out")
+        for name, given in options.items():
+            is_allowed, allowed = _ALLOWED.get(name, _UNKNOWN)
+            if not is_allowed(given):
+                raise InvalidInputError.of(f"{cls.PARAMETER}'s {name}", json.dumps(given), allowed)
+        return cls(**options)
 
 
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < 2**63 else None  # a bool is an int too
+def _json_object(value: Any) -> dict[str, Any] | None:
+    try:
+        options = json.loads(value) if len(value) <= MAX_CHARACTERS else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return options if isinstance(options, dict) else None
+
+
+def _is_whole(value: Any, highest: int) -> bool:
+    return type(value) is int and 0 <= value <= highest  # a bool is an int too
+
+
+_ALLOWED: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "arrived_ns": (
+        lambda value: value is None or _is_whole(value, time.monotonic_ns()),
+        "null, or a time of the server's monotonic clock that has passed",
+    ),
+    "previews": (lambda value: type(value) is bool, "false, true"),
+    "latent_preview_every": (
+        lambda value: _is_whole(value, MAX_PREVIEW_EVERY),
+        f"a whole number of 0 to {MAX_PREVIEW_EVERY}",
+    ),
+}
+_UNKNOWN: Final[tuple[Callable[[Any], bool], str]] = (lambda value: False, f"no entries but {', '.join(_ALLOWED)}")

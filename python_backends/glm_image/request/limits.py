@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from glm_image.errors import InvalidInputError
 from glm_image.request import prompts
 from glm_image.request.declaration import positive
+from glm_image.request.geometry import Size
+
+PIXELS_PER_MEGAPIXEL: Final = 1_000_000
 
 OUTPUT_FORMATS: Final = ("raw", "png", "jpeg", "webp")
 
@@ -28,6 +31,12 @@ class Limits:
     num_inference_steps: int = positive(200, "Denoising steps.")
     guidance_scale: float = positive(20.0, "Guidance scale.")
     num_images: int = positive(8, "Images of a request.")
+    work: float = positive(
+        2000.0,
+        "Work of a request for `glm_dit`: images x megapixels (10^6, as generated) x denoising steps. The other limits "
+        "together allow 6711.",
+        unit="megapixel steps",
+    )
     source_images: int = positive(4, "Source images of a request.")
     source_bytes: int = positive(32 * 1024 * 1024, "Size of each source file.", unit="bytes")
     source_decoded_pixels: int = positive(
@@ -42,6 +51,17 @@ DEFAULT_LIMITS: Final = Limits()
 
 LIMIT_PREFIX: Final = "limit_"
 """Begins the names of the limits' configuration parameters."""
+
+
+def check_work(images: int, generated: Size, steps: int, limits: Limits) -> None:
+    """Refuses a request that takes the device for too long; ``generated`` is the size of its images."""
+    work = images * generated.height * generated.width / PIXELS_PER_MEGAPIXEL * steps
+    if work > limits.work:
+        raise InvalidInputError.of(
+            "num_images x height x width x num_inference_steps",
+            f"{images} x {generated.height} x {generated.width} x {steps}, {work:.0f} megapixel steps",
+            f"at most {limits.work:g} (limit_work)",
+        )
 
 
 def check_token_ids(name: str, token_ids: NDArray[np.int32], codebook_size: int) -> None:

@@ -6,7 +6,7 @@ A refused request raises ``InvalidInputError``, which names the input, its value
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Final, TypedDict
 
@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from glm_image.errors import InvalidInputError
 from glm_image.request import geometry, source_images
 from glm_image.request.geometry import PUBLISHED_RULE, Grid, Size, SourceRule
-from glm_image.request.limits import OUTPUT_FORMATS, Limits, check_glyph_text, check_prompt, check_token_ids
+from glm_image.request.limits import (
+    OUTPUT_FORMATS,
+    Limits,
+    check_glyph_text,
+    check_prompt,
+    check_token_ids,
+    check_work,
+)
 from glm_image.request.prompts import quoted_strings
 from glm_image.request.source_images import Source, SourcePicture
 from glm_image.request.stages import Stage
@@ -103,6 +110,11 @@ class SharedParameters:
         return {declared.attribute: getattr(self, declared.attribute) for declared in request_fields(SharedParameters)}
 
     @property
+    def input_bytes(self) -> int:
+        """The size of the inputs of any length; characters count as bytes."""
+        return len(self.prompt) + len(self.negative_prompt) + sum(map(len, self.images or ()))
+
+    @property
     def rendered_text(self) -> tuple[str, ...]:
         """The strings that the image shows as lettering."""
         return tuple(quoted_strings(self.prompt) if self.glyph_text is None else self.glyph_text)
@@ -169,7 +181,9 @@ class GenerationParameters(SharedParameters):
         # Last: decoding images takes longer than all other checks.
         sources = () if self.images is None else source_images.for_ar(self.images, limits, rule)
         requested = self._requested(sources, limits)
-        target = geometry.target_grid(geometry.generated_size(requested))
+        generated = geometry.generated_size(requested)
+        check_work(self.num_images, generated, self.num_inference_steps, limits)
+        target = geometry.target_grid(generated)
         return ResolvedRequest(
             parameters=self,
             requested=requested,
@@ -195,6 +209,9 @@ class GenerationParameters(SharedParameters):
         return sampling
 
 
+MAX_PREVIEW_EVERY: Final = 200
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreviewParameters:
     """The request fields that ``glm_image_stream`` has in addition."""
@@ -206,7 +223,10 @@ class PreviewParameters:
         "Denoising steps of a small preview image, sent while the AR stage still decodes; 0 = no preview.",
     )
     preview_every: int = tensor(
-        0, "INT32", Range(0, 200), "Denoising steps between two images of the latents; 0 = no such images."
+        0,
+        "INT32",
+        Range(0, MAX_PREVIEW_EVERY),
+        "Denoising steps between two images of the latents; 0 = no such images.",
     )
 
 
@@ -231,6 +251,11 @@ class ResolvedRequest:
     @property
     def target(self) -> Grid:
         return self.grids[-1]
+
+    @property
+    def source_bytes(self) -> int:
+        """The size of the source images as the vision tower reads them: fp32 of each value."""
+        return sum(source.pixels.size for source in self.sources) * np.dtype(np.float32).itemsize
 
 
 class ArMetadata(TypedDict, total=False):
@@ -291,6 +316,7 @@ class PaintRequest(SharedParameters):
             raise InvalidInputError.of(
                 "prior_token_ids' number of columns", tokens, f"{self.grid.tokens}, as prior_grid {tuple(self.grid)}"
             )
+        check_work(images, self.generated, self.num_inference_steps, limits)
         check_token_ids("prior_token_ids", self.prior_token_ids, codebook_size)
         self._check_sources(limits, codebook_size)
         if geometry.generated_size(self.requested) != self.generated:
@@ -319,11 +345,19 @@ class PaintRequest(SharedParameters):
             )
         check_token_ids("source_token_ids", self.source_token_ids, codebook_size)
 
-    def read_sources(self, limits: Limits, rule: SourceRule) -> tuple[SourcePicture, ...]:
-        """Decodes the source images of a request that ``check`` accepted; errors as ``source_images.for_dit``."""
-        if self.images is None:
-            return ()
-        return source_images.for_dit(self.images, self.source_token_ids, self.source_grids, limits, rule)
+    def read_sources(
+        self, limits: Limits, rule: SourceRule, check: Callable[[], None] = lambda: None
+    ) -> tuple[SourcePicture, ...]:
+        """Decodes the source images of a request that ``check`` accepted; errors as ``source_images.for_dit``.
+
+        Calls ``check`` after each image: it may raise, to end a request that must not go on.
+        """
+        sources = []
+        if self.images is not None:
+            for source in source_images.for_dit(self.images, self.source_token_ids, self.source_grids, limits, rule):
+                sources.append(source)
+                check()
+        return tuple(sources)
 
 
 def random_seed() -> int:
@@ -334,3 +368,7 @@ def random_seed() -> int:
 def consecutive_seeds(first: int, count: int) -> tuple[int, ...]:
     """Returns ``first, first + 1, ...`` modulo 2^64, as signed 64-bit integers."""
     return tuple((first + index + 2**63) % 2**64 - 2**63 for index in range(count))
+
+
+INPUT_PARAMETERS = tuple(field.spec.name for field in request_fields(GenerationParameters) if field.spec.is_parameter)
+"""Names of inputs in whose place a request parameter counts."""

@@ -71,9 +71,8 @@ def for_ar(files: Sequence[bytes], limits: Limits, rule: SourceRule) -> tuple[So
 
 def for_dit(
     files: Sequence[bytes], token_ids: NDArray[np.int32], grids: Sequence[Grid], limits: Limits, rule: SourceRule
-) -> tuple[SourcePicture, ...]:
-    """Returns source images as the DiT stage needs them; refuses an image whose grid differs from ``grids``."""
-    sources = []
+) -> Iterator[SourcePicture]:
+    """Yields source images as the DiT stage needs them; refuses an image whose grid differs from ``grids``."""
     start = 0
     for index, (image, grid) in enumerate(decode_sources(files, limits, rule)):
         if grid != grids[index]:
@@ -81,6 +80,5 @@ def for_dit(
                 f"source_grids[{index}]", tuple(grids[index]), f"{tuple(grid)}, as {source_name(index, len(files))}"
             )
         image_tokens = token_ids[start : start + grid.tokens]
-        sources.append(SourcePicture(images.scale(image, geometry.rendered_size(grid)), image_tokens, grid))
+        yield SourcePicture(images.scale(image, geometry.rendered_size(grid)), image_tokens, grid)
         start += grid.tokens
-    return tuple(sources)

@@ -16,7 +16,7 @@ class Stage(str, Enum):
     DECODE = "decode"
     """The AR samples image tokens."""
     DIT_QUEUE = "dit_queue"
-    """Waits for an instance of the DiT."""
+    """Waits for an instance of the DiT, and there for its turns."""
     CONDITION = "condition"
     """The DiT prepares its conditioning, source images included."""
     DENOISE = "denoise"

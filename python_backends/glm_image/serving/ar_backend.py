@@ -15,13 +15,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from glm_image.ar.admission import BatchAdmission
+from glm_image.ar.admission import Admission, BatchAdmission
 from glm_image.ar.metrics import AR_LATENCIES, AR_METRICS, AR_OUTCOMES
 from glm_image.config.models import ENTRY_MODELS, STAGES
 from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
 from glm_image.ipc.protocol import socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.lifecycle.byte_budget import ByteBudget
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.dit_load import DitLoadFeed
 from glm_image.lifecycle.metadata import ar_metadata
@@ -29,6 +30,7 @@ from glm_image.lifecycle.preview_rpc import PreviewPublisher
 from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import preview_of
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
+from glm_image.request.source_images import check_count
 from glm_image.request.stages import Stage
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
@@ -59,13 +61,15 @@ class ArBackend(StageBackend):
     ) -> None:
         from glm_image.ar.engine import ArEngine  # noqa: PLC0415
 
-        self._dit_load = _dit_load_feed(parameters)
+        self._dit_load = _dit_load_feed()
+        self._budget = ByteBudget("glm_ar", parameters.max_queue_bytes, self._waiting_bytes)
+        self._observers.append(self._budget)
         if self._dit_load is not None:
             self._observers.append(self._dit_load)
         self._max_decoding = parameters.engine.max_queue
         self._decoding_slots = threading.Semaphore(self._max_decoding)
         self._decoders = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
-        admission = None if self._dit_load is None else BatchAdmission(self._dit_load.load)
+        admission = _admission(parameters, self._dit_load)
         self._engine = ArEngine(
             checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched, admission
         )
@@ -83,21 +87,31 @@ class ArBackend(StageBackend):
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
         """Submits a request to the engine; one with source images from a thread, as decoding them takes long."""
         context = call.context
-        if call.options.arrived_ns is not None:
-            context.arrived_ns = context.received_ns = call.options.arrived_ns
+        if call.header.options.arrived_ns is not None:
+            context.arrived_ns = context.received_ns = call.header.options.arrived_ns
         context.start(Stage.AR_QUEUE)
         parameters = GenerationParameters(**inputs.fields(GenerationParameters))
         context.num_images = parameters.num_images
         context.attributes = _log_attributes(parameters)
         if parameters.images is None:
             self._submit(call, parameters)
-        elif self._decoding_slots.acquire(blocking=False):
+            return
+        # Before it waits for a thread: what is invalid is refused immediately, and what is too large waits for nothing.
+        check_count(len(parameters.images), self._limits)
+        parameters.check_shared(self._limits)
+        context.input_bytes = parameters.input_bytes
+        self._budget.hold(context, "image", context.input_bytes)
+        if self._decoding_slots.acquire(blocking=False):
             self._decoders.submit(self._decode_and_submit, call, parameters)
         else:
             raise QueueFullError(
                 f"glm_ar decodes the source images of {self._max_decoding} requests, as many as max_queue allows; "
                 "try again later"
             )
+
+    def _waiting_bytes(self) -> int:
+        """The bytes of the requests that wait in Triton for ``glm_dit``, where its load is known."""
+        return 0 if self._dit_load is None else self._dit_load.load.bytes()
 
     def _decode_and_submit(self, call: StageCall, parameters: GenerationParameters) -> None:
         try:
@@ -112,8 +126,9 @@ class ArBackend(StageBackend):
         resolved = parameters.resolve(self._limits, self._engine.sampling, self._engine.source_rule)
         width, height, seed = resolved.requested.width, resolved.requested.height, resolved.seeds[0]
         context.attributes |= {"width": width, "height": height, "seed": seed}
+        self._budget.hold(context, "image", resolved.source_bytes)
         preview = preview_of(resolved.grids)
-        if call.options.previews and preview is not None:
+        if call.header.options.previews and preview is not None:
             context.add_observer(PreviewPublisher(self._registry, preview, seed))
         call.responder.send_result(self._engine.submit(context, resolved), partial(_outputs, context, resolved))
 
@@ -131,19 +146,24 @@ def _outputs(context: RequestContext, resolved: ResolvedRequest, result: ArResul
     }
 
 
-def _dit_load_feed(parameters: ArParameters) -> DitLoadFeed | None:
-    """Returns the source of the DiT's load; None where ``admission`` does not need it, or it cannot be known."""
+def _dit_load_feed() -> DitLoadFeed | None:
+    """Returns the source of the DiT's load; None where it cannot be known."""
+    folder = socket_directory()
+    return None if folder is None else DitLoadFeed(folder)
+
+
+def _admission(parameters: ArParameters, dit_load: DitLoadFeed | None) -> Admission | None:
+    """Returns the policy that ``admission`` names; None = immediate."""
     if parameters.admission != "gathered":
         return None
-    folder = socket_directory()
-    if folder is None:
+    if dit_load is None:
         logger.warning(
             "admission is gathered, but %s is not set, so the load of glm_dit is unknown: requests are admitted "
             "immediately",
             RUN_DIRECTORY_VARIABLE,
         )
         return None
-    return DitLoadFeed(folder)
+    return BatchAdmission(dit_load.load)
 
 
 def _unload(models: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from glm_image.config.instance import position
 from glm_image.errors import InvalidInputError, UnavailableError
 from glm_image.ipc.protocol import socket_directory
 from glm_image.ipc.run_directory import RUN_DIRECTORY_VARIABLE
+from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.control import control
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
@@ -38,6 +39,7 @@ class ControlBackend:
         for request in requests:
             responder = Responder(request)
             with responder.errors_sent():
+                CallHeader.read(request)
                 inputs = Inputs(request)
                 request_id, action = (_required(inputs, name) for name in ("request_id", "action"))
                 self._threads.submit(self._call, responder, request_id, action)

@@ -1,11 +1,14 @@
-"""``glm_dit``: blocks while an image is denoised, so that Triton queues for it; the engine finishes it in a thread."""
+"""``glm_dit``: holds some requests, whose images take turns, and blocks while it holds as many as it may.
+
+Meanwhile Triton queues the others, and gives the next one to an instance that does not block.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +18,11 @@ from numpy.typing import NDArray
 from glm_image.config.parameters import DitParameters
 from glm_image.dit.metrics import DIT_LATENCIES, DIT_METRICS, DIT_OUTCOMES
 from glm_image.errors import GlmImageError, InvalidInputError
-from glm_image.ipc.protocol import Message
+from glm_image.ipc.protocol import Message, socket_directory
 from glm_image.lifecycle.busy_period import BusyPeriod
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.dit_load import TOPIC, DitLoadReporter
+from glm_image.lifecycle.dit_room import DitRoom
 from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import (
     PREVIEW,
@@ -60,6 +64,7 @@ class DitBackend(StageBackend):
         self._busy.begin()
         try:
             super().execute(requests)
+            self._room.wait()
         finally:
             self._busy.end()
 
@@ -68,7 +73,10 @@ class DitBackend(StageBackend):
     ) -> None:
         from glm_image.dit.engine import DitEngine  # noqa: PLC0415
 
-        load_reporter = DitLoadReporter(self._instance.name, self._ipc.publish)
+        name, most = self._instance.name, parameters.engine.max_num_requests
+        load_reporter = DitLoadReporter(name, self._ipc.publish)
+        self._room = DitRoom(most, load_reporter, name, self._instance.siblings, socket_directory())
+        self._threads = ThreadPoolExecutor(most, thread_name_prefix="dit-request")
         self._observers += [load_reporter, LatentPreviewPublisher(self._registry)]
         self._topics[TOPIC] = load_reporter.publish_load
         self._handlers[PREVIEW] = self._preview
@@ -78,17 +86,25 @@ class DitBackend(StageBackend):
         )
 
     def _close_engine(self) -> None:
+        self._threads.shutdown(wait=True)
         self._engine.close()
+        self._room.close()
 
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
-        """Denoises the images of a request; the response follows when they are decoded and encoded."""
+        """Checks a request and passes it to a thread of its own."""
         request = read_request(inputs)
-        context = call.context
         _adopt(call, inputs, request, self._busy.since_ns)
-        context.start(Stage.CONDITION)
-        call.responder.send_result(
-            self._engine.paint(context, request, self._limits), partial(self._outputs, context, request)
-        )
+        call.context.start(Stage.DIT_QUEUE)
+        request.check(self._limits, self._engine.codebook_size)
+        self._threads.submit(self._paint, call, request)
+
+    def _paint(self, call: StageCall, request: PaintRequest) -> None:
+        """Denoises the images of a request; the response follows when they are decoded and encoded."""
+        context = call.context
+        with call.responder.errors_sent():
+            call.responder.send_result(
+                self._engine.paint(context, request, self._limits), partial(self._outputs, context, request)
+            )
 
     def _outputs(self, context: RequestContext, request: PaintRequest, result: DitResult) -> dict[str, NDArray[Any]]:
         metadata = request_metadata(context, request, self._model, self._engine.attention_backend)
@@ -124,13 +140,15 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest, busy_since_ns
     deadline_ns = inputs.integer("deadline_ns") or 0
     if deadline_ns < 0:
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
-    context.id = call.request_id or metadata.get("request_id", context.id)
+    context.id = call.header.id or metadata.get("request_id", context.id)
     context.arrived_ns = metadata.get("arrived_ns", busy_since_ns)
+    context.queue_began_ns = busy_since_ns
     context.received_ns = metadata.get("arrived_ns", context.received_ns)
-    context.deadline_ns = deadline_ns or context.deadline_ns
+    # That of this stage too: it holds ``max_timeout_ms``, which the deadline of a client need not.
+    context.deadline_ns = min(filter(None, (deadline_ns, context.deadline_ns)), default=0)
     seconds = metadata.get("seconds", {})
     context.seconds = {stage: seconds[stage] for stage in AR_STAGES if stage in seconds}
-    context.latent_preview_every = call.options.latent_preview_every
+    context.latent_preview_every = call.header.options.latent_preview_every
     context.num_images = len(request.seeds)
     context.attributes = {
         "width": request.requested.width,
@@ -145,22 +163,29 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest, busy_since_ns
 
 
 def read_request(inputs: Inputs) -> PaintRequest:
-    """Reads the request of ``glm_ar``, or of a client with tokens of its own; not validated yet."""
+    """Reads the request of ``glm_ar``, or of a client with tokens of its own; not validated yet.
+
+    Tensors are copied: the memory of Triton's request is released before its images are denoised.
+    """
     tokens, sides = _required(inputs, "prior_token_ids"), _required(inputs, "prior_grid")
     grid = Grid(*map(int, sides))
     size = inputs.array("resolved_size")
     seed = inputs.integer("resolved_seed")
     return PaintRequest(
-        prior_token_ids=tokens,
+        prior_token_ids=tokens.copy(),
         grid=grid,
         requested=Size(*(side * PIXELS_PER_TOKEN for side in grid) if size is None else map(int, size)),
         # ``PaintRequest.check`` refuses more rows than that.
         seeds=consecutive_seeds(random_seed() if seed is None else seed, min(len(tokens), bytes_tensors.MAX_STRINGS)),
         ar_metadata=read_ar_metadata(inputs.text("ar_metadata") or ""),
         source_grids=_source_grids(inputs),
-        **inputs.given(source_token_ids=inputs.array("source_token_ids")),
+        **inputs.given(source_token_ids=_copy(inputs.array("source_token_ids"))),
         **inputs.fields(SharedParameters),
     )
+
+
+def _copy(array: NDArray[Any] | None) -> NDArray[Any] | None:
+    return None if array is None else array.copy()
 
 
 def _source_grids(inputs: Inputs) -> tuple[Grid, ...]:

@@ -39,7 +39,7 @@ class Responder:
         self, request: Any, on_end: Callable[[BaseException | None], None] = _ignore, *, is_relayed: bool = False
     ) -> None:
         self._sender: Any = request.get_response_sender()
-        self._on_end, self._is_relayed = on_end, is_relayed
+        self._on_end, self.is_relayed = on_end, is_relayed
         self._lock = threading.RLock()  # which ``EventSender`` holds while it sends the last response
 
     def is_abandoned(self) -> bool:
@@ -52,7 +52,7 @@ class Responder:
             self._finish(response(outputs), None)
 
     def fail(self, error: BaseException) -> None:
-        self._finish(pb_utils.InferenceResponse(error=triton_error(error, is_relayed=self._is_relayed)), error)
+        self._finish(pb_utils.InferenceResponse(error=triton_error(error, is_relayed=self.is_relayed)), error)
 
     def send_result(self, future: Future[Result], outputs: Callable[[Result], Mapping[str, NDArray[Any]]]) -> None:
         """Sends the outputs made of a future's result when it is resolved, or its error."""

@@ -14,11 +14,10 @@ from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.errors import UnavailableError
 from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
+from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.control import start_control_server
 from glm_image.lifecycle.registry import RequestRegistry, RequestState
-from glm_image.lifecycle.stream_options import StreamOptions
-from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.serving import bytes_tensors
 from glm_image.serving.exit import end_process
 from glm_image.serving.metrics_export import MetricsExporter
@@ -46,14 +45,12 @@ class StageCall:
     """A request that is being served. It does not refer to Triton's request, whose memory is released before.
 
     Attributes:
-        request_id: the id that it was sent with; "" = none.
-        options: what ``glm_image_stream`` asks for, if the request comes from there.
+        header: what it was sent with.
     """
 
-    request_id: str
+    header: CallHeader
     context: RequestContext
     responder: Responder
-    options: StreamOptions
 
 
 class StageBackend(ABC):
@@ -95,16 +92,15 @@ class StageBackend(ABC):
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            try:
-                call = self._track(request)
-            except Exception as error:  # the other requests go on
-                Responder(request).fail(error)
-                continue
-            with call.responder.errors_sent():
-                self._tracing.observe(call.context, request)
-                timeout_us = requested_timeout_us(request.timeout(), request.parameters())
-                call.context.limit(self._timeouts.of(timeout_us))
-                self._handle(call, Inputs(request))
+            context = RequestContext()
+            responder = self._tracked(context, request)
+            with responder.errors_sent():
+                header = CallHeader.read(request)
+                responder.is_relayed = header.options.arrived_ns is not None
+                context.id = header.id or context.id
+                context.limit(self._timeouts.of(header.timeout_us))
+                self._tracing.observe(context, request)
+                self._handle(StageCall(header, context, responder), Inputs(request))
 
     def finalize(self) -> None:
         """Ends what runs, with a response to each request."""
@@ -146,15 +142,14 @@ class StageBackend(ABC):
         finally:  # a process that went on would refuse all requests and never be restarted
             end_process(1)
 
-    def _track(self, request: Any) -> StageCall:
-        request_id, options = request.request_id(), StreamOptions.read(request.parameters())
-        context = RequestContext.with_timeout(request_id, timeout_us=0)
-        responder = Responder(request, context.finish, is_relayed=options.arrived_ns is not None)
+    def _tracked(self, context: RequestContext, request: Any) -> Responder:
+        """Attaches the observers to a request's context, and returns its responder."""
+        responder = Responder(request, context.finish)
         context.is_abandoned = responder.is_abandoned
         for observer in self._observers:
             context.add_observer(observer)
         self._pending.add(context, responder)
-        return StageCall(request_id, context, responder, options)
+        return responder
 
     def _cancel_abandoned(self) -> None:
         while not self._closing.wait(ABANDONED_POLL_SECONDS):

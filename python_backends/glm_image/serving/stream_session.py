@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from glm_image.config.schema import OUTPUTS, REQUEST_INPUTS, SHARED_INPUTS, STAGE_TENSORS
 from glm_image.errors import CancelledError
 from glm_image.ipc.protocol import Event, socket_directory
+from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.events import EventBuilder
 from glm_image.lifecycle.lru import LatestEntries
 from glm_image.lifecycle.preview_rpc import PreviewSkippedError, request_preview
 from glm_image.lifecycle.stream_options import StreamOptions
-from glm_image.lifecycle.timeouts import requested_timeout_us
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PreviewParameters
 from glm_image.request.tensors import TensorSpec, check_fields
@@ -43,7 +43,8 @@ class StreamSession:
 
     def __init__(self, request: Any, sender: EventSender, dit_seconds: LatestEntries[Hashable, float]) -> None:
         self._sender, self._dit_seconds = sender, dit_seconds
-        self._request_id: str = request.request_id() or uuid.uuid4().hex
+        header = CallHeader.read(request)
+        self._request_id = header.id or uuid.uuid4().hex
         inputs = Inputs(request)
         # Copied, as the request's memory is released before the session ends.
         given = inputs.given(**{spec.name: inputs.array_or_parameter(spec) for spec in REQUEST_INPUTS})
@@ -51,7 +52,7 @@ class StreamSession:
         previews = PreviewParameters(**inputs.fields(PreviewParameters))
         check_fields(previews, Limits())
         self._preview_steps = previews.preview_steps
-        self._timeout_us: int = requested_timeout_us(request.timeout(), request.parameters())
+        self._timeout_us = header.timeout_us
         self._options = StreamOptions(sender.arrived_ns, previews.preview_steps > 0, previews.preview_every)
         self._kind: Hashable = tuple(
             (name, array.tobytes()) for name, array in self._inputs.items() if array.dtype != np.object_

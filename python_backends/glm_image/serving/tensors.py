@@ -11,7 +11,8 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image.config.schema import CONTROL_OUTPUTS, STAGE_TENSORS, STREAM_OUTPUTS
-from glm_image.errors import MAX_SHOWN_CHARACTERS, InvalidInputError
+from glm_image.errors import InvalidInputError
+from glm_image.request.request_id import undecodable
 from glm_image.request.tensors import TensorSpec, parameter_value, request_fields
 from glm_image.serving.bytes_tensors import MAX_STRINGS
 
@@ -92,7 +93,7 @@ def _decoded(name: str, text: bytes) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidInputError.of(name, repr(text[: MAX_SHOWN_CHARACTERS + 1])[2:-1], "UTF-8") from error
+        raise undecodable(name, error) from None
 
 
 def text_array(*texts: str) -> NDArray[np.object_]:

@@ -1,1 +1,1 @@
-"""The AR's decode step and prefill on Triton kernels; imported only where Triton can run."""
+"""The AR's decode step and prefill on fused kernels, a file or more for each kind of device; imported only there."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
+from glm_image.ar.fused.layers import layers_and_norms
 from glm_image.ar.kv_cache import KvCache
-from glm_image.ar.model import Decoder, DecoderLayer, gathered_logits
+from glm_image.ar.model import Decoder, gathered_logits
 from glm_image.devices.int8_linear import AnyLinear, Int8Linear
 from glm_image.kernels.branch_sums import branch_sum
 from glm_image.kernels.decode_attention import DecodeAttention
@@ -125,10 +125,3 @@ class FusedDecoder:
 def weights_of(linear: AnyLinear) -> tuple[Tensor, Tensor | None]:
     """Returns a layer's matrix [n, k], and the scales [n] of its rows where it is int8."""
     return linear.weight, linear.scale if isinstance(linear, Int8Linear) else None
-
-
-def layers_and_norms(decoder: Decoder) -> tuple[list[DecoderLayer], list[Tensor]]:
-    """Returns the layers, and the weights of the norm before each of them and of the one after the last."""
-    layers = cast("list[DecoderLayer]", list(decoder.layers))
-    norms: list[Tensor] = [layer.before_attention.weight for layer in layers]
-    return layers, [*norms, decoder.norm.weight]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glm_image.ar.fused.decoder import layers_and_norms
+from glm_image.ar.fused.layers import layers_and_norms
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder, gathered_logits
 from glm_image.kernels.prefill import rotate_and_store, silu_product
