@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Final
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -14,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from glm_image_gateway.body_limits import BodyLimits
@@ -24,17 +21,6 @@ from glm_image_gateway.origins import OriginCheck
 from glm_image_gateway.request_context import REQUEST_ID_HEADER, RequestTracking
 from glm_image_gateway.routes import chat, images, jobs, page, service
 from glm_image_gateway.services import Services
-
-PAGE: Final = Path(__file__).parent / "static"
-PAGE_HEADERS: Final = {
-    # The page's own files alone, and the images that it receives.
-    "content-security-policy": (
-        "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
-}
 
 
 def create_app(services: Services) -> ASGIApp:
@@ -61,7 +47,6 @@ def create_app(services: Services) -> ASGIApp:
     api.state.services = services
     for router in (images.router, chat.router, jobs.router, service.router, page.router):
         api.include_router(router)
-    api.mount("/", _Page(directory=PAGE, html=True))
     _add_error_handlers(api, services)
     return _surrounded(api, services)
 
@@ -106,12 +91,3 @@ def _add_error_handlers(api: FastAPI, services: Services) -> None:
     @api.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
         return answered(ApiError(500, f"the gateway failed: {type(error).__name__}", "server_error"))
-
-
-class _Page(StaticFiles):
-    """The page at ``/`` and its files."""
-
-    def file_response(self, *args: object, **options: object) -> Response:
-        response = super().file_response(*args, **options)  # type: ignore[arg-type]
-        response.headers.update(PAGE_HEADERS)
-        return response

@@ -17,8 +17,8 @@ from PIL import Image
 
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
-from glm_image_gateway.app import PAGE
 from glm_image_gateway.keys import new_key
+from glm_image_gateway.routes.page import PAGE
 from pictures import encoded, picture
 from running_gateway import RunningGateway, running_gateway
 from server.browser import chromium

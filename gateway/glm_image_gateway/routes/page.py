@@ -1,21 +1,46 @@
-"""What the page at ``/`` asks for beyond OpenAI's API: the state of the server, and the progress of a request."""
+"""The page at ``/``, and what it asks for beyond OpenAI's API: the server's state, and the progress of a request."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from fastapi import APIRouter
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
 
 from glm_image_client import GlmImageClientError
 from glm_image_gateway.errors import api_error
 from glm_image_gateway.services import Authenticated, services_of
 
-router = APIRouter(prefix="/page", include_in_schema=False)
+PAGE: Final = Path(__file__).parents[1] / "static"
+PAGE_HEADERS: Final = {
+    # The page's own files alone, and the images that it receives.
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+router = APIRouter(include_in_schema=False)
+_files = StaticFiles(directory=PAGE)
 
 
-@router.get("/state")
+# Routes rather than a mount, which would answer 404 where another route has the path with another method.
+@router.get("/")
+@router.get("/{name}")
+async def file(request: Request, name: str = "index.html") -> Response:
+    """Returns a file of the page."""
+    response = await _files.get_response(name, request.scope)
+    response.headers.update(PAGE_HEADERS)
+    return response
+
+
+@router.get("/page/state")
 async def state(request: Request) -> dict[str, Any]:
     """Returns whether the server is ready, the defaults of its checkpoint if so, and whether requests need a key."""
     services = services_of(request)
@@ -28,7 +53,7 @@ async def state(request: Request) -> dict[str, Any]:
     return {"ready": is_ready, "defaults": defaults, "needs_key": services.keys.are_required}
 
 
-@router.get("/progress/{request_id}")
+@router.get("/page/progress/{request_id}")
 async def progress(request: Request, request_id: str, caller: Authenticated) -> dict[str, Any]:
     """Returns the state of a request on the server, as ``glm_control`` has it: ``unknown`` before it arrives there."""
     try:
