@@ -250,7 +250,8 @@ def main() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as folder:
-        flags.checkpoint = flags.checkpoint or tiny_checkpoint(Path(folder))
+        if flags.checkpoint is None:
+            flags.checkpoint = tiny_checkpoint(Path(folder))
         report = soak(Path(folder) / NAME, flags)
     for fault in report.faults:
         print(fault, file=sys.stderr)

@@ -110,6 +110,7 @@ def test_a_restart_keeps_results_and_resumes_jobs(triton: TritonServer, tmp_path
         with running_gateway(url, tmp_path, webhook_hosts=(host,)) as gateway:
             assert gateway.client.get(f"{JOBS}/{done}").json() == result
             resumed = wait_for(gateway, left, "done", "failed")
+            assert resumed["status"] == "done", resumed
             seed = resumed["result"]["seeds"][0]
             plain = gateway.post("/v1/images/generations", {**body, "seed": seed}).json()
             assert resumed["result"]["data"] == plain["data"]

@@ -93,6 +93,7 @@ def test_the_wheel_has_every_module_and_every_model(distribution: Distribution) 
     for folder, prefix in (
         ("python_backends", ""),
         ("client", ""),
+        ("gateway", ""),
         ("model_repository", "glm_image/model_repository/"),
     ):
         for path in (ROOT / folder).rglob("*"):

@@ -216,7 +216,8 @@ def test_mismatched_checkpoint_is_named(tiny_checkpoint: Path, tmp_path: Path) -
     checkpoint = tmp_path / "partial"
     shutil.copytree(tiny_checkpoint, checkpoint)
     config = checkpoint / "vae" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 9}))
+    statistics = {"latents_mean": [0.0] * 9, "latents_std": [1.0] * 9}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "latent_channels": 9, **statistics}))
     repository = copy_repository(tmp_path / "models", "glm_dit")
     with pytest.raises(ServerStartError, match=r"glm_dit failed to load: .*vae.*shape"):
         TritonServer(ServerSettings(checkpoint, model_repository=repository)).__enter__()

@@ -221,7 +221,7 @@ class TestFiles:
 class TestAnswers:
     @pytest.mark.parametrize("file", [b"", b"no image", png()[:60]])
     def test_an_image_that_cannot_be_read_is_a_server_failure(self, file: bytes, tmp_path: Path) -> None:
-        result = GenerationResult(Metadata(seeds=(1,)), encoded=[file])
+        result = GenerationResult(Metadata(seeds=(1,)), [base64.b64encode(file)])
         with pytest.raises(ServerFailure, match="an image of the server's response cannot be read"):
             _ = result.image
         with pytest.raises(ServerFailure, match="an image of the server's response cannot be read"):
@@ -258,7 +258,9 @@ class TestAnswers:
         metadata = object_array([json.dumps({}).encode()])
         for text in (b"!", base64.b64encode(b"abc")[:-1], "\xe4"):
             with pytest.raises(ServerFailure, match="is not base64"):
-                GenerationResult.from_outputs({"metadata": metadata, "images_base64": object_array([text])})  # type: ignore[list-item]
+                _ = GenerationResult.from_outputs(
+                    {"metadata": metadata, "images_base64": object_array([text])}  # type: ignore[list-item]
+                ).encoded
 
 
 class TestClosedClient:

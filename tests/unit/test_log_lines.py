@@ -19,8 +19,9 @@ from glm_image.sizing.inspect import Inspection
 from glm_image.supervisor import cli
 from glm_image.telemetry.logs import LineFormatter
 from glm_image.telemetry.request_log import FILE, PROMPTS, RequestLog
-from glm_image_client import cli as client_cli
 from glm_image_client import errors as client_errors
+from glm_image_client.cli.application import app
+from glm_image_client.cli.exits import EXIT_REFUSED
 
 HOSTILE = "\x00\x1b[2J\n\r\x7f\x85\x9b31m\u061c\u200b\u200e\u2028\u2029\u202e\u2066\ufeff\U000e0041\ud800"
 HARMLESS = "Füchse 你好\u3000\u00a0\U0001f98a é"
@@ -54,7 +55,9 @@ def log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_request_log_is_one_safe_line_of_json(log_file: Path) -> None:
     context = RequestContext(HOSTILE + HARMLESS)
     context.attributes["prompt"] = HARMLESS + HOSTILE
-    RequestLog("glm_dit_0", is_last=True).finished(context, InvalidInputError.of("prompt", HOSTILE, "less"))
+    log = RequestLog("glm_dit_0", is_last=True, record=lambda *_: None)
+    log.finished(context, InvalidInputError.of("prompt", HOSTILE, "less"))
+    log.close()
     text = log_file.read_text(encoding="utf-8")
     assert text.endswith("\n")
     assert is_safe(text[:-1])
@@ -87,9 +90,9 @@ def test_printed_errors_are_safe(capsys: pytest.CaptureFixture[str], monkeypatch
     def fail(*_: object) -> None:
         raise client_errors.RefusedError(f"prompt is {HOSTILE}; allowed: less")
 
-    monkeypatch.setattr(client_cli, "inspect_checkpoint", fail)
-    result = CliRunner().invoke(client_cli.app, ["inspect", "x"])
-    assert result.exit_code == client_cli.EXIT_REFUSED
+    monkeypatch.setattr("glm_image_client.cli.commands.inspect.inspect_checkpoint", fail)
+    result = CliRunner().invoke(app, ["inspect", "x"])
+    assert result.exit_code == EXIT_REFUSED
     assert is_safe(result.output.rstrip("\n"))
     assert r"\x1b[2J\n" in result.output
 

@@ -87,7 +87,7 @@ class TestSettings:
         settings = settings_over(tmp_path)
         (tmp_path / "folder").mkdir()
         (tmp_path / "file").touch()
-        with pytest.raises(ConfigurationError, match=rf"--request-log is .*{kind}, {fault}; allowed: the path of"):
+        with pytest.raises(ConfigurationError, match=rf"--request-log is .*, {fault}; allowed: the path of"):
             ServerSettings(
                 settings.checkpoint, model_repository=settings.model_repository, request_log=tmp_path / kind
             ).check()
