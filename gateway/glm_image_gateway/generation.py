@@ -32,6 +32,8 @@ IMAGES_PER_CALL: Final = 8
 """The server's ``num_images``; a larger request is sent as two."""
 PREVIEW_PIXELS: Final = 725 * 725
 """About the size below which the server makes no preview."""
+MAX_PREVIEW_EVERY: Final = 200
+"""The largest that the server takes; more steps are refused by their own name."""
 PREVIEW_STEPS: Final = 6
 
 
@@ -217,7 +219,7 @@ def _preview_options(request: ImageRequest) -> PreviewOptions:
         return {"preview_steps": 0, "preview_every": 0}
     has_preview = not request.images and request.pixels >= PREVIEW_PIXELS
     latents = request.partial_images - has_preview
-    every = max(1, request.steps // (latents + 1)) if latents else 0
+    every = min(MAX_PREVIEW_EVERY, max(1, request.steps // (latents + 1))) if latents else 0
     return {"preview_steps": PREVIEW_STEPS, "preview_every": every}
 
 

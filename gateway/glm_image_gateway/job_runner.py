@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 MAX_STARTS: Final = 3
 """A job during which the gateway has ended this often has failed."""
+MAX_ID_CHARACTERS: Final = 200
+"""Of the first request's id in that of a resumed job's request."""
 RETRY_SECONDS: Final = 2.0
 """Between two attempts while no server answers."""
 WAITED_FOR: Final = frozenset({"server_unavailable", "queue_full", "too_many_requests", "rate_limit_exceeded"})
@@ -175,7 +177,9 @@ class JobRunner:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _attempt(self, job: Job, request: ImageRequest, caller: Caller, *, is_resumed: bool) -> Generated:
-        events = self._generator.stream(request, caller, job.request_id, is_resumed=is_resumed)
+        # The earlier gateway's cancel of its request may arrive after this one, and must not reach it.
+        request_id = f"{job.request_id[:MAX_ID_CHARACTERS]}-{secrets.token_hex(4)}" if is_resumed else job.request_id
+        events = self._generator.stream(request, caller, request_id, is_resumed=is_resumed)
         has_begun = False
         async with aclosing(events):
             async for progress in events:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +44,14 @@ class QueueSnapshot:
         return {"slope": float(self.module.weight.detach())}
 
 
+@pytest.fixture
+def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a millisecond passes between two looks at the clock: the number of steps does not depend on the machine."""
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 2000))
+
+
+@pytest.mark.usefixtures("steady_clock")
 def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SECONDS_BETWEEN_SAVES", 0.0)
     first = QueueSnapshot()
@@ -123,6 +133,7 @@ def test_matrices_of_one_shape_take_muons_step_together_and_go_on_from_its_state
     assert all(torch.allclose(mine, other, atol=1e-4) for mine, other in zip(own, theirs, strict=True))
 
 
+@pytest.mark.usefixtures("steady_clock")
 def test_a_stage_that_is_done_goes_on_when_it_is_given_more_minutes(tmp_path: Path) -> None:
     first, second, third = QueueSnapshot(), QueueSnapshot(), QueueSnapshot()
     loop.train(first, tmp_path, minutes=0.2 / 60)

@@ -7,7 +7,7 @@ from typing import Final
 
 from glm_image.lifecycle.context import NANOSECONDS
 
-IDLE_NS: Final = NANOSECONDS // 2
+IDLE_NS: Final = 2 * NANOSECONDS
 """Longer than Triton takes to pass an instance the next waiting request, on a busy host too."""
 
 
