@@ -40,6 +40,8 @@ MODELS = ("glm_image", "glm_ar", "glm_dit")
 DIFFERENT_SEEDS = 16
 PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 PERCENTILES = (50, 90, 99)
+COUNT_SECONDS = 5.0
+"""Time for Triton to count the last requests."""
 DRAIN_SECONDS = 5
 """For requests that the benchmark abandoned."""
 
@@ -161,7 +163,8 @@ def run_level(
     failed = report_load(named, "own" if program is None else "perf_analyzer", responses, level.requests)
     report_stages(named, responses)
     for model in MODELS:
-        report_statistics(named, model, before[model], statistics(server, model))
+        counted = before[model]["success"]["count"] + level.requests - failed
+        report_statistics(named, model, before[model], statistics_from(server, model, counted))
     return failed
 
 
@@ -195,6 +198,14 @@ def statistics(server: Served, model: str) -> Values:
     with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/stats", timeout=30) as response:
         counts: Values = json.load(response)["model_stats"][0]["inference_stats"]
         return counts
+
+
+def statistics_from(server: Served, model: str, succeeded: int) -> Values:
+    """Returns Triton's counts once as many requests have succeeded: Triton counts a request after it has answered it."""
+    until = time.monotonic() + COUNT_SECONDS
+    while (counts := statistics(server, model))["success"]["count"] < succeeded and time.monotonic() < until:
+        time.sleep(0.01)
+    return counts
 
 
 def report_statistics(named: Mapping[str, float], model: str, before: Values, after: Values) -> None:
