@@ -201,7 +201,7 @@ def statistics(server: Served, model: str) -> Values:
 
 
 def statistics_from(server: Served, model: str, succeeded: int) -> Values:
-    """Returns Triton's counts once as many requests have succeeded: Triton counts a request after it has answered it."""
+    """Returns Triton's counts once as many requests have succeeded: it counts a request after the answer."""
     until = time.monotonic() + COUNT_SECONDS
     while (counts := statistics(server, model))["success"]["count"] < succeeded and time.monotonic() < until:
         time.sleep(0.01)
