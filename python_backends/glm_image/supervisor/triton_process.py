@@ -48,6 +48,9 @@ SERVER = "tritonserver"
 MIN_PING_INTERVAL_MS = 5000
 """Between two pings of a gRPC client. Triton's own is 300 s: clients that ping more often, so that idle connections are
 kept, are cut off in the middle of a long request."""
+STUB_START_SECONDS = 600
+"""Time for a model's process to start. After Triton's own 30 s a busy host hangs: Triton then waits for the end of a
+process that goes on."""
 SIGNAL_CODE_BASE = 128
 """Exit codes above it mean the end by a signal."""
 
@@ -242,6 +245,7 @@ class ServerProcess:
             f"--grpc-http2-min-recv-ping-interval-without-data={MIN_PING_INTERVAL_MS}",
             "--grpc-keepalive-permit-without-calls=true",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=python,stub-timeout-seconds={STUB_START_SECONDS}",
             *([f"--model-config-name={settings.profile}"] if settings.profile else []),
         ]
 
