@@ -193,11 +193,11 @@ def soak(folder: Path, flags: argparse.Namespace) -> Report:
         run_directory = Path(f"/proc/{family[1]}/cwd").readlink().parents[1]
         for path in (run_directory / "heartbeats").iterdir():
             path.unlink()
-        painters = [
+        threads = [
             threading.Thread(target=paint, args=(urls, alone, numbers, ends, report)) for _ in range(flags.clients)
         ]
-        for painter in painters:
-            painter.start()
+        for thread in threads:
+            thread.start()
         began = time.monotonic()
         while time.monotonic() - began < flags.seconds or sum(report.images.values()) < flags.images:
             next_round = time.monotonic() + ROUND_SECONDS
@@ -205,8 +205,8 @@ def soak(folder: Path, flags: argparse.Namespace) -> Report:
             ends.wait(max(0.0, next_round - time.monotonic()))
             report.samples.append(sample(family, run_directory))
         ends.set()
-        for painter in painters:
-            painter.join(REQUEST_SECONDS)
+        for thread in threads:
+            thread.join(REQUEST_SECONDS)
         stop(process, family, run_directory, report)
     check(report, flags)
     return report

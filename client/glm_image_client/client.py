@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from glm_image_client import calls
 from glm_image_client.core import AsyncClientCore, ClientCore, run
@@ -20,7 +20,25 @@ if TYPE_CHECKING:
 Prompts = list[str] | tuple[str, ...]
 
 
-class GlmImageClient:
+class _Client:
+    """The constructor of both clients."""
+
+    _core_class: ClassVar[type[ClientCore]]
+
+    def __init__(
+        self,
+        url: str | None = None,
+        protocol: ProtocolName = "grpc",
+        *,
+        timeout: float | None = None,
+        retries: Retries = NO_RETRIES,
+        keepalive: float | None = KEEPALIVE_SECONDS,
+    ) -> None:
+        self.endpoint = Endpoint.parse(url, protocol)
+        self._core = self._core_class(self.endpoint, timeout, retries, keepalive)
+
+
+class GlmImageClient(_Client):
     """Talks to a GLM-Image server; a context manager, safe to use from several threads.
 
     A call that is interrupted or times out cancels its request on the server. Every call raises the errors of
@@ -39,17 +57,7 @@ class GlmImageClient:
         BadArgumentError: an argument is not allowed.
     """
 
-    def __init__(
-        self,
-        url: str | None = None,
-        protocol: ProtocolName = "grpc",
-        *,
-        timeout: float | None = None,
-        retries: Retries = NO_RETRIES,
-        keepalive: float | None = KEEPALIVE_SECONDS,
-    ) -> None:
-        self.endpoint = Endpoint.parse(url, protocol)
-        self._core = ClientCore(self.endpoint, timeout, retries, keepalive)
+    _core_class = ClientCore
 
     def __enter__(self) -> GlmImageClient:
         return self
@@ -192,7 +200,7 @@ class GlmImageClient:
         return run(self._core.answer(calls.defaults, timeout))
 
 
-class AsyncGlmImageClient:
+class AsyncGlmImageClient(_Client):
     """Talks to a GLM-Image server from one asyncio loop; an asynchronous context manager.
 
     Many requests may be in flight concurrently. A call that is cancelled or times out cancels its request on the
@@ -204,22 +212,14 @@ class AsyncGlmImageClient:
         protocol: of a URL without a scheme.
         timeout: seconds to wait for an answer where a call does not say; None = no limit.
         retries: when a request is sent again; by default never.
+        keepalive: seconds between two pings over gRPC while a call waits, so that no NAT or load balancer drops the
+            connection; None = no pings. A server that permits fewer of them is sent none, and the request again.
 
     Raises:
         BadArgumentError: an argument is not allowed.
     """
 
-    def __init__(
-        self,
-        url: str | None = None,
-        protocol: ProtocolName = "grpc",
-        *,
-        timeout: float | None = None,
-        retries: Retries = NO_RETRIES,
-        keepalive: float | None = KEEPALIVE_SECONDS,
-    ) -> None:
-        self.endpoint = Endpoint.parse(url, protocol)
-        self._core = AsyncClientCore(self.endpoint, timeout, retries, keepalive)
+    _core_class = AsyncClientCore
 
     async def __aenter__(self) -> AsyncGlmImageClient:
         return self

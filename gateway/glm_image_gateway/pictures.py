@@ -6,7 +6,7 @@ import io
 import warnings
 from typing import Any, Final
 
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageOps
 
 from glm_image_gateway.errors import ApiError
 
@@ -46,11 +46,6 @@ class Mask:
             source = source.resize(edited.size, Image.Resampling.LANCZOS)
             kept = kept.resize(edited.size, Image.Resampling.BILINEAR)
         return encoded(Image.composite(source, edited, kept), output_format, compression)
-
-    @property
-    def keeps_everything(self) -> bool:
-        """Whether no pixel of the image may change."""
-        return ImageChops.invert(self._kept).getbbox() is None
 
 
 def recompressed(file: bytes, output_format: str, compression: int | None) -> bytes:

@@ -1,4 +1,4 @@
-"""What is known of every request: its id, its route, its duration and its bytes; as ASGI middleware."""
+"""ASGI middleware that records the id, route, duration and bytes of each request."""
 
 from __future__ import annotations
 

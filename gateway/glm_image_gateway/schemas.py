@@ -22,6 +22,12 @@ def option(default: Any, description: str, allowed: str, **constraints: Any) -> 
     return Field(default, description=description, json_schema_extra={"allowed": allowed}, **constraints)
 
 
+def size_option(description: str) -> Any:
+    """Declares the field ``size``."""
+    allowed = "auto, or WIDTHxHEIGHT in pixels as in 1024x768"
+    return option(None, description, allowed, pattern=r"^(auto|\d{1,6}x\d{1,6})$")
+
+
 class OwnOptions(BaseModel):
     """Options that OpenAI's API does not have, at top level or in ``extra_body``."""
 
@@ -49,12 +55,7 @@ class ImageOptions(OwnOptions):
 
     model: str | None = option(None, "One of the model's names.", "a name of GET /v1/models")
     n: int = option(1, "Images; image i has seed + i.", f"1 to {MAX_IMAGES}", ge=1, le=MAX_IMAGES)
-    size: str | None = option(
-        None,
-        "`WIDTHxHEIGHT`, or `auto`: 1024x1024, of an edit the first image's.",
-        "auto, or WIDTHxHEIGHT in pixels as in 1024x768",
-        pattern=r"^(auto|\d{1,6}x\d{1,6})$",
-    )
+    size: str | None = size_option("`WIDTHxHEIGHT`, or `auto`: 1024x1024, of an edit the first image's.")
     quality: Quality = option(
         "auto",
         "Denoising steps: low 20, medium 35, high 50, hd 75; standard and auto: the server's default.",
@@ -131,12 +132,7 @@ class ChatBody(OwnOptions):
     )
     model: str | None = option(None, "One of the model's names.", "a name of GET /v1/models")
     n: int = option(1, "Choices, one image each.", f"1 to {MAX_IMAGES}", ge=1, le=MAX_IMAGES)
-    size: str | None = option(
-        None,
-        "As in generations.",
-        "auto, or WIDTHxHEIGHT in pixels as in 1024x768",
-        pattern=r"^(auto|\d{1,6}x\d{1,6})$",
-    )
+    size: str | None = size_option("As in generations.")
     quality: Quality = option("auto", "As in generations.", "low, medium, high, auto, standard, hd")
     output_format: OutputFormat = option("png", "Format of the images.", "png, jpeg, webp")
     stream: bool = option(False, "Send chunks of progress, and the images at the end.", "true, false")

@@ -1,4 +1,4 @@
-"""The engines without a server, with the sizes of the served ones, and a server without IPC."""
+"""The engines without a server, with the sizes of the served ones, a server without IPC, and an empty checkpoint."""
 
 from __future__ import annotations
 
@@ -38,3 +38,11 @@ def bare_triton(
 def pipeline(tiny_checkpoint: Path) -> Iterator[LocalPipeline]:
     with LocalPipeline(tiny_checkpoint, "cpu") as engines:
         yield engines
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint for models that load none."""
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "model_index.json").write_text("{}")
+    return tmp_path / "checkpoint"

@@ -75,13 +75,6 @@ class TritonPythonModel:
 """.replace("HANG_SECONDS", str(HANG_SECONDS))
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "model_index.json").write_text("{}")
-    return tmp_path / "checkpoint"
-
-
 @contextlib.contextmanager
 def started(checkpoint: Path, folder: Path, max_restarts: int = 2) -> Iterator[Served]:
     write_model(folder / "models", "worker", MODEL)

@@ -1,4 +1,4 @@
-"""``serve --gateway``: the gateway beside a real Triton over a small model, and the gateway as a process of its own."""
+"""``serve --gateway`` runs the gateway and a real Triton with a small model; the gateway also runs by itself."""
 
 from __future__ import annotations
 

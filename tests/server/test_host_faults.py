@@ -1,4 +1,4 @@
-"""Faults of the host: a log that nobody reads, too few files, unusual paths, cleaned folders, operators' signals."""
+"""Faults of the host: logs without a reader, few file descriptors, unusual paths, cleaned folders, signals."""
 
 from __future__ import annotations
 
@@ -62,13 +62,6 @@ IPV6 = "::1"
 LINES_IN_PIPES = 4000
 """Of 1 kB: more than all pipes and queues hold."""
 STOP_SECONDS = 60
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "model_index.json").write_text("{}")
-    return tmp_path / "checkpoint"
 
 
 @pytest.fixture

@@ -95,13 +95,6 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    (tmp_path / "checkpoint").mkdir()
-    (tmp_path / "checkpoint" / "model_index.json").write_text("{}")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture
 def served(checkpoint: Path, repository: Path) -> Iterator[Served]:
     served = Served(checkpoint, repository, "--drain-seconds", "30")
     with ended(served.process):

@@ -134,6 +134,7 @@ def test_arrival_of_a_stream_has_passed() -> None:
 
 
 def test_parameters_without_a_meaning_are_not_parsed() -> None:
+    assert CallHeader.read(Request(text=b"")) == CallHeader()
     assert CallHeader.read(Request(text=b'{"a": ' + b"[" * 10**6)) == CallHeader()
     with pytest.raises(
         InvalidInputError, match=r"^request parameters is \d+ characters long; allowed: at most 65536 with"

@@ -16,7 +16,7 @@ from glm_image_client.sources import source_bytes, source_images
 
 
 def generate_offline(checkpoint: Path, device: str | None, prompt: str, options: GenerateOptions) -> GenerationResult:
-    """Loads a checkpoint, generates once and frees it; what is not given has the defaults of the checkpoint.
+    """Loads a checkpoint, generates once and frees it; omitted options have the defaults of the checkpoint.
 
     Raises:
         BadArgumentError: the checkpoint or the device is refused.

@@ -76,7 +76,7 @@ export class Estimate {
     const done = this.#last.done - this.#began.done;
     if (!current.total || done / current.total < MIN_DONE) return null;
     const each = (this.#last.at - this.#began.at) / done;
-    // What is in work now counts by the time since it began, and is never longer than the others.
+    // An image in progress counts by the time since it began, at most as long as the others.
     return each * (current.total - this.#last.done) - Math.min(each, now - this.#last.at);
   }
 }

@@ -1,4 +1,4 @@
-// What is shown of a request: its progress, its intermediate images, its images with their actions, or its error.
+// The view of a request: its progress, intermediate images, images with their actions, or error.
 
 import { button, byId, download, make, showFile } from "./elements.js";
 import { duration, text } from "./i18n.js";
@@ -53,7 +53,7 @@ export class Result {
     }
   }
 
-  /** Removes what is shown of a request without images; the images of the one before come back. */
+  /** Removes the view of a request without images, and restores the images of the previous one. */
   stop() {
     if (byId("images").querySelector(".pending")) {
       byId("images").replaceChildren();

@@ -78,8 +78,8 @@ class ArParameters(StageParameters):
     )
     max_queue_bytes: int = whole(
         512 * 1024 * 1024,
-        "Bytes of the inputs of all requests that `glm_ar` holds or that wait for `glm_dit`, source images above all, "
-        "with what is computed of these; further requests get UNAVAILABLE.",
+        "Bytes of the source images, and of the data computed from them, of all requests that `glm_ar` holds or that "
+        "wait for `glm_dit`; further requests get UNAVAILABLE.",
         low=1,
         unit="bytes",
     )

@@ -20,7 +20,7 @@ class ComputeThread:
     libraries keep a workspace for each.
 
     Args:
-        is_host: whether decoding is done in this thread too, rather than in that of the caller, beside denoising.
+        is_host: whether this thread decodes too; otherwise the caller's thread does, concurrently with denoising.
     """
 
     def __init__(self, is_host: bool) -> None:

@@ -78,7 +78,7 @@ class DeficitRoundRobin(Generic[Flow]):
         return self._visited
 
     def _skip_rounds(self, costs: Mapping[Flow, float]) -> None:
-        """Makes at once all rounds in which no image would run but the last one."""
+        """Adds the quanta of all rounds in which no image would run, but for the last one of them."""
         missing = min((cost - self._credits[flow]) / self._quantum for flow, cost in costs.items())
         rounds = max(0, math.floor(missing) - 1)
         for flow in costs:

@@ -26,7 +26,7 @@ class Flow:
             turn to its end.
         max_source_pixels: what the source images of all requests may have together, unless there are none but its own.
         has_read: whether its sources are in memory.
-        needs_room: whether its sources did not fit beside those of others, and wait until these are gone.
+        needs_room: whether its sources exceeded the limit together with those of others, and wait until these end.
     """
 
     images: int

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle import timeouts
@@ -40,11 +41,13 @@ class CallHeader:
         id: the id that it was sent with; "" = none.
         timeout_us: microseconds for the whole request; 0 = none.
         options: what ``glm_image_stream`` asks for, if the request comes from there.
+        parameters: the request's parameters; {} if none of them has a meaning.
     """
 
     id: str = ""
     timeout_us: int = 0
     options: StreamOptions = field(default_factory=StreamOptions)
+    parameters: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def read(cls, request: TritonRequest) -> CallHeader:
@@ -60,24 +63,26 @@ class CallHeader:
             raise undecodable(ID, error) from None
         check_request_id(ID, request_id)
         parameters = _parameters(request)
-        options = json.loads(parameters).get(StreamOptions.PARAMETER)
+        options = parameters.get(StreamOptions.PARAMETER)
         return cls(
             id=request_id,
             timeout_us=timeouts.requested_timeout_us(request.timeout(), parameters),
             options=StreamOptions() if options is None else StreamOptions.read(options),
+            parameters=parameters,
         )
 
 
-def _parameters(request: TritonRequest) -> str:
-    """Returns the parameters, a JSON object; an empty one if none of them has a meaning."""
+def _parameters(request: TritonRequest) -> dict[str, Any]:
+    """Returns the parameters; an empty dictionary if none of them has a meaning."""
     try:
         text = request.parameters()
     except UnicodeDecodeError as error:
         raise undecodable(PARAMETERS, error) from None
     if not any(f'"{name}"' in text for name in READ):
-        return "{}"
+        return {}
     if len(text) > MAX_PARAMETERS_CHARACTERS:
         raise InvalidInputError.of(
             PARAMETERS, f"{len(text)} characters long", f"at most {MAX_PARAMETERS_CHARACTERS} with {' or '.join(READ)}"
         )
-    return text
+    parameters: dict[str, Any] = json.loads(text)
+    return parameters

@@ -144,6 +144,17 @@ def tensor(default: T, *declaration: Any, **options: Any) -> T:
     return field(default=default, metadata=tensor_metadata(*declaration, **options))
 
 
+def whole_number_of(value: object, digits: re.Pattern[str]) -> int | None:
+    """Returns the whole number that JSON states as an integer, as a float, or as text that ``digits`` matches whole."""
+    if type(value) is int:  # a bool is an int too
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and digits.fullmatch(value):
+        return int(value)
+    return None
+
+
 def parameter_value(spec: TensorSpec, value: object) -> int | str:
     """Returns the value of a request parameter that takes the place of an input, INT32 or STRING.
 
@@ -156,10 +167,8 @@ def parameter_value(spec: TensorSpec, value: object) -> int | str:
         if not isinstance(value, str):
             raise InvalidInputError.of(spec.name, value, "text")
         return value
-    number = value
-    if (isinstance(value, str) and _INTEGER.fullmatch(value)) or (isinstance(value, float) and value.is_integer()):
-        number = int(value)
-    if type(number) is not int or not -(2**31) <= number < 2**31:  # a bool is an int too
+    number = whole_number_of(value, _INTEGER)
+    if number is None or not -(2**31) <= number < 2**31:
         raise InvalidInputError.of(spec.name, value, "a signed 32-bit integer")
     return number
 

@@ -100,7 +100,7 @@ class StageBackend(ABC):
                 context.id = header.id or context.id
                 context.limit(self._timeouts.of(header.timeout_us))
                 self._tracing.observe(context, request)
-                self._handle(StageCall(header, context, responder), Inputs(request))
+                self._handle(StageCall(header, context, responder), Inputs(request, header.parameters))
 
     def finalize(self) -> None:
         """Ends what runs, with a response to each request."""

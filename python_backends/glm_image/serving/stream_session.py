@@ -45,7 +45,7 @@ class StreamSession:
         self._sender, self._dit_seconds = sender, dit_seconds
         header = CallHeader.read(request)
         self._request_id = header.id or uuid.uuid4().hex
-        inputs = Inputs(request)
+        inputs = Inputs(request, header.parameters)
         # Copied, as the request's memory is released before the session ends.
         given = inputs.given(**{spec.name: inputs.array_or_parameter(spec) for spec in REQUEST_INPUTS})
         self._inputs: Arrays = {name: array.copy() for name, array in given.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +22,14 @@ class Inputs:
     """The inputs of a request; each getter returns None for an input that is missing.
 
     Triton has checked types and shapes against the configuration.
+
+    Args:
+        request: Triton's request.
+        parameters: of the request; some count where the input of their name is missing.
     """
 
-    def __init__(self, request: Any) -> None:
-        self._request = request
+    def __init__(self, request: Any, parameters: Mapping[str, Any] | None = None) -> None:
+        self._request, self._parameters = request, parameters or {}
 
     def array(self, name: str) -> NDArray[Any] | None:
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
@@ -80,7 +83,7 @@ class Inputs:
     def _parameter(self, spec: TensorSpec) -> int | str | None:
         if not spec.is_parameter:
             return None
-        value = json.loads(self._request.parameters() or "{}").get(spec.name)
+        value = self._parameters.get(spec.name)
         return None if value is None else parameter_value(spec, value)
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Passes the server's log on to its owner, and never keeps the server waiting.
 
-A pipe that is not read fills, and then blocks whoever writes to it: Triton, and any model that logs. So the log is
+A pipe that is not read fills, and then blocks every process that writes to it: Triton and the models. So the log is
 always read, and what its owner does not take in time is dropped and counted.
 """
 
@@ -20,7 +20,7 @@ MAX_LINE_BYTES = 64 * 1024
 READ_BYTES = 64 * 1024
 
 REPETITIONS, REPETITION_SECONDS = 100, 10.0
-"""So often a line is passed on within so many seconds; then only how often it came."""
+"""A line is passed on at most this many times in this many seconds; after that its repetitions are counted."""
 KNOWN_LINES = 64
 # Triton's time and thread, which differ between lines of one text.
 _PREFIX = re.compile(rb"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ ")

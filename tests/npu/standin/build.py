@@ -143,7 +143,7 @@ def _defined(parts: list[Path]) -> set[str]:
 
 
 def _needed(torch: Path, torch_npu: Path) -> set[str]:
-    """Returns the names that torch_npu links and nobody else defines, and those that it looks up by name."""
+    """Returns the names that torch_npu links and no other library defines, and those that it looks up by name."""
     own = [path for path in torch_npu.rglob("*.so*") if "torchair" not in path.parts and not path.is_symlink()]
     defined = set()
     for path in [*own, *(torch / "lib").glob("*.so*")]:

@@ -54,7 +54,7 @@ def generate(
     offline: Offline,
     **options: Unpack[GenerateOptions],
 ) -> None:
-    """Generates images; what is not given has the defaults of the server and its checkpoint."""
+    """Generates images; omitted options have the defaults of the server and its checkpoint."""
     offline.check()
     batch.check(prompt, offline.offline)
     width, height = parse_size(size)
