@@ -157,8 +157,12 @@ def refuse(urls: Urls, count: int, report: Report) -> None:
     for _ in range(count):
         with contextlib.closing(http.client.HTTPConnection(urls.http_url, timeout=REQUEST_SECONDS)) as connection:
             body = json.dumps({"prompt": "雪" * 200, "height": 1})
-            connection.request("POST", "/v2/models/glm_image/generate", body)
-            report.refusals[str(connection.getresponse().status)] += 1
+            try:
+                connection.request("POST", "/v2/models/glm_image/generate", body)
+                report.refusals[str(connection.getresponse().status)] += 1
+            except (http.client.HTTPException, OSError) as error:
+                report.refusals["failed"] += 1
+                report.faults.append(f"refusal {report.refusals.total()}: {error!r}")
 
 
 def sample(family: list[int], run_directory: Path) -> dict[str, float]:
