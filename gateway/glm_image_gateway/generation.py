@@ -74,6 +74,10 @@ class Progress:
     partial: bytes | None = field(default=None, repr=False)
     generated: Generated | None = None
 
+    def state(self) -> dict[str, Any]:
+        """Returns how far the request is, as answers have it."""
+        return {"stage": self.stage, "done": self.done, "total": self.total, "eta_seconds": self.eta}
+
 
 class Generator:
     """Sends requests to a server."""
