@@ -24,7 +24,7 @@ _QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/page/state"})
 
 
 class RequestTracking:
-    """Gives each request an id, the client's own where it sends one, and the client's trace; counts, measures, logs it."""
+    """Gives each request its client's id, else a new one, and its client's trace; counts, measures and logs it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
+from glm_image_gateway import generation
 from running_gateway import RunningGateway, error_of
 from server.kserve import generate
 
@@ -152,11 +154,10 @@ def test_unknown_fields_are_named(gateway: RunningGateway) -> None:
     ]
 
 
-def test_an_id_in_flight_is_refused(gateway: RunningGateway) -> None:
-    gateway.services.generator._ids.add("in-flight")
-    try:
-        response = gateway.post(PATH, SMALL, headers={"x-request-id": "in-flight"})
-    finally:
-        gateway.services.generator._ids.discard("in-flight")
+def test_an_id_in_flight_is_refused(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "ENDING_SECONDS", 0)
+    monkeypatch.setitem(gateway.services.generator._ended, "in-flight", asyncio.Event())
+    response = gateway.post(PATH, SMALL, headers={"x-request-id": "in-flight"})
     assert (response.status_code, error_of(response)["code"]) == (409, "request_id_in_use")
+    assert response.headers["x-should-retry"] == "false"
     assert response.headers["x-should-retry"] == "false"

@@ -89,13 +89,15 @@ def test_spans_of_stages_are_children_of_their_models_spans(
     path = paths.get(way, "/v1/images/generations")
     response = gateway.client.post(path, json=body, headers={"traceparent": f"00-{trace}-{PARENT}-01"})
     assert response.status_code in {200, 202}, response.text
+    is_streamed = way in {"gateway_stream", "gateway_job"}
+    first, second = ("glm_image_stream",) * 2 if is_streamed else ("glm_ar", "glm_dit")
     found: dict[str, tuple[str, str]] = {}
-    while not {"InferRequest", "glm_ar", "glm_dit", *Stage} - {"dit_queue"} <= found.keys():
+    while not {"InferRequest", first, second, *Stage} - {"dit_queue"} <= found.keys():
         name, span_trace, span, parent = collector.spans.get(timeout=SECONDS)
         if span_trace == trace:
             found[name] = (span, parent)
-    assert PARENT in {parent for _, parent in found.values()}
+    assert found["InferRequest"][1] == PARENT
     for stage in ("ar_queue", "prefill", "decode"):
-        assert found[stage][1] == found["glm_ar"][0]
+        assert found[stage][1] == found[first][0]
     for stage in ("condition", "denoise", "vae", "encode"):
-        assert found[stage][1] == found["glm_dit"][0]
+        assert found[stage][1] == found[second][0]
