@@ -96,7 +96,8 @@ def test_formats_and_compression(
 def test_url_results_are_stored_under_names_that_cannot_be_guessed(
     gateway: RunningGateway, answer: httpx.Response
 ) -> None:
-    data = gateway.post(PATH, {**SMALL, "response_format": "url", "n": 2}).json()["data"]
+    # The default of this name, as in OpenAI's API.
+    data = gateway.post(PATH, {**SMALL, "model": "dall-e-2", "n": 2}).json()["data"]
     urls = [item["url"] for item in data]
     assert all(set(item) == {"url"} for item in data)
     assert len(set(urls)) == 2

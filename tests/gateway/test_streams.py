@@ -49,7 +49,8 @@ def test_partial_images_then_completed(gateway: RunningGateway) -> None:
 
 def test_a_preview_comes_first_where_the_server_makes_one(gateway: RunningGateway) -> None:
     large = {**SMALL, "size": "736x736", "num_inference_steps": 1, "partial_images": 1}
-    name, data = events(gateway, GENERATIONS, large)[0]
+    with gateway.client.stream("POST", GENERATIONS, json={**large, "stream": True}) as response:
+        name, data = next((name, data) for name, data in events_of(response) if name is not None)
     assert (name, data["partial_image_index"]) == ("image_generation.partial_image", 0)
 
 
