@@ -83,9 +83,12 @@ class Fleet:
     losses: Sequence[HostLoss] = ()
     scaling: Scaling | None = None
 
-    @property
-    def hosts(self) -> int:
-        return math.ceil((self.ar + self.dit) / self.cards_per_host)
+    def hosts(self) -> tuple[list[int], list[int]]:
+        """Returns the host of each member of the AR, which are spread over the hosts, and of each of the DiT."""
+        count = math.ceil((self.ar + self.dit) / self.cards_per_host)
+        ar = [index * count // self.ar for index in range(self.ar)]
+        free = [host for host in range(count) for _ in range(self.cards_per_host - ar.count(host))]
+        return ar, free[: self.dit]
 
 
 @dataclass
@@ -117,7 +120,7 @@ class FleetOutcome:
         return (last - first + (not skip)) / (ends[last] - begin)
 
 
-class MemberLost(Exception):
+class MemberLostError(Exception):
     """The member that had a request is gone."""
 
 
@@ -136,7 +139,7 @@ class _Pool:
         yield self._clock.timeout(detect_seconds)
         for member in lost:
             member.is_up = False
-            member.stage.fail(MemberLost())
+            member.stage.fail(MemberLostError())
 
     def restore(self, host: int) -> None:
         for member in self.members:
@@ -161,9 +164,7 @@ class _SimulatedFleet:
         self.clock = simpy.Environment()
         self._fleet, self._costs = fleet, costs
         shared = None if fleet.cores is None else SimulatedDevice(self.clock, fleet.cores)
-        # The AR's members are spread over the hosts.
-        ar_hosts = [index * fleet.hosts // fleet.ar for index in range(fleet.ar)]
-        free = [host for host in range(fleet.hosts) for _ in range(fleet.cards_per_host - ar_hosts.count(host))]
+        ar_hosts, dit_hosts = fleet.hosts()
 
         def device() -> SimulatedDevice:
             return shared or SimulatedDevice(self.clock, 1.0)
@@ -172,7 +173,7 @@ class _SimulatedFleet:
             return ArInstance(self.clock, device(), slots=fleet.slots, admission="at_once", step=fleet.step)
 
         self._ar = _Pool(self.clock, ar_hosts, ar_instance)
-        self._dit = _Pool(self.clock, free[: fleet.dit], lambda: DitMember(self.clock, device()))
+        self._dit = _Pool(self.clock, dit_hosts, lambda: DitMember(self.clock, device()))
         source = random.Random(f"routing {seed}")
         for pool, slots in ((self._ar, fleet.slots), (self._dit, 0)):
             pool.dispatchers = [
@@ -215,7 +216,7 @@ class _SimulatedFleet:
             member = yield dispatcher.place(index, seconds)
             try:
                 yield send(member.stage)
-            except MemberLost:
+            except MemberLostError:
                 self.outcome.retries[index] += 1
             else:
                 return
