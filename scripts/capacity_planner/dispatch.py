@@ -6,9 +6,7 @@ import random
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
-
-import simpy
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from glm_image_gateway.routing import Outstanding, choose_ar, choose_dit
 
@@ -40,20 +38,35 @@ class Member:
     is_up: bool = True
 
 
-class Choice(Protocol):
-    """Chooses one of the members for work of so many seconds; None if it has to wait."""
+class Place(Protocol):
+    """What waits for a member."""
 
-    def __call__(self, members: list[Member], seconds: float) -> Member | None: ...
+    def succeed(self, member: Any) -> Any:
+        """Ends the wait with the member that was chosen."""
+
+
+PlaceT_co = TypeVar("PlaceT_co", bound=Place, covariant=True)
+
+
+class Clock(Protocol[PlaceT_co]):
+    """Simulated time, or that of a host."""
+
+    @property
+    def now(self) -> float:
+        """Seconds."""
+
+    def event(self) -> PlaceT_co:
+        """Returns something that can be waited for."""
 
 
 @dataclass(eq=False)
 class _Waiting:
     key: Hashable
     seconds: float
-    place: simpy.Event
+    place: Place
 
 
-class Dispatcher:
+class Dispatcher(Generic[PlaceT_co]):
     """What one gateway knows of one pool: the requests that wait, and its own requests at each member.
 
     Args:
@@ -64,7 +77,7 @@ class Dispatcher:
     """
 
     def __init__(
-        self, clock: simpy.Environment, members: list[Member], policy: str, slots: int, source: random.Random
+        self, clock: Clock[PlaceT_co], members: list[Member], policy: str, slots: int, source: random.Random
     ) -> None:
         self._clock, self._members, self._slots, self._source = clock, members, slots, source
         self._policy = policy
@@ -73,10 +86,10 @@ class Dispatcher:
         self._outstanding: dict[Member, Outstanding] = {}
         self._turn = 0
 
-    def place(self, key: Hashable, seconds: float) -> simpy.Event:
-        """Returns the event at which a member has been chosen, its value, for work of so many predicted seconds."""
-        self._waiting.append(_Waiting(key, seconds, self._clock.event()))
-        place = self._waiting[-1].place
+    def place(self, key: Hashable, seconds: float) -> PlaceT_co:
+        """Returns what ends when a member has been chosen for work of so many predicted seconds."""
+        place = self._clock.event()
+        self._waiting.append(_Waiting(key, seconds, place))
         self.dispatch()
         return place
 

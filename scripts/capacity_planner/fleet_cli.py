@@ -61,7 +61,7 @@ def plan_fleet(arguments: Sequence[str]) -> str:
     """Returns the report; raises ConfigurationError for a flag's value."""
     flags = parse_arguments(arguments)
     found = report(flags)
-    return json.dumps(found, indent=2) if flags.json else "\n".join(_lines(found))
+    return json.dumps(found, indent=2) if flags.json else "\n".join(lines(found))
 
 
 def report(flags: argparse.Namespace) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def _numbers(flag: str, text: str, kind: Callable[[str], Value], low: float) -> 
 MOST: Final = 10_000
 
 
-def _lines(found: dict[str, Any]) -> Iterator[str]:
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yields a report as tables."""
     yield f"{found['size']}, {found['steps']} steps; times: {found['times']}; latencies at {found['load']:.0%} load"
     if "pools" in found:
         yield ""

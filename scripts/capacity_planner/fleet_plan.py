@@ -180,15 +180,17 @@ def _bound_without(fleet: Fleet, host: int, mix: Mix, times: StageTimes) -> floa
     return min(members / seconds for members, seconds in zip(left, _stage_seconds(mix, times), strict=True))
 
 
-def compare_routing(fleet: Fleet, mix: Mix, times: StageTimes, trial: Trial) -> Iterator[RoutingEstimate]:
-    """Yields every policy at the same rate: ``trial.load`` of what the seconds of the stages allow."""
+def compare_routing(
+    fleet: Fleet, mix: Mix, times: StageTimes, trial: Trial, policies: Sequence[str] = POLICIES
+) -> Iterator[RoutingEstimate]:
+    """Yields policies at the same rate: ``trial.load`` of what the seconds of the stages allow."""
     cards = fleet.ar + fleet.dit
     requests = trial.requests(cards)
     costs = drawn(mix, times, requests, trial.seed)
     small = min(map(dit_seconds, costs))
     rate = trial.load * _bound_without(fleet, -1, mix, times)
     arrivals = poisson_arrivals(rate, requests, trial.seed)
-    for policy in POLICIES:
+    for policy in policies:
         routed = replace(fleet, policy=policy)
         latencies = simulate_fleet(routed, costs, arrivals, trial.seed).latencies
         counted = list(zip(latencies, costs, strict=True))[int(requests * WARM_UP) :]

@@ -130,7 +130,7 @@ class _Pool:
     def __init__(self, clock: simpy.Environment, hosts: Iterable[int], make: Callable[[], Any]) -> None:
         self._clock, self._make = clock, make
         self.members = [Member(make(), host) for host in hosts]
-        self.dispatchers: list[Dispatcher] = []
+        self.dispatchers: list[Dispatcher[simpy.Event]] = []
 
     def lose(self, host: int, detect_seconds: float) -> Process:
         lost = [member for member in self.members if member.host == host]
@@ -209,7 +209,7 @@ class _SimulatedFleet:
         outcome.answered[index] = self.clock.now
 
     def _call(
-        self, dispatcher: Dispatcher, index: int, seconds: float, send: Callable[[Any], simpy.Event]
+        self, dispatcher: Dispatcher[simpy.Event], index: int, seconds: float, send: Callable[[Any], simpy.Event]
     ) -> Generator[simpy.Event, Any, None]:
         """Sends a request to members until one answers."""
         while True:
