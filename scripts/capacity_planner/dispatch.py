@@ -133,14 +133,14 @@ class Dispatcher(Generic[PlaceT_co]):
             return self._least(members)
         if self._policy == "two-by-requests":
             return self._least(self._two(members))
-        if self._slots and self._policy in HOLDING:
-            loads = [self._at(member).load(self._clock.now) for member in members]
-            index = choose_ar(loads, 1, seconds, self._source.randrange)
-            return None if index is None else members[index]
+        # The gateway's functions look only at members with room, and asking all for their load takes long.
         rooms = [member for member in members if len(self._at(member)) < self._most]
+        if self._slots and self._policy in HOLDING:
+            loads = [self._at(member).load(self._clock.now) for member in rooms]
+            index = choose_ar(loads, 1, seconds, self._source.randrange)
+            return None if index is None else rooms[index]
         if self._policy == "least-seconds":
             return self._least(rooms, by_seconds=True) if rooms else None
-        # Drawing two of those with room first is what choose_dit does, without asking all for their load.
         two = self._two(rooms)
         index = choose_dit([self._at(member).load(self._clock.now) for member in two], 1, self._source.randrange)
         return None if index is None else two[index]

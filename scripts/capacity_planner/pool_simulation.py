@@ -103,7 +103,8 @@ class FleetOutcome:
 
     @classmethod
     def empty(cls, requests: int) -> FleetOutcome:
-        return cls(*([math.nan] * requests for _ in range(3)), [0] * requests)
+        unknown = [math.nan] * requests
+        return cls([*unknown], [*unknown], [*unknown], [0] * requests)
 
     @property
     def latencies(self) -> list[float]:
