@@ -247,15 +247,8 @@ def fleet_of_run(answers: Sequence[Answer], fleet: Fleet, policy: str) -> tuple[
 
 
 async def measure_policy(
-    pools: Pools,
-    policy: str,
-    kinds: list[Kind],
-    rate: float,
-    fleet: Fleet,
-    alone: AloneTimes,
-    flags: argparse.Namespace,
+    pools: Pools, policy: str, kinds: list[Kind], arrivals: list[float], fleet: Fleet, alone: AloneTimes
 ) -> None:
-    arrivals = poisson_arrivals(rate, len(kinds), flags.seed)
     pools.use(policy)
     began, (all_before, own_before) = time.monotonic(), busy_seconds()
     answers = await pools.send_at(kinds, arrivals)

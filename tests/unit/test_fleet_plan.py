@@ -27,7 +27,7 @@ from glm_image_gateway.routing import choose_dit
 
 SQUARE = Size(1024, 1024)
 H200 = read_measured(list(MEASURED))
-BRIEF = fleet_plan.Trial(requests_per_card=2)
+BRIEF = fleet_plan.Trial(requests_per_card=5)
 
 
 def image(seconds: float, *, tokens: int = 2, prefill: float = 0.0) -> ImageCosts:
