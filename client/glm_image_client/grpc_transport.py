@@ -27,7 +27,15 @@ from glm_image_client.errors import (
     timed_out,
     unreachable,
 )
-from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Outputs, Request, Transport, infer_arguments
+from glm_image_client.transport import (
+    LIVENESS_SECONDS,
+    TRACE_HEADERS,
+    Endpoint,
+    Outputs,
+    Request,
+    Transport,
+    infer_arguments,
+)
 
 T = TypeVar("T")
 
@@ -93,14 +101,12 @@ class GrpcBase(Transport):
 
     async def infer(self, request: Request, timeout: float | None) -> Outputs:
         arguments = infer_arguments(triton, request, timeout)
-        return outputs_of(
-            await self._answer(
-                lambda: self._client.infer(
-                    request.model, **arguments, client_timeout=timeout, headers=self._headers or None
-                ),
-                timeout,
-            )
-        )
+        headers = {**self._headers, **TRACE_HEADERS.get()}
+
+        def call() -> Any:
+            return self._client.infer(request.model, **arguments, client_timeout=timeout, headers=headers)
+
+        return outputs_of(await self._answer(call, timeout))
 
     async def ready(self, timeout: float | None) -> bool:
         return await self._succeeds(
@@ -156,7 +162,7 @@ class GrpcTransport(GrpcBase):
             client.start_stream(
                 lambda result, error: responses.put((result, error)),
                 stream_timeout=timeout,
-                headers={**WITH_STATUS, **self._headers},
+                headers={**self._headers, **stream_headers()},
             )
             is_last = False
             try:
@@ -197,7 +203,7 @@ class AsyncGrpcTransport(GrpcBase):
             yield {"model_name": request.model, **arguments, "enable_empty_final_response": True}
 
         responses = self._client.stream_infer(
-            requests(), stream_timeout=timeout, headers={**WITH_STATUS, **self._headers}
+            requests(), stream_timeout=timeout, headers={**self._headers, **stream_headers()}
         )
         is_last = False
         try:
@@ -225,6 +231,11 @@ class AsyncGrpcTransport(GrpcBase):
 
     def _connected(self) -> Any:
         return aio.InferenceServerClient(self._address, ssl=self._tls, channel_args=self._channel_options())
+
+
+def stream_headers() -> dict[str, str]:
+    """Returns the headers of a stream."""
+    return {**WITH_STATUS, **TRACE_HEADERS.get()}
 
 
 async def _finished(value: T | Awaitable[T]) -> T:

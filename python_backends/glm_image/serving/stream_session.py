@@ -8,6 +8,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.events import EventBuilder
 from glm_image.lifecycle.lru import LatestEntries
 from glm_image.lifecycle.preview_rpc import PreviewSkippedError, request_preview
-from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.lifecycle.stream_options import MAX_TRACE_CHARACTERS, StreamOptions
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import ArStreamParameters, DitStreamParameters, PreviewParameters
 from glm_image.request.stages import Stage
@@ -30,6 +31,7 @@ from glm_image.request.tensors import TensorSpec, check_fields
 from glm_image.serving.errors import StageError
 from glm_image.serving.stream_events import NO_OUTPUTS, EventSender, ProgressRelay, encoded_image
 from glm_image.serving.tensors import Inputs
+from glm_image.telemetry.tracing import trace_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,10 @@ class StreamSession(ABC):
         given = inputs.given(**{spec.name: inputs.array_or_parameter(spec) for spec in self.inputs})
         self._inputs: Arrays = {name: array.copy() for name, array in given.items()}
         self._timeout_us = header.timeout_us
-        self._options = self._read_options(inputs)
+        trace = trace_of(request)
+        if trace is not None and len(trace) > MAX_TRACE_CHARACTERS:
+            trace = None
+        self._options = replace(self._read_options(inputs), trace=trace)
         self._kind: Hashable = tuple(
             (name, array.tobytes()) for name, array in self._inputs.items() if array.dtype != np.object_
         )
