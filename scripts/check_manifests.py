@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written = flags.write or Path(temporary)
         written.mkdir(parents=True, exist_ok=True)
         faults = []
+        known_faults = remembered(lambda manifest: list(faults_of(manifest)))
         for folder in folders:
             text = rendered(folder)
             (written / f"{folder.resolve().name}.yaml").write_text(text, encoding="utf-8")
             manifests = [manifest for manifest in yaml.safe_load_all(text) if manifest]
-            found = [f"{folder.resolve().name}: {fault}" for manifest in manifests for fault in faults_of(manifest)]
+            found = [f"{folder.resolve().name}: {fault}" for manifest in manifests for fault in known_faults(manifest)]
             print(f"{folder.resolve().name}: {len(manifests)} manifests, {len(found)} faults")
             faults += found
         if not flags.quick:
@@ -82,6 +83,19 @@ def rendered(folder: Path) -> str:
     if done.returncode or done.stderr:  # a warning is of a deprecated field
         raise SystemExit(f"{folder}: {done.stderr}")
     return done.stdout
+
+
+def remembered(check: Callable[[Manifest], list[str]]) -> Callable[[Manifest], list[str]]:
+    """Returns a check that runs once for equal manifests: overlays share most of them."""
+    found: dict[str, list[str]] = {}
+
+    def checked(manifest: Manifest) -> list[str]:
+        key = json.dumps(manifest, sort_keys=True, default=str)
+        if key not in found:
+            found[key] = check(manifest)
+        return found[key]
+
+    return checked
 
 
 def faults_of(manifest: Manifest) -> Iterator[str]:
