@@ -119,6 +119,10 @@ def test_cuda_libraries_are_apart() -> None:
 
 
 class TestLock:
+    def test_a_group_may_have_constraints_of_its_own(self) -> None:
+        assert lock.constraints_of(PROJECT, "kubernetes") == ROOT / "deploy" / "constraints.txt"
+        assert lock.constraints_of(PROJECT, "sbom") == ROOT / "constraints.txt"
+
     def wheel(self, file: str) -> dict[str, Any]:
         return {"url": f"somewhere/{file}", "hashes": {"sha256": file[:1] * 64}}
 
