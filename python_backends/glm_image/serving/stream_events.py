@@ -19,8 +19,9 @@ from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.control import control
 from glm_image.lifecycle.events import EventBuilder
-from glm_image.lifecycle.preview_rpc import LATENT_PREVIEW_SKIPPED, unpack_image
-from glm_image.request import images
+from glm_image.lifecycle.preview_rpc import LATENT_PREVIEW_SKIPPED, IntermediateImage, unpack_image
+from glm_image.provenance import files
+from glm_image.provenance.files import FileTexts
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import response, text_array
 
@@ -55,9 +56,9 @@ class EventSender(Responder):
             if self._sender is not None:
                 self._sender.send(response({**NO_OUTPUTS, **outputs, "event": self._timed(event)}), flags=0)
 
-    def send_image(self, event: Event, pixels: NDArray[np.uint8]) -> None:
-        """Sends an event with an intermediate image, uint8 [height, width, 3]."""
-        file = base64.b64encode(images.encode(pixels, "png"))
+    def send_image(self, event: Event, image: IntermediateImage) -> None:
+        """Sends an event with an intermediate image."""
+        file = base64.b64encode(files.encode(image.pixels, "png", FileTexts(label=image.label)))
         self.send_event(event, {"images_base64": np.array([file], dtype=np.object_)})
 
     def send_last(self, event: Event, outputs: Mapping[str, NDArray[Any]]) -> None:

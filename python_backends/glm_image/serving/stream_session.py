@@ -109,8 +109,8 @@ class StreamSession:
         if "guidance_scale" in self._inputs:
             parameters["guidance_scale"] = float(self._inputs["guidance_scale"][0])
         try:
-            pixels = request_preview(folder, self._request_id, event["preview"], parameters)
-            self._sender.send_image(self._builder.image("preview", event), pixels)
+            image = request_preview(folder, self._request_id, event["preview"], parameters)
+            self._sender.send_image(self._builder.image("preview", event), image)
         except Exception as error:  # the request goes on without it
             if not isinstance(error, PreviewSkippedError):
                 logger.exception("request %s gets no preview", self._request_id)
