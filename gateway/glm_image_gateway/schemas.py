@@ -48,6 +48,11 @@ class OwnOptions(BaseModel):
     temperature: float | None = option(None, "Temperature of image token sampling.", "a number")
     top_p: float | None = option(None, "Probability mass of image token sampling.", "a number")
     top_k: int | None = option(None, "Number of most probable image tokens to sample from.", "an integer")
+    file_metadata: Literal["full", "no_prompt", "none"] | None = option(
+        None,
+        "What files say about how they were made; by default as configured.",
+        "full, no_prompt, none",
+    )
 
 
 class ImageOptions(OwnOptions):

@@ -38,7 +38,8 @@ Checked = TypeVar("Checked")
 
 def verdict_counters(prefix: str, checked: str) -> dict[str, MetricSpec]:
     """Returns the counters of the checks of ``prompt`` or ``image``, by verdict."""
-    meaning = f"Safety checks of a {checked}, by outcome: {', '.join(VERDICTS)}"
+    article = "an" if checked == "image" else "a"
+    meaning = f"Safety checks of {article} {checked}, by outcome: {', '.join(VERDICTS)}"
     name = f"{prefix}_{checked}_checks_total"
     return {verdict: MetricSpec(name, Kind.COUNTER, meaning, outcome=verdict) for verdict in VERDICTS}
 
