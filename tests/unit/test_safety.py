@@ -13,8 +13,8 @@ from glm_image.ar.metrics import PROMPT_CHECKS
 from glm_image.dit.metrics import IMAGE_CHECKS
 from glm_image.errors import ConfigurationError, ContentRefusedError, SafetyCheckError
 from glm_image.lifecycle.context import RequestContext
-from glm_image.pipeline import LocalPipeline, LocalSettings
-from glm_image.request.parameters import GenerationParameters
+from glm_image.pipeline import LocalPipeline, paint_request
+from glm_image.request.parameters import ArMetadata, GenerationParameters
 from glm_image.safety.checks import SafetyChecks, blurred
 from glm_image.safety.settings import SafetySettings
 from glm_image.safety.verdict import ALLOWED, Action, Verdict
@@ -37,6 +37,13 @@ class Hook:
 
     def check_image(self, pixels: NDArray[np.uint8]) -> Verdict:
         return (ALLOWED, Verdict(Action.REFUSE, "red"), Verdict(Action.BLUR))[pixels[0, 0, 0] % 3]
+
+
+class BlurAll:
+    """Has every image blurred."""
+
+    def check_image(self, pixels: NDArray[np.uint8]) -> Verdict:
+        return Verdict(Action.BLUR)
 
 
 def checks(on_failure: str = "refuse", kind: str = "Hook") -> tuple[SafetyChecks, list[str]]:
@@ -75,6 +82,7 @@ def test_images_follow_the_verdict() -> None:
 
 @pytest.mark.parametrize("prompt", ["raise", "hang"])
 def test_a_check_that_fails_refuses_or_allows_as_configured(prompt: str) -> None:
+    RELEASED.clear()
     try:
         for on_failure in ("refuse", "allow"):
             hook, counted = checks(on_failure)
@@ -111,17 +119,22 @@ def test_a_blurred_image_has_no_detail() -> None:
     assert np.abs(np.diff(result.astype(int), axis=1)).max() < 16
 
 
-def test_the_engines_check_prompt_and_image(checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_the_engines_check_prompt_and_image(
+    pipeline: LocalPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "words.txt"
     path.write_text("forbidden", encoding="utf-8")
-    settings = SafetySettings(safety="glm_image.safety.word_list:WordList", safety_source=str(path))
-    with LocalPipeline(checkpoint_folder, "cpu", LocalSettings(safety=settings)) as pipeline:
-        parameters = GenerationParameters(prompt="forbidden", height=32, width=64, num_inference_steps=1, seed=1)
+    words = SafetySettings(safety="glm_image.safety.word_list:WordList", safety_source=str(path))
+    parameters = GenerationParameters(prompt="forbidden", height=32, width=64, num_inference_steps=1, seed=1)
+    plain = pipeline.generate(parameters)
+    reported: ArMetadata = {}
+    request = paint_request(pipeline.resolve(parameters), pipeline.prior(pipeline.resolve(parameters)), reported)
+    for place in (pipeline, pipeline.dit):
+        monkeypatch.setattr(place, "_safety", SafetyChecks(words, PROMPT_CHECKS, IMAGE_CHECKS))
+    for refused in (lambda: pipeline.generate(parameters), lambda: pipeline.paint(request)):
         with pytest.raises(ContentRefusedError):
-            pipeline.generate(parameters)
-    with LocalPipeline(
-        checkpoint_folder, "cpu", LocalSettings(safety=SafetySettings(safety=f"{__name__}:Hook"))
-    ) as pipeline:
-        plain = {"height": 32, "width": 64, "num_inference_steps": 1, "seed": 1}
-        result = pipeline.generate(GenerationParameters(prompt="blur", **plain))  # type: ignore[arg-type]
-        assert result.metadata["blurred"] == [0]
+            refused()
+    monkeypatch.setattr(pipeline.dit, "_safety", checks(kind="BlurAll")[0])
+    result = pipeline.paint(request)
+    assert result.metadata["blurred"] == [0]
+    np.testing.assert_array_equal(result.pixels[0], blurred(plain.pixels[0]))

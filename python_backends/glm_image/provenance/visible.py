@@ -49,15 +49,20 @@ class VisibleMark:
 
     def drawn(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Returns an image with the text, uint8 [height, width, 3]; a text that is too wide is drawn smaller."""
-        image = Image.fromarray(np.ascontiguousarray(pixels))
-        margin = max(1, round(min(image.size) * MARGIN_SHARE))
-        font, outline, box = self._fitting(min(image.size), image.width - 2 * margin)
-        left = margin - box[0] if "left" in self._corner else image.width - margin - box[2]
-        top = margin - box[1] if "top" in self._corner else image.height - margin - box[3]
-        ImageDraw.Draw(image).text(
-            (left, top), self._text, fill="white", font=font, stroke_width=outline, stroke_fill="black"
-        )
-        return np.array(image, np.uint8)
+        height, width, _ = pixels.shape
+        margin = max(1, round(min(height, width) * MARGIN_SHARE))
+        font, outline, box = self._fitting(min(height, width), width - 2 * margin)
+        left = margin - box[0] if "left" in self._corner else width - margin - box[2]
+        top = margin - box[1] if "top" in self._corner else height - margin - box[3]
+        # Of the whole image, most time would go into copies.
+        rows = slice(max(0, int(top + box[1])), min(height, int(top + box[3]) + 1))
+        columns = slice(max(0, int(left + box[0])), min(width, int(left + box[2]) + 1))
+        part = Image.fromarray(np.ascontiguousarray(pixels[rows, columns]))
+        place = (left - columns.start, top - rows.start)
+        ImageDraw.Draw(part).text(place, self._text, fill="white", font=font, stroke_width=outline, stroke_fill="black")
+        drawn = pixels.copy()
+        drawn[rows, columns] = np.asarray(part)
+        return drawn
 
     def _fitting(self, side: int, room: int) -> tuple[Font, int, tuple[float, float, float, float]]:
         """Returns the font, the width of the outline and the text's box, at most ``room`` pixels wide if possible."""
