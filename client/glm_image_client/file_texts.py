@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 from xml.sax.saxutils import escape
@@ -61,9 +60,12 @@ class FileTexts:
     def of_image(cls, image: Image.Image) -> FileTexts:
         """Returns the texts of an opened image file; of broken ones, as far as they can be read."""
         if isinstance(image, PngImagePlugin.PngImageFile):
-            with suppress(Exception):  # a broken file, whose reader has its own errors
-                image.load()  # chunks may follow the pixels
-            chunks = {key: str(text) for key, text in image.text.items()}
+            try:
+                chunks = {
+                    key: str(text) for key, text in image.text.items()
+                }  # decodes, as chunks may follow the pixels
+            except Exception:  # a broken file, whose reader has its own errors
+                return cls()
             return cls(chunks.get(RECORD_KEY, ""), chunks.get(PARAMETERS_KEY, ""), chunks.get(LABEL_KEY, ""))
         properties = _xmp_properties(image.info.get("xmp", b""))
         label = properties.get(f"{{{LABEL_NAMESPACE}}}AIGC", "")

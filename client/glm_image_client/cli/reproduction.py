@@ -77,9 +77,7 @@ def repeated_prompt(path: Path, record: Mapping[str, Any], given: str | None) ->
     """
     prompt = record.get("prompt") if given is None else given
     if not isinstance(prompt, str):
-        raise BadArgumentError(
-            f"--like: {str(path)!r} has no prompt; allowed: a file that has one, or PROMPT"
-        )
+        raise BadArgumentError(f"--like: {str(path)!r} has no prompt; allowed: a file that has one, or PROMPT")
     return prompt
 
 
