@@ -63,7 +63,7 @@ class FileTexts:
             try:
                 chunks = {
                     key: str(text) for key, text in image.text.items()
-                }  # decodes, as chunks may follow the pixels
+                }  # decodes the pixels too
             except Exception:  # a broken file, whose reader has its own errors
                 return cls()
             return cls(chunks.get(RECORD_KEY, ""), chunks.get(PARAMETERS_KEY, ""), chunks.get(LABEL_KEY, ""))
