@@ -22,6 +22,7 @@ _REFUSED: Final = {"INVALID_ARGUMENT", "UNIMPLEMENTED"}
 # Triton's message, with status NOT_FOUND, when it has unloaded its models and its ports are still open.
 _STOPPING: Final = re.compile(r"has no available versions$")
 _MAYBE_TIMEOUT: Final = {"UNAVAILABLE", None}  # an event has no status
+_CONTENT_REFUSED: Final = "(content_refused)"
 _CANCELLED: Final = re.compile(r"request .* was cancelled")
 _TIMEOUT: Final = re.compile(r"time-?out|time ran out|deadline", re.IGNORECASE)
 _WRAPPING: Final = (
@@ -76,6 +77,10 @@ class PromptsError(GlmImageClientError):
 
 class RefusedError(GlmImageClientError):
     """The server refuses the request because of its content; sending it again fails again."""
+
+
+class ContentRefusedError(RefusedError):
+    """The server's content policy refuses the prompt or an image."""
 
 
 class UnreachableError(GlmImageClientError):
@@ -138,7 +143,7 @@ def answered(status: str | None, message: str | None) -> RefusedError | ServerFa
     if name == "CANCELLED" or _CANCELLED.fullmatch(text):  # over HTTP it has the status of a refusal
         return RequestCancelled(text, "CANCELLED")
     if name in _REFUSED:
-        return RefusedError(text)
+        return ContentRefusedError(text) if _CONTENT_REFUSED in text else RefusedError(text)
     if name == "DEADLINE_EXCEEDED" or (name in _MAYBE_TIMEOUT and _TIMEOUT.search(text)):
         return RequestTimeout(text, name)
     if name == "UNAVAILABLE" or _STOPPING.search(text):

@@ -30,8 +30,8 @@ class StreamEvent:
         seconds: time since the server accepted the request.
         eta: estimated seconds left; None = unknown.
         base64_files: ``files`` in base64, as the server sent them.
-        reason: why an intermediate image is not made, in ``preview_skipped``: ``busy``, ``deadline``, ``memory`` or
-            ``error``.
+        reason: why an intermediate image is not made, in ``preview_skipped``: ``busy``, ``deadline``, ``memory``,
+            ``content`` or ``error``.
         message: that reason as a sentence.
         result: the images, in the last event.
     """

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypedDict, get_ar
 from glm_image_client.sources import SourceImage
 
 OutputFormat = Literal["raw", "png", "jpeg", "webp"]
+FileMetadata = Literal["full", "no_prompt", "none"]
 
 
 class Input(NamedTuple):
@@ -84,6 +85,7 @@ class DitOptions(TypedDict, total=False):
         guidance_scale: classifier-free guidance; 1 and below disable it.
         negative_prompt: its quoted text is the glyph condition of the unconditional branch.
         output_format: what the server sends, by default ``png``; ``raw`` = uint8 pixels.
+        file_metadata: what files say about how they were made; by default as the server is configured.
     """
 
     num_inference_steps: Annotated[int | None, Input("INT32", "Denoising steps.", ("--steps",))]
@@ -95,6 +97,10 @@ class DitOptions(TypedDict, total=False):
         Input("BYTES", "Quoted text to steer away from; unquoted text has no effect.", ("--negative-prompt",)),
     ]
     output_format: Annotated[OutputFormat | None, Input("BYTES", "Format of the images.")]
+    file_metadata: Annotated[
+        FileMetadata | None,
+        Input("BYTES", "What files say about how they were made: full, no_prompt or none.", ("--file-metadata",)),
+    ]
 
 
 class PreviewOptions(TypedDict, total=False):

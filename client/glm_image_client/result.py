@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glm_image_client.errors import BadArgumentError, ServerFailure, reason_of
+from glm_image_client.file_texts import FileTexts
 from glm_image_client.options import OutputFormat
 from glm_image_client.transport import Outputs
 
@@ -55,6 +56,8 @@ class Metadata:
         tokens: token counts: prompt, source, preview, image.
         seconds: durations: ar_queue, prefill, decode, dit_queue, condition, denoise, vae, encode.
         model: name and revision of the checkpoint.
+        aigc: the AIGC label of each image; () where the server writes none.
+        blurred: the numbers of the images that a safety check had blurred.
         extra: fields that this version of the client does not know.
         raw: the whole JSON object.
     """
@@ -72,6 +75,8 @@ class Metadata:
     tokens: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    aigc: tuple[Mapping[str, str], ...] = ()
+    blurred: tuple[int, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -166,7 +171,8 @@ class GenerationResult:
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Writes every image and returns the files.
 
-        An image that the server encoded in the suffix's format is written byte for byte.
+        An image that the server encoded in the suffix's format is written byte for byte. Otherwise the file gets the
+        texts about its origin that the server sent: those of its file, of raw pixels the AIGC label.
 
         Args:
             path: ``.png``, ``.jpg``, ``.jpeg`` or ``.webp``; ``{width}``, ``{height}``, ``{seed}`` and ``{index}`` are
@@ -188,10 +194,15 @@ class GenerationResult:
         return len(self.base64_files) if self.pixels is None else len(self.pixels)
 
     def _file_bytes(self, index: int, image_format: str) -> bytes:
-        if self.encoded and opened_image(self.encoded[index]).format == image_format.upper():
-            return self.encoded[index]
+        texts = FileTexts.of_label(self.metadata.aigc[index]) if index < len(self.metadata.aigc) else FileTexts()
+        if self.encoded:
+            sent = opened_image(self.encoded[index])
+            if sent.format == image_format.upper():
+                return self.encoded[index]
+            texts = FileTexts.of_image(sent)
         buffer = io.BytesIO()
-        self.images[index].save(buffer, image_format, **_ENCODER_OPTIONS[image_format])
+        options = {**_ENCODER_OPTIONS[image_format], **texts.encoder_options(image_format)}
+        self.images[index].save(buffer, image_format, **options)
         return buffer.getvalue()
 
 

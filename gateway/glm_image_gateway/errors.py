@@ -12,6 +12,7 @@ from starlette.responses import Response
 from glm_image_client import (
     BadArgumentError,
     BusyError,
+    ContentRefusedError,
     GlmImageClientError,
     RefusedError,
     RequestCancelled,
@@ -23,12 +24,16 @@ MAX_SHOWN: Final = 80
 RESTART_SECONDS: Final = 5
 """``Retry-After`` while no server answers."""
 
+CONTENT_REFUSED: Final = "content_policy_violation"
+"""The code of OpenAI's API for a prompt or an image that is refused for its content."""
+
 CLIENT_CLOSED: Final = 499
 """The status of cancelled requests, as nginx has it."""
 
 _TYPES: Final[Mapping[int, str]] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _WAIT: Final = re.compile(r"would wait about (\d+) s")
 _QUEUE_FULL: Final = re.compile(r"as many as|maximum queue size|queue is full|max_queue", re.IGNORECASE)
+_CHECK_FAILED: Final = "(safety_check_failed)"
 _OUT_OF_MEMORY: Final = re.compile(r"out of memory", re.IGNORECASE)
 _INPUT: Final = re.compile(r"([a-z_]+)(?:\[\d+\])?(?:'s [a-z ]+)? (?:is|are|has|cannot|holds|begins)\b")
 
@@ -102,7 +107,7 @@ def api_error(error: GlmImageClientError) -> ApiError:
     message = str(error)
     match error:
         case RefusedError() | BadArgumentError():
-            return ApiError(400, message, "invalid_value", param=_field_of(message))
+            return _refused(error)
         case RequestTimeout():
             return ApiError(504, message, "deadline_exceeded", should_retry=False)
         case RequestCancelled():
@@ -124,7 +129,15 @@ def is_queue_full(message: str) -> bool:
     return _QUEUE_FULL.search(message) is not None
 
 
+def _refused(error: GlmImageClientError) -> ApiError:
+    if isinstance(error, ContentRefusedError):
+        return ApiError(400, str(error), CONTENT_REFUSED)
+    return ApiError(400, str(error), "invalid_value", param=_field_of(str(error)))
+
+
 def _busy(message: str) -> ApiError:
+    if _CHECK_FAILED in message:
+        return ApiError(503, message, "safety_check_failed", retry_after=RESTART_SECONDS)
     if is_out_of_memory(message):
         return ApiError(503, message, "out_of_memory", should_retry=False)
     if is_queue_full(message):

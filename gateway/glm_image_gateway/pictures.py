@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from PIL import Image, ImageOps
 
+from glm_image_client.file_texts import FileTexts
 from glm_image_gateway.errors import ApiError
 
 MAX_PIXELS: Final = 50_000_000
@@ -39,23 +40,30 @@ class Mask:
         self._kept = alpha.convert("RGBA").getchannel("A")
 
     def composited(self, file: bytes, output_format: str, compression: int | None) -> bytes:
-        """Returns an edited image in which the masked pixels are those of the source, scaled to its size."""
-        edited = Image.open(io.BytesIO(file)).convert("RGB")
+        """Returns an edited image in which the masked pixels are those of the source, scaled to its size.
+
+        It keeps the texts of the file about its origin.
+        """
+        opened = Image.open(io.BytesIO(file))
+        edited = opened.convert("RGB")
         source, kept = self._source, self._kept
         if source.size != edited.size:
             source = source.resize(edited.size, Image.Resampling.LANCZOS)
             kept = kept.resize(edited.size, Image.Resampling.BILINEAR)
-        return encoded(Image.composite(source, edited, kept), output_format, compression)
+        return encoded(Image.composite(source, edited, kept), output_format, compression, FileTexts.of_image(opened))
 
 
 def recompressed(file: bytes, output_format: str, compression: int | None) -> bytes:
-    """Returns an image file in another format or quality."""
-    return encoded(Image.open(io.BytesIO(file)).convert("RGB"), output_format, compression)
+    """Returns an image file in another format or quality, with its texts about its origin."""
+    opened = Image.open(io.BytesIO(file))
+    return encoded(opened.convert("RGB"), output_format, compression, FileTexts.of_image(opened))
 
 
-def encoded(image: Image.Image, output_format: str, compression: int | None) -> bytes:
-    """Returns an image as a file; ``compression`` is the quality of JPEG and WebP."""
-    options: dict[str, Any] = {"compress_level": 1} if output_format == "png" else {}
+def encoded(image: Image.Image, output_format: str, compression: int | None, texts: FileTexts) -> bytes:
+    """Returns an image as a file with texts; ``compression`` is the quality of JPEG and WebP."""
+    options: dict[str, Any] = texts.encoder_options(output_format)
+    if output_format == "png":
+        options["compress_level"] = 1
     if output_format != "png":
         options["quality"] = 95 if compression is None else compression
     if output_format == "jpeg":

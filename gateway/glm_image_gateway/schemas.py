@@ -49,6 +49,11 @@ class OwnOptions(BaseModel):
     top_p: float | None = option(None, "Probability mass of image token sampling.", "a number")
     top_k: int | None = option(None, "Number of most probable image tokens to sample from.", "an integer")
     revision: str | None = option(None, "Revision of the checkpoint that must serve the request.", "text")
+    file_metadata: Literal["full", "no_prompt", "none"] | None = option(
+        None,
+        "What files say about how they were made; by default as configured.",
+        "full, no_prompt, none",
+    )
 
 
 class ImageOptions(OwnOptions):

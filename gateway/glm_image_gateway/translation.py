@@ -155,6 +155,7 @@ def _options(body: OwnOptions, size: str | None, quality: str) -> GenerateOption
         top_p=body.top_p,
         top_k=body.top_k,
         revision=body.revision,
+        file_metadata=body.file_metadata,
     )
 
 

@@ -67,6 +67,20 @@ class InvalidInputError(GlmImageError):
         return cls(f"{name} is {shown(value)}; allowed: {allowed}")
 
 
+class ContentRefusedError(GlmImageError):
+    """The safety hook refuses a prompt or an image; the hook's reason is in the request log only.
+
+    Args:
+        checked: ``prompt`` or ``image``.
+    """
+
+    status = "INVALID_ARG"
+    reason = "content"
+
+    def __init__(self, checked: str) -> None:
+        super().__init__(f"the {checked} is refused by this server's content policy (content_refused)")
+
+
 class UnavailableError(GlmImageError):
     """The engine cannot take the request now; the same request may succeed later."""
 
@@ -84,6 +98,25 @@ class DeviceMemoryError(UnavailableError):
     """The device has too little free memory for the request; Triton has no RESOURCE_EXHAUSTED."""
 
     reason = "memory"
+
+
+class SafetyCheckError(UnavailableError):
+    """The safety hook gave no verdict, and the server is configured to refuse then.
+
+    Args:
+        checked: ``prompt`` or ``image``.
+    """
+
+    reason = "safety_check"
+
+    def __init__(self, checked: str) -> None:
+        super().__init__(f"the safety check of the {checked} failed; try again later (safety_check_failed)")
+
+
+class SigningError(UnavailableError):
+    """An image cannot be signed as configured; it is not sent without its signature."""
+
+    reason = "signing"
 
 
 class CancelledError(GlmImageError):

@@ -11,19 +11,23 @@ from glm_image.ar.settings import ArSettings
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.open import instance_device, open_device
 from glm_image.dit.engine import DitEngine, DitResult
+from glm_image.dit.metrics import IMAGE_CHECKS, PROMPT_CHECKS
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import ar_metadata, request_metadata
 from glm_image.parallel.rank_group import WorkerConfig
+from glm_image.provenance.settings import ProvenanceSettings
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import ArMetadata, GenerationParameters, PaintRequest, ResolvedRequest
+from glm_image.safety.checks import SafetyChecks
+from glm_image.safety.settings import SafetySettings
 
 
 @dataclass(frozen=True)
 class GeneratedImages(DitResult):
     """The images of a request, and the server's ``metadata`` output."""
 
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,16 @@ class LocalSettings:
     Attributes:
         limits: what a request may ask for.
         load_format: ``auto``, or ``dummy`` for random weights.
+        provenance: what files say about their origin.
+        safety: the checks of prompts and images.
     """
 
     ar: ArSettings = field(default_factory=ArSettings)
     dit: DitSettings = field(default_factory=lambda: DitSettings(parallel="auto", warmup_sizes=()))
     limits: Limits = field(default_factory=Limits)
     load_format: str = "auto"
+    provenance: ProvenanceSettings = field(default_factory=ProvenanceSettings)
+    safety: SafetySettings = field(default_factory=SafetySettings)
 
 
 class LocalPipeline:
@@ -59,10 +67,17 @@ class LocalPipeline:
         settings = settings or LocalSettings()
         self._limits = settings.limits
         self.checkpoint = Checkpoint.open(Path(checkpoint), settings.load_format)
-        self._model = {"name": self.checkpoint.name, "revision": self.checkpoint.revision}
         first, *others = device.split(",")
         opened, workers = open_device(instance_device(first, 0)), WorkerConfig(tuple(others))
-        self.dit = DitEngine(self.checkpoint, opened, settings.dit, workers=workers)
+        self._safety = SafetyChecks(settings.safety, PROMPT_CHECKS, IMAGE_CHECKS)
+        self.dit = DitEngine(
+            self.checkpoint,
+            opened,
+            settings.dit,
+            workers=workers,
+            provenance=settings.provenance,
+            safety=self._safety,
+        )
         self.ar = ArEngine(self.checkpoint, opened, settings.ar)
 
     def __enter__(self) -> LocalPipeline:
@@ -92,15 +107,19 @@ class LocalPipeline:
         """
         context = context or RequestContext()
         resolved = self.resolve(parameters)
+        self._safety.check_prompt(context, parameters)
         prior = self.prior(resolved, context)
-        return self.paint(paint_request(resolved, prior, ar_metadata(context, prior.tokens)), context)
+        reported = ar_metadata(context, prior.tokens, resolved.sampling, self.ar.token_settings)
+        return self.paint(paint_request(resolved, prior, reported), context)
 
     def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedImages:
         """Renders the images of prior tokens; see ``DitEngine.paint``."""
         context = context or RequestContext()
         result = self.dit.paint(context, request, self._limits).result()
-        metadata = request_metadata(context, request, self._model, self.dit.attention_backend)
-        return GeneratedImages(result.pixels, result.encoded, metadata)
+        metadata = request_metadata(
+            context, request, self.dit.model, self.dit.attention_backend, result.labels, result.blurred
+        )
+        return GeneratedImages(**vars(result), metadata=metadata)
 
 
 def paint_request(resolved: ResolvedRequest, prior: ArResult, metadata: ArMetadata) -> PaintRequest:

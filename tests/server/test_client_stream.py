@@ -121,5 +121,5 @@ def test_the_command_writes_the_intermediate_images(triton: TritonServer, tmp_pa
     assert done.returncode == 0, done.stderr
     assert [file.name for file in sorted(previews.iterdir())] == ["00_denoise.png", "01_denoise.png"]
     with GlmImageClient(triton.grpc_url) as client:
-        plain = client.generate("A fox", width=256, height=256, num_inference_steps=25, seed=5)
+        plain = client.generate("A fox", width=256, height=256, num_inference_steps=25, seed=5, file_metadata="full")
     assert (tmp_path / "out.png").read_bytes() == plain.encoded[0]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
 from glm_image_client.cli import app
+from glm_image_client.file_texts import FileTexts
 from server.kserve import KServeError, grpc_infer
 
 SMALL = ["--size", "96x64", "--steps", "2", "--seed", "7"]
@@ -53,6 +54,22 @@ def test_the_prompt_is_read_from_standard_input() -> None:
     run("generate", *SMALL, "-o", "b.png", "--wait", text=prompt)
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     assert "prompt is empty" in run("generate", code=2, text="").stderr
+
+
+def test_a_file_repeats_its_request() -> None:
+    run("generate", "A fox", *SMALL, "-n", "2", "-o", "a.png")
+    shown = json.loads(run("show", "a_1.png", "--json").stdout)
+    assert shown["record"]["prompt"] == "A fox"
+    assert shown["aigc"]["Label"] == "1"
+    again = run("generate", "--like", "a_1.png", "-o", "again.png")
+    assert Path("again.png").read_bytes() == Path("a_1.png").read_bytes()
+    assert "differs" not in again.stderr
+    run("generate", "A fox", *SMALL, "-o", "b.webp", "--file-metadata", "no_prompt", "--seed", "1")
+    assert "has no prompt" in run("generate", "--like", "b.webp", code=2, text="").stderr
+    assert "seed" in run("show", "b.webp").stdout
+    record = {**shown["record"], "version": "0.0.9"}
+    Image.new("RGB", (32, 32)).save("old.png", **FileTexts(json.dumps(record)).encoder_options("png"))
+    assert "the server differs: version is" in run("generate", "--like", "old.png").stderr
 
 
 def test_edit_is_generate_with_a_source() -> None:

@@ -45,6 +45,7 @@ from glm_image_client.grpc_transport import connection_fault, with_integer_shape
 from glm_image_client.options import (
     OPTIONS,
     PROMPT,
+    FileMetadata,
     GenerateOptions,
     OutputFormat,
     PaintOptions,
@@ -202,10 +203,11 @@ class TestOptions:
 
     def test_options_have_the_types_of_the_server(self) -> None:
         hints = {**get_type_hints(GenerationParameters), **get_type_hints(PreviewParameters)}
-        hints |= {"output_format": OutputFormat, "glyph_text": Sequence[str]}
+        hints |= {"output_format": OutputFormat, "file_metadata": FileMetadata, "glyph_text": Sequence[str]}
         kinds = {name: set(get_args(option.kind)) - {type(None)} for name, option in OPTIONS.items()}
         assert kinds == {name: set(get_args(hints[name]) or {hints[name]}) - {type(None)} for name in OPTIONS} | {
             "output_format": {OutputFormat},
+            "file_metadata": {FileMetadata},
             "glyph_text": {Sequence[str]},
         }
 

@@ -11,14 +11,14 @@ import pytest
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import LATEST_DEADLINE_NS, RequestContext
 from glm_image.lifecycle.metadata import TOKENS, ar_metadata, queued_seconds, read_ar_metadata
-from glm_image.request.parameters import ArMetadata
+from glm_image.request.parameters import ArMetadata, Sampling
 from glm_image.request.stages import STAGE_ORDER, Stage
 
 
 def test_the_metadata_of_the_ar_is_read() -> None:
     context = RequestContext()
     context.add_seconds(Stage.PREFILL, 0.25)
-    metadata = ar_metadata(context, dict.fromkeys(TOKENS, 3))
+    metadata = ar_metadata(context, dict.fromkeys(TOKENS, 3), Sampling(1.0, 0.9, 2**31 - 1), {"quantization": "none"})
     assert read_ar_metadata(json.dumps(metadata)) == metadata
 
 

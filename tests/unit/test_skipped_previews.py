@@ -28,7 +28,13 @@ from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import IpcServer
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.lifecycle.events import EventBuilder
-from glm_image.lifecycle.preview_rpc import PreviewSkippedError, error_reply, reply_with_preview, request_preview
+from glm_image.lifecycle.preview_rpc import (
+    IntermediateImage,
+    PreviewSkippedError,
+    error_reply,
+    reply_with_preview,
+    request_preview,
+)
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.geometry import Grid, Size
 from glm_image.request.limits import DEFAULT_LIMITS
@@ -81,7 +87,7 @@ def test_the_engine_renders_a_preview_with_tokens_beyond_the_codebook(
     def preview(*ids: int) -> NDArray[np.uint8]:
         tokens = np.array([ids], np.int32)
         request = PaintRequest("a", tokens, Grid(2, 2), Size(64, 64), (3,), num_inference_steps=1)
-        return pipeline.dit.preview(RequestContext(), request, DEFAULT_LIMITS).result(60)
+        return pipeline.dit.preview(RequestContext(), request, DEFAULT_LIMITS).result(60).pixels
 
     np.testing.assert_array_equal(preview(size, 5, 6, size + 2), preview(5, 5, 6, 5))
     assert counts == {REPLACED_PREVIEW_TOKENS.name: 2}
@@ -91,7 +97,7 @@ def test_the_engine_renders_a_preview_with_tokens_beyond_the_codebook(
 
 def future(error: Exception) -> Callable[[Message], Future[Message]]:
     def handle(_: Message) -> Future[Message]:
-        preview: Future[NDArray[np.uint8]] = Future()
+        preview: Future[IntermediateImage] = Future()
         reply: Future[Message] = Future()
         preview.add_done_callback(lambda done: reply_with_preview(reply, done))
         preview.set_exception(error)

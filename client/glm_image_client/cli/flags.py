@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, get_args, get_type_hints
 import typer
 
 from glm_image_client.errors import BadArgumentError
-from glm_image_client.options import OPTIONS
+from glm_image_client.options import OPTIONS, FileMetadata
 
 DEFAULT_OUTPUT: Final = "output_{width}x{height}.png"
 
@@ -30,6 +30,14 @@ class ProtocolChoice(str, Enum):
 
     grpc = "grpc"
     http = "http"
+
+
+class FileMetadataChoice(str, Enum):
+    """``FileMetadata`` as typer reads it."""
+
+    full = "full"
+    no_prompt = "no_prompt"
+    none = "none"
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,8 @@ def _option_parameters(kind: Any) -> list[Parameter]:
 
 
 def _flag_type(kind: Any) -> Any:
+    if kind == FileMetadata | None:
+        return FileMetadataChoice | None
     return list[str] | None if kind == Sequence[str] | None else kind
 
 

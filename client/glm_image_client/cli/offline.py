@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from glm_image_client.errors import BadArgumentError, RefusedError, ServerFailure
-from glm_image_client.options import OPTIONS, GenerateOptions
+from glm_image_client.options import OPTIONS
 from glm_image_client.result import GenerationResult, Metadata
 from glm_image_client.sources import source_bytes, source_images
 
 
-def generate_offline(checkpoint: Path, device: str | None, prompt: str, options: GenerateOptions) -> GenerationResult:
+def generate_offline(checkpoint: Path, device: str | None, prompt: str, options: Mapping[str, Any]) -> GenerationResult:
     """Loads a checkpoint, generates once and frees it; omitted options have the defaults of the checkpoint.
 
     Raises:
@@ -27,8 +28,6 @@ def generate_offline(checkpoint: Path, device: str | None, prompt: str, options:
         "--offline", "checkpoint.checkpoint", "pipeline", "request.parameters", "errors"
     )
     given = {name: value for name, value in options.items() if value is not None and name in OPTIONS}
-    # The result has pixels, whatever the file's format is.
-    given.pop("output_format", None)
     if images := options.get("images"):
         given["images"] = tuple(source_bytes(image) for image in source_images(images))
     try:
@@ -44,7 +43,9 @@ def generate_offline(checkpoint: Path, device: str | None, prompt: str, options:
         raise BadArgumentError(str(error)) from error
     except errors.GlmImageError as error:
         raise ServerFailure(str(error)) from error
-    return GenerationResult(Metadata.from_mapping(result.metadata), pixels=np.asarray(result.pixels))
+    files = [base64.b64encode(file) for file in result.encoded]
+    pixels = None if files else np.asarray(result.pixels)
+    return GenerationResult(Metadata.from_mapping(result.metadata), files, pixels)
 
 
 def filled(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,9 @@ PREVIEW_EVERY: Final = 10
 
 PROMPT_FROM_INPUT: Final = "-"
 
+FILE_METADATA: Final = "full"
+"""What the command asks for: the user keeps the files."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -51,6 +54,12 @@ def read_prompt(prompt: str | None) -> str:
         return sys.stdin.read().rstrip("\r\n")
     except ValueError as error:
         raise BadArgumentError(f"the prompt on standard input is not text: {error}") from error
+
+
+def with_file_metadata(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns options in which files say everything, unless --file-metadata says otherwise."""
+    given = options.get("file_metadata")
+    return {**options, "file_metadata": FILE_METADATA if given is None else getattr(given, "value", given)}
 
 
 def check_options(options: Mapping[str, Any]) -> None:

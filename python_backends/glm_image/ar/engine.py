@@ -88,6 +88,11 @@ class ArEngine:
         self._scheduler = SchedulerThread(scheduler, partial(_run_all, run, self._warmup_commands(device.warmup_sizes)))
 
     @property
+    def token_settings(self) -> dict[str, str]:
+        """The settings that change tokens."""
+        return self._settings.token_settings
+
+    @property
     def sampling(self) -> Sampling:
         """The checkpoint's default sampling."""
         return self.config.sampling

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from glm_image.request.stages import AR_STAGES
+from glm_image.safety.checks import verdict_counters
 from glm_image.telemetry.metrics import Kind, LatencyHistograms, MetricSink, MetricSpec, outcome_counters
 
 RUNNING: Final = MetricSpec("glm_image_ar_running_sequences", Kind.GAUGE, "Sequences in a slot, one per image")
@@ -37,6 +38,8 @@ KV_CACHE_BYTES: Final = MetricSpec(
     "glm_image_ar_kv_cache_bytes", Kind.GAUGE, "Memory of the KV cache of all slots, allocated at load"
 )
 
+PROMPT_CHECKS: Final = verdict_counters("glm_image_ar", "prompt")
+
 AR_OUTCOMES: Final = outcome_counters("glm_image_ar")
 
 AR_LATENCIES: Final = LatencyHistograms.of(
@@ -45,6 +48,7 @@ AR_LATENCIES: Final = LatencyHistograms.of(
 
 AR_METRICS: Final = (
     *(RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS, KV_CACHE_BYTES),
+    *PROMPT_CHECKS.values(),
     *AR_OUTCOMES.values(),
     *AR_LATENCIES.all(),
 )

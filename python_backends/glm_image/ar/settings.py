@@ -45,6 +45,11 @@ class ArSettings(DeviceSettings):
     peer_memory: bool = True
 
     @property
+    def token_settings(self) -> dict[str, str]:
+        """The settings that change tokens, as a file's record has them."""
+        return {"quantization": self.quantization, "dtype": self.dtype}
+
+    @property
     def int8(self) -> bool:
         return self.quantization == "int8"
 

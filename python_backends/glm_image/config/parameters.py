@@ -17,8 +17,10 @@ from glm_image.ar.settings import ArSettings
 from glm_image.dit.settings import DitSettings, sizes_text
 from glm_image.errors import ConfigurationError
 from glm_image.lifecycle.timeouts import Timeouts
+from glm_image.provenance.settings import ProvenanceSettings
 from glm_image.request.declaration import choice, group, number, text, whole
 from glm_image.request.limits import LIMIT_PREFIX, Limits
+from glm_image.safety.settings import SafetySettings
 
 VARIABLE: Final = re.compile(r"\$\{(\w+)\}")
 
@@ -50,6 +52,7 @@ class StageParameters:
         auto=True,
         unit="s",
     )
+    checks: SafetySettings = group(SafetySettings)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -91,6 +94,7 @@ class DitParameters(StageParameters):
     """The parameters of ``glm_dit``."""
 
     engine: DitSettings = group(DitSettings)
+    provenance: ProvenanceSettings = group(ProvenanceSettings, "provenance_")
     limits: Limits = group(Limits, LIMIT_PREFIX)
 
     def __post_init__(self) -> None:

@@ -16,20 +16,26 @@ from numpy.typing import NDArray
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
 from glm_image.dit.compute_thread import ComputeThread
+from glm_image.dit.intermediate_images import IntermediateImages
 from glm_image.dit.loading import load_executor
 from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY, REPLACED_PREVIEW_TOKENS
 from glm_image.dit.previews import within_codebook
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.settings import DitSettings
+from glm_image.errors import GlmImageError
 from glm_image.lifecycle.context import RequestContext
+from glm_image.lifecycle.preview_rpc import Delivery, IntermediateImage
 from glm_image.parallel.layout import ParallelLayout
 from glm_image.parallel.rank_group import NO_WORKERS, WorkerConfig, local_executor, start_ranks
 from glm_image.parallel.worker import RankExecutor
+from glm_image.provenance.settings import ProvenanceSettings
+from glm_image.provenance.writer import Provenance, RequestOrigin
 from glm_image.request import geometry, images
 from glm_image.request.geometry import Grid
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 from glm_image.request.stages import Stage
+from glm_image.safety.checks import SafetyChecks, blurred, no_checks
 from glm_image.telemetry.metrics import MetricSink, null_sink
 
 UNFINISHED_REQUESTS = 2
@@ -43,10 +49,14 @@ class DitResult:
     Attributes:
         pixels: uint8 [n, height, width, 3], cropped to the requested size.
         encoded: the encoded files; empty for the output format ``raw``.
+        labels: the AIGC label of each image; empty if none is configured.
+        blurred: the numbers of the images that a safety check had blurred.
     """
 
     pixels: NDArray[np.uint8]
     encoded: list[bytes]
+    labels: tuple[dict[str, str], ...] = ()
+    blurred: tuple[int, ...] = ()
 
 
 class DitEngine:
@@ -57,10 +67,14 @@ class DitEngine:
         record: receives the metrics of ``dit.metrics``.
         workers: the devices of the other ranks.
         watched: wraps the function that runs commands, so that a watchdog can time them.
+        provenance: what files say about their origin.
+        safety: the checks of prompts and images.
 
     Attributes:
         codebook_size: prior token ids are below it.
         source_rule: how source images are sized.
+        model: the checkpoint's name and revision.
+        intermediate_images: checks and labels previews.
         attention_backend: the attention of the transformer's blocks, by its name in diffusers' attention dispatch.
 
     Raises:
@@ -77,8 +91,14 @@ class DitEngine:
         record: MetricSink = null_sink,
         workers: WorkerConfig = NO_WORKERS,
         watched: Callable[[Callable[[Any], Any]], Callable[[Any], Any]] = lambda run: run,
+        provenance: ProvenanceSettings | None = None,
+        safety: SafetyChecks | None = None,
     ) -> None:
         self._device, self._record = device, record
+        self.model = {"name": checkpoint.name, "revision": checkpoint.revision}
+        self._provenance = Provenance(provenance or ProvenanceSettings(), self.model, settings.pixel_settings, record)
+        self._safety = safety or no_checks()
+        self.intermediate_images = IntermediateImages(self._provenance, self._safety)
         self.codebook_size: int = checkpoint.config("transformer")["prior_vq_quantizer_codebook_size"]
         self.source_rule = checkpoint.source_rule
         layout = ParallelLayout.parse(settings.parallel, 1 + len(workers.devices))
@@ -112,28 +132,53 @@ class DitEngine:
             CancelledError: the request was cancelled.
             DeadlineExceededError: its time ran out.
             DeviceMemoryError: the device has too little memory for it.
+            ContentRefusedError: the safety hook refuses its texts.
+            SafetyCheckError: the safety hook gave no verdict.
         """
         request.check(limits, self.codebook_size)
+        context.is_blurred = self._safety.check_prompt(context, request)
         sources = request.read_sources(limits, self.source_rule, context.check)
+        origin = self._provenance.of_request(request, limits)
         numbers = self._scheduler.denoise(context, request, sources, limits.max_source_pixels)
         self._unfinished.acquire()
-        result = self._finisher.submit(self._decode_and_encode, context, request, numbers)
+        result = self._finisher.submit(self._decode_and_encode, context, origin, numbers)
         result.add_done_callback(lambda _: self._unfinished.release())
         return result
 
-    def _decode_and_encode(self, context: RequestContext, request: PaintRequest, numbers: list[int]) -> DitResult:
+    def _decode_and_encode(self, context: RequestContext, origin: RequestOrigin, numbers: list[int]) -> DitResult:
         decoded = self._scheduler.decode(context, numbers)
-        pixels = np.stack([images.crop(image, request.requested) for image in decoded])
-        encoded: list[bytes] = []
         with context.timed(Stage.ENCODE):
-            if request.output_format != "raw":
-                encoded = [self._encode(image, request.output_format) for image in pixels]
-        self._record(IMAGES, len(pixels))
+            result = self._finished(context, origin, decoded)
+        self._record(IMAGES, len(decoded))
         self._record(PEAK_MEMORY, self._device.peak_memory())
-        return DitResult(pixels, encoded)
+        return result
 
-    def preview(self, context: RequestContext, request: PaintRequest, limits: Limits) -> Future[NDArray[np.uint8]]:
-        """Renders the one image of a request when the device allows it, uint8 [height, width, 3].
+    def _finished(self, context: RequestContext, origin: RequestOrigin, decoded: NDArray[np.uint8]) -> DitResult:
+        """Crops, checks, labels and encodes images, uint8 [n, height, width, 3]."""
+        cropped = [images.crop(image, origin.request.requested) for image in decoded]
+        blurs = [self._safety.check_image(context, image) or context.is_blurred for image in cropped]
+        pixels = np.stack(
+            [
+                self._provenance.marked(blurred(image) if blur else image)
+                for image, blur in zip(cropped, blurs, strict=True)
+            ]
+        )
+        labels = [self._provenance.label(image) for image in pixels]
+        encoded: list[bytes] = []
+        if origin.request.output_format != "raw":
+            encoded = [
+                self._encode(image, origin, index, label)
+                for index, (image, label) in enumerate(zip(pixels, labels, strict=True))
+            ]
+        return DitResult(
+            pixels,
+            encoded,
+            tuple(label for label in labels if label is not None),
+            tuple(index for index, blur in enumerate(blurs) if blur),
+        )
+
+    def preview(self, context: RequestContext, request: PaintRequest, limits: Limits) -> Future[IntermediateImage]:
+        """Renders the one image of a request when the device allows it.
 
         Previews run while no request is denoised, or between two denoising steps; see ``dit.previews``. Tokens beyond
         the codebook, which the AR may sample in a preview's grid as the reference does, are replaced.
@@ -147,18 +192,37 @@ class DitEngine:
             self._record(REPLACED_PREVIEW_TOKENS, replaced)
         request = replace(request, prior_token_ids=tokens)
         request.check(limits, self.codebook_size)
-        return self._scheduler.previews.submit(context, request)
+        preview: Future[IntermediateImage] = Future()
+
+        def deliver(made: Delivery) -> None:
+            if isinstance(made, GlmImageError):
+                preview.set_exception(made)
+            else:
+                preview.set_result(made)
+
+        def finish(rendered: Future[NDArray[np.uint8]]) -> None:
+            error = rendered.exception()
+            if error is None:
+                self.intermediate_images.finish(rendered.result(), deliver, request=request)
+            else:
+                preview.set_exception(error)
+
+        self._scheduler.previews.submit(context, request).add_done_callback(finish)
+        return preview
 
     def close(self) -> None:
         """Finishes the requests that are denoised, fails the previews that wait, and ends the other ranks."""
         self._finisher.shutdown(wait=True)
         self._scheduler.previews.close()
+        self.intermediate_images.close()
         self.executor.close()
         self._compute.close()
 
-    def _encode(self, image: NDArray[np.uint8], output_format: str) -> bytes:
+    def _encode(
+        self, image: NDArray[np.uint8], origin: RequestOrigin, index: int, label: dict[str, str] | None
+    ) -> bytes:
         started = time.monotonic()
-        encoded = images.encode(image, output_format)
+        encoded = self._provenance.file(image, origin, index, label)
         self._record(ENCODE_SECONDS, time.monotonic() - started)
         return encoded
 

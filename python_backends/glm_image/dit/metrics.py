@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from glm_image.provenance.writer import LABELLED_IMAGES
 from glm_image.request.stages import AR_STAGES, STAGE_ORDER
+from glm_image.safety.checks import verdict_counters
 from glm_image.telemetry.metrics import Kind, LatencyHistograms, MetricSpec, outcome_counters
 
 STEP_SECONDS: Final = MetricSpec(
@@ -54,6 +56,9 @@ PEAK_MEMORY: Final = MetricSpec(
     "Peak memory of the instance: of tensors on an accelerator, of the whole process on the CPU",
 )
 
+PROMPT_CHECKS: Final = verdict_counters("glm_image_dit", "prompt")
+IMAGE_CHECKS: Final = verdict_counters("glm_image_dit", "image")
+
 DIT_OUTCOMES: Final = outcome_counters("glm_image_dit")
 
 DIT_LATENCIES: Final = LatencyHistograms.of(
@@ -65,6 +70,9 @@ DIT_LATENCIES: Final = LatencyHistograms.of(
 DIT_METRICS: Final = (
     *(STEP_SECONDS, QUEUE_SECONDS, CACHED_STEPS, VAE_SECONDS, ENCODE_SECONDS, IMAGES, PREVIEWS, DROPPED_PREVIEWS),
     *(REPLACED_PREVIEW_TOKENS, PEAK_MEMORY),
+    *LABELLED_IMAGES.values(),
+    *PROMPT_CHECKS.values(),
+    *IMAGE_CHECKS.values(),
     *DIT_OUTCOMES.values(),
     *DIT_LATENCIES.all(),
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from glm_image.devices.settings import DeviceSettings
 from glm_image.dit.cache import CacheSettings
@@ -77,3 +78,13 @@ class DitSettings(DeviceSettings):
         "the choice is made at load.",
     )
     largest_side: int = 2048
+
+    @property
+    def pixel_settings(self) -> dict[str, Any]:
+        """The settings that change pixels, as a file's record has them."""
+        return {
+            "quantization": self.quantization,
+            "dtype": self.dtype,
+            "cache": None if self.cache is None else asdict(self.cache),
+            "vae_tiling": self.vae_tiling,
+        }

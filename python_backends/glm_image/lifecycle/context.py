@@ -105,6 +105,7 @@ class RequestContext:
         is_watched: whether an observer receives progress. Engines skip ``publish_progress`` otherwise.
         wants_preview: whether an observer waits for the preview's tokens.
         seconds: wall-clock seconds by stage.
+        is_blurred: whether a check of its texts had all its images blurred.
         latent_preview_every: denoising steps between two latent previews; 0 = none.
         cached_steps: denoising steps that the cache skipped, one entry per image denoised so far.
         observers: changed with ``add_observer`` and ``remove_observer``.
@@ -125,6 +126,7 @@ class RequestContext:
     wants_preview: bool = field(default=False, init=False)
     seconds: dict[Stage, float] = field(default_factory=dict)
     latent_preview_every: int = 0
+    is_blurred: bool = False
     cached_steps: list[int] = field(default_factory=list)
     observers: tuple[RequestObserver, ...] = ()
     _preview_is_sampled: bool = field(default=False, init=False, repr=False)

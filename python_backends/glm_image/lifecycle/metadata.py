@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any, Final, cast
 
 from glm_image import __version__
 from glm_image.errors import InvalidInputError
 from glm_image.lifecycle.context import NANOSECONDS, RequestContext
-from glm_image.request.parameters import ArMetadata, PaintRequest
+from glm_image.request.parameters import ArMetadata, PaintRequest, Sampling
 from glm_image.request.request_id import check_request_id
 from glm_image.request.stages import STAGE_ORDER
 
@@ -26,14 +27,28 @@ TOKENS: Final = ("prompt", "source", "preview", "image")
 PASSED: Final = "a time of the server's monotonic clock that has passed; leave it out for tokens made elsewhere"
 
 
-def ar_metadata(context: RequestContext, tokens: Mapping[str, int], fingerprint: str | None = None) -> ArMetadata:
-    """Returns the metadata that ``glm_ar`` passes to ``glm_dit``; ``fingerprint`` is that of the checkpoint."""
+SAMPLING: Final = tuple(field.name for field in fields(Sampling))
+
+MAX_SETTINGS: Final = 32
+MAX_SETTING_CHARACTERS: Final = 256
+
+
+def ar_metadata(
+    context: RequestContext,
+    tokens: Mapping[str, int],
+    sampling: Sampling,
+    settings: Mapping[str, str],
+    fingerprint: str | None = None,
+) -> ArMetadata:
+    """Returns the metadata that ``glm_ar`` passes to ``glm_dit``; see ``ArMetadata``."""
     made: ArMetadata = {
         "tokens": dict(tokens),
         "seconds": dict(context.seconds),
         "request_id": context.id,
         "arrived_ns": context.arrived_ns,
         "finished_ns": time.monotonic_ns(),
+        "sampling": asdict(sampling),
+        "settings": dict(settings),
     }
     return made if fingerprint is None else {**made, "fingerprint": fingerprint}
 
@@ -65,6 +80,8 @@ def read_ar_metadata(text: str) -> ArMetadata:
         ("request_id", lambda value: isinstance(value, str) and bool(value), "a text that is not empty"),
         ("arrived_ns", _has_passed, PASSED),
         ("finished_ns", _has_passed, PASSED),
+        ("sampling", _numbers(SAMPLING, _is_sampling), f"an object of numbers of at least 0 for {', '.join(SAMPLING)}"),
+        ("settings", _are_settings, f"an object of at most {MAX_SETTINGS} short texts"),
     ):
         if name in metadata and not is_allowed(metadata[name]):
             raise InvalidInputError.of(f"ar_metadata's {name}", json.dumps(metadata[name]), allowed)
@@ -91,6 +108,21 @@ def _numbers(names: Collection[str], is_allowed: Callable[[Any], bool]) -> Calla
     return are_allowed
 
 
+def _is_sampling(value: Any) -> bool:
+    return type(value) in {int, float} and 0 <= value < 2**63
+
+
+def _are_settings(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= MAX_SETTINGS
+        and all(
+            isinstance(text, str) and len(name) <= MAX_SETTING_CHARACTERS and len(text) <= MAX_SETTING_CHARACTERS
+            for name, text in value.items()
+        )
+    )
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63  # a bool is an int too
 
@@ -114,11 +146,22 @@ def queued_seconds(metadata: ArMetadata, busy_since_ns: int = 0) -> float:
 
 
 def request_metadata(
-    context: RequestContext, request: PaintRequest, model: Mapping[str, Any], attention_backend: str
+    context: RequestContext,
+    request: PaintRequest,
+    model: Mapping[str, Any],
+    attention_backend: str,
+    labels: Sequence[Mapping[str, str]] = (),
+    blurred: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Returns the ``metadata`` output of a finished request.
 
-    ``model`` has the checkpoint's ``name`` and ``revision``; ``attention_backend`` has its name in diffusers.
+    Args:
+        context: of the request.
+        request: what was asked for.
+        model: the checkpoint's ``name`` and ``revision``.
+        attention_backend: its name in diffusers.
+        labels: the AIGC label of each image.
+        blurred: the numbers of the images that a safety check had blurred.
     """
     seconds = {**request.ar_metadata.get("seconds", {}), **context.seconds}
     return {
@@ -135,4 +178,6 @@ def request_metadata(
         "tokens": request.ar_metadata.get("tokens", {"image": request.grid.tokens}),
         "seconds": {stage: round(float(seconds.get(stage, 0.0)), 6) for stage in STAGE_ORDER},
         "model": dict(model),
+        "aigc": [dict(label) for label in labels],
+        "blurred": list(blurred),
     }

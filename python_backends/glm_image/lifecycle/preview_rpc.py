@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +28,34 @@ START_SECONDS: Final = 5.0
 """A preview that has not been started by then is of no more use."""
 
 
-REASONS: Final = {"queue_full": "busy", "deadline": "deadline", "memory": "memory"}
+REASONS: Final = {"queue_full": "busy", "deadline": "deadline", "memory": "memory", "content": "content"}
 """Why there is no preview, by the ``reason`` of the error; any other is ``error``."""
+
+
+class IntermediateImage(NamedTuple):
+    """An intermediate image, uint8 [height, width, 3], and its AIGC label as JSON; "" = none."""
+
+    pixels: NDArray[np.uint8]
+    label: str = ""
+
+
+Delivery: TypeAlias = IntermediateImage | GlmImageError
+"""An intermediate image, or why there is none."""
+
+
+class Finish(Protocol):
+    """Checks and labels an intermediate image, then passes it on, perhaps from another thread."""
+
+    def __call__(
+        self, pixels: NDArray[np.uint8], deliver: Callable[[Delivery], None], *, is_blurred: bool = False
+    ) -> None: ...
 
 
 class PreviewSkippedError(Exception):
     """A preview is not rendered.
 
     Attributes:
-        reason: ``busy``, ``deadline``, ``memory`` or ``error``.
+        reason: ``busy``, ``deadline``, ``memory``, ``content`` or ``error``.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -70,11 +89,17 @@ class PreviewPublisher(RequestObserver):
 class LatentPreviewPublisher(RequestObserver):
     """Publishes the latent previews of the requests of a registry, and why one is not rendered."""
 
-    def __init__(self, registry: RequestRegistry) -> None:
-        self._registry = registry
+    def __init__(self, registry: RequestRegistry, finish: Finish) -> None:
+        self._registry, self._finish = registry, finish
 
     def latent_preview_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
-        self._registry.publish_details(context, lambda: {"latent_preview": pack_image(pixels)})
+        def deliver(made: Delivery) -> None:
+            if isinstance(made, GlmImageError):
+                self.latent_preview_skipped(context, made)
+            else:
+                self._registry.publish_details(context, lambda: {"latent_preview": pack_image(made)})
+
+        self._finish(pixels, deliver, is_blurred=context.is_blurred)
 
     def latent_preview_skipped(self, context: RequestContext, error: GlmImageError) -> None:
         skipped = PreviewSkippedError.of(error).fields()
@@ -83,7 +108,7 @@ class LatentPreviewPublisher(RequestObserver):
 
 def request_preview(
     directory: Path, request_id: str, preview: Event, parameters: Mapping[str, Any]
-) -> NDArray[np.uint8]:
+) -> IntermediateImage:
     """Has any instance of ``glm_dit`` render a preview; callable from any thread.
 
     Args:
@@ -91,9 +116,6 @@ def request_preview(
         request_id: the id of the streamed request.
         preview: what ``PreviewPublisher`` published.
         parameters: further fields of ``PaintRequest``.
-
-    Returns:
-        uint8 [height, width, 3].
 
     Raises:
         PreviewSkippedError: no instance renders it.
@@ -114,7 +136,7 @@ def request_preview(
         elif "error" in reply.fields:
             skipped = PreviewSkippedError(reply.fields.get("reason", "error"), reply.fields["error"])
         else:
-            return _pixels(reply.fields, reply.parts[0])
+            return _image(reply.fields, reply.parts[0])
     raise skipped
 
 
@@ -133,14 +155,14 @@ def read_preview_request(message: Message) -> tuple[RequestContext, PaintRequest
     return RequestContext(id=fields["request_id"], deadline_ns=fields["deadline_ns"]), request
 
 
-def reply_with_preview(reply: Future[Message], preview: Future[NDArray[np.uint8]]) -> None:
+def reply_with_preview(reply: Future[Message], preview: Future[IntermediateImage]) -> None:
     """Resolves the reply with the finished preview, or with the reason why there is none."""
     error = preview.exception()
     if error is not None:
         reply.set_result(error_reply(error))
         return
-    height, width, _ = preview.result().shape
-    reply.set_result(Message({"height": height, "width": width}, [preview.result().tobytes()]))
+    image = preview.result()
+    reply.set_result(Message(_head(image), [image.pixels.tobytes()]))
 
 
 def error_reply(error: BaseException) -> Message:
@@ -149,16 +171,21 @@ def error_reply(error: BaseException) -> Message:
     return Message({"error": str(skipped), "reason": skipped.reason})
 
 
-def pack_image(pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """Returns an image, uint8 [height, width, 3], as plain data for JSON."""
-    height, width, _ = pixels.shape
-    return {"height": height, "width": width, "pixels": base64.b64encode(pixels.tobytes()).decode()}
+def pack_image(image: IntermediateImage) -> dict[str, Any]:
+    """Returns an image as plain data for JSON."""
+    return {**_head(image), "pixels": base64.b64encode(image.pixels.tobytes()).decode()}
 
 
-def unpack_image(fields: Mapping[str, Any]) -> NDArray[np.uint8]:
+def unpack_image(fields: Mapping[str, Any]) -> IntermediateImage:
     """Reads the output of ``pack_image``."""
-    return _pixels(fields, base64.b64decode(fields["pixels"]))
+    return _image(fields, base64.b64decode(fields["pixels"]))
 
 
-def _pixels(fields: Mapping[str, Any], data: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(data, dtype=np.uint8).reshape(fields["height"], fields["width"], 3)
+def _head(image: IntermediateImage) -> dict[str, Any]:
+    height, width, _ = image.pixels.shape
+    return {"height": height, "width": width, "label": image.label}
+
+
+def _image(fields: Mapping[str, Any], data: bytes) -> IntermediateImage:
+    pixels = np.frombuffer(data, dtype=np.uint8).reshape(fields["height"], fields["width"], 3)
+    return IntermediateImage(pixels, fields["label"])

@@ -103,6 +103,17 @@ def text(default: str, help_text: str, *, allowed: str) -> str:
     return declare(default, Parameter(help_text, allowed, parse=str))
 
 
+def optional(help_text: str, *, allowed: str, pattern: str = ".+") -> str:
+    """Declares a text that matches ``pattern``, or ``none``, the default, which is ""."""
+
+    def parse(given: str) -> str:
+        if not re.fullmatch(pattern, given):
+            raise ValueError
+        return given
+
+    return declare("", Parameter(help_text, f"none, or {allowed}", {"none": ""}, parse))
+
+
 def choice(default: str, values: Sequence[str], help_text: str, declined: Mapping[str, str] | None = None) -> str:
     """Declares one of several texts."""
     words = {value: value for value in values}

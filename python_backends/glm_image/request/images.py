@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +23,8 @@ ENCODER_OPTIONS: dict[str, dict[str, Any]] = {
     "jpeg": {"quality": 95, "subsampling": 0},
     "webp": {"quality": 95},
 }
+
+NO_OPTIONS: Final[Mapping[str, Any]] = {}
 
 # The plugins themselves rather than Image.open, which checks the size only after the plugin has parsed the file.
 READERS: Final[dict[str, Callable[[io.BytesIO], Image.Image]]] = {
@@ -83,10 +85,14 @@ def crop(pixels: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     return pixels[: size.height, : size.width]
 
 
-def encode(pixels: NDArray[np.uint8], output_format: str) -> bytes:
-    """Encodes an image, uint8 [height, width, 3], as a ``png``, ``jpeg`` or ``webp`` file."""
+def encode(pixels: NDArray[np.uint8], output_format: str, options: Mapping[str, Any] = NO_OPTIONS) -> bytes:
+    """Encodes an image, uint8 [height, width, 3], as a ``png``, ``jpeg`` or ``webp`` file.
+
+    ``options`` are further arguments of Pillow's encoder.
+    """
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, output_format, **ENCODER_OPTIONS[output_format])
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.save(buffer, output_format, **{**ENCODER_OPTIONS[output_format], **options})
     return buffer.getvalue()
 
 

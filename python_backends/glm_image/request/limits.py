@@ -17,6 +17,7 @@ from glm_image.request.geometry import Size
 PIXELS_PER_MEGAPIXEL: Final = 1_000_000
 
 OUTPUT_FORMATS: Final = ("raw", "png", "jpeg", "webp")
+FILE_METADATA: Final = ("full", "no_prompt", "none")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from glm_image.errors import InvalidInputError
 from glm_image.request import geometry, source_images
 from glm_image.request.geometry import PUBLISHED_RULE, Grid, Size, SourceRule
 from glm_image.request.limits import (
+    FILE_METADATA,
     OUTPUT_FORMATS,
     Limits,
     check_glyph_text,
@@ -111,6 +112,14 @@ class SharedParameters:
         "The checkpoint that must serve the request; another one refuses it. See [pools](fleet.md#revisions).",
         shown="any",
         is_parameter=True,
+    )
+    file_metadata: str | None = tensor(
+        None,
+        "STRING",
+        Choice(FILE_METADATA),
+        "What files say about how they were made: everything, everything but the texts of the request, or nothing; see "
+        "[provenance](provenance.md).",
+        shown="the server's `provenance_file_metadata`",
     )
 
     def shared(self) -> dict[str, Any]:
@@ -303,6 +312,8 @@ class ArMetadata(TypedDict, total=False):
         arrived_ns: ``time.monotonic_ns()`` when the request arrived.
         finished_ns: ``time.monotonic_ns()`` when the AR stage had finished.
         fingerprint: of the checkpoint that made the tokens.
+        sampling: the fields of ``Sampling``.
+        settings: the settings of the AR stage that change tokens, by parameter.
     """
 
     fingerprint: str
@@ -311,6 +322,8 @@ class ArMetadata(TypedDict, total=False):
     request_id: str
     arrived_ns: int
     finished_ns: int
+    sampling: Mapping[str, float]
+    settings: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.ar.admission import Admission, BatchAdmission
-from glm_image.ar.metrics import AR_LATENCIES, AR_METRICS, AR_OUTCOMES
+from glm_image.ar.metrics import AR_LATENCIES, AR_METRICS, AR_OUTCOMES, PROMPT_CHECKS
 from glm_image.config.instance import is_pool_member
 from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
@@ -29,6 +29,7 @@ from glm_image.request.geometry import preview_of
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
 from glm_image.request.source_images import check_count
 from glm_image.request.stages import Stage
+from glm_image.safety.checks import SafetyChecks
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
 from glm_image.serving.unloading import unload_commands
@@ -70,6 +71,7 @@ class ArBackend(StageBackend):
         self._max_decoding = parameters.engine.max_queue
         self._decoding_slots = threading.Semaphore(self._max_decoding)
         self._decoders = ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="ar-decoder")
+        self._safety = SafetyChecks(parameters.checks, PROMPT_CHECKS, {}, self._metrics.record)
         admission = _admission(parameters, self._dit_load)
         self._engine = ArEngine(
             checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched, admission
@@ -88,7 +90,7 @@ class ArBackend(StageBackend):
             self._dit_load.close()
 
     def _handle(self, call: StageCall, inputs: Inputs) -> None:
-        """Submits a request to the engine; one with source images from a thread, as decoding them takes long."""
+        """Submits a request to the engine; from a thread where source images or a safety check may take long."""
         context = call.context
         if call.header.options.arrived_ns is not None:
             context.arrived_ns = context.received_ns = call.header.options.arrived_ns
@@ -97,30 +99,32 @@ class ArBackend(StageBackend):
         context.num_images = parameters.num_images
         context.attributes = _log_attributes(parameters)
         self._check_revision(parameters.revision)
-        if parameters.images is None:
+        if parameters.images is None and not self._safety.has_prompt_check:
             self._submit(call, parameters)
             return
         # Before it waits for a thread: what is invalid is refused immediately, and what is too large waits for nothing.
-        check_count(len(parameters.images), self._limits)
+        if parameters.images is not None:
+            check_count(len(parameters.images), self._limits)
         parameters.check_shared(self._limits)
         context.input_bytes = parameters.input_bytes
         self._budget.hold(context, "image", context.input_bytes)
         if self._decoding_slots.acquire(blocking=False):
-            self._decoders.submit(self._decode_and_submit, call, parameters)
+            self._decoders.submit(self._prepare_and_submit, call, parameters)
         else:
             raise QueueFullError(
-                f"glm_ar decodes the source images of {self._max_decoding} requests, as many as max_queue allows; "
-                "try again later"
+                f"glm_ar decodes the source images or checks the prompts of {self._max_decoding} requests, as many as "
+                "max_queue allows; try again later"
             )
 
     def _waiting_bytes(self) -> int:
         """The bytes of the requests that wait in Triton for ``glm_dit``, where its load is known."""
         return 0 if self._dit_load is None else self._dit_load.load.bytes()
 
-    def _decode_and_submit(self, call: StageCall, parameters: GenerationParameters) -> None:
+    def _prepare_and_submit(self, call: StageCall, parameters: GenerationParameters) -> None:
         try:
             with call.responder.errors_sent():
                 call.context.check()
+                self._safety.check_prompt(call.context, parameters)
                 self._submit(call, parameters)
         finally:
             self._decoding_slots.release()
@@ -134,23 +138,22 @@ class ArBackend(StageBackend):
         preview = preview_of(resolved.grids)
         if call.header.options.previews and preview is not None:
             context.add_observer(PreviewPublisher(self._registry, preview, seed))
-        outputs = partial(_outputs, self._checkpoint["fingerprint"], context, resolved)
-        call.responder.send_result(self._engine.submit(context, resolved), outputs)
+        call.responder.send_result(self._engine.submit(context, resolved), partial(self._outputs, context, resolved))
 
-
-def _outputs(
-    fingerprint: str, context: RequestContext, resolved: ResolvedRequest, result: ArResult
-) -> dict[str, NDArray[Any]]:
-    return {
-        "prior_token_ids": result.prior_token_ids,
-        "prior_grid": np.array(resolved.target),
-        "source_token_ids": result.source_token_ids,
-        "source_grids": np.array(result.source_grids).reshape(-1, 2),
-        "resolved_seed": np.array([resolved.seeds[0]]),
-        "resolved_size": np.array(resolved.requested),
-        "deadline_ns": np.array([context.deadline_ns]),
-        "ar_metadata": text_array(json.dumps(ar_metadata(context, result.tokens, fingerprint))),
-    }
+    def _outputs(self, context: RequestContext, resolved: ResolvedRequest, result: ArResult) -> dict[str, NDArray[Any]]:
+        metadata = ar_metadata(
+            context, result.tokens, resolved.sampling, self._engine.token_settings, self._checkpoint["fingerprint"]
+        )
+        return {
+            "prior_token_ids": result.prior_token_ids,
+            "prior_grid": np.array(resolved.target),
+            "source_token_ids": result.source_token_ids,
+            "source_grids": np.array(result.source_grids).reshape(-1, 2),
+            "resolved_seed": np.array([resolved.seeds[0]]),
+            "resolved_size": np.array(resolved.requested),
+            "deadline_ns": np.array([context.deadline_ns]),
+            "ar_metadata": text_array(json.dumps(metadata)),
+        }
 
 
 def _dit_load_feed() -> DitLoadFeed | None:

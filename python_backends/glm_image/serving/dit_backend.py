@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glm_image.config.parameters import DitParameters
-from glm_image.dit.metrics import DIT_LATENCIES, DIT_METRICS, DIT_OUTCOMES
+from glm_image.dit.metrics import DIT_LATENCIES, DIT_METRICS, DIT_OUTCOMES, IMAGE_CHECKS, PROMPT_CHECKS
 from glm_image.errors import GlmImageError, InvalidInputError
 from glm_image.ipc.protocol import Message, socket_directory
 from glm_image.lifecycle.busy_period import BusyPeriod
@@ -35,6 +35,7 @@ from glm_image.lifecycle.registry import RequestState
 from glm_image.request.geometry import PIXELS_PER_TOKEN, Grid, Size
 from glm_image.request.parameters import PaintRequest, SharedParameters, consecutive_seeds, random_seed
 from glm_image.request.stages import AR_STAGES, Stage
+from glm_image.safety.checks import SafetyChecks
 from glm_image.serving import bytes_tensors
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
@@ -81,12 +82,20 @@ class DitBackend(StageBackend):
         load_reporter = DitLoadReporter(name, self._ipc.publish)
         self._room = DitRoom(most, load_reporter, name, self._instance.siblings, socket_directory())
         self._threads = ThreadPoolExecutor(most, thread_name_prefix="dit-request")
-        self._observers += [load_reporter, LatentPreviewPublisher(self._registry)]
+        self._observers.append(load_reporter)
         self._topics[TOPIC] = load_reporter.publish_load
         self._handlers[PREVIEW] = self._preview
         self._engine = DitEngine(
-            checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched
+            checkpoint,
+            device,
+            parameters.engine,
+            self._metrics.record,
+            workers,
+            self._heartbeat.watched,
+            parameters.provenance,
+            SafetyChecks(parameters.checks, PROMPT_CHECKS, IMAGE_CHECKS, self._metrics.record),
         )
+        self._observers.append(LatentPreviewPublisher(self._registry, self._engine.intermediate_images.finish))
 
     def _start_heartbeat(self) -> None:
         self._heartbeat.start(commands=unload_commands("glm_dit", self._instance.index))
@@ -118,8 +127,9 @@ class DitBackend(StageBackend):
             )
 
     def _outputs(self, context: RequestContext, request: PaintRequest, result: DitResult) -> dict[str, NDArray[Any]]:
+        engine = self._engine
         model = {name: self._checkpoint[name] for name in ("name", "revision")}
-        metadata = request_metadata(context, request, model, self._engine.attention_backend)
+        metadata = request_metadata(context, request, model, engine.attention_backend, result.labels, result.blurred)
         return {
             "images": result.pixels if request.output_format == "raw" else np.zeros((0, 0, 0, 3)),
             "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),

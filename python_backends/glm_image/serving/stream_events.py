@@ -19,8 +19,9 @@ from glm_image.ipc.protocol import Event
 from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.control import control
 from glm_image.lifecycle.events import EventBuilder
-from glm_image.lifecycle.preview_rpc import LATENT_PREVIEW_SKIPPED, unpack_image
-from glm_image.request import images
+from glm_image.lifecycle.preview_rpc import LATENT_PREVIEW_SKIPPED, IntermediateImage, unpack_image
+from glm_image.provenance import files
+from glm_image.provenance.files import FileTexts
 from glm_image.serving.responder import Responder
 from glm_image.serving.tensors import response, text_array
 
@@ -38,9 +39,10 @@ NO_OUTPUTS: Final[Mapping[str, NDArray[Any]]] = {
 }
 
 
-def encoded_image(pixels: NDArray[np.uint8]) -> NDArray[np.object_]:
-    """Returns an intermediate image, uint8 [height, width, 3], as the output ``images_base64`` with one PNG file."""
-    return np.array([base64.b64encode(images.encode(pixels, "png"))], dtype=np.object_)
+def encoded_image(image: IntermediateImage) -> NDArray[np.object_]:
+    """Returns an intermediate image as the output ``images_base64`` with one PNG file, labelled."""
+    file = files.encode(image.pixels, "png", FileTexts(label=image.label))
+    return np.array([base64.b64encode(file)], dtype=np.object_)
 
 
 class EventSender(Responder):
@@ -67,9 +69,9 @@ class EventSender(Responder):
                     response({**self._no_outputs, **(outputs or {}), "event": self._timed(event)}), flags=0
                 )
 
-    def send_image(self, event: Event, pixels: NDArray[np.uint8]) -> None:
-        """Sends an event with an intermediate image, uint8 [height, width, 3]."""
-        self.send_event(event, {"images_base64": encoded_image(pixels)})
+    def send_image(self, event: Event, image: IntermediateImage) -> None:
+        """Sends an event with an intermediate image."""
+        self.send_event(event, {"images_base64": encoded_image(image)})
 
     def send_last(self, event: Event, outputs: Mapping[str, NDArray[Any]]) -> None:
         with self._lock:

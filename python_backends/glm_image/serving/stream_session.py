@@ -151,8 +151,8 @@ class WholeStream(StreamSession):
         """Has ``glm_dit`` render the preview of the tokens that an event brought, and sends it."""
         parameters = {**self._paint_fields(), "num_inference_steps": self._preview_steps}
         try:
-            pixels = request_preview(folder, self._request_id, event["preview"], parameters)
-            self._sender.send_image(self._builder.image("preview", event), pixels)
+            image = request_preview(folder, self._request_id, event["preview"], parameters)
+            self._sender.send_image(self._builder.image("preview", event), image)
         except Exception as error:  # the request goes on without it
             if not isinstance(error, PreviewSkippedError):
                 logger.exception("request %s gets no preview", self._request_id)
@@ -210,11 +210,11 @@ class DitStream(StreamSession):
         preview = {"grid": grid.tolist(), "tokens": tokens[0].tolist(), "seed": 0 if seed is None else int(seed[0])}
         steps = {} if self._steps is None else {"num_inference_steps": self._steps}
         try:
-            pixels = request_preview(folder, self._request_id, preview, {**self._paint_fields(), **steps})
+            image = request_preview(folder, self._request_id, preview, {**self._paint_fields(), **steps})
         except PreviewSkippedError as error:
             self._skipped = error
             return NO_OUTPUTS
-        return {**NO_OUTPUTS, "images_base64": encoded_image(pixels)}
+        return {**NO_OUTPUTS, "images_base64": encoded_image(image)}
 
     def _last_event(self) -> Event:
         if self._skipped is not None:

@@ -28,7 +28,7 @@ class MetricSpec:
     Attributes:
         meaning: the help text, one line.
         bounds: the bounds of a histogram, ascending.
-        reason, outcome, stage: the labels that distinguish metrics of one name; "" = no such label.
+        reason, outcome, stage, label: the labels that distinguish metrics of one name; "" = no such label.
     """
 
     name: str
@@ -38,10 +38,11 @@ class MetricSpec:
     reason: str = ""
     outcome: str = ""
     stage: str = ""
+    label: str = ""
 
     @property
     def labels(self) -> dict[str, str]:
-        values = {"reason": self.reason, "outcome": self.outcome, "stage": self.stage}
+        values = {"reason": self.reason, "outcome": self.outcome, "stage": self.stage, "label": self.label}
         return {name: value for name, value in values.items() if value}
 
 
@@ -56,7 +57,7 @@ def null_sink(metric: MetricSpec, value: float, times: int = 1, /) -> None:
     """Records nothing."""
 
 
-REFUSALS: Final = ("invalid", "queue_full", "stopping", "memory")
+REFUSALS: Final = ("invalid", "content", "safety_check", "signing", "queue_full", "stopping", "memory")
 """The reasons for refusing a request; see ``reason`` of the error classes."""
 
 

@@ -13,7 +13,14 @@ from glm_image_client.cli.application import command
 from glm_image_client.cli.connection import connected
 from glm_image_client.cli.flags import Call, Connection, Output, SizeFlag, Sources, parse_size
 from glm_image_client.cli.outputs import OutputFiles, print_result
-from glm_image_client.cli.running import Progress, check_options, generate_images, read_prompt, with_server_defaults
+from glm_image_client.cli.running import (
+    Progress,
+    check_options,
+    generate_images,
+    read_prompt,
+    with_file_metadata,
+    with_server_defaults,
+)
 from glm_image_client.options import GenerateOptions
 from glm_image_client.sources import source_bytes
 
@@ -42,9 +49,10 @@ def edit(
         "output_format": files.format,
         "request_id": call.request_id,
     }
-    check_options(options)
+    sent = with_file_metadata(options)
+    check_options(sent)
     began = time.perf_counter()
     with connected(connection, call.timeout) as client:
-        result = generate_images(client, text, with_server_defaults(client, options), progress, call.as_json)
+        result = generate_images(client, text, with_server_defaults(client, sent), progress, call.as_json)
     waited = time.perf_counter() - began
     print_result(text, result, files.save(result), waited, as_json=call.as_json)

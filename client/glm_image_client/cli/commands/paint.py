@@ -13,7 +13,7 @@ from glm_image_client.cli.application import command
 from glm_image_client.cli.connection import connected
 from glm_image_client.cli.flags import Call, Connection, Output, Sources
 from glm_image_client.cli.outputs import OutputFiles, print_result
-from glm_image_client.cli.running import check_options, read_prompt, with_server_defaults
+from glm_image_client.cli.running import check_options, read_prompt, with_file_metadata, with_server_defaults
 from glm_image_client.options import PaintOptions
 from glm_image_client.result import PriorTokens
 from glm_image_client.sources import source_bytes
@@ -41,9 +41,10 @@ def paint(
         "output_format": files.format,
         "request_id": call.request_id,
     }
-    check_options(options)
+    sent = with_file_metadata(options)
+    check_options(sent)
     began = time.perf_counter()
     with connected(connection, call.timeout) as client:
-        result = client.paint(text, prior, **with_server_defaults(client, options, PaintOptions))
+        result = client.paint(text, prior, **with_server_defaults(client, sent, PaintOptions))
     waited = time.perf_counter() - began
     print_result(text, result, files.save(result), waited, as_json=call.as_json)

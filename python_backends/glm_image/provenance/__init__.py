@@ -1,0 +1,1 @@
+"""What an image file says about its origin: how it was made, labels, and a signature."""

@@ -1,0 +1,1 @@
+"""Checks of prompts and images by a hook that an operator configures."""
