@@ -89,14 +89,14 @@ class Gateway:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, grpc_url: str) -> None:
+    def start(self, server_url: str) -> None:
         """Starts the gateway and waits until it listens; a later call does nothing.
 
         Raises:
             GatewayError: it did not start.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._keep_running, args=(grpc_url,), name="gateway", daemon=True)
+            self._thread = threading.Thread(target=self._keep_running, args=(server_url,), name="gateway", daemon=True)
             self._thread.start()
             self._first_start.wait()
         if self.failure is not None:
@@ -125,12 +125,12 @@ class Gateway:
         self.request_kill()
         self._thread.join()
 
-    def _keep_running(self, grpc_url: str) -> None:
+    def _keep_running(self, server_url: str) -> None:
         restarts = 0
         try:
             while not self._stopping.is_set():
                 started = time.monotonic()
-                code = self._run(grpc_url)
+                code = self._run(server_url)
                 if self._stopping.is_set():
                     return
                 if not self._first_start.is_set():
@@ -151,9 +151,9 @@ class Gateway:
             self._first_start.set()
             self._on_end()
 
-    def _run(self, grpc_url: str) -> int:
+    def _run(self, server_url: str) -> int:
         """Runs the process until it ends, and returns its exit code."""
-        command: list[Any] = [sys.executable, "-m", "glm_image_gateway", "--url", f"grpc://{grpc_url}"]
+        command: list[Any] = [sys.executable, "-m", "glm_image_gateway", "--url", server_url]
         command += ["--host", self._host, "--port", self._port, "--drain-seconds", self._drain_seconds, "--stop-at-eof"]
         pipe = subprocess.PIPE
         arguments = [str(word) for word in command]
