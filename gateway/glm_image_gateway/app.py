@@ -28,8 +28,7 @@ def create_app(services: Services) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        services.storage.start()
-        await services.jobs.start()
+        await services.start()
         try:
             yield
         finally:

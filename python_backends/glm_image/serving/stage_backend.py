@@ -127,8 +127,19 @@ class StageBackend(ABC):
         checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
         defaults = checkpoint.defaults
         self._handlers["defaults"] = lambda _: Message({"defaults": defaults})
+        self._checkpoint = {
+            "name": checkpoint.name,
+            "revision": checkpoint.revision,
+            "fingerprint": checkpoint.fingerprint,
+        }
+        description = {**self._checkpoint, "instances": instance.siblings, "slots": self._slots(instance.parameters)}
+        self._handlers["describe"] = lambda _: Message({"stage": instance.model, **description})
         workers = instance.workers(place, device, self._end_process)
         self._load_engine(instance.parameters, checkpoint, device, workers)
+
+    @abstractmethod
+    def _slots(self, parameters: Any) -> int:
+        """Returns how many images an instance works on at the same time."""
 
     def _end_process(self, error: UnavailableError) -> None:
         """Fails all requests and ends this process, in which the engine may hang for ever.
@@ -167,5 +178,6 @@ class StageBackend(ABC):
     def _close_engine(self) -> None:
         """Ends the engine and the threads that work for it."""
 
+    @abstractmethod
     def _start_heartbeat(self) -> None:
-        self._heartbeat.start()
+        """Starts the heartbeat, with the watchdog's commands that the instance carries out."""
