@@ -46,11 +46,10 @@ class Authority:
         """The file of its own certificate, which verifies the others."""
         self.certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, *addresses: str) -> KeyPair:
-        """Makes a certificate for a process that is reached by a name or an address; it can be server and client."""
+    def issue(self, name: str, *other_names: str) -> KeyPair:
+        """Makes a certificate for a process, which can be server and client; other names may be addresses."""
         key = ec.generate_private_key(ec.SECP256R1())
-        names: list[x509.GeneralName] = [x509.DNSName(name)]
-        names += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
+        names = [_general_name(text) for text in (name, *other_names)]
         usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         signed = (
@@ -68,6 +67,13 @@ class Authority:
             )
         )
         return pair
+
+
+def _general_name(text: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(text))
+    except ValueError:
+        return x509.DNSName(text)
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:

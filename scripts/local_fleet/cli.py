@@ -99,8 +99,9 @@ def _start(fleet: LocalFleet, stopping: threading.Event) -> None:
 def addresses(fleet: LocalFleet) -> list[str]:
     """Returns a line for each process: its name, its process id, and where it is reached."""
     lines = [
-        f"{member.name}: {member.url} (Envoy) -> {member.route.host}:{member.route.port}, pid {member.process.pid}"
+        f"{member.name}: {member.host}:{member.ports['--grpc-port']} pid {member.process.pid}"
         for member in fleet.members.values()
     ]
-    lines.append(f"envoy: {fleet.envoy_admin} (administration), pid {fleet.envoy.pid}")
+    lines.append(f"envoy: {fleet.envoy_url} administration {fleet.envoy_admin} pid {fleet.envoy.pid}")
+    lines.append(f"gateway: {fleet.url} pid {fleet.gateway.pid}")
     return [*lines, f"ready: {fleet.url}"]

