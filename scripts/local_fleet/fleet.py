@@ -164,6 +164,11 @@ class LocalFleet:
     def processes(self) -> list[KeptProcess]:
         return [self.gateway, self.envoy, *(member.process for member in self.members.values())]
 
+    def member_urls(self, pool: str) -> tuple[str, ...]:
+        """Returns the addresses of a pool's members, those that may be added later too."""
+        places = [place for name, place in self._slots.items() if name.startswith(f"{pool}-")]
+        return tuple(f"grpc://{place.host}:{place.ports['--grpc-port']}" for place in places)
+
     def start(self) -> None:
         """Starts all processes and waits until a request can be answered.
 
@@ -268,11 +273,8 @@ class LocalFleet:
         return self._process("envoy", command(self._program, self._xds), self._envoy_is_ready)
 
     def _gateway(self) -> KeptProcess:
-        def urls(pool: str) -> str:
-            places = [place for name, place in self._slots.items() if name.startswith(f"{pool}-")]
-            return ",".join(f"grpc://{place.host}:{place.ports['--grpc-port']}" for place in places)
-
-        arguments = [sys.executable, "-m", "glm_image_gateway", "--ar", urls("ar"), "--dit", urls("dit")]
+        arguments = [sys.executable, "-m", "glm_image_gateway"]
+        arguments += [word for pool in POOLS for word in (f"--{pool}", ",".join(self.member_urls(pool)))]
         arguments += ["--proxy", self.envoy_url, "--host", LOOPBACK, "--port", str(self._ports.numbers["gateway"])]
         arguments += ["--drain-seconds", str(self._settings.drain_seconds), "--store", str(self.folder / "store")]
         return self._process("gateway", [*arguments, *self._settings.gateway_flags])

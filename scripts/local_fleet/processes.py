@@ -54,7 +54,7 @@ class KeptProcess:
         self.name, self._command, self._environment = name, list(command), dict(environment)
         self._log, self._is_ready = log, is_ready
         self._policy = policy or RestartPolicy()
-        self._stopping = threading.Event()
+        self._stopping, self._restarting = threading.Event(), threading.Event()
         self._changed = threading.Condition()
         self._ready_line: str | None = None
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -108,6 +108,11 @@ class KeptProcess:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def restart(self) -> None:
+        """Requests a stop after the requests in flight and another start; does not block."""
+        self._restarting.set()
+        self.send(signal.SIGTERM)
+
     def request_stop(self) -> None:
         """Requests a stop after the requests in flight; does not block."""
         self._stopping.set()
@@ -130,7 +135,10 @@ class KeptProcess:
             while not self._stopping.is_set():
                 started = time.monotonic()
                 code = self._run()
-                if self._stopping.is_set() or code == 0:  # stopped by someone else, as by SIGTERM
+                if self._restarting.is_set() and not self._stopping.is_set():
+                    self._restarting.clear()
+                    continue
+                if self._stopping.is_set() or code == 0:  # it got SIGTERM from elsewhere
                     return
                 reason = f"{self.name} ended with code {code}"
                 if self._ready_line is None and self.starts == 1:

@@ -1,0 +1,231 @@
+"""Disturbances of a running fleet: each is one call, which returns when the fleet is whole again."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import select
+import signal
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from bench.servers import descendants
+from local_fleet.fleet import POOLS, LocalFleet, Member
+from local_fleet.namespaces import NetworkNamespace
+from local_fleet.traffic import Traffic
+
+WHOLE_SECONDS: Final = 180.0
+"""The longest time until all members are ready again."""
+BUSY_SECONDS: Final = 120.0
+"""The longest time until a member has a request."""
+POLL_SECONDS: Final = 0.05
+ANSWER_SECONDS: Final = 5.0
+CUT_SECONDS: Final = 15.0
+"""Longer than Envoy's pings take to notice it."""
+SERVER, STUB = "tritonserver", "triton_python_backend_stub"[:15]
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What was done, and the seconds until the fleet was whole again."""
+
+    kind: str
+    detail: str
+    seconds: float
+
+
+class FleetIsBrokenError(Exception):
+    """A fleet did not recover from a disturbance."""
+
+
+class Faults:
+    """Disturbs a fleet.
+
+    Args:
+        fleet: a running one.
+        traffic: its clients, which learn when the gateway is disturbed.
+        seed: of the choices.
+        namespaces: of members that can be cut off, by name.
+    """
+
+    def __init__(
+        self, fleet: LocalFleet, traffic: Traffic, seed: int, namespaces: dict[str, NetworkNamespace] | None = None
+    ) -> None:
+        self._fleet, self._traffic, self._random = fleet, traffic, random.Random(seed)
+        self._namespaces = namespaces or {}
+
+    @property
+    def kinds(self) -> dict[str, Callable[[], str]]:
+        """The disturbances that are possible, by name."""
+        kinds = {
+            "kill dit": lambda: self._signal_server("dit", signal.SIGKILL),
+            "kill ar": lambda: self._signal_server("ar", signal.SIGKILL),
+            "stop dit": lambda: self._signal_server("dit", signal.SIGSTOP),
+            "add and drain dit": self._add_and_drain,
+            "kill envoy": lambda: self._end(self._fleet.envoy.name, signal.SIGKILL),
+            "end gateway": lambda: self._end(self._fleet.gateway.name, signal.SIGTERM),
+            "kill gateway": lambda: self._end(self._fleet.gateway.name, signal.SIGKILL),
+        }
+        return kinds | ({"cut off dit": self._cut_off} if self._namespaces else {})
+
+    def disturb(self, kind: str) -> Disturbance:
+        """Waits until the fleet works on requests, disturbs it, and waits until it is whole.
+
+        Raises:
+            FleetIsBrokenError: it does not become whole.
+        """
+        began = time.monotonic()
+        servers = self._servers()
+        detail = self.inject(kind)
+        if kind.startswith(("kill dit", "kill ar", "stop")):  # until then the old one is believed to be ready
+            self._wait_until(lambda: self._servers() - servers and len(self._servers()) == len(servers), kind)
+        self.wait_whole(f"{kind}: {detail}")
+        return Disturbance(kind, detail, time.monotonic() - began)
+
+    def inject(self, kind: str) -> str:
+        """Waits until the fleet works on requests and disturbs it; returns what was done."""
+        return self.kinds[kind]()
+
+    def wait_whole(self, cause: str) -> None:
+        """Waits until the gateway finds every member ready."""
+        members = self._fleet.members.values()
+        wanted = {model: sum(member.pool == pool for member in members) for pool, model in POOLS.items()}
+        self._wait_until(lambda: all(map(_is_ready, members)) and self._ready_members() == wanted, cause)
+
+    def _wait_until(self, condition: Callable[[], object], cause: str) -> None:
+        end = time.monotonic() + WHOLE_SECONDS
+        while not condition():
+            failure = self._fleet.failure()
+            if failure is not None or time.monotonic() > end:
+                raise FleetIsBrokenError(f"after {cause}: ready are {self._ready_members()}; {failure}")
+            time.sleep(POLL_SECONDS)
+
+    def _servers(self) -> set[int]:
+        """Returns the process ids of the members' Tritons."""
+        members = self._fleet.members.values()
+        return {pid for member in members for pid in descendants(member.process.pid) if name_of(pid) == SERVER}
+
+    def _signal_server(self, pool: str, number: signal.Signals) -> str:
+        member = self._busy_member(pool)
+        processes = {name_of(pid): pid for pid in descendants(member.process.pid)}
+        choices = {SERVER: processes[SERVER], STUB: processes[STUB]}
+        if number == signal.SIGKILL:  # a stopped `serve` alone disturbs nothing
+            choices["serve"] = member.process.pid
+        name = self._random.choice(sorted(choices))
+        os.kill(choices[name], number)
+        self._wait_gone(choices[name])
+        return f"{number.name} to {name} of {member.name}"
+
+    def _add_and_drain(self) -> str:
+        added = self._fleet.add("dit")
+        # A member that can be cut off stays.
+        names = [name for name in self._fleet.members if name not in {added.name, *self._namespaces}]
+        member = self._busy_member("dit", names)
+        self._fleet.drain(member.name)
+        return f"{added.name} added, {member.name} drained"
+
+    def _end(self, name: str, number: signal.Signals) -> str:
+        process = self._fleet.gateway if name == "gateway" else self._fleet.envoy
+        self._busy_member("dit")
+        starts = process.starts
+        self._traffic.expect_closed_connections(process is self._fleet.gateway)
+        process.restart() if number == signal.SIGTERM else process.send(number)
+        process.wait_restarted(starts)
+        self._traffic.expect_closed_connections(False)
+        return f"{number.name} to {name}"
+
+    def _cut_off(self) -> str:
+        name = self._random.choice(sorted(self._namespaces))
+        self._busy_member("dit", [name])
+        self._namespaces[name].cut()
+        try:
+            time.sleep(CUT_SECONDS)
+        finally:
+            self._namespaces[name].join()
+        return f"{name} for {CUT_SECONDS:g} s"
+
+    def _busy_member(self, pool: str, names: Sequence[str] | None = None) -> Member:
+        """Waits until a member of a pool has a request, and returns one that has."""
+        end = time.monotonic() + BUSY_SECONDS
+        places = {
+            f"{member.host}:{member.ports['--grpc-port']}": member
+            for member in self._fleet.members.values()
+            if member.pool == pool and (names is None or member.name in names)
+        }
+        before: set[str] = set()
+        while time.monotonic() < end:
+            # A question whether a member is ready is active for a moment too, a request for longer.
+            active = self._active(pool) & set(places)
+            if both := sorted(active & before):
+                return places[self._random.choice(both)]
+            before = active
+            time.sleep(POLL_SECONDS)
+        raise FleetIsBrokenError(f"no member of {pool} got a request within {BUSY_SECONDS:g} s")
+
+    def _active(self, pool: str) -> set[str]:
+        """Returns the addresses of the members of a pool that have requests, as Envoy counts them."""
+        found = set()
+        for line in _text(f"{self._fleet.envoy_admin}/clusters").splitlines():
+            name, _, rest = line.partition("::")
+            address, _, statistic = rest.partition("::")
+            if name == pool and statistic.startswith("rq_active::") and statistic != "rq_active::0":
+                found.add(address)
+        return found
+
+    def _ready_members(self) -> dict[str, int]:
+        text = _text(f"{self._fleet.url}/metrics")
+        found = {}
+        for model in POOLS.values():
+            sample = f'glm_image_gateway_members{{stage="{model}",state="ready"}} '
+            lines = [line for line in text.splitlines() if line.startswith(sample)]
+            found[model] = int(float(lines[0].removeprefix(sample))) if lines else 0
+        return found
+
+    @staticmethod
+    def _wait_gone(pid: int) -> None:
+        """Waits until a process that got a signal has ended; a stopped one is ended by its watchdog."""
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            try:
+                select.select([descriptor], [], [], WHOLE_SECONDS)
+            finally:
+                os.close(descriptor)
+
+
+def _is_ready(member: Member) -> bool:
+    try:
+        url = f"http://{member.host}:{member.ports['--http-port']}/v2/health/ready"
+        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS):
+            return True
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def name_of(pid: int) -> str:
+    """Returns the name of a process; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def retries_of(fleet: LocalFleet) -> dict[str, float]:
+    """Returns how often the gateway that runs has sent calls again, by stage and reason."""
+    prefix = "glm_image_gateway_retries_total{"
+    lines = [line for line in _text(f"{fleet.url}/metrics").splitlines() if line.startswith(prefix)]
+    return {line.removeprefix(prefix).rpartition("}")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def _text(url: str) -> str:
+    """Returns what a service of the fleet says; empty while it is away."""
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:
+            return str(response.read().decode())
+    except (OSError, http.client.HTTPException):
+        return ""
