@@ -49,7 +49,7 @@ class Work:
 
 
 def ar_work(pixels: int, images: int) -> Work:
-    """Returns the work of ``glm_ar`` for images of so many pixels: a step for each token, and for those of a preview."""
+    """Returns the work of ``glm_ar`` for images of so many pixels: a step for each token, those of a preview too."""
     return Work(("ar", pixels), pixels // PIXELS_PER_TOKEN + PREVIEW_TOKENS, images)
 
 

@@ -116,6 +116,7 @@ def pools_of(settings: GatewaySettings, metrics: Metrics) -> PoolTransport:
             proxy=proxy,
             max_waiting=settings.max_queue,
             max_failures=settings.max_retries,
+            lost_seconds=settings.lost_seconds,
         )
         for stage, flag, urls in (("glm_ar", "--ar", settings.ar), ("glm_dit", "--dit", settings.dit))
     )

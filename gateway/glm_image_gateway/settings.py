@@ -61,6 +61,9 @@ class GatewaySettings:
     tls_cert: Path | None = _flag("certificate shown to grpcs:// members", "FILE", Path, default=None)
     tls_key: Path | None = _flag("its private key", "FILE", Path, default=None)
     max_retries: int = _flag("times that a call may fail at members of a pool and be sent again", "N", int, default=5)
+    lost_seconds: float = _flag(
+        "seconds without an answer after which calls of a member are sent to others", "N", float, default=15.0
+    )
     host: str = _flag("address to listen on; others than loopback need --api-keys", "HOST", default="127.0.0.1")
     port: int = _flag("port to listen on; 0: any free one", "PORT", int, default=DEFAULT_PORT)
     api_keys: Path | None = _flag("file of API keys; without one every caller is admitted", "FILE", Path, default=None)
@@ -97,7 +100,15 @@ class GatewaySettings:
 
     def __post_init__(self) -> None:
         self._check_addresses()
-        for name in ("max_body_bytes", "request_seconds", "file_hours", "store_bytes", "max_running", "window_seconds"):
+        for name in (
+            "max_body_bytes",
+            "request_seconds",
+            "lost_seconds",
+            "file_hours",
+            "store_bytes",
+            "max_running",
+            "window_seconds",
+        ):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{_flag_name(name)} is {getattr(self, name)}; allowed: above 0")
         for name in ("max_queue", "max_retries", "drain_seconds"):

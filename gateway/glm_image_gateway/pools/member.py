@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -19,10 +20,9 @@ logger = logging.getLogger(__name__)
 
 CHECK_SECONDS: Final = 1.0
 """Between two questions whether a member is ready."""
-ANSWER_SECONDS: Final = 2.0
-"""For the answer to it."""
-LOST_SECONDS: Final = 10.0
-"""Without an answer for so long, a member counts as lost, and its calls are sent to others."""
+ANSWER_SECONDS: Final = 3.0
+"""For the answer to it. A busy host may take that long; a member that gives none twice in a row is not ready."""
+MISSES: Final = 2
 DESCRIBE_SECONDS: Final = 10.0
 """Between two questions for a member's checkpoint."""
 REQUESTS_PER_INSTANCE: Final = 2
@@ -75,8 +75,8 @@ class Lease:
             return await task
         except asyncio.CancelledError:
             if self._is_lost:
-                reason = f"no answer for {LOST_SECONDS:g} s"
-                raise UnreachableError(f"no server answers at {self.member.place.address}: {reason}") from None
+                address, seconds = self.member.place.address, self.member.lost_seconds
+                raise UnreachableError(f"no server answers at {address}: no answer for {seconds:g} s") from None
             raise
 
     def lose(self) -> None:
@@ -86,22 +86,24 @@ class Lease:
 
 
 class Member:
-    """A server of one stage; ``changed`` is called when it may be given calls, or no more.
+    """A server of one stage.
 
     Attributes:
+        lost_seconds: without an answer for so long it counts as lost, and its calls are sent to others.
         is_ready: whether it answers and all its models are ready.
         paused_until: the time before which it is given no calls, since its queue was full.
         is_leaving: whether its address has gone; it is closed after its last call.
     """
 
-    def __init__(self, place: MemberAddress, stage: str, transport: MemberTransport) -> None:
+    def __init__(self, place: MemberAddress, stage: str, transport: MemberTransport, lost_seconds: float) -> None:
         self.place, self.stage, self.transport = place, stage, transport
+        self.lost_seconds = lost_seconds
         self.is_ready, self.is_leaving = False, False
         self.paused_until = 0.0
         self.description: Description | None = None
         self.outstanding = Outstanding(1, REQUESTS_PER_INSTANCE)
         self.leases: set[Lease] = set()
-        self._described = self._answered = 0.0
+        self._described, self._answered, self._misses = -math.inf, time.monotonic(), 0
 
     def open(self, work: Work, seconds: float) -> Lease:
         """Returns a place for a call, which ``close_lease`` ends."""
@@ -117,19 +119,25 @@ class Member:
     async def check(self) -> None:
         """Asks whether the member is ready, and when it became so, or after a while, what it serves."""
         is_ready = await self.transport.ready(ANSWER_SECONDS)
-        now = time.monotonic()
-        if is_ready and (not self.is_ready or now - self._described >= DESCRIBE_SECONDS):
+        if is_ready and (not self.is_ready or time.monotonic() - self._described >= DESCRIBE_SECONDS):
             await self.describe()
             is_ready = self.description is not None
+        has_answered = is_ready or await self.transport.live(ANSWER_SECONDS)
+        now = time.monotonic()
+        if has_answered:
+            self._answered, self._misses = now, 0
+        else:
+            self._misses += 1
+        if is_ready or has_answered or self._misses >= MISSES:
+            self._set_ready(is_ready)
+        if now - self._answered > self.lost_seconds:
+            for lease in tuple(self.leases):
+                lease.lose()
+
+    def _set_ready(self, is_ready: bool) -> None:
         if is_ready != self.is_ready:
             logger.info("%s %s is %s", self.stage, self.place.address, "ready" if is_ready else "not ready")
         self.is_ready = is_ready
-        if is_ready or await self.transport.live(ANSWER_SECONDS):
-            self._answered = time.monotonic()
-        elif self.leases and time.monotonic() - self._answered > LOST_SECONDS:
-            logger.warning("%s %s is lost with %d requests", self.stage, self.place.address, len(self.leases))
-            for lease in tuple(self.leases):
-                lease.lose()
 
     async def describe(self) -> None:
         """Asks for the checkpoint of the member, and how many images it works on at the same time."""

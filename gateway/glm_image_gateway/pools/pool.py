@@ -83,6 +83,7 @@ class Pool:
         proxy: where calls are sent, with the member's address in a header; None = to the member.
         max_waiting: calls that may wait for a member.
         max_failures: times that a call may fail at members and be sent again.
+        lost_seconds: without an answer for so long a member counts as lost.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class Pool:
         proxy: Endpoint | None,
         max_waiting: int,
         max_failures: int,
+        lost_seconds: float,
     ) -> None:
         self.stage, self._endpoints, self._metrics = stage, endpoints, metrics
         self._tls, self._proxy = tls, proxy
-        self._max_waiting, self._max_failures = max_waiting, max_failures
+        self._max_waiting, self._max_failures, self._lost_seconds = max_waiting, max_failures, lost_seconds
         self.predictor = Predictor(FIRST_SECONDS[stage])
         self._members: dict[MemberAddress, Member] = {}
         self._waiting: list[_Waiter] = []
@@ -138,6 +140,18 @@ class Pool:
     def fingerprints(self) -> frozenset[str]:
         """Returns the fingerprints of the members' checkpoints."""
         return frozenset(member.description.fingerprint for member in self.ready if member.description is not None)
+
+    def least_loaded(self) -> Member:
+        """Returns the member that is ready and has the least work.
+
+        Raises:
+            UnreachableError: there is none.
+        """
+        now = time.monotonic()
+        members = self.ready
+        if not members:
+            raise UnreachableError(f"no member of {self.stage} is ready; it has {len(self.members)}")
+        return min(members, key=lambda member: member.outstanding.load(now).wait)
 
     async def call(
         self,
@@ -276,7 +290,7 @@ class Pool:
         places = set(found)
         for place in places - set(self._members):
             transport = MemberTransport(place, self.stage, self._tls, self._proxy)
-            member = self._members[place] = Member(place, self.stage, transport)
+            member = self._members[place] = Member(place, self.stage, transport, self._lost_seconds)
             self._tasks[member] = asyncio.ensure_future(self._watch(member))
         for place, member in self._members.items():
             member.is_leaving = place not in places and not (keep_others and not member.is_leaving)

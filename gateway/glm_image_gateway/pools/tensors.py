@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glm_image_client.calls import prior_inputs
-from glm_image_client.errors import ServerFailure
+from glm_image_client.errors import RefusedError, ServerFailure
 from glm_image_client.options import OPTIONS, ArOptions, PaintOptions
 from glm_image_client.result import PriorTokens, json_output
 from glm_image_client.transport import Outputs, Tensor, object_array
@@ -72,6 +73,50 @@ def text_of(tensors: Sequence[Tensor], name: str) -> str | None:
             value = tensor.data.ravel()[0]
             return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     return None
+
+
+def number_of(tensors: Sequence[Tensor], name: str, default: int) -> int:
+    """Returns an input INT32 [1]; raises ``RefusedError`` if it is none."""
+    for tensor in tensors:
+        if tensor.name == name:
+            if tensor.data.dtype.kind != "i" or tensor.data.size != 1:
+                raise RefusedError(
+                    f"{name} has type {tensor.datatype} and shape {list(tensor.data.shape)}; allowed: INT32 [1]"
+                )
+            return int(tensor.data.ravel()[0])
+    return default
+
+
+def integer_tensor(name: str, value: int) -> Tensor:
+    """Returns an input INT32 [1]."""
+    return Tensor(name, "INT32", np.array([value], np.int32))
+
+
+def json_tensor(value: Any) -> NDArray[np.object_]:
+    """Returns a value as an output BYTES [1] of JSON."""
+    return object_array([json.dumps(value).encode()])
+
+
+def preview_prior(preview: Mapping[str, Any]) -> PriorTokens:
+    """Returns the tokens of a preview, from the event that brought them.
+
+    Raises:
+        ServerFailure: the event is malformed.
+    """
+    try:
+        rows, columns = preview["grid"]
+        return PriorTokens(
+            prior_token_ids=np.array([preview["tokens"]], np.int32),
+            prior_grid=np.array([rows, columns], np.int32),
+            source_token_ids=np.zeros(0, np.int32),
+            source_grids=np.zeros((0, 2), np.int32),
+            resolved_seed=np.array([preview["seed"]], np.int64),
+            resolved_size=np.array([rows * 32, columns * 32], np.int32),
+            deadline_ns=np.zeros(1, np.int64),
+            ar_metadata={},
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ServerFailure("the server's event has no tokens of a preview") from error
 
 
 def with_seed(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from glm_image_client.client import AsyncGlmImageClient
 from glm_image_client.core import AsyncClientCore
-from glm_image_client.errors import BusyError, ServerFailure, UnreachableError
-from glm_image_client.result import PriorTokens, json_output
-from glm_image_client.transport import Outputs, Request, Transport
+from glm_image_client.errors import RefusedError, ServerFailure, UnreachableError
+from glm_image_client.transport import Outputs, Request, Tensor, Transport
+from glm_image_gateway.errors import shown
+from glm_image_gateway.pools.events import StreamEvents
+from glm_image_gateway.pools.flights import Flight, Flights, asked, together
 from glm_image_gateway.pools.member import Member
-from glm_image_gateway.pools.pool import Pool, StaleTokensError, Wanted
-from glm_image_gateway.pools.tensors import AR_STAGES, QUEUES, Asked, dit_inputs, merged, parts_of, text_of, with_seed
-from glm_image_gateway.routing import Work, share_out
+from glm_image_gateway.pools.pool import Pool
+from glm_image_gateway.pools.stages import Previews, StageCalls
+from glm_image_gateway.pools.tensors import json_tensor, number_of, text_of
 
-RANDOM_SEEDS: Final = 2**53
-"""Seeds that the gateway draws are below it, as those of the server."""
-MAX_STARTS: Final = 3
-"""Times that a request begins with the first stage: its checkpoint may leave the second pool meanwhile."""
+ENSEMBLE: Final = "glm_image"
+STREAM: Final = "glm_image_stream"
+CONTROL: Final = "glm_control"
+MODELS: Final = (ENSEMBLE, STREAM, "glm_ar", "glm_dit", CONTROL)
+"""The models of a server of both stages, which the pools serve together."""
+
+PREVIEW_INPUTS: Final = {"preview_steps": (6, 50), "preview_every": (0, 200)}
+"""Inputs of the stream alone: their default and their largest value."""
+CONTROL_ACTIONS: Final = ("cancel", "status", "defaults", "describe")
 
 
 class PoolTransport(Transport):
@@ -36,6 +42,7 @@ class PoolTransport(Transport):
 
     def __init__(self, ar: Pool, dit: Pool, request_seconds: float) -> None:
         self._ar, self._dit, self._request_seconds = ar, dit, request_seconds
+        self._flights = Flights()
 
     def start(self) -> None:
         """Begins to look up the members."""
@@ -50,76 +57,97 @@ class PoolTransport(Transport):
         return bool(self._ar.ready and self._dit.ready)
 
     async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
-        member = self._any_member(self._dit)
-        return await member.transport.model_metadata(model, timeout)
+        """Returns the metadata of a stage from a member; that of the models over both stages is made of them.
+
+        Raises:
+            UnreachableError: no member is ready.
+            ServerFailure: there is no such model.
+        """
+        if model not in MODELS:
+            raise ServerFailure(f"the pools serve no model {shown(model)}; allowed: {', '.join(MODELS)}", "NOT_FOUND")
+        if model in {"glm_ar", "glm_dit", CONTROL}:
+            pool = self._ar if model == "glm_ar" else self._dit
+            return await any_member(pool).transport.model_metadata(model, timeout)
+        first = await any_member(self._ar).transport.model_metadata("glm_ar", timeout)
+        second = await any_member(self._dit).transport.model_metadata("glm_dit_stream", timeout)
+        inputs, outputs = list(first["inputs"]), [out for out in second["outputs"] if out["name"] != "event"]
+        if model == STREAM:
+            inputs += [{"name": name, "datatype": "INT32", "shape": [1]} for name in PREVIEW_INPUTS]
+            outputs = second["outputs"]
+        platform = "ensemble" if model == ENSEMBLE else "python"
+        return {"name": model, "versions": ["1"], "platform": platform, "inputs": inputs, "outputs": outputs}
 
     async def infer(self, request: Request, timeout: float | None) -> Outputs:
-        deadline = time.monotonic() + (self._request_seconds if timeout is None else timeout)
+        if request.model == CONTROL:
+            return {"result": json_tensor(await self._control(request.tensors))}
+        flight = Flight(request.request_id or uuid.uuid4().hex)
+        calls = self._calls(request, flight, timeout)
         match request.model:
             case "glm_image":
-                return await self._generate(request, deadline)
-        raise ServerFailure(f"the pools serve no model {request.model}", "NOT_FOUND")
+                return await self._flights.run(flight, calls.generate())
+            case "glm_ar":
+                return await self._flights.run(flight, calls.prior())
+            case "glm_dit":
+                return await self._flights.run(flight, calls.paint())
+        allowed = ", ".join(model for model in MODELS if model != STREAM)
+        raise ServerFailure(f"the pools infer no model {shown(request.model)}; allowed: {allowed}", "NOT_FOUND")
 
     async def stream(self, request: Request, timeout: float | None) -> AsyncGenerator[Outputs, None]:
-        raise ServerFailure(f"the pools serve no model {request.model}", "NOT_FOUND")
-        yield {}
+        """As ``infer``; the models that do not stream give one response."""
+        if request.model != STREAM:
+            yield await self.infer(request, timeout)
+            return
+        flight = Flight(request.request_id or uuid.uuid4().hex)
+        sent: asyncio.Queue[Outputs | None] = asyncio.Queue()
+        previews = Previews(*(_preview_number(request.tensors, name) for name in PREVIEW_INPUTS))
+        own = [tensor for tensor in request.tensors if tensor.name not in PREVIEW_INPUTS]
+        events = StreamEvents(flight.request_id, sent.put_nowait)
+        calls = self._calls(replace(request, tensors=own), flight, timeout)
+        job = asyncio.ensure_future(self._flights.run(flight, calls.stream(events, previews)))
+        job.add_done_callback(lambda _: sent.put_nowait(None))
+        try:
+            while (outputs := await sent.get()) is not None:
+                yield outputs
+            await job
+        finally:
+            job.cancel()
+            await asyncio.gather(job, return_exceptions=True)
 
-    async def _generate(self, request: Request, deadline: float) -> Outputs:
-        """Calls both stages; begins again if no member of the second has the checkpoint of the first any more."""
-        tensors = with_seed(request.tensors, secrets.randbelow(RANDOM_SEEDS))
-        asked = Asked.of(tensors)
-        for _ in range(MAX_STARTS):
-            try:
-                prior = await self._prior(replace(request, model="glm_ar", tensors=tensors), asked, deadline)
-                return await self._render(request, asked, prior, deadline)
-            except StaleTokensError:
-                continue
-        raise BusyError("the checkpoints of glm_ar and glm_dit differ: try again later")
+    def _calls(self, request: Request, flight: Flight, timeout: float | None) -> StageCalls:
+        seconds = self._request_seconds if timeout is None else timeout
+        request = replace(request, request_id=flight.request_id)
+        return StageCalls(self._ar, self._dit, request, flight, seconds)
 
-    async def _prior(self, request: Request, asked: Asked, deadline: float) -> PriorTokens:
-        wanted = Wanted(text_of(request.tensors, "revision"), self._dit.fingerprints() or None)
-        work = asked.ar_work()
+    async def _control(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """Returns the reply of ``glm_control``: of this gateway, for requests of another one of all members."""
+        action, request_id = (text_of(tensors, name) for name in ("action", "request_id"))
+        if action not in CONTROL_ACTIONS:
+            raise RefusedError(f"action is {shown(action or '')}; allowed: {', '.join(CONTROL_ACTIONS)}")
+        if action == "defaults":
+            member = any_member(self._ar)
+            for reply in await asked({member: None}, action, ""):
+                return reply
+            _unreachable(self._ar)
+        members = dict.fromkeys((*self._ar.ready, *self._dit.ready))
+        if action == "describe":
+            return {"action": action, "stages": self._described()}
+        if not request_id:
+            raise RefusedError("request_id is ''; allowed: the id that a request was sent with")
+        if not self._flights.knows(request_id):
+            return together(action, request_id, await asked(members, action, request_id))
+        own = self._flights.cancel if action == "cancel" else self._flights.status
+        return await own(request_id)
 
-        async def send(member: Member, left: float) -> Outputs:
-            return await member.transport.infer(request, left)
-
-        outputs = await self._ar.call(work, wanted, deadline, send)
-        prior = PriorTokens.from_outputs(outputs)
-        self._ar.predictor.add(work, _busy_seconds(prior.ar_metadata.get("seconds", {})))
-        return prior
-
-    async def _render(self, request: Request, asked: Asked, prior: PriorTokens, deadline: float) -> Outputs:
-        height, width = prior.resolved_size
-        asked = replace(asked, pixels=int(height * width), images=len(prior.prior_token_ids))
-        counts = share_out(asked.images, len(self._dit.ready))
-        parts = [
-            self._part(
-                replace(request, model="glm_dit", tensors=dit_inputs(request.tensors, part)), asked, part, deadline
-            )
-            for part in parts_of(prior, counts)
-        ]
-        return merged(await all_or_none(parts))
-
-    async def _part(self, request: Request, asked: Asked, prior: PriorTokens, deadline: float) -> Outputs:
-        work = asked.dit_work(len(prior.prior_token_ids))
-        fingerprint = prior.ar_metadata.get("fingerprint")
-        wanted = Wanted(None, None if fingerprint is None else frozenset({fingerprint}))
-
-        async def send(member: Member, left: float) -> Outputs:
-            return await member.transport.infer(request, left)
-
-        outputs = await self._dit.call(work, wanted, deadline, send)
-        self._learn(work, outputs)
-        return outputs
-
-    def _learn(self, work: Work, outputs: Outputs) -> None:
-        seconds = json_output(outputs, "metadata").get("seconds", {})
-        self._dit.predictor.add(work, _busy_seconds(seconds, without=AR_STAGES))
-
-    def _any_member(self, pool: Pool) -> Member:
-        for member in pool.ready:
-            return member
-        raise UnreachableError(f"no member of {pool.stage} is ready")
+    def _described(self) -> dict[str, Any]:
+        """Returns what each pool serves: its members by their address."""
+        return {
+            pool.stage: {
+                member.place.address: {"ready": member.is_ready, **vars(member.description)}
+                for member in pool.members
+                if member.description is not None
+            }
+            for pool in (self._ar, self._dit)
+        }
 
 
 class PoolClient(AsyncGlmImageClient):
@@ -129,17 +157,24 @@ class PoolClient(AsyncGlmImageClient):
         self._core = AsyncClientCore(transport)
 
 
-def _busy_seconds(seconds: dict[str, float], without: Sequence[str] = ()) -> float:
-    """Returns the seconds in which a stage worked on a request, without those in queues."""
-    return sum(value for stage, value in seconds.items() if stage not in QUEUES and stage not in without)
+def any_member(pool: Pool) -> Member:
+    """Returns a member that is ready.
+
+    Raises:
+        UnreachableError: there is none.
+    """
+    if not pool.ready:
+        _unreachable(pool)
+    return pool.ready[0]
 
 
-async def all_or_none(calls: Sequence[Coroutine[Any, Any, Outputs]]) -> list[Outputs]:
-    """Returns the results of calls that run at the same time; the first error cancels the others."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def _unreachable(pool: Pool) -> NoReturn:
+    raise UnreachableError(f"no member of {pool.stage} is ready; it has {len(pool.members)}")
+
+
+def _preview_number(tensors: Sequence[Tensor], name: str) -> int:
+    default, most = PREVIEW_INPUTS[name]
+    value = number_of(tensors, name, default)
+    if not 0 <= value <= most:
+        raise RefusedError(f"{name} is {value}; allowed: 0 to {most}")
+    return value

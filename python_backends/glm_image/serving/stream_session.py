@@ -45,7 +45,6 @@ class StreamSession(ABC):
 
     inputs: ClassVar[tuple[TensorSpec, ...]]
     first_stage: ClassVar[Stage] = Stage.AR_QUEUE
-    last_event: ClassVar[str] = "image"
     no_outputs: ClassVar[Arrays] = NO_OUTPUTS
 
     def __init__(self, request: Any, sender: EventSender, dit_seconds: LatestEntries[Hashable, float]) -> None:
@@ -77,7 +76,10 @@ class StreamSession(ABC):
                 on_preview=lambda folder, event: previewer.submit(self._send_preview, folder, event),
             ) as relay:
                 outputs = self._generate(relay)
-            self._sender.send_last(self._builder.last(self.last_event), outputs)
+            self._sender.send_last(self._last_event(), outputs)
+
+    def _last_event(self) -> Event:
+        return self._builder.last()
 
     @abstractmethod
     def _read_options(self, inputs: Inputs) -> StreamOptions:
@@ -156,7 +158,6 @@ class ArStream(StreamSession):
     """``glm_ar_stream``: calls ``glm_ar``, whose tokens another server renders."""
 
     inputs = REQUEST_INPUTS
-    last_event = "tokens"
     no_outputs: ClassVar[Arrays] = {}
 
     def _read_options(self, inputs: Inputs) -> StreamOptions:
@@ -166,6 +167,9 @@ class ArStream(StreamSession):
 
     def _generate(self, relay: ProgressRelay) -> Arrays:
         return self._call("glm_ar", self._inputs, STAGE_TENSORS)
+
+    def _last_event(self) -> Event:
+        return self._builder.last("tokens")
 
     def _send_preview(self, folder: Path, event: Event) -> None:
         self._sender.send_event(self._builder.preview_tokens(event))
@@ -181,6 +185,7 @@ class DitStream(StreamSession):
         own = DitStreamParameters(**inputs.fields(DitStreamParameters))
         check_fields(own, Limits())
         self._is_preview = own.is_preview > 0
+        self._skipped: PreviewSkippedError | None = None
         self._steps = inputs.integer("num_inference_steps")
         return StreamOptions(self._sender.arrived_ns, latent_preview_every=own.preview_every)
 
@@ -202,8 +207,14 @@ class DitStream(StreamSession):
         try:
             pixels = request_preview(folder, self._request_id, preview, {**self._paint_fields(), **steps})
         except PreviewSkippedError as error:
-            raise UnavailableError(str(error)) from error
+            self._skipped = error
+            return NO_OUTPUTS
         return {**NO_OUTPUTS, "images_base64": encoded_image(pixels)}
+
+    def _last_event(self) -> Event:
+        if self._skipped is not None:
+            return {**self._builder.last("preview_skipped"), **self._skipped.fields()}
+        return self._builder.last("preview" if self._is_preview else "image")
 
     def _send_preview(self, folder: Path, event: Event) -> None:
         """``glm_dit`` publishes no tokens."""
