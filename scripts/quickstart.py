@@ -124,7 +124,7 @@ def keep(server: TritonServer) -> None:
     print(f"another image: {command} generate PROMPT --url {server.grpc_url}    (Ctrl-C stops the server)", flush=True)
     gateway = Gateway("127.0.0.1", gateway_port(), 1, RestartPolicy(), lambda: None, console.print)
     try:
-        gateway.start(server.local_grpc_url)
+        gateway.start(server.grpc_url)
         print(f"gateway: {gateway.url}    (OpenAI's API: {gateway.url}/v1)", flush=True)
     except GatewayError as error:  # the server is useful without it
         console.print(f"no gateway: {error}")

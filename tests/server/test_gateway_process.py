@@ -90,7 +90,7 @@ def test_it_is_given_up_when_it_ends_too_often(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("GLM_IMAGE_GATEWAY_STORE", str(tmp_path))
     has_ended = threading.Event()
     gateway = Gateway("127.0.0.1", 0, 5, RestartPolicy(max_restarts=0), has_ended.set, print)
-    gateway.start("grpc://127.0.0.1:1")  # where no server is
+    gateway.start("127.0.0.1:1")  # where no server is
     assert gateway.url is not None
     assert get(f"{gateway.url}/health") == {"status": "ok"}
     assert gateway._process is not None

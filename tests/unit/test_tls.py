@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("cryptography", reason="the extra fleet is not installed")
 
 from glm_image.errors import ConfigurationError, shown
+from glm_image.supervisor.gateway import GatewayFlags
 from glm_image.supervisor.tls import TlsFiles
 from local_fleet.certificates import Authority, KeyPair
 
@@ -83,6 +84,11 @@ def test_refusals_name_flag_file_and_what_is_allowed(authority: Authority, pair:
         with pytest.raises(ConfigurationError) as raised:
             files.check()
         assert str(raised.value).startswith(message.format(**names))
+
+
+def test_the_gateway_of_serve_connects_without_tls() -> None:
+    with pytest.raises(ConfigurationError, match="--gateway is given with --grpc-server-cert, and it connects without"):
+        GatewayFlags(0).check("127.0.0.1", uses_tls=True)
 
 
 def test_certificates_of_a_run_verify_against_their_authority(authority: Authority, pair: KeyPair) -> None:

@@ -46,7 +46,7 @@ def _serve(arguments: argparse.Namespace, out: Output, log: Output) -> int:
         policy = RestartPolicy(flags.pop("max_restarts"))
         gateway_flags = GatewayFlags(flags.pop("gateway", None))
         settings = ServerSettings(**flags)
-        gateway_flags.check(settings.host)
+        gateway_flags.check(settings.host, uses_tls=settings.tls.is_used)
         server = TritonServer(settings, log=log)
     except GlmImageError as error:
         return _fail(log, error, EXIT_REFUSED)

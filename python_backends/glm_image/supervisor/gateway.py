@@ -39,10 +39,14 @@ class GatewayFlags:
         const=DEFAULT_PORT,
     )
 
-    def check(self, host: str) -> None:
-        """Raises ConfigurationError if the port cannot be used, or the gateway is not installed."""
+    def check(self, host: str, *, uses_tls: bool = False) -> None:
+        """Raises ConfigurationError if the gateway is not installed, or cannot use its port or the server's."""
         if self.gateway is None:
             return
+        if uses_tls:
+            raise ConfigurationError(
+                "--gateway is given with --grpc-server-cert, and it connects without TLS; allowed: one of them"
+            )
         if any(importlib.util.find_spec(name) is None for name in PACKAGES):
             raise ConfigurationError("--gateway needs packages that are not installed: pip install '.[gateway]'")
         if not 0 <= self.gateway <= MAX_PORT:
@@ -89,14 +93,14 @@ class Gateway:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, server_url: str) -> None:
+    def start(self, grpc_url: str) -> None:
         """Starts the gateway and waits until it listens; a later call does nothing.
 
         Raises:
             GatewayError: it did not start.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._keep_running, args=(server_url,), name="gateway", daemon=True)
+            self._thread = threading.Thread(target=self._keep_running, args=(grpc_url,), name="gateway", daemon=True)
             self._thread.start()
             self._first_start.wait()
         if self.failure is not None:
@@ -125,12 +129,12 @@ class Gateway:
         self.request_kill()
         self._thread.join()
 
-    def _keep_running(self, server_url: str) -> None:
+    def _keep_running(self, grpc_url: str) -> None:
         restarts = 0
         try:
             while not self._stopping.is_set():
                 started = time.monotonic()
-                code = self._run(server_url)
+                code = self._run(grpc_url)
                 if self._stopping.is_set():
                     return
                 if not self._first_start.is_set():
@@ -151,9 +155,9 @@ class Gateway:
             self._first_start.set()
             self._on_end()
 
-    def _run(self, server_url: str) -> int:
+    def _run(self, grpc_url: str) -> int:
         """Runs the process until it ends, and returns its exit code."""
-        command: list[Any] = [sys.executable, "-m", "glm_image_gateway", "--url", server_url]
+        command: list[Any] = [sys.executable, "-m", "glm_image_gateway", "--url", f"grpc://{grpc_url}"]
         command += ["--host", self._host, "--port", self._port, "--drain-seconds", self._drain_seconds, "--stop-at-eof"]
         pipe = subprocess.PIPE
         arguments = [str(word) for word in command]

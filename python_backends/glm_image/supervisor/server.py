@@ -78,8 +78,8 @@ class TritonServer:
 
     @property
     def local_grpc_url(self) -> str:
-        """``SCHEME://HOST:PORT`` of the gRPC service, as a process of this machine reaches it."""
-        return f"{self.grpc_scheme}://{authority(self._local_host, self._settings.grpc_port)}"
+        """``grpc_url`` as a process of this machine reaches it."""
+        return authority(self._local_host, self._settings.grpc_port)
 
     @property
     def metrics_url(self) -> str:
