@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.servers import descendants
+from bench.servers import STUB, descendants
 from local_fleet.fleet import POOLS, LocalFleet, Member
 from local_fleet.namespaces import NetworkNamespace
 from local_fleet.traffic import Traffic
@@ -28,7 +28,7 @@ POLL_SECONDS: Final = 0.05
 ANSWER_SECONDS: Final = 5.0
 CUT_SECONDS: Final = 15.0
 """Longer than Envoy's pings take to notice it."""
-SERVER, STUB = "tritonserver", "triton_python_backend_stub"[:15]
+SERVER: Final = "tritonserver"
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Faults:
 
     def _signal_server(self, pool: str, number: signal.Signals) -> str:
         member = self._busy_member(pool)
-        processes = {name_of(pid): pid for pid in descendants(member.process.pid)}
-        choices = {SERVER: processes[SERVER], STUB: processes[STUB]}
+        processes = {model_of(pid) or name_of(pid): pid for pid in descendants(member.process.pid)}
+        choices = {name: processes[name] for name in (SERVER, POOLS[pool])}
         if number == signal.SIGKILL:  # a stopped `serve` alone disturbs nothing
             choices["serve"] = member.process.pid
         name = self._random.choice(sorted(choices))
@@ -213,6 +213,15 @@ def name_of(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except (OSError, http.client.HTTPException):
         return ""
+
+
+def model_of(pid: int) -> str | None:
+    """Returns the model that a process serves; None if it is no model's process."""
+    try:
+        program, *arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return None
+    return Path(arguments[0]).parents[1].name if program.endswith(f"/{STUB}") else None
 
 
 def retries_of(fleet: LocalFleet) -> dict[str, float]:

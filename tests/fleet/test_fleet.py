@@ -71,7 +71,7 @@ def images_of(pipeline: LocalPipeline, picture: Picture) -> list[str]:
 def fleet(
     envoy: Path, tiny_checkpoint: Path, same_threads: None, expected: object, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalFleet]:
-    """One AR and two painters; nothing of it is left after the tests."""
+    """One AR member and two DiT members; nothing of it is left after the tests."""
     log = tmp_path_factory.mktemp("fleet") / "log"
     with log.open("w") as file:
         fleet = LocalFleet(FleetSettings(tiny_checkpoint, drain_seconds=60), lambda line: print(line, file=file))
@@ -101,7 +101,7 @@ def requests_of(fleet: LocalFleet, model: str) -> dict[str, int]:
     return counts
 
 
-def test_painters_share_the_images_of_a_request(fleet: LocalFleet, expected: dict[Picture, list[str]]) -> None:
+def test_dit_members_share_the_images_of_a_request(fleet: LocalFleet, expected: dict[Picture, list[str]]) -> None:
     picture = PICTURES[-1]
     assert picture.images == 4
     before = requests_of(fleet, "glm_dit")
@@ -136,7 +136,7 @@ def test_members_talk_to_those_alone_who_have_a_certificate_of_the_run(fleet: Lo
 
 
 def test_every_request_is_answered_once_whatever_ends(fleet: LocalFleet, expected: dict[Picture, list[str]]) -> None:
-    """A painter is killed amid images, then Envoy and the gateway are; at last a painter is drained."""
+    """A DiT member is killed amid images, then Envoy and the gateway are; at last a member is drained."""
     traffic = Traffic(fleet.url, expected, CLIENTS, seed=1)
     faults = Faults(fleet, traffic, seed=1)
     with traffic:
@@ -144,7 +144,7 @@ def test_every_request_is_answered_once_whatever_ends(fleet: LocalFleet, expecte
         assert wait_until(lambda: [key for key in retries_of(fleet) if 'stage="glm_dit"' in key])
         faults.inject("kill envoy")
         faults.inject("kill gateway")
-        faults.wait_whole("the end of a painter, of Envoy and of the gateway")
+        faults.wait_whole("the end of a member, of Envoy and of the gateway")
         sent = len(traffic.sent)
         assert wait_until(lambda: len(traffic.sent) >= sent + CLIENTS)
         fleet.drain("dit-1")
