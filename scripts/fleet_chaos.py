@@ -29,9 +29,10 @@ from typing import Any
 
 from bench.servers import descendants, tiny_checkpoint
 from glm_image.supervisor import ServerSettings, TritonServer
-from local_fleet.faults import Disturbance, Faults, retries_of
+from local_fleet.faults import Disturbance, Faults
 from local_fleet.fleet import FleetSettings, LocalFleet
 from local_fleet.namespaces import NetworkNamespace
+from local_fleet.state import retries_of, wait_whole
 from local_fleet.traffic import Picture, Traffic, images_of
 
 CALM_SECONDS = 3.0
@@ -79,7 +80,7 @@ def run(settings: FleetSettings, expected: dict[Picture, list[str]], flags: argp
         folder = fleet.folder
         traffic = Traffic(fleet.url, expected, flags.clients, flags.seed)
         faults = Faults(fleet, traffic, flags.seed, namespaces)
-        faults.wait_whole("the start")
+        wait_whole(fleet, "the start")
         with traffic:
             _disturb(faults, fleet, report, rng, flags.seconds)
         report.faults += traffic.faults

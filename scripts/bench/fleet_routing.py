@@ -41,9 +41,8 @@ from glm_image_gateway.pools.transport import PoolClient
 from glm_image_gateway.routing import MemberLoad
 from glm_image_gateway.services import pools_of
 from glm_image_gateway.settings import GatewaySettings
-from local_fleet.faults import Faults
 from local_fleet.fleet import FleetSettings, LocalFleet
-from local_fleet.traffic import Traffic
+from local_fleet.state import wait_whole
 
 POLICIES: Final = ("work", "round robin")
 
@@ -163,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tiny_checkpoint(Path(folder)) if flags.checkpoint is None else flags.checkpoint.absolute()
         with LocalFleet(FleetSettings(checkpoint, dit=flags.dit), lambda line: None) as fleet:
-            Faults(fleet, Traffic(fleet.url, {}, 0), seed=0).wait_whole("the start")
+            wait_whole(fleet, "the start")
             asyncio.run(compare(fleet, flags))
     return 0
 

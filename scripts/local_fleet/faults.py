@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import random
 import select
 import signal
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,14 +16,11 @@ from typing import Final
 from bench.servers import STUB, descendants
 from local_fleet.fleet import POOLS, LocalFleet, Member
 from local_fleet.namespaces import NetworkNamespace
+from local_fleet.state import POLL_SECONDS, WHOLE_SECONDS, FleetIsBrokenError, active_members, wait_until, wait_whole
 from local_fleet.traffic import Traffic
 
-WHOLE_SECONDS: Final = 180.0
-"""The longest time until all members are ready again."""
 BUSY_SECONDS: Final = 120.0
 """The longest time until a member has a request."""
-POLL_SECONDS: Final = 0.05
-ANSWER_SECONDS: Final = 5.0
 CUT_SECONDS: Final = 15.0
 """Longer than Envoy's pings take to notice it."""
 SERVER: Final = "tritonserver"
@@ -38,10 +33,6 @@ class Disturbance:
     kind: str
     detail: str
     seconds: float
-
-
-class FleetIsBrokenError(Exception):
-    """A fleet did not recover from a disturbance."""
 
 
 class Faults:
@@ -84,27 +75,13 @@ class Faults:
         servers = self._servers()
         detail = self.inject(kind)
         if kind.startswith(("kill dit", "kill ar", "stop")):  # until then the old one is believed to be ready
-            self._wait_until(lambda: self._servers() - servers and len(self._servers()) == len(servers), kind)
-        self.wait_whole(f"{kind}: {detail}")
+            wait_until(self._fleet, lambda: self._servers() - servers and len(self._servers()) == len(servers), kind)
+        wait_whole(self._fleet, f"{kind}: {detail}")
         return Disturbance(kind, detail, time.monotonic() - began)
 
     def inject(self, kind: str) -> str:
         """Waits until the fleet works on requests and disturbs it; returns what was done."""
         return self.kinds[kind]()
-
-    def wait_whole(self, cause: str) -> None:
-        """Waits until the gateway finds every member ready."""
-        members = self._fleet.members.values()
-        wanted = {model: sum(member.pool == pool for member in members) for pool, model in POOLS.items()}
-        self._wait_until(lambda: all(map(_is_ready, members)) and self._ready_members() == wanted, cause)
-
-    def _wait_until(self, condition: Callable[[], object], cause: str) -> None:
-        end = time.monotonic() + WHOLE_SECONDS
-        while not condition():
-            failure = self._fleet.failure()
-            if failure is not None or time.monotonic() > end:
-                raise FleetIsBrokenError(f"after {cause}: ready are {self._ready_members()}; {failure}")
-            time.sleep(POLL_SECONDS)
 
     def _servers(self) -> set[int]:
         """Returns the process ids of the members' Tritons."""
@@ -161,31 +138,12 @@ class Faults:
         before: set[str] = set()
         while time.monotonic() < end:
             # A question whether a member is ready is active for a moment too, a request for longer.
-            active = self._active(pool) & set(places)
+            active = active_members(self._fleet, pool) & set(places)
             if both := sorted(active & before):
                 return places[self._random.choice(both)]
             before = active
             time.sleep(POLL_SECONDS)
         raise FleetIsBrokenError(f"no member of {pool} got a request within {BUSY_SECONDS:g} s")
-
-    def _active(self, pool: str) -> set[str]:
-        """Returns the addresses of the members of a pool that have requests, as Envoy counts them."""
-        found = set()
-        for line in _text(f"{self._fleet.envoy_admin}/clusters").splitlines():
-            name, _, rest = line.partition("::")
-            address, _, statistic = rest.partition("::")
-            if name == pool and statistic.startswith("rq_active::") and statistic != "rq_active::0":
-                found.add(address)
-        return found
-
-    def _ready_members(self) -> dict[str, int]:
-        text = _text(f"{self._fleet.url}/metrics")
-        found = {}
-        for model in POOLS.values():
-            sample = f'glm_image_gateway_members{{stage="{model}",state="ready"}} '
-            lines = [line for line in text.splitlines() if line.startswith(sample)]
-            found[model] = int(float(lines[0].removeprefix(sample))) if lines else 0
-        return found
 
     @staticmethod
     def _wait_gone(pid: int) -> None:
@@ -198,20 +156,11 @@ class Faults:
                 os.close(descriptor)
 
 
-def _is_ready(member: Member) -> bool:
-    try:
-        url = f"http://{member.host}:{member.ports['--http-port']}/v2/health/ready"
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS):
-            return True
-    except (OSError, http.client.HTTPException):
-        return False
-
-
 def name_of(pid: int) -> str:
     """Returns the name of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
-    except (OSError, http.client.HTTPException):
+    except OSError:
         return ""
 
 
@@ -222,19 +171,3 @@ def model_of(pid: int) -> str | None:
     except OSError:
         return None
     return Path(arguments[0]).parents[1].name if program.endswith(f"/{STUB}") else None
-
-
-def retries_of(fleet: LocalFleet) -> dict[str, float]:
-    """Returns how often the gateway that runs has sent calls again, by stage and reason."""
-    prefix = "glm_image_gateway_retries_total{"
-    lines = [line for line in _text(f"{fleet.url}/metrics").splitlines() if line.startswith(prefix)]
-    return {line.removeprefix(prefix).rpartition("}")[0]: float(line.rpartition(" ")[2]) for line in lines}
-
-
-def _text(url: str) -> str:
-    """Returns what a service of the fleet says; empty while it is away."""
-    try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:
-            return str(response.read().decode())
-    except (OSError, http.client.HTTPException):
-        return ""

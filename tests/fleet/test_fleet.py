@@ -27,8 +27,9 @@ from glm_image.errors import ConfigurationError
 from glm_image.pipeline import LocalPipeline
 from glm_image.request.parameters import GenerationParameters
 from helpers import wait_until
-from local_fleet.faults import Faults, retries_of
+from local_fleet.faults import Faults
 from local_fleet.fleet import FleetSettings, LocalFleet, envoy_program
+from local_fleet.state import retries_of, wait_whole
 from local_fleet.traffic import PICTURES, Picture, Traffic
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -76,7 +77,7 @@ def fleet(
     with log.open("w") as file:
         fleet = LocalFleet(FleetSettings(tiny_checkpoint, drain_seconds=60), lambda line: print(line, file=file))
         with fleet:
-            Faults(fleet, Traffic(fleet.url, {}, 0), seed=0).wait_whole("the start")
+            wait_whole(fleet, "the start")
             family = descendants(os.getpid())[1:]
             yield fleet
             ours = [pid for process in fleet.processes for pid in descendants(process.pid)]
@@ -144,7 +145,7 @@ def test_every_request_is_answered_once_whatever_ends(fleet: LocalFleet, expecte
         assert wait_until(lambda: [key for key in retries_of(fleet) if 'stage="glm_dit"' in key])
         faults.inject("kill envoy")
         faults.inject("kill gateway")
-        faults.wait_whole("the end of a member, of Envoy and of the gateway")
+        wait_whole(fleet, "the end of a member, of Envoy and of the gateway")
         sent = len(traffic.sent)
         assert wait_until(lambda: len(traffic.sent) >= sent + CLIENTS)
         fleet.drain("dit-1")
