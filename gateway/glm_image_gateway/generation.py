@@ -133,33 +133,61 @@ class Generator:
         yield Progress("image", 1, 1, 0.0, generated=generated)
 
     @asynccontextmanager
-    async def _turn(
-        self, request: ImageRequest, caller: Caller, request_id: str, *, is_resumed: bool = False
+    async def turn(
+        self,
+        caller: Caller,
+        work: float,
+        request_id: str,
+        seconds: float | None = None,
+        *,
+        is_resumed: bool = False,
     ) -> AsyncIterator[float]:
-        """Waits for a request's turn, and yields its deadline on the monotonic clock; errors become ``ApiError``."""
+        """Waits for a request's turn, and yields its deadline on the monotonic clock.
+
+        Args:
+            caller: whom the request comes from.
+            work: megapixel-steps.
+            request_id: that no other request in flight may have; "" = none.
+            seconds: its timeout; None = that of the gateway, which is the longest.
+            is_resumed: whether limits do not count.
+
+        Raises:
+            ApiError: the id is in use, a limit is reached, or the request has waited too long.
+        """
+        limit = self._request_seconds if seconds is None else min(seconds, self._request_seconds)
         if request_id in self._ids:
             message = f"x-request-id is {request_id}, which another request in flight has; allowed: an id of its own"
             raise ApiError(409, message, "request_id_in_use", param="x-request-id", should_retry=False)
-        work = megapixel_steps(request.count, request.pixels, request.steps)
         arrived = time.monotonic()
         ticket = self._queue.admit(caller, self._speed.seconds(work), work, is_resumed=is_resumed)
-        self._ids.add(request_id)
+        if request_id:
+            self._ids.add(request_id)
         try:
             try:
-                await asyncio.wait_for(ticket.wait(), self._request_seconds)
+                await asyncio.wait_for(ticket.wait(), limit)
             except (TimeoutError, asyncio.TimeoutError):
-                message = f"the request waited {self._request_seconds:g} s in the gateway's queue, its time limit"
+                message = f"the request waited {limit:g} s in the gateway's queue, its time limit"
                 raise ApiError(504, message, "deadline_exceeded", should_retry=False) from None
             self._metrics.stage_seconds.labels("gateway_queue").observe(time.monotonic() - arrived)
-            yield arrived + self._request_seconds
+            yield arrived + limit
+        finally:
+            self._ids.discard(request_id)
+            ticket.release()
+
+    @asynccontextmanager
+    async def _turn(
+        self, request: ImageRequest, caller: Caller, request_id: str, *, is_resumed: bool = False
+    ) -> AsyncIterator[float]:
+        """As ``turn``; the client's errors become ``ApiError``."""
+        work = megapixel_steps(request.count, request.pixels, request.steps)
+        try:
+            async with self.turn(caller, work, request_id, is_resumed=is_resumed) as deadline:
+                yield deadline
         except GlmImageClientError as error:
             refusal = api_error(error)
             if refusal.param in {"width", "height"} and request.has_size:
                 refusal.param = "size"
             raise refusal from error
-        finally:
-            self._ids.discard(request_id)
-            ticket.release()
 
     async def _finished(
         self, request: ImageRequest, mask: Mask | None, results: Sequence[GenerationResult]

@@ -48,6 +48,7 @@ class OwnOptions(BaseModel):
     temperature: float | None = option(None, "Temperature of image token sampling.", "a number")
     top_p: float | None = option(None, "Probability mass of image token sampling.", "a number")
     top_k: int | None = option(None, "Number of most probable image tokens to sample from.", "an integer")
+    revision: str | None = option(None, "Revision of the checkpoint that must serve the request.", "text")
 
 
 class ImageOptions(OwnOptions):

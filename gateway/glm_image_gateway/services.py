@@ -17,6 +17,7 @@ from glm_image_gateway.fair_queue import FairQueue, Window
 from glm_image_gateway.generation import Generator
 from glm_image_gateway.job_runner import JobRunner
 from glm_image_gateway.keys import Caller, Keys
+from glm_image_gateway.kserve.front import Front
 from glm_image_gateway.metrics import Metrics
 from glm_image_gateway.pools.connection import TlsFiles
 from glm_image_gateway.pools.pool import Pool
@@ -34,6 +35,7 @@ class Services:
     keys: Keys
     client: AsyncGlmImageClient
     pools: PoolTransport | None
+    front: Front | None
     queue: FairQueue
     generator: Generator
     database: Database
@@ -59,8 +61,9 @@ class Services:
         database = Database(settings.state_folder)
         storage = Storage(settings, database, metrics)
         jobs = JobRunner(settings, database, storage, generator, keys, metrics)
+        front = None if pools is None else Front(pools, generator, keys)
         started = int(time.time())
-        return cls(settings, metrics, keys, client, pools, queue, generator, database, storage, jobs, started)
+        return cls(settings, metrics, keys, client, pools, front, queue, generator, database, storage, jobs, started)
 
     async def start(self) -> None:
         """Begins the work that goes on without requests."""

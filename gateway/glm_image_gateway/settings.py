@@ -66,6 +66,9 @@ class GatewaySettings:
     )
     host: str = _flag("address to listen on; others than loopback need --api-keys", "HOST", default="127.0.0.1")
     port: int = _flag("port to listen on; 0: any free one", "PORT", int, default=DEFAULT_PORT)
+    grpc_port: int | None = _flag(
+        "with pools: port of KServe's protocol over gRPC; 0: any free one", "PORT", int, default=None
+    )
     api_keys: Path | None = _flag("file of API keys; without one every caller is admitted", "FILE", Path, default=None)
     store: str | None = _flag(
         "folder or fsspec URL of results; default: a folder of the user's state", "DIR_OR_URL", default=None
@@ -128,8 +131,11 @@ class GatewaySettings:
             raise SettingsError(f"{given} is given without {missing}; allowed: both, or neither")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise SettingsError("of --tls-cert and --tls-key one is given; allowed: both, or neither")
-        if not 0 <= self.port <= MAX_PORT:
-            raise SettingsError(f"--port is {self.port}; allowed: 0 (any free one) to {MAX_PORT}")
+        for flag, port in (("--port", self.port), ("--grpc-port", self.grpc_port or 0)):
+            if not 0 <= port <= MAX_PORT:
+                raise SettingsError(f"{flag} is {port}; allowed: 0 (any free one) to {MAX_PORT}")
+        if self.grpc_port is not None and not self.ar:
+            raise SettingsError("--grpc-port is given without --ar and --dit; allowed: with both")
         if self.api_keys is None and not is_loopback(self.host):
             raise SettingsError(
                 f"--host is {self.host!r}; allowed without --api-keys: 127.0.0.1, ::1 or another loopback address"

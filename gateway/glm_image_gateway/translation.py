@@ -148,6 +148,7 @@ def _options(body: OwnOptions, size: str | None, quality: str) -> GenerateOption
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
+        revision=body.revision,
     )
 
 

@@ -66,7 +66,7 @@ class StageCalls:
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
         self._tensors = with_seed(request.tensors, secrets.randbelow(RANDOM_SEEDS))
         self._asked = Asked.of(self._tensors)
-        self._revision = text_of(self._tensors, "revision")
+        self._revision = text_of(self._tensors, "revision") or None
 
     async def generate(self) -> Outputs:
         """Calls both stages, and returns the outputs of ``glm_image``."""

@@ -102,3 +102,8 @@ def served_stages() -> tuple[str, ...]:
     """Returns the stages that this server serves; both, unless ``serve --models`` names them."""
     names = os.environ.get(SERVED_VARIABLE)
     return tuple(names.split(",")) if names else tuple(POOL_MODELS)
+
+
+def is_pool_member() -> bool:
+    """Returns whether the stages of this server have been named, so that their callers are those of a pool."""
+    return bool(os.environ.get(SERVED_VARIABLE))

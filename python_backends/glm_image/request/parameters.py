@@ -104,6 +104,14 @@ class SharedParameters:
         "`raw` returns pixels in `images`, the other formats return files in `images_base64`.",
         is_parameter=True,
     )
+    revision: str = tensor(
+        "",
+        "STRING",
+        CheckedElsewhere("`revision` of the metadata, or the checkpoint's fingerprint"),
+        "The checkpoint that must serve the request; another one refuses it. See [pools](fleet.md#revisions).",
+        shown="any",
+        is_parameter=True,
+    )
 
     def shared(self) -> dict[str, Any]:
         """Returns these fields by their names, of a subclass too."""

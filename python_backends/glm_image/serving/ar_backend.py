@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from glm_image.ar.admission import Admission, BatchAdmission
 from glm_image.ar.metrics import AR_LATENCIES, AR_METRICS, AR_OUTCOMES
+from glm_image.config.instance import is_pool_member
 from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
 from glm_image.ipc.protocol import socket_directory
@@ -51,7 +52,10 @@ class ArBackend(StageBackend):
     metrics = AR_METRICS
     counters = AR_OUTCOMES
     latencies = AR_LATENCIES
-    outcome = RequestState.FORWARDED
+
+    @property
+    def outcome(self) -> RequestState:
+        return RequestState.FINISHED if is_pool_member() else RequestState.FORWARDED
 
     def _load_engine(
         self, parameters: ArParameters, checkpoint: Checkpoint, device: Device, workers: WorkerConfig
@@ -92,6 +96,7 @@ class ArBackend(StageBackend):
         parameters = GenerationParameters(**inputs.fields(GenerationParameters))
         context.num_images = parameters.num_images
         context.attributes = _log_attributes(parameters)
+        self._check_revision(parameters.revision)
         if parameters.images is None:
             self._submit(call, parameters)
             return

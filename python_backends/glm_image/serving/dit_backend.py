@@ -55,7 +55,10 @@ class DitBackend(StageBackend):
     metrics = DIT_METRICS
     counters = DIT_OUTCOMES
     latencies = DIT_LATENCIES
-    outcome = RequestState.FINISHED
+
+    @property
+    def outcome(self) -> RequestState:
+        return RequestState.FINISHED
 
     def initialize(self, args: Mapping[str, str]) -> None:
         self._busy = BusyPeriod()
@@ -101,6 +104,7 @@ class DitBackend(StageBackend):
         request = read_request(inputs)
         _adopt(call, inputs, request, self._busy.since_ns)
         call.context.start(Stage.DIT_QUEUE)
+        self._check_revision(request.revision)
         check_fingerprint(request.ar_metadata, self._checkpoint["fingerprint"])
         request.check(self._limits, self._engine.codebook_size)
         self._threads.submit(self._paint, call, request)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
-from glm_image.errors import UnavailableError
+from glm_image.errors import InvalidInputError, UnavailableError
 from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.call_header import CallHeader
@@ -61,7 +61,6 @@ class StageBackend(ABC):
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[Mapping[str, MetricSpec]]
     latencies: ClassVar[LatencyHistograms]
-    outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
         bytes_tensors.install()
@@ -89,6 +88,11 @@ class StageBackend(ABC):
         self._abandoned_thread = threading.Thread(target=self._cancel_abandoned, name="abandoned", daemon=True)
         self._abandoned_thread.start()
         self._start_heartbeat()
+
+    @property
+    @abstractmethod
+    def outcome(self) -> RequestState:
+        """The state of a request that this stage has served."""
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -140,6 +144,15 @@ class StageBackend(ABC):
     @abstractmethod
     def _slots(self, parameters: Any) -> int:
         """Returns how many images an instance works on at the same time."""
+
+    def _check_revision(self, revision: str) -> None:
+        """Refuses a request that is for another checkpoint; "" = any.
+
+        Raises:
+            InvalidInputError: ``revision`` is neither the checkpoint's revision nor its fingerprint.
+        """
+        if revision not in {"", self._checkpoint["revision"], self._checkpoint["fingerprint"]}:
+            raise InvalidInputError.of("revision", revision, self._checkpoint["revision"])
 
     def _end_process(self, error: UnavailableError) -> None:
         """Fails all requests and ends this process, in which the engine may hang for ever.
