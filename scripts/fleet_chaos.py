@@ -3,11 +3,11 @@
 
     fleet_chaos.py [--checkpoint DIR] [--seconds 60] [--ar 1] [--dit 2] [--clients 4] [--seed 0] [--no-namespaces]
 
-A server of both stages generates the images first. Then pools behind Envoy and a gateway get requests and jobs for the
-same images, while their processes are killed (SIGKILL) and stopped (SIGSTOP), drained, added and restarted, and one is
-cut off the network, if network namespaces can be made. Every request must be answered once, with the same bytes. A
-client sends a request again only where it lost its connection because the gateway was ended. At the end all processes
-and files of the fleet must be gone.
+A server of both stages generates the images first. Then pools behind Envoy and a gateway get requests for the same
+images, by OpenAI's API, as jobs there, and by KServe's protocol. Meanwhile their processes are killed (SIGKILL) and
+stopped (SIGSTOP), drained, added and restarted, and one is cut off the network, if namespaces can be made. Every
+request must be answered once, with the same bytes. A client sends a request again only where it lost its connection
+because the gateway was ended. At the end all processes and files of the fleet must be gone.
 
 Prints the counts as a JSON object, and faults to standard error. The exit code is 1 if there was a fault.
 """
@@ -78,7 +78,7 @@ def run(settings: FleetSettings, expected: dict[Picture, list[str]], flags: argp
         places = {name: namespace.place for name, namespace in namespaces.items()}
         fleet = stack.enter_context(LocalFleet(settings, lambda line: print(line, file=log, flush=True), places))
         folder = fleet.folder
-        traffic = Traffic(fleet.url, expected, flags.clients, flags.seed)
+        traffic = Traffic(fleet.url, fleet.grpc_url, expected, flags.clients, flags.seed)
         faults = Faults(fleet, traffic, flags.seed, namespaces)
         wait_whole(fleet, "the start")
         with traffic:

@@ -32,6 +32,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--port", type=int, metavar="PORT", default=8080, help="of the gateway; 0: any free one (default: %(default)s)"
     )
     parser.add_argument(
+        "--grpc-port",
+        type=int,
+        metavar="PORT",
+        default=8001,
+        help="of the gateway for KServe's protocol; 0: any free one (default: %(default)s)",
+    )
+    parser.add_argument(
         "--drain-seconds",
         type=int,
         metavar="N",
@@ -55,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags.dit,
             tls=not flags.no_tls,
             port=flags.port,
+            grpc_port=flags.grpc_port,
             drain_seconds=flags.drain_seconds,
         )
         fleet = LocalFleet(settings, lambda line: log.put(printable(line)))
@@ -104,4 +112,4 @@ def addresses(fleet: LocalFleet) -> list[str]:
     ]
     lines.append(f"envoy: {fleet.envoy_url} administration {fleet.envoy_admin} pid {fleet.envoy.pid}")
     lines.append(f"gateway: {fleet.url} pid {fleet.gateway.pid}")
-    return [*lines, f"ready: {fleet.url}"]
+    return [*lines, f"ready: {fleet.url} grpc://{fleet.grpc_url}"]

@@ -36,7 +36,8 @@ class FleetSettings:
         dit: members of the second pool.
         spare: further members of each pool that may be added while the fleet runs; the gateway knows their addresses.
         tls: between Envoy and the members, with certificates of this run.
-        port: the gateway's; 0 = any free one.
+        port: the gateway's for OpenAI's API; 0 = any free one.
+        grpc_port: the gateway's for KServe's protocol; 0 = any free one.
         drain_seconds: the time limit of requests in flight after a stop.
         gateway_flags: further flags of the gateway.
         member_flags: further flags of every member.
@@ -48,6 +49,7 @@ class FleetSettings:
     spare: int = 0
     tls: bool = True
     port: int = 0
+    grpc_port: int = 0
     drain_seconds: int = 60
     gateway_flags: Sequence[str] = ()
     member_flags: Sequence[str] = ()
@@ -128,7 +130,9 @@ class LocalFleet:
         self._tls = None
         if self._authority is not None:
             self._tls = Tls(self._authority.issue("envoy"), self._authority.certificate)
-        self._ports = ReservedPorts(LOOPBACK, {"gateway": settings.port, "envoy": 0, "admin": 0})
+        self._ports = ReservedPorts(
+            LOOPBACK, {"--port": settings.port, "--grpc-port": settings.grpc_port, "envoy": 0, "admin": 0}
+        )
         self._slots = self._make_slots()
         self.members: dict[str, Member] = {}
         self.envoy, self.gateway = self._envoy(), self._gateway()
@@ -149,7 +153,12 @@ class LocalFleet:
     @property
     def url(self) -> str:
         """The gateway's address, ``http://HOST:PORT``."""
-        return f"http://{LOOPBACK}:{self._ports.numbers['gateway']}"
+        return f"http://{LOOPBACK}:{self._ports.numbers['--port']}"
+
+    @property
+    def grpc_url(self) -> str:
+        """The gateway's address of KServe's protocol, ``HOST:PORT``."""
+        return f"{LOOPBACK}:{self._ports.numbers['--grpc-port']}"
 
     @property
     def envoy_url(self) -> str:
@@ -275,7 +284,8 @@ class LocalFleet:
     def _gateway(self) -> KeptProcess:
         arguments = [sys.executable, "-m", "glm_image_gateway"]
         arguments += [word for pool in POOLS for word in (f"--{pool}", ",".join(self.member_urls(pool)))]
-        arguments += ["--proxy", self.envoy_url, "--host", LOOPBACK, "--port", str(self._ports.numbers["gateway"])]
+        arguments += ["--proxy", self.envoy_url, "--host", LOOPBACK]
+        arguments += [word for flag in ("--port", "--grpc-port") for word in (flag, str(self._ports.numbers[flag]))]
         arguments += ["--drain-seconds", str(self._settings.drain_seconds), "--store", str(self.folder / "store")]
         return self._process("gateway", [*arguments, *self._settings.gateway_flags])
 
