@@ -82,26 +82,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(fleet: LocalFleet, stopping: threading.Event, out: Output) -> int:
-    starting = threading.Thread(target=_start, args=(fleet, stopping), name="start", daemon=True)
+    failures: list[GlmImageError] = []
+    starting = threading.Thread(target=_start, args=(fleet, stopping, failures), name="start", daemon=True)
     starting.start()
     while starting.is_alive() and not stopping.is_set():
         starting.join(CHECK_SECONDS)
     if not stopping.is_set():
         for line in addresses(fleet):
             out.put(line)
-    while not stopping.wait(CHECK_SECONDS):
-        if failure := fleet.failure():
-            raise failure
-    if failure := fleet.failure():
+    while not stopping.wait(CHECK_SECONDS) and fleet.failure() is None:
+        pass
+    if failure := fleet.failure() or next(iter(failures), None):
         raise failure
     return EXIT_DONE
 
 
-def _start(fleet: LocalFleet, stopping: threading.Event) -> None:
+def _start(fleet: LocalFleet, stopping: threading.Event, failures: list[GlmImageError]) -> None:
     try:
         fleet.start()
-    except GlmImageError:  # `failure` has it
-        stopping.set()
+    except GlmImageError as error:
+        if not stopping.is_set():  # else a stop has ended the processes
+            failures.append(error)
+            stopping.set()
 
 
 def addresses(fleet: LocalFleet) -> list[str]:

@@ -20,6 +20,8 @@ from glm_image.supervisor.restarts import RestartPolicy
 WITH_PARENT: Final = Path(__file__).with_name("with_parent.py")
 READY: Final = "ready: "
 TAIL_LINES: Final = 20
+START_SECONDS: Final = 900.0
+"""As long as the largest checkpoint loads."""
 KILL_SECONDS: Final = 20.0
 """After the time limit of a stop, until a process that still runs is killed."""
 
@@ -89,10 +91,14 @@ class KeptProcess:
         """Waits until the latest process is ready; returns its line that says so, if it prints one.
 
         Raises:
-            FleetError: it ended for good before.
+            FleetError: it ended for good before, or is not ready after ``START_SECONDS``.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._ready_line is not None or self.failure is not None or self.has_ended)
+            is_known = self._changed.wait_for(
+                lambda: self._ready_line is not None or self.failure is not None or self.has_ended, START_SECONDS
+            )
+            if not is_known:
+                raise FleetError(f"{self.name} is not ready after {START_SECONDS:g} s: {self._last_line()}")
             if self._ready_line is None:
                 raise self.failure or FleetError(f"{self.name} has ended")
             return self._ready_line
