@@ -65,7 +65,7 @@ class Flight:
         """Returns the state of the request: that of its members, where any works on it."""
         queued = {"state": "queued", "stage": self.queue, "done": 0, "total": 1}
         replies = await asked(dict.fromkeys(self.members), "status", self.request_id)
-        found = [request for reply in replies for request in reply["requests"] if request["state"] in IN_FLIGHT]
+        found = [request for reply in replies for request in reply.get("requests", ()) if request["state"] in IN_FLIGHT]
         return {**(joined(found) if found else queued), "seconds": round(time.monotonic() - self.began, 3)}
 
 

@@ -190,6 +190,7 @@ class Pool:
                         raise
             if reason == "busy":
                 member.paused_until = time.monotonic() + BUSY_SECONDS
+                asyncio.get_running_loop().call_later(BUSY_SECONDS, self._dispatch)
             else:
                 failures += 1
                 avoided.add(member.place)
@@ -228,7 +229,7 @@ class Pool:
                     lease = waiter.place.result()
                 else:
                     self._check(wanted)
-                    self._dispatch()  # a pause may have ended
+                    self._dispatch()
             self._metrics.stage_seconds.labels(f"{self.stage}_pool_queue").observe(time.monotonic() - began)
             yield lease
         finally:
