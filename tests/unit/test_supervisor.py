@@ -113,6 +113,7 @@ class TestSettings:
         assert vars(flags) == {
             "checkpoint": Path("weights"),
             "profile": None,
+            "models": (),
             "host": "127.0.0.1",
             "http_port": 8000,
             "grpc_port": 8001,
