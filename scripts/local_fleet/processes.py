@@ -199,10 +199,10 @@ class KeptProcess:
     def _read(self, stream: IO[bytes]) -> None:
         for raw in stream:
             line = raw.decode(errors="replace").rstrip("\n")
-            if line.startswith(READY):
-                self._set_ready(line)
             self._tail.append(line)
             self._log(line)
+            if line.startswith(READY):
+                self._set_ready(line)
 
     def _set_ready(self, line: str) -> None:
         with self._changed:

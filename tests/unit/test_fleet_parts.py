@@ -73,7 +73,7 @@ class TestKeptProcess:
         assert process.starts == 1
 
     def test_an_end_on_request_is_no_failure(self) -> None:
-        process = kept("echo 'ready: here'; trap 'exit 0' TERM; while :; do sleep 0.01; done")
+        process = kept("trap 'exit 0' TERM; echo 'ready: here'; while :; do sleep 0.01; done")
         process.start()
         process.wait_ready()
         process.send(signal.SIGTERM)  # from elsewhere
