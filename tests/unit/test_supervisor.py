@@ -113,6 +113,7 @@ class TestSettings:
         assert vars(flags) == {
             "checkpoint": Path("weights"),
             "profile": None,
+            "models": (),
             "host": "127.0.0.1",
             "http_port": 8000,
             "grpc_port": 8001,
@@ -122,6 +123,9 @@ class TestSettings:
             "max_request_bytes": 192 * 1024 * 1024,
             "max_restarts": 5,
             "gateway": None,
+            "grpc_server_cert": None,
+            "grpc_server_key": None,
+            "grpc_root_cert": None,
             "request_log": None,
             "log_prompts": False,
             "otlp_traces_endpoint": None,

@@ -46,7 +46,7 @@ def _serve(arguments: argparse.Namespace, out: Output, log: Output) -> int:
         policy = RestartPolicy(flags.pop("max_restarts"))
         gateway_flags = GatewayFlags(flags.pop("gateway", None))
         settings = ServerSettings(**flags)
-        gateway_flags.check(settings.host)
+        gateway_flags.check(settings.host, uses_tls=settings.tls.is_used)
         server = TritonServer(settings, log=log)
     except GlmImageError as error:
         return _fail(log, error, EXIT_REFUSED)
@@ -64,7 +64,7 @@ def _serve(arguments: argparse.Namespace, out: Output, log: Output) -> int:
 
 def _run(server: TritonServer, gateway: Gateway | None, policy: RestartPolicy, out: Output, log: Output) -> int:
     def on_ready() -> None:
-        out.put(f"ready: http://{server.http_url} grpc://{server.grpc_url}")
+        out.put(f"ready: http://{server.http_url} {server.grpc_scheme}://{server.grpc_url}")
         if gateway is not None and not gateway.is_running:
             gateway.start(server.local_grpc_url)
             out.put(f"gateway: {gateway.url}")

@@ -39,10 +39,14 @@ class GatewayFlags:
         const=DEFAULT_PORT,
     )
 
-    def check(self, host: str) -> None:
-        """Raises ConfigurationError if the port cannot be used, or the gateway is not installed."""
+    def check(self, host: str, *, uses_tls: bool = False) -> None:
+        """Raises ConfigurationError if the gateway is not installed, or cannot use its port or the server's."""
         if self.gateway is None:
             return
+        if uses_tls:
+            raise ConfigurationError(
+                "--gateway is given with --grpc-server-cert, and it connects without TLS; allowed: one of them"
+            )
         if any(importlib.util.find_spec(name) is None for name in PACKAGES):
             raise ConfigurationError("--gateway needs packages that are not installed: pip install '.[gateway]'")
         if not 0 <= self.gateway <= MAX_PORT:

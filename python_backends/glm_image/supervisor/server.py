@@ -72,6 +72,11 @@ class TritonServer:
         return self._address(self._settings.grpc_port)
 
     @property
+    def grpc_scheme(self) -> str:
+        """``grpcs`` with TLS, else ``grpc``."""
+        return "grpcs" if self._settings.tls.is_used else "grpc"
+
+    @property
     def local_grpc_url(self) -> str:
         """``grpc_url`` as a process of this machine reaches it."""
         return authority(self._local_host, self._settings.grpc_port)

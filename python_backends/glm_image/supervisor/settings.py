@@ -16,6 +16,7 @@ from glm_image.supervisor.paths import check_log_file, folder_fault
 from glm_image.supervisor.ports import ReservedPorts
 from glm_image.supervisor.python_environment import Plain
 from glm_image.supervisor.run_directory import is_plain
+from glm_image.supervisor.tls import TlsFiles
 
 MAX_PORT = 65535
 REPOSITORY_VARIABLE = "GLM_IMAGE_MODEL_REPOSITORY"
@@ -82,6 +83,16 @@ class ServerSettings:
         int,
         default=DEFAULT_MAX_REQUEST_BYTES,
     )
+    grpc_server_cert: Path | None = flag(
+        "certificate in PEM format, for TLS of the gRPC port (default: none, no TLS)", "FILE", Path, default=None
+    )
+    grpc_server_key: Path | None = flag("private key of the certificate (default: none)", "FILE", Path, default=None)
+    grpc_root_cert: Path | None = flag(
+        "certificates of the authorities of clients, which then need a certificate (default: none)",
+        "FILE",
+        Path,
+        default=None,
+    )
     request_log: Path | None = flag(
         "file of the request log (default: standard error, with the log)", "FILE", Path, default=None
     )
@@ -93,6 +104,11 @@ class ServerSettings:
     model_repository: Path = flag(
         "default: the one of this package", "DIR", Path, default_factory=default_model_repository
     )
+
+    @property
+    def tls(self) -> TlsFiles:
+        """The files of the gRPC port's TLS."""
+        return TlsFiles(self.grpc_server_cert, self.grpc_server_key, self.grpc_root_cert)
 
     def check(self) -> None:
         """Raises CheckpointError for an invalid checkpoint folder, ConfigurationError for another invalid setting."""
@@ -116,6 +132,7 @@ class ServerSettings:
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ConfigurationError(f"--otlp-traces-endpoint is {shown(endpoint)}; allowed: http:// or https://")
         check_open_apis(self.open_apis)
+        self.tls.check()
         self._check_ports()
 
     def _check_stages(self, present: set[str]) -> None:
@@ -153,6 +170,9 @@ class ServerSettings:
                 checkpoint=self.checkpoint.absolute(),
                 model_repository=self.model_repository.absolute(),
                 request_log=self.request_log and self.request_log.absolute(),
+                grpc_server_cert=self.grpc_server_cert and self.grpc_server_cert.absolute(),
+                grpc_server_key=self.grpc_server_key and self.grpc_server_key.absolute(),
+                grpc_root_cert=self.grpc_root_cert and self.grpc_root_cert.absolute(),
             )
         except OSError as error:
             raise ConfigurationError(

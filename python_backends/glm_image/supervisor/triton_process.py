@@ -228,6 +228,7 @@ class ServerProcess:
             f"--backend-directory={backends}",
             f"--cache-directory={plain(installation.caches, 'caches')}",
             *service_flags(settings.host),
+            *settings.tls.flags(plain),
             *(f"{flag}={port}" for flag, port in settings.ports().items()),
             "--allow-metrics=true",
             # A stopping server waits for the thread that collects metrics, which sleeps for this interval.
