@@ -45,7 +45,11 @@ def random_state(device: torch.device) -> DecodeState:
 def torch_logits(decoder: Decoder, state: DecodeState) -> Tensor:
     rows = torch.arange(len(LENGTHS), device=state.tokens.device)
     cos, sin = state.cos[rows, state.lengths], state.sin[rows, state.lengths]
-    return decoder.decode(state.tokens, state.lengths, cos, sin, state.cache, masked_decode_attention)
+
+    def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return masked_decode_attention(query, keys, values, state.lengths + 1)
+
+    return decoder.decode(state.tokens, rows, state.lengths, cos, sin, state.cache, attention)
 
 
 @needs_gpu
