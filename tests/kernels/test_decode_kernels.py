@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs, weights_of
+from glm_image.ar.fused.decoder import FusedDecoder, weights_of
 from glm_image.ar.fused.step import sample_tokens
+from glm_image.ar.fused.tiles import INT8_TILES, TileConfigs
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import sample
 from glm_image.ar.state import DecodeState

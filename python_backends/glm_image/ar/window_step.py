@@ -56,6 +56,12 @@ def select_window_steps(
     decoder: Decoder, state: DecodeState, window: Window, device: Device
 ) -> Callable[[int], Callable[[], None]]:
     """Returns what makes the fastest step of a device for a number of rows."""
+    if device.runs_triton:
+        from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
+        from glm_image.ar.fused.window import FusedWindowStep  # noqa: PLC0415
+
+        if supports(decoder, len(state.tokens)):
+            return lambda rows: FusedWindowStep(decoder, state, window, rows)
     block = device.step_rows(len(state.tokens))
 
     def make(rows: int) -> Callable[[], None]:

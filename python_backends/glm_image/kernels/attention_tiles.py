@@ -1,9 +1,9 @@
 """Parts of the attention of new tokens that do not depend on how many rows of queries a program has.
 
 Attention of one row has a fixed order of sums. The positions up to the row's own are divided into tiles of ``TILE``;
-tile t belongs to share ``t % SHARES``. Each share is summed in the order of its tiles, and the shares are merged in
-order within a group of ``GROUP_SHARES``, then the groups in order. So a row has the same bits however shares, groups
-and rows are distributed among programs.
+tile t belongs to share ``t % SHARES``. Each share is summed in the order of its tiles; the shares are merged in order
+within a group of ``GROUP_SHARES``, then the groups in order. So a row has the same bits however shares, groups and rows
+are distributed among programs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SHARES = 16
 GROUP_SHARES = 4
 
 SUM_COLUMNS = tl.constexpr(16)
-"""The narrowest matrix that the matrix instructions multiply by."""
+"""Columns of the narrowest matrix that the matrix instructions multiply by."""
 
 
 @triton.jit

@@ -84,48 +84,40 @@ def _attend_kernel(
 
 
 @triton.jit
-def _load_part(acc_ptr, max_ptr, sum_ptr, at, dim, DIM: tl.constexpr):
-    return tl.load(max_ptr + at + 0 * dim), tl.load(sum_ptr + at + 0 * dim), tl.load(acc_ptr + at * DIM + dim)
-
-
-@triton.jit
 def _combine_kernel(
     acc_ptr, max_ptr, sum_ptr, out_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr,
-    GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
+    SHARE_GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Merges a head's parts, PARTS // GROUPS of each group, in order."""
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     row, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    pair = row * KV_HEADS + head // GROUP
     dim = tl.arange(0, DIM)
-    first = pair * PARTS * GROUP + head % GROUP
-    for group in tl.static_range(GROUPS):
-        part_max, part_sum, part_acc = _load_part(
-            acc_ptr, max_ptr, sum_ptr, first + group * (PARTS // GROUPS) * GROUP, dim, DIM
-        )
-        for part in tl.static_range(1, PARTS // GROUPS):
-            next_max, next_sum, next_acc = _load_part(
-                acc_ptr, max_ptr, sum_ptr, first + (group * (PARTS // GROUPS) + part) * GROUP, dim, DIM
-            )
-            part_max, part_sum, old, new = merged(part_max, part_sum, next_max, next_sum)
-            part_acc = tl.fma(part_acc, old, next_acc * new)
-        if group == 0:
-            all_max, all_sum, all_acc = part_max, part_sum, part_acc
+    parts: tl.constexpr = PARTS // SHARE_GROUPS
+    for share_group in tl.static_range(SHARE_GROUPS):
+        first = ((row * KV_HEADS + head // GROUP) * PARTS + share_group * parts) * GROUP + head % GROUP
+        group_max, group_sum = tl.load(max_ptr + first), tl.load(sum_ptr + first)
+        group_acc = tl.load(acc_ptr + first * DIM + dim)
+        for part in tl.static_range(1, parts):
+            at = first + part * GROUP
+            group_max, group_sum, old, new = merged(group_max, group_sum, tl.load(max_ptr + at), tl.load(sum_ptr + at))
+            group_acc = tl.fma(group_acc, old, tl.load(acc_ptr + at * DIM + dim) * new)
+        if share_group == 0:
+            all_max, all_sum, acc = group_max, group_sum, group_acc
         else:
-            all_max, all_sum, old, new = merged(all_max, all_sum, part_max, part_sum)
-            all_acc = tl.fma(all_acc, old, part_acc * new)
-    tl.store(out_ptr + (row * HEADS + head) * DIM + dim, (all_acc / all_sum).to(tl.bfloat16))
+            all_max, all_sum, old, new = merged(all_max, all_sum, group_max, group_sum)
+            acc = tl.fma(acc, old, group_acc * new)
+    tl.store(out_ptr + (row * HEADS + head) * DIM + dim, (acc / all_sum).to(tl.bfloat16))
 
 
 def combine(parts: tuple[Tensor, Tensor, Tensor], out: Tensor, heads: int, kv_heads: int) -> None:
     """Merges the parts of the softmaxes of all rows.
 
     Args:
-        parts: weighted values fp32 [rows * kv_heads, parts, group, head_dim], maxima and sums [..., group]; as many
-            parts as shares, or as groups of shares.
+        parts: from ``empty_parts``: the shares, or the groups of shares.
         out: bf16 [rows, heads * head_dim], written.
+        heads: heads of the query.
+        kv_heads: heads of the cache.
     """
     acc = parts[0]
     _combine_kernel[(out.shape[0] * heads,)](
@@ -137,7 +129,7 @@ def combine(parts: tuple[Tensor, Tensor, Tensor], out: Tensor, heads: int, kv_he
 def empty_parts(
     rows: int, heads: int, kv_heads: int, head_dim: int, parts: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocates the parts that ``combine`` merges."""
+    """Allocates parts, fp32: weighted values [rows * kv_heads, parts, group, head_dim], maxima, sums [..., group]."""
     shape = (rows * kv_heads, parts, heads // kv_heads)
     maxima, sums = torch.empty(2, *shape, device=device)
     return torch.empty(*shape, head_dim, device=device), maxima, sums

@@ -26,8 +26,13 @@ from glm_image.kernels.attention_tiles import (
 from glm_image.kernels.decode_attention import combine, empty_parts
 from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
 
+GROUPED_ROWS = 64
+"""Rows from which it is faster to write and merge fewer parts than to have more programs."""
+
 HEADS_BLOCK = 4
 """Heads that a program projects."""
+
+LARGEST = tl.constexpr(2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,22 @@ class WindowTiles:
     """How the attention of a window is divided among programs; no bit depends on it.
 
     Attributes:
-        rows: consecutive rows of one slot that a program attends with, a power of two.
-        grouped: whether a program sums a whole group of shares, so that fewer parts are written.
+        rows: consecutive rows that a program attends with.
+        part_shares: shares that a program merges, 1 or ``GROUP_SHARES``.
         warps: warps of a program.
+        stages: tiles in flight.
     """
 
-    rows: int
-    grouped: bool
-    warps: int
+    rows: int = 4
+    part_shares: int = 1
+    warps: int = 4
+    stages: int = 2
 
 
 @triton.jit
 def _project_kernel(
-    partials_ptr, bias_ptr, cos_ptr, sin_ptr, slots_ptr, positions_ptr, query_ptr, keys_ptr, values_ptr, rows, positions,
+    partials_ptr, bias_ptr, cos_ptr, sin_ptr, slots_ptr, positions_ptr, query_ptr, keys_ptr, values_ptr,
+    rows, positions,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, BLOCK: tl.constexpr,
     SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -63,9 +71,7 @@ def _project_kernel(
         dim = tl.arange(0, DIM)
         partner, cos, sin = rotary_factors(cos_ptr, sin_ptr, (slot * positions + position) * ROTARY, dim, ROTARY)
         mask = (head < HEADS + 2 * KV_HEADS) & (dim[None, :] < DIM)
-        plain = projected(
-            partials_ptr, bias_ptr, head * DIM + dim[None, :], rows, width, row, mask, SPLIT_K, HAS_BIAS
-        )
+        plain = projected(partials_ptr, bias_ptr, head * DIM + dim[None, :], rows, width, row, mask, SPLIT_K, HAS_BIAS)
         other = projected(
             partials_ptr, bias_ptr, head * DIM + partner[None, :], rows, width, row, mask, SPLIT_K, HAS_BIAS
         )
@@ -79,64 +85,78 @@ def _project_kernel(
 
 
 @triton.jit
-def _sum_share(
-    query, keys_ptr, values_ptr, cache, dim, row_position, last, share, scale,
-    M: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, SHARES: tl.constexpr,
+def _attend_tile_at(
+    tile, keys_ptr, values_ptr, last, row_position, query, scale, running_max, running_sum, acc,
+    DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    running_max = tl.full([M], float("-inf"), dtype=tl.float32)
-    running_sum = tl.zeros([M], dtype=tl.float32)
-    acc = tl.zeros([M, DIM], dtype=tl.float32)
-    for tile in range(share, last // TILE + 1, SHARES):
-        position = tile * TILE + tl.arange(0, TILE)
-        offsets = cache + position[:, None] * DIM + dim[None, :]
-        written = position[:, None] <= last
-        keys = tl.load(keys_ptr + offsets, mask=written, other=0.0)
-        values = tl.load(values_ptr + offsets, mask=written, other=0.0)
-        visible = position[None, :] <= row_position[:, None]
-        running_max, running_sum, acc = attend_tile(
-            query, keys, values, visible, scale, running_max, running_sum, acc
-        )
-    return running_max, running_sum, acc
+    position = tile * TILE + tl.arange(0, TILE)
+    offsets = position[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    written = position[:, None] <= last
+    keys = tl.load(keys_ptr + offsets, mask=written, other=0.0)
+    values = tl.load(values_ptr + offsets, mask=written, other=0.0)
+    visible = position[None, :] <= row_position[:, None]
+    return attend_tile(query, keys, values, visible, scale, running_max, running_sum, acc)
 
 
 @triton.jit
 def _attend_window_kernel(
-    query_ptr, keys_ptr, values_ptr, slots_ptr, positions_ptr, acc_ptr, max_ptr, sum_ptr, positions, scale,
+    query_ptr, keys_ptr, values_ptr, slots_ptr, positions_ptr, acc_ptr, max_ptr, sum_ptr, rows, positions, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SHARES: tl.constexpr, PART_SHARES: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SHARES: tl.constexpr, PART_SHARES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
-    kv_head = tl.program_id(0) % KV_HEADS
-    first_row = tl.program_id(0) // KV_HEADS * ROWS
+    kv_head, first_row = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS * ROWS
     part = tl.program_id(1)
-    parts: tl.constexpr = SHARES // PART_SHARES
     m: tl.constexpr = ROWS * GROUP_BLOCK
     row = first_row + tl.arange(0, m) // GROUP_BLOCK
     group = tl.arange(0, m) % GROUP_BLOCK
-    in_group = group < GROUP
-    row_position = tl.load(positions_ptr + row).to(tl.int32)
-    last = tl.max(row_position)
-    slot = tl.load(slots_ptr + first_row).to(tl.int32)
+    is_head = (group < GROUP) & (row < rows)
+    row_position = tl.load(positions_ptr + row, mask=row < rows, other=-1).to(tl.int32)
+    used = is_head & (row_position >= 0)
+    row_slot = tl.load(slots_ptr + row, mask=row < rows, other=0).to(tl.int32)
     dim = tl.arange(0, DIM)
-    used = in_group & (row_position >= 0)
-    head = kv_head * GROUP + group
-    query = tl.load(query_ptr + ((row * HEADS + head) * DIM)[:, None] + dim[None, :], mask=used[:, None], other=0.0)
-    cache = (slot * KV_HEADS + kv_head).to(tl.int64) * positions * DIM
-    all_max, all_sum, all_acc = _sum_share(
-        query, keys_ptr, values_ptr, cache, dim, row_position, last, part * PART_SHARES, scale, m, DIM, TILE, SHARES
-    )
-    for share in tl.static_range(1, PART_SHARES):
-        share_max, share_sum, acc = _sum_share(
-            query, keys_ptr, values_ptr, cache, dim, row_position, last, part * PART_SHARES + share, scale,
-            m, DIM, TILE, SHARES,
-        )  # fmt: skip
-        all_max, all_sum, old, new = merged(all_max, all_sum, share_max, share_sum)
-        all_acc = tl.fma(all_acc, old[:, None], acc * new[:, None])
-    out = ((row * KV_HEADS + kv_head) * parts + part) * GROUP + group
-    tl.store(max_ptr + out, all_max, mask=in_group)
-    tl.store(sum_ptr + out, all_sum, mask=in_group)
-    tl.store(acc_ptr + out[:, None] * DIM + dim[None, :], all_acc, mask=in_group[:, None])
+    at = (row * HEADS + kv_head * GROUP + group) * DIM
+    query = tl.load(query_ptr + at[:, None] + dim[None, :], mask=used[:, None], other=0.0)
+
+    running_max = tl.full([m], float("-inf"), dtype=tl.float32)
+    running_sum = tl.zeros([m], dtype=tl.float32)
+    acc = tl.zeros([m, DIM], dtype=tl.float32)
+    if PART_SHARES > 1:
+        part_max, part_sum, part_acc = running_max, running_sum, acc
+    # A row takes no part in the tiles of other slots than its own: they leave its sums as they are.
+    first_slot = tl.min(tl.where(row_position >= 0, row_slot, LARGEST))
+    for slot in range(first_slot, tl.max(tl.where(row_position >= 0, row_slot, -1)) + 1):
+        slot_position = tl.where(row_slot == slot, row_position, -1)
+        last = tl.max(slot_position)
+        cache = (slot * KV_HEADS + kv_head).to(tl.int64) * positions * DIM
+        if PART_SHARES == 1:
+            for tile in range(part, last // TILE + 1, SHARES):
+                running_max, running_sum, acc = _attend_tile_at(
+                    tile, keys_ptr + cache, values_ptr + cache, last, slot_position, query, scale, running_max,
+                    running_sum, acc, DIM, TILE,
+                )  # fmt: skip
+        else:
+            share_tiles = tl.cdiv(last // TILE + 1, SHARES)
+            for step in range(PART_SHARES * share_tiles):
+                tile = part * PART_SHARES + step // share_tiles + step % share_tiles * SHARES
+                running_max, running_sum, acc = _attend_tile_at(
+                    tile, keys_ptr + cache, values_ptr + cache, last, slot_position, query, scale, running_max,
+                    running_sum, acc, DIM, TILE,
+                )  # fmt: skip
+                ends = step % share_tiles == share_tiles - 1
+                new_max, new_sum, old, new = merged(part_max, part_sum, running_max, running_sum)
+                part_acc = tl.where(ends, tl.fma(part_acc, old[:, None], acc * new[:, None]), part_acc)
+                part_max, part_sum = tl.where(ends, new_max, part_max), tl.where(ends, new_sum, part_sum)
+                running_max = tl.where(ends, float("-inf"), running_max)
+                running_sum, acc = tl.where(ends, 0.0, running_sum), tl.where(ends, 0.0, acc)
+    if PART_SHARES > 1:
+        running_max, running_sum, acc = part_max, part_sum, part_acc
+    out = ((row * KV_HEADS + kv_head) * (SHARES // PART_SHARES) + part) * GROUP + group
+    tl.store(max_ptr + out, running_max, mask=is_head)
+    tl.store(sum_ptr + out, running_sum, mask=is_head)
+    tl.store(acc_ptr + out[:, None] * DIM + dim[None, :], acc, mask=is_head[:, None])
 
 
 class WindowAttention:
@@ -146,14 +166,20 @@ class WindowAttention:
     """
 
     def __init__(
-        self, rows: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, tiles: WindowTiles,
+        self,
+        rows: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary_dim: int,
         device: torch.device,
-    ) -> None:  # fmt: skip
+        tiles: WindowTiles | None = None,
+    ) -> None:
         self._rows, self._heads, self._kv_heads = rows, heads, kv_heads
-        self._dim, self._rotary, self._tiles = head_dim, rotary_dim, tiles
+        self._dim, self._rotary = head_dim, rotary_dim
+        self._tiles = tiles or window_attention_tiles(rows)
         self._query = torch.empty(rows, heads, head_dim, device=device, dtype=torch.bfloat16)
-        parts = SHARES // GROUP_SHARES if tiles.grouped else SHARES
-        self._parts = empty_parts(rows, heads, kv_heads, head_dim, parts, device)
+        self._parts = empty_parts(rows, heads, kv_heads, head_dim, SHARES // self._tiles.part_shares, device)
 
     def __call__(
         self,
@@ -172,24 +198,29 @@ class WindowAttention:
             bias: bf16 [(heads + 2 * kv_heads) * head_dim], or None.
             tables: cosines and sines, [slots, positions, rotary_dim] each.
             cache: the layer's keys and values, bf16 [slots, kv_heads, positions, head_dim] each.
-            slots: int64 [rows], the rows' slots; ``WindowTiles.rows`` consecutive rows have the same.
-            positions: int64 [rows], the rows' positions, which are consecutive within a slot; -1 for an unused row,
-                whose result is not defined.
+            slots: int64 [rows], the rows' slots, in ascending order.
+            positions: int64 [rows]: those of a slot are consecutive; -1 for an unused row, whose result is undefined.
             out: bf16 [rows, heads * head_dim], written.
         """
-        group, tiles = self._heads // self._kv_heads, self._tiles
+        group = self._heads // self._kv_heads
         keys, values = cache
-        heads = self._heads + 2 * self._kv_heads
-        _project_kernel[(self._rows, triton.cdiv(heads, HEADS_BLOCK))](
+        _project_kernel[(self._rows, triton.cdiv(self._heads + 2 * self._kv_heads, HEADS_BLOCK))](
             partials, partials if bias is None else bias, *tables, slots, positions, self._query, keys, values,
             self._rows, keys.shape[2], self._heads, self._kv_heads, self._dim, self._rotary, HEADS_BLOCK,
             partials.shape[0], bias is not None, can_overlap(), num_warps=4, launch_pdl=can_overlap(),
         )  # fmt: skip
-        acc = self._parts[0]
-        _attend_window_kernel[(self._rows // tiles.rows * self._kv_heads, acc.shape[1])](
-            self._query, keys, values, slots, positions, *self._parts, keys.shape[2], self._dim**-0.5,
+        tiles = self._tiles
+        _attend_window_kernel[(triton.cdiv(self._rows, tiles.rows) * self._kv_heads, SHARES // tiles.part_shares)](
+            self._query, keys, values, slots, positions, *self._parts, self._rows, keys.shape[2], self._dim**-0.5,
             self._heads, self._kv_heads, group, self._dim, max(16, triton.next_power_of_2(group)),
-            tiles.rows, TILE, SHARES, GROUP_SHARES if tiles.grouped else 1, can_overlap(),
-            num_warps=tiles.warps, num_stages=2, launch_pdl=can_overlap(),
+            tiles.rows, TILE, SHARES, tiles.part_shares, can_overlap(),
+            num_warps=tiles.warps, num_stages=tiles.stages, launch_pdl=can_overlap(),
         )  # fmt: skip
         combine(self._parts, out, self._heads, self._kv_heads)
+
+
+def window_attention_tiles(rows: int) -> WindowTiles:
+    """Returns the best tiles for a number of rows: of a sweep on an H200, at 664 and 1,100 positions."""
+    if rows < GROUPED_ROWS:
+        return WindowTiles()
+    return WindowTiles(rows=2 if rows == GROUPED_ROWS else 4, part_shares=GROUP_SHARES)
