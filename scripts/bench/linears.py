@@ -26,8 +26,9 @@ from timing import open_benchmark_device, report_ceilings, seconds, synchronizer
 from torch import Tensor, nn
 
 from glm_image.ar.config import ArConfig
-from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs, weights_of
+from glm_image.ar.fused.decoder import FusedDecoder, weights_of
 from glm_image.ar.fused.step import FusedStep
+from glm_image.ar.fused.tiles import INT8_TILES, TileConfigs
 from glm_image.ar.model import Decoder
 from glm_image.ar.state import DecodeState
 from glm_image.checkpoint.checkpoint import Checkpoint

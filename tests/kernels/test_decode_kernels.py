@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm_image.ar.fused.decoder import INT8_TILES, FusedDecoder, TileConfigs, weights_of
+from glm_image.ar.fused.decoder import FusedDecoder, weights_of
 from glm_image.ar.fused.step import sample_tokens
+from glm_image.ar.fused.tiles import INT8_TILES, TileConfigs
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import sample
 from glm_image.ar.state import DecodeState
@@ -45,7 +46,11 @@ def random_state(device: torch.device) -> DecodeState:
 def torch_logits(decoder: Decoder, state: DecodeState) -> Tensor:
     rows = torch.arange(len(LENGTHS), device=state.tokens.device)
     cos, sin = state.cos[rows, state.lengths], state.sin[rows, state.lengths]
-    return decoder.decode(state.tokens, state.lengths, cos, sin, state.cache, masked_decode_attention)
+
+    def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return masked_decode_attention(query, keys, values, state.lengths + 1)
+
+    return decoder.decode(state.tokens, rows, state.lengths, cos, sin, state.cache, attention)
 
 
 @needs_gpu

@@ -20,15 +20,16 @@ class KvCache:
         shape = (config.layers, slots, config.kv_heads, positions, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self._slots = torch.arange(slots, device=device)
 
     def write_prompt(self, layer: int, slot: int, keys: Tensor, values: Tensor) -> None:
         """Writes a prompt's keys and values [kv_heads, tokens, head_dim] from position 0."""
         self.keys[layer, slot, :, : keys.shape[1]] = keys
         self.values[layer, slot, :, : values.shape[1]] = values
 
-    def append(self, layer: int, lengths: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one token per slot, [slots, kv_heads, head_dim], at ``lengths``; returns the layer's cache."""
-        self.keys[layer][self._slots, :, lengths] = keys
-        self.values[layer][self._slots, :, lengths] = values
+    def append(
+        self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Writes tokens [rows, kv_heads, head_dim] at ``slots`` and ``positions``; returns the layer's cache."""
+        self.keys[layer][slots, :, positions] = keys
+        self.values[layer][slots, :, positions] = values
         return self.keys[layer], self.values[layer]

@@ -24,6 +24,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Stores the keys and values of a layer and attends to them: from the layer's index, queries [rows, heads, tokens,
 head_dim], keys and values [rows, kv_heads, tokens, head_dim] to [rows, heads, tokens, head_dim]."""
 
+DecodeAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attends to a layer's cache: from queries [rows, heads, head_dim], keys and values [slots, kv_heads, positions,
+head_dim] to [rows, heads, head_dim]."""
+
 
 class RmsNorm(nn.Module):
     """Root-mean-square norm, computed in fp32 (Zhang and Sennrich, 2019)."""
@@ -143,26 +147,28 @@ class Decoder(nn.Module):
     def decode(
         self,
         token_ids: Tensor,
-        lengths: Tensor,
+        slots: Tensor,
+        positions: Tensor,
         cos: Tensor,
         sin: Tensor,
         cache: KvCache,
-        attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+        attention: DecodeAttention,
     ) -> Tensor:
-        """Adds one token to every slot; returns fp32 logits [slots, vision_vocab_size]. Never waits for the device.
+        """Adds tokens to slots; returns fp32 logits [rows, vision_vocab_size]. Never waits for the device.
 
         Args:
-            token_ids: int64 [slots].
-            lengths: int64 [slots]: filled positions of the cache before this token.
-            cos: [slots, rotary_dim], at this token's position.
+            token_ids: int64 [rows].
+            slots: int64 [rows]: the slot of each token.
+            positions: int64 [rows]: the position of each token in its slot.
+            cos: [rows, rotary_dim], at this token's position.
             sin: as ``cos``.
             cache: read and written.
-            attention: the device's ``decode_attention``.
+            attention: called when the keys and values of all tokens are in the cache.
         """
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.append(layer, lengths, key.squeeze(2), value.squeeze(2))
-            return attention(query.squeeze(2), keys, values, lengths + 1).unsqueeze(2)
+            keys, values = cache.append(layer, slots, positions, key.squeeze(2), value.squeeze(2))
+            return attention(query.squeeze(2), keys, values).unsqueeze(2)
 
         hidden = self._layers(self.embedding(token_ids)[:, None], cos[:, None, None], sin[:, None, None], attend)
         return self._logits(hidden[:, 0])

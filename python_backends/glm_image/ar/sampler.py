@@ -47,8 +47,14 @@ class SamplerRows:
         self.preview_tokens[slot].fill_(preview_tokens)
 
     def row(self, slot: int) -> SamplerRows:
-        at = slice(slot, slot + 1)
-        return SamplerRows(self.temperature[at], self.cut[at], self.kth[at], self.preview_tokens[at])
+        return self._at(slice(slot, slot + 1))
+
+    def rows(self, slots: Tensor) -> SamplerRows:
+        """Returns copies of the rows of ``slots``, int64 [rows]."""
+        return self._at(slots)
+
+    def _at(self, slots: slice | Tensor) -> SamplerRows:
+        return SamplerRows(self.temperature[slots], self.cut[slots], self.kth[slots], self.preview_tokens[slots])
 
 
 def allowed_ids(config: ArConfig, device: torch.device) -> Tensor:

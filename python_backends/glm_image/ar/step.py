@@ -19,22 +19,50 @@ Prefill = Callable[[Tensor, Tensor, Tensor, KvCache, int], Tensor]
 
 
 class TorchStep:
-    """Feeds every slot its last token and samples the next; never waits for the device."""
+    """Feeds every slot its last token and samples the next; never waits for the device.
+
+    Where a device needs more rows than there are slots, the others repeat the last slot's token at the last position,
+    which no row reads.
+    """
 
     def __init__(self, decoder: Decoder, state: DecodeState, device: Device) -> None:
         self._decoder = decoder
         self._state = state
-        self._attention = device.decode_attention
-        self._rows = torch.arange(len(state.tokens), device=device.torch_device)
+        self._device = device
+        slots = len(state.tokens)
+        rows = torch.arange(device.step_rows(slots), device=device.torch_device)
+        self._rows, self._has_slot = rows[:slots], rows < slots
+        self._slot_of_row = rows.clamp(max=slots - 1)
+        self._is_padded = len(rows) > slots
 
     def __call__(self) -> None:
         state, rows = self._state, self._rows
-        cos, sin = state.cos[rows, state.lengths], state.sin[rows, state.lengths]
-        logits = self._decoder.decode(state.tokens, state.lengths, cos, sin, state.cache, self._attention)
+        logits = self._decode_padded() if self._is_padded else self._decode()
         allowed = state.allowed[(state.sampled >= state.sampler.preview_tokens).long()]
         noise = state.noise[rows, state.sampled % NOISE_BLOCK]
         state.tokens.copy_(sample(logits, noise, state.sampler, allowed))
         state.advance(rows)
+
+    def _decode(self) -> Tensor:
+        state, rows = self._state, self._rows
+
+        def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return self._device.decode_attention(query, keys, values, state.lengths + 1)
+
+        cos, sin = state.cos[rows, state.lengths], state.sin[rows, state.lengths]
+        return self._decoder.decode(state.tokens, rows, state.lengths, cos, sin, state.cache, attention)
+
+    def _decode_padded(self) -> Tensor:
+        state, slots = self._state, self._slot_of_row
+        lengths = torch.where(self._has_slot, state.lengths[slots], state.output.shape[1] - 1)
+        seen = torch.where(self._has_slot, lengths + 1, 0)
+
+        def attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return self._device.window_attention(query, keys, values, slots, seen)
+
+        cos, sin = state.cos[slots, lengths], state.sin[slots, lengths]
+        logits = self._decoder.decode(state.tokens[slots], slots, lengths, cos, sin, state.cache, attention)
+        return logits[: len(state.tokens)]
 
 
 def select_steps(decoder: Decoder, state: DecodeState, device: Device) -> tuple[Callable[[], None], Prefill]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm_image.devices.attention import masked_decode_attention
+from glm_image.devices.attention import masked_decode_attention, masked_window_attention
 from glm_image.devices.base import Device, DeviceEvent, Memory
 from glm_image.devices.quantization import QuantizedRows
 from glm_image.request.geometry import Size
@@ -104,6 +104,9 @@ class AcceleratorDevice(Device):
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         return masked_decode_attention(query, keys, values, lengths)
+
+    def window_attention(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        return masked_window_attention(query, keys, values, slots, lengths)
 
 
 class NpuDevice(AcceleratorDevice):

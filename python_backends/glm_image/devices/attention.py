@@ -28,8 +28,25 @@ def ragged_decode_attention(query: Tensor, keys: Tensor, values: Tensor, lengths
     attended = values[:, :, 0].repeat_interleave(query.shape[1] // values.shape[1], dim=1)
     for slot, length in enumerate(lengths.tolist()):
         if length > 1:
-            row, seen = slice(slot, slot + 1), slice(0, length)
-            (attended[slot],) = F.scaled_dot_product_attention(
-                query[row, :, None], keys[row, :, seen], values[row, :, seen], enable_gqa=True
-            ).squeeze(2)
+            attended[slot] = _attend(query[slot], keys[slot, :, :length], values[slot, :, :length])
     return attended
+
+
+def masked_window_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+    """``masked_decode_attention`` over a copy of each row's cache. Shapes as ``Device.window_attention``."""
+    return masked_decode_attention(query, keys[slots], values[slots], lengths.clamp(min=1))
+
+
+def ragged_window_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+    """``ragged_decode_attention`` with several rows a slot, a call each. Shapes as ``Device.window_attention``."""
+    attended = torch.zeros_like(query)
+    for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+        if length > 0:
+            attended[row] = _attend(query[row], keys[slot, :, :length], values[slot, :, :length])
+    return attended
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attends from [heads, head_dim], as the result, to [kv_heads, positions, head_dim], as the reference does."""
+    attended = F.scaled_dot_product_attention(query[None, :, None], keys[None], values[None], enable_gqa=True)
+    return attended[0, :, 0]

@@ -131,6 +131,19 @@ class Device(ABC):
         lengths[i] - 1, at least one.
         """
 
+    def step_rows(self, slots: int) -> int:
+        """Returns the rows of the matrix products of a decode step that adds one token to every slot."""
+        return slots
+
+    @abstractmethod
+    def window_attention(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        """Attention of several new tokens per slot; a row's bits are those of ``decode_attention``.
+
+        As there, but ``query`` and the result are [rows, heads, head_dim], ``slots`` and ``lengths`` int64 [rows]: row
+        i sees positions 0 to lengths[i] - 1 of slot slots[i]. Where lengths[i] is 0, its result is finite and else
+        undefined.
+        """
+
     def tanh_gelu(self, hidden: Tensor) -> Tensor:
         """Computes GELU in its tanh approximation (Hendrycks and Gimpel, 2016), of any shape."""
         return F.gelu(hidden, approximate="tanh")

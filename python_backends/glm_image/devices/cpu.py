@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glm_image.devices.attention import ragged_decode_attention
+from glm_image.devices.attention import ragged_decode_attention, ragged_window_attention
 from glm_image.devices.base import Device, DeviceEvent, Memory
 
 KIBIBYTE = 1024
+
+ROWS = 8
+"""Rows of a product from which on its bits do not depend on their number, if it is a multiple."""
 
 
 class _CompletedEvent:
@@ -65,6 +68,13 @@ class CpuDevice(Device):
 
     def decode_attention(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         return ragged_decode_attention(query, keys, values, lengths)
+
+    def window_attention(self, query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        return ragged_window_attention(query, keys, values, slots, lengths)
+
+    def step_rows(self, slots: int) -> int:
+        """Rounds up: products of fewer rows have another order of sums, and so other bits."""
+        return -(-slots // ROWS) * ROWS
 
     def unsupported_quantization_reason(self, quantization: str) -> str | None:
         return "a CPU has no fast fp8 products" if quantization == "fp8" else None

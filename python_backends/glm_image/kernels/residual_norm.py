@@ -18,21 +18,30 @@ def _rms(values, weight, width, eps):
 
 
 @triton.jit
+def store_embedding(
+    token, table_ptr, weight_ptr, residual_ptr, out_ptr, scale_ptr, row, width, eps,
+    INT8_PAIR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stores a token's embedding as a row of the residual, and its norm."""
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    values = tl.load(table_ptr + token * width + cols, mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(residual_ptr + row * width + cols, values, mask=mask)
+    normed = _rms(values.to(tl.float32), weight, width, eps)
+    store_row(out_ptr, scale_ptr, row, cols, mask, normed, width, INT8_PAIR)
+
+
+@triton.jit
 def _embed_norm_kernel(
     tokens_ptr, table_ptr, weight_ptr, residual_ptr, out_ptr, scale_ptr, width, eps,
     INT8_PAIR: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     start_next(OVERLAP)
     row = tl.program_id(0)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < width
     wait_for_previous(OVERLAP)
     token = tl.load(tokens_ptr + row)
-    values = tl.load(table_ptr + token * width + cols, mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(residual_ptr + row * width + cols, values, mask=mask)
-    normed = _rms(values.to(tl.float32), weight, width, eps)
-    store_row(out_ptr, scale_ptr, row, cols, mask, normed, width, INT8_PAIR)
+    store_embedding(token, table_ptr, weight_ptr, residual_ptr, out_ptr, scale_ptr, row, width, eps, INT8_PAIR, BLOCK)
 
 
 @triton.jit

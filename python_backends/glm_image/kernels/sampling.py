@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glm_image.kernels.overlap import can_overlap, wait_for_previous
+from glm_image.kernels.overlap import can_overlap, start_next, wait_for_previous
 
 LARGEST = tl.constexpr(0x7FFFFFFF)
 
@@ -44,17 +44,12 @@ def _race(weights, scores, peak, noise_ptr, allowed_ptr, ids, vocabulary):
 
 
 @triton.jit
-def _sample_kernel(
-    logits_ptr, noise_ptr, allowed_ptr, temperature_ptr, cut_ptr, kth_ptr, preview_ptr,
-    sampled_ptr, tokens_ptr, lengths_ptr, active_ptr, output_ptr, vocabulary, positions,
-    NOISE_STEPS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, OVERLAP: tl.constexpr,
+def _draw(
+    logits_ptr, noise_ptr, allowed_ptr, temperature, top_k, cut, vocabulary, MAIN: tl.constexpr, REST: tl.constexpr
 ):  # fmt: skip
-    wait_for_previous(OVERLAP)
-    row = tl.program_id(0)
+    """Returns the token of one row of logits, noise and allowed ids, int64."""
     # The vocabulary in two blocks, whose sizes must be powers of two.
     ids, ids2 = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
-    logits_ptr += row * vocabulary
-    temperature = tl.load(temperature_ptr + row)
     scores = _load_scores(logits_ptr, ids, vocabulary, temperature)
     scores2 = _load_scores(logits_ptr, ids2, vocabulary, temperature)
     order, order2 = _ordered(scores, ids, vocabulary), _ordered(scores2, ids2, vocabulary)
@@ -63,7 +58,6 @@ def _sample_kernel(
 
     # Top-k: the largest value that at least k scores reach.
     low, high = -LARGEST, best
-    top_k = vocabulary - tl.load(kth_ptr + row)
     if top_k < vocabulary:
         while low < high:
             middle = _upper_middle(low, high)
@@ -74,7 +68,7 @@ def _sample_kernel(
     weights2 = tl.where(order2 >= low, tl.exp(scores2 - peak), 0.0)
 
     # Top-p: the largest value up to which the probabilities sum to no more than the cut; all up to it are dropped.
-    limit = tl.load(cut_ptr + row) * (tl.sum(weights) + tl.sum(weights2))
+    limit = cut * (tl.sum(weights) + tl.sum(weights2))
     low, high = -LARGEST, best - 1
     while low < high:
         middle = _upper_middle(low, high)
@@ -84,18 +78,54 @@ def _sample_kernel(
     weights = tl.where(order > low, weights, 0.0)
     weights2 = tl.where(order2 > low, weights2, 0.0)
 
-    sampled = tl.load(sampled_ptr + row)
-    noise_ptr += (row * NOISE_STEPS + sampled % NOISE_STEPS) * vocabulary
-    allowed_ptr += (sampled >= tl.load(preview_ptr + row)).to(tl.int64) * vocabulary
     race = _race(weights, scores, peak, noise_ptr, allowed_ptr, ids, vocabulary)
     race2 = _race(weights2, scores2, peak, noise_ptr, allowed_ptr, ids2, vocabulary)
     token = tl.where(tl.max(race) >= tl.max(race2), tl.argmax(race, axis=0), MAIN + tl.argmax(race2, axis=0))
+    return token.to(tl.int64)
 
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr, noise_ptr, allowed_ptr, temperature_ptr, cut_ptr, kth_ptr, preview_ptr,
+    sampled_ptr, tokens_ptr, lengths_ptr, active_ptr, output_ptr, vocabulary, positions,
+    NOISE_STEPS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(OVERLAP)
+    row = tl.program_id(0)
+    sampled = tl.load(sampled_ptr + row)
+    token = _draw(
+        logits_ptr + row * vocabulary,
+        noise_ptr + (row * NOISE_STEPS + sampled % NOISE_STEPS) * vocabulary,
+        allowed_ptr + (sampled >= tl.load(preview_ptr + row)).to(tl.int64) * vocabulary,
+        tl.load(temperature_ptr + row), vocabulary - tl.load(kth_ptr + row), tl.load(cut_ptr + row), vocabulary,
+        MAIN, REST,
+    )  # fmt: skip
     active = tl.load(active_ptr + row)
-    tl.store(tokens_ptr + row, token.to(tl.int64))
-    tl.store(output_ptr + row * positions + sampled, token.to(tl.int64))
+    tl.store(tokens_ptr + row, token)
+    tl.store(output_ptr + row * positions + sampled, token)
     tl.store(lengths_ptr + row, tl.load(lengths_ptr + row) + active)
     tl.store(sampled_ptr + row, sampled + active)
+
+
+@triton.jit
+def _sample_window_kernel(
+    logits_ptr, noise_ptr, allowed_ptr, temperature_ptr, cut_ptr, kth_ptr, preview_ptr, slots_ptr, indices_ptr,
+    drawn_ptr, vocabulary, NOISE_STEPS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    row = tl.program_id(0)
+    index = tl.load(indices_ptr + row) + 1
+    if index > 0:
+        slot = tl.load(slots_ptr + row)
+        token = _draw(
+            logits_ptr + row * vocabulary,
+            noise_ptr + (slot * NOISE_STEPS + index % NOISE_STEPS) * vocabulary,
+            allowed_ptr + (index >= tl.load(preview_ptr + slot)).to(tl.int64) * vocabulary,
+            tl.load(temperature_ptr + slot), vocabulary - tl.load(kth_ptr + slot), tl.load(cut_ptr + slot), vocabulary,
+            MAIN, REST,
+        )  # fmt: skip
+        tl.store(drawn_ptr + row, token)
 
 
 def sample_and_advance(
@@ -130,10 +160,42 @@ def sample_and_advance(
         output: int64 [rows, positions], written at ``sampled``.
     """
     rows, vocabulary = logits.shape
-    main = triton.next_power_of_2(vocabulary + 1) // 2
-    rest = triton.next_power_of_2(max(16, vocabulary - main))
     _sample_kernel[(rows,)](
         logits, noise, allowed, temperature, cut, kth, preview_tokens,
         sampled, tokens, lengths, active, output, vocabulary, output.shape[1],
-        noise.shape[1], main, rest, can_overlap(), num_warps=32, launch_pdl=can_overlap(),
+        noise.shape[1], *_blocks(vocabulary), can_overlap(), num_warps=32, launch_pdl=can_overlap(),
     )  # fmt: skip
+
+
+def sample_window(
+    logits: Tensor,
+    noise: Tensor,
+    allowed: Tensor,
+    *,
+    temperature: Tensor,
+    cut: Tensor,
+    kth: Tensor,
+    preview_tokens: Tensor,
+    slots: Tensor,
+    indices: Tensor,
+    drawn: Tensor,
+) -> None:
+    """Samples one token per row, each row for a slot and an index of its own.
+
+    Args as of ``sample_and_advance``, where its rows are slots; and:
+        logits: fp32 [rows, vocabulary].
+        slots: int64 [rows].
+        indices: int64 [rows]: of the token before the sampled one; -1 for a row that samples nothing.
+        drawn: int64 [rows], written.
+    """
+    rows, vocabulary = logits.shape
+    _sample_window_kernel[(rows,)](
+        logits, noise, allowed, temperature, cut, kth, preview_tokens, slots, indices, drawn, vocabulary,
+        noise.shape[1], *_blocks(vocabulary), can_overlap(), num_warps=32, launch_pdl=can_overlap(),
+    )  # fmt: skip
+
+
+def _blocks(vocabulary: int) -> tuple[int, int]:
+    """Returns two powers of two that hold the vocabulary."""
+    main = triton.next_power_of_2(vocabulary + 1) // 2
+    return main, triton.next_power_of_2(max(16, vocabulary - main))

@@ -18,7 +18,7 @@ from glm_image.kernels.int8_pairs import STEP, Int8Pairs
 from glm_image.kernels.overlap import FETCH_UNIT, can_overlap, fetch, start_next, wait_for_previous
 
 ROWS = 16
-"""The narrow side of a tile; the most rows an input may have."""
+"""The narrow side of a tile, or the next power of two that holds the rows of the input; no bit depends on it."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def linear_partials(
     """Multiplies ``x`` by a matrix, in partial sums; a bias is left to the next kernel.
 
     Args:
-        x: bf16 [rows, k], at most ``ROWS`` rows; or int8 pairs, for int8 weights.
+        x: bf16 [rows, k], few rows; or int8 pairs, for int8 weights.
         weight: bf16 or int8 [n, k].
         scale: fp32 [n], by which rows of int8 weights are multiplied; None for bf16 weights.
         out: fp32 [tiles.split_k, rows, n]; the sum over the first dimension is the product.
@@ -196,7 +196,8 @@ def _input_tile(x: Tensor | Int8Pairs, rows: int) -> tuple[Tensor, Tensor, int, 
     if isinstance(x, Int8Pairs):
         half = max(ROWS // 2, triton.next_power_of_2(rows))
         return x.values, x.scale, half, 2 * half
-    return x, x, ROWS, ROWS
+    tile_rows = max(ROWS, triton.next_power_of_2(rows))
+    return x, x, tile_rows, tile_rows
 
 
 def prefetch_bytes(tiles: TileConfig, weight: Tensor) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from glm_image.ar.fused.decoder import FusedDecoder, TileConfigs
+from glm_image.ar.fused.decoder import FusedDecoder
+from glm_image.ar.fused.tiles import TileConfigs
 from glm_image.ar.model import Decoder
 from glm_image.ar.state import DecodeState
 from glm_image.kernels.sampling import sample_and_advance
