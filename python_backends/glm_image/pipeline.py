@@ -93,7 +93,7 @@ class LocalPipeline:
         context = context or RequestContext()
         resolved = self.resolve(parameters)
         prior = self.prior(resolved, context)
-        return self.paint(paint_request(resolved, prior, ar_metadata(context, prior.tokens)), context)
+        return self.paint(paint_request(resolved, prior, ar_metadata(context, prior.tokens, prior.steps)), context)
 
     def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedImages:
         """Renders the images of prior tokens; see ``DitEngine.paint``."""

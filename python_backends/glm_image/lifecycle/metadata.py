@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, cast
 
 from glm_image import __version__
@@ -23,13 +23,16 @@ MAX_SECONDS: Final = 1e6
 TOKENS: Final = ("prompt", "source", "preview", "image")
 """The parts of an AR sequence, in their order."""
 
+STEPS: Final = "steps"
+"""The entry of the decode steps, one number an image."""
+
 PASSED: Final = "a time of the server's monotonic clock that has passed; leave it out for tokens made elsewhere"
 
 
-def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> ArMetadata:
-    """Returns the metadata that ``glm_ar`` passes to ``glm_dit``."""
+def ar_metadata(context: RequestContext, tokens: Mapping[str, int], steps: Sequence[int]) -> ArMetadata:
+    """Returns the metadata that ``glm_ar`` passes to ``glm_dit``; ``steps`` are each image's decode steps."""
     return {
-        "tokens": dict(tokens),
+        "tokens": {**tokens, STEPS: list(steps)},
         "seconds": dict(context.seconds),
         "request_id": context.id,
         "arrived_ns": context.arrived_ns,
@@ -58,7 +61,11 @@ def read_ar_metadata(text: str) -> ArMetadata:
         raise InvalidInputError.of("ar_metadata", text, "a JSON object")
     stages = ", ".join(STAGE_ORDER)
     for name, is_allowed, allowed in (
-        ("tokens", _numbers(TOKENS, _is_count), f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}"),
+        (
+            "tokens",
+            _are_tokens,
+            f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}, and a list of them for {STEPS}",
+        ),
         ("seconds", _numbers(STAGE_ORDER, _is_duration), f"an object of numbers of at least 0 for {stages}"),
         ("request_id", lambda value: isinstance(value, str) and bool(value), "a text that is not empty"),
         ("arrived_ns", _has_passed, PASSED),
@@ -75,6 +82,14 @@ def _numbers(names: Collection[str], is_allowed: Callable[[Any], bool]) -> Calla
         return isinstance(value, dict) and all(name in names and is_allowed(value[name]) for name in value)
 
     return are_allowed
+
+
+def _are_tokens(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    steps = value.get(STEPS, [])
+    counts = {name: count for name, count in value.items() if name != STEPS}
+    return isinstance(steps, list) and all(map(_is_count, steps)) and _numbers(TOKENS, _is_count)(counts)
 
 
 def _is_count(value: Any) -> bool:

@@ -142,7 +142,7 @@ def _outputs(context: RequestContext, resolved: ResolvedRequest, result: ArResul
         "resolved_seed": np.array([resolved.seeds[0]]),
         "resolved_size": np.array(resolved.requested),
         "deadline_ns": np.array([context.deadline_ns]),
-        "ar_metadata": text_array(json.dumps(ar_metadata(context, result.tokens))),
+        "ar_metadata": text_array(json.dumps(ar_metadata(context, result.tokens, result.steps))),
     }
 
 

@@ -44,7 +44,9 @@ def generate(device: str, dtype: str, quantization: str = "none") -> Any:
         parameters = GenerationParameters(prompt=PROMPT, height=64, width=96, num_inference_steps=STEPS, seed=7)
         resolved, context = pipeline.resolve(parameters), RequestContext()
         prior = pipeline.prior(resolved, context)
-        return prior.prior_token_ids, pipeline.paint(paint_request(resolved, prior, ar_metadata(context, prior.tokens)))
+        return prior.prior_token_ids, pipeline.paint(
+            paint_request(resolved, prior, ar_metadata(context, prior.tokens, prior.steps))
+        )
 
 
 def worst(one: Any, other: Any) -> int:
