@@ -46,6 +46,10 @@ class Executor:
         capture: whether the decode step is captured.
         row_counts: the numbers of rows of steps of Jacobi decoding, which then replace the others; () = without it.
         vision: encodes source images; without it ``Encode`` is refused.
+
+    Attributes:
+        state: the tensors of the slots.
+        jacobi: the steps with speculation; None without, or when closed.
     """
 
     def __init__(
@@ -63,16 +67,18 @@ class Executor:
         self._vision = vision
         self._device = device
         self._dtype = decoder.dtype
-        self._state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
+        self.state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
         self._sequences: dict[int, SlotSequence] = {}
         self._enqueued: deque[DeviceEvent] = deque()
         self._decode_step: Callable[[], None] | None = None
-        self._jacobi: JacobiSteps | None = None
-        step, self._prefill = select_steps(decoder, self._state, device)
+        self.jacobi: JacobiSteps | None = None
+        steps = select_steps(decoder, self.state, device)
+        self._prefill = steps.prefill
         with torch.inference_mode():
             if row_counts:
-                self._jacobi = JacobiSteps(decoder, self._state, device, row_counts, capture=capture)
+                self.jacobi = JacobiSteps(steps.windows, self.state, device, row_counts, capture=capture)
             else:
+                step = steps.plain()
                 self._decode_step = device.capture(step) if capture else step
 
     def run(self, command: ArCommand[R]) -> R:
@@ -113,7 +119,7 @@ class Executor:
                 raise TypeError(f"{type(command).__name__} is no command of the AR")
 
     def _oom_report(self, command: ArCommand[Any]) -> OomReport:
-        slots = f"{len(self._sequences)} of {len(self._state.tokens)} slots in use"
+        slots = f"{len(self._sequences)} of {len(self.state.tokens)} slots in use"
         return OomReport(command.operation, slots, command.setting)
 
     def close(self) -> None:
@@ -122,7 +128,7 @@ class Executor:
             self._device.set_current()
             self._device.record_event().synchronize()
         finally:
-            self._decode_step = self._jacobi = None
+            self._decode_step = self.jacobi = None
 
     def _encode(self, patches: NDArray[np.float32], grids: tuple[geometry.Grid, ...]) -> NDArray[np.int32]:
         if self._vision is None:
@@ -133,19 +139,19 @@ class Executor:
         slot, length = command.slot, len(command.prompt_ids)
         sequence = SlotSequence(self._device.generator(command.seed), total=command.tokens)
         self._sequences[slot] = sequence
-        sequence.draw_noise(self._state.noise[slot], NOISE_BLOCK)
+        sequence.draw_noise(self.state.noise[slot], NOISE_BLOCK)
         preview_tokens = command.tokens - command.grids[-1].tokens
-        self._state.sampler.set(slot, command.sampling, preview_tokens, self._decoder.config.vision_vocab_size)
+        self.state.sampler.set(slot, command.sampling, preview_tokens, self._decoder.config.vision_vocab_size)
         self._sample_first(slot, self._prefill_slot(command))
-        self._state.set(slot, length, sampled=1, active=True)
-        if self._jacobi is not None:
-            self._jacobi.begin(command)
+        self.state.set(slot, length, sampled=1, active=True)
+        if self.jacobi is not None:
+            self.jacobi.begin(command)
         sequence.sampled = 1
         self._device.record_event().synchronize()
 
     def _prefill_slot(self, command: Admit) -> Tensor:
         """Fills a slot's rotary tables and its cache; returns the logits of its first token, [1, vision_vocab_size]."""
-        slot, length, state = command.slot, len(command.prompt_ids), self._state
+        slot, length, state = command.slot, len(command.prompt_ids), self.state
         prompt_positions = geometry.prompt_positions(length, command.sources)
         decode_positions = geometry.decode_positions(command.grids, int(prompt_positions[0, -1]) + 1)
         cos, sin = self._rotary_tables(prompt_positions)
@@ -158,7 +164,7 @@ class Executor:
         return rotary_tables(self._decoder.config, positions, self._device.torch_device, self._dtype)
 
     def _sample_first(self, slot: int, logits: Tensor) -> None:
-        state = self._state
+        state = self.state
         row = state.sampler.row(slot)
         allowed = state.allowed[(row.preview_tokens <= 0).long()]
         token = sample(logits, state.noise[slot, :1], row, allowed)
@@ -170,7 +176,7 @@ class Executor:
         for _ in range(count):
             for slot, sequence in self._sequences.items():
                 if sequence.sampled % NOISE_BLOCK == 0:
-                    sequence.draw_noise(self._state.noise[slot], sequence.sampled + NOISE_BLOCK)
+                    sequence.draw_noise(self.state.noise[slot], sequence.sampled + NOISE_BLOCK)
                 sequence.sampled += 1
             self._decode_step()
         self._enqueued.append(self._device.record_event())
@@ -178,19 +184,19 @@ class Executor:
             self._enqueued.popleft().synchronize()
 
     def _advance(self, widths: dict[int, int]) -> tuple[Advanced, ...]:
-        if self._jacobi is None:
+        if self.jacobi is None:
             raise UnavailableError("the decoder is closed")
         sequences = {slot: self._sequences[slot] for slot in widths}
-        advanced = self._jacobi.step(widths, sequences)
+        advanced = self.jacobi.step(widths, sequences)
         return tuple(found for found, sequence in advanced if self._sequences.get(found.slot) is sequence)
 
     def _make_idle(self, slot: int) -> int:
         """Returns how many tokens are known to be sampled in the slot."""
-        self._state.set(slot, 0, sampled=0, active=False)
-        if self._jacobi is not None:
-            self._jacobi.end(slot)
+        self.state.set(slot, 0, sampled=0, active=False)
+        if self.jacobi is not None:
+            self.jacobi.end(slot)
         return self._sequences.pop(slot).sampled if slot in self._sequences else 0
 
     def _tokens(self, slot: int, count: int) -> NDArray[np.int32]:
-        tokens: NDArray[np.int32] = self._state.output[slot, :count].to("cpu", torch.int32).numpy()
+        tokens: NDArray[np.int32] = self.state.output[slot, :count].to("cpu", torch.int32).numpy()
         return tokens.copy()

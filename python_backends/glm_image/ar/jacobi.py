@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from glm_image.ar.commands import Admit, Advanced
 from glm_image.ar.first_guesses import first_guesses
-from glm_image.ar.model import Decoder
 from glm_image.ar.slot_sequence import SlotSequence
 from glm_image.ar.speculation import rows_for
 from glm_image.ar.state import DecodeState
-from glm_image.ar.window import Window
-from glm_image.ar.window_step import select_window_steps
+from glm_image.ar.window import Window, round_up
 from glm_image.devices.base import Device, DeviceEvent
 
 
@@ -53,20 +51,27 @@ class JacobiSteps:
 
     Where the host computes, a step has ended when it returns. Elsewhere one is under way while the next is enqueued, so
     the device never waits for the host.
+
+    Attributes:
+        window: the tensors that all of them read.
     """
 
     def __init__(
-        self, decoder: Decoder, state: DecodeState, device: Device, row_counts: Sequence[int], *, capture: bool
+        self,
+        make: Callable[[Window, int], Callable[[], None]],
+        state: DecodeState,
+        device: Device,
+        row_counts: Sequence[int],
+        *,
+        capture: bool,
     ) -> None:
         self._state, self._device, self._row_counts = state, device, tuple(sorted(row_counts))
         slots, positions = state.output.shape
-        block = device.step_rows(slots)
-        capacity = -(-self._row_counts[-1] // block) * block
-        self._window = Window.idle(slots, positions, capacity, device.torch_device)
-        make, pool = select_window_steps(decoder, state, self._window, device), device.graph_pool()
-        self._steps = {}
+        capacity = round_up(self._row_counts[-1], device.step_rows(slots))
+        self.window = Window.idle(slots, positions, capacity, device.torch_device)
+        pool, self._steps = device.graph_pool(), dict[int, Callable[[], None]]()
         for rows in reversed(self._row_counts):
-            step = make(rows)
+            step = make(self.window, rows)
             self._steps[rows] = device.capture(step, pool=pool) if capture else step
         self._under_way: deque[_Enqueued] = deque()
         self._most_under_way = 0 if device.is_host else 1
@@ -78,7 +83,7 @@ class JacobiSteps:
 
     def begin(self, command: Admit) -> None:
         """Prepares a slot whose first token is sampled."""
-        slot, window, output = command.slot, self._window, self._state.output[command.slot]
+        slot, window, output = command.slot, self.window, self._state.output[command.slot]
         sources, tokens = first_guesses(command)
         window.guess_from[slot, : len(sources)].copy_(_on_host(sources, self._device), non_blocking=True)
         output[1 : len(tokens)].copy_(_on_host(tokens, self._device)[1:], non_blocking=True)
@@ -87,8 +92,8 @@ class JacobiSteps:
 
     def end(self, slot: int) -> None:
         """Makes a slot idle after the steps under way."""
-        self._window.total[slot].fill_(0)
-        self._window.known[slot].fill_(0)
+        self.window.total[slot].fill_(0)
+        self.window.known[slot].fill_(0)
 
     def step(
         self, widths: Mapping[int, int], sequences: Mapping[int, SlotSequence]
@@ -117,7 +122,6 @@ class JacobiSteps:
     def _write_layout(self, widths: Mapping[int, int]) -> None:
         if widths == self._widths:
             return
-        self._widths = widths
         self._layouts.rotate(-1)
         (slots, offsets), row = self._layouts[0], 0
         slots.zero_()
@@ -126,13 +130,14 @@ class JacobiSteps:
             slots[row : row + width] = slot
             offsets[row : row + width] = torch.arange(width)
             row += width
-        self._window.slot.copy_(slots, non_blocking=True)
-        self._window.offset.copy_(offsets, non_blocking=True)
+        self.window.slot.copy_(slots, non_blocking=True)
+        self.window.offset.copy_(offsets, non_blocking=True)
+        self._widths = widths
 
 
 def _host_buffer(shape: tuple[int, ...], device: Device) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int64, pin_memory=not device.is_host)
+    return torch.zeros(shape, dtype=torch.int64, pin_memory=device.torch_device.type != "cpu")
 
 
 def _on_host(values: Tensor, device: Device) -> Tensor:
-    return values if device.is_host else values.pin_memory()
+    return values if device.torch_device.type == "cpu" else values.pin_memory()

@@ -79,7 +79,7 @@ def captured_rows(settings: ArSettings, *, is_host: bool) -> tuple[int, ...]:
     most = max(MAX_ROWS, slots)
     if sizes and (min(sizes) < 1 or not slots <= max(sizes) <= most):
         raise ConfigurationError(
-            f"graph_capture_sizes is {','.join(map(str, sizes))!r}; allowed with speculation: numbers of rows from 1 to "
+            f"graph_capture_sizes is {','.join(map(str, sizes))!r}; allowed with speculation: row counts from 1 to "
             f"{most}, one of them at least {slots}, which is max_num_seqs"
         )
     return row_counts(slots, settings.speculation_window, is_host=is_host, captured=sizes)

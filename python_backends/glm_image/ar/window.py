@@ -112,3 +112,8 @@ def accept(state: DecodeState, window: Window, rows: Rows, drawn: Tensor) -> Non
     state.output[rows.slot, torch.where(rows.valid, rows.index + 1, last)] = drawn
     window.known.copy_(torch.where(written > 0, state.sampled + written, window.known))
     state.counters.add_(accepted)
+
+
+def round_up(rows: int, block: int) -> int:
+    """Returns the least multiple of ``block`` that is at least ``rows``."""
+    return -(-rows // block) * block
