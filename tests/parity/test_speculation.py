@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +13,19 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image.ar.commands import Advance, Discard, Peek
+from glm_image.ar.commands import Admit, Advance, ArCommand, Discard, Peek, Release
 from glm_image.ar.engine import ArEngine, ArResult
+from glm_image.ar.scheduler import Scheduler
+from glm_image.ar.sequence import Request
 from glm_image.ar.settings import ArSettings
-from glm_image.ar.speculation import row_counts
+from glm_image.ar.speculation import ROW_COST, WindowPolicy, row_counts
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.attention import masked_decode_attention, masked_window_attention
 from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.open import open_device
 from glm_image.errors import UnavailableError
 from glm_image.lifecycle.context import RequestContext
+from glm_image.parallel.commands import R
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters
 from helpers import MakeCheckpoint, OpenExecutor
@@ -223,3 +227,47 @@ def test_engine_gives_the_same_tokens_in_fewer_steps(make_checkpoint: MakeCheckp
         assert jacobi.prior_token_ids.tolist() == plain.prior_token_ids.tolist()
         assert set(plain.steps) == {plain.tokens["preview"] + plain.tokens["image"] - 1}
         assert all(few <= many for few, many in zip(jacobi.steps, plain.steps, strict=True))
+
+
+class Faulty:
+    """Runs commands, and fails after running the first of a given kind."""
+
+    def __init__(self, opened: OpenExecutor, fail_at: type[ArCommand[Any]]) -> None:
+        self._opened = opened
+        self.fail_at: type[ArCommand[Any]] | None = fail_at
+
+    def run(self, command: ArCommand[R]) -> R:
+        result = self._opened.run(command)
+        if self.fail_at is not None and isinstance(command, self.fail_at):
+            self.fail_at = None
+            raise RuntimeError(f"{type(command).__name__} failed")
+        return result
+
+
+@pytest.mark.parametrize("fail_at", [Admit, Advance, Release])
+def test_after_a_fault_the_same_slots_give_the_same_tokens(
+    make_checkpoint: MakeCheckpoint, want: dict[int, Tokens], fail_at: type[ArCommand[Any]]
+) -> None:
+    counts = row_counts(2, WINDOW, is_host=True)
+    opened = OpenExecutor(make_checkpoint(), 2, row_counts=counts)
+    scheduler = Scheduler(Faulty(opened, fail_at).run, 2, 8, windows=WindowPolicy(WINDOW, counts, ROW_COST))
+
+    def submit(index: int) -> Request:
+        parameters = REQUESTS[index]
+        ids = opened.admit(0, parameters).prompt_ids
+        request = Request(RequestContext(), ids, parameters.resolve(Limits(), opened.config.sampling))
+        scheduler.submit(request)
+        return request
+
+    def run() -> None:
+        while not scheduler.next_wait():
+            scheduler.step()
+
+    failed = submit(1)
+    run()
+    with pytest.raises(RuntimeError, match=f"{fail_at.__name__} failed"):
+        failed.future.result(0)
+    requests = {index: submit(index) for index in (1, 3)}
+    run()
+    for index, request in requests.items():
+        assert request.tokens[0].tolist() == want[index].tolist()
