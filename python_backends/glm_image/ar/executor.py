@@ -74,12 +74,12 @@ class Executor:
         self.jacobi: JacobiSteps | None = None
         steps = select_steps(decoder, self.state, device)
         self._prefill = steps.prefill
+        if row_counts:
+            self.jacobi = JacobiSteps(steps.windows, self.state, device, row_counts, capture=capture)
+            return
         with torch.inference_mode():
-            if row_counts:
-                self.jacobi = JacobiSteps(steps.windows, self.state, device, row_counts, capture=capture)
-            else:
-                step = steps.plain()
-                self._decode_step = device.capture(step) if capture else step
+            step = steps.plain()
+            self._decode_step = device.capture(step) if capture else step
 
     def run(self, command: ArCommand[R]) -> R:
         """Runs a command and returns its result.

@@ -69,10 +69,8 @@ class JacobiSteps:
         slots, positions = state.output.shape
         capacity = round_up(self._row_counts[-1], device.step_rows(slots))
         self.window = Window.idle(slots, positions, capacity, device.torch_device)
-        pool, self._steps = device.graph_pool(), dict[int, Callable[[], None]]()
-        for rows in reversed(self._row_counts):
-            step = make(self.window, rows)
-            self._steps[rows] = device.capture(step, pool=pool) if capture else step
+        with torch.inference_mode():
+            self._steps = self._make_steps(make, capture=capture)
         self._under_way: deque[_Enqueued] = deque()
         self._most_under_way = 0 if device.is_host else 1
         # A step that reads or writes a buffer has ended before the host writes the buffer again.
@@ -80,6 +78,16 @@ class JacobiSteps:
         self._layouts = deque(_host_buffer((2, capacity), device) for _ in range(buffers))
         self._counts = deque(_host_buffer((slots,), device) for _ in range(buffers))
         self._widths: Mapping[int, int] | None = None
+
+    def _make_steps(
+        self, make: Callable[[Window, int], Callable[[], None]], *, capture: bool
+    ) -> dict[int, Callable[[], None]]:
+        """Makes the steps of all row counts; captured, they share memory, of which the largest takes most."""
+        pool, steps = self._device.graph_pool(), dict[int, Callable[[], None]]()
+        for rows in reversed(self._row_counts):
+            step = make(self.window, rows)
+            steps[rows] = self._device.capture(step, pool=pool) if capture else step
+        return steps
 
     def begin(self, command: Admit) -> None:
         """Prepares a slot whose first token is sampled."""

@@ -29,6 +29,9 @@ ROW_COST: Final = 0.0025
 HOST_ROW_COST: Final = 1.0
 """The part of the time of a step of one row that another row adds: on accelerators little, on the CPU nearly all."""
 
+WORTH: Final = 0.02
+"""The least probability to be right of a guess that takes a row; the first guess of a slot needs none."""
+
 FORGETTING: Final = 0.9
 """The weight of a slot's acceptance so far when a step is added to it: a mean over about ten steps."""
 
@@ -117,13 +120,13 @@ class WindowPolicy:
 
     @staticmethod
     def _in_order_of_value(most: Mapping[int, int], shares: Mapping[int, float]) -> list[tuple[float, int]]:
-        """Returns the rows beyond each slot's first, as probability to be right and slot, the best first."""
+        """Returns the rows beyond each slot's first that are worth it: probability to be right and slot, best first."""
         heap = [(-shares[slot], slot, 2) for slot, rows in most.items() if rows > 1]
         heapq.heapify(heap)
         order = []
         while heap:
             value, slot, rows = heapq.heappop(heap)
             order.append((-value, slot))
-            if rows < most[slot]:
+            if rows < most[slot] and -value * shares[slot] >= WORTH:
                 heapq.heappush(heap, (value * shares[slot], slot, rows + 1))
         return order
