@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from eval.questions import Question, edit_questions, png, scene_questions
 from eval.questions import Request as Picture
+from glm_image.ar import engine as ar_engine
 from glm_image.ar.commands import Admit, Advance, Release, Step
 from glm_image.ar.config import ArConfig
 from glm_image.ar.engine import AnyRun, ArEngine, ArResult
@@ -143,7 +144,11 @@ def prompts(count: int) -> list[Asked]:
 def decode(
     checkpoint: Checkpoint, device: Device, settings: ArSettings, asked: Sequence[Asked], recorder: Recorder
 ) -> tuple[list[ArResult], list[ResolvedRequest], float]:
-    """Decodes all prompts, as many together as there are slots; returns their tokens and the seconds."""
+    """Decodes all prompts, as many together as there are slots; returns their tokens and the seconds.
+
+    Rows cost as little as on accelerators, so that windows are as wide on the CPU, where that is slow.
+    """
+    ar_engine.HOST_ROW_COST = ROW_COST  # type: ignore[misc]
     engine = ArEngine(checkpoint, device, settings, watched=recorder)
     try:
         limits = Limits()

@@ -67,16 +67,17 @@ def test_speculation(capsys: pytest.CaptureFixture[str]) -> None:
     )
     same = only(lines, "same tokens")
     assert (same["prompts"], same["identical"]) == (8, 8)
-    assert only(lines, "tokens a step", kind="text to image")["mean"] > 2
-    assert only(lines, "tokens a step", kind="image to image")["mean"] > 2
+    assert only(lines, "tokens a step", kind="text to image")["mean"] > 4
+    assert only(lines, "tokens a step", kind="image to image")["mean"] > 1.5
     shares = {line["of"]: line for line in all_of(lines, "right guesses")}
     assert {"preview", "image", "flat background", "edges", "letters"} == set(shares)
     assert sum(shares[name]["tokens"] for name in ("flat background", "edges", "letters")) == shares["image"]["tokens"]
 
 
+@pytest.mark.full
 def test_forced_guesses(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
     lines = run(capsys, "speculation", *brief, "--prompts", 0)
-    assert not all_of(lines, "different tokens")
+    assert "different tokens" not in {line["measure"] for line in lines}
     assert len(all_of(lines, "step of windows")) == 9
     rates = {(line["running"], line["right"]): line["tokens_a_step"] for line in all_of(lines, "sequences")}
     assert rates[1, 0.8] > rates[1, 0.5] > rates[1, 0.0] >= 1
