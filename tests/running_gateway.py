@@ -38,7 +38,7 @@ class RunningGateway:
 
 
 @contextmanager
-def running_gateway(url: str, store: Path, listen_port: int = 0, **settings: Any) -> Iterator[RunningGateway]:
+def running_gateway(url: str, store: Path | str, listen_port: int = 0, **settings: Any) -> Iterator[RunningGateway]:
     """Runs a gateway, by default on a free port; it has ended, with its requests, after the block."""
     started = threading.Event()
     state: dict[str, Any] = {}

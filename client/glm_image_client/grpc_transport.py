@@ -27,7 +27,15 @@ from glm_image_client.errors import (
     timed_out,
     unreachable,
 )
-from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Outputs, Request, Transport, infer_arguments
+from glm_image_client.transport import (
+    LIVENESS_SECONDS,
+    TRACE_HEADERS,
+    Endpoint,
+    Outputs,
+    Request,
+    Transport,
+    infer_arguments,
+)
 
 T = TypeVar("T")
 
@@ -92,9 +100,12 @@ class GrpcBase(Transport):
 
     async def infer(self, request: Request, timeout: float | None) -> Outputs:
         arguments = infer_arguments(triton, request, timeout)
-        return outputs_of(
-            await self._answer(lambda: self._client.infer(request.model, **arguments, client_timeout=timeout), timeout)
-        )
+        headers = dict(TRACE_HEADERS.get())
+
+        def call() -> Any:
+            return self._client.infer(request.model, **arguments, client_timeout=timeout, headers=headers)
+
+        return outputs_of(await self._answer(call, timeout))
 
     async def ready(self, timeout: float | None) -> bool:
         return await self._succeeds(lambda: self._client.is_server_ready(client_timeout=timeout))
@@ -144,7 +155,7 @@ class GrpcTransport(GrpcBase):
         arguments = infer_arguments(triton, request, timeout)
         with closing(self._connected()) as client:  # tritonclient has one stream for each connection
             client.start_stream(
-                lambda result, error: responses.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
+                lambda result, error: responses.put((result, error)), stream_timeout=timeout, headers=stream_headers()
             )
             is_last = False
             try:
@@ -184,7 +195,7 @@ class AsyncGrpcTransport(GrpcBase):
         async def requests() -> AsyncGenerator[dict[str, Any], None]:
             yield {"model_name": request.model, **arguments, "enable_empty_final_response": True}
 
-        responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=WITH_STATUS)
+        responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=stream_headers())
         is_last = False
         try:
             while not is_last:
@@ -211,6 +222,11 @@ class AsyncGrpcTransport(GrpcBase):
 
     def _connected(self) -> Any:
         return aio.InferenceServerClient(self._address, ssl=self._tls, channel_args=self._channel_options())
+
+
+def stream_headers() -> dict[str, str]:
+    """Returns the headers of a stream."""
+    return {**WITH_STATUS, **TRACE_HEADERS.get()}
 
 
 async def _finished(value: T | Awaitable[T]) -> T:

@@ -7,7 +7,7 @@ import base64
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -35,6 +35,8 @@ PREVIEW_PIXELS: Final = 725 * 725
 MAX_PREVIEW_EVERY: Final = 200
 """The largest that the server takes; more steps are refused by their own name."""
 PREVIEW_STEPS: Final = 6
+ENDING_SECONDS: Final = 3.0
+"""Longest wait for the end of an abandoned request whose id another one has; its cancellation takes 2 s at most."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Progress:
     partial: bytes | None = field(default=None, repr=False)
     generated: Generated | None = None
 
+    def state(self) -> dict[str, Any]:
+        """Returns how far the request is, as answers have it."""
+        return {"stage": self.stage, "done": self.done, "total": self.total, "eta_seconds": self.eta}
+
 
 class Generator:
     """Sends requests to a server."""
@@ -82,7 +88,7 @@ class Generator:
         self._client, self._queue, self._metrics = client, queue, metrics
         self._request_seconds = request_seconds
         self._speed = SpeedEstimate()
-        self._ids: set[str] = set()
+        self._ended: dict[str, asyncio.Event] = {}
 
     def expected_wait(self) -> float:
         """Returns the predicted seconds of all requests that have not ended."""
@@ -137,13 +143,11 @@ class Generator:
         self, request: ImageRequest, caller: Caller, request_id: str, *, is_resumed: bool = False
     ) -> AsyncIterator[float]:
         """Waits for a request's turn, and yields its deadline on the monotonic clock; errors become ``ApiError``."""
-        if request_id in self._ids:
-            message = f"x-request-id is {request_id}, which another request in flight has; allowed: an id of its own"
-            raise ApiError(409, message, "request_id_in_use", param="x-request-id", should_retry=False)
+        await self._wait_until_free(request_id)
         work = megapixel_steps(request.count, request.pixels, request.steps)
         arrived = time.monotonic()
         ticket = self._queue.admit(caller, self._speed.seconds(work), work, is_resumed=is_resumed)
-        self._ids.add(request_id)
+        ended = self._ended[request_id] = asyncio.Event()
         try:
             try:
                 await asyncio.wait_for(ticket.wait(), self._request_seconds)
@@ -158,8 +162,22 @@ class Generator:
                 refusal.param = "size"
             raise refusal from error
         finally:
-            self._ids.discard(request_id)
+            del self._ended[request_id]
+            ended.set()
             ticket.release()
+
+    async def _wait_until_free(self, request_id: str) -> None:
+        """Waits a moment for another request with the id, as a client may repeat one that it has just abandoned.
+
+        Raises:
+            ApiError: the other request is still in flight.
+        """
+        if request_id in self._ended:
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._ended[request_id].wait(), ENDING_SECONDS)
+        if request_id in self._ended:
+            message = f"x-request-id is {request_id}, which another request in flight has; allowed: an id of its own"
+            raise ApiError(409, message, "request_id_in_use", param="x-request-id", should_retry=False)
 
     async def _finished(
         self, request: ImageRequest, mask: Mask | None, results: Sequence[GenerationResult]

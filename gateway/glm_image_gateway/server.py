@@ -17,6 +17,7 @@ import uvicorn
 from glm_image_gateway.app import create_app
 from glm_image_gateway.keys import new_key
 from glm_image_gateway.logs import start_logging
+from glm_image_gateway.memory import keep_freed_memory
 from glm_image_gateway.services import Services
 from glm_image_gateway.settings import GatewaySettings, SettingsError, parse_settings
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit code. ``new-key FILE NAME`` prints a new key instead."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     start_logging()
+    keep_freed_memory()
     try:
         if given[:1] == [NEW_KEY]:
             return _print_new_key(given)

@@ -99,7 +99,7 @@ class StageBackend(ABC):
                 responder.is_relayed = header.options.arrived_ns is not None
                 context.id = header.id or context.id
                 context.limit(self._timeouts.of(header.timeout_us))
-                self._tracing.observe(context, request)
+                self._tracing.observe(context, request, header.options.trace)
                 self._handle(StageCall(header, context, responder), Inputs(request, header.parameters))
 
     def finalize(self) -> None:

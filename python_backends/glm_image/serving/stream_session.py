@@ -21,13 +21,14 @@ from glm_image.lifecycle.call_header import CallHeader
 from glm_image.lifecycle.events import EventBuilder
 from glm_image.lifecycle.lru import LatestEntries
 from glm_image.lifecycle.preview_rpc import PreviewSkippedError, request_preview
-from glm_image.lifecycle.stream_options import StreamOptions
+from glm_image.lifecycle.stream_options import MAX_TRACE_CHARACTERS, StreamOptions
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import PreviewParameters
 from glm_image.request.tensors import TensorSpec, check_fields
 from glm_image.serving.errors import StageError
 from glm_image.serving.stream_events import EventSender, ProgressRelay
 from glm_image.serving.tensors import Inputs
+from glm_image.telemetry.tracing import trace_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,10 @@ class StreamSession:
         check_fields(previews, Limits())
         self._preview_steps = previews.preview_steps
         self._timeout_us = header.timeout_us
-        self._options = StreamOptions(sender.arrived_ns, previews.preview_steps > 0, previews.preview_every)
+        trace = trace_of(request)
+        if trace is not None and len(trace) > MAX_TRACE_CHARACTERS:
+            trace = None
+        self._options = StreamOptions(sender.arrived_ns, previews.preview_steps > 0, previews.preview_every, trace)
         self._kind: Hashable = tuple(
             (name, array.tobytes()) for name, array in self._inputs.items() if array.dtype != np.object_
         )
