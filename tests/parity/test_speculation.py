@@ -160,7 +160,7 @@ def test_int8_weights_give_the_same_tokens(make_checkpoint: MakeCheckpoint) -> N
 
 
 def test_slot_given_up_within_a_window_is_free(make_checkpoint: MakeCheckpoint, want: dict[int, Tokens]) -> None:
-    opened = OpenExecutor(make_checkpoint(), 2, device=QUEUED, row_counts=(16,))
+    opened = OpenExecutor(make_checkpoint(), 2, device=QUEUED, row_counts=(16, 32))
     plain = OpenExecutor(make_checkpoint(), 2, device=QUEUED)
     exact = plain.alone(plain.admit(0, REQUESTS[4]))
     opened.run(opened.admit(0, REQUESTS[0]))
