@@ -58,12 +58,21 @@ def serving(server: BaseServer) -> Iterator[None]:
 class OpenExecutor:
     """A real AR executor that a test drives command by command."""
 
-    def __init__(self, folder: Path, slots: int = 8, positions: int = 640, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        slots: int = 8,
+        positions: int = 640,
+        device: Device | None = None,
+        row_counts: tuple[int, ...] = (),
+        int8: bool = False,
+    ) -> None:
         checkpoint, device = Checkpoint.open(folder), device or open_device("cpu")
         self.config = ArConfig.read(checkpoint)
         self.tokenizer = PromptTokenizer(GlmImageProcessor.from_pretrained(checkpoint.path("processor")))
         source = checkpoint.tensors("vision_language_encoder", device.torch_device, device.default_dtype)
-        self.executor = Executor(Decoder.load(self.config, source), device, slots, positions, capture=True)
+        decoder = Decoder.load(self.config, source, int8=device.int8_product if int8 else None)
+        self.executor = Executor(decoder, device, slots, positions, capture=True, row_counts=row_counts)
 
     def run(self, command: ArCommand[R]) -> R:
         return self.executor.run(command)

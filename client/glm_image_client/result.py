@@ -53,7 +53,7 @@ class Metadata:
         rendered_text: the strings that the images show as lettering.
         cached_steps: for each image, the steps that the residual cache shortened.
         attention_backend: the DiT's attention implementation, by its name in diffusers.
-        tokens: token counts: prompt, source, preview, image.
+        tokens: token counts: prompt, source, preview, image; ``steps``, the decode steps of each image.
         seconds: durations: ar_queue, prefill, decode, dit_queue, condition, denoise, vae, encode.
         model: name and revision of the checkpoint.
         aigc: the AIGC label of each image; () where the server writes none.
@@ -72,7 +72,7 @@ class Metadata:
     rendered_text: tuple[str, ...] = ()
     cached_steps: tuple[Any, ...] = ()
     attention_backend: str = ""
-    tokens: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     aigc: tuple[Mapping[str, str], ...] = ()

@@ -109,7 +109,7 @@ class LocalPipeline:
         resolved = self.resolve(parameters)
         self._safety.check_prompt(context, parameters)
         prior = self.prior(resolved, context)
-        reported = ar_metadata(context, prior.tokens, resolved.sampling, self.ar.token_settings)
+        reported = ar_metadata(context, prior.tokens, prior.steps, resolved.sampling, self.ar.token_settings)
         return self.paint(paint_request(resolved, prior, reported), context)
 
     def paint(self, request: PaintRequest, context: RequestContext | None = None) -> GeneratedImages:

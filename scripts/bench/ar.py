@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.quantization == "int8":
         measure_int8_error(checkpoint, config, device)
     started = time.perf_counter()
-    engine = ArEngine(checkpoint, device, ArSettings(quantization=flags.quantization))
+    engine = ArEngine(checkpoint, device, ArSettings(quantization=flags.quantization, speculation="none"))
     report("start to ready", seconds=time.perf_counter() - started)
     measure_requests(engine, flags.sizes[0], floor)
     report("memory", peak_gb=device.peak_memory() / 1e9)

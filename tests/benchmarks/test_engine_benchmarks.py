@@ -7,6 +7,7 @@ from pathlib import Path
 import linears
 import pytest
 import torch
+from measure import TINY_CHECKPOINT
 from timing import DeviceWaits
 
 from benchmarks.lines import all_of, check_ceiling, only, run
@@ -58,6 +59,29 @@ def test_ar_with_int8_weights(capsys: pytest.CaptureFixture[str], brief: list[ob
     assert 0 < weights["logit_error"] < 0.2
     assert weights["gigabytes_after"] < weights["gigabytes_before"]
     assert len(all_of(lines, "decode step")) == 2
+
+
+def test_speculation(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(
+        capsys, "speculation", "--brief", "--checkpoint", TINY_CHECKPOINT, "--load-format", "auto", "--no-times"
+    )
+    same = only(lines, "same tokens")
+    assert (same["prompts"], same["identical"]) == (8, 8)
+    assert only(lines, "tokens a step", kind="text to image")["mean"] > 4
+    assert only(lines, "tokens a step", kind="image to image")["mean"] > 1.5
+    shares = {line["of"]: line for line in all_of(lines, "right guesses")}
+    assert {"preview", "image", "flat background", "edges", "letters"} == set(shares)
+    assert sum(shares[name]["tokens"] for name in ("flat background", "edges", "letters")) == shares["image"]["tokens"]
+
+
+@pytest.mark.full
+def test_forced_guesses(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:
+    lines = run(capsys, "speculation", *brief, "--prompts", 0)
+    assert "different tokens" not in {line["measure"] for line in lines}
+    assert len(all_of(lines, "step of windows")) == 9
+    rates = {(line["running"], line["right"]): line["tokens_a_step"] for line in all_of(lines, "sequences")}
+    assert rates[1, 0.8] > rates[1, 0.5] > rates[1, 0.0] >= 1
+    assert rates[1, 0.5] == CLOSE(2, rel=0.25)
 
 
 def test_dit(capsys: pytest.CaptureFixture[str], brief: list[object]) -> None:

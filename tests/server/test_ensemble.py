@@ -140,6 +140,7 @@ def test_metadata_describes_the_image(triton: TritonServer, tiny_checkpoint: Pat
     assert min(seconds[stage] for stage in STAGES - {"ar_queue", "dit_queue"}) > 0
     # A grid of 2 x 3; its preview has int(sqrt(2/3) * 16) rows and int(sqrt(3/2) * 16) columns.
     assert tokens.pop("prompt") > len("a fox")
+    assert 1 <= tokens.pop("steps")[0] < 13 * 19 + 2 * 3
     assert tokens == {"source": 0, "preview": 13 * 19, "image": 2 * 3}
     assert model["name"] == tiny_checkpoint.name
     assert isinstance(model["revision"], str)

@@ -58,7 +58,9 @@ def test_equals_the_reference(edited: Outputs, tiny_checkpoint: Path) -> None:
     expected = reference_image(reference, REQUEST["prompt"], 64, 96, 7, 2, 2.0, images=[SOURCE, OTHER])
     assert expected.std() > 1
     np.testing.assert_array_equal(edited["images"][0], expected)
-    assert metadata(edited)["tokens"] == {"prompt": 30, "source": 16 * 16 + 20 * 16, "preview": 0, "image": 6}
+    tokens = metadata(edited)["tokens"]
+    assert 1 <= tokens.pop("steps")[0] <= 5
+    assert tokens == {"prompt": 30, "source": 16 * 16 + 20 * 16, "preview": 0, "image": 6}
 
 
 def test_every_protocol_takes_files_or_base64(triton: TritonServer, edited: Outputs) -> None:

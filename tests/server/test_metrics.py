@@ -209,7 +209,10 @@ def test_counters_count_the_work_of_requests(watched: TritonServer, fresh: Page)
     )
     assert whole >= first + denoise > denoise > 0
     # Sequences decode together: at least the steps of one, at most those of all.
-    assert max(lengths) - 1 <= page["ar_step_seconds_count"] <= tokens - images
+    steps = [answer["tokens"]["steps"] for answer in answers]
+    assert max(map(max, steps)) <= page["ar_step_seconds_count"] <= sum(map(sum, steps))
+    assert page["ar_accepted_tokens_count"] == sum(map(sum, steps))
+    assert page["ar_accepted_tokens_sum"] == tokens - images
     for name, stage in (
         ("ar_prefill", "prefill"),
         ("dit_step", "denoise"),

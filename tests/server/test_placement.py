@@ -171,8 +171,8 @@ REFUSALS = {
     "sizes": (
         "glm_ar",
         "graph_capture_sizes",
-        "[1,8]",
-        "graph_capture_sizes is '1,8'; allowed: 8, which is max_num_seqs",
+        "[1,4]",
+        "graph_capture_sizes is '1,4'; allowed with speculation: row counts from 1 to 128, one of them at least 8",
     ),
     "no limit": ("glm_ar", "limit_max_side", "2k", "limit_max_side is '2k'; allowed: a number"),
     "no variable": ("glm_ar", "checkpoint", "${NO_SUCH_FOLDER}", "the environment has no NO_SUCH_FOLDER; set it"),

@@ -57,7 +57,7 @@ class ArStage:
         self.feed = DitLoadFeed(folder)
         self.load = self.feed.load
         self.received = threading.Semaphore(0)
-        settings = ArSettings(max_num_seqs=SLOTS, max_sequence_tokens=512)
+        settings = ArSettings(max_num_seqs=SLOTS, max_sequence_tokens=512, speculation="none")
         self.engine = ArEngine(
             Checkpoint.open(checkpoint),
             open_device("cpu"),

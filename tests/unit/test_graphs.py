@@ -81,6 +81,7 @@ def test_every_mode_samples_the_same_tokens(checkpoint_folder: Path) -> None:
 
 
 def test_engine_refuses_sizes_before_loading(checkpoint_folder: Path) -> None:
-    settings = ArSettings(graph_capture_sizes=(1, 8))
-    with pytest.raises(ConfigurationError, match="graph_capture_sizes is '1,8'"):
-        ArEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), settings)
+    for speculation, sizes in (("none", (1, 8)), ("jacobi", (8, 129))):
+        settings = ArSettings(graph_capture_sizes=sizes, speculation=speculation)
+        with pytest.raises(ConfigurationError, match=f"graph_capture_sizes is '{sizes[0]},{sizes[1]}'"):
+            ArEngine(Checkpoint.open(checkpoint_folder), open_device("cpu"), settings)

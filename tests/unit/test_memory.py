@@ -15,6 +15,7 @@ from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.state import DecodeState
 from glm_image.ar.vision import Vision
+from glm_image.ar.window import Window
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.checkpoint.layout import COMPONENTS
 from glm_image.devices.base import Memory
@@ -108,6 +109,9 @@ def test_ar_state(checkpoint_folder: Path, dtype: torch.dtype) -> None:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_of(kept[0])}
     assert sum(storage.nbytes() for storage in storages.values()) == predicted
     assert predicted <= peak <= predicted * 1.02  # temporaries of the tables of allowed ids
+    windows = tensors_of(Window.idle(3, POSITIONS, 48, CPU))
+    speculating = sum(state_bytes(config, 3, POSITIONS, dtype.itemsize, rows=48).values())
+    assert predicted + sum(tensor.nbytes for tensor in windows) == speculating
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

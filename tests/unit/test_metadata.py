@@ -18,7 +18,9 @@ from glm_image.request.stages import STAGE_ORDER, Stage
 def test_the_metadata_of_the_ar_is_read() -> None:
     context = RequestContext()
     context.add_seconds(Stage.PREFILL, 0.25)
-    metadata = ar_metadata(context, dict.fromkeys(TOKENS, 3), Sampling(1.0, 0.9, 2**31 - 1), {"quantization": "none"})
+    metadata = ar_metadata(
+        context, dict.fromkeys(TOKENS, 3), (5, 6), Sampling(1.0, 0.9, 2**31 - 1), {"quantization": "none"}
+    )
     assert read_ar_metadata(json.dumps(metadata)) == metadata
 
 
@@ -39,6 +41,12 @@ def test_numbers_are_checked(name: str, value: Any) -> None:
     key = {"seconds": STAGE_ORDER, "tokens": TOKENS}[name][1]
     with pytest.raises(InvalidInputError, match=f"^ar_metadata's {name} is .*; allowed: an object of .*{key}"):
         read_ar_metadata(json.dumps({name: {key: value}}))
+
+
+@pytest.mark.parametrize("value", [5, None, {}, ["5"], [-1], [True], [2**63], [[1]]])
+def test_steps_are_checked(value: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"^ar_metadata's tokens is .*; allowed: .* a list of them for steps$"):
+        read_ar_metadata(json.dumps({"tokens": {"steps": value}}))
 
 
 @pytest.mark.parametrize("value", ["now", -1, 1.5, True, 2**63, None, 2**63 - 1])

@@ -131,7 +131,6 @@ class TestSettings:
             "otlp_traces_endpoint": None,
             "trace_rate": 1,
             "model_repository": None,
-            "models": (),
         }
 
 

@@ -83,6 +83,28 @@ class Step(ArCommand[None]):
 
 
 @dataclass(frozen=True)
+class Advanced:
+    """What a step of Jacobi decoding did for a slot: of ``width`` tokens that it sampled, ``accepted`` proved right."""
+
+    slot: int
+    width: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Advance(ArCommand[tuple[Advanced, ...]]):
+    """Take a step of Jacobi decoding in place of ``Step``: every slot samples 1 to ``width`` more tokens.
+
+    The result is of the steps that have ended meanwhile, each once; without those of slots made idle since.
+
+    Attributes:
+        widths: slots and their widths, at least 1 and at most what the slot has left for all that is known.
+    """
+
+    widths: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Peek(ArCommand[NDArray[np.int32]]):
     """Return the first ``count`` tokens of a slot, int32 [count], which must have been sampled."""
 

@@ -19,7 +19,8 @@ from glm_image.ar.metrics import KV_CACHE_BYTES
 from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.scheduler_thread import SchedulerThread
 from glm_image.ar.sequence import ArResult, Request, Sources
-from glm_image.ar.settings import ArSettings
+from glm_image.ar.settings import ArSettings, captured_rows
+from glm_image.ar.speculation import HOST_ROW_COST, ROW_COST, WindowPolicy
 from glm_image.ar.vision import patches_of
 from glm_image.ar.warmup import warmup_commands
 from glm_image.checkpoint.checkpoint import Checkpoint
@@ -84,8 +85,12 @@ class ArEngine:
         )
         record(KV_CACHE_BYTES, kv_cache_bytes(self.config, slots, positions, dtype.itemsize))
         run = watched(self.executor.run)
-        scheduler = Scheduler(run, slots, settings.max_queue, record, admission)
-        self._scheduler = SchedulerThread(scheduler, partial(_run_all, run, self._warmup_commands(device.warmup_sizes)))
+        rows = captured_rows(settings, is_host=device.is_host)
+        row_cost = HOST_ROW_COST if device.is_host else ROW_COST
+        windows = WindowPolicy(settings.speculation_window, rows, row_cost) if rows else None
+        scheduler = Scheduler(run, slots, settings.max_queue, record, admission, windows)
+        warmup = self._warmup_commands(device.warmup_sizes, rows)
+        self._scheduler = SchedulerThread(scheduler, partial(_run_all, run, warmup))
 
     @property
     def token_settings(self) -> dict[str, str]:
@@ -136,14 +141,14 @@ class ArEngine:
             allowed = f"at most {most} in addition to those of the image (max_sequence_tokens)"
             raise InvalidInputError.of("prompt", length, allowed)
 
-    def _warmup_commands(self, sizes: tuple[Size, ...]) -> list[ArCommand[Any]]:
+    def _warmup_commands(self, sizes: tuple[Size, ...], rows: tuple[int, ...]) -> list[ArCommand[Any]]:
         ids = self._tokenizer.text_to_image("warm-up", Grid(1, 1), Grid(1, 1))
         sources = []
         for grid in (source_grid(size, self.source_rule) for size in sizes):
             height, width = (side * self.source_rule.patch for side in grid)
             blank = Source(np.zeros((height, width, 3), dtype=np.uint8), grid)
             sources.append(Encode(patches_of(self._image_processor, [blank]), (grid,)))
-        return warmup_commands(ids, sources, self.sampling, self._settings.max_sequence_tokens)
+        return warmup_commands(ids, sources, self.sampling, self._settings.max_sequence_tokens, speculates=bool(rows))
 
     def close(self) -> None:
         self.close_scheduler()

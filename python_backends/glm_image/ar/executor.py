@@ -6,8 +6,7 @@ Every rank that runs the same commands has the same tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glm_image.ar.commands import Admit, ArCommand, Discard, Encode, Peek, Release, Step
+from glm_image.ar.commands import Admit, Advance, Advanced, ArCommand, Discard, Encode, Peek, Release, Step
 from glm_image.ar.config import NOISE_BLOCK
+from glm_image.ar.jacobi import JacobiSteps
 from glm_image.ar.model import Decoder
 from glm_image.ar.rotary import rotary_tables
 from glm_image.ar.sampler import sample
+from glm_image.ar.slot_sequence import SlotSequence
 from glm_image.ar.state import DecodeState
 from glm_image.ar.step import select_steps
 from glm_image.ar.vision import Vision
@@ -34,15 +35,6 @@ STEPS_AHEAD = 2
 """Steps that may wait in the device's queue: enough to keep it busy, few enough to join and leave within three."""
 
 
-@dataclass
-class _Sequence:
-    """The host's record of a slot: its noise, and how many of its tokens are sampled."""
-
-    generator: torch.Generator
-    sampled: int
-    total: int
-
-
 class Executor:
     """Slots of a fixed batch that decode together.
 
@@ -52,7 +44,12 @@ class Executor:
     Args:
         positions: prompt and image tokens a slot can hold.
         capture: whether the decode step is captured.
+        row_counts: the numbers of rows of steps of Jacobi decoding, which then replace the others; () = without it.
         vision: encodes source images; without it ``Encode`` is refused.
+
+    Attributes:
+        state: the tensors of the slots.
+        jacobi: the steps with speculation; None without, or when closed.
     """
 
     def __init__(
@@ -63,18 +60,26 @@ class Executor:
         positions: int,
         *,
         capture: bool,
+        row_counts: Sequence[int] = (),
         vision: Vision | None = None,
     ) -> None:
         self._decoder = decoder
         self._vision = vision
         self._device = device
         self._dtype = decoder.dtype
-        self._state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
-        self._sequences: dict[int, _Sequence] = {}
+        self.state = DecodeState.idle(decoder.config, slots, positions, device.torch_device, self._dtype)
+        self._sequences: dict[int, SlotSequence] = {}
         self._enqueued: deque[DeviceEvent] = deque()
-        step, self._prefill = select_steps(decoder, self._state, device)
+        self._decode_step: Callable[[], None] | None = None
+        self.jacobi: JacobiSteps | None = None
+        steps = select_steps(decoder, self.state, device)
+        self._prefill = steps.prefill
+        if row_counts:
+            self.jacobi = JacobiSteps(steps.windows, self.state, device, row_counts, capture=capture)
+            return
         with torch.inference_mode():
-            self._decode_step: Callable[[], None] | None = device.capture(step) if capture else step
+            step = steps.plain()
+            self._decode_step = device.capture(step) if capture else step
 
     def run(self, command: ArCommand[R]) -> R:
         """Runs a command and returns its result.
@@ -92,8 +97,17 @@ class Executor:
         match command:
             case Step(count):
                 return self._step(count)
+            case Advance(widths):
+                return self._advance(dict(widths))
             case Admit():
                 return self._admit(command)
+            case Encode(patches, grids):
+                return self._encode(patches, grids)
+            case _:
+                return self._read_slot(command)
+
+    def _read_slot(self, command: ArCommand[Any]) -> NDArray[np.int32] | None:
+        match command:
             case Peek(slot, count):
                 return self._tokens(slot, count)
             case Release(slot):
@@ -101,13 +115,11 @@ class Executor:
             case Discard(slot):
                 self._make_idle(slot)
                 return None
-            case Encode(patches, grids):
-                return self._encode(patches, grids)
             case _:
                 raise TypeError(f"{type(command).__name__} is no command of the AR")
 
     def _oom_report(self, command: ArCommand[Any]) -> OomReport:
-        slots = f"{len(self._sequences)} of {len(self._state.tokens)} slots in use"
+        slots = f"{len(self._sequences)} of {len(self.state.tokens)} slots in use"
         return OomReport(command.operation, slots, command.setting)
 
     def close(self) -> None:
@@ -116,7 +128,7 @@ class Executor:
             self._device.set_current()
             self._device.record_event().synchronize()
         finally:
-            self._decode_step = None
+            self._decode_step = self.jacobi = None
 
     def _encode(self, patches: NDArray[np.float32], grids: tuple[geometry.Grid, ...]) -> NDArray[np.int32]:
         if self._vision is None:
@@ -125,19 +137,21 @@ class Executor:
 
     def _admit(self, command: Admit) -> None:
         slot, length = command.slot, len(command.prompt_ids)
-        sequence = _Sequence(self._device.generator(command.seed), sampled=0, total=command.tokens)
+        sequence = SlotSequence(self._device.generator(command.seed), total=command.tokens)
         self._sequences[slot] = sequence
-        self._refill_noise(slot, sequence)
+        sequence.draw_noise(self.state.noise[slot], NOISE_BLOCK)
         preview_tokens = command.tokens - command.grids[-1].tokens
-        self._state.sampler.set(slot, command.sampling, preview_tokens, self._decoder.config.vision_vocab_size)
+        self.state.sampler.set(slot, command.sampling, preview_tokens, self._decoder.config.vision_vocab_size)
         self._sample_first(slot, self._prefill_slot(command))
-        self._state.set(slot, length, sampled=1, active=True)
+        self.state.set(slot, length, sampled=1, active=True)
+        if self.jacobi is not None:
+            self.jacobi.begin(command)
         sequence.sampled = 1
         self._device.record_event().synchronize()
 
     def _prefill_slot(self, command: Admit) -> Tensor:
         """Fills a slot's rotary tables and its cache; returns the logits of its first token, [1, vision_vocab_size]."""
-        slot, length, state = command.slot, len(command.prompt_ids), self._state
+        slot, length, state = command.slot, len(command.prompt_ids), self.state
         prompt_positions = geometry.prompt_positions(length, command.sources)
         decode_positions = geometry.decode_positions(command.grids, int(prompt_positions[0, -1]) + 1)
         cos, sin = self._rotary_tables(prompt_positions)
@@ -150,7 +164,7 @@ class Executor:
         return rotary_tables(self._decoder.config, positions, self._device.torch_device, self._dtype)
 
     def _sample_first(self, slot: int, logits: Tensor) -> None:
-        state = self._state
+        state = self.state
         row = state.sampler.row(slot)
         allowed = state.allowed[(row.preview_tokens <= 0).long()]
         token = sample(logits, state.noise[slot, :1], row, allowed)
@@ -162,23 +176,27 @@ class Executor:
         for _ in range(count):
             for slot, sequence in self._sequences.items():
                 if sequence.sampled % NOISE_BLOCK == 0:
-                    self._refill_noise(slot, sequence)
+                    sequence.draw_noise(self.state.noise[slot], sequence.sampled + NOISE_BLOCK)
                 sequence.sampled += 1
             self._decode_step()
         self._enqueued.append(self._device.record_event())
         while len(self._enqueued) > STEPS_AHEAD:
             self._enqueued.popleft().synchronize()
 
+    def _advance(self, widths: dict[int, int]) -> tuple[Advanced, ...]:
+        if self.jacobi is None:
+            raise UnavailableError("the decoder is closed")
+        sequences = {slot: self._sequences[slot] for slot in widths}
+        advanced = self.jacobi.step(widths, sequences)
+        return tuple(found for found, sequence in advanced if self._sequences.get(found.slot) is sequence)
+
     def _make_idle(self, slot: int) -> int:
-        """Returns how many tokens were sampled in the slot."""
-        self._state.set(slot, 0, sampled=0, active=False)
+        """Returns how many tokens are known to be sampled in the slot."""
+        self.state.set(slot, 0, sampled=0, active=False)
+        if self.jacobi is not None:
+            self.jacobi.end(slot)
         return self._sequences.pop(slot).sampled if slot in self._sequences else 0
 
     def _tokens(self, slot: int, count: int) -> NDArray[np.int32]:
-        tokens: NDArray[np.int32] = self._state.output[slot, :count].to("cpu", torch.int32).numpy()
+        tokens: NDArray[np.int32] = self.state.output[slot, :count].to("cpu", torch.int32).numpy()
         return tokens.copy()
-
-    def _refill_noise(self, slot: int, sequence: _Sequence) -> None:
-        # Row by row, as the reference samples it: on CUDA one larger call would give other numbers.
-        for row in range(min(NOISE_BLOCK, sequence.total - sequence.sampled)):
-            self._state.noise[slot, row].exponential_(generator=sequence.generator)

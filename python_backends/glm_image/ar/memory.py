@@ -65,21 +65,25 @@ def kv_cache_bytes(config: ArConfig, slots: int, positions: int, itemsize: int) 
     return 2 * config.layers * slots * config.kv_heads * positions * config.head_dim * itemsize
 
 
-def state_bytes(config: ArConfig, slots: int, positions: int, itemsize: int) -> dict[str, int]:
-    """Returns the memory of the tensors of ``DecodeState`` by purpose, for a rank's part of the decoder's sizes."""
+def state_bytes(config: ArConfig, slots: int, positions: int, itemsize: int, rows: int = 0) -> dict[str, int]:
+    """Returns the memory of the tensors of ``DecodeState`` by purpose, for a rank's part of the decoder's sizes.
+
+    With speculation, ``rows`` are the most of a step, and those of ``Window`` come on top.
+    """
     vocabulary = config.vision_vocab_size
-    slot = 5 * INT64_BYTES  # four counters of ``DecodeState``, the cache's index of slots
+    slot = 4 * INT64_BYTES  # counters of ``DecodeState``
+    window = (2 * slots + slots * positions + 2 * rows) * INT64_BYTES if rows else 0
     sampler_row = 2 * FP32_BYTES + 2 * INT64_BYTES
     return {
         f"{slots} x {positions} cached tokens": kv_cache_bytes(config, slots, positions, itemsize),
         "rotary tables": 2 * slots * positions * config.rotary_dim * itemsize,
         "noise": slots * NOISE_BLOCK * vocabulary * FP32_BYTES,
-        "tokens and sampling": slots * (slot + sampler_row + positions * INT64_BYTES) + 2 * vocabulary,
+        "tokens and sampling": slots * (slot + sampler_row + positions * INT64_BYTES) + 2 * vocabulary + window,
     }
 
 
-def activation_bytes(config: ArConfig, slots: int, positions: int, itemsize: int, *, int8: bool = False) -> int:
-    """Returns an upper bound of the activations that are alive together.
+def activation_bytes(config: ArConfig, rows: int, positions: int, itemsize: int, *, int8: bool = False) -> int:
+    """Returns an upper bound of the activations that are alive together; a step has ``rows`` rows.
 
     The peak is in the MLP of the longest prompt, or in the quantizer, where a prompt consists of source images.
     """
@@ -93,5 +97,5 @@ def activation_bytes(config: ArConfig, slots: int, positions: int, itemsize: int
     if int8:  # the widest matrix in the activations' dtype, and a product before it is scaled
         prompt += (hidden + positions) * 2 * inner * itemsize
     quantizer = positions * config.codebook_size * FP32_BYTES * DISTANCE_COPIES
-    sampler = slots * config.vision_vocab_size * FP32_BYTES * SAMPLER_COPIES
+    sampler = rows * config.vision_vocab_size * FP32_BYTES * SAMPLER_COPIES
     return max(prompt, quantizer) + sampler

@@ -22,6 +22,12 @@ STEP_SECONDS: Final = MetricSpec(
     "Duration of a decode step of all slots, on the host's clock",
     (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
 )
+ACCEPTED_TOKENS: Final = MetricSpec(
+    "glm_image_ar_accepted_tokens",
+    Kind.HISTOGRAM,
+    "Tokens that a step of Jacobi decoding added to a sequence; nothing without `speculation`",
+    (1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
+)
 PREFILL_SECONDS: Final = MetricSpec(
     "glm_image_ar_prefill_seconds",
     Kind.HISTOGRAM,
@@ -47,7 +53,8 @@ AR_LATENCIES: Final = LatencyHistograms.of(
 )
 
 AR_METRICS: Final = (
-    *(RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, PREFILL_SECONDS, QUEUE_SECONDS, KV_CACHE_BYTES),
+    *(RUNNING, WAITING, OCCUPANCY, TOKENS, STEP_SECONDS, ACCEPTED_TOKENS),
+    *(PREFILL_SECONDS, QUEUE_SECONDS, KV_CACHE_BYTES),
     *PROMPT_CHECKS.values(),
     *AR_OUTCOMES.values(),
     *AR_LATENCIES.all(),

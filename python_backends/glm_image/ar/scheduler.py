@@ -1,7 +1,8 @@
 """Continuous batching: which request waits, which runs, and which command the executor runs next.
 
 Touches no tensors and starts no thread. Sequences join and leave between steps; their lengths are known when they
-join, so the host knows which of them are done without waiting for the device. One thread calls ``step``; any thread may
+join, so the host knows which of them are done without waiting for the device; with speculation it learns a step late
+how far they are. One thread calls ``step``; any thread may
 ``submit``.
 """
 
@@ -20,10 +21,11 @@ from numpy import int32
 from numpy.typing import NDArray
 
 from glm_image.ar.admission import Admission, ImmediateAdmission, QueueSnapshot
-from glm_image.ar.commands import Admit, ArCommand, Discard, Encode, Peek, Release, Step
-from glm_image.ar.metrics import PREFILL_SECONDS, QUEUE_SECONDS, STEP_SECONDS, TOKENS, LoadGauges
+from glm_image.ar.commands import Admit, Advance, ArCommand, Discard, Encode, Peek, Release, Step
+from glm_image.ar.metrics import ACCEPTED_TOKENS, PREFILL_SECONDS, QUEUE_SECONDS, STEP_SECONDS, TOKENS, LoadGauges
 from glm_image.ar.request_queue import RequestQueue
 from glm_image.ar.sequence import ArResult, Request, Running, report_progress
+from glm_image.ar.speculation import WindowPolicy
 from glm_image.errors import GlmImageError
 from glm_image.lifecycle.context import NANOSECONDS
 from glm_image.lifecycle.durations import DurationStats
@@ -48,9 +50,11 @@ class Scheduler:
         max_queue: int,
         record: MetricSink = null_sink,
         admission: Admission | None = None,
+        windows: WindowPolicy | None = None,
     ) -> None:
         self.admission = admission or ImmediateAdmission()
         self._run = run
+        self._windows = windows
         self._record = record
         self._slots = slots
         self._free_slots = list(reversed(range(slots)))
@@ -143,6 +147,8 @@ class Scheduler:
             placed = request.sources.placed if request.sources else ()
             seed = resolved.seeds[sequence.index]
             self._run(Admit(slot, request.prompt_ids, resolved.grids, resolved.sampling, seed, placed))
+        if self._windows is not None:
+            self._windows.begin(slot)
         sequence.since = time.monotonic()
         self._record(PREFILL_SECONDS, sequence.since - started)
         self._record(TOKENS, 1)
@@ -160,15 +166,29 @@ class Scheduler:
     def _decode(self) -> None:
         started = time.monotonic()
         with self._ending_on_error(*dict.fromkeys(sequence.request for sequence in self._running.values())):
-            self._run(Step(1))
+            advanced = self._take_step()
             self._record(STEP_SECONDS, time.monotonic() - started)
-            self._record(TOKENS, len(self._running))
-            for sequence in self._running.values():
-                sequence.left -= 1
-                sequence.request.sampled.done += 1
+            self._record(TOKENS, sum(advanced.values()))
+            for slot, tokens in advanced.items():
+                sequence = self._running[slot]
+                sequence.steps += 1
+                sequence.left -= tokens
+                sequence.request.sampled.done += tokens
         self._publish_previews()
         self._finish_done()
         report_progress(self._running.values())
+
+    def _take_step(self) -> dict[int, int]:
+        """Returns by how many tokens sequences are known to have advanced since the last step, by slot."""
+        if self._windows is None:
+            self._run(Step(1))
+            return dict.fromkeys(self._running, 1)
+        widths = self._windows.widths({slot: sequence.left for slot, sequence in self._running.items()})
+        advanced = self._run(Advance(tuple(widths.items())))
+        for step in advanced:
+            self._windows.observe(step)
+            self._record(ACCEPTED_TOKENS, step.accepted)
+        return {step.slot: step.accepted for step in advanced}
 
     def _publish_previews(self) -> None:
         for slot, sequence in list(self._running.items()):
@@ -189,7 +209,7 @@ class Scheduler:
     def _finish(self, slot: int, sequence: Running, tokens: NDArray[int32]) -> None:
         request = sequence.request
         self._free(slot)
-        request.tokens[sequence.index] = tokens
+        request.tokens[sequence.index], request.steps[sequence.index] = tokens, sequence.steps
         seconds = time.monotonic() - sequence.since
         request.context.add_seconds(Stage.DECODE, seconds)
         # The host runs ahead of the device, so only all of a sequence's steps together can be timed from here.

@@ -25,11 +25,13 @@ class ArResult:
     Attributes:
         prior_token_ids: int32 [images, tokens of the image's grid], before upsampling.
         tokens: number of tokens by kind: prompt, source, preview, image.
+        steps: decode steps of each image, after its prefill.
         source_token_ids: int32 [tokens of all source images].
     """
 
     prior_token_ids: NDArray[np.int32]
     tokens: dict[str, int]
+    steps: tuple[int, ...]
     source_token_ids: NDArray[np.int32]
     source_grids: tuple[Grid, ...]
 
@@ -79,6 +81,7 @@ class Request:
         source_token_ids: int32 [tokens of all source images]; empty before they are encoded.
         waiting: indices of the images that have had no slot yet.
         tokens: int32 [tokens of all grids] of each finished image, by index.
+        steps: decode steps of each finished image, by index.
         admit_by: when the admission policy's wait ends, in the clock of the scheduler; inf before the request is first
             in the queue.
         sampled: progress over all images.
@@ -93,6 +96,7 @@ class Request:
     future: Future[ArResult] = field(default_factory=Future)
     waiting: deque[int] = field(init=False)
     tokens: dict[int, NDArray[np.int32]] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)
     admit_by: float = math.inf
     sampled: Sampled = field(init=False)
 
@@ -135,6 +139,7 @@ class Request:
                 "preview": self.preview_length,
                 "image": self.resolved.target.tokens,
             },
+            steps=tuple(self.steps[index] for index in range(self.images)),
             source_token_ids=self.source_token_ids,
             source_grids=grids,
         )
@@ -145,14 +150,16 @@ class Running:
     """A sequence in a slot: image ``index`` of a request.
 
     Attributes:
-        left: steps until its last token.
+        left: tokens to sample.
         since: ``time.monotonic()`` at its first token.
+        steps: decode steps that it took part in.
     """
 
     request: Request
     index: int
     left: int
     since: float
+    steps: int = 0
 
 
 def report_progress(running: Iterable[Running]) -> None:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Final
 
+from glm_image.ar.speculation import MAX_ROWS, MAX_WINDOW, MIN_WINDOW, row_counts
 from glm_image.devices.settings import DeviceSettings
 from glm_image.errors import ConfigurationError
 from glm_image.request.declaration import choice, whole, whole_numbers
@@ -40,9 +41,26 @@ class ArSettings(DeviceSettings):
     graph_capture_sizes: tuple[int, ...] = whole_numbers(
         (),
         "Batch sizes to capture: empty or `max_num_seqs`. Other sizes are refused: a request's tokens would depend on "
-        "the number of concurrent sequences.",
+        "the number of concurrent sequences. With `speculation`, the row counts of its steps, one of them at least "
+        "`max_num_seqs`; empty: some up to 128.",
+    )
+    speculation: str = choice(
+        "auto",
+        ("auto", "none", "jacobi"),
+        "`jacobi` guesses tokens and decodes several a step where guesses prove right: the same tokens in fewer steps. "
+        "`auto` is `jacobi` on the CPU and `none` elsewhere.",
+    )
+    speculation_window: int = whole(
+        16,
+        "The most tokens of a sequence that a step of `jacobi` samples; it takes fewer where guesses prove wrong.",
+        low=MIN_WINDOW,
+        high=MAX_WINDOW,
     )
     peer_memory: bool = True
+
+    def speculates(self, *, is_host: bool) -> bool:
+        """Whether it decodes by ``jacobi``, on the CPU if ``is_host``."""
+        return self.speculation == "jacobi" or (self.speculation == "auto" and is_host)
 
     @property
     def token_settings(self) -> dict[str, str]:
@@ -52,6 +70,24 @@ class ArSettings(DeviceSettings):
     @property
     def int8(self) -> bool:
         return self.quantization == "int8"
+
+
+def captured_rows(settings: ArSettings, *, is_host: bool) -> tuple[int, ...]:
+    """Returns the row counts of steps of Jacobi decoding; () without speculation.
+
+    Raises:
+        ConfigurationError: ``graph_capture_sizes`` has a row count that is not allowed, or none for every slot.
+    """
+    if not settings.speculates(is_host=is_host):
+        return ()
+    sizes, slots = settings.graph_capture_sizes, settings.max_num_seqs
+    most = max(MAX_ROWS, slots)
+    if sizes and (min(sizes) < 1 or not slots <= max(sizes) <= most):
+        raise ConfigurationError(
+            f"graph_capture_sizes is {','.join(map(str, sizes))!r}; allowed with speculation: row counts from 1 to "
+            f"{most}, one of them at least {slots}, which is max_num_seqs"
+        )
+    return row_counts(slots, settings.speculation_window, is_host=is_host, captured=sizes)
 
 
 def captured(mode: str, sizes: tuple[int, ...], max_num_seqs: int) -> bool:

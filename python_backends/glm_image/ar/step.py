@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import sample
 from glm_image.ar.state import DecodeState
+from glm_image.ar.window import Window
+from glm_image.ar.window_step import TorchWindowStep
 from glm_image.devices.base import Device
 
 Prefill = Callable[[Tensor, Tensor, Tensor, KvCache, int], Tensor]
@@ -65,19 +68,51 @@ class TorchStep:
         return logits[: len(state.tokens)]
 
 
-def select_steps(decoder: Decoder, state: DecodeState, device: Device) -> tuple[Callable[[], None], Prefill]:
-    """Returns the fastest decode step and prefill of a device."""
+@dataclass(frozen=True)
+class Steps:
+    """The fastest steps of a device.
+
+    Attributes:
+        plain: makes the step that adds a token to every slot.
+        windows: makes the step of Jacobi decoding with a number of rows.
+    """
+
+    plain: Callable[[], Callable[[], None]]
+    windows: Callable[[Window, int], Callable[[], None]]
+    prefill: Prefill
+
+
+def select_steps(decoder: Decoder, state: DecodeState, device: Device) -> Steps:
+    """Returns the fastest decode steps and prefill of a device."""
     if device.has_npu_operators:
         from glm_image.ar.fused import npu  # noqa: PLC0415 - its operators are only where torch_npu is
 
         if npu.supports(decoder):
-            return npu.npu_steps(decoder, state)
+            fused = npu.NpuDecoder(decoder)
+            return Steps(
+                lambda: npu.NpuStep(fused, state),
+                lambda window, rows: npu.NpuWindowStep(fused, state, window, rows),
+                npu.NpuPrefill(fused, device.torch_device),
+            )
+    steps = Steps(
+        lambda: TorchStep(decoder, state, device),
+        lambda window, rows: TorchWindowStep(decoder, state, window, device, rows),
+        decoder.prefill,
+    )
     if not device.runs_triton:
-        return TorchStep(decoder, state, device), decoder.prefill
+        return steps
     from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
     from glm_image.ar.fused.prefill import FusedPrefill  # noqa: PLC0415
     from glm_image.ar.fused.step import FusedStep  # noqa: PLC0415
+    from glm_image.ar.fused.window import FusedWindowStep  # noqa: PLC0415
 
-    fused = supports(decoder, len(state.tokens))
-    step = FusedStep(decoder, state) if fused else TorchStep(decoder, state, device)
-    return step, FusedPrefill(decoder) if supports(decoder, slots=1) else decoder.prefill
+    if supports(decoder, slots=1):
+        steps = replace(steps, prefill=FusedPrefill(decoder))
+    if supports(decoder, len(state.tokens)):
+        # Both or neither: they must have the same bits.
+        steps = replace(
+            steps,
+            plain=lambda: FusedStep(decoder, state),
+            windows=lambda window, rows: FusedWindowStep(decoder, state, window, rows),
+        )
+    return steps

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import Any
 
-from glm_image.ar.commands import Admit, ArCommand, Encode, Release, Step
+from glm_image.ar.commands import Admit, Advance, ArCommand, Encode, Release, Step
 from glm_image.request.geometry import Grid
 from glm_image.request.parameters import Sampling
 
@@ -22,7 +22,7 @@ TEXT_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 
 
 def warmup_commands(
-    ids: Sequence[int], sources: Sequence[Encode], sampling: Sampling, longest: int
+    ids: Sequence[int], sources: Sequence[Encode], sampling: Sampling, longest: int, *, speculates: bool = False
 ) -> list[ArCommand[Any]]:
     """Returns commands that encode source images, and prefill and decode prompts of usual lengths.
 
@@ -37,5 +37,6 @@ def warmup_commands(
     for length in lengths:
         if length + STEPS + 1 <= longest:
             repeated = tuple(islice(cycle(ids), length))
-            commands += [Admit(0, repeated, (Grid(1, STEPS + 1),), sampling, seed=0), Step(STEPS), Release(0)]
+            steps = [Advance(((0, 1),))] * STEPS if speculates else [Step(STEPS)]
+            commands += [Admit(0, repeated, (Grid(1, STEPS + 1),), sampling, seed=0), *steps, Release(0)]
     return commands

@@ -4,7 +4,7 @@ A token is a fixed function of the tokens before it, of the sampling parameters 
 next tokens can be guessed, all of them be computed in one step, and those guesses be kept that the function returns
 for them: the accepted tokens are those of one-by-one decoding.
 
-Row r of a step feeds slot ``slot[r]`` the token of index ``sampled[slot] - 1 + offset[r]`` and samples the one after it.
+Row r of a step feeds slot ``slot[r]`` the token of index ``sampled[slot] - 1 + offset[r]`` and samples the next one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from glm_image.ar.state import DecodeState
-
-MAX_WINDOW = 32
-"""Two windows, of the step under way and of the next, use half of the noise in memory each."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +112,8 @@ def accept(state: DecodeState, window: Window, rows: Rows, drawn: Tensor) -> Non
     state.output[rows.slot, torch.where(rows.valid, rows.index + 1, last)] = drawn
     window.known.copy_(torch.where(written > 0, state.sampled + written, window.known))
     state.counters.add_(accepted)
+
+
+def round_up(rows: int, block: int) -> int:
+    """Returns the least multiple of ``block`` that is at least ``rows``."""
+    return -(-rows // block) * block

@@ -1,8 +1,6 @@
-"""The step of Jacobi decoding in PyTorch, and the selection of the steps of a device."""
+"""The step of Jacobi decoding in PyTorch, for the CPU and as the reference of fused steps."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from glm_image.ar.config import NOISE_BLOCK
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import sample
 from glm_image.ar.state import DecodeState
-from glm_image.ar.window import Rows, Window, accept, window_rows
+from glm_image.ar.window import Rows, Window, accept, round_up, window_rows
 from glm_image.devices.base import Device
 
 
@@ -23,15 +21,13 @@ class TorchWindowStep:
 
     Args:
         rows: rows of the step.
-        block: rows of ``TorchStep``.
     """
 
-    def __init__(
-        self, decoder: Decoder, state: DecodeState, window: Window, device: Device, rows: int, block: int
-    ) -> None:
+    def __init__(self, decoder: Decoder, state: DecodeState, window: Window, device: Device, rows: int) -> None:
         self._decoder, self._state, self._window = decoder, state, window
         self._attention = device.window_attention
-        self._rows, self._block = -(-rows // block) * block, block
+        self._block = device.step_rows(len(state.tokens))
+        self._rows = round_up(rows, self._block)
 
     def __call__(self) -> None:
         rows = window_rows(self._state, self._window, self._rows)
@@ -50,21 +46,3 @@ class TorchWindowStep:
         following = rows.index + 1
         allowed = state.allowed[(following >= state.sampler.preview_tokens[slot]).long()]
         return sample(logits, state.noise[slot, following % NOISE_BLOCK], state.sampler.rows(slot), allowed)
-
-
-def select_window_steps(
-    decoder: Decoder, state: DecodeState, window: Window, device: Device
-) -> Callable[[int], Callable[[], None]]:
-    """Returns what makes the fastest step of a device for a number of rows."""
-    if device.runs_triton:
-        from glm_image.ar.fused.decoder import supports  # noqa: PLC0415 - Triton is only where it can run
-        from glm_image.ar.fused.window import FusedWindowStep  # noqa: PLC0415
-
-        if supports(decoder, len(state.tokens)):
-            return lambda rows: FusedWindowStep(decoder, state, window, rows)
-    block = device.step_rows(len(state.tokens))
-
-    def make(rows: int) -> Callable[[], None]:
-        return TorchWindowStep(decoder, state, window, device, rows, block)
-
-    return make

@@ -24,6 +24,9 @@ MAX_SECONDS: Final = 1e6
 TOKENS: Final = ("prompt", "source", "preview", "image")
 """The parts of an AR sequence, in their order."""
 
+STEPS: Final = "steps"
+"""The entry of the decode steps, one number an image."""
+
 PASSED: Final = "a time of the server's monotonic clock that has passed; leave it out for tokens made elsewhere"
 
 
@@ -36,13 +39,14 @@ MAX_SETTING_CHARACTERS: Final = 256
 def ar_metadata(
     context: RequestContext,
     tokens: Mapping[str, int],
+    steps: Sequence[int],
     sampling: Sampling,
     settings: Mapping[str, str],
     fingerprint: str | None = None,
 ) -> ArMetadata:
     """Returns the metadata that ``glm_ar`` passes to ``glm_dit``; see ``ArMetadata``."""
     made: ArMetadata = {
-        "tokens": dict(tokens),
+        "tokens": {**tokens, STEPS: list(steps)},
         "seconds": dict(context.seconds),
         "request_id": context.id,
         "arrived_ns": context.arrived_ns,
@@ -74,7 +78,11 @@ def read_ar_metadata(text: str) -> ArMetadata:
         raise InvalidInputError.of("ar_metadata", text, "a JSON object")
     stages = ", ".join(STAGE_ORDER)
     for name, is_allowed, allowed in (
-        ("tokens", _numbers(TOKENS, _is_count), f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}"),
+        (
+            "tokens",
+            _are_tokens,
+            f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}, and a list of them for {STEPS}",
+        ),
         ("seconds", _numbers(STAGE_ORDER, _is_duration), f"an object of numbers of at least 0 for {stages}"),
         ("fingerprint", lambda value: isinstance(value, str), "a text"),
         ("request_id", lambda value: isinstance(value, str) and bool(value), "a text that is not empty"),
@@ -121,6 +129,14 @@ def _are_settings(value: Any) -> bool:
             for name, text in value.items()
         )
     )
+
+
+def _are_tokens(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    steps = value.get(STEPS, [])
+    counts = {name: count for name, count in value.items() if name != STEPS}
+    return isinstance(steps, list) and all(map(_is_count, steps)) and _numbers(TOKENS, _is_count)(counts)
 
 
 def _is_count(value: Any) -> bool:

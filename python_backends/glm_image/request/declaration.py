@@ -125,11 +125,20 @@ def switch(default: bool, help_text: str) -> bool:
     return declare(default, Parameter(help_text, "false, true", {"false": False, "true": True}))
 
 
-def whole(default: T, help_text: str, *, low: int, none: bool = False, unlimited: bool = False, unit: str = "") -> T:
+def whole(
+    default: T,
+    help_text: str,
+    *,
+    low: int,
+    high: int | None = None,
+    none: bool = False,
+    unlimited: bool = False,
+    unit: str = "",
+) -> T:
     """Declares a whole number of at least ``low``; ``none`` allows that word for None, ``unlimited`` allows -1."""
     words = {"none": None} if none else {"-1": -1} if unlimited else {}
-    allowed = f"{'none, or ' * none}a whole number of at least {low}{', or -1 (no limit)' * unlimited}"
-    return declare(default, Parameter(help_text, allowed, words, lambda number: _whole(number, low), unit=unit))
+    allowed = f"{'none, or ' * none}a whole number {_range(low, high)}{', or -1 (no limit)' * unlimited}"
+    return declare(default, Parameter(help_text, allowed, words, lambda number: _whole(number, low, high), unit=unit))
 
 
 def whole_numbers(default: tuple[int, ...], help_text: str) -> tuple[int, ...]:
@@ -219,8 +228,12 @@ def _declarations(kind: type) -> Iterator[tuple[Field[Any], Parameter | Group]]:
             yield item, item.metadata[DECLARED]
 
 
-def _whole(number: str, low: int) -> int:
-    if not re.fullmatch(r"\d{1,9}", number) or int(number) < low:
+def _range(low: int, high: int | None) -> str:
+    return f"of at least {low}" if high is None else f"from {low} to {high}"
+
+
+def _whole(number: str, low: int, high: int | None = None) -> int:
+    if not re.fullmatch(r"\d{1,9}", number) or not low <= int(number) <= (math.inf if high is None else high):
         raise ValueError
     return int(number)
 

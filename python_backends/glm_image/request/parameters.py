@@ -306,7 +306,7 @@ class ArMetadata(TypedDict, total=False):
     """The tensor ``ar_metadata``: what the AR stage reports about a request to the DiT stage.
 
     Attributes:
-        tokens: the sequence's tokens, by kind: prompt, source, preview, image.
+        tokens: the sequence's tokens, by kind: prompt, source, preview, image; ``steps``, each image's decode steps.
         seconds: the AR stage's durations, by ``Stage``.
         request_id: the request's id.
         arrived_ns: ``time.monotonic_ns()`` when the request arrived.
@@ -317,7 +317,7 @@ class ArMetadata(TypedDict, total=False):
     """
 
     fingerprint: str
-    tokens: Mapping[str, int]
+    tokens: Mapping[str, int | list[int]]
     seconds: Mapping[Stage, float]
     request_id: str
     arrived_ns: int

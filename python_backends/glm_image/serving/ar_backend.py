@@ -142,7 +142,12 @@ class ArBackend(StageBackend):
 
     def _outputs(self, context: RequestContext, resolved: ResolvedRequest, result: ArResult) -> dict[str, NDArray[Any]]:
         metadata = ar_metadata(
-            context, result.tokens, resolved.sampling, self._engine.token_settings, self._checkpoint["fingerprint"]
+            context,
+            result.tokens,
+            result.steps,
+            resolved.sampling,
+            self._engine.token_settings,
+            self._checkpoint["fingerprint"],
         )
         return {
             "prior_token_ids": result.prior_token_ids,

@@ -78,22 +78,22 @@ class StageMemory:
 
 
 def ar_memory(
-    sizes: ModelSizes, dtype: str, slots: int, positions: int, *, int8: bool = False, ranks: int = 1
+    sizes: ModelSizes, dtype: str, slots: int, positions: int, *, int8: bool = False, ranks: int = 1, rows: int = 0
 ) -> StageMemory:
     """Returns the memory of the first stage with a cache of ``slots`` sequences of ``positions`` tokens.
 
     ``int8`` is of the decoder's linear layers. ``ranks`` devices share the decoder; each has the vision tower, and with
-    more ranks than key and value heads copies of those.
+    more ranks than key and value heads copies of those. ``rows`` are the most of a step with speculation, else 0.
     """
     itemsize, part = DTYPE_BYTES[dtype], sizes.decoder.part(ranks)
     cache = ar.kv_cache_bytes(part, slots, positions, itemsize)
-    state = sum(ar.state_bytes(part, slots, positions, itemsize).values())
+    state = sum(ar.state_bytes(part, slots, positions, itemsize, rows).values())
     decoder = ar.weight_bytes(sizes.decoder, itemsize, int8=int8, ranks=ranks)
     head = ar.head_bytes(sizes.decoder, itemsize, int8=int8, ranks=ranks)
     vision = parameter_counts.vision_tower(sizes.vision) * itemsize
     vision += parameter_counts.encoding_quantizer(sizes.quantizer) * ar.FP32_BYTES  # always fp32, see ``ar.vision``
     weights = {"language model": decoder - head, "vision and head": vision + head}
-    activations = ar.activation_bytes(part, slots, positions, itemsize, int8=int8)
+    activations = ar.activation_bytes(part, max(slots, rows), positions, itemsize, int8=int8)
     return StageMemory("glm_ar", dtype, weights, cache, state - cache + activations)
 
 

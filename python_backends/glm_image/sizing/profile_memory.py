@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from glm_image.ar.settings import ArSettings
+from glm_image.ar.settings import ArSettings, captured_rows
 from glm_image.config.profiles import Profile
 from glm_image.devices.placement import Entry
 from glm_image.dit.settings import DitSettings
@@ -33,9 +33,10 @@ def profile_memory(profile: Profile, size: Size) -> list[InstanceMemory]:
     """Returns the memory of every instance of a profile that generates images of a size."""
     ar, dit = read(ArSettings, profile.ar.values()), read(DitSettings, profile.dit.values())
     slots, positions = ar.max_num_seqs, ar.max_sequence_tokens
+    rows = max(captured_rows(ar, is_host=profile.ar.entries[0][0].partition(":")[0] == "cpu"), default=0)
     instances = []
     for entry in profile.ar.entries:
-        memory = ar_memory(PUBLISHED, DTYPE, slots, positions, int8=ar.int8, ranks=len(entry))
+        memory = ar_memory(PUBLISHED, DTYPE, slots, positions, int8=ar.int8, ranks=len(entry), rows=rows)
         instances.append(InstanceMemory(entry, memory, ar.memory_utilization))
     memory = dit_memory(PUBLISHED, DTYPE, size, quantized=dit.quantization != "none")
     return [*instances, *(InstanceMemory(entry, memory, dit.memory_utilization) for entry in profile.dit.entries)]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from glm_image.ar.executor import Executor
 from glm_image.ar.settings import ArSettings
+from glm_image.ar.slot_sequence import SlotSequence
 from glm_image.dit.settings import DitSettings
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.metadata import ar_metadata
@@ -27,12 +27,14 @@ STEPS = 10  # enough for the step to be captured
 
 @pytest.fixture(autouse=True)
 def noise_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refill(executor: Any, slot: int, sequence: Any) -> None:
-        generator = torch.Generator().manual_seed(sequence.generator.initial_seed() + sequence.sampled)
-        noise = torch.empty_like(executor._state.noise[slot], device="cpu").exponential_(generator=generator)
-        executor._state.noise[slot].copy_(noise)
+    def draw(sequence: Any, noise: torch.Tensor, until: int) -> None:
+        for index in range(sequence.drawn, min(until, sequence.total)):
+            generator = torch.Generator().manual_seed(sequence.generator.initial_seed() + index)
+            row = torch.empty(noise.shape[1]).exponential_(generator=generator)
+            noise[index % len(noise)].copy_(row)
+            sequence.drawn = index + 1
 
-    monkeypatch.setattr(Executor, "_refill_noise", refill)
+    monkeypatch.setattr(SlotSequence, "draw_noise", draw)
 
 
 def generate(device: str, dtype: str, quantization: str = "none") -> Any:
@@ -46,7 +48,9 @@ def generate(device: str, dtype: str, quantization: str = "none") -> Any:
         prior = pipeline.prior(resolved, context)
         return prior.prior_token_ids, pipeline.paint(
             paint_request(
-                resolved, prior, ar_metadata(context, prior.tokens, resolved.sampling, pipeline.ar.token_settings)
+                resolved,
+                prior,
+                ar_metadata(context, prior.tokens, prior.steps, resolved.sampling, pipeline.ar.token_settings),
             )
         )
 

@@ -20,7 +20,9 @@ from glm_image.ar.config import NOISE_BLOCK, ArConfig
 from glm_image.ar.fused.layers import layers_and_norms
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder, DecoderLayer, gathered_logits
+from glm_image.ar.sampler import SamplerRows
 from glm_image.ar.state import DecodeState
+from glm_image.ar.window import Rows, Window, accept, round_up, window_rows
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Stores a layer's keys and values and attends: from the layer's index, queries [rows, tokens, heads, head_dim], keys
@@ -133,10 +135,7 @@ class NpuStep:
         device = state.tokens.device
         self._rows = torch.arange(len(state.tokens), device=device)
         self._positions = torch.arange(state.cache.keys.shape[3], device=device)
-        # Behind any winner of the race, in the order of the logits.
-        vocabulary = decoder.config.vision_vocab_size
-        self._behind = torch.arange(vocabulary, device=device, dtype=torch.float32) - vocabulary
-        self._never = torch.full((), -torch.inf, device=device)
+        self._race = _Race(decoder.config.vision_vocab_size, device)
 
     def __call__(self) -> None:
         state, rows, cache = self._state, self._rows, self._state.cache
@@ -150,31 +149,75 @@ class NpuStep:
             return self._decoder.attend(heads, cache.keys[layer], cache.values[layer], "BNSD", hidden[:, None, None])
 
         normed = self._decoder.layers(state.tokens[:, None], self._decoder.tables(cos, sin), attention)
-        self._sample(self._decoder.logits(normed))
+        noise = state.noise[rows, state.sampled % NOISE_BLOCK]
+        in_grid = (state.sampled >= state.sampler.preview_tokens)[:, None]
+        order, winner = self._race(self._decoder.logits(normed), state.sampler, noise, in_grid, state.allowed)
+        torch.gather(order, 1, winner, out=state.tokens[:, None])
         state.advance(rows)
 
-    def _sample(self, logits: Tensor) -> None:
-        """Writes each slot's next token: the race of ``ar.sampler.sample``, run in the order of the logits.
 
-        What is left after top-p is not normalized again, which changes no winner except by rounding.
+class NpuWindowStep:
+    """The step of Jacobi decoding; the reference is ``ar.window_step.TorchWindowStep``.
+
+    It runs as many rows at a time as ``NpuStep``, by the same products, since an operator may choose its order of sums
+    by the number of rows. A row attends to a copy of its slot's cache: the attention takes one query an entry.
+    """
+
+    def __init__(self, decoder: NpuDecoder, state: DecodeState, window: Window, rows: int) -> None:
+        self._decoder, self._state, self._window = decoder, state, window
+        device, self._block = state.tokens.device, len(state.tokens)
+        self._rows = round_up(rows, self._block)
+        self._positions = torch.arange(state.cache.keys.shape[3], device=device)
+        self._race = _Race(decoder.config.vision_vocab_size, device)
+
+    def __call__(self) -> None:
+        rows = window_rows(self._state, self._window, self._rows)
+        drawn = torch.cat([self._draw(block) for block in rows.blocks(self._block)])
+        accept(self._state, self._window, rows, drawn)
+
+    def _draw(self, rows: Rows) -> Tensor:
+        state, cache, slot = self._state, self._state.cache, rows.slot
+        cos, sin = (table[slot, rows.position] for table in (state.cos, state.sin))
+        hidden = self._positions > rows.position[:, None]
+
+        def attention(layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            whole = cache.append(layer, slot, rows.position, keys[:, 0], values[:, 0])
+            own_keys, own_values = (part[slot] for part in whole)
+            return self._decoder.attend(query.transpose(1, 2), own_keys, own_values, "BNSD", hidden[:, None, None])
+
+        normed = self._decoder.layers(rows.token[:, None], self._decoder.tables(cos, sin), attention)
+        following, sampler = rows.index + 1, state.sampler.rows(slot)
+        in_grid = (following >= sampler.preview_tokens)[:, None]
+        noise = state.noise[slot, following % NOISE_BLOCK]
+        order, winner = self._race(self._decoder.logits(normed), sampler, noise, in_grid, state.allowed)
+        return order.gather(1, winner)[:, 0]
+
+
+class _Race:
+    """The race of ``ar.sampler.sample``, run in the order of the logits.
+
+    What is left after top-p is not normalized again, which changes no winner except by rounding.
+    """
+
+    def __init__(self, vocabulary: int, device: torch.device) -> None:
+        # Behind any winner of the race, in the order of the logits.
+        self._behind = torch.arange(vocabulary, device=device, dtype=torch.float32) - vocabulary
+        self._never = torch.full((), -torch.inf, device=device)
+
+    def __call__(
+        self, logits: Tensor, sampler: SamplerRows, noise: Tensor, in_grid: Tensor, allowed_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the ids in the order of the logits, [rows, vocabulary], and where the winners are, [rows, 1].
+
+        ``in_grid`` is bool [rows, 1]: whether the tokens are of the image's own grid.
         """
-        state, rows, sampler = self._state, self._rows, self._state.sampler
         ascending, order = (logits / sampler.temperature).sort(dim=-1)
         ascending = ascending.masked_fill(ascending < ascending.gather(1, sampler.kth), -torch.inf)
         weights = ascending.softmax(dim=-1)
         kept = weights.cumsum(dim=-1) > sampler.cut
-        noise = state.noise[rows, state.sampled % NOISE_BLOCK].gather(1, order)
-        race = torch.where(kept, weights / noise, self._behind)
-        in_grid = (state.sampled >= sampler.preview_tokens)[:, None]
-        allowed = torch.where(in_grid, state.allowed[1], state.allowed[0]).gather(1, order)
-        winner = torch.where(allowed, race, self._never).argmax(dim=-1, keepdim=True)
-        torch.gather(order, 1, winner, out=state.tokens[:, None])
-
-
-def npu_steps(decoder: Decoder, state: DecodeState) -> tuple[NpuStep, NpuPrefill]:
-    """Returns the decode step and the prefill, which share a decoder."""
-    fused = NpuDecoder(decoder)
-    return NpuStep(fused, state), NpuPrefill(fused, state.tokens.device)
+        race = torch.where(kept, weights / noise.gather(1, order), self._behind)
+        allowed = torch.where(in_grid, allowed_ids[1], allowed_ids[0]).gather(1, order)
+        return order, torch.where(allowed, race, self._never).argmax(dim=-1, keepdim=True)
 
 
 def _reorder_heads(layer: DecoderLayer, config: ArConfig) -> None:
