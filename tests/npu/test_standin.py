@@ -15,6 +15,7 @@ import subprocess
 import urllib.request
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,13 +140,28 @@ def generated(url: str) -> dict[str, str]:
         return dict(json.load(answer))
 
 
-def test_launches(npu: dict[str, str]) -> None:
-    output = run(npu, ROOT / "scripts" / "bench" / "launches.py")
+def counted(npu: dict[str, str], *flags: str) -> dict[str, dict[str, Any]]:
+    """Counts the launches of both stages; returns the measures by their names."""
+    output = run(npu, ROOT / "scripts" / "bench" / "launches.py", *flags)
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    measures = {line["measure"]: line for line in lines}
-    decode, prefill = measures["decode"], measures["prefill"]
-    layers = 40
-    assert decode["launches_a_layer"] * layers + decode["launches_outside"] <= 14 * layers + 25
-    assert prefill["launches_a_layer"] <= 16
-    replay = measures["replay of the decode step"]
-    assert (replay["launches"], replay["host_waits"], replay["host_copies"], replay["allocations"]) == (1, 0, 0, 0)
+    return {line["measure"]: line for line in lines}
+
+
+def check_launches(measures: dict[str, dict[str, Any]], decode_layer: int) -> None:
+    decode, layers = measures["decode"], 40
+    assert decode["launches_a_layer"] * layers + decode["launches_outside"] <= decode_layer * layers + 25
+    assert measures["prefill"]["launches_a_layer"] <= decode_layer + 2
+    assert measures["denoise"]["launches_a_layer"] <= 30  # both branches of guidance
+    assert measures["denoise"]["launches_outside"] <= 45
+    for step in ("decode", "denoising"):
+        replay = measures[f"replay of the {step} step"]
+        assert (replay["launches"], replay["host_waits"], replay["host_copies"], replay["allocations"]) == (1, 0, 0, 0)
+
+
+def test_launches(npu: dict[str, str]) -> None:
+    check_launches(counted(npu), 14)
+
+
+@pytest.mark.full
+def test_launches_in_int8(npu: dict[str, str]) -> None:
+    check_launches(counted(npu, "--quantization", "int8"), 15)

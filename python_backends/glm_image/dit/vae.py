@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glm_image.devices.base import Device
 from glm_image.dit import latent_preview
+from glm_image.dit.fused.vae import fuse_norms
 
 
 class Vae:
@@ -29,10 +30,7 @@ class Vae:
         weight = autoencoder.decoder.conv_in.weight
         if tiling:
             autoencoder.enable_tiling()
-        if device.runs_triton and weight.dtype == torch.bfloat16:
-            from glm_image.dit.fused.vae import fuse_norms  # noqa: PLC0415 - Triton is only where it can run
-
-            fuse_norms(autoencoder)
+        _fuse(autoencoder, device, weight.dtype)
         self._autoencoder = autoencoder
         self._dtype: torch.dtype = weight.dtype
         self._mean, self._std = (
@@ -61,3 +59,16 @@ class Vae:
         encoded = self._autoencoder.encode((2.0 * levels - 1.0).to(self._mean.device, self._dtype))
         latents: Tensor = (encoded.latent_dist.mode() - self._mean) / self._std
         return latents
+
+
+def _fuse(autoencoder: Any, device: Device, dtype: torch.dtype) -> None:
+    """Fuses the norms of an autoencoder with their activations where the device can."""
+    if device.has_npu_operators:
+        from glm_image.dit.fused.npu import GroupNormSilu as NpuGroupNormSilu  # noqa: PLC0415 - needs torch_npu
+
+        fuse_norms(autoencoder, NpuGroupNormSilu)
+    elif device.runs_triton and dtype == torch.bfloat16:
+        from glm_image.dit.fused.group_norm import GroupNormSilu  # noqa: PLC0415 - Triton is only where it can run
+
+        fuse_norms(autoencoder, GroupNormSilu)
+        autoencoder.to(memory_format=torch.channels_last)

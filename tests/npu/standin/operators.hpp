@@ -103,6 +103,10 @@ void note_read(Task& task, const aclTensor* tensor);
 void note_write(Task& task, const aclTensor* tensor);
 inline void note(Task& task, In parameter) { note_read(task, parameter.descriptor); }
 inline void note(Task& task, Out parameter) { note_write(task, parameter.descriptor); }
+void note_numbers(Task& task, const std::vector<int64_t>& numbers);
+inline void note(Task& task, Ints parameter) {
+  if (parameter.descriptor) note_numbers(task, *parameter);
+}
 inline void note(Task& task, Tensors parameter) {
   if (parameter.descriptor)
     for (auto* tensor : parameter.descriptor->tensors) note_read(task, tensor);

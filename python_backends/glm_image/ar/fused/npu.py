@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm_image.ar.config import NOISE_BLOCK, ArConfig
 from glm_image.ar.fused.layers import layers_and_norms
 from glm_image.ar.kv_cache import KvCache
 from glm_image.ar.model import Decoder, DecoderLayer, gathered_logits
 from glm_image.ar.state import DecodeState
+from glm_image.devices.int8_linear import Int8Linear
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Stores a layer's keys and values and attends: from the layer's index, queries [rows, tokens, heads, head_dim], keys
@@ -49,6 +50,9 @@ class NpuDecoder:
         self._layers, self._norms = layers_and_norms(decoder)
         for layer in self._layers:
             _reorder_heads(layer, self.config)
+        for module in decoder.modules():
+            if isinstance(module, Int8Linear):  # the product takes them so, and would cast them in every step
+                module.scale = nn.Parameter(module.scale.to(decoder.dtype), requires_grad=False)
 
     @property
     def dtype(self) -> torch.dtype:
