@@ -21,6 +21,7 @@ from glm_image.ar.model import Decoder
 from glm_image.checkpoint.checkpoint import Checkpoint
 from glm_image.devices.base import Device
 from glm_image.devices.open import named_dtype
+from glm_image.dit import latent_preview
 from glm_image.dit.commands import Decode, Prepare
 from glm_image.dit.executor import Executor as DitExecutor
 from glm_image.dit.loading import load_executor
@@ -30,6 +31,7 @@ from glm_image.request.geometry import Grid
 
 LAUNCHES = ("launch", "captured", "replay")
 WAITS = ("wait", "host_access")
+SMALL_BYTES = 1 << 20
 RENDERED_TEXT = ("NEWS",)
 SMALL_GRID = Grid(8, 8)
 GUIDANCE = 1.5
@@ -59,18 +61,17 @@ def standin() -> Any:
     try:
         library = ctypes.CDLL("libascendcl.so")
         library.standin_log_stop.restype = ctypes.c_char_p
-        library.standin_skip.argtypes = (ctypes.c_bool,)
+        library.standin_run_up_to.argtypes = (ctypes.c_size_t,)
     except (AttributeError, OSError):
         sys.exit("error: the launches are logged by the stand-in for CANN only: run scripts/npu_standin -- COMMAND")
     return library
 
 
 @contextmanager
-def recorded(*, run: bool = True) -> Iterator[Events]:
-    """Yields a list that has what the block did on the device when it ends; without ``run`` nothing is computed."""
+def recorded() -> Iterator[Events]:
+    """Yields a list that has what the block did on the device when it ends."""
     library, events = standin(), Events()
     torch.npu.synchronize()  # type: ignore[attr-defined] - launches go through a queue
-    library.standin_skip(not run)
     library.standin_log_start()
     try:
         yield events
@@ -78,7 +79,19 @@ def recorded(*, run: bool = True) -> Iterator[Events]:
         torch.npu.synchronize()  # type: ignore[attr-defined]
         events.extend(json.loads(line) for line in library.standin_log_stop().decode().splitlines())
         events.pop()  # the wait of this function
-        library.standin_skip(False)
+
+
+@contextmanager
+def only_small_launches() -> Iterator[None]:
+    """Records without computing: launches that touch much memory do not run, so values are garbage."""
+    library, fit = standin(), latent_preview.fit
+    library.standin_run_up_to(SMALL_BYTES)
+    latent_preview.fit = lambda _: None  # type: ignore[assignment,return-value] - it cannot fit garbage
+    try:
+        yield
+    finally:
+        library.standin_run_up_to(2**64 - 1)
+        latent_preview.fit = fit
 
 
 def launches(events: Events) -> Events:
@@ -92,13 +105,8 @@ def record_capture(device: Device, step: Callable[[], None]) -> tuple[Events, Ca
     return [event for event in events if event["kind"] == "captured"], replay
 
 
-def record_ar(
-    checkpoint: Checkpoint, device: Device, work: Workload, layers: int, *, run: bool = True
-) -> dict[str, Events]:
-    """Records a decode step, its replay and a prefill of a decoder with some layers.
-
-    ``run`` says whether the prefill is computed; the decode step is captured, which computes nothing.
-    """
+def record_ar(checkpoint: Checkpoint, device: Device, work: Workload, layers: int) -> dict[str, Events]:
+    """Records a decode step, its replay and a prefill of a decoder with some layers."""
     config = replace(ArConfig.read(checkpoint), layers=layers)
     dtype = named_dtype(work.dtype) or device.default_dtype
     source = checkpoint.tensors("vision_language_encoder", device.torch_device, dtype)
@@ -118,7 +126,7 @@ def record_ar(
     prefill = executor._prefill
 
     def counted_prefill(*arguments: Any) -> Any:
-        with recorded(run=run) as counted["prefill"]:
+        with recorded() as counted["prefill"]:
             return prefill(*arguments)
 
     executor._prefill = counted_prefill
@@ -149,13 +157,8 @@ def few_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
     return few
 
 
-def record_dit(
-    checkpoint: Checkpoint, device: Device, work: Workload, layers: int, *, run: bool = True
-) -> dict[str, Events]:
-    """Records a denoising step with guidance, its replay and a decode by the VAE of a transformer with some layers.
-
-    Without ``run`` only the conditioning is computed, and there is no replay.
-    """
+def record_dit(checkpoint: Checkpoint, device: Device, work: Workload, layers: int) -> dict[str, Events]:
+    """Records a denoising step with guidance, its replay and a decode by the VAE of a transformer with some layers."""
     settings = DitSettings(dtype=work.dtype, quantization=work.quantization, warmup_sizes=())
     executor = load_executor(few_layers(checkpoint, layers), settings, device, ONE_RANK)
     assert isinstance(executor, DitExecutor)
@@ -165,14 +168,12 @@ def record_dit(
     step = image.step._compute._compute  # type: ignore[union-attr]
     counted: dict[str, Events] = {}
     with torch.inference_mode():
-        if run:
-            step()
+        step()
         counted["denoise"], replay = record_capture(device, step)
-        if run:
-            with recorded() as counted["replay"]:
-                replay()
+        with recorded() as counted["replay"]:
+            replay()
     image.step = None
-    with recorded(run=run) as counted["vae"]:
+    with recorded() as counted["vae"]:
         executor.run(Decode(0))
     executor.close()
     return counted

@@ -31,6 +31,8 @@ class Vae:
         if tiling:
             autoencoder.enable_tiling()
         _fuse(autoencoder, device, weight.dtype)
+        # An NPU has no channels-last layout.
+        self._format = torch.contiguous_format if device.has_npu_operators else torch.preserve_format
         self._autoencoder = autoencoder
         self._dtype: torch.dtype = weight.dtype
         self._mean, self._std = (
@@ -56,7 +58,9 @@ class Vae:
         """
         # Channels stay last in memory, as in the reference: otherwise convolutions sum in another order.
         levels = torch.from_numpy(pixels[None].astype(np.float32) / 255.0).permute(0, 3, 1, 2)
-        encoded = self._autoencoder.encode((2.0 * levels - 1.0).to(self._mean.device, self._dtype))
+        encoded = self._autoencoder.encode(
+            (2.0 * levels - 1.0).to(self._mean.device, self._dtype, memory_format=self._format)
+        )
         latents: Tensor = (encoded.latent_dist.mode() - self._mean) / self._std
         return latents
 
