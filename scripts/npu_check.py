@@ -206,7 +206,8 @@ def product(device: Device, checkpoint: Path, quantization: str) -> Section:
     section = {"equal_tokens": equal, "largest_error": int(error.max()), "mean_error": float(error.mean()), **seconds}
     expect(equal >= 0.5, f"only {equal:.0%} of the tokens equal the CPU's: {section}")
     expect(float(error.mean()) <= MOST_MEAN_ERROR, f"pixels differ from the CPU's: {section}")
-    return section
+    expect(len(captures) >= 2, f"{len(captures)} steps are captured; allowed: a decode step and a denoising step")
+    return section | {"operators_of_captured_steps": [{"all": counts.total(), **counts} for counts in captures]}
 
 
 def captured_step(device: Device) -> Section:

@@ -166,7 +166,8 @@ struct Entry<void (*)(A...)> {
     *executor = new Executor;
     Task& task = (*executor)->task;
     task.name = NAME;
-    auto held = std::make_shared<std::tuple<Held<A>...>>(Held<A>(arguments, task)...);
+    // In braces, which evaluate from left to right: the log has the operands in their order.
+    std::shared_ptr<std::tuple<Held<A>...>> held(new std::tuple<Held<A>...>{Held<A>(arguments, task)...});
     task.run = [held] { compute(NAME, [&] { std::apply([](auto&... each) { Body(each.get()...); }, *held); }); };
     return 0;
   }
