@@ -130,7 +130,7 @@ ASCEND_910B3: Final = StageTimes(
     condition=H100.condition,
     vae=0.21,
     overhead=H100.overhead,
-    int8_step=INT8_STEP,
+    int8_step=0.623,
     scaling=replace(
         H100.scaling,
         decode=serial_share(2, 1.545),

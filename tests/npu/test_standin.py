@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from capacity_planner import times
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 SECONDS = 600
@@ -101,3 +103,18 @@ def test_launches(npu: dict[str, str]) -> None:
 @pytest.mark.full
 def test_launches_in_int8(npu: dict[str, str]) -> None:
     check_launches(counted(npu, "--quantization", "int8"), 15)
+
+
+@pytest.mark.full
+def test_planned_times_are_those_of_the_model(npu: dict[str, str], tmp_path: Path) -> None:
+    make = [ROOT / "scripts" / "make_tiny_checkpoint.py", tmp_path / "full", "--preset", "full", "--weights", "none"]
+    run(npu, *make)
+    output = run(npu, ROOT / "scripts" / "bench" / "npu_model.py", "--checkpoint", tmp_path / "full")
+    lines = tmp_path / "lines"
+    lines.write_text("".join(f"{line}\n" for line in output.splitlines() if line.startswith("{")))
+    modelled, planned = times.read_measured([lines]), times.ASCEND_910B3
+    for name in ("step_one", "step_full", "prefill", "vae"):
+        assert getattr(planned, name) == pytest.approx(getattr(modelled, name), rel=0.02)
+    assert planned.denoise == pytest.approx(modelled.denoise, rel=0.02)
+    for name in ("cfg", "ulysses"):
+        assert getattr(planned.scaling, name) == pytest.approx(getattr(modelled.scaling, name), abs=0.02)
