@@ -1,7 +1,9 @@
 # syntax=docker/dockerfile:1
-# GLM-Image on Triton, for x86_64 and aarch64:
+# GLM-Image on Triton, for x86_64 and aarch64 (cpu: x86_64):
 #   docker build --target cuda   -t glm-image:cuda .
 #   docker build --target ascend -t glm-image:ascend .
+#   docker build --target cpu    -t glm-image:cpu --build-arg SYSTEM=python .
+# The targets share every step but the system that they stand on.
 # Weights are not part of an image; mount them at /checkpoint. See docs/containers.md.
 
 # The defaults are local names, to be replaced: pass the full names of the vendors' images, or tag them so. A digest
@@ -12,12 +14,29 @@ ARG TRITON_DIGEST=
 # CANN for the card (910b, a3, ...), compatible with the torch-npu of constraints.txt.
 ARG CANN_IMAGE=cann:8.5.0-910b-ubuntu22.04-py3.11
 ARG CANN_DIGEST=
+# Debian or Ubuntu with Python 3.11 or 3.12, for a server without accelerator: Triton comes from the package index.
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+ARG PYTHON_DIGEST=
+# triton or python: what the image stands on.
+ARG SYSTEM=triton
 
 FROM ${CANN_IMAGE}${CANN_DIGEST:+@${CANN_DIGEST}} AS cann
 
-# Common to both targets: system packages, the project, an unprivileged user.
 # hadolint ignore=DL3006
-FROM ${TRITON_IMAGE}${TRITON_DIGEST:+@${TRITON_DIGEST}} AS base
+FROM ${TRITON_IMAGE}${TRITON_DIGEST:+@${TRITON_DIGEST}} AS triton
+ARG TRITON_IMAGE
+ARG TRITON_DIGEST
+LABEL org.opencontainers.image.base.name="$TRITON_IMAGE" org.opencontainers.image.base.digest="$TRITON_DIGEST"
+
+# hadolint ignore=DL3006
+FROM ${PYTHON_IMAGE}${PYTHON_DIGEST:+@${PYTHON_DIGEST}} AS python
+ARG PYTHON_IMAGE
+ARG PYTHON_DIGEST
+LABEL org.opencontainers.image.base.name="$PYTHON_IMAGE" org.opencontainers.image.base.digest="$PYTHON_DIGEST"
+
+# Common to all targets: system packages, the project, an unprivileged user.
+# hadolint ignore=DL3006
+FROM ${SYSTEM} AS base
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # A compiler and Python's headers, since kernels written in Triton (the language) are compiled at first use.
 # hadolint ignore=DL3008
@@ -40,16 +59,13 @@ COPY gateway gateway
 COPY model_repository model_repository
 COPY scripts/serve scripts/serve
 COPY scripts/lib scripts/lib
+COPY scripts/download scripts/download.py scripts/
 COPY containers containers
 # A vendor's builds of these are made for its libraries.
 ENV KEPT_PACKAGES=numpy,torch,torch-npu,triton
-ARG TRITON_IMAGE
-ARG TRITON_DIGEST
 LABEL org.opencontainers.image.title="GLM-Image on Triton" \
     org.opencontainers.image.description="GLM-Image, a prompt to a picture, served by NVIDIA Triton" \
-    org.opencontainers.image.licenses="Apache-2.0" \
-    org.opencontainers.image.base.name="$TRITON_IMAGE" \
-    org.opencontainers.image.base.digest="$TRITON_DIGEST"
+    org.opencontainers.image.licenses="Apache-2.0"
 EXPOSE 8000 8001 8002
 # Loading the full checkpoint takes minutes.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=15m --retries=3 \
@@ -57,9 +73,7 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=15m --retries=3 \
 ENTRYPOINT ["/opt/glm-image/containers/serve", "--checkpoint", "/checkpoint", "--host", "0.0.0.0"]
 
 FROM base AS cuda
-RUN --mount=type=cache,target=/tmp/.cache/pip \
-    python3 scripts/lib/install_locked.py --keep "$KEPT_PACKAGES" client server gateway tracing \
-    && containers/write_sbom /opt/glm-image/sbom.cdx.json
+RUN --mount=type=cache,target=/tmp/.cache/pip containers/install
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG CREATED=unknown
@@ -72,9 +86,17 @@ USER 10001:10001
 # while this Triton needs a newer C library and another Python than CANN's images have.
 FROM base AS ascend
 COPY --from=cann /usr/local/Ascend /usr/local/Ascend
-RUN --mount=type=cache,target=/tmp/.cache/pip \
-    python3 scripts/lib/install_locked.py --keep "$KEPT_PACKAGES" client server gateway tracing npu \
-    && containers/write_sbom /opt/glm-image/sbom.cdx.json
+RUN --mount=type=cache,target=/tmp/.cache/pip containers/install npu
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.version="$VERSION" \
+    org.opencontainers.image.revision="$REVISION" \
+    org.opencontainers.image.created="$CREATED"
+USER 10001:10001
+
+FROM base AS cpu
+RUN --mount=type=cache,target=/tmp/.cache/pip containers/install
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG CREATED=unknown

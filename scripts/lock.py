@@ -1,7 +1,8 @@
 """Writes ``requirements/NAME.txt`` for each extra and dependency group of pyproject.toml: packages with their hashes.
 
-uv resolves each of them, for all environments of ``tool.uv`` in pyproject.toml, under the versions of constraints.txt.
-A package that constraints.txt does not pin gets a line there first.
+uv resolves each of them, for all environments of ``tool.uv`` in pyproject.toml, under the versions of constraints.txt,
+or of the file that ``tool.glm-image.own-constraints`` names for a group. A package that its file does not pin gets a
+line there first.
 """
 
 from __future__ import annotations
@@ -86,8 +87,9 @@ def main() -> int:
     try:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
         missing = unpinned(project)
-        if missing and not check:
-            CONSTRAINTS.write_text(with_pins(CONSTRAINTS.read_text(encoding="utf-8"), missing), encoding="utf-8")
+        if not check:
+            for path, lines in missing.items():
+                path.write_text(with_pins(_text(path), lines), encoding="utf-8")
         files = requirement_files(project)
     except LockError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -96,8 +98,9 @@ def main() -> int:
     stale = sorted(set(REQUIREMENTS.glob("*.txt")) - set(files))
     for path in [*changed, *stale]:
         print(f"{'differs' if check else 'written' if path in files else 'removed'}: {path.relative_to(ROOT)}")
-    for line in missing:
-        print(f"{'not in' if check else 'added to'} constraints.txt: {line}")
+    for path, lines in missing.items():
+        for line in lines:
+            print(f"{'not in' if check else 'added to'} {path.relative_to(ROOT)}: {line}")
     if check:
         return int(bool(changed or stale or missing))
     for path in changed:
@@ -107,14 +110,26 @@ def main() -> int:
     return 0
 
 
-def unpinned(project: Mapping[str, Any]) -> list[str]:
-    """Returns a line ``name==version`` for each package that constraints.txt does not pin."""
-    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines}
-    needed = resolve("pyproject.toml", "--all-extras")
+def constraints_of(project: Mapping[str, Any], group: str) -> Path:
+    """Returns the file that pins the versions of a dependency group."""
+    return ROOT / project["tool"]["glm-image"]["own-constraints"].get(group, CONSTRAINTS)
+
+
+def unpinned(project: Mapping[str, Any]) -> dict[Path, list[str]]:
+    """Returns, for each file of constraints that lacks any, a line ``name==version`` for every package to pin."""
+    needed = {CONSTRAINTS: resolve("pyproject.toml", "--all-extras")}
     for group in project["dependency-groups"]:
-        needed += resolve("--group", group)
-    return sorted({f"{one['name']}=={one['version']}" for one in needed if one["name"] not in pinned})
+        path = constraints_of(project, group)
+        needed.setdefault(path, []).extend(resolve("--group", group, constraints=path))
+    missing = {}
+    for path, packages in needed.items():
+        pinned = {canonicalize_name(line.partition("==")[0]) for line in _text(path).splitlines()}
+        missing[path] = sorted({f"{one['name']}=={one['version']}" for one in packages if one["name"] not in pinned})
+    return {path: lines for path, lines in missing.items() if lines}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def with_pins(text: str, lines: Sequence[str]) -> str:
@@ -128,7 +143,7 @@ def requirement_files(project: Mapping[str, Any]) -> dict[Path, str]:
     metadata, build = project["project"], project["build-system"]["requires"]
     contents = {"build": (build, resolve("-", stdin="\n".join(build)))}
     for group, direct in project["dependency-groups"].items():
-        contents[group] = (direct, resolve("--group", group))
+        contents[group] = (direct, resolve("--group", group, constraints=constraints_of(project, group)))
     for extra, direct in metadata["optional-dependencies"].items():
         contents[extra] = (metadata["dependencies"] + direct, resolve("pyproject.toml", "--extra", extra))
     of_cuda: dict[str, Package] = {}
@@ -147,13 +162,13 @@ def requirement_files(project: Mapping[str, Any]) -> dict[Path, str]:
     return {REQUIREMENTS / f"{name}.txt": text for name, text in texts.items()}
 
 
-def resolve(*what: str, stdin: str = "") -> list[Package]:
-    """Has uv resolve a set of requirements under constraints.txt, for all environments."""
+def resolve(*what: str, stdin: str = "", constraints: Path = CONSTRAINTS) -> list[Package]:
+    """Has uv resolve a set of requirements under a file of constraints, for all environments."""
     uv = Path(sysconfig.get_path("scripts")) / "uv"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "pylock.toml"
         command = [uv, "pip", "compile", *what, "--universal", "--python-version", "{}.{}".format(*PYTHONS[0])]
-        command += ["--constraints", CONSTRAINTS, "--output-file", output, "--no-header", "--quiet"]
+        command += ["--constraints", constraints, "--output-file", output, "--no-header", "--quiet"]
         done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, check=False)
         if done.returncode:
             raise LockError(f"uv cannot resolve {' '.join(what)}:\n{done.stderr}")

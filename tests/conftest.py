@@ -28,7 +28,7 @@ from make_tiny_checkpoint import TinyConfig, make_tiny_checkpoint
 from parity.reference import load_reference
 
 DRAIN_SECONDS = 5
-GROUPED_FOLDERS = {"server", "bad_input", "parity"}
+GROUPED_FOLDERS = {"server", "bad_input", "parity", "deployment"}
 """Folders whose modules have expensive fixtures of their own."""
 
 SHARED_SERVERS = {"triton", "bare_triton", "two_instances"}

@@ -25,6 +25,7 @@ TIMEOUT_SECONDS = 120
 class RunningGateway:
     services: Services
     client: httpx.Client
+    grpc_port: int | None = None
 
     @property
     def url(self) -> str:
@@ -38,14 +39,18 @@ class RunningGateway:
 
 
 @contextmanager
-def running_gateway(url: str, store: Path, listen_port: int = 0, **settings: Any) -> Iterator[RunningGateway]:
-    """Runs a gateway, by default on a free port; it has ended, with its requests, after the block."""
+def running_gateway(url: str, store: Path | str, listen_port: int = 0, **settings: Any) -> Iterator[RunningGateway]:
+    """Runs a gateway, by default on a free port; it has ended, with its requests, after the block.
+
+    With ``url`` "" the settings have the addresses of pools.
+    """
+    place: dict[str, Any] = {"url": url} if url else {}
     started = threading.Event()
     state: dict[str, Any] = {}
     listener = socket.create_server(("127.0.0.1", listen_port))
 
     async def serve() -> None:
-        services = Services.of(GatewaySettings(url=url, port=0, store=str(store), drain_seconds=10, **settings))
+        services = Services.of(GatewaySettings(**place, port=0, store=str(store), drain_seconds=10, **settings))
         server = GatewayServer(services, listener)
         state.update(services=services, server=server, loop=asyncio.get_running_loop())
         serving = asyncio.ensure_future(server.serve([listener]))
@@ -65,7 +70,7 @@ def running_gateway(url: str, store: Path, listen_port: int = 0, **settings: Any
     started.wait()
     try:
         with httpx.Client(base_url=state["server"].url, timeout=TIMEOUT_SECONDS) as client:
-            yield RunningGateway(state["services"], client)
+            yield RunningGateway(state["services"], client, state["server"].grpc_port)
     finally:
         state["loop"].call_soon_threadsafe(state["server"].request_stop)
         thread.join()

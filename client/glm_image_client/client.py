@@ -35,7 +35,7 @@ class _Client:
         keepalive: float | None = KEEPALIVE_SECONDS,
     ) -> None:
         self.endpoint = Endpoint.parse(url, protocol)
-        self._core = self._core_class(self.endpoint, timeout, retries, keepalive)
+        self._core = self._core_class.connected(self.endpoint, timeout, retries, keepalive)
 
 
 class GlmImageClient(_Client):

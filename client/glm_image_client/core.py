@@ -49,19 +49,23 @@ def run(awaitable: Awaitable[T]) -> T:
 
 
 class ClientCore:
-    """Sends calls, retries them, and cancels those that are abandoned. Waiting blocks the calling thread.
-
-    The arguments are those of ``GlmImageClient``.
-    """
+    """Sends calls, retries them, and cancels those that are abandoned. Waiting blocks the calling thread."""
 
     asynchronous: ClassVar = False
 
-    def __init__(self, endpoint: Endpoint, timeout: float | None, retries: Retries, keepalive: float | None) -> None:
+    def __init__(self, transport: Transport, timeout: float | None = None, retries: Retries = NO_RETRIES) -> None:
+        self._timeout, self._retries = timeout, retries
+        self._open_transport = transport
+        self._is_closed = False
+
+    @classmethod
+    def connected(
+        cls, endpoint: Endpoint, timeout: float | None, retries: Retries, keepalive: float | None
+    ) -> ClientCore:
+        """Returns a core over a connection; the arguments are those of ``GlmImageClient``."""
         microseconds(timeout)  # refuses what is not a positive number
         check_keepalive(keepalive)
-        self._timeout, self._retries = timeout, retries
-        self._open_transport = connect(endpoint, asynchronous=self.asynchronous, keepalive=keepalive)
-        self._is_closed = False
+        return cls(connect(endpoint, asynchronous=cls.asynchronous, keepalive=keepalive), timeout, retries)
 
     @property
     def _transport(self) -> Transport:

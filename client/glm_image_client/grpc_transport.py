@@ -7,7 +7,7 @@ import re
 import struct
 import threading
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import closing, suppress
 from functools import cached_property
 from inspect import isawaitable
@@ -27,7 +27,15 @@ from glm_image_client.errors import (
     timed_out,
     unreachable,
 )
-from glm_image_client.transport import LIVENESS_SECONDS, Endpoint, Outputs, Request, Transport, infer_arguments
+from glm_image_client.transport import (
+    LIVENESS_SECONDS,
+    TRACE_HEADERS,
+    Endpoint,
+    Outputs,
+    Request,
+    Transport,
+    infer_arguments,
+)
 
 T = TypeVar("T")
 
@@ -52,9 +60,10 @@ class GrpcBase(Transport):
 
     _client: Any
 
-    def __init__(self, endpoint: Endpoint, keepalive: float | None) -> None:
+    def __init__(self, endpoint: Endpoint, keepalive: float | None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(endpoint)
         self._keepalive = keepalive
+        self._headers = dict(headers or {})
         self._lock = threading.Lock()
         self._retired: list[Any] = []
 
@@ -92,16 +101,23 @@ class GrpcBase(Transport):
 
     async def infer(self, request: Request, timeout: float | None) -> Outputs:
         arguments = infer_arguments(triton, request, timeout)
-        return outputs_of(
-            await self._answer(lambda: self._client.infer(request.model, **arguments, client_timeout=timeout), timeout)
-        )
+        headers = {**self._headers, **TRACE_HEADERS.get()}
+
+        def call() -> Any:
+            return self._client.infer(request.model, **arguments, client_timeout=timeout, headers=headers)
+
+        return outputs_of(await self._answer(call, timeout))
 
     async def ready(self, timeout: float | None) -> bool:
-        return await self._succeeds(lambda: self._client.is_server_ready(client_timeout=timeout))
+        return await self._succeeds(
+            lambda: self._client.is_server_ready(headers=self._headers or None, client_timeout=timeout)
+        )
 
     async def model_metadata(self, model: str, timeout: float | None) -> dict[str, Any]:
         def call() -> Any:
-            return self._client.get_model_metadata(model, as_json=True, client_timeout=timeout)
+            return self._client.get_model_metadata(
+                model, as_json=True, headers=self._headers or None, client_timeout=timeout
+            )
 
         return with_integer_shapes(await self._answer(call, timeout))
 
@@ -121,7 +137,7 @@ class GrpcBase(Transport):
             self._stop_pings()
             return TooManyPingsError(f"the server at {self._address} permits fewer pings than this client has sent")
         live = status_name(error.status()) not in {"UNAVAILABLE", "DEADLINE_EXCEEDED"} or await self._succeeds(
-            lambda: self._client.is_server_live(client_timeout=LIVENESS_SECONDS)
+            lambda: self._client.is_server_live(headers=self._headers or None, client_timeout=LIVENESS_SECONDS)
         )
         return client_error(error, self._address, timeout, live=live)
 
@@ -144,7 +160,9 @@ class GrpcTransport(GrpcBase):
         arguments = infer_arguments(triton, request, timeout)
         with closing(self._connected()) as client:  # tritonclient has one stream for each connection
             client.start_stream(
-                lambda result, error: responses.put((result, error)), stream_timeout=timeout, headers=WITH_STATUS
+                lambda result, error: responses.put((result, error)),
+                stream_timeout=timeout,
+                headers={**self._headers, **stream_headers()},
             )
             is_last = False
             try:
@@ -184,7 +202,9 @@ class AsyncGrpcTransport(GrpcBase):
         async def requests() -> AsyncGenerator[dict[str, Any], None]:
             yield {"model_name": request.model, **arguments, "enable_empty_final_response": True}
 
-        responses = self._client.stream_infer(requests(), stream_timeout=timeout, headers=WITH_STATUS)
+        responses = self._client.stream_infer(
+            requests(), stream_timeout=timeout, headers={**self._headers, **stream_headers()}
+        )
         is_last = False
         try:
             while not is_last:
@@ -211,6 +231,11 @@ class AsyncGrpcTransport(GrpcBase):
 
     def _connected(self) -> Any:
         return aio.InferenceServerClient(self._address, ssl=self._tls, channel_args=self._channel_options())
+
+
+def stream_headers() -> dict[str, str]:
+    """Returns the headers of a stream."""
+    return {**WITH_STATUS, **TRACE_HEADERS.get()}
 
 
 async def _finished(value: T | Awaitable[T]) -> T:

@@ -34,6 +34,7 @@ class CommonOptions(TypedDict, total=False):
     Attributes:
         seed: any integer from -2^63 to 2^64 - 1, of which -1 is one as any other; image i is that of ``seed + i``.
         glyph_text: strings to render as lettering, in place of the quoted text of the prompt; () = no lettering.
+        revision: the checkpoint that must serve the request: ``revision`` of a result's metadata.
         images: source image or images for image to image: paths, bytes of image files, PIL images, or uint8 arrays
             [height, width, 3].
         image: the same as ``images``; only one of the two may be given.
@@ -45,6 +46,9 @@ class CommonOptions(TypedDict, total=False):
     glyph_text: Annotated[
         Sequence[str] | None,
         Input("BYTES", "Text to render, in place of the quoted text; may be given several times.", ("--glyph-text",)),
+    ]
+    revision: Annotated[
+        str | None, Input("BYTES", "Revision of the checkpoint that must serve the request.", ("--revision",))
     ]
     images: SourceImage | Sequence[SourceImage] | None
     image: SourceImage | Sequence[SourceImage] | None

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -27,6 +28,8 @@ SUFFIX_FORMATS: Final[Mapping[str, OutputFormat]] = {
     ".webp": "webp",
 }
 
+_PLACEHOLDERS: Final = ("{index}", "{seed}", "{width}", "{height}")
+_BRACES: Final = re.compile(r"\{\w*\}")
 _ENCODER_OPTIONS: Final[Mapping[str, Mapping[str, int]]] = {
     "png": {"compress_level": 1},
     "jpeg": {"quality": 95, "subsampling": 0},
@@ -170,10 +173,11 @@ class GenerationResult:
                 filled in. Several images without one of the last two go to ``NAME_0.png``, ``NAME_1.png``, ...
 
         Raises:
-            BadArgumentError: the suffix is another one, or a file cannot be written.
+            BadArgumentError: the suffix or a placeholder is another one, or a file cannot be written.
             ServerFailure: an image that the server sent cannot be read.
         """
         suffix_format = format_of(path)
+        check_template(path)
         files = [Path(name) for name in file_names(os.fspath(path), self._count, self.metadata)]
         for index, file in enumerate(files):
             write_file(file, self._file_bytes(index, suffix_format))
@@ -350,6 +354,14 @@ def format_of(path: str | os.PathLike[str]) -> OutputFormat:
     if suffix.lower() not in SUFFIX_FORMATS:
         raise BadArgumentError(f"output {str(path)!r} ends in {suffix!r}; allowed: {', '.join(SUFFIX_FORMATS)}")
     return SUFFIX_FORMATS[suffix.lower()]
+
+
+def check_template(path: str | os.PathLike[str], *further: str) -> None:
+    """Raises BadArgumentError where a file's name has a placeholder that is not filled in; ``further`` are more."""
+    allowed = (*_PLACEHOLDERS, *further)
+    for found in _BRACES.findall(as_path(path).name):
+        if found not in allowed:
+            raise BadArgumentError(f"output {str(path)!r} has {found}; allowed: {', '.join(allowed)}")
 
 
 def file_names(template: str, count: int, metadata: Metadata) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -28,6 +30,10 @@ TLS_PORT = 443
 LIVENESS_SECONDS = 2.0
 KEEPALIVE_SECONDS = 30.0
 """Less than the minutes after which NATs and load balancers drop an idle connection; ``serve`` permits 5 and above."""
+
+
+TRACE_HEADERS: ContextVar[Mapping[str, str]] = ContextVar("TRACE_HEADERS", default=MappingProxyType({}))
+"""W3C trace context (``traceparent``, ``tracestate``) of the requests that the current task or thread sends."""
 
 
 class Tensor(NamedTuple):

@@ -19,7 +19,7 @@ from glm_image_gateway.connections import DisconnectedError
 from glm_image_gateway.errors import ApiError, shown
 from glm_image_gateway.origins import OriginCheck
 from glm_image_gateway.request_context import REQUEST_ID_HEADER, RequestTracking
-from glm_image_gateway.routes import chat, images, jobs, page, service
+from glm_image_gateway.routes import chat, images, jobs, kserve, page, service
 from glm_image_gateway.services import Services
 
 
@@ -28,8 +28,7 @@ def create_app(services: Services) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        services.storage.start()
-        await services.jobs.start()
+        await services.start()
         try:
             yield
         finally:
@@ -45,7 +44,7 @@ def create_app(services: Services) -> ASGIApp:
         redoc_url=None,
     )
     api.state.services = services
-    for router in (images.router, chat.router, jobs.router, service.router, page.router):
+    for router in (images.router, chat.router, jobs.router, service.router, kserve.router, page.router):
         api.include_router(router)
     _add_error_handlers(api, services)
     return _surrounded(api, services)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, Final, TypeVar
 
@@ -18,6 +19,9 @@ KEEP_ALIVE_SECONDS: Final = 10.0
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 HOLD_SECONDS: Final = 1.0
 """Before a stream's head is sent: a request that is refused meanwhile is answered with its status."""
+
+PROGRESS_SECONDS: Final = 0.5
+"""Between two messages of progress in a stream."""
 
 T = TypeVar("T")
 
@@ -63,6 +67,33 @@ def event(data: bytes, name: str | None = None) -> bytes:
     """Returns a Server-Sent Event; ``data`` has no line breaks."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return b"".join((head, b"data: ", data, b"\n\n"))
+
+
+def progress_comment(state: bytes) -> bytes:
+    """Returns a comment of a stream with a request's progress.
+
+    OpenAI's libraries return every event, also of a type that they do not know; all clients ignore comments.
+    """
+    return b": progress " + state + b"\n\n"
+
+
+class Pace:
+    """Passes one message of progress in ``PROGRESS_SECONDS``.
+
+    Args:
+        is_held: whether the first one waits ``HOLD_SECONDS``, so that a refusal until then is answered with its status.
+    """
+
+    def __init__(self, *, is_held: bool) -> None:
+        self._next = time.monotonic() + (HOLD_SECONDS if is_held else 0)
+
+    def is_due(self) -> bool:
+        """Returns whether a message may be sent, which then counts as sent."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + PROGRESS_SECONDS
+        return True
 
 
 class EventStream(Response):

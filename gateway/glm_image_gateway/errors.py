@@ -114,10 +114,20 @@ def api_error(error: GlmImageClientError) -> ApiError:
     return ApiError(500, message, "server_error")
 
 
+def is_out_of_memory(message: str) -> bool:
+    """Whether a server's message says that the request needs more memory than the server has."""
+    return _OUT_OF_MEMORY.search(message) is not None
+
+
+def is_queue_full(message: str) -> bool:
+    """Whether a server's message says that its queue is full."""
+    return _QUEUE_FULL.search(message) is not None
+
+
 def _busy(message: str) -> ApiError:
-    if _OUT_OF_MEMORY.search(message):
+    if is_out_of_memory(message):
         return ApiError(503, message, "out_of_memory", should_retry=False)
-    if _QUEUE_FULL.search(message):
+    if is_queue_full(message):
         wait = _WAIT.search(message)
         return ApiError(429, message, "queue_full", retry_after=float(wait[1]) if wait else RESTART_SECONDS)
     return ApiError(503, message, "server_unavailable", retry_after=RESTART_SECONDS)

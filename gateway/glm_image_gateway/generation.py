@@ -7,7 +7,7 @@ import base64
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -35,6 +35,8 @@ PREVIEW_PIXELS: Final = 725 * 725
 MAX_PREVIEW_EVERY: Final = 200
 """The largest that the server takes; more steps are refused by their own name."""
 PREVIEW_STEPS: Final = 6
+ENDING_SECONDS: Final = 3.0
+"""Longest wait for the end of an abandoned request whose id another one has; its cancellation takes 2 s at most."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Progress:
     partial: bytes | None = field(default=None, repr=False)
     generated: Generated | None = None
 
+    def state(self) -> dict[str, Any]:
+        """Returns how far the request is, as answers have it."""
+        return {"stage": self.stage, "done": self.done, "total": self.total, "eta_seconds": self.eta}
+
 
 class Generator:
     """Sends requests to a server."""
@@ -82,7 +88,7 @@ class Generator:
         self._client, self._queue, self._metrics = client, queue, metrics
         self._request_seconds = request_seconds
         self._speed = SpeedEstimate()
-        self._ids: set[str] = set()
+        self._ended: dict[str, asyncio.Event] = {}
 
     def expected_wait(self) -> float:
         """Returns the predicted seconds of all requests that have not ended."""
@@ -133,33 +139,76 @@ class Generator:
         yield Progress("image", 1, 1, 0.0, generated=generated)
 
     @asynccontextmanager
+    async def turn(
+        self,
+        caller: Caller,
+        work: float,
+        request_id: str,
+        seconds: float | None = None,
+        *,
+        is_resumed: bool = False,
+    ) -> AsyncIterator[float]:
+        """Waits for a request's turn, and yields its deadline on the monotonic clock.
+
+        Args:
+            caller: whom the request comes from.
+            work: megapixel-steps.
+            request_id: that no other request in flight may have; "" = none.
+            seconds: its timeout; None = that of the gateway, which is the longest.
+            is_resumed: whether limits do not count.
+
+        Raises:
+            ApiError: the id is in use, a limit is reached, or the request has waited too long.
+        """
+        limit = self._request_seconds if seconds is None else min(seconds, self._request_seconds)
+        if request_id:
+            await self._wait_until_free(request_id)
+        arrived = time.monotonic()
+        ticket = self._queue.admit(caller, self._speed.seconds(work), work, is_resumed=is_resumed)
+        ended = asyncio.Event()
+        if request_id:
+            self._ended[request_id] = ended
+        try:
+            try:
+                await asyncio.wait_for(ticket.wait(), limit)
+            except (TimeoutError, asyncio.TimeoutError):
+                message = f"the request waited {limit:g} s in the gateway's queue, its time limit"
+                raise ApiError(504, message, "deadline_exceeded", should_retry=False) from None
+            self._metrics.stage_seconds.labels("gateway_queue").observe(time.monotonic() - arrived)
+            yield arrived + limit
+        finally:
+            if request_id:
+                del self._ended[request_id]
+            ended.set()
+            ticket.release()
+
+    @asynccontextmanager
     async def _turn(
         self, request: ImageRequest, caller: Caller, request_id: str, *, is_resumed: bool = False
     ) -> AsyncIterator[float]:
-        """Waits for a request's turn, and yields its deadline on the monotonic clock; errors become ``ApiError``."""
-        if request_id in self._ids:
-            message = f"x-request-id is {request_id}, which another request in flight has; allowed: an id of its own"
-            raise ApiError(409, message, "request_id_in_use", param="x-request-id", should_retry=False)
+        """As ``turn``; the client's errors become ``ApiError``."""
         work = megapixel_steps(request.count, request.pixels, request.steps)
-        arrived = time.monotonic()
-        ticket = self._queue.admit(caller, self._speed.seconds(work), work, is_resumed=is_resumed)
-        self._ids.add(request_id)
         try:
-            try:
-                await asyncio.wait_for(ticket.wait(), self._request_seconds)
-            except (TimeoutError, asyncio.TimeoutError):
-                message = f"the request waited {self._request_seconds:g} s in the gateway's queue, its time limit"
-                raise ApiError(504, message, "deadline_exceeded", should_retry=False) from None
-            self._metrics.stage_seconds.labels("gateway_queue").observe(time.monotonic() - arrived)
-            yield arrived + self._request_seconds
+            async with self.turn(caller, work, request_id, is_resumed=is_resumed) as deadline:
+                yield deadline
         except GlmImageClientError as error:
             refusal = api_error(error)
             if refusal.param in {"width", "height"} and request.has_size:
                 refusal.param = "size"
             raise refusal from error
-        finally:
-            self._ids.discard(request_id)
-            ticket.release()
+
+    async def _wait_until_free(self, request_id: str) -> None:
+        """Waits a moment for another request with the id, as a client may repeat one that it has just abandoned.
+
+        Raises:
+            ApiError: the other request is still in flight.
+        """
+        if request_id in self._ended:
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._ended[request_id].wait(), ENDING_SECONDS)
+        if request_id in self._ended:
+            message = f"x-request-id is {request_id}, which another request in flight has; allowed: an id of its own"
+            raise ApiError(409, message, "request_id_in_use", param="x-request-id", should_retry=False)
 
     async def _finished(
         self, request: ImageRequest, mask: Mask | None, results: Sequence[GenerationResult]

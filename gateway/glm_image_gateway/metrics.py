@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+
+
+class PoolState(Protocol):
+    """What the metrics read of a pool."""
+
+    @property
+    def members(self) -> Sequence[object]: ...
+
+    @property
+    def ready(self) -> Sequence[object]: ...
+
+    def queued_seconds(self) -> float: ...
+
+    def outstanding_seconds(self) -> float: ...
 
 
 class Metrics:
@@ -54,6 +68,35 @@ class Metrics:
         self.sent_bytes = Counter("glm_image_gateway_sent_bytes", "Bytes of response bodies", registry=registry)
         self.store_bytes = Gauge("glm_image_gateway_store_bytes", "Bytes of stored results", registry=registry)
         self.jobs = Counter("glm_image_gateway_jobs", "Ended jobs", ["status"], registry=registry)
+
+        self.retries = Counter(
+            "glm_image_gateway_retries",
+            "Calls to members of pools that were sent again, by stage and reason",
+            ["stage", "reason"],
+            registry=registry,
+        )
+        self._members = Gauge(
+            "glm_image_gateway_members", "Members of a pool, by stage and state", ["stage", "state"], registry=registry
+        )
+        self._queued = Gauge(
+            "glm_image_gateway_queued_seconds",
+            "Predicted seconds of the calls that wait for a member of a pool",
+            ["stage"],
+            registry=registry,
+        )
+        self._outstanding = Gauge(
+            "glm_image_gateway_outstanding_seconds",
+            "Predicted seconds of unfinished work that the members of a pool have",
+            ["stage"],
+            registry=registry,
+        )
+
+    def watch_pool(self, stage: str, pool: PoolState) -> None:
+        """Reports the state of a pool."""
+        self._members.labels(stage, "known").set_function(lambda: len(pool.members))
+        self._members.labels(stage, "ready").set_function(lambda: len(pool.ready))
+        self._queued.labels(stage).set_function(pool.queued_seconds)
+        self._outstanding.labels(stage).set_function(pool.outstanding_seconds)
 
     def observe_stages(self, seconds: Mapping[str, float]) -> None:
         """Adds the durations that a result's metadata reports."""

@@ -10,18 +10,21 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glm_image_client.transport import TRACE_HEADERS
 from glm_image_gateway.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER: Final = "x-request-id"
+_TRACE_HEADERS: Final = (b"traceparent", b"tracestate")
+_ALLOWED_TRACE: Final = re.compile(r"[\x20-\x7e]{1,512}")
 _ALLOWED_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/page/state", "/page/progress/{request_id}"})
+_QUIET: Final = frozenset({"/health", "/ready", "/metrics", "/page/state"})
 """Routes that are asked every few seconds: they are not logged."""
 
 
 class RequestTracking:
-    """Gives each request an id, the client's own where it sends one, and counts, measures and logs it."""
+    """Gives each request its client's id, else a new one, and its client's trace; counts, measures and logs it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -32,6 +35,7 @@ class RequestTracking:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
+        TRACE_HEADERS.set(_trace_headers(scope))
         started, status, sent = time.monotonic(), 0, 0
 
         async def counted_receive() -> Message:
@@ -65,6 +69,12 @@ class RequestTracking:
         if route not in _QUIET:
             caller = scope["state"].get("caller", "-")
             logger.info("%s %s %s %s %.3f s, key %s", request_id, scope["method"], route, answered, seconds, caller)
+
+
+def _trace_headers(scope: Scope) -> dict[str, str]:
+    """Returns the trace context that the client sent; the server continues the trace."""
+    given = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _TRACE_HEADERS}
+    return {name: value for name, value in given.items() if _ALLOWED_TRACE.fullmatch(value)}
 
 
 def _request_id(scope: Scope) -> str:

@@ -48,6 +48,7 @@ class OwnOptions(BaseModel):
     temperature: float | None = option(None, "Temperature of image token sampling.", "a number")
     top_p: float | None = option(None, "Probability mass of image token sampling.", "a number")
     top_k: int | None = option(None, "Number of most probable image tokens to sample from.", "an integer")
+    revision: str | None = option(None, "Revision of the checkpoint that must serve the request.", "text")
 
 
 class ImageOptions(OwnOptions):
@@ -61,7 +62,9 @@ class ImageOptions(OwnOptions):
         "Denoising steps: low 20, medium 35, high 50, hd 75; standard and auto: the server's default.",
         "low, medium, high, auto, standard, hd",
     )
-    response_format: Literal["b64_json", "url"] = option("b64_json", "How images are returned.", "b64_json, url")
+    response_format: Literal["b64_json", "url"] | None = option(
+        None, "How images are returned; by default b64_json, for models named dall-e-... url.", "b64_json, url"
+    )
     output_format: OutputFormat = option("png", "Format of the images.", "png, jpeg, webp")
     output_compression: int | None = option(
         None, "Quality of JPEG or WebP, 0 to 100.", "0 to 100, for jpeg and webp", ge=0, le=100
@@ -137,12 +140,15 @@ class ChatBody(OwnOptions):
     output_format: OutputFormat = option("png", "Format of the images.", "png, jpeg, webp")
     stream: bool = option(False, "Send chunks of progress, and the images at the end.", "true, false")
     stream_options: dict[str, Any] | None = option(None, "`include_usage` adds a last chunk.", "an object")
+    modalities: list[str] | None = option(
+        None, "With image and text, `content` is text and `images` has the images.", "a list of texts"
+    )
 
 
 CHAT_FIELDS_WITHOUT_EFFECT: Final = frozenset(
     {
         "audio", "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "max_completion_tokens",
-        "max_tokens", "metadata", "modalities", "parallel_tool_calls", "prediction", "presence_penalty",
+        "max_tokens", "metadata", "parallel_tool_calls", "prediction", "presence_penalty",
         "prompt_cache_key", "reasoning_effort", "response_format", "safety_identifier", "service_tier", "stop",
         "store", "tool_choice", "tools", "top_logprobs", "user", "verbosity", "web_search_options",
     }

@@ -12,11 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+import grpc
 import uvicorn
 
 from glm_image_gateway.app import create_app
 from glm_image_gateway.keys import new_key
+from glm_image_gateway.kserve.grpc_service import serve_grpc
 from glm_image_gateway.logs import start_logging
+from glm_image_gateway.memory import keep_freed_memory
 from glm_image_gateway.services import Services
 from glm_image_gateway.settings import GatewaySettings, SettingsError, parse_settings
 
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit code. ``new-key FILE NAME`` prints a new key instead."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     start_logging()
+    keep_freed_memory()
     try:
         if given[:1] == [NEW_KEY]:
             return _print_new_key(given)
@@ -74,6 +78,9 @@ class GatewayServer(uvicorn.Server):
             timeout_graceful_shutdown=services.settings.drain_seconds,
         )
         super().__init__(config)
+        self._services, self._drain_seconds = services, services.settings.drain_seconds
+        self._grpc: grpc.aio.Server | None = None
+        self.grpc_port: int | None = None
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -88,9 +95,31 @@ class GatewayServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts both services, and prints their addresses.
+
+        Raises:
+            SettingsError: the port of gRPC cannot be used.
+        """
+        settings, front = self._services.settings, self._services.front
+        addresses = [self.url]
+        if front is not None and settings.grpc_port is not None:
+            try:
+                limit = settings.max_body_bytes
+                self._grpc, self.grpc_port = await serve_grpc(front, settings.host, settings.grpc_port, limit)
+            except OSError as error:
+                raise SettingsError(f"--grpc-port is {settings.grpc_port}, which cannot be used: {error}") from error
+            addresses.append(f"grpc://{self.url.removeprefix('http://').rpartition(':')[0]}:{self.grpc_port}")
         await super().startup(sockets)
         if self.started:
-            print(f"ready: {self.url}", flush=True)
+            print(f"ready: {' '.join(addresses)}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends both services after the requests in flight."""
+        grpc_stop = self._grpc.stop(self._drain_seconds) if self._grpc is not None else asyncio.sleep(0)
+        for server in self.servers:
+            server.close()  # both stop listening before either waits
+        await grpc_stop
+        await super().shutdown(sockets)
 
 
 def _stop_at_eof(loop: asyncio.AbstractEventLoop, server: GatewayServer) -> None:

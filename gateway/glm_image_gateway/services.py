@@ -17,8 +17,12 @@ from glm_image_gateway.fair_queue import FairQueue, Window
 from glm_image_gateway.generation import Generator
 from glm_image_gateway.job_runner import JobRunner
 from glm_image_gateway.keys import Caller, Keys
+from glm_image_gateway.kserve.front import Front
 from glm_image_gateway.metrics import Metrics
-from glm_image_gateway.settings import GatewaySettings
+from glm_image_gateway.pools.connection import TlsFiles
+from glm_image_gateway.pools.pool import Pool
+from glm_image_gateway.pools.transport import PoolClient, PoolTransport
+from glm_image_gateway.settings import GatewaySettings, SettingsError, grpc_endpoint
 from glm_image_gateway.storage import Storage
 
 
@@ -30,6 +34,8 @@ class Services:
     metrics: Metrics
     keys: Keys
     client: AsyncGlmImageClient
+    pools: PoolTransport | None
+    front: Front | None
     queue: FairQueue
     generator: Generator
     database: Database
@@ -45,7 +51,8 @@ class Services:
             SettingsError: a file or folder cannot be used.
         """
         metrics, keys = Metrics(), Keys(settings.api_keys)
-        client = AsyncGlmImageClient(settings.url)
+        pools = pools_of(settings, metrics) if settings.ar else None
+        client = AsyncGlmImageClient(settings.url) if pools is None else PoolClient(pools)
         window = Window(settings.max_running, settings.window_seconds, settings.max_queue)
         queue = FairQueue(window if keys.are_required else None)
         metrics.running.set_function(lambda: queue.running)
@@ -54,7 +61,16 @@ class Services:
         database = Database(settings.state_folder)
         storage = Storage(settings, database, metrics)
         jobs = JobRunner(settings, database, storage, generator, keys, metrics)
-        return cls(settings, metrics, keys, client, queue, generator, database, storage, jobs, int(time.time()))
+        front = None if pools is None else Front(pools, generator, keys)
+        started = int(time.time())
+        return cls(settings, metrics, keys, client, pools, front, queue, generator, database, storage, jobs, started)
+
+    async def start(self) -> None:
+        """Begins the work that goes on without requests."""
+        if self.pools is not None:
+            self.pools.start()
+        self.storage.start()
+        await self.jobs.start()
 
     async def close(self) -> None:
         await self.jobs.close()
@@ -85,6 +101,29 @@ class Services:
         read = await read_fields(request, self.settings.max_body_bytes)
         self.model_name(read.fields.get("model"))
         return read
+
+
+def pools_of(settings: GatewaySettings, metrics: Metrics) -> PoolTransport:
+    """Makes the pools of ``--ar`` and ``--dit``; raises ``SettingsError`` if a file of TLS cannot be read."""
+    try:
+        tls = TlsFiles.read(settings.tls_ca, settings.tls_cert, settings.tls_key)
+    except OSError as error:
+        raise SettingsError(f"{error.filename} cannot be read: {error.strerror}; allowed: a file in PEM") from error
+    proxy = None if settings.proxy is None else grpc_endpoint("--proxy", settings.proxy)
+    ar, dit = (
+        Pool(
+            stage,
+            [grpc_endpoint(flag, url) for url in urls],
+            metrics,
+            tls=tls,
+            proxy=proxy,
+            max_waiting=settings.max_queue,
+            max_failures=settings.max_retries,
+            lost_seconds=settings.lost_seconds,
+        )
+        for stage, flag, urls in (("glm_ar", "--ar", settings.ar), ("glm_dit", "--dit", settings.dit))
+    )
+    return PoolTransport(ar, dit, settings.request_seconds)
 
 
 def services_of(request: Request) -> Services:

@@ -42,8 +42,33 @@ class GatewaySettings:
     """
 
     url: str = _flag("Triton's gRPC address", "URL", default="grpc://127.0.0.1:8001")
+    ar: tuple[str, ...] = _flag(
+        "members of the pool of glm_ar, with --dit in place of --url; a name stands for all its addresses",
+        "URL,...",
+        _names,
+        default=(),
+    )
+    dit: tuple[str, ...] = _flag("members of the pool of glm_dit", "URL,...", _names, default=())
+    proxy: str | None = _flag(
+        "send calls to this address, with the member's in the header x-glm-image-member", "URL", default=None
+    )
+    tls_ca: Path | None = _flag(
+        "certificates of authorities that sign those of grpcs:// members; default: the system's",
+        "FILE",
+        Path,
+        default=None,
+    )
+    tls_cert: Path | None = _flag("certificate shown to grpcs:// members", "FILE", Path, default=None)
+    tls_key: Path | None = _flag("its private key", "FILE", Path, default=None)
+    max_retries: int = _flag("times that a call may fail at members of a pool and be sent again", "N", int, default=5)
+    lost_seconds: float = _flag(
+        "seconds without an answer after which calls of a member are sent to others", "N", float, default=15.0
+    )
     host: str = _flag("address to listen on; others than loopback need --api-keys", "HOST", default="127.0.0.1")
     port: int = _flag("port to listen on; 0: any free one", "PORT", int, default=DEFAULT_PORT)
+    grpc_port: int | None = _flag(
+        "with pools: port of KServe's protocol over gRPC; 0: any free one", "PORT", int, default=None
+    )
     api_keys: Path | None = _flag("file of API keys; without one every caller is admitted", "FILE", Path, default=None)
     store: str | None = _flag(
         "folder or fsspec URL of results; default: a folder of the user's state", "DIR_OR_URL", default=None
@@ -78,10 +103,18 @@ class GatewaySettings:
 
     def __post_init__(self) -> None:
         self._check_addresses()
-        for name in ("max_body_bytes", "request_seconds", "file_hours", "store_bytes", "max_running", "window_seconds"):
+        for name in (
+            "max_body_bytes",
+            "request_seconds",
+            "lost_seconds",
+            "file_hours",
+            "store_bytes",
+            "max_running",
+            "window_seconds",
+        ):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{_flag_name(name)} is {getattr(self, name)}; allowed: above 0")
-        for name in ("max_queue", "drain_seconds"):
+        for name in ("max_queue", "max_retries", "drain_seconds"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{_flag_name(name)} is {getattr(self, name)}; allowed: 0 or more")
         if not self.model_alias:
@@ -90,20 +123,34 @@ class GatewaySettings:
             raise SettingsError(f"--store is {self.store!r}, no folder; allowed: together with --state DIR")
 
     def _check_addresses(self) -> None:
-        try:
-            endpoint = Endpoint.parse(self.url)
-        except BadArgumentError:
-            endpoint = None
-        if endpoint is None or endpoint.protocol != "grpc":
-            raise SettingsError(f"--url is {self.url!r}; allowed: grpc://HOST:PORT or grpcs://HOST:PORT")
-        if not 0 <= self.port <= MAX_PORT:
-            raise SettingsError(f"--port is {self.port}; allowed: 0 (any free one) to {MAX_PORT}")
+        for flag, urls in (("--url", (self.url,)), ("--ar", self.ar), ("--dit", self.dit), ("--proxy", self._proxies)):
+            for url in urls:
+                grpc_endpoint(flag, url)
+        if bool(self.ar) != bool(self.dit):
+            given, missing = ("--ar", "--dit") if self.ar else ("--dit", "--ar")
+            raise SettingsError(f"{given} is given without {missing}; allowed: both, or neither")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise SettingsError("of --tls-cert and --tls-key one is given; allowed: both, or neither")
+        for flag, port in (("--port", self.port), ("--grpc-port", self.grpc_port or 0)):
+            if not 0 <= port <= MAX_PORT:
+                raise SettingsError(f"{flag} is {port}; allowed: 0 (any free one) to {MAX_PORT}")
+        if self.grpc_port is not None and not self.ar:
+            raise SettingsError("--grpc-port is given without --ar and --dit; allowed: with both")
         if self.api_keys is None and not is_loopback(self.host):
             raise SettingsError(
                 f"--host is {self.host!r}; allowed without --api-keys: 127.0.0.1, ::1 or another loopback address"
             )
         if self.public_url is not None and urlsplit(self.public_url).scheme not in {"http", "https"}:
             raise SettingsError(f"--public-url is {self.public_url!r}; allowed: http:// or https://")
+
+    @property
+    def server(self) -> str:
+        """The addresses of the server, or of the members of the pools."""
+        return ",".join((*self.ar, *self.dit)) or self.url
+
+    @property
+    def _proxies(self) -> tuple[str, ...]:
+        return () if self.proxy is None else (self.proxy,)
 
     @property
     def state_folder(self) -> Path:
@@ -120,6 +167,17 @@ class GatewaySettings:
         # One for each port, since two gateways may not share a database.
         base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return Path(base) / "glm-image-gateway" / str(self.port)
+
+
+def grpc_endpoint(flag: str, url: str) -> Endpoint:
+    """Returns the endpoint of a gRPC address; raises ``SettingsError`` if it is none."""
+    try:
+        endpoint = Endpoint.parse(url)
+    except BadArgumentError:
+        endpoint = None
+    if endpoint is None or endpoint.protocol != "grpc":
+        raise SettingsError(f"{flag} is {url!r}; allowed: grpc://HOST:PORT or grpcs://HOST:PORT")
+    return endpoint
 
 
 def is_loopback(host: str) -> bool:

@@ -25,6 +25,8 @@ STEPS_OF_QUALITY: Final[Mapping[str, int | None]] = {
 }  # fmt: skip
 """Denoising steps; None = the server's default."""
 MAX_SOURCES: Final = 4
+URL_MODELS: Final = "dall-e-"
+"""Of these models, OpenAI's API returns URLs unless it is asked for base64, and their clients rely on it."""
 CHAT_SAMPLING: Final = ("temperature", "top_p", "top_k")
 """Fields that chat clients send with a meaning for text."""
 
@@ -126,13 +128,17 @@ def _image_request(
         mask=mask,
         output_format=body.output_format,
         compression=None if body.output_format == "png" else body.output_compression,
-        response_format=body.response_format,
+        response_format=body.response_format or ("url" if _is_url_model(body.model) else "b64_json"),
         stream=body.stream,
         partial_images=body.partial_images,
         has_size=body.size is not None,
         echoed={"background": "opaque", "quality": body.quality},
         warnings=warnings,
     )
+
+
+def _is_url_model(name: str | None) -> bool:
+    return name is not None and name.startswith(URL_MODELS)
 
 
 def _options(body: OwnOptions, size: str | None, quality: str) -> GenerateOptions:
@@ -148,6 +154,7 @@ def _options(body: OwnOptions, size: str | None, quality: str) -> GenerateOption
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=body.top_k,
+        revision=body.revision,
     )
 
 

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 BENCHMARKS = (
     "ar", "dit", "vae", "i2i", "linears", "quantized", "previews", "cancel", "bus", "parallel",
-    "served", "stream", "streaming", "cards", "plan", "soak", "gateway",
+    "served", "stream", "streaming", "cards", "plan", "fleet", "soak", "gateway",
 )  # fmt: skip
 THIS_RUN = "this run"
 IDENTIFYING = ("running", "sources", "guidance", "devices", "requests", "concurrency", "rate", "size")

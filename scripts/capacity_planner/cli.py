@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from capacity_planner.fleet_cli import plan_fleet
 from glm_image.errors import GlmImageError, printable
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
@@ -17,7 +18,10 @@ NOT_MEASURED = "no NPU has been measured: these times are a prediction"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="plan", description="Estimates every profile on a machine, recommends one.")
+    parser = argparse.ArgumentParser(
+        prog="plan",
+        description="Estimates every profile on a machine, recommends one. `plan fleet` simulates pools of many cards.",
+    )
     parser.add_argument("--devices", type=int, required=True, metavar="N", help="cards of the machine")
     parser.add_argument("--memory", type=float, required=True, metavar="GB", help="of each card, in 10^9 bytes")
     parser.add_argument("--kind", choices=("npu", "cuda"), default="npu", help="of the cards (default: %(default)s)")
@@ -31,11 +35,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    flags = parse_arguments(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    flags = None if given[:1] == ["fleet"] else parse_arguments(given)
     if importlib.util.find_spec("simpy") is None:
         print("error: the package simpy is not installed; install this project with its extra 'plan'", file=sys.stderr)
         return EXIT_REFUSED
     try:
+        if flags is None:
+            print(plan_fleet(given[1:]))
+            return EXIT_DONE
         report = plan(flags)
     except GlmImageError as error:
         print(printable(f"error: {error}"), file=sys.stderr)

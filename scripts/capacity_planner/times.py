@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,9 @@ BENCH_STEPS = 50
 """Denoising steps of the images of ``scripts/bench/dit.py``."""
 
 MEGAPIXEL: Final = 1024 * 1024
+
+SOURCE_TOKENS: Final = 1024
+"""Of a source image of 1024 x 1024 in the prompt."""
 
 PEER_MEMORY: Final = "memory of the peers"
 """The exchange of a decode step without collectives, as ``scripts/bench/parallel.py`` names it."""
@@ -59,6 +63,23 @@ def _relative_duration(serial: float, cards: int) -> float:
 
 
 @dataclass(frozen=True)
+class SourceTimes:
+    """Seconds that a source image of 1024 x 1024 adds to an image of that size.
+
+    Attributes:
+        step: to a denoising step with guidance.
+        condition: to the conditioning.
+        tower: to the first stage, by the vision tower and the quantizer.
+        prefill: to the first stage, by its tokens in the prompt; from arithmetic.
+    """
+
+    step: float = 0.0
+    condition: float = 0.0
+    tower: float = 0.0
+    prefill: float = 0.0
+
+
+@dataclass(frozen=True)
 class StageTimes:
     """Measured seconds.
 
@@ -72,6 +93,9 @@ class StageTimes:
         encode: pixels to a file, of 1024 x 1024.
         overhead: of a request, outside the stages.
         int8_step: a decode step with int8 weights, relative to one with bf16.
+        cached_token: that a token in the cache of a running sequence adds to each decode step.
+        step_tokens: in the cache of each sequence when the decode steps were measured.
+        of_source: of a source image.
     """
 
     source: str
@@ -85,6 +109,9 @@ class StageTimes:
     encode: float = 0.0
     overhead: float = 0.0
     int8_step: float = 1.0
+    cached_token: float = 0.0
+    step_tokens: int = 0
+    of_source: SourceTimes = SourceTimes()
     scaling: ParallelScaling = ParallelScaling()
 
     def step(self, running: int) -> float:
@@ -176,17 +203,29 @@ def read_measured(paths: list[Path], base: StageTimes = H100) -> StageTimes:
     reader = _Reader(base)
     for path in paths:
         try:
-            for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
-                reader.read(json.loads(line))
+            for line in _lines(path.read_text(encoding="utf-8")):
+                reader.read(line)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(f"{path}: no JSON lines of a benchmark: {shown(str(error))}") from error
+            raise ConfigurationError(
+                f"{path}: no JSON lines or result file of a benchmark: {shown(str(error))}"
+            ) from error
     if not reader.replaced:
         raise ConfigurationError(
             f"{', '.join(map(str, paths))}: no line has the time of a stage; "
-            "allowed: output of scripts/bench/ar.py, dit.py, served.py or parallel.py"
+            "allowed: output or result files of scripts/bench/ar.py, dit.py, i2i.py, served.py or parallel.py"
         )
     rest = "" if reader.replaced >= {"step", "denoise", "scaling"} else f"; the rest: {base.source}"
     return replace(reader.times, source=", ".join(map(str, paths)) + rest)
+
+
+def _lines(text: str) -> Iterator[Mapping[str, Any]]:
+    """Yields the measures of a result file, or of what a benchmark printed."""
+    with suppress(ValueError):
+        whole = json.loads(text)
+        if "measures" in whole:
+            yield from whole["measures"]
+            return
+    yield from map(json.loads, filter(str.strip, text.splitlines()))
 
 
 class _Reader:
@@ -196,6 +235,7 @@ class _Reader:
         self.times, self.replaced = base, set[str]()
         self._denoise: dict[Size, float] = {}
         self._request: Mapping[str, Any] = {}
+        self._matmul_flop_s = 0.0
 
     def read(self, line: Mapping[str, Any]) -> None:
         match line.get("measure"):
@@ -204,6 +244,9 @@ class _Reader:
                     self._set_scaling("decode", line)
             case "decode step" if line["size"] == 1024:
                 self._set_decode_step(line["running"], line["ms"] / 1e3)
+                self.times = replace(self.times, step_tokens=line.get("tokens_before", 0))
+            case "decode step" if line["running"] == self.times.full:
+                self._set_cached_token(line)
             case "admission of a 64-token prompt":
                 self._set("prefill", prefill=line["lost_ms"] / 1e3)
             case "picture, 50 steps, guidance 1.5":
@@ -217,6 +260,22 @@ class _Reader:
             # Only with one request at a time are a server's seconds those of a stage alone.
             case "stages" if line.get("concurrency") == 1 and self._request:
                 self._set_stages(line)
+            case _:
+                self._read_source(line)
+
+    def _read_source(self, line: Mapping[str, Any]) -> None:
+        match line.get("measure"):
+            case "ceiling" if "matmul_tflop_s" in line:
+                self._matmul_flop_s = line["matmul_tflop_s"] * 1e12
+            case "floor of a step" if self._matmul_flop_s:
+                # A bf16 weight has two bytes, and costs a token a multiplication and an addition.
+                self._set_source(prefill=line["gigabytes"] * 1e9 * SOURCE_TOKENS / self._matmul_flop_s)
+            case "step" if (line["size"], line["sources"], line["guidance"]) == ("1024x1024", 1, 1.5):
+                self._set_source(step=line["added_ms"] / 1e3)
+            case "condition, one source" if line["size"] == "1024x1024":
+                self._set_source(condition=line["seconds"])
+            case "vision tower and quantizer" if (line["size"], line["sources"]) == ("1024x1024", 1):
+                self._set_source(tower=line["ms"] / 1e3)
 
     def _set(self, group: str, **times: Any) -> None:
         self.times = replace(self.times, **times)
@@ -227,6 +286,15 @@ class _Reader:
             self._set("step", step_one=seconds, step_full=max(seconds, self.times.step_full))
         else:
             self._set("step", step_full=seconds, full=running)
+
+    def _set_cached_token(self, line: Mapping[str, Any]) -> None:
+        further = line.get("tokens_before", 0) - self.times.step_tokens
+        if further > 0:
+            added = max(0.0, line["ms"] / 1e3 - self.times.step_full)
+            self._set("cache", cached_token=added / further / line["running"])
+
+    def _set_source(self, **times: float) -> None:
+        self._set("source", of_source=replace(self.times.of_source, **times))
 
     def _set_scaling(self, name: str, line: Mapping[str, Any]) -> None:
         share = serial_share(line["devices"], line["speedup"])

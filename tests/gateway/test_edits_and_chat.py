@@ -46,6 +46,7 @@ def test_a_form_gives_the_edit_that_triton_gives_directly(gateway: RunningGatewa
     assert body["usage"]["input_tokens_details"]["image_tokens"] == body["metadata"]["tokens"]["source"] > 0
 
 
+@pytest.mark.full  # about a megapixel
 def test_size_auto_is_that_of_the_first_image(gateway: RunningGateway) -> None:
     form = {"prompt": PROMPT, "num_inference_steps": "1", "size": "auto"}
     body = gateway.client.post(EDITS, data=form, files={"image": ("a.png", SOURCE_FILE)}).json()
@@ -120,6 +121,18 @@ def test_chat_with_an_image(gateway: RunningGateway, direct: str, nested: bool) 
     ]
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
+
+
+def test_chat_with_images_apart_from_the_content(gateway: RunningGateway) -> None:
+    chat = {"messages": [{"role": "user", "content": "A fox"}], "modalities": ["image", "text"], **OWN, "width": 32}
+    message = gateway.post(CHAT, chat).json()["choices"][0]["message"]
+    assert message["content"] == ""
+    (image,) = message["images"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
+    with gateway.client.stream("POST", CHAT, json={**chat, "stream": True}) as response:
+        deltas = [choice["delta"] for _, data in events_of(response) if data != "[DONE]" for choice in data["choices"]]
+    assert [delta["images"] for delta in deltas if "images" in delta] == [[image]]
+    assert not any(delta.get("content") for delta in deltas)
 
 
 def test_chat_of_a_system_message_and_text_fields(gateway: RunningGateway) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
+from glm_image_gateway import generation
 from running_gateway import RunningGateway, error_of
 from server.kserve import generate
 
@@ -94,7 +96,8 @@ def test_formats_and_compression(
 def test_url_results_are_stored_under_names_that_cannot_be_guessed(
     gateway: RunningGateway, answer: httpx.Response
 ) -> None:
-    data = gateway.post(PATH, {**SMALL, "response_format": "url", "n": 2}).json()["data"]
+    # The default of this name, as in OpenAI's API.
+    data = gateway.post(PATH, {**SMALL, "model": "dall-e-2", "n": 2}).json()["data"]
     urls = [item["url"] for item in data]
     assert all(set(item) == {"url"} for item in data)
     assert len(set(urls)) == 2
@@ -152,11 +155,10 @@ def test_unknown_fields_are_named(gateway: RunningGateway) -> None:
     ]
 
 
-def test_an_id_in_flight_is_refused(gateway: RunningGateway) -> None:
-    gateway.services.generator._ids.add("in-flight")
-    try:
-        response = gateway.post(PATH, SMALL, headers={"x-request-id": "in-flight"})
-    finally:
-        gateway.services.generator._ids.discard("in-flight")
+def test_an_id_in_flight_is_refused(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "ENDING_SECONDS", 0)
+    monkeypatch.setitem(gateway.services.generator._ended, "in-flight", asyncio.Event())
+    response = gateway.post(PATH, SMALL, headers={"x-request-id": "in-flight"})
     assert (response.status_code, error_of(response)["code"]) == (409, "request_id_in_use")
+    assert response.headers["x-should-retry"] == "false"
     assert response.headers["x-should-retry"] == "false"

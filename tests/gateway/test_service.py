@@ -43,7 +43,7 @@ def keyed(
 
 def test_models(gateway: RunningGateway) -> None:
     names = [model["id"] for model in gateway.client.get("/v1/models").json()["data"]]
-    assert names == ["glm-image", "zai-org/GLM-Image", "gpt-image-1"]
+    assert names == ["glm-image", "zai-org/GLM-Image", "gpt-image-1", "dall-e-2"]
     assert gateway.client.get("/v1/models/zai-org/GLM-Image").json()["object"] == "model"
     assert error_of(gateway.client.get("/v1/models/none"))["code"] == "model_not_found"
 

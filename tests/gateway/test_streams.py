@@ -49,7 +49,8 @@ def test_partial_images_then_completed(gateway: RunningGateway) -> None:
 
 def test_a_preview_comes_first_where_the_server_makes_one(gateway: RunningGateway) -> None:
     large = {**SMALL, "size": "736x736", "num_inference_steps": 1, "partial_images": 1}
-    name, data = events(gateway, GENERATIONS, large)[0]
+    with gateway.client.stream("POST", GENERATIONS, json={**large, "stream": True}) as response:
+        name, data = next((name, data) for name, data in events_of(response) if name is not None)
     assert (name, data["partial_image_index"]) == ("image_generation.partial_image", 0)
 
 
@@ -69,6 +70,8 @@ def test_comments_while_waiting(gateway: RunningGateway, monkeypatch: pytest.Mon
     monkeypatch.setattr(connections, "KEEP_ALIVE_SECONDS", 0.005)
     found = events(gateway, GENERATIONS, SMALL)
     assert (None, ": keep-alive") in found
+    (progress, *_) = (json.loads(text[11:]) for name, text in found if name is None and text.startswith(": progress "))
+    assert set(progress) == {"stage", "done", "total", "eta_seconds"}
     assert found[-1][0] == "image_generation.completed"
 
 
@@ -117,6 +120,17 @@ def test_closing_the_connection_cancels_the_request(
             while not any(entry["stage"] == stage for entry in client.status(request_id)["requests"]):
                 assert time.monotonic() < until
         assert wait_for(client, request_id, "cancelled", "finished", "failed")["state"] == "cancelled"
+
+
+def test_an_abandoned_request_can_be_repeated_with_its_id(gateway: RunningGateway) -> None:
+    """As a library does whose time-out has passed; the first one may not have ended yet."""
+    with raw_request(gateway, GENERATIONS, {**SMALL, "num_inference_steps": 200}, "again") as connection:
+        until = time.monotonic() + WAIT_SECONDS
+        while "again" not in gateway.services.generator._ended:
+            assert time.monotonic() < until
+        connection.shutdown(socket.SHUT_RDWR)
+    response = gateway.post(GENERATIONS, {**SMALL, "num_inference_steps": 1}, headers={"x-request-id": "again"})
+    assert response.status_code == 200, response.text
 
 
 def test_a_server_that_is_away(tmp_path: Path) -> None:

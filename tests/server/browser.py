@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from server.documents import REPOSITORY_ROOT
+from client_environments import add_packages
 
-ENVIRONMENT = ".venv-browser"
+ENVIRONMENT = "browser"
 PROGRAMS = ("chromium", "chromedriver")
-INSTALL = (
-    "apt-get install chromium chromium-driver && "
-    f"python3 -m venv {ENVIRONMENT} && {ENVIRONMENT}/bin/pip install selenium==4.51.0"
-)
+INSTALL = "apt-get install chromium chromium-driver"
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions")
 
 
@@ -28,13 +24,10 @@ def chromium() -> Iterator[Any]:
     programs = [shutil.which(name) for name in PROGRAMS]
     if None in programs:
         pytest.skip(f"this machine has no chromium with its driver: {INSTALL}")
-    # After the project's own packages, which it must not replace.
-    sys.path.extend(map(str, (REPOSITORY_ROOT / ENVIRONMENT).glob("lib/python*/site-packages")))
-    try:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-    except ImportError:
-        pytest.skip(f"no environment to drive chromium from: {INSTALL}")
+    add_packages(ENVIRONMENT)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
     for flag in (*FLAGS, "--lang=en-US", "--window-size=1360,900"):

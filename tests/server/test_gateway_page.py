@@ -15,8 +15,10 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
+from glm_image.request.stages import Stage
 from glm_image.supervisor import TritonServer
 from glm_image_client import GlmImageClient
+from glm_image_gateway import connections
 from glm_image_gateway.keys import new_key
 from glm_image_gateway.routes.page import PAGE
 from pictures import encoded, picture
@@ -165,30 +167,33 @@ def test_generates_and_shows_intermediate_images_and_progress(
     assert "64 × 64 · 40 steps · guidance" in page.all(".facts")[0].text
 
 
-def test_progress_has_an_estimate(page: Page) -> None:
-    """The second request of a browser is estimated from the first, and each from its own speed."""
+def test_progress_has_the_servers_estimate(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HOLD_SECONDS", 0)
     page.script(RECORD)
-    page.fill(prompt="A red fox", width=256, height=256, steps=60)
-    page.generate()
+    page.fill(prompt="A red fox", width=256, height=256, steps=200)
+    page["generate"].click()
+    page.wait(lambda: any("left" in text for text in page.script("return times")))
     fractions = page.script("return fractions")
     assert fractions
     assert all(0 <= fraction <= 1 for fraction in fractions)
-    assert any("left" in text for text in page.script("return times"))
+    page.press("\ue00c")  # Escape
+    page.wait(lambda: not page["running"].is_displayed())
 
 
 def test_escape_cancels_the_request_on_the_server(page: Page, triton: TritonServer) -> None:
     page.fill(prompt="A red fox", width=512, height=512, steps=200)
+    page.script(
+        "const send = window.fetch;"
+        "window.fetch = (url, options) => (window.sentId ??= options?.headers?.['x-request-id'], send(url, options))"
+    )
     page["generate"].click()
-    page.wait(lambda: "Composing" in page["stage"].text)
+    page.wait(lambda: any(word in page["stage"].text for word in ("Composing", "Rendering")))
     assert page.driver.switch_to.active_element.get_attribute("id") == "cancel"
     page.press("\ue00c")  # Escape
     page.wait(lambda: not page["running"].is_displayed())
     assert page["live"].get_property("textContent") == "Cancelled."
     assert not page["error"].is_displayed()
-    (request_id,) = page.script(
-        "return [...new Set(performance.getEntriesByType('resource')"
-        ".map((entry) => entry.name.match(/progress\\/(.+)/)?.[1]).filter(Boolean))]"
-    )
+    request_id = page.script("return window.sentId")
     with GlmImageClient(triton.grpc_url) as client:
         page.wait(lambda: client.status(request_id)["state"] == "cancelled")
 
@@ -215,7 +220,7 @@ def test_edits_images_that_are_chosen_pasted_and_dropped(page: Page, gateway: Ru
     assert len(page.all("#sources li")) == 3
     for _ in range(2):
         page.all("#sources .remove")[-1].click()
-    page.fill(prompt="Make it winter", steps=4, seed=3)
+    page.fill(prompt="Make it winter", steps=1, seed=3)
     run = page.generate()
     assert (run["sources"], run["options"]["size"]) == (1, "auto")
     assert gateway.metric("glm_image_gateway_requests_total", route="/v1/images/edits", status="200") == 1
@@ -277,7 +282,7 @@ def test_the_languages_have_the_same_texts() -> None:
     assert english == chinese
     others = "".join(path.read_text(encoding="utf-8") for path in PAGE.iterdir() if path.name != "i18n.js")
     used = set(re.findall(r"\w+", others + source.split("\n};\n")[1]))
-    assert english <= used
+    assert english <= used | {stage.value for stage in Stage}
 
 
 def test_a_key_is_asked_for(driver: Any, triton: TritonServer, tmp_path: Path) -> None:
@@ -322,14 +327,14 @@ def test_a_restart_of_the_server_and_of_the_gateway(driver: Any, triton: TritonS
 
 
 def test_parts_of_the_page(page: Page) -> None:
-    """Events that come in pieces, the history's limits, and estimates."""
+    """Events that come in pieces, the history's limits, and the remaining time."""
     result = page.driver.execute_async_script(
         """
         (async (done) => {
           const {EventSplitter} = await import("/api.js");
           const {beyondLimits} = await import("/history.js");
-          const {Estimate} = await import("/progress.js");
-          const text = ': keep-alive\\n\\nevent: a\\ndata: {"x":1}\\n\\ndata: {"x":2}\\n\\n';
+          const {Progress} = await import("/progress.js");
+          const text = ': progress {"x":0}\\n\\n: keep-alive\\n\\nevent: a\\ndata: {"x":1}\\n\\ndata: {"x":2}\\n\\n';
           const split = [1, 2, 7, text.length].map((size) => {
             const events = new EventSplitter();
             const found = [];
@@ -338,29 +343,32 @@ def test_parts_of_the_page(page: Page) -> None:
           });
           const runs = [5, 4, 3, 2].map((size) => ({images: [{file: {size}}], sources: []}));
           const over = [[2, 99], [9, 9], [9, 1]].map((limits) => beyondLimits(runs, ...limits).length);
-          localStorage.speed = JSON.stringify({token: 0.5, step: 1, other: 2});
-          const estimate = new Estimate({width: 1000, height: 1000, steps: 10, images: 1});
-          const at = (stage, done, total, now) =>
-            estimate.of({requests: [{stage, done, total, state: "running", seconds: now}]}, now);
-          const etas = [
-            estimate.of({requests: []}, 0).eta,
-            at("ar_queue", 0, 1, 0).eta,
-            at("decode", 0, 1024, 10).eta,
-            at("decode", 512, 1024, 266).eta,
-            at("denoise", 0, 10, 300).eta,
-            at("denoise", 5, 10, 310).eta,
-            at("denoise", 5, 10, 311).eta,
-            at("vae", 0, 1, 330).eta,
-          ];
-          localStorage.removeItem("speed");
-          done({split, over, etas});
+          const progress = new Progress();
+          const seen = [progress.at(1), progress.at(2)];
+          const report = (stage, done, eta_seconds, now) => {
+            progress.report({stage, done, total: 10, eta_seconds}, now);
+            seen.push(progress.at(now));
+          };
+          report("decode", 0, null, 2);
+          report("decode", 1, 18, 2);
+          seen.push(progress.at(8));
+          report("decode", 2, null, 10);
+          report("denoise", 0, null, 20);
+          report("denoise", 9, 1, 21);
+          seen.push(progress.at(30));
+          const etas = seen.map(({eta}) => eta);
+          const fractions = seen.map(({fraction}) => fraction);
+          const stages = seen.map(({stage}) => stage);
+          done({split, over, etas, fractions, stages});
         })(arguments[0]);
         """
     )
-    assert result["split"] == [[1, 2]] * 4
+    assert result["split"] == [[0, 1, 2]] * 4
     assert result["over"] == [2, 2, 3]
-    # Tokens 0.5 s each, steps 1 s each, 2 s at the end; later the stage's own speed: 2 s a step.
-    assert result["etas"] == [None, 524, 524, 268, 12, 12, 11, 2]
+    # The server's latest estimate, counted down; a report without one keeps that of its stage.
+    assert result["etas"] == [None, None, None, 18, 12, 10, None, 1, 0]
+    assert result["stages"][:3] == ["sent", "gateway_queue", "decode"]
+    assert result["fractions"] == [None, None, None, 0.1, 0.4, 0.5, None, 21 / 22, 1]
 
 
 def test_no_script_or_style_was_blocked_and_none_came_from_elsewhere(page: Page) -> None:

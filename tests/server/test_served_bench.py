@@ -172,6 +172,18 @@ def test_plan_with_its_own_server(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.full
+def test_fleet_with_its_own_servers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Checks the figures alone, as for ``plan``."""
+    lines = run(capsys, "fleet", "--brief", "--dit", "2")
+    assert only(lines, "most_a_second")["cores"] > 0
+    for policy in ("gateway", "round-robin"):
+        assert only(lines, "host", policy=policy)["cores_used"] > 0
+        for source in ("alone", "run"):
+            line = only(lines, "p50_seconds", policy=policy, **{"from": source})
+            assert line["ratio"] == CLOSE(line["predicted"] / line["measured"], rel=1e-2)
+
+
+@pytest.mark.full
 def test_stream_with_other_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     parameters = ["--parameter", "glm_dit.quantization=int8", "--parameter", "glm_ar.admission=gathered"]
     check_stream(run(capsys, "stream", "--brief", *parameters))

@@ -6,7 +6,7 @@ import gzip
 import http.server
 import json
 import queue
-import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from glm_image.request.stages import Stage
 from glm_image.supervisor import ServerSettings, TritonServer
 from helpers import serving
+from running_gateway import RunningGateway, running_gateway
 
-TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PARENT = "b7ad6b7169203331"
 SECONDS = 60
 
 
@@ -57,33 +58,46 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def collector() -> Iterator[Collector]:
+@pytest.fixture(scope="module")
+def traced_server(tiny_checkpoint: Path, same_threads: None) -> Iterator[tuple[TritonServer, Collector]]:
     with Collector() as collector, serving(collector):
-        yield collector
+        endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=5, otlp_traces_endpoint=endpoint)) as server:
+            yield server, collector
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    traced_server: tuple[TritonServer, Collector], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningGateway]:
+    with running_gateway(f"grpc://{traced_server[0].grpc_url}", tmp_path_factory.mktemp("store")) as running:
+        yield running
+
+
+BODY = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "output_format": "png"}
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("way", ["triton", "gateway", "gateway_stream", "gateway_job"])
 def test_spans_of_stages_are_children_of_their_models_spans(
-    tiny_checkpoint: Path, same_threads: None, collector: Collector
+    traced_server: tuple[TritonServer, Collector], gateway: RunningGateway, way: str
 ) -> None:
-    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-    with TritonServer(ServerSettings(tiny_checkpoint, drain_seconds=5, otlp_traces_endpoint=endpoint)) as server:
-        body = {"prompt": "a fox", "height": 32, "width": 32, "num_inference_steps": 1, "output_format": "png"}
-        request = urllib.request.Request(
-            f"http://{server.http_url}/v2/models/glm_image/generate",
-            json.dumps(body).encode(),
-            {"traceparent": f"00-{TRACE}-{PARENT}-01"},
-        )
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            assert answer.status == 200
-        found: dict[str, tuple[str, str]] = {}
-        while not {"InferRequest", "glm_ar", "glm_dit", *Stage} - {"dit_queue"} <= found.keys():
-            name, trace, span, parent = collector.spans.get(timeout=SECONDS)
-            assert trace == TRACE
+    server, collector = traced_server
+    trace = uuid.uuid4().hex
+    paths = {"triton": f"http://{server.http_url}/v2/models/glm_image/generate", "gateway_job": "/v1/images/jobs"}
+    body = {**BODY, "stream": True} if way == "gateway_stream" else BODY
+    path = paths.get(way, "/v1/images/generations")
+    response = gateway.client.post(path, json=body, headers={"traceparent": f"00-{trace}-{PARENT}-01"})
+    assert response.status_code in {200, 202}, response.text
+    is_streamed = way in {"gateway_stream", "gateway_job"}
+    first, second = ("glm_image_stream",) * 2 if is_streamed else ("glm_ar", "glm_dit")
+    found: dict[str, tuple[str, str]] = {}
+    while not {"InferRequest", first, second, *Stage} - {"dit_queue"} <= found.keys():
+        name, span_trace, span, parent = collector.spans.get(timeout=SECONDS)
+        if span_trace == trace:
             found[name] = (span, parent)
     assert found["InferRequest"][1] == PARENT
     for stage in ("ar_queue", "prefill", "decode"):
-        assert found[stage][1] == found["glm_ar"][0]
+        assert found[stage][1] == found[first][0]
     for stage in ("condition", "denoise", "vae", "encode"):
-        assert found[stage][1] == found["glm_dit"][0]
+        assert found[stage][1] == found[second][0]

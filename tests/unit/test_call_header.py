@@ -118,6 +118,7 @@ def test_stream_options_that_are_no_object_are_refused(value: Any) -> None:
         *(("arrived_ns", value) for value in (-1, True, 1.5, "1", LATEST_DEADLINE_NS, LATEST_DEADLINE_NS + 1)),
         *(("latent_preview_every", value) for value in (-1, True, 1.5, "1", 201, None)),
         *(("previews", value) for value in (1, None, "true")),
+        *(("trace", value) for value in (1, {}, "x" * 801)),
         ("lunch", 1),
     ],
 )

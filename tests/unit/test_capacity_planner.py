@@ -110,7 +110,10 @@ def test_the_script_runs_in_the_active_environment(tmp_path: Path) -> None:
         ("--devices 0 --memory 64", "--devices is 0; allowed: 1 or more"),
         ("--devices 1 --memory 64 --size big", "size is big; allowed: WIDTHxHEIGHT"),
         ("--devices 1 --memory 64 --steps 0", "--steps is 0; allowed: 1 or more"),
-        ("--devices 1 --memory 64 --measured /no/such/file", "/no/such/file: no JSON lines of a benchmark"),
+        (
+            "--devices 1 --memory 64 --measured /no/such/file",
+            "/no/such/file: no JSON lines or result file of a benchmark",
+        ),
     ],
 )
 def test_a_refused_flag_is_named(capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:

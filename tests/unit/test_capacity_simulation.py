@@ -11,10 +11,10 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capacity_planner.simulated_device import SimulatedDevice
 from capacity_planner.simulation import (
     Deployment,
     Outcome,
-    SimulatedDevice,
     StageCosts,
     percentile,
     poisson_arrivals,

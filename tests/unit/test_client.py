@@ -311,6 +311,10 @@ class TestResults:
             GenerationResult.from_outputs(outputs()).save(tmp_path / "out.gif")
         assert list(tmp_path.iterdir()) == []
 
+    def test_unknown_placeholder(self) -> None:
+        with pytest.raises(BadArgumentError, match=r"'out_\{foo\}.png' has \{foo\}; allowed: \{index\}, \{seed\}, "):
+            GenerationResult.from_outputs(outputs()).save("out_{foo}.png")
+
     @pytest.mark.parametrize(
         ("template", "count", "names"),
         [

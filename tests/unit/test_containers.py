@@ -22,7 +22,8 @@ from glm_image.watchdog.watchdog import STOP_GRACE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-TARGETS = ("cuda", "ascend")
+TARGETS = ("cuda", "ascend", "cpu")
+COMPOSED = ("cuda", "ascend")
 ARCHITECTURES = ("x86_64", "aarch64")
 RESOLVE_SECONDS = 600
 
@@ -100,8 +101,18 @@ class TestDockerfile:
         (year, month) = re.findall(r"ARG TRITON_IMAGE=\S+:(\d\d)\.(\d\d)-py3", DOCKERFILE)[0]
         assert (int(year), int(month)) >= (26, 7)
 
+    def test_the_targets_share_every_step_but_the_system(self) -> None:
+        own = {target: stages()[target][1] for target in TARGETS}
+        assert own["cpu"] == own["cuda"]
+        extra = [step for step in own["ascend"] if step not in own["cuda"]]
+        assert [word for word, _ in extra] == ["COPY", "RUN"]
+        assert extra[1][1] == f"{dict(own['cuda'])['RUN']} npu"
+
     def test_every_stage_that_is_named_is_there(self) -> None:
         assert set(TARGETS) < set(stages())
+        (default,) = re.findall(r"^ARG SYSTEM=(\S+)$", DOCKERFILE, re.MULTILINE)
+        assert stages()["base"][0] == "${SYSTEM}"
+        assert {default, "python"} < set(stages())
         for stage in re.findall(r"--from=(\S+)", DOCKERFILE):
             assert stage in stages()
 
@@ -115,11 +126,12 @@ class TestDockerfile:
         found = subprocess.run([program, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
         assert (found.returncode, found.stdout) == (0, "")
 
-    def test_the_entry_point_is_good_shell(self) -> None:
-        subprocess.run(["bash", "-n", ROOT / "containers" / "serve"], check=True)
+    @pytest.mark.parametrize("name", ["serve", "install", "make_base"])
+    def test_the_scripts_are_good_shell(self, name: str) -> None:
+        subprocess.run(["bash", "-n", ROOT / "containers" / name], check=True)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", COMPOSED)
 class TestCompose:
     def test_it_builds_its_target(self, target: str) -> None:
         build = compose(target)["build"]
@@ -184,22 +196,29 @@ class TestImage:
         commands = [rest for word, rest in instructions() if word == "RUN"]
         assert not any("pip install" in command for command in commands)
         (command,) = [rest for word, rest in stages()[target][1] if word == "RUN"]
-        assert 'install_locked.py --keep "$KEPT_PACKAGES" client server gateway tracing' in command
-        assert ("npu" in command) == (target == "ascend")
-        assert "containers/write_sbom" in command
+        assert command.endswith(" containers/install npu" if target == "ascend" else " containers/install")
+        script = (ROOT / "containers" / "install").read_text()
+        assert "pip install" not in script
+        assert "install_locked.py --keep" in script
+        assert "containers/write_sbom" in script
 
     def test_the_cache_of_pip_is_no_part_of_an_image(self) -> None:
         (home,) = re.findall(r"\bHOME=(\S+)", DOCKERFILE)
         assert set(re.findall(r"type=cache,target=(\S+)", DOCKERFILE)) == {f"{home}/.cache/pip"}
 
     def test_base_images_can_be_pinned_by_digest(self) -> None:
-        for name in ("TRITON", "CANN"):
+        for name in ("TRITON", "CANN", "PYTHON"):
             assert f"FROM ${{{name}_IMAGE}}${{{name}_DIGEST:+@${{{name}_DIGEST}}}} AS " in DOCKERFILE
             assert f"ARG {name}_DIGEST=\n" in DOCKERFILE
 
     @pytest.mark.parametrize("target", TARGETS)
     def test_labels(self, target: str) -> None:
-        text = " ".join(rest for stage in ("base", target) for word, rest in stages()[stage][1] if word == "LABEL")
+        text = " ".join(
+            rest
+            for stage in ("triton", "python", "base", target)
+            for word, rest in stages()[stage][1]
+            if word == "LABEL"
+        )
         labels = set(re.findall(r"org\.opencontainers\.image\.([\w.]+)=", text))
         assert labels >= {"title", "description", "licenses", "version", "revision", "created"}
         assert labels >= {"base.name", "base.digest"}
@@ -230,11 +249,11 @@ def test_the_bill_of_materials_lists_the_packages(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", COMPOSED)
 def test_every_pin_resolves(target: str, architecture: str, tmp_path: Path) -> None:
     """What the image's pip is asked for, for its Python and its C library, from wheels alone."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = ["client", "server", "tracing", *(["npu"] if target == "ascend" else [])]
+    extras = ["client", "server", "gateway", "tracing", "download", *(["npu"] if target == "ascend" else [])]
     requirements = [
         *project["dependencies"],
         *(line for extra in extras for line in project["optional-dependencies"][extra]),

@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 
 from glm_image_client import BadArgumentError, BusyError, RefusedError, RequestCancelled, RequestTimeout, ServerFailure
 from glm_image_gateway.answers import json_bytes, slot
+from glm_image_gateway.bodies import Read
 from glm_image_gateway.database import Database
 from glm_image_gateway.errors import ApiError, api_error
 from glm_image_gateway.fair_queue import FairQueue, Window
 from glm_image_gateway.generation import _parts, _preview_options, merged_metadata
 from glm_image_gateway.keys import Caller, Keys, digest, new_key
 from glm_image_gateway.metrics import Metrics
+from glm_image_gateway.schemas import GenerationBody
 from glm_image_gateway.settings import GatewaySettings, SettingsError, parse_settings
 from glm_image_gateway.storage import Storage
-from glm_image_gateway.translation import ImageRequest, folded
+from glm_image_gateway.translation import ImageRequest, edit, folded, generation
 from glm_image_gateway.webhooks import checked
 from glm_image_gateway.work import MinuteBudget, SpeedEstimate
 from server.documents import REPOSITORY_ROOT, rows_of, table_after
@@ -276,6 +278,29 @@ def test_seeds_are_folded_modulo_two_to_the_64(seed: int) -> None:
     assert found is not None
     assert -(2**63) <= found < 2**63
     assert (found - seed) % 2**64 == 0
+
+
+@pytest.mark.parametrize("size", [None, "auto"])
+def test_the_size_auto_is_left_to_the_server(size: str | None) -> None:
+    fields = {"prompt": "x", "image": b"\x89PNG", "size": size}
+    _, request = edit(
+        Read({name: value for name, value in fields.items() if value is not None}, frozenset()), strict=True
+    )
+    assert (request.options.get("width"), request.options.get("height")) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "expected"),
+    [
+        (None, None, "b64_json"),
+        ("gpt-image-1", None, "b64_json"),
+        ("dall-e-3", None, "url"),
+        ("dall-e-3", "b64_json", "b64_json"),
+    ],
+)
+def test_the_default_form_of_results_is_that_of_the_models_name(model: str | None, asked: Any, expected: str) -> None:
+    body = GenerationBody(prompt="x", model=model, response_format=asked)
+    assert generation(body, strict=True).response_format == expected
 
 
 def test_parts_of_a_large_request() -> None:

@@ -47,11 +47,15 @@ def pins_of(name: str) -> dict[str, str]:
 
 
 PINS = {name: pins_of(name) for name in FILES}
-CONSTRAINTS = {
-    canonicalize_name(line.split("==")[0]): line.split("==")[1]
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if "==" in line
-}
+
+
+def constraints_in(path: Path) -> dict[str, str]:
+    """Package -> version of a file of constraints."""
+    pins = (line.split("==") for line in path.read_text().splitlines() if "==" in line)
+    return {canonicalize_name(package): version for package, version in pins}
+
+
+OWN_CONSTRAINTS: dict[str, str] = PROJECT["tool"]["glm-image"]["own-constraints"]
 
 
 def direct_requirements() -> Iterator[tuple[str, Requirement]]:
@@ -83,11 +87,15 @@ def test_what_the_project_names_is_pinned_as_in_the_constraints() -> None:
 
 
 def test_pins_equal_the_constraints() -> None:
-    for name, pins in PINS.items():
-        if name != "cpu":
-            assert pins == {package: CONSTRAINTS.get(package) for package in pins}, f"{name}: {RERUN}"
-    unused = set(CONSTRAINTS) - {package for pins in PINS.values() for package in pins}
-    assert not unused, "constraints.txt pins what nothing needs"
+    used: dict[str, set[str]] = {}
+    for name in set(PINS) - {"cpu"}:
+        file, pins = OWN_CONSTRAINTS.get(name, "constraints.txt"), PINS[name]
+        constraints = constraints_in(ROOT / file)
+        assert pins == {package: constraints.get(package) for package in pins}, f"{name}: {RERUN}"
+        used.setdefault(file, set()).update(pins)
+    assert set(used) == {"constraints.txt", *OWN_CONSTRAINTS.values()}
+    for file, packages in used.items():
+        assert not set(constraints_in(ROOT / file)) - packages, f"{file} pins what nothing needs"
 
 
 @pytest.mark.parametrize("name", EXTRAS)
@@ -111,6 +119,10 @@ def test_cuda_libraries_are_apart() -> None:
 
 
 class TestLock:
+    def test_a_group_may_have_constraints_of_its_own(self) -> None:
+        assert lock.constraints_of(PROJECT, "kubernetes") == ROOT / "deploy" / "constraints.txt"
+        assert lock.constraints_of(PROJECT, "sbom") == ROOT / "constraints.txt"
+
     def wheel(self, file: str) -> dict[str, Any]:
         return {"url": f"somewhere/{file}", "hashes": {"sha256": file[:1] * 64}}
 

@@ -66,6 +66,7 @@ def test_ensemble_has_the_tensors_of_the_contract() -> None:
         "top_p": ("FP32", (1,), True),
         "top_k": ("INT32", (1,), True),
         "output_format": ("STRING", (1,), True),
+        "revision": ("STRING", (1,), True),
     }
     assert tensors(config.output) == {
         "images": ("UINT8", (-1, -1, -1, 3), False),

@@ -127,6 +127,7 @@ class TestSettings:
             "otlp_traces_endpoint": None,
             "trace_rate": 1,
             "model_repository": None,
+            "models": (),
         }
 
 

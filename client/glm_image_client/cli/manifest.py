@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from glm_image_client.cli.prompts_file import Row
 from glm_image_client.errors import BadArgumentError, GlmImageClientError, reason_of
-from glm_image_client.result import SUFFIX_FORMATS, GenerationResult, format_of
+from glm_image_client.result import SUFFIX_FORMATS, GenerationResult, check_template, format_of
 
 MANIFEST: Final = "manifest.jsonl"
 
@@ -41,6 +41,7 @@ class Manifest:
             raise BadArgumentError(
                 f"--output is {str(named)!r}; allowed with --prompts: a folder, or a name with {{row}}"
             )
+        check_template(named, "{row}")
         return cls(named.parent, named.name, options)
 
     def begin(self, rows: Sequence[Row], *, resume: bool) -> set[int]:

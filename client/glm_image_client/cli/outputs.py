@@ -12,7 +12,7 @@ from typing import Any, Final
 from glm_image_client.calls import accidental_text
 from glm_image_client.cli.flags import DEFAULT_OUTPUT, Output
 from glm_image_client.errors import BadArgumentError
-from glm_image_client.result import GenerationResult, Metadata, file_names, format_of
+from glm_image_client.result import GenerationResult, Metadata, check_template, file_names, format_of
 
 _KNOWN_AFTERWARDS: Final = ("{width}", "{height}", "{seed}")
 
@@ -21,14 +21,15 @@ class OutputFiles:
     """The names of a request's images, checked before the request so that no images are lost.
 
     Raises:
-        BadArgumentError: the suffix is not allowed, the folder does not exist, or a file would be overwritten although
-            ``--no-clobber`` is given.
+        BadArgumentError: the suffix or a placeholder is not allowed, the folder does not exist, or a file would be
+            overwritten although ``--no-clobber`` is given.
     """
 
     def __init__(self, output: Output, options: Mapping[str, Any]) -> None:
         self._template = DEFAULT_OUTPUT if output.output is None else output.output
         self._overwrites = output.output is not None and not output.no_clobber
         self.format = format_of(self._template)
+        check_template(self._template)
         check_folder(self._template)
         if output.no_clobber and output.output is not None:
             self._check_new(options)

@@ -6,25 +6,56 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from glm_image_gateway.answers import chat_usage, json_bytes, json_response, slot
-from glm_image_gateway.connections import EventStream, event, while_connected
+from glm_image_gateway.connections import EventStream, Pace, event, while_connected
 from glm_image_gateway.documentation import ERRORS, body_of
-from glm_image_gateway.generation import Generated, Progress
+from glm_image_gateway.generation import Generated
 from glm_image_gateway.keys import Caller
 from glm_image_gateway.schemas import ChatBody
 from glm_image_gateway.services import Authenticated, Services, request_id_of, services_of
 from glm_image_gateway.translation import ImageRequest, chat
 
-PROGRESS_SECONDS: Final = 0.5
-"""Between two chunks of progress."""
-
 router = APIRouter(prefix="/v1/chat", tags=["chat"], responses=ERRORS)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The form of an answer.
+
+    Attributes:
+        model: the model's name, as it was given.
+        images_apart: whether images are in ``images`` of a message whose ``content`` is text, as OpenRouter has it;
+            else ``content`` is a list with them, as vLLM-Omni has it.
+        has_usage: whether the last chunk of a stream has the usage.
+    """
+
+    model: str
+    images_apart: bool
+    has_usage: bool
+
+    @classmethod
+    def of(cls, body: ChatBody, model: str) -> _Form:
+        images_apart = {"image", "text"} <= set(body.modalities or ())
+        return cls(model, images_apart, has_usage=bool((body.stream_options or {}).get("include_usage")))
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.model}
+
+    def message(self, asked: ImageRequest, index: int) -> dict[str, Any]:
+        """Returns a message with image ``index``, or the delta that adds it."""
+        url = f"data:image/{asked.output_format};base64,{slot(index)}"
+        images = [{"type": "image_url", "image_url": {"url": url}}]
+        return {
+            "role": "assistant",
+            **({"content": "", "images": images} if self.images_apart else {"content": images}),
+        }
 
 
 @router.post("/completions", openapi_extra=body_of(ChatBody))
@@ -33,17 +64,16 @@ async def complete(request: Request, caller: Authenticated) -> Response:
     services = services_of(request)
     read = await services.read(request)
     body, asked = chat(read, strict=services.settings.strict)
-    model = services.model_name(body.model)
+    form = _Form.of(body, services.model_name(body.model))
     if asked.stream:
-        has_usage = bool((body.stream_options or {}).get("include_usage"))
-        return EventStream(_chunks(request, services, caller, asked, model, has_usage=has_usage), services.metrics)
+        return EventStream(_chunks(request, services, caller, asked, form), services.metrics)
     work = services.generator.generate(asked, caller, request_id_of(request))
     generated = await while_connected(request, work, services.metrics)
     answer = {
-        **_head("chat.completion", model),
+        **form.head("chat.completion"),
         "choices": [
-            {"index": index, "message": {"role": "assistant", "content": [image]}, "finish_reason": "stop"}
-            for index, image in enumerate(_images(asked, generated))
+            {"index": index, "message": form.message(asked, index), "finish_reason": "stop"}
+            for index in range(len(generated.files))
         ],
         "usage": chat_usage(generated),
         "seeds": generated.seeds,
@@ -54,58 +84,41 @@ async def complete(request: Request, caller: Authenticated) -> Response:
     return json_response(answer, generated.files)
 
 
-def _head(kind: str, model: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
-
-
-def _images(asked: ImageRequest, generated: Generated) -> list[dict[str, Any]]:
-    """Returns a part of a message's content for each image."""
-    urls = (f"data:image/{asked.output_format};base64,{slot(index)}" for index in range(len(generated.files)))
-    return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-
-
 async def _chunks(
-    request: Request, services: Services, caller: Caller, asked: ImageRequest, model: str, *, has_usage: bool
+    request: Request, services: Services, caller: Caller, asked: ImageRequest, form: _Form
 ) -> AsyncGenerator[bytes, None]:
     """Yields the chunks of a stream: progress without content, one delta with each image, and the end."""
-    head = _head("chat.completion.chunk", model)
+    head = form.head("chat.completion.chunk")
     stream = services.generator.stream(asked, caller, request_id_of(request))
-    sent: float | None = None
+    pace, role = Pace(is_held=False), {"role": "assistant"}
     async with aclosing(stream):
         async for progress in stream:
             if progress.generated is None:
-                if sent is not None and time.monotonic() - sent < PROGRESS_SECONDS:
-                    continue
-                delta: dict[str, Any] = {"role": "assistant", "content": ""} if sent is None else {"content": ""}
-                sent = time.monotonic()
-                chunk = {**head, "choices": [_choice(0, delta)], "progress": _progress(progress)}
-                yield event(json_bytes(chunk))
+                if pace.is_due():
+                    chunk = {**head, "choices": [_choice(0, {**role, "content": ""})], "progress": progress.state()}
+                    role = {}
+                    yield event(json_bytes(chunk))
                 continue
-            for chunk_bytes in _last_chunks(head, asked, progress.generated, has_usage=has_usage):
+            for chunk_bytes in _last_chunks(head, asked, progress.generated, form):
                 yield chunk_bytes
 
 
-def _last_chunks(head: dict[str, Any], asked: ImageRequest, generated: Generated, *, has_usage: bool) -> list[bytes]:
-    chunks = []
-    for index, image in enumerate(_images(asked, generated)):
-        delta = {"role": "assistant", "content": [image]}
-        # ``json_bytes`` fills the places of an answer in order, from 0.
-        text = image["image_url"]["url"].replace(slot(index), slot(0))
-        delta["content"] = [{"type": "image_url", "image_url": {"url": text}}]
-        chunks.append(event(json_bytes({**head, "choices": [_choice(index, delta)]}, [generated.files[index]])))
+def _last_chunks(head: dict[str, Any], asked: ImageRequest, generated: Generated, form: _Form) -> list[bytes]:
+    # Each chunk has one image, so it is in the first place that ``json_bytes`` fills.
+    delta = form.message(asked, 0)
+    chunks = [
+        event(json_bytes({**head, "choices": [_choice(index, delta)]}, [file]))
+        for index, file in enumerate(generated.files)
+    ]
     ends = [_choice(index, {}, "stop") for index in range(len(generated.files))]
     last = {**head, "choices": ends, "seeds": generated.seeds, "metadata": generated.metadata}
     if asked.warnings:
         last["warnings"] = list(asked.warnings)
     chunks.append(event(json_bytes(last)))
-    if has_usage:
+    if form.has_usage:
         chunks.append(event(json_bytes({**head, "choices": [], "usage": chat_usage(generated)})))
     return [*chunks, event(b"[DONE]")]
 
 
 def _choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "finish_reason": reason}
-
-
-def _progress(progress: Progress) -> dict[str, Any]:
-    return {"stage": progress.stage, "done": progress.done, "total": progress.total, "eta_seconds": progress.eta}

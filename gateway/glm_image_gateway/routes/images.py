@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from glm_image_gateway.answers import images_answer, json_bytes, json_response, slot, slots, usage
 from glm_image_gateway.bodies import validated
-from glm_image_gateway.connections import EventStream, event, while_connected
+from glm_image_gateway.connections import EventStream, Pace, event, progress_comment, while_connected
 from glm_image_gateway.documentation import ERRORS, body_of
 from glm_image_gateway.generation import Generated
 from glm_image_gateway.keys import Caller
@@ -81,12 +81,15 @@ def file_url(request: Request, services: Services, name: str) -> str:
 async def _events(
     request: Request, services: Services, caller: Caller, asked: ImageRequest, kind: str
 ) -> AsyncGenerator[bytes, None]:
-    """Yields the events of a stream: intermediate images, then one event for each image."""
+    """Yields the events of a stream: intermediate images, comments of progress, then one event for each image."""
     partials = 0
+    pace = Pace(is_held=True)
     stream = services.generator.stream(asked, caller, request_id_of(request))
     async with aclosing(stream):
         async for progress in stream:
-            if progress.partial is not None and partials < asked.partial_images:
+            if progress.partial is not None:
+                if partials == asked.partial_images:
+                    continue
                 # The server makes intermediate images as PNG.
                 head = {
                     **_head(asked, f"{kind}.partial_image"),
@@ -95,7 +98,10 @@ async def _events(
                 }
                 partials += 1
                 yield _image_event(head, progress.partial)
-            if progress.generated is not None:
+            elif progress.generated is None:
+                if pace.is_due():
+                    yield progress_comment(json_bytes(progress.state()))
+            else:
                 for data in await _completed(request, services, asked, progress.generated, kind):
                     yield data
 

@@ -69,7 +69,7 @@ async def _response(request: Request, services: Services, job: Job, status: int)
     }
     progress = services.jobs.progress(job)
     if progress is not None and not job.has_ended:
-        answer |= {"stage": progress.stage, "done": progress.done, "total": progress.total, "eta_seconds": progress.eta}
+        answer |= progress.state()
     if job.finished is not None:
         answer["finished"] = int(job.finished)
     if job.error is not None:

@@ -1,4 +1,4 @@
-"""The page at ``/``, and what it asks for beyond OpenAI's API: the server's state, and the progress of a request."""
+"""The page at ``/``, and what it asks for beyond OpenAI's API: the server's state."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from glm_image_client import GlmImageClientError
-from glm_image_gateway.errors import api_error
-from glm_image_gateway.services import Authenticated, services_of
+from glm_image_gateway.services import services_of
 
 PAGE: Final = Path(__file__).parents[1] / "static"
 PAGE_HEADERS: Final = {
@@ -51,12 +50,3 @@ async def state(request: Request) -> dict[str, Any]:
         with contextlib.suppress(GlmImageClientError):
             defaults = await services.client.defaults()
     return {"ready": is_ready, "defaults": defaults, "needs_key": services.keys.are_required}
-
-
-@router.get("/page/progress/{request_id}")
-async def progress(request: Request, request_id: str, caller: Authenticated) -> dict[str, Any]:
-    """Returns the state of a request on the server, as ``glm_control`` has it: ``unknown`` before it arrives there."""
-    try:
-        return await services_of(request).client.status(request_id)
-    except GlmImageClientError as error:
-        raise api_error(error) from error

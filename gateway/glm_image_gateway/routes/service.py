@@ -60,7 +60,7 @@ async def ready(request: Request) -> Response:
     services = services_of(request)
     is_ready = await services.is_ready()
     headers = {} if is_ready else {"retry-after": str(RESTART_SECONDS)}
-    body = {"ready": is_ready, "server": services.settings.url}
+    body = {"ready": is_ready, "server": services.settings.server}
     return JSONResponse(body, 200 if is_ready else 503, headers)
 
 

@@ -2,6 +2,10 @@
 
 const KEY = "apiKey";
 const PARTIAL_IMAGES = 3;
+const PROGRESS_COMMENT = ": progress ";
+
+/** The type of a report of progress, which a stream has in its comments. */
+export const PROGRESS = "progress";
 
 /** An error of a request: the server's sentence, its code and the field that it is about; or code `connection`. */
 export class RequestError extends Error {
@@ -43,18 +47,8 @@ export async function serverState() {
   }
 }
 
-/** Returns the state of a request on the server, or null if it cannot be found out now. */
-export async function requestStatus(requestId) {
-  try {
-    const response = await fetch(`/page/progress/${requestId}`, { headers: authorization(), cache: "no-store" });
-    return response.ok ? await response.json() : null;
-  } catch {
-    return null;
-  }
-}
-
 /**
- * Sends a request and yields its events: intermediate images and images, as the API names them.
+ * Sends a request and yields its events: intermediate images and images, as the API names them, and `PROGRESS`.
  *
  * @param options fields of the API, without source images.
  * @param sources the source images, as files; with any the request is an edit.
@@ -88,7 +82,7 @@ export async function* imageEvents(options, sources, requestId, signal) {
   }
 }
 
-/** Splits the text of a stream of Server-Sent Events into their data. */
+/** Splits the text of a stream of Server-Sent Events into their data, and reports of progress. */
 export class EventSplitter {
   #pieces = [];
 
@@ -106,6 +100,7 @@ export class EventSplitter {
 }
 
 function dataOf(event) {
+  if (event.startsWith(PROGRESS_COMMENT)) return { type: PROGRESS, ...JSON.parse(event.slice(PROGRESS_COMMENT.length)) };
   const line = event.split("\n").find((each) => each.startsWith("data: "));
   return line === undefined ? null : JSON.parse(line.slice(6));
 }

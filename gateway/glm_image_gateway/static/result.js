@@ -26,7 +26,7 @@ export class Result {
     this.#replaceImages(this.#frame(make("div", { className: "blank" })));
   }
 
-  /** Shows how far the request is; `state` as `Estimate.of` returns it. */
+  /** Shows how far the request is; the state as `Progress.at` returns it. */
   showProgress({ stage, done, total, fraction, eta }, elapsed) {
     byId("stage").textContent = text(stage, done, total);
     byId("eta").textContent = [text("elapsed", duration(Math.floor(elapsed))), eta === null || eta < 1 ? "" : text("eta", duration(Math.round(eta)))]

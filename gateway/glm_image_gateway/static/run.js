@@ -1,11 +1,11 @@
 // A request from its start to its images: sends it, follows it, and sends it again when the server was away.
 
-import { RequestError, fileOf, imageEvents, newRequestId, requestStatus } from "./api.js";
-import { Estimate, remember } from "./progress.js";
+import { PROGRESS, RequestError, fileOf, imageEvents, newRequestId } from "./api.js";
+import { Progress } from "./progress.js";
 import { text } from "./i18n.js";
 
 const MAX_TRIES = 4;
-const POLL_MS = 500;
+const SHOW_MS = 500;
 const RETRY_MS = 1_500;
 const WHOLE = /^[+-]?\d+$/;
 
@@ -38,43 +38,23 @@ async function attempt(options, sources, result, signal) {
   const elapsed = () => (performance.now() - started) / 1000;
   const requestId = newRequestId();
   result.start(options.prompt, sizeOf(options));
-  const follower = follow(requestId, options, result, elapsed);
+  const progress = new Progress();
+  const timer = setInterval(() => result.showProgress(progress.at(elapsed()), elapsed()), SHOW_MS);
   const images = [];
-  let metadata = null;
   try {
     for await (const event of imageEvents(options, sources, requestId, signal)) {
+      if (event.type === PROGRESS) {
+        progress.report(event, elapsed());
+        result.showProgress(progress.at(elapsed()), elapsed());
+      }
       if (event.type.endsWith("partial_image")) result.showPartial(event.b64_json, event.output_format);
-      if (!event.type.endsWith("completed")) continue;
-      metadata = event.metadata;
-      images.push(imageOf(event, options));
+      if (event.type.endsWith("completed")) images.push(imageOf(event, options));
     }
   } finally {
-    follower.stop();
+    clearInterval(timer);
   }
   if (images.length === 0) throw new RequestError({ message: text("streamBroken"), code: "connection" });
-  remember(metadata, images.length);
   return { created: Date.now(), options, sources, images, seconds: elapsed() };
-}
-
-/** Shows the progress of a request until it is stopped. */
-function follow(requestId, options, result, elapsed) {
-  const [width, height] = sizeOf(options) ?? [null, null];
-  const estimate = new Estimate({ width, height, steps: Number(options.num_inference_steps), images: Number(options.n ?? 1) });
-  let isStopped = false;
-  let timer = 0;
-  const poll = async () => {
-    const status = await requestStatus(requestId);
-    if (isStopped) return;
-    if (status) result.showProgress(estimate.of(status, elapsed()), elapsed());
-    timer = setTimeout(poll, POLL_MS);
-  };
-  timer = setTimeout(poll, POLL_MS / 2);
-  return {
-    stop() {
-      isStopped = true;
-      clearTimeout(timer);
-    },
-  };
 }
 
 function imageOf(event, options) {

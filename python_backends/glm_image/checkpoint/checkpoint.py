@@ -144,16 +144,23 @@ class Checkpoint:
 
     @cached_property
     def revision(self) -> str:
-        """The revision in responses: the commit for a folder in a hub's cache, else 12 hex digits of a hash.
-
-        The hash covers all files; of weight files and other large ones, ``SAMPLED_PIECES`` pieces.
-        """
+        """The revision in responses: the commit for a folder in a hub's cache, else the fingerprint."""
         folder = self.folder.resolve()
-        if folder.parent.name == "snapshots":
-            return folder.name
-        digest = hashlib.sha256()
+        return folder.name if folder.parent.name == "snapshots" else self.fingerprint
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits of a hash of the content, which tokens carry: only this checkpoint's DiT renders them.
+
+        The hash covers all files except hidden ones, such as a download's notes; of weight files and other large ones,
+        ``SAMPLED_PIECES`` pieces.
+        """
+        folder, digest = self.folder.resolve(), hashlib.sha256()
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(str(path.relative_to(folder)).encode() + b"\0")
+            name = path.relative_to(folder)
+            if any(part.startswith(".") for part in name.parts):
+                continue
+            digest.update(str(name).encode() + b"\0")
             is_sampled = path.suffix == WEIGHTS_SUFFIX or path.stat().st_size > LARGEST_HASHED_WHOLE
             digest.update(_sampled(path) if is_sampled else path.read_bytes())
             digest.update(b"\0")

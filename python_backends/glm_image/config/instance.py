@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from glm_image.config.models import POOL_MODELS, SERVED_VARIABLE
 from glm_image.config.parameters import ArParameters, DitParameters
 from glm_image.devices.discovery import find_accelerators
 from glm_image.devices.placement import Placement, assign_devices, check_memory_shares, place_instance
@@ -49,9 +50,10 @@ class Instance(Generic[P]):
         """Chooses this instance's devices and hides all others from this process.
 
         Call it before anything imports torch, which looks for devices only once. With ``reserve_first``, ``auto``
-        leaves the first of several devices to the other stage.
+        leaves the first of several devices to the other stage, if this server has it.
         """
         cards, devices = find_accelerators(), self.parameters.devices
+        reserve_first = reserve_first and len(served_stages()) > 1
         entries = assign_devices(devices, self.siblings, cards, reserve_first=reserve_first)
         check_memory_shares(entries, self.parameters.engine.memory_utilization, cards)
         chosen = place_instance(entries, self.index, cards)
@@ -94,3 +96,14 @@ def position(args: Mapping[str, str]) -> tuple[int, int]:
     if index is None:
         raise ConfigurationError(f"the instance is named {name!r}, which no group of instance_group gives")
     return index, count
+
+
+def served_stages() -> tuple[str, ...]:
+    """Returns the stages that this server serves; both, unless ``serve --models`` names them."""
+    names = os.environ.get(SERVED_VARIABLE)
+    return tuple(names.split(",")) if names else tuple(POOL_MODELS)
+
+
+def is_pool_member() -> bool:
+    """Returns whether the stages of this server have been named, so that their callers are those of a pool."""
+    return bool(os.environ.get(SERVED_VARIABLE))

@@ -59,8 +59,8 @@ def _dit() -> Any:
     return config
 
 
-def _stream() -> Any:
-    config = _python_model("glm_image_stream", schema.STREAM_INPUTS, schema.STREAM_OUTPUTS)
+def _stream(name: str, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec]) -> Any:
+    config = _python_model(name, inputs, outputs)
     config.model_transaction_policy.decoupled = True
     return config
 
@@ -96,7 +96,9 @@ def model_configs() -> dict[str, Any]:
         "glm_image": _ensemble(),
         "glm_ar": _stage("glm_ar", schema.REQUEST_INPUTS, schema.STAGE_TENSORS, ArParameters()),
         "glm_dit": _dit(),
-        "glm_image_stream": _stream(),
+        "glm_image_stream": _stream("glm_image_stream", schema.STREAM_INPUTS, schema.STREAM_OUTPUTS),
+        "glm_ar_stream": _stream("glm_ar_stream", schema.AR_STREAM_INPUTS, schema.AR_STREAM_OUTPUTS),
+        "glm_dit_stream": _stream("glm_dit_stream", schema.DIT_STREAM_INPUTS, schema.STREAM_OUTPUTS),
         "glm_control": _python_model("glm_control", schema.CONTROL_INPUTS, schema.CONTROL_OUTPUTS),
     }
 

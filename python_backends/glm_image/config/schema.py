@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from glm_image.request.parameters import GenerationParameters, PreviewParameters, SharedParameters
+from glm_image.request.parameters import (
+    ArStreamParameters,
+    DitStreamParameters,
+    GenerationParameters,
+    PreviewParameters,
+    SharedParameters,
+)
 from glm_image.request.tensors import TensorSpec, request_fields
 
 # Optional for Triton, `prompt` too: if an ensemble's required input is missing, Triton reports a deadlock. The stages
@@ -56,8 +62,14 @@ STREAM_OUTPUTS: Final = (
 )
 """The outputs of ``glm_image_stream``, with each response."""
 
+AR_STREAM_INPUTS: Final = (*REQUEST_INPUTS, *(declared.spec for declared in request_fields(ArStreamParameters)))
+AR_STREAM_OUTPUTS: Final = (STREAM_OUTPUTS[0], *STAGE_TENSORS)
+"""The outputs of ``glm_ar_stream``: each response has an event, the last one the tensors too."""
+
+DIT_STREAM_INPUTS: Final = (*DIT_INPUTS, *(declared.spec for declared in request_fields(DitStreamParameters)))
+
 CONTROL_INPUTS: Final = (
     TensorSpec("request_id", "STRING", help="Id of the requests."),
-    TensorSpec("action", "STRING", help="`cancel` or `status`."),
+    TensorSpec("action", "STRING", help="`cancel`, `status`, `defaults` or `describe`."),
 )
 CONTROL_OUTPUTS: Final = (TensorSpec("result", "STRING", help="One JSON object."),)

@@ -214,12 +214,15 @@ class RequestContext:
             return
         left = (self.deadline_ns - time.monotonic_ns()) / NANOSECONDS
         if left < 0:
-            raise DeadlineExceededError(f"request {shown(self.id)} is {-left:.3f} s past its deadline")
+            raise DeadlineExceededError(f"request {shown(self.id)} is {-left:.3f} s past {self._deadline_text()}")
         if left < needed_seconds:
             raise DeadlineExceededError(
-                f"request {shown(self.id)} cannot meet its deadline: the remaining work takes at least "
-                f"{needed_seconds:.3f} s, {left:.3f} s are left, {needed_seconds - left:.3f} s too few"
+                f"request {shown(self.id)} cannot meet {self._deadline_text()}: the remaining work takes at "
+                f"least {needed_seconds:.3f} s, {left:.3f} s are left, {needed_seconds - left:.3f} s too few"
             )
+
+    def _deadline_text(self) -> str:
+        return f"its deadline, {(self.deadline_ns - self.arrived_ns) / NANOSECONDS:g} s after its arrival"
 
     def seconds_to_spare(self, needed_seconds: float) -> float:
         """Returns after how many seconds ``check`` with these needed seconds raises; inf without a deadline."""

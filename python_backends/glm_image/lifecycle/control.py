@@ -20,7 +20,7 @@ from glm_image.request.stages import AR_STAGES, QUEUES, Stage
 
 logger = logging.getLogger(__name__)
 
-ACTIONS: Final = ("cancel", "status", "defaults")
+ACTIONS: Final = ("cancel", "status", "defaults", "describe")
 REPLY_SECONDS: Final = 1.0
 """An instance replies from a thread of its own; one that has not by then is gone or hangs."""
 
@@ -28,9 +28,11 @@ REPLY_SECONDS: Final = 1.0
 def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
     """Performs one of ``ACTIONS``; ``directory`` is the folder of IPC sockets.
 
-    ``cancel`` and ``status`` concern all requests of an id; ``defaults`` ignores the id.
+    ``cancel`` and ``status`` concern all requests of an id; the others ignore the id.
 
     Returns:
+        For ``describe``: ``action`` and ``stages``, for each stage its checkpoint's ``name``, ``revision`` and
+        ``fingerprint``, its ``instances`` and their ``slots``, the images that each works on at the same time.
         For ``defaults``: ``action`` and ``defaults``, the options that suit the checkpoint. Else ``request_id``,
         ``action``, ``state`` (of the requests in flight, else of the latest), ``requests`` (each with its own state,
         stage, done, total and seconds); for a cancel, how many requests it ``cancelled``; and the names of the
@@ -44,6 +46,8 @@ def control(directory: Path, request_id: str, action: str) -> dict[str, Any]:
         raise InvalidInputError.of("action", action, ", ".join(ACTIONS))
     if action == "defaults":
         return _defaults(directory)
+    if action == "describe":
+        return _description(directory)
     if not request_id:
         raise InvalidInputError.of("request_id", request_id, "the id that a request was sent with")
     check_request_id("request_id", request_id)
@@ -66,6 +70,16 @@ def _defaults(directory: Path) -> dict[str, Any]:
         if "defaults" in reply.fields:
             return {"action": "defaults", "defaults": reply.fields["defaults"]}
     raise UnavailableError("no instance replied with the defaults of its checkpoint: try again later")
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    replies = call(instance_sockets(directory), Message({"action": "describe"}), REPLY_SECONDS)
+    stages: dict[str, Event] = {}
+    for _, reply in sorted(replies.replies.items()):
+        if "stage" in reply.fields:  # the instances of a stage are alike
+            description = dict(reply.fields)
+            stages.setdefault(description.pop("stage"), description)
+    return {"action": "describe", "stages": stages}
 
 
 def _merge(events: Sequence[Event]) -> list[Event]:

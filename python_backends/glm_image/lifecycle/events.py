@@ -28,10 +28,18 @@ class EventBuilder:
         request_id: the id of the request.
         arrived_ns: the ``time.monotonic_ns()`` at which it arrived, which no other request of that id shares.
         dit_seconds: how long the DiT takes for such a request; None = unknown.
+        first_stage: where it begins.
     """
 
-    def __init__(self, request_id: str, arrived_ns: int, dit_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        arrived_ns: int,
+        dit_seconds: float | None = None,
+        first_stage: Stage = Stage.AR_QUEUE,
+    ) -> None:
         self._request_id, self._arrived_ns, self._dit_seconds = request_id, arrived_ns, dit_seconds
+        self._first_stage = first_stage
         self._latest = (0, 0)
         self._stage_starts: dict[Stage, tuple[float, int]] = {}
 
@@ -39,7 +47,7 @@ class EventBuilder:
         return bool(published["arrived_ns"] == self._arrived_ns)
 
     def first(self) -> Event:
-        return self._event("queued", Stage.AR_QUEUE, 0, 1, None)
+        return self._event("queued", self._first_stage, 0, 1, None)
 
     def progress(self, published: Event) -> Event | None:
         """Returns the event for a published progress; None if it is older than the last one, or ends the request."""
@@ -64,8 +72,12 @@ class EventBuilder:
         """Returns the event for an intermediate image that is not made; ``reason`` has its reason and message."""
         return {**self.image("preview_skipped", published), **reason}
 
-    def last(self) -> Event:
-        return self._event("image", "done", 1, 1, 0.0)
+    def preview_tokens(self, published: Event) -> Event:
+        """Returns the event with the tokens of the preview, which another server renders."""
+        return {**self.image("preview_tokens", published), "preview": published["preview"]}
+
+    def last(self, kind: str = "image") -> Event:
+        return self._event(kind, "done", 1, 1, 0.0)
 
     def _eta(self, stage: Stage, done: int, total: int) -> float | None:
         """Seconds to the finished images; to the end of the AR stage where the DiT's duration is unknown."""

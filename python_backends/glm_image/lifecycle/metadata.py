@@ -26,15 +26,16 @@ TOKENS: Final = ("prompt", "source", "preview", "image")
 PASSED: Final = "a time of the server's monotonic clock that has passed; leave it out for tokens made elsewhere"
 
 
-def ar_metadata(context: RequestContext, tokens: Mapping[str, int]) -> ArMetadata:
-    """Returns the metadata that ``glm_ar`` passes to ``glm_dit``."""
-    return {
+def ar_metadata(context: RequestContext, tokens: Mapping[str, int], fingerprint: str | None = None) -> ArMetadata:
+    """Returns the metadata that ``glm_ar`` passes to ``glm_dit``; ``fingerprint`` is that of the checkpoint."""
+    made: ArMetadata = {
         "tokens": dict(tokens),
         "seconds": dict(context.seconds),
         "request_id": context.id,
         "arrived_ns": context.arrived_ns,
         "finished_ns": time.monotonic_ns(),
     }
+    return made if fingerprint is None else {**made, "fingerprint": fingerprint}
 
 
 def read_ar_metadata(text: str) -> ArMetadata:
@@ -60,6 +61,7 @@ def read_ar_metadata(text: str) -> ArMetadata:
     for name, is_allowed, allowed in (
         ("tokens", _numbers(TOKENS, _is_count), f"an object of whole numbers of at least 0 for {', '.join(TOKENS)}"),
         ("seconds", _numbers(STAGE_ORDER, _is_duration), f"an object of numbers of at least 0 for {stages}"),
+        ("fingerprint", lambda value: isinstance(value, str), "a text"),
         ("request_id", lambda value: isinstance(value, str) and bool(value), "a text that is not empty"),
         ("arrived_ns", _has_passed, PASSED),
         ("finished_ns", _has_passed, PASSED),
@@ -68,6 +70,18 @@ def read_ar_metadata(text: str) -> ArMetadata:
             raise InvalidInputError.of(f"ar_metadata's {name}", json.dumps(metadata[name]), allowed)
     check_request_id("ar_metadata's request_id", metadata.get("request_id", ""))
     return cast("ArMetadata", metadata)
+
+
+def check_fingerprint(metadata: ArMetadata, own: str) -> None:
+    """Refuses tokens of another checkpoint than that with the fingerprint ``own``; those that name none are allowed.
+
+    Raises:
+        InvalidInputError: the tokens name another fingerprint.
+    """
+    given = metadata.get("fingerprint", own)
+    if given != own:
+        allowed = f"{own}, that of this server's checkpoint; leave it out to render tokens of another checkpoint"
+        raise InvalidInputError.of("ar_metadata's fingerprint", given, allowed)
 
 
 def _numbers(names: Collection[str], is_allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Final
 from glm_image.errors import InvalidInputError
 from glm_image.request.parameters import MAX_PREVIEW_EVERY
 
-MAX_CHARACTERS: Final = 1000
+MAX_CHARACTERS: Final = 2000
 """Of the JSON text, several times what the options take."""
+MAX_TRACE_CHARACTERS: Final = 800
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class StreamOptions:
         arrived_ns: the ``time.monotonic_ns()`` at which the streamed request arrived; None = not a streamed request.
         previews: whether ``glm_ar`` publishes the tokens of the first image's preview as soon as they are sampled.
         latent_preview_every: denoising steps between two latent previews that ``glm_dit`` publishes; 0 = none.
+        trace: the context of the streamed request's span, as ``RequestTracing`` reads it; None = not traced.
     """
 
     arrived_ns: int | None = None
     previews: bool = False
     latent_preview_every: int = 0
+    trace: str | None = None
 
     PARAMETER: ClassVar[str] = "stream_options"
     """The request parameter that holds the options as JSON: Triton's parameters are strings, numbers and booleans."""
@@ -76,6 +79,10 @@ _ALLOWED: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "latent_preview_every": (
         lambda value: _is_whole(value, MAX_PREVIEW_EVERY),
         f"a whole number of 0 to {MAX_PREVIEW_EVERY}",
+    ),
+    "trace": (
+        lambda value: value is None or (isinstance(value, str) and len(value) <= MAX_TRACE_CHARACTERS),
+        f"null, or text of at most {MAX_TRACE_CHARACTERS} characters",
     ),
 }
 _UNKNOWN: Final[tuple[Callable[[Any], bool], str]] = (lambda value: False, f"no entries but {', '.join(_ALLOWED)}")

@@ -104,6 +104,14 @@ class SharedParameters:
         "`raw` returns pixels in `images`, the other formats return files in `images_base64`.",
         is_parameter=True,
     )
+    revision: str = tensor(
+        "",
+        "STRING",
+        CheckedElsewhere("`revision` of the metadata, or the checkpoint's fingerprint"),
+        "The checkpoint that must serve the request; another one refuses it. See [pools](fleet.md#revisions).",
+        shown="any",
+        is_parameter=True,
+    )
 
     def shared(self) -> dict[str, Any]:
         """Returns these fields by their names, of a subclass too."""
@@ -230,6 +238,33 @@ class PreviewParameters:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArStreamParameters:
+    """The request fields that ``glm_ar_stream`` has in addition to those of ``glm_ar``."""
+
+    preview_tokens: int = tensor(
+        0, "INT32", Range(0, 1), "1: an event brings the tokens of the preview as soon as they are sampled."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DitStreamParameters:
+    """The request fields that ``glm_dit_stream`` has in addition to those of ``glm_dit``."""
+
+    preview_every: int = tensor(
+        0,
+        "INT32",
+        Range(0, MAX_PREVIEW_EVERY),
+        "Denoising steps between two images of the latents; 0 = no such images.",
+    )
+    is_preview: int = tensor(
+        0,
+        "INT32",
+        Range(0, 1),
+        "1: the tokens are those of a preview, which is rendered between the steps of other requests.",
+    )
+
+
 @dataclass(frozen=True)
 class ResolvedRequest:
     """A validated request with every default filled in.
@@ -267,8 +302,10 @@ class ArMetadata(TypedDict, total=False):
         request_id: the request's id.
         arrived_ns: ``time.monotonic_ns()`` when the request arrived.
         finished_ns: ``time.monotonic_ns()`` when the AR stage had finished.
+        fingerprint: of the checkpoint that made the tokens.
     """
 
+    fingerprint: str
     tokens: Mapping[str, int]
     seconds: Mapping[Stage, float]
     request_id: str

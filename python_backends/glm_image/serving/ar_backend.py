@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from glm_image.ar.admission import Admission, BatchAdmission
 from glm_image.ar.metrics import AR_LATENCIES, AR_METRICS, AR_OUTCOMES
-from glm_image.config.models import ENTRY_MODELS, STAGES
+from glm_image.config.instance import is_pool_member
 from glm_image.config.parameters import ArParameters
 from glm_image.errors import QueueFullError
 from glm_image.ipc.protocol import socket_directory
@@ -34,6 +31,7 @@ from glm_image.request.source_images import check_count
 from glm_image.request.stages import Stage
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
+from glm_image.serving.unloading import unload_commands
 
 if TYPE_CHECKING:
     from glm_image.ar.engine import ArResult
@@ -54,7 +52,10 @@ class ArBackend(StageBackend):
     metrics = AR_METRICS
     counters = AR_OUTCOMES
     latencies = AR_LATENCIES
-    outcome = RequestState.FORWARDED
+
+    @property
+    def outcome(self) -> RequestState:
+        return RequestState.FINISHED if is_pool_member() else RequestState.FORWARDED
 
     def _load_engine(
         self, parameters: ArParameters, checkpoint: Checkpoint, device: Device, workers: WorkerConfig
@@ -75,8 +76,10 @@ class ArBackend(StageBackend):
         )
 
     def _start_heartbeat(self) -> None:
-        commands = {"drain": partial(_unload, ENTRY_MODELS), "unload": partial(_unload, STAGES)}
-        self._heartbeat.start(self._engine.is_alive, commands if self._instance.index == 0 else {})
+        self._heartbeat.start(self._engine.is_alive, unload_commands("glm_ar", self._instance.index))
+
+    def _slots(self, parameters: ArParameters) -> int:
+        return parameters.engine.max_num_seqs
 
     def _close_engine(self) -> None:
         self._decoders.shutdown(wait=True)
@@ -93,6 +96,7 @@ class ArBackend(StageBackend):
         parameters = GenerationParameters(**inputs.fields(GenerationParameters))
         context.num_images = parameters.num_images
         context.attributes = _log_attributes(parameters)
+        self._check_revision(parameters.revision)
         if parameters.images is None:
             self._submit(call, parameters)
             return
@@ -130,10 +134,13 @@ class ArBackend(StageBackend):
         preview = preview_of(resolved.grids)
         if call.header.options.previews and preview is not None:
             context.add_observer(PreviewPublisher(self._registry, preview, seed))
-        call.responder.send_result(self._engine.submit(context, resolved), partial(_outputs, context, resolved))
+        outputs = partial(_outputs, self._checkpoint["fingerprint"], context, resolved)
+        call.responder.send_result(self._engine.submit(context, resolved), outputs)
 
 
-def _outputs(context: RequestContext, resolved: ResolvedRequest, result: ArResult) -> dict[str, NDArray[Any]]:
+def _outputs(
+    fingerprint: str, context: RequestContext, resolved: ResolvedRequest, result: ArResult
+) -> dict[str, NDArray[Any]]:
     return {
         "prior_token_ids": result.prior_token_ids,
         "prior_grid": np.array(resolved.target),
@@ -142,7 +149,7 @@ def _outputs(context: RequestContext, resolved: ResolvedRequest, result: ArResul
         "resolved_seed": np.array([resolved.seeds[0]]),
         "resolved_size": np.array(resolved.requested),
         "deadline_ns": np.array([context.deadline_ns]),
-        "ar_metadata": text_array(json.dumps(ar_metadata(context, result.tokens))),
+        "ar_metadata": text_array(json.dumps(ar_metadata(context, result.tokens, fingerprint))),
     }
 
 
@@ -164,13 +171,6 @@ def _admission(parameters: ArParameters, dit_load: DitLoadFeed | None) -> Admiss
         )
         return None
     return BatchAdmission(dit_load.load)
-
-
-def _unload(models: Sequence[str]) -> None:
-    """Unloads models; requests in flight go on, and Triton ends a model's process after its last one."""
-    for model in models:
-        with contextlib.suppress(pb_utils.TritonModelException):  # this server was started without it
-            pb_utils.unload_model(model)
 
 
 def _log_attributes(parameters: GenerationParameters) -> dict[str, Any]:

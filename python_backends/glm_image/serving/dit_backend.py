@@ -23,7 +23,7 @@ from glm_image.lifecycle.busy_period import BusyPeriod
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.dit_load import TOPIC, DitLoadReporter
 from glm_image.lifecycle.dit_room import DitRoom
-from glm_image.lifecycle.metadata import read_ar_metadata, request_metadata
+from glm_image.lifecycle.metadata import check_fingerprint, read_ar_metadata, request_metadata
 from glm_image.lifecycle.preview_rpc import (
     PREVIEW,
     LatentPreviewPublisher,
@@ -38,6 +38,7 @@ from glm_image.request.stages import AR_STAGES, Stage
 from glm_image.serving import bytes_tensors
 from glm_image.serving.stage_backend import StageBackend, StageCall
 from glm_image.serving.tensors import Inputs, text_array
+from glm_image.serving.unloading import unload_commands
 
 if TYPE_CHECKING:
     from glm_image.checkpoint.checkpoint import Checkpoint
@@ -54,7 +55,10 @@ class DitBackend(StageBackend):
     metrics = DIT_METRICS
     counters = DIT_OUTCOMES
     latencies = DIT_LATENCIES
-    outcome = RequestState.FINISHED
+
+    @property
+    def outcome(self) -> RequestState:
+        return RequestState.FINISHED
 
     def initialize(self, args: Mapping[str, str]) -> None:
         self._busy = BusyPeriod()
@@ -80,10 +84,15 @@ class DitBackend(StageBackend):
         self._observers += [load_reporter, LatentPreviewPublisher(self._registry)]
         self._topics[TOPIC] = load_reporter.publish_load
         self._handlers[PREVIEW] = self._preview
-        self._model = {"name": checkpoint.name, "revision": checkpoint.revision}
         self._engine = DitEngine(
             checkpoint, device, parameters.engine, self._metrics.record, workers, self._heartbeat.watched
         )
+
+    def _start_heartbeat(self) -> None:
+        self._heartbeat.start(commands=unload_commands("glm_dit", self._instance.index))
+
+    def _slots(self, parameters: DitParameters) -> int:
+        return 1
 
     def _close_engine(self) -> None:
         self._threads.shutdown(wait=True)
@@ -95,6 +104,8 @@ class DitBackend(StageBackend):
         request = read_request(inputs)
         _adopt(call, inputs, request, self._busy.since_ns)
         call.context.start(Stage.DIT_QUEUE)
+        self._check_revision(request.revision)
+        check_fingerprint(request.ar_metadata, self._checkpoint["fingerprint"])
         request.check(self._limits, self._engine.codebook_size)
         self._threads.submit(self._paint, call, request)
 
@@ -107,7 +118,8 @@ class DitBackend(StageBackend):
             )
 
     def _outputs(self, context: RequestContext, request: PaintRequest, result: DitResult) -> dict[str, NDArray[Any]]:
-        metadata = request_metadata(context, request, self._model, self._engine.attention_backend)
+        model = {name: self._checkpoint[name] for name in ("name", "revision")}
+        metadata = request_metadata(context, request, model, self._engine.attention_backend)
         return {
             "images": result.pixels if request.output_format == "raw" else np.zeros((0, 0, 0, 3)),
             "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),
@@ -141,9 +153,10 @@ def _adopt(call: StageCall, inputs: Inputs, request: PaintRequest, busy_since_ns
     if deadline_ns < 0:
         raise InvalidInputError.of("deadline_ns", deadline_ns, "0 (none) and above")
     context.id = call.header.id or metadata.get("request_id", context.id)
-    context.arrived_ns = metadata.get("arrived_ns", busy_since_ns)
+    streamed_ns = call.header.options.arrived_ns
+    context.arrived_ns = streamed_ns or metadata.get("arrived_ns", busy_since_ns)
     context.queue_began_ns = busy_since_ns
-    context.received_ns = metadata.get("arrived_ns", context.received_ns)
+    context.received_ns = streamed_ns or metadata.get("arrived_ns", context.received_ns)
     # That of this stage too: it holds ``max_timeout_ms``, which the deadline of a client need not.
     context.deadline_ns = min(filter(None, (deadline_ns, context.deadline_ns)), default=0)
     seconds = metadata.get("seconds", {})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from glm_image.config.instance import Instance
 from glm_image.config.parameters import ArParameters, DitParameters
-from glm_image.errors import UnavailableError
+from glm_image.errors import InvalidInputError, UnavailableError
 from glm_image.ipc.protocol import Message
 from glm_image.ipc.server import Handler, IpcServer
 from glm_image.lifecycle.call_header import CallHeader
@@ -61,7 +61,6 @@ class StageBackend(ABC):
     metrics: ClassVar[tuple[MetricSpec, ...]]
     counters: ClassVar[Mapping[str, MetricSpec]]
     latencies: ClassVar[LatencyHistograms]
-    outcome: ClassVar[RequestState]
 
     def initialize(self, args: Mapping[str, str]) -> None:
         bytes_tensors.install()
@@ -90,6 +89,11 @@ class StageBackend(ABC):
         self._abandoned_thread.start()
         self._start_heartbeat()
 
+    @property
+    @abstractmethod
+    def outcome(self) -> RequestState:
+        """The state of a request that this stage has served."""
+
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             context = RequestContext()
@@ -99,7 +103,7 @@ class StageBackend(ABC):
                 responder.is_relayed = header.options.arrived_ns is not None
                 context.id = header.id or context.id
                 context.limit(self._timeouts.of(header.timeout_us))
-                self._tracing.observe(context, request)
+                self._tracing.observe(context, request, header.options.trace)
                 self._handle(StageCall(header, context, responder), Inputs(request, header.parameters))
 
     def finalize(self) -> None:
@@ -127,8 +131,28 @@ class StageBackend(ABC):
         checkpoint = Checkpoint.open(folder, instance.parameters.load_format)
         defaults = checkpoint.defaults
         self._handlers["defaults"] = lambda _: Message({"defaults": defaults})
+        self._checkpoint = {
+            "name": checkpoint.name,
+            "revision": checkpoint.revision,
+            "fingerprint": checkpoint.fingerprint,
+        }
+        description = {**self._checkpoint, "instances": instance.siblings, "slots": self._slots(instance.parameters)}
+        self._handlers["describe"] = lambda _: Message({"stage": instance.model, **description})
         workers = instance.workers(place, device, self._end_process)
         self._load_engine(instance.parameters, checkpoint, device, workers)
+
+    @abstractmethod
+    def _slots(self, parameters: Any) -> int:
+        """Returns how many images an instance works on at the same time."""
+
+    def _check_revision(self, revision: str) -> None:
+        """Refuses a request that is for another checkpoint; "" = any.
+
+        Raises:
+            InvalidInputError: ``revision`` is neither the checkpoint's revision nor its fingerprint.
+        """
+        if revision not in {"", self._checkpoint["revision"], self._checkpoint["fingerprint"]}:
+            raise InvalidInputError.of("revision", revision, self._checkpoint["revision"])
 
     def _end_process(self, error: UnavailableError) -> None:
         """Fails all requests and ends this process, in which the engine may hang for ever.
@@ -167,5 +191,6 @@ class StageBackend(ABC):
     def _close_engine(self) -> None:
         """Ends the engine and the threads that work for it."""
 
+    @abstractmethod
     def _start_heartbeat(self) -> None:
-        self._heartbeat.start()
+        """Starts the heartbeat, with the watchdog's commands that the instance carries out."""

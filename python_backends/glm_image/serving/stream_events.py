@@ -38,27 +38,38 @@ NO_OUTPUTS: Final[Mapping[str, NDArray[Any]]] = {
 }
 
 
+def encoded_image(pixels: NDArray[np.uint8]) -> NDArray[np.object_]:
+    """Returns an intermediate image, uint8 [height, width, 3], as the output ``images_base64`` with one PNG file."""
+    return np.array([base64.b64encode(images.encode(pixels, "png"))], dtype=np.object_)
+
+
 class EventSender(Responder):
     """Sends any number of events before the last response.
+
+    Args:
+        request: Triton's request.
+        no_outputs: the outputs of an event without an image.
 
     Attributes:
         arrived_ns: the ``time.monotonic_ns()`` at which the request arrived.
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, no_outputs: Mapping[str, NDArray[Any]] = NO_OUTPUTS) -> None:
         super().__init__(request)
+        self._no_outputs = no_outputs
         self.arrived_ns = time.monotonic_ns()
 
-    def send_event(self, event: Event, outputs: Mapping[str, NDArray[Any]] = NO_OUTPUTS) -> None:
+    def send_event(self, event: Event, outputs: Mapping[str, NDArray[Any]] | None = None) -> None:
         """Sends an event, unless the last response has been sent."""
         with self._lock:
             if self._sender is not None:
-                self._sender.send(response({**NO_OUTPUTS, **outputs, "event": self._timed(event)}), flags=0)
+                self._sender.send(
+                    response({**self._no_outputs, **(outputs or {}), "event": self._timed(event)}), flags=0
+                )
 
     def send_image(self, event: Event, pixels: NDArray[np.uint8]) -> None:
         """Sends an event with an intermediate image, uint8 [height, width, 3]."""
-        file = base64.b64encode(images.encode(pixels, "png"))
-        self.send_event(event, {"images_base64": np.array([file], dtype=np.object_)})
+        self.send_event(event, {"images_base64": encoded_image(pixels)})
 
     def send_last(self, event: Event, outputs: Mapping[str, NDArray[Any]]) -> None:
         with self._lock:

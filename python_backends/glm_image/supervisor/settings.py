@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from glm_image.config.models import ENTRY_MODELS, STAGES
+from glm_image.config.models import ENTRY_MODELS, POOL_MODELS, SERVED_VARIABLE, STAGE_STREAMS, STAGES
 from glm_image.errors import CheckpointError, ConfigurationError, shown
 from glm_image.supervisor.addresses import numeric_address
 from glm_image.supervisor.api_access import CLOSABLE_APIS, DEFAULT_MAX_REQUEST_BYTES, check_open_apis
@@ -57,6 +57,12 @@ class ServerSettings:
 
     checkpoint: Path = flag("folder with model_index.json", "DIR", Path)
     profile: str | None = flag("a file of a model's configs folder, without .pbtxt", "NAME", default=None)
+    models: tuple[str, ...] = flag(
+        f"stages to serve, of {', '.join(POOL_MODELS)}, as a member of a pool (default: all models)",
+        "NAME,...",
+        lambda names: tuple(names.split(",")),
+        default=(),
+    )
     host: str = flag("address to listen on (default: %(default)s)", "HOST", default="127.0.0.1")
     http_port: int = flag(PORT_HELP, "PORT", int, default=0, flag_default=8000)
     grpc_port: int = flag(PORT_HELP, "PORT", int, default=0, flag_default=8001)
@@ -95,6 +101,7 @@ class ServerSettings:
             shown_path = shown(str(self.checkpoint))
             raise CheckpointError(f"--checkpoint is {shown_path}, which {fault}; allowed: a checkpoint folder")
         models = _checked_models(self.model_repository)
+        self._check_stages({model.name for model in models})
         profiles = sorted({profile.stem for model in models for profile in model.glob("configs/*.pbtxt")})
         if self.profile is not None and self.profile not in profiles:
             allowed = ", ".join(profiles) or "none, no model has any"
@@ -110,6 +117,17 @@ class ServerSettings:
             raise ConfigurationError(f"--otlp-traces-endpoint is {shown(endpoint)}; allowed: http:// or https://")
         check_open_apis(self.open_apis)
         self._check_ports()
+
+    def _check_stages(self, present: set[str]) -> None:
+        for stage in self.models:
+            if stage not in POOL_MODELS:
+                raise ConfigurationError(f"--models has {shown(stage)}; allowed: {', '.join(POOL_MODELS)}")
+        if missing := sorted({model for stage in self.models for model in POOL_MODELS[stage]} - present):
+            repository = shown(str(self.model_repository))
+            raise ConfigurationError(
+                f"--models needs {', '.join(missing)}, which the model repository {repository} lacks; allowed: a "
+                "repository that has them"
+            )
 
     def _check_ports(self) -> None:
         flags: dict[int, str] = {}
@@ -145,6 +163,7 @@ class ServerSettings:
     def model_environment(self, plain: Plain) -> dict[str, str]:
         """Returns the environment variables through which the models' processes are configured."""
         optional = {
+            SERVED_VARIABLE: ",".join(self.models),
             "GLM_IMAGE_LOG_PROMPTS": "1" if self.log_prompts else None,
             "GLM_IMAGE_REQUEST_LOG": plain(self.request_log, "requests") if self.request_log else None,
             "GLM_IMAGE_OTLP_TRACES_ENDPOINT": self.otlp_traces_endpoint,
@@ -183,11 +202,17 @@ class ServerSettings:
             metrics_port=ports["--metrics-port"],
         )
 
+    def loaded_models(self) -> list[str]:
+        """Returns the names of the models that the server loads."""
+        if self.models:
+            return sorted({model for stage in self.models for model in POOL_MODELS[stage]})
+        return [model.name for model in _model_folders(self.model_repository) if model.name not in STAGE_STREAMS]
 
-def models_by_role(repository: Path) -> tuple[frozenset[str], frozenset[str]]:
-    """Returns a repository's entry models, which forward requests to others, and its stages."""
-    models = frozenset(model.name for model in _model_folders(repository))
-    return models.intersection(ENTRY_MODELS), models.intersection(STAGES)
+
+def models_by_role(models: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Returns the entry models, which forward requests to others, and the stages among the models."""
+    names = frozenset(models)
+    return names.intersection(ENTRY_MODELS), names.intersection(STAGES)
 
 
 def _checked_models(repository: Path) -> list[Path]:

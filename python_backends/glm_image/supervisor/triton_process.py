@@ -73,7 +73,7 @@ class ServerProcess:
         self._failure: str | None = None
         self._ended = False
         self._exit_reason: str | None = None
-        self._entry_models, self._stages = models_by_role(settings.model_repository)
+        self._entry_models, self._stages = models_by_role(settings.loaded_models())
         self._drained: set[str] = set()
         self._unloaded: set[str] = set()
         self._next_command: bytes | None = None
@@ -235,7 +235,7 @@ class ServerProcess:
             f"--exit-timeout-secs={settings.drain_seconds}",
             # For the models' own processes, which unload the entry models; the API is closed to clients.
             "--model-control-mode=explicit",
-            "--load-model=*",
+            *(f"--load-model={model}" for model in settings.loaded_models()),
             "--disable-auto-complete-config",
             *closing_flags(settings.open_apis),
             *settings.trace_flags(),

@@ -40,17 +40,39 @@ class RequestTracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._tracer, self._extract = self._provider.get_tracer("glm_image"), propagate.extract
 
-    def observe(self, context: RequestContext, request: Any) -> None:
-        """Adds the observer that makes spans, if Triton traces the request; ``request`` is Triton's."""
+    def observe(self, context: RequestContext, request: Any, streamed: str | None) -> None:
+        """Adds the observer that makes spans, if the request is traced.
+
+        Args:
+            context: the request's.
+            request: Triton's.
+            streamed: the ``trace_of`` the streamed request that this one is a part of, which Triton does not trace.
+        """
         if self._provider is None:
             return
-        carrier = request.trace().get_context()
+        carrier = trace_of(request) or streamed
         if carrier:
-            context.add_observer(_SpanMaker(self._tracer, self._extract(json.loads(carrier))))
+            context.add_observer(_SpanMaker(self._tracer, self._extract(_entries(carrier))))
 
     def close(self) -> None:
         if self._provider is not None:
             self._provider.shutdown()
+
+
+def trace_of(request: Any) -> str | None:
+    """Returns the context of the span that Triton makes of a request, as JSON; None = it is not traced."""
+    return request.trace().get_context() or None if os.environ.get(ENDPOINT) else None
+
+
+def _entries(carrier: str) -> dict[str, str]:
+    # Any client may send one.
+    try:
+        entries = json.loads(carrier)
+    except (ValueError, RecursionError):
+        return {}
+    return (
+        {name: value for name, value in entries.items() if isinstance(value, str)} if isinstance(entries, dict) else {}
+    )
 
 
 class _SpanMaker(RequestObserver):
