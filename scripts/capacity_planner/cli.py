@@ -14,7 +14,7 @@ from capacity_planner.fleet_cli import plan_fleet
 from glm_image.errors import GlmImageError, printable
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
-NOT_MEASURED = "no NPU has been measured: these are the times of another card"
+NOT_MEASURED = "no NPU has been measured: these times are a prediction"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,7 +62,8 @@ def plan(flags: argparse.Namespace) -> dict[str, Any]:
     for name, low in (("devices", 1), ("memory", 1), ("steps", 1), ("requests", 100)):
         if getattr(flags, name) < low:
             raise ConfigurationError(f"--{name} is {getattr(flags, name):g}; allowed: {low} or more")
-    measured = times.read_measured(flags.measured) if flags.measured else times.H100
+    base = times.ASCEND_910B3 if flags.kind == "npu" else times.H100
+    measured = times.read_measured(flags.measured, base) if flags.measured else base
     machine = planner.Machine(flags.kind, flags.devices, flags.memory)
     workload = planner.Workload(generated_size(times.read_size(flags.size)), flags.steps)
     found = list(planner.estimates(machine, workload, measured))

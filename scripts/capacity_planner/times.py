@@ -148,6 +148,25 @@ H100: Final = StageTimes(
 )
 
 
+ASCEND_910B3: Final = StageTimes(
+    source="modelled by scripts/bench/npu_model.py for an Ascend 910B3, bf16; tp, ring, overhead as of NVIDIA cards",
+    step_one=0.01671,
+    step_full=0.01671,
+    prefill=0.0153,
+    denoise={Size(1024, 1024): 28.49 / 50},
+    condition=H100.condition,
+    vae=0.21,
+    overhead=H100.overhead,
+    int8_step=0.623,
+    scaling=replace(
+        H100.scaling,
+        decode=serial_share(2, 1.545),
+        cfg=serial_share(2, 1.991),
+        ulysses=serial_share(2, 1.715),
+    ),
+)
+
+
 def image_tokens(size: Size) -> int:
     """Returns the image tokens of a text-to-image request, preview included."""
     return sum(grid.tokens for grid in geometry.output_grids(_grid(size), image_to_image=False))

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from glm_image.checkpoint.checkpoint import RandomTensors, fill
-from glm_image.dit.fused.vae import GroupNormSilu, fuse_norms
+from glm_image.dit.fused.group_norm import GroupNormSilu
+from glm_image.dit.fused.vae import fuse_norms
 from glm_image.kernels.group_norm_silu import group_norm_silu
 from kernels.sizes import relative_error
 
@@ -43,7 +44,8 @@ def test_autoencoder_matches_diffusers(device: torch.device) -> None:
         )
     fill(theirs, RandomTensors(device, torch.bfloat16))
     ours = copy.deepcopy(theirs)
-    fuse_norms(ours)
+    fuse_norms(ours, GroupNormSilu)
+    ours.to(memory_format=torch.channels_last)
     assert sum(isinstance(part, GroupNormSilu) for part in ours.modules()) == 22
     latents, picture = normal(device, 1, 4, 4, 6), normal(device, 1, 3, 8, 12)
     with torch.inference_mode():

@@ -5,42 +5,19 @@ The cases run in processes of their own, since torch_npu must be imported there 
 
 from __future__ import annotations
 
-import base64
-import importlib.util
-import io
 import json
-import signal
 import socket
 import subprocess
-import urllib.request
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+
+from capacity_planner import times
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 SECONDS = 600
-
-
-def load_environment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("npu_environment", FOLDER / "standin" / "environment.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def npu() -> dict[str, str]:
-    """The variables of a process that sees two NPUs."""
-    try:
-        return dict(load_environment().standin_environment(devices=2))
-    except RuntimeError as error:  # no compiler, or torch_npu is not to be had
-        pytest.skip(str(error))
 
 
 def python(npu: dict[str, str]) -> str:
@@ -101,51 +78,42 @@ def test_both_stages_in_fp32_and_int8(npu: dict[str, str]) -> None:
     cases(npu, "product", select="float32 or int8")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("profile", ["npu-1x64g", "npu-1x32g"])
-def test_served_image(npu: dict[str, str], tmp_path: Path, profile: str) -> None:
-    """A profile in bf16 and one in int8: one request, twice."""
-    flags = ["--checkpoint", "checkpoints/tiny", "--profile", profile]
-    ports = [flag for kind in ("http", "grpc", "metrics") for flag in (f"--{kind}-port", "0")]
-    command = [python(npu), "-m", "glm_image.supervisor", *flags, *ports]
-    log = tmp_path / "log"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, cwd=ROOT, env=npu, stdout=subprocess.PIPE, stderr=errors, text=True) as server,
-    ):
-        try:
-            assert server.stdout is not None
-            ready = server.stdout.readline()
-            assert ready.startswith("ready: "), log.read_text()[-6000:]
-            answers = [generated(ready.split()[1]) for _ in range(2)]
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(SECONDS)
-    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images_base64"])))) for answer in answers]
-    assert images[0].shape == (64, 64, 3)
-    assert images[0].std() > 0.5  # mostly white
-    assert np.array_equal(*images)
-    assert "found npu:0 to npu:1" in log.read_text()
+def counted(npu: dict[str, str], *flags: str) -> dict[str, dict[str, Any]]:
+    """Counts the launches of both stages; returns the measures by their names."""
+    output = run(npu, ROOT / "scripts" / "bench" / "launches.py", *flags)
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return {line["measure"]: line for line in lines}
 
 
-def generated(url: str) -> dict[str, str]:
-    body = {"prompt": "a red circle", "height": 64, "width": 64, "num_inference_steps": 10, "seed": 3}
-    request = urllib.request.Request(
-        f"{url}/v2/models/glm_image/generate",
-        json.dumps(body | {"output_format": "png"}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-        return dict(json.load(answer))
+def check_launches(measures: dict[str, dict[str, Any]], decode_layer: int) -> None:
+    decode, layers = measures["decode"], 40
+    assert decode["launches_a_layer"] * layers + decode["launches_outside"] <= decode_layer * layers + 25
+    assert measures["prefill"]["launches_a_layer"] <= decode_layer + 2
+    assert measures["denoise"]["launches_a_layer"] <= 30  # both branches of guidance
+    assert measures["denoise"]["launches_outside"] <= 45
+    for step in ("decode", "denoising"):
+        replay = measures[f"replay of the {step} step"]
+        assert (replay["launches"], replay["host_waits"], replay["host_copies"], replay["allocations"]) == (1, 0, 0, 0)
 
 
 def test_launches(npu: dict[str, str]) -> None:
-    output = run(npu, ROOT / "scripts" / "bench" / "launches.py")
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    measures = {line["measure"]: line for line in lines}
-    decode, prefill = measures["decode"], measures["prefill"]
-    layers = 40
-    assert decode["launches_a_layer"] * layers + decode["launches_outside"] <= 14 * layers + 25
-    assert prefill["launches_a_layer"] <= 16
-    replay = measures["replay of the decode step"]
-    assert (replay["launches"], replay["host_waits"], replay["host_copies"], replay["allocations"]) == (1, 0, 0, 0)
+    check_launches(counted(npu), 14)
+
+
+@pytest.mark.full
+def test_launches_in_int8(npu: dict[str, str]) -> None:
+    check_launches(counted(npu, "--quantization", "int8"), 15)
+
+
+@pytest.mark.full
+def test_planned_times_are_those_of_the_model(npu: dict[str, str], tmp_path: Path) -> None:
+    make = [ROOT / "scripts" / "make_tiny_checkpoint.py", tmp_path / "full", "--preset", "full", "--weights", "none"]
+    run(npu, *make)
+    output = run(npu, ROOT / "scripts" / "bench" / "npu_model.py", "--checkpoint", tmp_path / "full")
+    lines = tmp_path / "lines"
+    lines.write_text("".join(f"{line}\n" for line in output.splitlines() if line.startswith("{")))
+    modelled, planned = times.read_measured([lines]), times.ASCEND_910B3
+    for name in ("step_one", "step_full", "prefill", "vae"):
+        assert getattr(planned, name) == pytest.approx(getattr(modelled, name), rel=0.02)
+    assert planned.denoise == pytest.approx(modelled.denoise, rel=0.02)
+    assert planned.scaling.cfg == pytest.approx(modelled.scaling.cfg, abs=0.02)

@@ -37,24 +37,30 @@ def lines(path: Path, *measures: dict[str, Any]) -> Path:
 
 
 def test_eight_cards_get_one_ar_and_seven_dit_instances(capsys: pytest.CaptureFixture[str]) -> None:
-    report = planned(capsys, "--devices", "8", "--memory", "64")
-    assert report["recommended"] == "npu-8"
-    assert "no NPU has been measured" in report["note"]
+    report = planned(capsys, "--devices", "8", "--memory", "80", "--kind", "cuda")
+    assert report["recommended"] == "cuda-8"
     found = profiles(report)
     # Each of the seven DiT instances takes 9.65 s an image, and the AR instance keeps up with them.
-    assert found["npu-8"]["images_per_second"] == pytest.approx(7 / 9.65, rel=0.05)
-    assert found["npu-2"]["images_per_second"] == pytest.approx(1 / 9.65, rel=0.05)
-    assert found["npu-1x64g"]["images_per_second"] < found["npu-2"]["images_per_second"]
-    assert found["npu-8"]["first_stage_feeds"] > 7
+    assert found["cuda-8"]["images_per_second"] == pytest.approx(7 / 9.65, rel=0.05)
+    assert found["cuda-2"]["images_per_second"] == pytest.approx(1 / 9.65, rel=0.05)
+    assert found["cuda-1x80g"]["images_per_second"] < found["cuda-2"]["images_per_second"]
+    assert found["cuda-8"]["first_stage_feeds"] > 7
     # Decoding over four cards by Amdahl's law from two; denoising by the measured speedups of cfg=2 and ulysses=2; and
     # the phases that no card shares: prefill, conditioning, the VAE, overhead.
     expected = 8.1 * (0.205 + 0.795 / 4) + 9.41 / 1.91 / 1.78 + 0.034 + 0.05 + 0.19 + 0.05
-    assert found["npu-8-latency"]["seconds"] == pytest.approx(expected, rel=0.05)
+    assert found["cuda-8-latency"]["seconds"] == pytest.approx(expected, rel=0.05)
     # A single request through Triton: measured 18.19 s.
-    assert found["npu-2"]["seconds"] == pytest.approx(18.19, rel=0.05)
+    assert found["cuda-2"]["seconds"] == pytest.approx(18.19, rel=0.05)
     p50, p99 = ([load[name] for load in report["loads"]] for name in ("p50", "p99"))
     assert p50 == sorted(p50)
     assert all(low <= high for low, high in zip(p50, p99, strict=True))
+
+
+def test_npus_get_predicted_times(capsys: pytest.CaptureFixture[str]) -> None:
+    report = planned(capsys, "--devices", "2", "--memory", "64", "--kind", "npu")
+    assert "no NPU has been measured" in report["note"]
+    assert "modelled" in report["times"]
+    assert profiles(report)["npu-2"]["images_per_second"] == pytest.approx(1 / 28.8, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ and operator schemas of the torch-npu wheel; and in the same way in those of ``t
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import platform
 import re
@@ -22,9 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 from api_sources import Definition, Sources, Use, accepts, dotted, use_of, with_parents
-from glm_image.devices.accelerator import NpuDevice
+from glm_image.dit.fused.npu import NpuBlocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python_backends" / "glm_image"
@@ -33,7 +33,9 @@ OPERATOR = re.compile(r"^ *(?:- )?func: (?P<schema>(?P<name>\w+)(?:\.\w+)?\(.*\)
 DOWNLOAD_SECONDS = 240
 # Of the two device classes in a file, the one of the other runtime.
 OTHER_CLASS = {"torch.npu": "CudaDevice", "torch.cuda": "NpuDevice"}
-OTHER_FILES = {"torch.npu": set(), "torch.cuda": {PACKAGE / "ar" / "fused" / "npu.py"}}
+OTHER_FILES = {"torch.npu": set(), "torch.cuda": {PACKAGE / stage / "fused" / "npu.py" for stage in ("ar", "dit")}}
+OTHER_VERSIONS = ("2.7.1", "2.14.0")
+"""Of torch_npu, besides the pinned one: what vendors ship, and the newest."""
 
 
 def pinned(project: str) -> str:
@@ -44,8 +46,12 @@ def pinned(project: str) -> str:
 
 @pytest.fixture(scope="session")
 def wheel() -> zipfile.Path:
-    """The pinned torch-npu, from the user's cache; downloaded once."""
-    version = pinned("torch-npu")
+    """The pinned torch-npu."""
+    return cached_wheel(pinned("torch-npu"))
+
+
+def cached_wheel(version: str) -> zipfile.Path:
+    """Returns a version of torch-npu from the user's cache; downloaded once."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm-image-triton" / "torch-npu"
     if not (found := sorted(cache.glob(f"torch_npu-{version}-*.whl"))):
         cache.mkdir(parents=True, exist_ok=True)
@@ -190,6 +196,10 @@ def uses_of_package(runtime: str, surface: Surface) -> list[Use]:
 
 @pytest.fixture(scope="session")
 def npu(wheel: zipfile.Path) -> Surface:
+    return npu_surface(wheel)
+
+
+def npu_surface(wheel: zipfile.Path) -> Surface:
     schemas = wheel.joinpath(OPERATORS).read_text(encoding="utf-8")
     return Surface(wheel, "torch.npu", "torch_npu.npu", schemas)
 
@@ -213,7 +223,8 @@ SEEN = {
         "torch_npu.npu.Stream.wait_stream", "torch.ops.npu.npu_weight_quant_batchmatmul",
         "torch.ops.npu.npu_rms_norm", "torch.ops.npu.npu_add_rms_norm", "torch.ops.npu.npu_rotary_mul",
         "torch.ops.npu.npu_swiglu", "torch.ops.npu.npu_gelu", "torch.ops.npu.scatter_update_",
-        "torch.ops.npu.npu_fused_infer_attention_score",
+        "torch.ops.npu.npu_fused_infer_attention_score", "torch.ops.npu.npu_fusion_attention",
+        "torch.ops.npu.npu_group_norm_silu",
     },
     "torch.cuda": {
         "torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.CUDAGraph.replay", "torch.cuda.Event.record",
@@ -227,6 +238,13 @@ def test_every_use_exists_with_its_arguments(surface: tuple[str, Surface]) -> No
     uses = uses_of_package(runtime, offered)
     assert {use.path for use in uses} >= SEEN[runtime]
     assert [fault for fault in map(offered.fault, uses) if fault] == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("version", OTHER_VERSIONS)
+def test_every_use_exists_in_other_versions(version: str) -> None:
+    offered = npu_surface(cached_wheel(version))
+    assert [fault for fault in map(offered.fault, uses_of_package("torch.npu", offered)) if fault] == []
 
 
 # Code, and the word that its fault must name; "" for code without a fault.
@@ -269,39 +287,8 @@ def test_faults_are_found(npu: Surface, code: str) -> None:
     assert bool(faults) == bool(SNIPPETS[code])
 
 
-def test_attention_backend_of_diffusers_exists(npu: Surface) -> None:
-    """The backend has the name that we use, and calls an operator that accepts its arguments."""
-    spec = importlib.util.find_spec("diffusers")
-    assert spec is not None
-    assert spec.origin is not None
-    file = Path(spec.origin).parent / "models" / "attention_dispatch.py"
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    names = {
-        node.targets[0].id: node.value.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-    }
-    (member,) = (name for name, value in names.items() if value == NpuDevice.attention_backend)
-    (backend,) = (
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-        and any(dotted(part) == f"AttentionBackendName.{member}" for d in node.decorator_list for part in _arguments(d))
-    )
-    calls = [
-        use_of(f"torch_npu.{node.id}", node, parent, f"{file.name}:{node.lineno}")
-        for node, parent in with_parents(backend)
-        if isinstance(node, ast.Name) and node.id.startswith("npu_")
-    ]
-    assert [use.path for use in calls] == ["torch_npu.npu_fusion_attention"]
-    assert calls[0].positional
-    assert [fault for fault in map(npu.fault, calls) if fault] == []
-
-
-def _arguments(decorator: ast.expr) -> list[ast.expr]:
-    return decorator.args if isinstance(decorator, ast.Call) else []
+def test_attention_has_its_name_in_diffusers() -> None:
+    assert AttentionBackendName(NpuBlocks.attention_backend)
 
 
 def test_pinned_version_is_that_of_torch(wheel: zipfile.Path) -> None:

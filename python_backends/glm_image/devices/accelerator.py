@@ -113,7 +113,6 @@ class NpuDevice(AcceleratorDevice):
     """An Ascend NPU through torch_npu; executed on a stand-in for CANN only, never on an NPU."""
 
     has_npu_operators = True
-    attention_backend = "_native_npu"
 
     def __init__(self, torch_device: torch.device, display_name: str | None = None) -> None:
         import torch_npu  # noqa: F401, PLC0415 - registers torch.npu; needs CANN's libraries

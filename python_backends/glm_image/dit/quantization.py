@@ -63,8 +63,15 @@ class QuantizedLinear(nn.Module):
         shape = (*hidden.shape[:-1], len(self.bias))
         if not hidden.numel():  # no text, for instance; 8-bit products of empty matrices are not supported
             return hidden.new_empty(shape)
-        rows = self._device.quantize_rows(hidden.flatten(0, -2), self.dtype)
-        return self._device.scaled_product(rows, self.rows, self.bias, hidden.dtype).view(shape)
+        return self.product(self.quantized(hidden.flatten(0, -2)), hidden.dtype).view(shape)
+
+    def quantized(self, hidden: Tensor) -> QuantizedRows:
+        """Quantizes an input [rows, k]; layers of one input and dtype can share the result."""
+        return self._device.quantize_rows(hidden, self.dtype)
+
+    def product(self, rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
+        """Returns the layer's output, [rows, n] in ``dtype``."""
+        return self._device.scaled_product(rows, self.rows, self.bias, dtype)
 
 
 def block_linears(block: Any) -> list[tuple[nn.Module, str]]:

@@ -22,6 +22,10 @@ def select_blocks(transformer: Any, device: Device, attention: SequenceAttention
 
         if blocks.supports(transformer):
             return blocks.FusedBlocks(transformer, attention)
+    if device.has_npu_operators and attention is None:
+        from glm_image.dit.fused.npu import NpuBlocks  # noqa: PLC0415 - its operators are only where torch_npu is
+
+        return NpuBlocks(transformer, device)
     for block in transformer.transformer_blocks:
         activation = block.ff.net[0]
         if activation.approximate == "tanh":
@@ -44,4 +48,8 @@ def select_attention(transformer: Any, device: Device) -> tuple[Attend, str]:
 
         if blocks.supports(transformer):
             return blocks.attention, blocks.attention_backend(transformer)
+    if device.has_npu_operators:
+        from glm_image.dit.fused import npu  # noqa: PLC0415 - its operators are only where torch_npu is
+
+        return npu.attention, npu.NpuBlocks.attention_backend
     return plain_attention, "native"

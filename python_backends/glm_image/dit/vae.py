@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glm_image.devices.base import Device
 from glm_image.dit import latent_preview
+from glm_image.dit.fused.vae import fuse_norms
 
 
 class Vae:
@@ -29,10 +30,9 @@ class Vae:
         weight = autoencoder.decoder.conv_in.weight
         if tiling:
             autoencoder.enable_tiling()
-        if device.runs_triton and weight.dtype == torch.bfloat16:
-            from glm_image.dit.fused.vae import fuse_norms  # noqa: PLC0415 - Triton is only where it can run
-
-            fuse_norms(autoencoder)
+        _fuse(autoencoder, device, weight.dtype)
+        # An NPU has no channels-last layout.
+        self._format = torch.contiguous_format if device.has_npu_operators else torch.preserve_format
         self._autoencoder = autoencoder
         self._dtype: torch.dtype = weight.dtype
         self._mean, self._std = (
@@ -58,6 +58,21 @@ class Vae:
         """
         # Channels stay last in memory, as in the reference: otherwise convolutions sum in another order.
         levels = torch.from_numpy(pixels[None].astype(np.float32) / 255.0).permute(0, 3, 1, 2)
-        encoded = self._autoencoder.encode((2.0 * levels - 1.0).to(self._mean.device, self._dtype))
+        encoded = self._autoencoder.encode(
+            (2.0 * levels - 1.0).to(self._mean.device, self._dtype, memory_format=self._format)
+        )
         latents: Tensor = (encoded.latent_dist.mode() - self._mean) / self._std
         return latents
+
+
+def _fuse(autoencoder: Any, device: Device, dtype: torch.dtype) -> None:
+    """Fuses the norms of an autoencoder with their activations where the device can."""
+    if device.has_npu_operators:
+        from glm_image.dit.fused.npu import GroupNormSilu as NpuGroupNormSilu  # noqa: PLC0415 - needs torch_npu
+
+        fuse_norms(autoencoder, NpuGroupNormSilu)
+    elif device.runs_triton and dtype == torch.bfloat16:
+        from glm_image.dit.fused.group_norm import GroupNormSilu  # noqa: PLC0415 - Triton is only where it can run
+
+        fuse_norms(autoencoder, GroupNormSilu)
+        autoencoder.to(memory_format=torch.channels_last)

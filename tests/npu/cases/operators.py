@@ -141,6 +141,7 @@ CLOSE: dict[str, Case] = {
     "power": lambda to: [to(P) ** 3, 2 ** to(A), to(P) ** to(A), changed(to(P), lambda t: t.pow_(2))],
     "lerp": lambda to: torch.lerp(to(A), to(B), 0.3),
     "addcmul": lambda to: torch.addcmul(to(A), to(B), to(P), value=0.5),
+    "addcmul_": lambda to: changed(to(A), lambda t: t[2:4].addcmul_(to(B)[:2], to(P)[0], value=0.5)),
     "mean": lambda to: [to(A).mean(1), to(A).mean(), to(A).sum((0, 1)), to(A).sum(0, keepdim=True)],
     "norm": lambda to: torch.linalg.vector_norm(to(A), dim=1, keepdim=True),
     "cumsum": lambda to: to(A).cumsum(1),
@@ -260,6 +261,25 @@ def test_attention(layout: str, masked: bool) -> None:
         expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=0.2, enable_gqa=True)
         got = torch_npu.npu_fused_infer_attention_score(*inputs, actual_seq_lengths_kv=lengths, **options)[0]
         compare([got.cpu()], [laid_out(expected).cpu()], 1e-5)
+
+
+def test_attention_of_several_sequences() -> None:
+    queries, keys = [5, 3], [9, 3]  # the tokens of two sequences
+    query, (key, value) = torch.randn(8, 4, 16), torch.randn(2, 12, 4, 16)  # tokens, heads, head_dim
+    each = zip(query.split(queries), key.split(keys), value.split(keys), strict=True)
+    expected = [
+        F.scaled_dot_product_attention(*(part.transpose(0, 1)[None] for part in parts), scale=0.2)[0].transpose(0, 1)
+        for parts in each
+    ]
+    ends = {"actual_seq_qlen": [5, 8], "actual_seq_kvlen": [9, 12]}
+    got = torch_npu.npu_fusion_attention(query.npu(), key.npu(), value.npu(), 4, "TND", scale=0.2, **ends)[0]
+    compare([got.cpu()], [torch.cat(expected)], 1e-5)
+
+
+def test_group_norm_with_silu() -> None:
+    x, (weight, bias) = torch.randn(1, 6, 3, 4), torch.randn(2, 6)
+    got = torch_npu.npu_group_norm_silu(x.npu(), weight.npu(), bias.npu(), 3, 1e-6)[0]
+    compare([got.cpu()], [F.silu(F.group_norm(x, 3, weight, bias, 1e-6))], 1e-5)
 
 
 def test_causal_attention() -> None:

@@ -75,12 +75,16 @@ static Range range_of(const aclTensor& tensor) {
   return {begin, begin + (last + 1) * view.element_size()};
 }
 
-static void describe(Task& task, const aclTensor& tensor, char how) {
+static void describe(Task& task, char how, const char* type, at::IntArrayRef numbers) {
   if (!logging()) return;
-  std::string sizes;
-  for (auto size : tensor.view.sizes()) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
-  task.operands += std::string(task.operands.empty() ? "" : ", ") + "[\"" + how + "\", \"" + c10::toString(tensor.view.scalar_type()) + "\", [" + sizes + "]]";
+  std::string list;
+  for (auto number : numbers) list += (list.empty() ? "" : ", ") + std::to_string(number);
+  task.operands += std::string(task.operands.empty() ? "" : ", ") + "[\"" + how + "\", \"" + type + "\", [" + list + "]]";
 }
+static void describe(Task& task, const aclTensor& tensor, char how) {
+  describe(task, how, c10::toString(tensor.view.scalar_type()), tensor.view.sizes());
+}
+void note_numbers(Task& task, const std::vector<int64_t>& numbers) { describe(task, 'n', "numbers", numbers); }
 
 void note_read(Task& task, const aclTensor* tensor) {
   if (!tensor) return;

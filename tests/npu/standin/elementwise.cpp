@@ -124,6 +124,7 @@ OP(aclnnClamp, (In a, Number low, Number high, Out out), put(out, at::clamp(*a, 
 OP(aclnnSWhere, (In condition, In a, In b, Out out), put(out, at::where(*condition, *a, *b)))
 OP(aclnnLerps, (In a, In b, Number weight, Out out), put(out, at::lerp(*a, *b, *weight)))
 OP(aclnnAddcmul, (In a, In b, In c, Number value, Out out), put(out, at::addcmul(*a, *b, *c, *value)))
+OP(aclnnInplaceAddcmul, (Out a, In b, In c, Number value), a.tensor().addcmul_(*b, *c, *value))
 OP(aclnnEqual, (In a, In b, Out out), out.tensor().fill_(at::equal(*a, *b)))
 OP(aclnnInplaceMaskedFillScalar, (Out a, In mask, Number value), a.tensor().masked_fill_(*mask, *value))
 OP(aclnnInplaceMaskedFillTensor, (Out a, In mask, In value), a.tensor().masked_fill_(*mask, *value))

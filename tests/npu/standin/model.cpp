@@ -50,6 +50,11 @@ OP(aclnnGroupNorm, (In a, In weight, In bias, int64_t batch, int64_t channels, i
    put(out, y);
    put_statistic(mean, m);
    put_statistic(rstd, r))
+OP(aclnnGroupNormSilu, (In a, In weight, In bias, int64_t groups, double eps, Out out, Out mean, Out rstd),
+   auto [y, m, r] = at::native_group_norm(wide(a).contiguous(), wide_optional(weight), wide_optional(bias), a->size(0), a->size(1), a->numel() / a->size(0) / a->size(1), groups, eps);
+   put(out, at::silu(y));
+   put_statistic(mean, m);
+   put_statistic(rstd, r))
 OP(aclnnSwiGlu, (In a, int64_t dim, Out out), const auto halves = wide(a).chunk(2, dim); put(out, at::silu(halves[0]) * halves[1]))
 OP(aclnnGridSampler2D, (In a, In grid, int64_t interpolation, int64_t padding, bool align, Out out),
    put(out, at::grid_sampler_2d(wide(a), wide(grid), interpolation, padding, align)))
@@ -118,6 +123,22 @@ OP(aclnnFlashAttentionScore, (In query, In keys, In values, In shift, In dropped
    put_optional(maximum, r.maximum.expand(maximum->sizes()));
    put_optional(sum, r.sum.expand(sum->sizes()));
    put(out, in_layout(r.result, form)))
+// Sequences of any lengths one after the other, [tokens, heads, head_dim]; the arrays have where each ends.
+OP(aclnnFlashAttentionVarLenScore, (In query, In keys, In values, In shift, In dropped, In padding, In mask, Ints prefix, Ints query_ends, Ints key_ends, double scale, double keep, int64_t before, int64_t after, int64_t heads, Text layout, int64_t, int64_t sparse, Out maximum, Out sum, Out, Out out),
+   TORCH_CHECK(!shift && !dropped && !padding && !mask && sparse == 0, "position shift, dropout and masks have no implementation");
+   TORCH_CHECK(std::string(layout) == "TND" && query_ends->size() == key_ends->size(), "layout ", layout, " with ", query_ends->size(), " and ", key_ends->size(), " lengths");
+   TORCH_CHECK(query_ends->back() == query->size(0) && key_ends->back() == keys->size(0), "the lengths end at ", query_ends->back(), " and ", key_ends->back());
+   int64_t first = 0, first_key = 0;
+   for (size_t i = 0; i < query_ends->size(); ++i) {
+     const int64_t end = (*query_ends)[i], end_key = (*key_ends)[i];
+     auto own = [](In t, int64_t from, int64_t to) { return wide(t->slice(0, from, to)).transpose(0, 1).unsqueeze(0); };
+     const auto r = attend(own(query, first, end), own(keys, first_key, end_key), own(values, first_key, end_key), std::nullopt, scale);
+     out->slice(0, first, end).copy_(r.result[0].transpose(0, 1));
+     for (auto [statistic, value] : {std::pair(maximum, r.maximum), std::pair(sum, r.sum)})
+       if (statistic && statistic->numel()) statistic->slice(0, first, end).copy_(value[0].transpose(0, 1).expand({end - first, heads, 8}));
+     first = end;
+     first_key = end_key;
+   })
 // Keys and values come as lists; lengths as numbers of the host.
 OP(aclnnFusedInferAttentionScoreV3, (In query, Tensors keys, Tensors values, In shift, In mask, Ints lengths, Ints kv_lengths,
    In, In, In, In, In, In, In, In block_table, In query_padding, In kv_padding, In, In, In, In, In prefix_keys, In prefix_values, Ints, In query_rope, In key_rope, In,

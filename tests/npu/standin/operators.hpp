@@ -103,6 +103,10 @@ void note_read(Task& task, const aclTensor* tensor);
 void note_write(Task& task, const aclTensor* tensor);
 inline void note(Task& task, In parameter) { note_read(task, parameter.descriptor); }
 inline void note(Task& task, Out parameter) { note_write(task, parameter.descriptor); }
+void note_numbers(Task& task, const std::vector<int64_t>& numbers);
+inline void note(Task& task, Ints parameter) {
+  if (parameter.descriptor) note_numbers(task, *parameter);
+}
 inline void note(Task& task, Tensors parameter) {
   if (parameter.descriptor)
     for (auto* tensor : parameter.descriptor->tensors) note_read(task, tensor);
@@ -162,7 +166,8 @@ struct Entry<void (*)(A...)> {
     *executor = new Executor;
     Task& task = (*executor)->task;
     task.name = NAME;
-    auto held = std::make_shared<std::tuple<Held<A>...>>(Held<A>(arguments, task)...);
+    // In braces, which evaluate from left to right: the log has the operands in their order.
+    std::shared_ptr<std::tuple<Held<A>...>> held(new std::tuple<Held<A>...>{Held<A>(arguments, task)...});
     task.run = [held] { compute(NAME, [&] { std::apply([](auto&... each) { Body(each.get()...); }, *held); }); };
     return 0;
   }

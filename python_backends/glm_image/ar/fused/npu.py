@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from glm_image.ar.config import NOISE_BLOCK, ArConfig
 from glm_image.ar.fused.layers import layers_and_norms
@@ -23,6 +23,7 @@ from glm_image.ar.model import Decoder, DecoderLayer, gathered_logits
 from glm_image.ar.sampler import SamplerRows
 from glm_image.ar.state import DecodeState
 from glm_image.ar.window import Rows, Window, accept, round_up, window_rows
+from glm_image.devices.int8_linear import Int8Linear
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Stores a layer's keys and values and attends: from the layer's index, queries [rows, tokens, heads, head_dim], keys
@@ -51,6 +52,9 @@ class NpuDecoder:
         self._layers, self._norms = layers_and_norms(decoder)
         for layer in self._layers:
             _reorder_heads(layer, self.config)
+        for module in decoder.modules():
+            if isinstance(module, Int8Linear):  # the product takes them so, and would cast them in every step
+                module.scale = nn.Parameter(module.scale.to(decoder.dtype), requires_grad=False)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,34 +1,18 @@
-"""diffusers' VAE with its group norms and SiLUs fused; the reference implementation is diffusers' own."""
+"""diffusers' VAE with each group norm and the SiLU after it in one module; the reference is diffusers' own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from glm_image.kernels.group_norm_silu import group_norm_silu
+from torch import nn
 
 
-class GroupNormSilu(nn.Module):
-    """A group norm followed by its SiLU."""
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self._norm = norm
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Normalises and activates bf16 [1, channels, height, width]."""
-        norm, image = self._norm, image.contiguous(memory_format=torch.channels_last)
-        return group_norm_silu(image, norm.weight, norm.bias, norm.num_groups, norm.eps)
-
-
-def fuse_norms(autoencoder: Any) -> None:
-    """Fuses the group norms of diffusers' ``AutoencoderKL`` with the SiLUs after them, and makes it channels-last."""
+def fuse_norms(autoencoder: Any, fused: Callable[[nn.GroupNorm], nn.Module]) -> None:
+    """Replaces the group norms of diffusers' ``AutoencoderKL`` and the SiLUs after them by ``fused``."""
     for part in list(autoencoder.modules()):
         if isinstance(getattr(part, "nonlinearity", None), nn.SiLU):  # a residual block
-            part.norm1, part.norm2 = GroupNormSilu(part.norm1), GroupNormSilu(part.norm2)
+            part.norm1, part.norm2 = fused(part.norm1), fused(part.norm2)
             part.nonlinearity = nn.Identity()
         elif isinstance(getattr(part, "conv_act", None), nn.SiLU):  # the end of the encoder and of the decoder
-            part.conv_norm_out, part.conv_act = GroupNormSilu(part.conv_norm_out), nn.Identity()
-    autoencoder.to(memory_format=torch.channels_last)
+            part.conv_norm_out, part.conv_act = fused(part.conv_norm_out), nn.Identity()
