@@ -20,7 +20,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 BENCHMARKS = (
-    "ar", "dit", "vae", "i2i", "linears", "quantized", "previews", "cancel", "bus", "parallel",
+    "ar", "speculation", "dit", "vae", "i2i", "linears", "quantized", "previews", "cancel", "bus", "parallel",
     "served", "stream", "streaming", "cards", "plan", "fleet", "soak", "gateway",
 )  # fmt: skip
 THIS_RUN = "this run"
