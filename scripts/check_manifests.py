@@ -56,9 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="also write what is rendered to NAME.yaml there")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="default: every overlay, and KServe's")
     flags = parser.parse_args(arguments)
-    folders = flags.folders or [*sorted((DEPLOY / "kustomize" / "overlays").iterdir()), DEPLOY / "kserve"]
+    folders = flags.folders
+    if not folders:
+        folders = [*sorted((DEPLOY / "kustomize" / "overlays").iterdir()), DEPLOY / "kserve"]
     with tempfile.TemporaryDirectory() as temporary:
-        written = flags.write or Path(temporary)
+        written = Path(temporary) if flags.write is None else flags.write
         written.mkdir(parents=True, exist_ok=True)
         faults = []
         known_faults = remembered(lambda manifest: list(faults_of(manifest)))

@@ -66,7 +66,7 @@ class Report:
 def run(settings: FleetSettings, expected: dict[Picture, list[str]], flags: argparse.Namespace) -> Report:
     """Runs a fleet and disturbs it until the time is over, each kind of disturbance at least once."""
     report, rng = Report(), random.Random(flags.seed)
-    log = (flags.log or Path(os.devnull)).open("w")
+    log = (Path(os.devnull) if flags.log is None else flags.log).open("w")
     with contextlib.ExitStack() as stack:
         stack.callback(log.close)
         namespaces = {}

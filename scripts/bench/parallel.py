@@ -112,13 +112,13 @@ def workers_on(devices: Sequence[str]) -> WorkerConfig:
 
 def measure_decoder(checkpoint: Checkpoint, devices: Sequence[str], flags: argparse.Namespace) -> None:
     """A decode step on one device, then on all of them with each kind of exchange."""
-    alone = decode_seconds(checkpoint, devices[:1], ArSettings(), flags)
+    alone = decode_seconds(checkpoint, devices[:1], ArSettings(speculation="none"), flags)
     named = {"size": size_name(flags.sizes[0]), "running": SLOTS}
     report("decode step", devices=1, **named, ms=alone * 1e3)
     # The ranks of a CPU have no memory of each other's.
     exchanges = {"collectives": False} if devices[0].startswith("cpu") else {PEER_MEMORY: True, "collectives": False}
     for through, peer_memory in exchanges.items() if len(devices) > 1 else ():
-        took = decode_seconds(checkpoint, devices, ArSettings(peer_memory=peer_memory), flags)
+        took = decode_seconds(checkpoint, devices, ArSettings(peer_memory=peer_memory, speculation="none"), flags)
         report("decode step", devices=len(devices), **named, through=through, ms=took * 1e3, speedup=alone / took)
 
 

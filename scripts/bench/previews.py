@@ -88,7 +88,9 @@ class TimedRegistry(RequestRegistry):
 
 
 @contextmanager
-def subscribed(context: RequestContext, clock: CommandClock, received: list[object]) -> Iterator[None]:
+def subscribed(
+    engine: DitEngine, context: RequestContext, clock: CommandClock, received: list[object]
+) -> Iterator[None]:
     """The request in the registry of an instance, with a subscriber that receives its latent previews."""
     with tempfile.TemporaryDirectory() as folder:
         server, is_subscribed, ended = IpcServer(), threading.Event(), threading.Event()
@@ -100,7 +102,7 @@ def subscribed(context: RequestContext, clock: CommandClock, received: list[obje
 
         server.start(Path(folder), "glm_dit_0", {}, on_subscription)
         context.add_observer(registry)
-        context.add_observer(LatentPreviewPublisher(registry))
+        context.add_observer(LatentPreviewPublisher(registry, engine.intermediate_images.finish))
         context.start(Stage.CONDITION)
 
         def receive() -> None:
@@ -125,7 +127,7 @@ def measure_latent_previews(engine: DitEngine, clock: CommandClock, request: Pai
     """An image with a latent preview after every step but the last."""
     context, received = RequestContext(latent_preview_every=1), list[object]()
     clock.take()
-    with subscribed(context, clock, received):
+    with subscribed(engine, context, clock, received):
         denoise = render(engine, request, context).denoise_seconds
     times = clock.take()
     step = statistics.median(seconds.whole for seconds in times[Step.__name__])

@@ -81,7 +81,7 @@ class Dispatcher(Generic[PlaceT_co]):
     ) -> None:
         self._clock, self._members, self._slots, self._source = clock, members, slots, source
         self._policy = policy
-        self._most = (slots or REQUESTS_AT_DIT) if policy in HOLDING else UNLIMITED
+        self._most = (slots if slots > 0 else REQUESTS_AT_DIT) if policy in HOLDING else UNLIMITED
         self._waiting: deque[_Waiting] = deque()
         self._outstanding: dict[Member, Outstanding] = {}
         self._turn = 0

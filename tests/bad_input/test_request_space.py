@@ -120,7 +120,7 @@ def check(result: GeneratedImages, requested: dict[str, Any]) -> None:
         assert 0 <= generated - side < 32
     assert set(metadata["seconds"]) == set(Stage)
     assert all(seconds >= 0 for seconds in metadata["seconds"].values())
-    assert set(metadata["tokens"]) == set(TOKENS)
+    assert set(metadata["tokens"]) == {*TOKENS, "steps"}
     assert metadata["tokens"]["image"] == metadata["generated_height"] * metadata["generated_width"] // 32**2
     output_format = requested.get("output_format", "raw")
     assert len(result.encoded) == (0 if output_format == "raw" else count)

@@ -45,6 +45,8 @@ REQUEST_INPUTS: Tensors = {
     "top_p": ("FP32", [1]),
     "top_k": ("INT32", [1]),
     "output_format": ("BYTES", [1]),
+    "revision": ("BYTES", [1]),
+    "file_metadata": ("BYTES", [1]),
 }
 STAGE_TENSORS: Tensors = {
     "prior_token_ids": ("INT32", [-1, -1]),

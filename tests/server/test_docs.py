@@ -102,7 +102,9 @@ def test_the_flags_of_serve_have_the_documented_defaults() -> None:
     flags = vars(parse_arguments(["--checkpoint", "x"]))
     documented = set()
     for names, (default, _) in rows.items():
-        for flag, value in zip(re.findall(r"--([\w-]+)", names), default.split(", "), strict=True):
+        flags_of_row = re.findall(r"--([\w-]+)", names)
+        values = default.split(", ") if "," in default else [default] * len(flags_of_row)
+        for flag, value in zip(flags_of_row, values, strict=True):
             name = flag.replace("-", "_")
             documented.add(name)
             is_none = flags[name] is None or (value, flags[name]) == ("none", ())
@@ -138,7 +140,7 @@ def test_quoted_deadline_error_is_the_servers() -> None:
 
 
 def _without_seconds(text: str) -> str:
-    return re.sub(r"\d+\.\d{3} s", "N s", text)
+    return re.sub(r"\d+(\.\d+)? s\b", "N s", text)
 
 
 @pytest.mark.parametrize("name", ["configuration.md", "cached_denoising.md"])

@@ -124,6 +124,7 @@ def test_metadata_describes_the_image(triton: TritonServer, tiny_checkpoint: Pat
     found = metadata(grpc_infer(triton, values))
     seconds, tokens, model = found.pop("seconds"), found.pop("tokens"), found.pop("model")
     assert isinstance(found.pop("version"), str)
+    assert [label["Label"] for label in found.pop("aigc")] == ["1", "1"]
     assert found == {
         "seeds": [5, 6],
         "width": 65,
@@ -134,6 +135,7 @@ def test_metadata_describes_the_image(triton: TritonServer, tiny_checkpoint: Pat
         "rendered_text": [],
         "cached_steps": [0, 0],
         "attention_backend": "native",
+        "blurred": [],
     }
     assert set(seconds) == STAGES
     assert all(value >= 0 for value in seconds.values())

@@ -50,7 +50,7 @@ REQUEST: Values = {
 
 SHARED_INPUTS = (
     *("prompt", "image", "glyph_text", "negative_prompt"),
-    *("num_inference_steps", "guidance_scale", "output_format"),
+    *("num_inference_steps", "guidance_scale", "output_format", "revision", "file_metadata"),
 )
 MODELS: dict[str, tuple[Tensors, Tensors]] = {
     "glm_image": (REQUEST_INPUTS, OUTPUTS),

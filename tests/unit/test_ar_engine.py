@@ -54,7 +54,7 @@ def test_closed_engine_refuses_requests(checkpoint_folder: Path) -> None:
 
 class SmallDevice(CpuDevice):
     def memory(self) -> Memory:
-        return Memory(free=4_000_000, total=8_000_000)
+        return Memory(free=4_500_000, total=8_000_000)
 
 
 def test_too_small_device_is_refused_before_loading(checkpoint_folder: Path) -> None:
