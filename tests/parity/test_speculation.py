@@ -112,7 +112,16 @@ def want(make_checkpoint: MakeCheckpoint) -> dict[int, Tokens]:
     return {index: opened.alone(opened.admit(0, request)) for index, request in enumerate(REQUESTS)}
 
 
-@pytest.mark.parametrize("share", [-1, 0, 0.5, 0.9, 1], ids=["own guesses", "none right", "half", "most", "all right"])
+@pytest.mark.parametrize(
+    "share",
+    [
+        pytest.param(-1, id="own guesses"),
+        pytest.param(0, id="none right", marks=pytest.mark.full),
+        pytest.param(0.5, id="half"),
+        pytest.param(0.9, id="most", marks=pytest.mark.full),
+        pytest.param(1, id="all right"),
+    ],
+)
 def test_tokens_are_those_of_one_by_one_decoding(
     make_checkpoint: MakeCheckpoint, want: dict[int, Tokens], share: float
 ) -> None:
@@ -126,7 +135,9 @@ def test_tokens_are_those_of_one_by_one_decoding(
         assert steps < max(len(tokens) for tokens in want.values()) / 3
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8, 9])
+@pytest.mark.parametrize(
+    "slots", [1, pytest.param(3, marks=pytest.mark.full), pytest.param(8, marks=pytest.mark.full), 9]
+)
 def test_number_of_slots_does_not_matter(make_checkpoint: MakeCheckpoint, want: dict[int, Tokens], slots: int) -> None:
     folder = make_checkpoint()
     plain = OpenExecutor(folder, slots)
@@ -136,7 +147,7 @@ def test_number_of_slots_does_not_matter(make_checkpoint: MakeCheckpoint, want: 
     assert done[3].tolist() == want[3].tolist()
 
 
-@pytest.mark.parametrize("slots", [2, 8])
+@pytest.mark.parametrize("slots", [2, pytest.param(8, marks=pytest.mark.full)])
 def test_steps_known_late_give_the_same_tokens(
     make_checkpoint: MakeCheckpoint, want: dict[int, Tokens], slots: int
 ) -> None:
