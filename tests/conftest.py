@@ -31,7 +31,7 @@ DRAIN_SECONDS = 5
 GROUPED_FOLDERS = {"server", "bad_input", "parity", "deployment", "fleet"}
 """Folders whose modules have expensive fixtures of their own."""
 
-SHARED_SERVERS = {"triton", "bare_triton", "two_instances"}
+SHARED_SERVERS = {"triton", "bare_triton", "two_instances", "member"}
 """Fixtures."""
 
 # A shell that starts this in the background has it ignore interrupts, and all programs that it starts would.

@@ -19,7 +19,7 @@ RESULTS: Final = Path(__file__).resolve().parents[1] / "bench" / "results"
 MEASURED: Final = tuple(RESULTS / f"nvidia-h200-{benchmark}.json" for benchmark in ("ar", "dit", "i2i"))
 PARTS: Final = ("pools", "routing", "scaling")
 MIXES_HELP: Final = (
-    "t2i, i2i (with one source image of the image's size), both (half of each), sizes (512x512 beside 2048x2048)"
+    "t2i, i2i (with one source image of the image's size), both (half of each), sizes (512x512 and 2048x2048)"
 )
 
 Value = TypeVar("Value")
@@ -166,7 +166,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     if "routing" in found:
         first = found["routing"][0]
         yield ""
-        yield f"512x512 (80 %) beside 2048x2048 on {first['ar']} + {first['dit']} cards:"
+        yield f"512x512 (80 %) and 2048x2048 on {first['ar']} + {first['dit']} cards:"
         yield f"{'policy':<17}{'images/s':>10}{'p50':>9}{'p99':>9}{'p99 of 512x512':>16}"
         for row in found["routing"]:
             yield (

@@ -13,7 +13,7 @@ from capacity_planner.times import MEGAPIXEL, StageTimes
 from glm_image.request.geometry import Size, output_grids, target_grid
 
 SMALL_SHARE: Final = 0.8
-"""Of 512 x 512 beside 2048 x 2048 in the mix ``sizes``."""
+"""Of 512 x 512 and 2048 x 2048 in the mix ``sizes``."""
 
 MIXES: Final = ("t2i", "i2i", "both", "sizes")
 

@@ -100,7 +100,6 @@ def _pictures(events: list[StreamEvent], kind: str) -> list[bytes]:
     return [file for event in events if event.kind == kind for file in event.files]
 
 
-@pytest.mark.full  # an image of 736x736
 def test_the_openai_stream_has_intermediate_images(pools: RunningGateway) -> None:
     body = {"prompt": PROMPT, "size": "96x64", "num_inference_steps": 20, "stream": True, "partial_images": 1, "n": 2}
     with pools.client.stream("POST", "/v1/images/generations", json=body) as response:

@@ -13,7 +13,7 @@ from glm_image.ar.metrics import ACCEPTED_TOKENS, TOKENS
 from glm_image.ar.scheduler import Scheduler
 from glm_image.ar.sequence import Request
 from glm_image.ar.settings import ArSettings, captured_rows
-from glm_image.ar.speculation import HOST_ROW_COST, ROW_COST, WindowPolicy, row_counts, rows_for
+from glm_image.ar.speculation import HOST_ROW_COST, MAX_ROWS, ROW_COST, WindowPolicy, row_counts, rows_for
 from glm_image.errors import CancelledError, ConfigurationError
 from glm_image.lifecycle.context import RequestContext, RequestObserver
 from glm_image.request.declaration import read
@@ -40,6 +40,9 @@ def test_speculation_is_automatic_on_the_cpu_alone() -> None:
     assert captured_rows(ArSettings(), is_host=False) == ()
     assert captured_rows(ArSettings(speculation="none"), is_host=True) == ()
     assert captured_rows(ArSettings(speculation="jacobi", max_num_seqs=4), is_host=False) == (16, 32, 64)
+    int8 = ArSettings(speculation="jacobi", quantization="int8")
+    assert captured_rows(int8, is_host=False) == (16, 32, 64)
+    assert captured_rows(int8, is_host=True)[-1] == MAX_ROWS
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Final
 
-from glm_image.ar.speculation import MAX_ROWS, MAX_WINDOW, MIN_WINDOW, row_counts
+from glm_image.ar.speculation import INT8_MAX_ROWS, MAX_ROWS, MAX_WINDOW, MIN_WINDOW, row_counts
 from glm_image.devices.settings import DeviceSettings
 from glm_image.errors import ConfigurationError
 from glm_image.request.declaration import choice, whole, whole_numbers
@@ -87,7 +87,8 @@ def captured_rows(settings: ArSettings, *, is_host: bool) -> tuple[int, ...]:
             f"graph_capture_sizes is {','.join(map(str, sizes))!r}; allowed with speculation: row counts from 1 to "
             f"{most}, one of them at least {slots}, which is max_num_seqs"
         )
-    return row_counts(slots, settings.speculation_window, is_host=is_host, captured=sizes)
+    rows = INT8_MAX_ROWS if settings.int8 and not is_host else MAX_ROWS
+    return row_counts(slots, settings.speculation_window, is_host=is_host, captured=sizes, most=rows)
 
 
 def captured(mode: str, sizes: tuple[int, ...], max_num_seqs: int) -> bool:

@@ -17,7 +17,9 @@ MAX_WINDOW: Final = 32
 """The windows of the step under way and of the next need noise; ``ar.config.NOISE_BLOCK`` has that of both."""
 
 MAX_ROWS: Final = 128
-"""Rows up to which a step takes about as long as its weights take to be read, on accelerators."""
+INT8_MAX_ROWS: Final = 64
+"""Rows up to which more of them are worth their time on accelerators. On an H200 a step of 128 rows takes 1.4 times as
+long as one of 8; with int8 weights 2.6 times, since int8 pairs are twice as many columns."""
 
 CAPTURED_ROWS: Final = (16, 32, 64, 128)
 """Row counts that are captured, where ``graph_capture_sizes`` names none."""
@@ -25,9 +27,9 @@ CAPTURED_ROWS: Final = (16, 32, 64, 128)
 HOST_ROWS: Final = 8
 """On the CPU, which captures nothing, any multiple is a row count."""
 
-ROW_COST: Final = 0.0025
+ROW_COST: Final = 0.003
 HOST_ROW_COST: Final = 1.0
-"""The part of the time of a step of one row that another row adds: on accelerators little, on the CPU nearly all."""
+"""The part of the time of a step of one row that another row adds: 0.003 on an H200, nearly all on the CPU."""
 
 WORTH: Final = 0.02
 """The least probability to be right of a guess that takes a row; the first guess of a slot needs none."""
@@ -39,14 +41,16 @@ FIRST_RIGHT, FIRST_WRONG = 4.0, 1.0
 """What a slot begins with, as if so many guesses had been right and wrong."""
 
 
-def row_counts(slots: int, window: int, *, is_host: bool, captured: Sequence[int] = ()) -> tuple[int, ...]:
-    """Returns the numbers of rows that steps may have, ascending: enough for a row of every slot.
+def row_counts(
+    slots: int, window: int, *, is_host: bool, captured: Sequence[int] = (), most: int = MAX_ROWS
+) -> tuple[int, ...]:
+    """Returns the numbers of rows that steps may have, ascending, up to ``most`` or a row of every slot.
 
     ``captured`` replaces the usual ones.
     """
     if captured:
         return tuple(sorted(captured))
-    most = max(slots, min(slots * window, MAX_ROWS))
+    most = max(slots, min(slots * window, most))
     if is_host:
         return tuple(range(HOST_ROWS, most + HOST_ROWS, HOST_ROWS))
     larger = [count for count in CAPTURED_ROWS if count >= most]
