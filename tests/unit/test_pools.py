@@ -164,8 +164,12 @@ async def test_the_images_of_a_request_are_rendered_by_several_members_in_their_
 
 @in_loop
 async def test_a_call_that_fails_at_a_member_is_sent_to_another_with_the_same_seed() -> None:
+    stopping: list[asyncio.Task[None]] = []
+
     async def end(member: Member, _: Request) -> Outputs:
-        await member.server.stop(None)  # the connection breaks amid the call
+        # The connection breaks amid the call. Ending the server cancels this call, and with it what the call awaits.
+        stopping.append(asyncio.create_task(member.server.stop(None)))
+        await asyncio.Event().wait()
         raise AssertionError
 
     ar, dit = [Member("glm_ar", tokens)], [Member("glm_dit", end), Member("glm_dit", images)]
