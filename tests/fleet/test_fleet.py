@@ -136,6 +136,7 @@ def test_members_talk_to_those_alone_who_have_a_certificate_of_the_run(fleet: Lo
         assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.full  # four restarts: half a minute
 def test_every_request_is_answered_once_whatever_ends(fleet: LocalFleet, expected: dict[Picture, list[str]]) -> None:
     """A DiT member is killed amid images, then Envoy and the gateway are; at last a member is drained."""
     traffic = Traffic(fleet.url, fleet.grpc_url, expected, CLIENTS, seed=1)

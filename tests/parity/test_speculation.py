@@ -117,7 +117,7 @@ def want(make_checkpoint: MakeCheckpoint) -> dict[int, Tokens]:
     [
         pytest.param(-1, id="own guesses"),
         pytest.param(0, id="none right", marks=pytest.mark.full),
-        pytest.param(0.5, id="half"),
+        pytest.param(0.5, id="half", marks=pytest.mark.full),
         pytest.param(0.9, id="most", marks=pytest.mark.full),
         pytest.param(1, id="all right"),
     ],
