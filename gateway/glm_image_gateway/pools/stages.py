@@ -219,7 +219,7 @@ _Send = Callable[[Member, float], Coroutine[Any, Any, Outputs]]
 
 
 class _Helpers:
-    """Tasks that run along with a request, at most one of a name; those that still run when the request ends are cancelled."""
+    """Tasks that run along with a request, at most one of a name; its end cancels those that still run."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Future[None]] = {}
