@@ -102,6 +102,7 @@ def requests_of(fleet: LocalFleet, model: str) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.full  # starts a fleet: a quarter of a minute
 def test_dit_members_share_the_images_of_a_request(fleet: LocalFleet, expected: dict[Picture, list[str]]) -> None:
     picture = PICTURES[-1]
     assert picture.images == 4
@@ -113,6 +114,7 @@ def test_dit_members_share_the_images_of_a_request(fleet: LocalFleet, expected: 
     assert set(requests_of(fleet, "glm_ar")) == {"ar-0"}
 
 
+@pytest.mark.full  # starts a fleet: a quarter of a minute
 def test_members_talk_to_those_alone_who_have_a_certificate_of_the_run(fleet: LocalFleet) -> None:
     """Envoy does; a client without TLS, and one with it but without a certificate, do not."""
     member = fleet.members["dit-0"]

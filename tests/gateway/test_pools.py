@@ -81,6 +81,7 @@ def test_images_are_those_of_a_server_of_both_stages(
     )
 
 
+@pytest.mark.full
 def test_streams_have_the_events_of_a_server_of_both_stages(client: GlmImageClient, reference: GlmImageClient) -> None:
     options = {**SMALL, "height": 736, "width": 736, "num_inference_steps": 2, "preview_every": 1, "preview_steps": 1}
     found, expected = (list(at.stream(PROMPT, **options)) for at in (client, reference))
@@ -100,6 +101,7 @@ def _pictures(events: list[StreamEvent], kind: str) -> list[bytes]:
     return [file for event in events if event.kind == kind for file in event.files]
 
 
+@pytest.mark.full
 def test_the_openai_stream_has_intermediate_images(pools: RunningGateway) -> None:
     body = {"prompt": PROMPT, "size": "96x64", "num_inference_steps": 20, "stream": True, "partial_images": 1, "n": 2}
     with pools.client.stream("POST", "/v1/images/generations", json=body) as response:
