@@ -77,8 +77,8 @@ def running_gateway(url: str, store: Path | str, listen_port: int = 0, **setting
         listener.close()
 
 
-def events_of(response: httpx.Response) -> Iterator[tuple[str | None, Any]]:
-    """Yields the name and the data of each event; of a comment, None and its text."""
+def events_of(response: httpx.Response, *, comments: bool = False) -> Iterator[tuple[str | None, Any]]:
+    """Yields the name and the data of each event; with ``comments``, None and the text of each comment too."""
     name: str | None = None
     for line in response.iter_lines():
         if line.startswith("event: "):
@@ -87,7 +87,7 @@ def events_of(response: httpx.Response) -> Iterator[tuple[str | None, Any]]:
             text = line.removeprefix("data: ")
             yield name, text if text == "[DONE]" else json.loads(text)
             name = None
-        elif line.startswith(":"):
+        elif comments and line.startswith(":"):
             yield None, line
 
 

@@ -26,10 +26,12 @@ WAIT_SECONDS = 60
 SMALL = {"prompt": "A red fox", "size": "64x64", "num_inference_steps": 40, "seed": 7}
 
 
-def events(gateway: RunningGateway, path: str, body: dict[str, Any]) -> list[tuple[str | None, Any]]:
+def events(
+    gateway: RunningGateway, path: str, body: dict[str, Any], *, comments: bool = False
+) -> list[tuple[str | None, Any]]:
     with gateway.client.stream("POST", path, json={**body, "stream": True}) as response:
         assert response.status_code == 200
-        return list(events_of(response))
+        return list(events_of(response, comments=comments))
 
 
 def test_partial_images_then_completed(gateway: RunningGateway) -> None:
@@ -68,7 +70,7 @@ def test_an_edits_stream_with_urls(gateway: RunningGateway) -> None:
 def test_comments_while_waiting(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HOLD_SECONDS", 0)
     monkeypatch.setattr(connections, "KEEP_ALIVE_SECONDS", 0.005)
-    found = events(gateway, GENERATIONS, SMALL)
+    found = events(gateway, GENERATIONS, SMALL, comments=True)
     assert (None, ": keep-alive") in found
     (progress, *_) = (json.loads(text[11:]) for name, text in found if name is None and text.startswith(": progress "))
     assert set(progress) == {"stage", "done", "total", "eta_seconds"}
