@@ -20,6 +20,7 @@ from glm_image_client import (
     StreamEvent,
     StreamOptions,
 )
+from glm_image_gateway.concurrency import all_or_none
 from glm_image_gateway.errors import ApiError, api_error
 from glm_image_gateway.fair_queue import FairQueue
 from glm_image_gateway.keys import Caller
@@ -106,7 +107,7 @@ class Generator:
                 self._client.generate(request.prompt, **_call_options(part, request_id, deadline))
                 for part in _parts(request)
             ]
-            results = await _all_or_none(parts)
+            results = await all_or_none(parts)
         return await self._finished(request, mask, results)
 
     async def stream(
@@ -284,17 +285,6 @@ async def _progress(event: StreamEvent, mask: Mask | None) -> list[Progress]:
 
 def _masked(mask: Mask, files: Sequence[bytes]) -> list[bytes]:
     return [base64.b64encode(mask.composited(base64.b64decode(file), "png", None)) for file in files]
-
-
-async def _all_or_none(calls: Sequence[Any]) -> list[GenerationResult]:
-    """Returns the results of calls that run at the same time; the first error cancels the others."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def merged_metadata(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from glm_image_client.errors import BusyError, GlmImageClientError, ServerFailure
 from glm_image_client.result import PriorTokens, json_output
 from glm_image_client.transport import Outputs, Request, Tensor
+from glm_image_gateway.concurrency import all_or_none
 from glm_image_gateway.pools.events import Event, StreamEvents
 from glm_image_gateway.pools.flights import Flight
 from glm_image_gateway.pools.member import Member
@@ -256,17 +257,6 @@ async def consume(member: Member, request: Request, left: float, on_event: OnEve
     if last is None:
         raise ServerFailure("the stream of the stage ended before its last response", "UNAVAILABLE")
     return last
-
-
-async def all_or_none(calls: Sequence[Coroutine[Any, Any, Outputs]]) -> list[Outputs]:
-    """Returns the results of calls that run at the same time; the first error cancels the others."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _busy_seconds(seconds: Mapping[str, float], without: Sequence[str] = ()) -> float:
