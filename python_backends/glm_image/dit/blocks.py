@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from glm_image.dit.conditioning import Rotary
 from glm_image.dit.sequence_parallel import SequenceShape
 from glm_image.dit.source_kv import KvHook
+
+MAX_SEQUENCES: Final = 2
+"""Those of the two branches of guidance, which fused blocks run together."""
 
 Tokens = tuple[Tensor, Tensor]
 """Image tokens [1, image tokens, width] and text tokens [1, text tokens, width] of a sequence; there may be no text."""
@@ -66,6 +69,12 @@ class Blocks(ABC):
     ) -> list[Tensor]:
         """Returns the image tokens of each sequence after all blocks; see ``run``."""
         return [image for image, _ in self.run(range(len(self)), sequences, time, rotary, kv_hooks, shape)]
+
+
+def check_sequences(sequences: Sequence[Tokens]) -> None:
+    """Raises ``ValueError`` for more sequences than fused blocks run together."""
+    if not 1 <= len(sequences) <= MAX_SEQUENCES:
+        raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MAX_SEQUENCES}")
 
 
 class EagerBlocks(Blocks):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glm_image.devices.quantization import QuantizedRows
-from glm_image.dit.blocks import Blocks, Tokens
+from glm_image.dit.blocks import Blocks, Tokens, check_sequences
 from glm_image.dit.conditioning import Rotary
 from glm_image.dit.fused.linears import AnyLinear, concatenate, linears_for
 from glm_image.dit.sequence_parallel import Heads, SequenceAttention, SequenceShape
@@ -33,8 +33,6 @@ from glm_image.kernels.modulated_norm import (
     GatedBranch,
     modulated_norm,
 )
-
-MAX_SEQUENCES = 2
 
 # cuDNN's is the fastest at these lengths. diffusers' dispatch would copy queries, keys and values before calling it.
 ATTENTION = {
@@ -96,8 +94,7 @@ class FusedBlocks(Blocks):
         /,
     ) -> list[Tokens]:
         """Runs some of the blocks over one or two sequences at the same time step; see ``Blocks.run``."""
-        if not 1 <= len(sequences) <= MAX_SEQUENCES:
-            raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MAX_SEQUENCES}")
+        check_sequences(sequences)
         linears, eps = self._linears, self._norm_eps
         residual = torch.cat([part for image, text in sequences for part in (text[0], image[0])])
         lengths = [(text.shape[1], image.shape[1]) for image, text in sequences]

@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glm_image.devices.base import Device
-from glm_image.dit.blocks import Blocks, Tokens
+from glm_image.dit.blocks import Blocks, Tokens, check_sequences
 from glm_image.dit.conditioning import Rotary
 from glm_image.dit.quantization import QuantizedLinear
 from glm_image.dit.sequence_parallel import SequenceShape
 from glm_image.dit.source_kv import KvHook
-
-MAX_SEQUENCES = 2
 
 SHIFT, SCALE, GATE = range(3)
 ATTENTION, MLP = range(2)
@@ -54,8 +52,7 @@ class NpuBlocks(Blocks):
         /,
     ) -> list[Tokens]:
         """Runs some of the blocks over one or two sequences at the same time step; see ``Blocks.run``."""
-        if not 1 <= len(sequences) <= MAX_SEQUENCES:
-            raise ValueError(f"{len(sequences)} sequences; allowed: 1 or {MAX_SEQUENCES}")
+        check_sequences(sequences)
         (image, text), *others = sequences
         parts = [image[0], text[0], *(part[0] for other in others for part in reversed(other))]
         residual = torch.cat(parts)
