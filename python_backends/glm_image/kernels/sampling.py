@@ -45,9 +45,15 @@ def _race(weights, scores, peak, noise_ptr, allowed_ptr, ids, vocabulary):
 
 @triton.jit
 def _draw(
-    logits_ptr, noise_ptr, allowed_ptr, temperature, top_k, cut, vocabulary, MAIN: tl.constexpr, REST: tl.constexpr
+    logits_ptr, noise_ptr, allowed_ptr, temperature_ptr, cut_ptr, kth_ptr, preview_ptr, row, slot, index, vocabulary,
+    NOISE_STEPS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Returns the token of one row of logits, noise and allowed ids, int64."""
+    """Returns the token of index ``index`` of a slot, int64, from a row of logits."""
+    logits_ptr += row * vocabulary
+    noise_ptr += (slot * NOISE_STEPS + index % NOISE_STEPS) * vocabulary
+    allowed_ptr += (index >= tl.load(preview_ptr + slot)).to(tl.int64) * vocabulary
+    temperature, cut = tl.load(temperature_ptr + slot), tl.load(cut_ptr + slot)
+    top_k = vocabulary - tl.load(kth_ptr + slot)
     # The vocabulary in two blocks, whose sizes must be powers of two.
     ids, ids2 = tl.arange(0, MAIN), MAIN + tl.arange(0, REST)
     scores = _load_scores(logits_ptr, ids, vocabulary, temperature)
@@ -94,11 +100,8 @@ def _sample_kernel(
     row = tl.program_id(0)
     sampled = tl.load(sampled_ptr + row)
     token = _draw(
-        logits_ptr + row * vocabulary,
-        noise_ptr + (row * NOISE_STEPS + sampled % NOISE_STEPS) * vocabulary,
-        allowed_ptr + (sampled >= tl.load(preview_ptr + row)).to(tl.int64) * vocabulary,
-        tl.load(temperature_ptr + row), vocabulary - tl.load(kth_ptr + row), tl.load(cut_ptr + row), vocabulary,
-        MAIN, REST,
+        logits_ptr, noise_ptr, allowed_ptr, temperature_ptr, cut_ptr, kth_ptr, preview_ptr, row, row, sampled,
+        vocabulary, NOISE_STEPS, MAIN, REST,
     )  # fmt: skip
     active = tl.load(active_ptr + row)
     tl.store(tokens_ptr + row, token)
@@ -119,11 +122,8 @@ def _sample_window_kernel(
     if index > 0:
         slot = tl.load(slots_ptr + row)
         token = _draw(
-            logits_ptr + row * vocabulary,
-            noise_ptr + (slot * NOISE_STEPS + index % NOISE_STEPS) * vocabulary,
-            allowed_ptr + (index >= tl.load(preview_ptr + slot)).to(tl.int64) * vocabulary,
-            tl.load(temperature_ptr + slot), vocabulary - tl.load(kth_ptr + slot), tl.load(cut_ptr + slot), vocabulary,
-            MAIN, REST,
+            logits_ptr, noise_ptr, allowed_ptr, temperature_ptr, cut_ptr, kth_ptr, preview_ptr, row, slot, index,
+            vocabulary, NOISE_STEPS, MAIN, REST,
         )  # fmt: skip
         tl.store(drawn_ptr + row, token)
 
