@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socketserver import BaseServer
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,3 +92,21 @@ class OpenExecutor:
         self.run(command)
         self.run(Step(command.tokens - 1))
         return self.release(command.slot)
+
+
+class FaultyExecutor:
+    """Runs commands, and fails after running the next one of a kind.
+
+    Attributes:
+        fail_at: that kind; None = no failure.
+    """
+
+    def __init__(self, opened: OpenExecutor, fail_at: type[ArCommand[Any]] | None = None) -> None:
+        self._opened, self.fail_at = opened, fail_at
+
+    def run(self, command: ArCommand[R]) -> R:
+        result = self._opened.run(command)
+        if self.fail_at is not None and isinstance(command, self.fail_at):
+            self.fail_at = None
+            raise RuntimeError(f"{type(command).__name__} failed")
+        return result

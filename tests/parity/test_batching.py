@@ -25,10 +25,9 @@ from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.open import open_device
 from glm_image.errors import CancelledError, DeadlineExceededError, UnavailableError
 from glm_image.lifecycle.context import Progress, ProgressCallback, RequestContext
-from glm_image.parallel.commands import R
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters, ResolvedRequest
-from helpers import MakeCheckpoint, OpenExecutor
+from helpers import FaultyExecutor, MakeCheckpoint, OpenExecutor
 from parity.reference import reference_tokens
 
 SIZES = [(256, 256), (32, 32), (64, 256), (256, 64), (96, 160), (128, 128), (32, 256), (160, 64)]
@@ -281,26 +280,11 @@ def test_engine_ends_cancelled_and_late_requests_and_no_others(engine: ArEngine,
     assert again.prior_token_ids[0].tolist() == expected(alone, 0)
 
 
-class Faulty:
-    """Runs commands, and fails after running one of a given kind."""
-
-    def __init__(self, opened: OpenExecutor) -> None:
-        self._opened = opened
-        self.fail_at: type[ArCommand[Any]] | None = None
-
-    def run(self, command: ArCommand[R]) -> R:
-        result = self._opened.run(command)
-        if self.fail_at is not None and isinstance(command, self.fail_at):
-            self.fail_at = None
-            raise RuntimeError(f"{type(command).__name__} failed")
-        return result
-
-
 @pytest.mark.parametrize("fail_at", [Admit, Step, Release])
 def test_after_a_fault_the_same_slots_give_the_same_tokens(
     opened: OpenExecutor, alone: list[Tokens], fail_at: type[ArCommand[Any]]
 ) -> None:
-    faulty = Faulty(opened)
+    faulty = FaultyExecutor(opened)
     scheduler = Scheduler(faulty.run, slots=2, max_queue=8)
 
     def submit(index: int) -> Request:

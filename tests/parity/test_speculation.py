@@ -25,10 +25,9 @@ from glm_image.devices.cpu import CpuDevice
 from glm_image.devices.open import open_device
 from glm_image.errors import UnavailableError
 from glm_image.lifecycle.context import RequestContext
-from glm_image.parallel.commands import R
 from glm_image.request.limits import Limits
 from glm_image.request.parameters import GenerationParameters
-from helpers import MakeCheckpoint, OpenExecutor
+from helpers import FaultyExecutor, MakeCheckpoint, OpenExecutor
 from pictures import encoded, picture
 
 WINDOW = 32
@@ -240,28 +239,13 @@ def test_engine_gives_the_same_tokens_in_fewer_steps(make_checkpoint: MakeCheckp
         assert all(few <= many for few, many in zip(jacobi.steps, plain.steps, strict=True))
 
 
-class Faulty:
-    """Runs commands, and fails after running the first of a given kind."""
-
-    def __init__(self, opened: OpenExecutor, fail_at: type[ArCommand[Any]]) -> None:
-        self._opened = opened
-        self.fail_at: type[ArCommand[Any]] | None = fail_at
-
-    def run(self, command: ArCommand[R]) -> R:
-        result = self._opened.run(command)
-        if self.fail_at is not None and isinstance(command, self.fail_at):
-            self.fail_at = None
-            raise RuntimeError(f"{type(command).__name__} failed")
-        return result
-
-
 @pytest.mark.parametrize("fail_at", [Admit, Advance, Release])
 def test_after_a_fault_the_same_slots_give_the_same_tokens(
     make_checkpoint: MakeCheckpoint, want: dict[int, Tokens], fail_at: type[ArCommand[Any]]
 ) -> None:
     counts = row_counts(2, WINDOW, is_host=True)
     opened = OpenExecutor(make_checkpoint(), 2, row_counts=counts)
-    scheduler = Scheduler(Faulty(opened, fail_at).run, 2, 8, windows=WindowPolicy(WINDOW, counts, ROW_COST))
+    scheduler = Scheduler(FaultyExecutor(opened, fail_at).run, 2, 8, windows=WindowPolicy(WINDOW, counts, ROW_COST))
 
     def submit(index: int) -> Request:
         parameters = REQUESTS[index]
