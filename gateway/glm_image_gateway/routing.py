@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from glm_image_gateway.work import WEIGHT_OF_LATEST, SpeedEstimate
+
 PIXELS_PER_TOKEN: Final = 32 * 32
 """Of the AR's tokens."""
 PREVIEW_TOKENS: Final = 256
@@ -28,7 +30,6 @@ CHEAP: Final = 0.25
 """The share of its own steps by which a sequence may lengthen the batch that it joins."""
 FIRST_SECONDS: Final = {"glm_ar": 0.02, "glm_dit": 2e-5}
 """Seconds of a unit of work before any has been measured."""
-WEIGHT_OF_LATEST: Final = 0.3
 KEPT_KINDS: Final = 256
 LEAST_LEFT: Final = 0.1
 
@@ -74,22 +75,19 @@ class Predictor:
     """Predicts the seconds of work: as the latest work of its kind took, else by its units."""
 
     def __init__(self, seconds_per_unit: float) -> None:
-        self._seconds_per_unit = seconds_per_unit
-        self._is_measured = False
+        self._speed = SpeedEstimate(seconds_per_unit)
         self._kinds: OrderedDict[Hashable, float] = OrderedDict()
 
     def seconds(self, work: Work) -> float:
         """Returns the predicted seconds of work on one instance that has nothing else to do."""
         known = self._kinds.get(work.kind)
-        return work.units * self._seconds_per_unit if known is None else known
+        return self._speed.seconds(work.units) if known is None else known
 
     def add(self, work: Work, seconds: float) -> None:
         """Adds a measurement: the seconds in which an instance worked on it, without waiting."""
         if work.units <= 0 or seconds <= 0:
             return
-        share = WEIGHT_OF_LATEST if self._is_measured else 1.0
-        self._seconds_per_unit += share * (seconds / work.units - self._seconds_per_unit)
-        self._is_measured = True
+        self._speed.add(work.units, seconds)
         before = self._kinds.pop(work.kind, seconds)
         self._kinds[work.kind] = before + WEIGHT_OF_LATEST * (seconds - before)
         if len(self._kinds) > KEPT_KINDS:

@@ -19,10 +19,10 @@ def megapixel_steps(images: int, pixels: int, steps: int) -> float:
 
 
 class SpeedEstimate:
-    """Seconds of a megapixel-step: a moving average of what requests took."""
+    """Seconds of a unit of work, such as a megapixel-step: a moving average of what requests took."""
 
-    def __init__(self) -> None:
-        self._seconds_per_unit = FIRST_SECONDS_PER_UNIT
+    def __init__(self, seconds_per_unit: float = FIRST_SECONDS_PER_UNIT) -> None:
+        self._seconds_per_unit = seconds_per_unit
         self._is_measured = False
 
     def seconds(self, work: float) -> float:

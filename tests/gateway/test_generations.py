@@ -161,4 +161,3 @@ def test_an_id_in_flight_is_refused(gateway: RunningGateway, monkeypatch: pytest
     response = gateway.post(PATH, SMALL, headers={"x-request-id": "in-flight"})
     assert (response.status_code, error_of(response)["code"]) == (409, "request_id_in_use")
     assert response.headers["x-should-retry"] == "false"
-    assert response.headers["x-should-retry"] == "false"

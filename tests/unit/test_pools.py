@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from glm_image_client.errors import RefusedError, RequestCancelled, RequestTimeout, ServerFailure
+from glm_image_client.errors import BusyError, RefusedError, RequestCancelled, RequestTimeout, ServerFailure
 from glm_image_client.transport import Endpoint, Outputs, Request, Tensor, object_array
+from glm_image_gateway.kserve.errors import http_status_of, status_of
 from glm_image_gateway.kserve.grpc_service import infer_response, inference_of
 from glm_image_gateway.metrics import Metrics
 from glm_image_gateway.pools.connection import TlsFiles
 from glm_image_gateway.pools.pool import Pool
-from glm_image_gateway.pools.tensors import merged, parts_of, preview_prior
+from glm_image_gateway.pools.tensors import DEFAULT_SIDE, Asked, merged, parts_of, preview_prior
 from glm_image_gateway.pools.transport import PoolTransport
 
 WAIT_SECONDS = 60.0
@@ -291,3 +292,13 @@ def test_parts_have_the_seeds_of_their_images() -> None:
     assert [int(part.resolved_seed[0]) for part in parts_of(two, [1, 1])] == [2**63 - 1, -(2**63)]
     with pytest.raises(ServerFailure, match="do not fit together"):
         merged([{"images": np.zeros((1, 2, 2, 3)), "images_base64": object_array([])}, {"images": np.zeros(3)}])
+
+
+def test_a_full_queue_of_the_gateway_is_unavailable() -> None:
+    error = BusyError("256 requests wait for glm_dit, as many as --max-queue allows")
+    assert (status_of(error), http_status_of(error)) == ("UNAVAILABLE", 503)
+
+
+def test_the_work_of_a_size_that_is_no_number_is_that_of_the_default() -> None:
+    asked = Asked.of([Tensor("height", "FP32", np.array([np.nan], np.float32))])
+    assert asked.pixels == DEFAULT_SIDE**2

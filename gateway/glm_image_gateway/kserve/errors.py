@@ -9,6 +9,7 @@ import grpc
 from glm_image_client.errors import (
     HTTP_STATUS_NAMES,
     BadArgumentError,
+    BusyError,
     GlmImageClientError,
     RefusedError,
     ServerFailure,
@@ -17,17 +18,20 @@ from glm_image_client.errors import (
 from glm_image_gateway.errors import ApiError
 
 HTTP_STATUSES: Final = {name: int(number) for number, name in HTTP_STATUS_NAMES.items()}
-OF_API_STATUS: Final = {401: "UNAUTHENTICATED", 429: "UNAVAILABLE", 409: "ALREADY_EXISTS"}
+API_STATUS_NAMES: Final = {number: name for name, number in HTTP_STATUSES.items()} | {
+    401: "UNAUTHENTICATED",
+    429: "UNAVAILABLE",
+    409: "ALREADY_EXISTS",
+}
 
 
 def status_of(error: Exception) -> str:
     """Returns gRPC's name of the status of an error."""
     if isinstance(error, ApiError):
-        names = {number: name for name, number in HTTP_STATUSES.items()} | OF_API_STATUS
-        return names.get(error.status, "INTERNAL")
+        return API_STATUS_NAMES.get(error.status, "INTERNAL")
     if isinstance(error, (RefusedError, BadArgumentError)):
         return "INVALID_ARGUMENT"
-    if isinstance(error, UnreachableError):
+    if isinstance(error, (BusyError, UnreachableError)):
         return "UNAVAILABLE"
     status = error.status if isinstance(error, ServerFailure) else None
     return status if status is not None and status in grpc.StatusCode.__members__ else "INTERNAL"

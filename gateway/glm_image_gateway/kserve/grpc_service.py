@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any, Final, cast
@@ -11,11 +12,14 @@ from typing import Any, Final, cast
 import grpc
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
+from glm_image_client.errors import ServerFailure
 from glm_image_client.transport import Outputs, Request
 from glm_image_gateway.kserve.codec import datatype_of, from_bytes, from_values, seconds_of, to_bytes, with_parameters
 from glm_image_gateway.kserve.errors import KNOWN, status_of
 from glm_image_gateway.kserve.front import Front, Inference
 from glm_image_gateway.pools.transport import MODELS, STREAM
+
+logger = logging.getLogger(__name__)
 
 CONTENTS: Final = {
     "BOOL": "bool_contents",
@@ -130,6 +134,9 @@ class GrpcService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignor
             response = service_pb2.ModelStreamInferResponse(error_message=str(error))
             response.infer_response.id = request.id
             await responses.put(response)
+        except Exception:  # without an answer the stream would never end
+            logger.exception("request %s of a stream failed", request.id)
+            await responses.put(ServerFailure("the gateway failed", "INTERNAL"))
 
     async def _metadata(self, model: str, context: Any) -> dict[str, Any]:
         try:

@@ -54,8 +54,8 @@ class Flight:
             raise
 
     def cancel(self) -> bool:
-        """Cancels the request; returns False if it has been cancelled before."""
-        if self.is_cancelled or self._task is None:
+        """Cancels the request; returns False if it has ended or been cancelled before."""
+        if self.is_cancelled or self._task is None or self._task.done():
             return False
         self.is_cancelled = True
         self._task.cancel()
@@ -70,7 +70,7 @@ class Flight:
 
 
 def joined(requests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the state of a request whose parts have the given ones: their least advanced stage, and its progress."""
+    """Returns the state of a request whose parts have the given ones: their most advanced stage, and its progress."""
     running = [request for request in requests if request["state"] == "running"] or requests
     stage = max((str(request["stage"]) for request in running), key=position)
     same = [request for request in running if request["stage"] == stage]

@@ -229,13 +229,12 @@ class Pool:
                     lease = waiter.place.result()
                 else:
                     self._check(wanted)
-                    self._dispatch()
             self._metrics.stage_seconds.labels(f"{self.stage}_pool_queue").observe(time.monotonic() - began)
             yield lease
         finally:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
-            elif waiter.place.done() and not waiter.place.cancelled():
+            else:
                 lease = waiter.place.result()
                 lease.member.close_lease(lease)
             self._dispatch()
@@ -256,11 +255,7 @@ class Pool:
             member = self._chosen(waiter)
             if member is not None:
                 self._waiting.remove(waiter)
-                lease = member.open(waiter.work, self.predictor.seconds(waiter.work))
-                if waiter.place.cancelled():
-                    member.close_lease(lease)
-                else:
-                    waiter.place.set_result(lease)
+                waiter.place.set_result(member.open(waiter.work, self.predictor.seconds(waiter.work)))
 
     def _chosen(self, waiter: _Waiter) -> Member | None:
         now = time.monotonic()
@@ -294,7 +289,7 @@ class Pool:
             member = self._members[place] = Member(place, self.stage, transport, self._lost_seconds)
             self._tasks[member] = asyncio.ensure_future(self._watch(member))
         for place, member in self._members.items():
-            member.is_leaving = place not in places and not (keep_others and not member.is_leaving)
+            member.is_leaving = place not in places and (member.is_leaving or not keep_others)
 
     async def _watch(self, member: Member) -> None:
         """Checks a member until its address has gone and its last call has ended."""

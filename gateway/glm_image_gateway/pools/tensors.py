@@ -33,7 +33,7 @@ _DIT_READS: Final = {"prompt", "image", *PaintOptions.__annotations__} - _OF_AR_
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as far as its work depends on it; values that the stages refuse are cut to the possible."""
+    """A request as far as its work depends on it; values outside the allowed range are clipped."""
 
     pixels: int
     images: int
@@ -47,7 +47,7 @@ class Asked:
 
         def number(name: str, default: float) -> float:
             given = values.get(name)
-            if given is None or not len(given) or given.dtype == object:
+            if given is None or not len(given) or given.dtype == object or np.isnan(given[0]):
                 return default
             return float(np.clip(given[0], 0, MOST))
 
