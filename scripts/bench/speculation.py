@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -148,8 +149,8 @@ def decode(
 
     Rows cost as little as on accelerators, so that windows are as wide on the CPU, where that is slow.
     """
-    ar_engine.HOST_ROW_COST = ROW_COST  # type: ignore[misc]
-    engine = ArEngine(checkpoint, device, settings, watched=recorder)
+    with mock.patch.object(ar_engine, "HOST_ROW_COST", ROW_COST):
+        engine = ArEngine(checkpoint, device, settings, watched=recorder)
     try:
         limits = Limits()
         requests = [entry.parameters.resolve(limits, engine.sampling, engine.source_rule) for entry in asked]
