@@ -16,6 +16,7 @@ TILE = 64
 
 SHARES = 16
 GROUP_SHARES = 4
+"""A share is a KV split of flash-decoding: positions that are summed apart and merged at the end."""
 
 SUM_COLUMNS = tl.constexpr(16)
 """Columns of the narrowest matrix that the matrix instructions multiply by."""

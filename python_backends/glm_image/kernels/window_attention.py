@@ -42,14 +42,10 @@ class WindowTiles:
     Attributes:
         rows: consecutive rows that a program attends with.
         part_shares: shares that a program merges, 1 or ``GROUP_SHARES``.
-        warps: warps of a program.
-        stages: tiles in flight.
     """
 
     rows: int = 4
     part_shares: int = 1
-    warps: int = 4
-    stages: int = 2
 
 
 @triton.jit
@@ -173,11 +169,10 @@ class WindowAttention:
         head_dim: int,
         rotary_dim: int,
         device: torch.device,
-        tiles: WindowTiles | None = None,
     ) -> None:
         self._rows, self._heads, self._kv_heads = rows, heads, kv_heads
         self._dim, self._rotary = head_dim, rotary_dim
-        self._tiles = tiles or window_attention_tiles(rows)
+        self._tiles = window_attention_tiles(rows)
         self._query = torch.empty(rows, heads, head_dim, device=device, dtype=torch.bfloat16)
         self._parts = empty_parts(rows, heads, kv_heads, head_dim, SHARES // self._tiles.part_shares, device)
 
@@ -214,7 +209,7 @@ class WindowAttention:
             self._query, keys, values, slots, positions, *self._parts, self._rows, keys.shape[2], self._dim**-0.5,
             self._heads, self._kv_heads, group, self._dim, max(16, triton.next_power_of_2(group)),
             tiles.rows, TILE, SHARES, tiles.part_shares, can_overlap(),
-            num_warps=tiles.warps, num_stages=tiles.stages, launch_pdl=can_overlap(),
+            num_warps=4, num_stages=2, launch_pdl=can_overlap(),
         )  # fmt: skip
         combine(self._parts, out, self._heads, self._kv_heads)
 
