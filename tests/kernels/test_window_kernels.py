@@ -14,8 +14,9 @@ from glm_image.ar.fused.tiles import TileConfigs, default_tiles, window_tiles
 from glm_image.ar.fused.window import FusedWindowStep
 from glm_image.ar.model import Decoder
 from glm_image.ar.sampler import sample
+from glm_image.ar.speculation import rows_for
 from glm_image.ar.state import DecodeState
-from glm_image.ar.window import Window, accept, window_rows
+from glm_image.ar.window import Window, accept, window_rows, write_layout
 from glm_image.checkpoint.checkpoint import RandomTensors
 from glm_image.devices.int8_linear import AnyLinear
 from glm_image.devices.quantization import dequantized_product
@@ -59,11 +60,7 @@ def window_of(state: DecodeState, widths: dict[int, int], capacity: int) -> Wind
     window = Window.idle(len(state.tokens), POSITIONS, capacity, state.tokens.device)
     window.total.fill_(TOTAL)
     window.known.fill_(1)
-    row = 0
-    for slot, width in sorted(widths.items()):
-        window.slot[row : row + width] = slot
-        window.offset[row : row + width] = torch.arange(width)
-        row += width
+    write_layout(window.slot, window.offset, widths, POSITIONS)
     return window
 
 
@@ -155,7 +152,7 @@ def test_attention_of_a_row_has_the_bits_of_a_single_row(
 def test_tokens_equal_those_of_one_by_one_decoding(device: torch.device, widths: dict[int, int], int8: bool) -> None:
     decoder = Decoder.load(CONFIG, RandomTensors(device, torch.bfloat16), int8=dequantized_product if int8 else None)
     lengths = (3, 60, 130, 64)
-    capacity = next(count for count in ROW_COUNTS if count >= sum(widths.values()))
+    capacity = rows_for(sum(widths.values()), ROW_COUNTS)
     with torch.inference_mode():
         want = tokens_one_by_one(decoder, filled_state(device, 4, lengths), 40)
         ours = filled_state(device, 4, lengths)
@@ -221,7 +218,7 @@ def test_rows_draw_as_the_sampler_does_for_their_slots(device: torch.device) -> 
     following = indices + 1
     allowed = state.allowed[(following >= state.sampler.preview_tokens[slots]).long()]
     noise = state.noise[slots, following % state.noise.shape[1]]
-    rows = replace(state.sampler, **{name: tensor[slots] for name, tensor in parameters.items()})
+    rows = state.sampler.rows(slots)
     want = sample(logits, noise, rows, allowed)
     assert torch.equal(drawn[:-1], want[:-1])
     assert int(drawn[-1]) == -7

@@ -20,7 +20,7 @@ class Served:
     Attributes:
         process: ``serve``.
         http, grpc: its addresses.
-        log: what it has printed.
+        log_file: its standard error.
     """
 
     process: subprocess.Popen[str]
@@ -56,4 +56,8 @@ def serving(npu: Mapping[str, str], log: Path, *flags: object, **variables: str)
             yield Served(process, *ready.split()[1:3], log)
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(SECONDS)
+            try:
+                process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise

@@ -14,7 +14,7 @@ from glm_image.ar.first_guesses import first_guesses
 from glm_image.ar.slot_sequence import SlotSequence
 from glm_image.ar.speculation import rows_for
 from glm_image.ar.state import DecodeState
-from glm_image.ar.window import Window, round_up
+from glm_image.ar.window import Window, round_up, write_layout
 from glm_image.devices.base import Device, DeviceEvent
 
 
@@ -131,13 +131,8 @@ class JacobiSteps:
         if widths == self._widths:
             return
         self._layouts.rotate(-1)
-        (slots, offsets), row = self._layouts[0], 0
-        slots.zero_()
-        offsets.fill_(self._state.output.shape[1])
-        for slot, width in sorted(widths.items()):
-            slots[row : row + width] = slot
-            offsets[row : row + width] = torch.arange(width)
-            row += width
+        slots, offsets = self._layouts[0]
+        write_layout(slots, offsets, widths, self._state.output.shape[1])
         self.window.slot.copy_(slots, non_blocking=True)
         self.window.offset.copy_(offsets, non_blocking=True)
         self._widths = widths

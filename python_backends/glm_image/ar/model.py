@@ -24,7 +24,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Stores the keys and values of a layer and attends to them: from the layer's index, queries [rows, heads, tokens,
 head_dim], keys and values [rows, kv_heads, tokens, head_dim] to [rows, heads, tokens, head_dim]."""
 
-DecodeAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+CacheAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attends to a layer's cache: from queries [rows, heads, head_dim], keys and values [slots, kv_heads, positions,
 head_dim] to [rows, heads, head_dim]."""
 
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: KvCache,
-        attention: DecodeAttention,
+        attention: CacheAttention,
     ) -> Tensor:
         """Adds tokens to slots; returns fp32 logits [rows, vision_vocab_size]. Never waits for the device.
 

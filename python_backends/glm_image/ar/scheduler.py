@@ -2,8 +2,7 @@
 
 Touches no tensors and starts no thread. Sequences join and leave between steps; their lengths are known when they
 join, so the host knows which of them are done without waiting for the device; with speculation it learns a step late
-how far they are. One thread calls ``step``; any thread may
-``submit``.
+how far they are. One thread calls ``step``; any thread may ``submit``.
 """
 
 from __future__ import annotations

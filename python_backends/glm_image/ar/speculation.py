@@ -52,7 +52,8 @@ def row_counts(
         return tuple(sorted(captured))
     most = max(slots, min(slots * window, most))
     if is_host:
-        return tuple(range(HOST_ROWS, most + HOST_ROWS, HOST_ROWS))
+        block = -(-slots // HOST_ROWS) * HOST_ROWS  # a step computes a multiple of the rows of ``none``
+        return tuple(range(block, most + block, block))
     larger = [count for count in CAPTURED_ROWS if count >= most]
     return (*(count for count in CAPTURED_ROWS if count < most), larger[0] if larger else most)
 

@@ -9,6 +9,7 @@ Row r of a step feeds slot ``slot[r]`` the token of index ``sampled[slot] - 1 + 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -112,6 +113,17 @@ def accept(state: DecodeState, window: Window, rows: Rows, drawn: Tensor) -> Non
     state.output[rows.slot, torch.where(rows.valid, rows.index + 1, last)] = drawn
     window.known.copy_(torch.where(written > 0, state.sampled + written, window.known))
     state.counters.add_(accepted)
+
+
+def write_layout(slot: Tensor, offset: Tensor, widths: Mapping[int, int], positions: int) -> None:
+    """Writes ``Window.slot`` and ``Window.offset`` for a step in which slots have windows of ``widths``."""
+    slot.zero_()
+    offset.fill_(positions)
+    row = 0
+    for index, width in sorted(widths.items()):
+        slot[row : row + width] = index
+        offset[row : row + width] = torch.arange(width)
+        row += width
 
 
 def round_up(rows: int, block: int) -> int:

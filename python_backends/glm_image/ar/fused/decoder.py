@@ -25,7 +25,7 @@ def supports(decoder: Decoder, slots: int) -> bool:
     return decoder.dtype == torch.bfloat16 and slots <= ROWS and dim >= ROWS and dim & (dim - 1) == 0
 
 
-Attend = Callable[[DecoderLayer, int, Tensor, Tensor], None]
+AttendPartials = Callable[[DecoderLayer, int, Tensor, Tensor], None]
 """Attends in a layer, given its index, the partial sums of q, k and v, and where the result goes."""
 
 
@@ -60,7 +60,7 @@ class FusedLayers:
         )
         self._logits = partials_buffer(tiles.head, rows, decoder.head.weight.shape[0], device)
 
-    def logits(self, attend: Attend) -> Tensor:
+    def logits(self, attend: AttendPartials) -> Tensor:
         """Returns the rows' logits, fp32 [rows, vision_vocab_size]; the next call overwrites them."""
         decoder, tiles, eps = self._decoder, self._tiles, self._decoder.config.norm_eps
         residual, normed, attended = self.residual, self.normed, self._attended
