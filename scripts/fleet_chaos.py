@@ -95,15 +95,16 @@ def run(settings: FleetSettings, expected: dict[Picture, list[str]], flags: argp
 def _disturb(faults: Faults, fleet: LocalFleet, report: Report, rng: random.Random, seconds: float) -> None:
     end, waiting = time.monotonic() + seconds, list[str]()
     seen: set[str] = set()
+    before: Counter[str] = Counter()
     while time.monotonic() < end or set(faults.kinds) - seen:
         if not waiting:
             waiting = rng.sample(sorted(faults.kinds), len(faults.kinds))
         kind = waiting.pop()
         time.sleep(rng.uniform(0, CALM_SECONDS))
-        before = Counter(retries_of(fleet))
         found = faults.disturb(kind)
         after = Counter(retries_of(fleet))
         report.retries += after if "gateway" in kind else after - before
+        before = after
         report.disturbances.append(found)
         seen.add(kind)
         print(f"{found.seconds:6.1f} s  {found.kind}: {found.detail}", file=sys.stderr, flush=True)

@@ -32,6 +32,8 @@ FIRST_SECONDS: Final = {"glm_ar": 0.02, "glm_dit": 2e-5}
 """Seconds of a unit of work before any has been measured."""
 KEPT_KINDS: Final = 256
 LEAST_LEFT: Final = 0.1
+REQUESTS_PER_INSTANCE: Final = 2
+"""Images that an instance of ``glm_dit`` may have: while it decodes and sends one, it denoises the next."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-from glm_image_gateway.routing import Outstanding, choose_ar, choose_dit
-
-REQUESTS_AT_DIT: Final = 2
-"""Images that the gateway gives an instance of ``glm_dit``: while it decodes one, it denoises the next."""
+from glm_image_gateway.routing import REQUESTS_PER_INSTANCE, Outstanding, choose_ar, choose_dit
 
 UNLIMITED: Final = 10**9
 
@@ -81,7 +78,7 @@ class Dispatcher(Generic[PlaceT_co]):
     ) -> None:
         self._clock, self._members, self._slots, self._source = clock, members, slots, source
         self._policy = policy
-        self._most = (slots if slots > 0 else REQUESTS_AT_DIT) if policy in HOLDING else UNLIMITED
+        self._most = (slots if slots > 0 else REQUESTS_PER_INSTANCE) if policy in HOLDING else UNLIMITED
         self._waiting: deque[_Waiting] = deque()
         self._outstanding: dict[Member, Outstanding] = {}
         self._turn = 0
@@ -115,9 +112,6 @@ class Dispatcher(Generic[PlaceT_co]):
         return sum(waiting.seconds for waiting in self._waiting) + sum(
             outstanding.load(now).seconds for outstanding in self._outstanding.values()
         )
-
-    def requests_at(self, member: Member) -> int:
-        return len(self._at(member))
 
     def _at(self, member: Member) -> Outstanding:
         if member not in self._outstanding:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from capacity_planner.dispatch import POLICIES
-from capacity_planner.mixes import Mix, ar_seconds, dit_seconds, drawn, image_costs
+from capacity_planner.mixes import Mix, ar_seconds, drawn, image_costs
 from capacity_planner.pool_simulation import (
     Fleet,
     HostLoss,
@@ -134,7 +134,7 @@ def _stage_seconds(mix: Mix, times: StageTimes) -> tuple[float, float]:
     """Returns the mean seconds of an image in each stage."""
     shares = [(share, image_costs(kind, times)) for kind, share in mix.items()]
     ar = sum(share * ar_seconds(costs, times) for share, costs in shares)
-    return ar, sum(share * dit_seconds(costs) for share, costs in shares)
+    return ar, sum(share * costs.rendering.device_seconds for share, costs in shares)
 
 
 def _most(fleet: Fleet, costs: Sequence[ImageCosts], trial: Trial) -> float:
@@ -187,7 +187,7 @@ def compare_routing(
     cards = fleet.ar + fleet.dit
     requests = trial.requests(cards)
     costs = drawn(mix, times, requests, trial.seed)
-    small = min(map(dit_seconds, costs))
+    small = min(cost.rendering.device_seconds for cost in costs)
     rate = trial.load * _bound_without(fleet, -1, mix, times)
     arrivals = poisson_arrivals(rate, requests, trial.seed)
     for policy in policies:
@@ -195,7 +195,7 @@ def compare_routing(
         latencies = simulate_fleet(routed, costs, arrivals, trial.seed).latencies
         counted = list(zip(latencies, costs, strict=True))[int(requests * WARM_UP) :]
         whole = [seconds for seconds, _ in counted]
-        of_small = [seconds for seconds, cost in counted if dit_seconds(cost) == small]
+        of_small = [seconds for seconds, cost in counted if cost.rendering.device_seconds == small]
         yield RoutingEstimate(
             policy,
             _most(routed, costs, trial),

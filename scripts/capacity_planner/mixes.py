@@ -64,10 +64,6 @@ def ar_seconds(costs: ImageCosts, times: StageTimes) -> float:
     return costs.prefill + costs.decode / times.full
 
 
-def dit_seconds(costs: ImageCosts) -> float:
-    return costs.rendering.denoise + costs.rendering.finish
-
-
 def drawn(mix: Mix, times: StageTimes, requests: int, seed: int) -> list[ImageCosts]:
     """Returns the costs of requests of random kinds."""
     costs = {kind: image_costs(kind, times) for kind in mix}

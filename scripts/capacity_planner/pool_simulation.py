@@ -205,8 +205,7 @@ class _SimulatedFleet:
         ar, dit = self._ar.dispatchers[gateway], self._dit.dispatchers[gateway]
         yield from self._call(ar, index, costs.decode, lambda stage: stage.decode(sequence))
         outcome.decoded[index] = self.clock.now
-        seconds = costs.rendering.denoise + costs.rendering.finish
-        yield from self._call(dit, index, seconds, lambda stage: stage.render(costs.rendering))
+        yield from self._call(dit, index, costs.rendering.device_seconds, lambda stage: stage.render(costs.rendering))
         outcome.answered[index] = self.clock.now
 
     def _call(
@@ -234,12 +233,11 @@ class _SimulatedFleet:
 
     def _scale(self, scaling: Scaling) -> Process:
         """Adds and removes members of the DiT until all requests are answered."""
-        starting, calm_since = 0, math.inf
+        calm_since = math.inf
         ends: list[float] = []
         while any(map(math.isnan, self.outcome.answered)):
             yield self.clock.timeout(scaling.interval)
             ends = [end for end in ends if end > self.clock.now]
-            starting = len(ends)
             up = sum(member.is_up for member in self._dit.members)
             wanted = min(scaling.most, math.ceil(self._dit.seconds() / scaling.seconds_per_member))
             if wanted < up:
@@ -249,7 +247,7 @@ class _SimulatedFleet:
                     calm_since = math.inf
                 continue
             calm_since = math.inf
-            for _ in range(wanted - up - starting):
+            for _ in range(wanted - up - len(ends)):
                 ends.append(self.clock.now + scaling.lag)
                 self.clock.process(self._start_member(scaling.lag))
 

@@ -14,7 +14,7 @@ HELD_REQUESTS = 4
 """Requests that take turns at the device, ``max_num_requests`` of ``glm_dit``; Triton queues the others."""
 
 UNFINISHED_REQUESTS = 2
-"""Images that may wait for the VAE while another is denoised, as in ``serving.dit_backend``."""
+"""Images that may wait for the VAE while another is denoised, as in ``dit.engine``."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Rendering:
     denoise: float
     finish: float = 0.0
     encode: float = 0.0
+
+    @property
+    def device_seconds(self) -> float:
+        return self.denoise + self.finish
 
 
 @dataclass(eq=False)

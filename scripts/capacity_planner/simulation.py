@@ -18,11 +18,9 @@ import simpy
 from capacity_planner.simulated_ar import ArInstance
 from capacity_planner.simulated_ar import Sequence as ArSequence
 from capacity_planner.simulated_device import Process, SimulatedDevice
+from capacity_planner.simulated_dit import UNFINISHED_REQUESTS
 from glm_image.lifecycle.dit_load import DitLoad
 from glm_image.lifecycle.durations import DurationStats
-
-UNFINISHED_REQUESTS = 2
-"""Images that may wait for the VAE while another is denoised, as in ``serving.dit_backend``."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(fleet: LocalFleet, stopping: threading.Event, out: Output) -> int:
-    failures: list[GlmImageError] = []
+    failures: list[Exception] = []
     starting = threading.Thread(target=_start, args=(fleet, stopping, failures), name="start", daemon=True)
     starting.start()
     while starting.is_alive() and not stopping.is_set():
@@ -97,10 +97,10 @@ def _run(fleet: LocalFleet, stopping: threading.Event, out: Output) -> int:
     return EXIT_DONE
 
 
-def _start(fleet: LocalFleet, stopping: threading.Event, failures: list[GlmImageError]) -> None:
+def _start(fleet: LocalFleet, stopping: threading.Event, failures: list[Exception]) -> None:
     try:
         fleet.start()
-    except GlmImageError as error:
+    except Exception as error:
         if not stopping.is_set():  # else a stop has ended the processes
             failures.append(error)
             stopping.set()
@@ -108,10 +108,7 @@ def _start(fleet: LocalFleet, stopping: threading.Event, failures: list[GlmImage
 
 def addresses(fleet: LocalFleet) -> list[str]:
     """Returns a line for each process: its name, its process id, and where it is reached."""
-    lines = [
-        f"{member.name}: {member.host}:{member.ports['--grpc-port']} pid {member.process.pid}"
-        for member in fleet.members.values()
-    ]
-    lines.append(f"envoy: {fleet.envoy_url} administration {fleet.envoy_admin} pid {fleet.envoy.pid}")
+    lines = [f"{member.name}: {member.address} pid {member.process.pid}" for member in fleet.members.values()]
+    lines.append(f"envoy: {fleet.envoy_url} admin {fleet.envoy_admin} pid {fleet.envoy.pid}")
     lines.append(f"gateway: {fleet.url} pid {fleet.gateway.pid}")
     return [*lines, f"ready: {fleet.url} grpc://{fleet.grpc_url}"]

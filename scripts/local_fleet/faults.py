@@ -131,7 +131,7 @@ class Faults:
         """Waits until a member of a pool has a request, and returns one that has."""
         end = time.monotonic() + BUSY_SECONDS
         places = {
-            f"{member.host}:{member.ports['--grpc-port']}": member
+            member.address: member
             for member in self._fleet.members.values()
             if member.pool == pool and (names is None or member.name in names)
         }

@@ -101,6 +101,11 @@ class Member:
         """The host and the port of its gRPC service."""
         return self.host, self.ports["--grpc-port"]
 
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` of its gRPC service, by which Envoy and the gateway name it."""
+        return f"{self.host}:{self.ports['--grpc-port']}"
+
 
 class LocalFleet:
     """Pools, Envoy and a gateway; as a context manager it is ready inside the block, and gone after it.
@@ -124,15 +129,16 @@ class LocalFleet:
         self._program = envoy_program()
         self._settings, self._log, self._places = settings, log, dict(places or {})
         self._reserved: list[ReservedPorts] = []
+        # Before the folder is made: if a port is in use, nothing is left.
+        self._ports = ReservedPorts(
+            LOOPBACK, {"--port": settings.port, "--grpc-port": settings.grpc_port, "envoy": 0, "admin": 0}
+        )
         self.folder = Path(tempfile.mkdtemp(prefix="glm-image-fleet-"))
         self._xds = self.folder / "envoy"
         self._authority = Authority(self.folder / "certificates") if settings.tls else None
         self._tls = None
         if self._authority is not None:
             self._tls = Tls(self._authority.issue("envoy"), self._authority.certificate)
-        self._ports = ReservedPorts(
-            LOOPBACK, {"--port": settings.port, "--grpc-port": settings.grpc_port, "envoy": 0, "admin": 0}
-        )
         self._slots = self._make_slots()
         self.members: dict[str, Member] = {}
         self.envoy, self.gateway = self._envoy(), self._gateway()
@@ -202,8 +208,7 @@ class LocalFleet:
         Raises:
             FleetError: no spare address is left, or the member did not start.
         """
-        taken = {member.name for member in self.members.values()}
-        free = [name for name in self._slots if name.startswith(f"{pool}-") and name not in taken]
+        free = [name for name in self._slots if name.startswith(f"{pool}-") and name not in self.members]
         if not free:
             raise FleetError(f"the pool {pool} has no spare address left")
         member = self._make_member(free[0])
@@ -223,10 +228,6 @@ class LocalFleet:
     def failure(self) -> FleetError | None:
         """Returns why a process ended for good, without a request to stop; None if all run."""
         return next((process.failure for process in self.processes if process.failure is not None), None)
-
-    def request_stop(self) -> None:
-        """Stops the gateway after its last answer; ``stop`` stops the others. Safe in a signal handler."""
-        self.gateway.request_stop()
 
     def stop(self) -> None:
         """Stops the gateway after its requests in flight, then the members and Envoy, and removes all files."""

@@ -46,11 +46,9 @@ def wait_until(fleet: LocalFleet, condition: Callable[[], object], cause: str) -
 
 def ready_members(fleet: LocalFleet) -> dict[str, int]:
     """Returns the number of members of each stage that the gateway finds ready."""
-    found = {}
-    for model in POOLS.values():
-        sample = f'glm_image_gateway_members{{stage="{model}",state="ready"}}'
-        found[model] = int(_samples(fleet, sample).get(sample, 0))
-    return found
+    samples = _samples(fleet, "glm_image_gateway_members{")
+    names = {model: f'glm_image_gateway_members{{stage="{model}",state="ready"}}' for model in POOLS.values()}
+    return {model: int(samples.get(name, 0)) for model, name in names.items()}
 
 
 def retries_of(fleet: LocalFleet) -> dict[str, float]:

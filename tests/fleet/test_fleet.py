@@ -118,7 +118,7 @@ def test_dit_members_share_the_images_of_a_request(fleet: LocalFleet, expected: 
 def test_members_talk_to_those_alone_who_have_a_certificate_of_the_run(fleet: LocalFleet) -> None:
     """Envoy does; a client without TLS, and one with it but without a certificate, do not."""
     member = fleet.members["dit-0"]
-    address = f"{member.host}:{member.ports['--grpc-port']}"
+    address = member.address
     authority = (fleet.folder / "certificates" / "authority.pem").read_bytes()
     request = service_pb2.ServerReadyRequest()
     for channel in (

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capacity_planner import cli, fleet_plan, mixes
-from capacity_planner.dispatch import POLICIES, REQUESTS_AT_DIT, Dispatcher, Member
+from capacity_planner.dispatch import POLICIES, Dispatcher, Member
 from capacity_planner.fleet_cli import MEASURED, lines
 from capacity_planner.pool_simulation import Fleet, HostLoss, ImageCosts, Scaling, saturate_fleet, simulate_fleet
 from capacity_planner.simulated_dit import Rendering
 from capacity_planner.simulation import poisson_arrivals
 from capacity_planner.times import read_measured
 from glm_image.request.geometry import Size
-from glm_image_gateway.routing import choose_dit
+from glm_image_gateway.routing import REQUESTS_PER_INSTANCE, choose_dit
 
 SQUARE = Size(1024, 1024)
 H200 = read_measured(list(MEASURED))
@@ -126,12 +126,12 @@ def test_every_request_is_answered_and_no_faster_than_alone(
     assert simulate_fleet(lossy, costs, arrivals, seed) == outcome
 
 
-@given(loads=st.lists(st.lists(st.floats(0.1, 9), max_size=REQUESTS_AT_DIT), min_size=1, max_size=5))
+@given(loads=st.lists(st.lists(st.floats(0.1, 9), max_size=REQUESTS_PER_INSTANCE), min_size=1, max_size=5))
 @settings(max_examples=30)
 def test_the_gateway_chooses_as_its_own_code_does_among_all_members(loads: list[list[float]]) -> None:
     """``choose_dit`` gets two members that have room, not all: with the same two drawn it chooses the same one."""
     members = [Member(None, index) for index in range(len(loads))]
-    rooms = [index for index, load in enumerate(loads) if len(load) < REQUESTS_AT_DIT]
+    rooms = [index for index, load in enumerate(loads) if len(load) < REQUESTS_PER_INSTANCE]
     for first, second in permutations(rooms, 2) if len(rooms) > 1 else [(index, index) for index in rooms]:
         two = sorted({first, second}, key=[first, second].index)
         clock = simpy.Environment()
@@ -178,7 +178,7 @@ def test_a_lost_host_costs_its_requests_a_retry_and_others_take_them() -> None:
     lossy = fleet(1, 4, cards_per_host=1, detect_seconds=2.0, losses=[HostLoss(5.0, 1, 1000.0)])
     arrivals = [float(index) for index in range(20)]
     outcome = simulate_fleet(lossy, [image(2.0)] * 20, arrivals, seed=3)
-    assert 1 <= sum(outcome.retries) <= REQUESTS_AT_DIT + 1
+    assert 1 <= sum(outcome.retries) <= REQUESTS_PER_INSTANCE + 1
     assert max(outcome.answered) < 40
 
 
@@ -216,7 +216,7 @@ def test_the_best_division_gives_the_ar_its_share_of_the_seconds() -> None:
     # The host has one member of the AR, and seven of the DiT.
     ar = 0.0177144 + 1280 * 0.0048071 / 8
     assert lost.images_per_second == pytest.approx(min((found.ar - 1) / ar, (found.dit - 7) / 9.52), rel=0.03)
-    assert 1 <= lost.retried <= 7 * REQUESTS_AT_DIT + 2 * 8
+    assert 1 <= lost.retried <= 7 * REQUESTS_PER_INSTANCE + 2 * 8
     assert lost.p99 > estimate.p50
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 from glm_image_client.calls import control
 from glm_image_client.errors import GlmImageClientError, UnreachableError
 from glm_image_gateway.pools.connection import MemberAddress, MemberTransport
-from glm_image_gateway.routing import Outstanding, Work
+from glm_image_gateway.routing import REQUESTS_PER_INSTANCE, Outstanding, Work
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,6 @@ ANSWER_SECONDS: Final = 3.0
 MISSES: Final = 2
 DESCRIBE_SECONDS: Final = 10.0
 """Between two questions for a member's checkpoint."""
-REQUESTS_PER_INSTANCE: Final = 2
-"""Images that an instance of ``glm_dit`` may have: while it decodes and sends one, it denoises the next."""
 
 T = TypeVar("T")
 
