@@ -70,18 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.put(printable(f"error: {error}"))
         log.flush()
         return EXIT_REFUSED
+    failure: GlmImageError | None = None
     try:
-        return _run(fleet, stopping, out)
+        _run(fleet, stopping, out)
     except GlmImageError as error:
-        log.put(printable(f"error: {error}"))
-        return EXIT_FAILED
+        failure = error
     finally:
         fleet.stop()
+        if failure is not None:  # after the last lines of the processes
+            log.put(printable(f"error: {failure}"))
         out.flush()
         log.flush()
+    return EXIT_DONE if failure is None else EXIT_FAILED
 
 
-def _run(fleet: LocalFleet, stopping: threading.Event, out: Output) -> int:
+def _run(fleet: LocalFleet, stopping: threading.Event, out: Output) -> None:
     failures: list[Exception] = []
     starting = threading.Thread(target=_start, args=(fleet, stopping, failures), name="start", daemon=True)
     starting.start()
@@ -94,7 +97,6 @@ def _run(fleet: LocalFleet, stopping: threading.Event, out: Output) -> int:
         pass
     if failure := fleet.failure() or next(iter(failures), None):
         raise failure
-    return EXIT_DONE
 
 
 def _start(fleet: LocalFleet, stopping: threading.Event, failures: list[Exception]) -> None:
