@@ -138,3 +138,9 @@ def test_the_engines_check_prompt_and_image(
     result = pipeline.paint(request)
     assert result.metadata["blurred"] == [0]
     np.testing.assert_array_equal(result.pixels[0], blurred(plain.pixels[0]))
+
+
+def test_a_verdict_may_name_its_action() -> None:
+    assert Verdict("refuse").action is Action.REFUSE  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="maybe"):
+        Verdict("maybe")  # type: ignore[arg-type]

@@ -29,5 +29,8 @@ class Verdict:
     action: Action
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "action", Action(self.action))  # a hook may give its name
+
 
 ALLOWED: Final = Verdict(Action.ALLOW)
