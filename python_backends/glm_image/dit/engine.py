@@ -22,7 +22,6 @@ from glm_image.dit.metrics import ENCODE_SECONDS, IMAGES, PEAK_MEMORY, REPLACED_
 from glm_image.dit.previews import within_codebook
 from glm_image.dit.scheduler import Scheduler
 from glm_image.dit.settings import DitSettings
-from glm_image.errors import GlmImageError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.preview_rpc import Delivery, IntermediateImage
 from glm_image.parallel.layout import ParallelLayout
@@ -163,6 +162,7 @@ class DitEngine:
                 for image, blur in zip(cropped, blurs, strict=True)
             ]
         )
+        self._provenance.count_marked(len(pixels))
         labels = [self._provenance.label(image) for image in pixels]
         encoded: list[bytes] = []
         if origin.request.output_format != "raw":
@@ -195,7 +195,7 @@ class DitEngine:
         preview: Future[IntermediateImage] = Future()
 
         def deliver(made: Delivery) -> None:
-            if isinstance(made, GlmImageError):
+            if isinstance(made, Exception):
                 preview.set_exception(made)
             else:
                 preview.set_result(made)

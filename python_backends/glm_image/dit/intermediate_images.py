@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from glm_image.errors import GlmImageError
 from glm_image.lifecycle.context import RequestContext
 from glm_image.lifecycle.preview_rpc import Delivery, IntermediateImage
 from glm_image.provenance.files import FileTexts
@@ -60,8 +59,9 @@ class IntermediateImages:
             if request is not None:
                 is_blurred |= self._safety.check_prompt(unlogged, request)
             is_blurred |= self._safety.check_image(unlogged, pixels)
-            made = self._provenance.marked(blurred(pixels) if is_blurred else pixels)
-        except GlmImageError as error:
+            marked = self._provenance.marked(blurred(pixels) if is_blurred else pixels)
+            made = IntermediateImage(marked, FileTexts.of(None, "", self._provenance.label(marked)).label)
+        except Exception as error:  # fails this image only
             deliver(error)
             return
-        deliver(IntermediateImage(made, FileTexts.of(None, "", self._provenance.label(made)).label))
+        deliver(made)

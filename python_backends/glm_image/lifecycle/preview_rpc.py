@@ -39,7 +39,7 @@ class IntermediateImage(NamedTuple):
     label: str = ""
 
 
-Delivery: TypeAlias = IntermediateImage | GlmImageError
+Delivery: TypeAlias = IntermediateImage | Exception
 """An intermediate image, or why there is none."""
 
 
@@ -94,14 +94,14 @@ class LatentPreviewPublisher(RequestObserver):
 
     def latent_preview_rendered(self, context: RequestContext, pixels: NDArray[np.uint8]) -> None:
         def deliver(made: Delivery) -> None:
-            if isinstance(made, GlmImageError):
+            if isinstance(made, Exception):
                 self.latent_preview_skipped(context, made)
             else:
                 self._registry.publish_details(context, lambda: {"latent_preview": pack_image(made)})
 
         self._finish(pixels, deliver, is_blurred=context.is_blurred)
 
-    def latent_preview_skipped(self, context: RequestContext, error: GlmImageError) -> None:
+    def latent_preview_skipped(self, context: RequestContext, error: Exception) -> None:
         skipped = PreviewSkippedError.of(error).fields()
         self._registry.publish_details(context, lambda: {LATENT_PREVIEW_SKIPPED: skipped})
 

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from glm_image import __version__
-from glm_image.request import source_files
-from glm_image.request.limits import Limits
 from glm_image.request.parameters import PaintRequest
 
 SOFTWARE: Final = "glm-image-triton"
 SAMPLER: Final = "FlowMatchEuler"
-
-
-def source_hashes(files: Sequence[bytes], limits: Limits) -> list[str]:
-    """Returns the SHA-256 of each source image's file, which may be given as base64."""
-    return [
-        hashlib.sha256(source_files.file_in(bytes(file), "image", limits.source_bytes)[0]).hexdigest() for file in files
-    ]
 
 
 def image_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from glm_image.provenance.c2pa_signing import C2paSigner
 from glm_image.provenance.files import FileTexts, encode
 from glm_image.provenance.label import aigc_label
-from glm_image.provenance.record import image_record, parameters_text, source_hashes
+from glm_image.provenance.record import image_record, parameters_text
 from glm_image.provenance.settings import ProvenanceSettings
 from glm_image.provenance.visible import VisibleMark
 from glm_image.request import source_files
@@ -77,17 +78,20 @@ class Provenance:
         files = request.images or ()
         is_encoded = request.output_format != "raw"
         has_record = is_encoded and self._detail(request) != "none"
-        hashes = source_hashes(files, limits) if has_record else []
-        signed = files if is_encoded and self._signer is not None else ()
-        named = tuple(source_files.file_in(bytes(file), "image", limits.source_bytes) for file in signed)
-        return RequestOrigin(request, tuple(hashes), named)
+        is_signed = is_encoded and self._signer is not None
+        read = files if has_record or is_signed else ()
+        named = tuple(source_files.file_in(bytes(file), "image", limits.source_bytes) for file in read)
+        hashes = tuple(hashlib.sha256(file).hexdigest() for file, _ in named) if has_record else ()
+        return RequestOrigin(request, hashes, named if is_signed else ())
 
     def marked(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Returns an image, uint8 [height, width, 3], with the visible text where one is configured."""
-        if self._mark is None:
-            return pixels
-        self._record(LABELLED_IMAGES["visible"], 1)
-        return self._mark.drawn(pixels)
+        return pixels if self._mark is None else self._mark.drawn(pixels)
+
+    def count_marked(self, images: int) -> None:
+        """Counts finished images with the visible text; intermediate images are not counted."""
+        if self._mark is not None:
+            self._record(LABELLED_IMAGES["visible"], images)
 
     def label(self, pixels: NDArray[np.uint8]) -> dict[str, str] | None:
         """Returns the AIGC label of an image, uint8 [height, width, 3]; None if none is configured."""
@@ -124,8 +128,3 @@ class Provenance:
             origin.sources,
             has_texts=detail == "full",
         )
-
-
-def unlabelled() -> Provenance:
-    """Returns the labels of an engine that nothing is configured for."""
-    return Provenance(ProvenanceSettings(), {}, {})

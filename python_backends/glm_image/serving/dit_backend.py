@@ -128,8 +128,9 @@ class DitBackend(StageBackend):
 
     def _outputs(self, context: RequestContext, request: PaintRequest, result: DitResult) -> dict[str, NDArray[Any]]:
         engine = self._engine
-        model = {name: self._checkpoint[name] for name in ("name", "revision")}
-        metadata = request_metadata(context, request, model, engine.attention_backend, result.labels, result.blurred)
+        metadata = request_metadata(
+            context, request, engine.model, engine.attention_backend, result.labels, result.blurred
+        )
         return {
             "images": result.pixels if request.output_format == "raw" else np.zeros((0, 0, 0, 3)),
             "images_base64": text_array(*(base64.b64encode(file).decode() for file in result.encoded)),
