@@ -13,7 +13,7 @@ from glm_image.config.models import ENTRY_MODELS, STAGES
 
 
 def unload_commands(model: str, index: int) -> Mapping[str, Callable[[], None]]:
-    """Returns the commands of an instance: the first one of ``glm_ar`` unloads all models, without it ``glm_dit``'s."""
+    """Returns the commands of an instance: the first of ``glm_ar``, or else of ``glm_dit``, unloads all models."""
     unloads = model == "glm_ar" or "glm_ar" not in served_stages()
     if index != 0 or not unloads:
         return {}

@@ -61,7 +61,7 @@ class ServerSettings:
     models: tuple[str, ...] = flag(
         f"stages to serve, of {', '.join(POOL_MODELS)}, as a member of a pool (default: all models)",
         "NAME,...",
-        lambda names: tuple(names.split(",")),
+        lambda names: tuple(dict.fromkeys(names.split(","))),
         default=(),
     )
     host: str = flag("address to listen on (default: %(default)s)", "HOST", default="127.0.0.1")

@@ -49,8 +49,8 @@ MIN_PING_INTERVAL_MS = 5000
 """Between two pings of a gRPC client. Triton's own is 300 s: clients that ping more often, so that idle connections are
 kept, are cut off in the middle of a long request."""
 STUB_START_SECONDS = 600
-"""Time for a model's process to start. After Triton's own 30 s a busy host hangs: Triton then waits for the end of a
-process that goes on."""
+"""Time for a model's process to start. Triton's default, 30 s, is too short on a busy host, and Triton hangs after it:
+it waits for the end of a process that is still starting."""
 SIGNAL_CODE_BASE = 128
 """Exit codes above it mean the end by a signal."""
 

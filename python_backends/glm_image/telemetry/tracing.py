@@ -46,7 +46,7 @@ class RequestTracing:
         Args:
             context: the request's.
             request: Triton's.
-            streamed: the ``trace_of`` the streamed request that this one is a part of, which Triton does not trace.
+            streamed: the ``trace_of`` of the streamed request, if this one is a part of it: Triton traces that one.
         """
         if self._provider is None:
             return
