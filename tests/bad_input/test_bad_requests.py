@@ -28,6 +28,7 @@ from bad_input.values import value_cases
 from bad_input.wire import Case
 from bench.soak import processes, resident_bytes
 from glm_image.supervisor import TritonServer
+from helpers import wait_until
 from server.kserve import Values, grpc_infer
 
 CASES: dict[str, Case] = {
@@ -56,6 +57,10 @@ NOISE_BYTES = 3 * MEGABYTE
 """What allocators take and give back; a kilobyte kept of each request would be more."""
 
 
+STEADY_READS = 10
+"""Reads of Triton's counts over which they must not change."""
+
+
 def answered(server: TritonServer, model: str) -> int:
     """How many requests a model has answered, as Triton counts them: of a stage alone, refusals too."""
     with closing(http.client.HTTPConnection(server.http_url)) as connection:
@@ -63,6 +68,18 @@ def answered(server: TritonServer, model: str) -> int:
         (stats,) = json.load(connection.getresponse())["model_stats"]
     count: int = stats["inference_stats"]["success"]["count"]
     return count
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_counted(triton: TritonServer) -> None:
+    """Waits until Triton has counted the requests of earlier tests: it does so shortly after it has answered them."""
+    counts: list[list[int]] = []
+
+    def is_steady() -> bool:
+        counts.append([answered(triton, model) for model in ("glm_image", "glm_dit")])
+        return len(counts) >= STEADY_READS and counts[-1] == counts[-STEADY_READS]
+
+    assert wait_until(is_steady)
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
